@@ -1,0 +1,38 @@
+"""What the data pipeline hands to a method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+Conditioning = dict[str, Tensor]
+"""Tensors with the batch in front, as the family's network takes them: text embeddings and micro-conditioning."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch, on the device of the run.
+
+    Attributes:
+        latents: Scaled latents, shape (B, C, h, w) (or 5-D for video), or None for methods that run from prompts alone.
+        cond: Conditioning of shape (B, ...) each, micro-conditioning included.
+        keys: B sample keys that do not depend on where the data lives.
+        positions: Position of each sample in the global batch of this optimizer step; random draws depend on it.
+        captions: The captions that ``cond`` was made from, for logs and error messages.
+    """
+
+    latents: Tensor | None
+    cond: Conditioning
+    keys: tuple[str, ...]
+    positions: tuple[int, ...]
+    captions: tuple[str, ...] = field(default=())
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def to(self, device: str, *, non_blocking: bool = True) -> Batch:
+        """The same batch with every tensor on `device`."""
+        latents = None if self.latents is None else self.latents.to(device, non_blocking=non_blocking)
+        cond = {name: value.to(device, non_blocking=non_blocking) for name, value in self.cond.items()}
+        return replace(self, latents=latents, cond=cond)

@@ -1,0 +1,117 @@
+"""The one validated configuration of a run."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, SecretStr
+
+from .dataset_settings import DatasetSettings
+from .run_settings import RunSettings
+
+PARTS = {
+    "distillation_config": "method",
+    "family_config": "family",
+    "optimizer_config": "optimizer",
+    "tracker_config": "tracker",
+    "evaluator_config": "evaluator",
+    "publisher_config": "publisher",
+}
+"""Keys whose values belong to plugins -> the kind of plugin; nested by the plugin's name."""
+
+_SECRET = re.compile(r"(secret|password|api_key|access_key|_token$|^token$|credential)")
+
+
+def is_secret(key: str) -> bool:
+    """Whether a key's name says that its value must not be shown."""
+    return bool(_SECRET.search(key.rsplit(".", 1)[-1].lower()))
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """Everything that decides a run, validated, with defaults filled in.
+
+    Attributes:
+        run: The keys of the run.
+        method: Validated ``Config`` of the chosen method.
+        family: Validated ``Config`` of the chosen family.
+        optimizer: Validated ``Config`` of the chosen optimizer.
+        trackers: Name -> validated ``Config`` of each tracker of ``report_to``.
+        evaluators: Name -> validated ``Config`` of each registered evaluator (or of those named by ``evaluators``).
+        publishers: Name -> validated ``Config`` of each publisher asked for.
+        datasets: The enabled image datasets, run defaults applied.
+        caches: The enabled entries that are places for caches, the default text cache included.
+        text_cache: The default text_embeds entry, or None (then a cache is made under output_dir).
+        notices: A line for each thing that was normalised or should be known.
+        miniature: Whether no model was named, so that the family's shipped one is used.
+        plugin_files: Plugin files of command line and configuration.
+    """
+
+    run: RunSettings
+    method: BaseModel
+    family: BaseModel
+    optimizer: BaseModel
+    trackers: Mapping[str, BaseModel]
+    evaluators: Mapping[str, BaseModel]
+    publishers: Mapping[str, BaseModel]
+    datasets: tuple[DatasetSettings, ...]
+    caches: tuple[DatasetSettings, ...] = ()
+    text_cache: DatasetSettings | None = None
+    notices: tuple[str, ...] = ()
+    miniature: bool = False
+    plugin_files: tuple[Path, ...] = ()
+
+    @property
+    def validation_prompts(self) -> tuple[str, ...]:
+        """Prompts of ``validation_prompt``, then those of the library file, each once."""
+        library = self.run.validation_prompt_library
+        prompts = [*self.run.validation_prompt, *(read_prompts(library) if library else ())]
+        return tuple(dict.fromkeys(prompts))
+
+    def resolved(self) -> dict[str, Any]:
+        """The complete configuration, JSON-able and without secrets; feeding it back reproduces the run."""
+        run = self.run
+        named: dict[str, dict[str, BaseModel]] = {
+            "distillation_config": {run.distillation_method: self.method},
+            "family_config": {run.model_family: self.family},
+            "optimizer_config": {run.optimizer: self.optimizer},
+            "tracker_config": dict(self.trackers),
+            "evaluator_config": dict(self.evaluators),
+            "publisher_config": dict(self.publishers),
+        }
+        resolved = run.model_dump(mode="json")
+        resolved["plugins"] = [str(path) for path in self.plugin_files]
+        resolved["validation_resolution"] = ",".join(f"{w}x{h}" for w, h in run.validation_resolution) or None
+        for key, parts in named.items():
+            resolved[key] = {name: dump(part) for name, part in parts.items()}
+        resolved["data"] = [dump_dataset(entry) for entry in (*self.datasets, *self.caches)]
+        return resolved
+
+
+def dump(model: BaseModel) -> dict[str, Any]:
+    """A model as JSON values, without what is secret by type or by name."""
+    values = model.model_dump(mode="json")
+    secret = {name for name in values if is_secret(name) or isinstance(getattr(model, name, None), SecretStr)}
+    return {name: value for name, value in values.items() if name not in secret}
+
+
+def dump_dataset(entry: DatasetSettings) -> dict[str, Any]:
+    """An entry of the data file as it would be written in full."""
+    return {**(dump(entry.backend) if entry.backend is not None else {}), **dump(entry)}
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Prompts of a library file: a JSON object or list of texts, or a text file with one prompt per line."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix.lower() != ".json":
+        return [line.strip() for line in text.splitlines() if line.strip()]
+    content = json.loads(text)
+    prompts = list(content.values()) if isinstance(content, dict) else content
+    if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError(f"{path} is neither a JSON object nor a JSON list of texts")
+    return prompts

@@ -1,0 +1,117 @@
+"""The keys of one entry of the data file (``multidatabackend.json``)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, Field, SerializeAsAny
+
+from .run_settings import ResolutionType
+from .types import LocalPath, Settings, Texts
+
+PIXEL_LIMIT = 8
+"""Sizes below this many "pixels" are megapixels (the unit trap of ``resolution_type: pixel``)."""
+
+
+def read_filter_list(value: object) -> object:
+    """A list as it stands; a single text as a list of one."""
+    return [value] if isinstance(value, str) else value
+
+
+class DatasetSettings(Settings):
+    """One dataset or cache, with the run's defaults applied."""
+
+    id: str = Field(min_length=1, pattern=r"^[^/\\\0]+$")
+    """Unique name; names caches and state."""
+    type: str = "local"
+    """A registered data backend (`distill plugins list`)."""
+    dataset_type: Literal["image", "text_embeds", "vae_embeds", "eval", "prompts", "distillation_cache"] = "image"
+    """What the entry holds: `image` to train on, `text_embeds` or `vae_embeds` for a cache's place."""
+    disabled: bool = False
+    """Leave the entry out."""
+    default: bool = False
+    """For a text_embeds entry: the cache of all datasets that name none."""
+    crop: bool = False
+    """Crop to crop_aspect; off keeps the aspect ratio and sorts into buckets."""
+    crop_aspect: Literal["square", "preserve", "closest", "random"] = "square"
+    """Aspect ratio that crops have."""
+    crop_style: Literal["random", "center", "corner"] = "random"
+    """Where crops are taken."""
+    resolution: float = Field(default=1024, gt=0)
+    """Size of training pictures, in the unit of resolution_type; absent: the run's."""
+    resolution_type: ResolutionType = "pixel_area"
+    """`pixel`: shorter edge; `area`: megapixels; `pixel_area`: the edge in pixels whose square is the area."""
+    minimum_image_size: float | None = Field(default=None, ge=0)
+    """Smaller pictures are left out, in the unit of resolution_type; below 8 under `pixel` it is megapixels."""
+    maximum_image_size: float | None = Field(default=None, gt=0)
+    """Larger pictures are scaled down before cropping, unit as minimum_image_size."""
+    target_downsample_size: float | None = Field(default=None, gt=0)
+    """Size that pictures above the maximum are scaled to before cropping, unit as minimum_image_size."""
+    aspect_bucket_alignment: int = Field(default=64, ge=1, le=1024)
+    """Edges of buckets are multiples of this many pixels; absent: the run's."""
+    aspect_bucket_rounding: int = Field(default=2, ge=1, le=9)
+    """Decimals of the aspect ratio by which buckets are told apart; absent: the run's."""
+    minimum_aspect_ratio: float | None = Field(default=None, gt=0)
+    """Pictures with a smaller width / height are left out."""
+    maximum_aspect_ratio: float | None = Field(default=None, gt=0)
+    """Pictures with a larger width / height are left out."""
+    max_upscale_threshold: float | None = Field(default=None, ge=0)
+    """Pictures that would be scaled up by more than this share (0.2 = 20%) are left out."""
+    max_num_samples: int | None = Field(default=None, ge=1)
+    """At most so many pictures, chosen by the seed."""
+    random_flip: bool = False
+    """Mirror pictures left to right at random; absent: the run's."""
+    caption_dropout_probability: float = Field(default=0.0, ge=0, le=1)
+    """Share of samples trained with the unconditional prompt (0-1); absent: the run's."""
+    instance_data_dir: LocalPath | None = None
+    """Folder with the pictures, for backends that read one."""
+    cache_dir_vae: LocalPath | None = None
+    """Folder of the latent cache; absent: under output_dir."""
+    cache_dir: LocalPath | None = None
+    """Folder of a text_embeds or vae_embeds entry's cache; absent: under output_dir."""
+    text_embeds: str | None = None
+    """Id of the text_embeds entry whose cache this dataset uses; absent: the default one."""
+    vae_batch_size: int = Field(default=4, ge=1)
+    """Pictures per autoencoder call while the latent cache is built; absent: the run's."""
+    write_batch_size: int = Field(default=128, ge=1)
+    """Entries per file of a cache."""
+    caption_strategy: Literal["textfile", "filename", "instanceprompt"] = "textfile"
+    """Where captions are: a .txt beside the picture, its file name, or instance_prompt for all."""
+    instance_prompt: str | None = None
+    """The one caption of `instanceprompt`, and what prepend_instance_prompt puts in front."""
+    prepend_instance_prompt: bool = False
+    """Put instance_prompt in front of every caption."""
+    only_instance_prompt: bool = False
+    """Use instance_prompt alone, whatever captions there are."""
+    disable_multiline_split: bool = False
+    """Take a caption file's lines as one caption rather than as several."""
+    caption_filter_list: Annotated[tuple[str, ...] | LocalPath, BeforeValidator(read_filter_list)] = ()
+    """Texts that are removed from captions: a list, or a file with one per line."""
+    caption_shuffle: bool = False
+    """Shuffle the comma-separated parts of captions."""
+    metadata_backend: Literal["discovery"] = "discovery"
+    """How pictures and their sizes are found: `discovery` reads the files."""
+    repeats: int = Field(default=0, ge=0)
+    """Extra passes over the dataset per epoch; 0 = one pass."""
+    probability: float = Field(default=1.0, ge=0)
+    """Weight of the dataset against others."""
+    start_step: int = Field(default=0, ge=0)
+    """Optimizer step from which the dataset is used."""
+    end_step: int | None = Field(default=None, ge=1)
+    """Optimizer step up to which the dataset is used."""
+    backend: SerializeAsAny[BaseModel] | None = Field(default=None, exclude=True)
+    """The backend's own validated keys."""
+
+    def edge_and_area(self, size: float) -> tuple[float | None, float | None]:
+        """A size of this entry as (shorter edge in pixels, area in megapixels); one of the two is None."""
+        if self.resolution_type == "area" or (self.resolution_type == "pixel" and size < PIXEL_LIMIT):
+            return None, size
+        if self.resolution_type == "pixel":
+            return size, None
+        return None, size * size / 1e6
+
+    @property
+    def square_edge(self) -> float:
+        """Edge in pixels of a square picture at this entry's resolution."""
+        edge, area = self.edge_and_area(self.resolution)
+        return edge if edge is not None else (area or 0.0) ** 0.5 * 1000

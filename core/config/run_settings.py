@@ -1,0 +1,226 @@
+"""The keys of the run itself (``config.json``), with their defaults, limits and units."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from .types import HubOrPath, Integers, LocalPath, Names, Resolutions, Settings, Texts
+
+ResolutionType = Literal["pixel", "area", "pixel_area"]
+
+
+class TeacherLora(Settings):
+    """A LoRA of the user's own that is fused into the teacher."""
+
+    path: HubOrPath
+    """Hub id, folder or .safetensors file of the LoRA."""
+    weight: float = Field(default=1.0, ge=-10, le=10)
+    """Factor on the LoRA (no unit)."""
+
+
+class ModelKeys(Settings):
+    """Which model is distilled, and how."""
+
+    model_type: Literal["lora", "full"] = "lora"
+    """What is trained: `lora`, an adapter on the frozen base, or `full`, all weights."""
+    model_family: str = "sdxl"
+    """A registered family (`distill plugins list`)."""
+    pretrained_model_name_or_path: HubOrPath | None = None
+    """Hub id, local folder in diffusers layout, or a single .safetensors file; absent: the family's miniature."""
+    pretrained_vae_model_name_or_path: HubOrPath | None = None
+    """Hub id or folder of another autoencoder; absent: the model's own."""
+    model_config_source: LocalPath | None = None
+    """Local folder with configs and tokenizers for a single-file model, where there is no hub."""
+    revision: str | None = None
+    """Revision of the hub model (branch, tag or commit)."""
+    teacher_lora: tuple[TeacherLora, ...] = ()
+    """LoRAs that are fused into the teacher before distillation: a list of {path, weight}."""
+    init_lora: HubOrPath | None = None
+    """A student's LoRA (folder, file or hub id) to start from, for staged training."""
+    distillation_method: str = "lcm"
+    """A registered method (`distill plugins list`)."""
+    base_model_precision: str = "no_change"
+    """Quantisation of the frozen base; only `no_change` in this version."""
+    text_encoder_1_precision: str = "no_change"
+    """Quantisation of the first text encoder; only `no_change` in this version."""
+    text_encoder_2_precision: str = "no_change"
+    """Quantisation of the second text encoder; only `no_change` in this version."""
+    text_encoder_3_precision: str = "no_change"
+    """Quantisation of the third text encoder; only `no_change` in this version."""
+    text_encoder_4_precision: str = "no_change"
+    """Quantisation of the fourth text encoder; only `no_change` in this version."""
+    attention_mechanism: Literal["diffusers"] = "diffusers"
+    """Attention kernels; `diffusers` is PyTorch's own fused attention."""
+
+
+class DataKeys(Settings):
+    """Defaults for datasets, which override them."""
+
+    data_backend_config: LocalPath | None = None
+    """Data file; absent: `multidatabackend.json` beside the config, then in output_dir, then in the working directory."""
+    resolution: float = Field(default=1024, gt=0)
+    """Size of training pictures, in the unit of resolution_type (pixels or megapixels)."""
+    resolution_type: ResolutionType = "pixel_area"
+    """`pixel`: shorter edge; `area`: megapixels; `pixel_area`: the edge in pixels whose square is the area."""
+    minimum_image_size: float | None = Field(default=None, ge=0)
+    """Smaller pictures are left out, in the unit of resolution_type; below 8 under `pixel` it is megapixels."""
+    maximum_image_size: float | None = Field(default=None, gt=0)
+    """Larger pictures are scaled down before cropping, in the unit of resolution_type; below 8 under `pixel`: megapixels."""
+    target_downsample_size: float | None = Field(default=None, gt=0)
+    """Size that pictures above the maximum are scaled to before cropping; absent: maximum_image_size."""
+    aspect_bucket_rounding: int = Field(default=2, ge=1, le=9)
+    """Decimals of the aspect ratio by which buckets are told apart (1-9)."""
+    aspect_bucket_alignment: int = Field(default=64, ge=1, le=1024)
+    """Edges of buckets are multiples of this many pixels (never below the family's own need)."""
+    caption_dropout_probability: float = Field(default=0.0, ge=0, le=1)
+    """Share of samples that are trained with the unconditional prompt (0-1)."""
+    random_flip: bool = False
+    """Whether pictures are mirrored left to right at random."""
+    vae_batch_size: int = Field(default=4, ge=1)
+    """Pictures per autoencoder call while the latent cache is built."""
+    dataloader_prefetch: int = Field(default=2, ge=1)
+    """Optimizer steps' worth of batches that are read ahead."""
+    num_workers: int = Field(default=2, ge=0)
+    """Threads that read and decode pictures."""
+
+
+class TrainingKeys(Settings):
+    """Optimisation."""
+
+    learning_rate: float = Field(default=1e-4, gt=0, le=10)
+    """Learning rate after warm-up; absent: 1e-4 for LoRA, 1e-6 for full training."""
+    lr_scheduler: Literal[
+        "constant", "constant_with_warmup", "linear", "sine", "cosine", "cosine_with_restarts", "polynomial"
+    ] = "constant_with_warmup"
+    """Course of the learning rate, counted in optimizer steps."""
+    lr_warmup_steps: int = Field(default=0, ge=0)
+    """Optimizer steps of linear warm-up."""
+    lr_num_cycles: int = Field(default=1, ge=1)
+    """Cycles of `sine` and `cosine_with_restarts`."""
+    lr_power: float = Field(default=1.0, gt=0)
+    """Exponent of `polynomial`."""
+    lr_end: float = Field(default=0.0, ge=0)
+    """Learning rate that decaying schedules end at."""
+    max_train_steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps to train for."""
+    num_train_epochs: int | None = Field(default=None, ge=1)
+    """Passes over the data to train for; with max_train_steps, whichever ends first."""
+    train_batch_size: int = Field(default=1, ge=1)
+    """Samples per micro-batch and process."""
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    """Micro-batches per optimizer step."""
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    mixed_precision: Literal["no", "fp16", "bf16"] = "bf16"
+    """Type of the forward pass; `fp16` needs a GPU."""
+    lora_type: Literal["standard"] = "standard"
+    """Kind of adapter."""
+    lora_rank: int = Field(default=64, ge=1)
+    """Rank of the adapter."""
+    lora_alpha: float = Field(default=64, gt=0)
+    """Scale of the adapter is lora_alpha / lora_rank; absent: lora_rank."""
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout inside the adapter (0-1); consistency methods need 0."""
+    lora_target_modules: Names = ()
+    """Module names (suffixes) to adapt; empty: the family's list."""
+    optimizer: str = "adamw"
+    """A registered optimizer (`distill plugins list`)."""
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of the first moment of Adam-like optimizers."""
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1)
+    """Decay of the second moment of Adam-like optimizers."""
+    adam_weight_decay: float = Field(default=1e-2, ge=0)
+    """Decoupled weight decay per step, as a fraction of learning_rate."""
+    adam_epsilon: float = Field(default=1e-8, gt=0)
+    """Added to the denominator of Adam-like optimizers."""
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    """Global gradient norm above which the gradient is scaled down; 0 = off."""
+    max_bad_steps: int = Field(default=10, ge=1)
+    """Consecutive optimizer steps with a loss that is not finite after which the run stops."""
+    use_ema: bool = False
+    """Keep an average of the trained weights; it is what is validated and exported."""
+    ema_decay: float = Field(default=0.995, ge=0, lt=1)
+    """Decay of that average per optimizer step."""
+    seed: int = Field(default=42, ge=0, lt=2**63)
+    """Fixes data order, noise, timesteps, guidance and dropout, each by a generator of its own."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, `cuda:1`, ..."""
+    allow_tf32: bool = False
+    """Let CUDA use TF32 in fp32 matrix products."""
+
+
+class OutputKeys(Settings):
+    """Pictures, scores, checkpoints, trackers, publishing."""
+
+    output_dir: LocalPath = Path("output")
+    """Folder of the run; absent: `output/<family>-<method>` in the working directory."""
+    overwrite: bool = False
+    """Replace what output_dir holds of another or a finished run."""
+    validation_step_interval: int = Field(default=250, ge=0)
+    """Optimizer steps between validations; 0 = off."""
+    validation_num_inference_steps: int | None = Field(default=None, ge=1, le=1000)
+    """Steps of the student in validation; absent: the method's."""
+    validation_guidance: float | None = Field(default=None, ge=0, le=100)
+    """Guidance scale of the student in validation (0 and 1 both mean none); absent: the method's."""
+    validation_resolution: Resolutions = ()
+    """`WIDTHxHEIGHT` in pixels, comma separated: every prompt at every resolution; absent: the first dataset's."""
+    validation_prompt: Texts = ()
+    """A prompt, or a list of prompts."""
+    validation_negative_prompt: str = ""
+    """What pictures should not show; has an effect with guidance only."""
+    validation_prompt_library: LocalPath | None = None
+    """Further prompts: JSON object or list of texts, or a text file with one prompt per line."""
+    validation_seed: int | None = Field(default=None, ge=0, lt=2**63)
+    """Seed of the first validation picture; absent: seed."""
+    num_validation_images: int = Field(default=1, ge=1)
+    """Pictures per prompt and resolution, with consecutive seeds."""
+    evaluation_steps: Integers = (1, 2, 4, 8)
+    """Steps at which the student is scored at the end."""
+    evaluation_teacher_steps: Integers = (4, 50)
+    """Steps at which the teacher is scored; the largest is the full teacher."""
+    evaluation_teacher_guidance: float | None = Field(default=None, ge=0, le=100)
+    """Guidance scale of the teacher's pictures, at every number of steps; absent: the family's usual one."""
+    evaluation_num_samples: int = Field(default=64, ge=0)
+    """Pictures per score at the end of the run; 0 = no scores."""
+    evaluators: Names = ()
+    """Registered evaluators to score with; empty: all that can be used here."""
+    checkpoint_step_interval: int = Field(default=500, ge=0)
+    """Optimizer steps between checkpoints; 0 = only when interrupted and at the end."""
+    checkpoints_total_limit: int | None = Field(default=5, ge=1)
+    """How many checkpoints are kept, the newest."""
+    resume_from_checkpoint: str | None = None
+    """`latest`, or a checkpoint's folder name or path; `latest` with nothing there starts afresh."""
+    report_to: Names = ("tensorboard",)
+    """Registered trackers, comma separated; `none` leaves only metrics.jsonl."""
+    tracker_project_name: str = "distill"
+    """Project in trackers that have one."""
+    tracker_run_name: str | None = None
+    """Name of the run in trackers; absent: output_dir's name."""
+    log_step_interval: int = Field(default=10, ge=1)
+    """Optimizer steps between reading metrics from the device."""
+    push_to_hub: bool = False
+    """Publish the student on the Hugging Face hub at the end."""
+    hub_model_id: str | None = None
+    """Repository to publish to, as `name/sdxl-lcm`."""
+    publish_to: Names = ()
+    """Further registered publishers that take the student at the end."""
+    plugins: tuple[LocalPath, ...] = ()
+    """Plugin files to load, as with --plugin."""
+
+
+class RunSettings(ModelKeys, DataKeys, TrainingKeys, OutputKeys):
+    """Every key of the run; the parts of method, family, optimizer and plugins are checked by their owners."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_by_others(cls, values: dict[str, object]) -> dict[str, object]:
+        """Defaults that depend on other keys: learning rate, alpha, output folder."""
+        full = values.get("model_type") == "full"
+        values = {"learning_rate": 1e-6 if full else 1e-4, **values}
+        values.setdefault("lora_alpha", values.get("lora_rank", 64))
+        family, method = values.get("model_family", "sdxl"), values.get("distillation_method", "lcm")
+        values.setdefault("output_dir", Path("output").absolute() / f"{family}-{method}")
+        return values

@@ -1,0 +1,127 @@
+r"""What a network said at (x_t, t), in whichever parametrisation, and the moves along it.
+
+With x_t = alpha x_0 + sigma eps, the four parametrisations that networks are trained in,
+
+    epsilon        eps
+    sample         x_0
+    v_prediction   v = alpha eps - sigma x_0          (arXiv 2202.00512)
+    flow           u = eps - x_0                      (arXiv 2210.02747)
+
+are each the pair (x_0, eps) seen along one direction, so that each gives both. Everything is computed in at least
+fp32 (dividing by alpha_999 = 0.068 multiplies errors by 14.6); float64 stays float64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, get_args
+
+from torch import Tensor
+
+from .schedule import Schedule, append_dims
+
+PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
+PREDICTION_TYPES: tuple[str, ...] = get_args(PredictionType)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A network's output at `x_t`, convertible to the other parametrisations.
+
+    Attributes:
+        output: Raw output, shape (B, ...).
+        x_t: The noised input, shape (B, ...).
+        t: Its time, shape (B,).
+        schedule: The path that relates them.
+        kind: The parametrisation of `output`.
+    """
+
+    output: Tensor
+    x_t: Tensor
+    t: Tensor
+    schedule: Schedule
+    kind: str
+
+    @cached_property
+    def _parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        alpha, sigma = self.schedule.coefficients(self.t, self.x_t)
+        return self.output.to(alpha.dtype), self.x_t.to(alpha.dtype), alpha, sigma
+
+    @cached_property
+    def x0(self) -> Tensor:
+        """The denoised data."""
+        out, x, alpha, sigma = self._parts
+        if self.kind == "epsilon":
+            return (x - sigma * out) / alpha
+        if self.kind == "v_prediction":
+            return (alpha * x - sigma * out) / (alpha**2 + sigma**2)
+        if self.kind == "flow":
+            return (x - sigma * out) / (alpha + sigma)
+        return out
+
+    @cached_property
+    def eps(self) -> Tensor:
+        """The noise."""
+        out, x, alpha, sigma = self._parts
+        if self.kind == "sample":
+            return (x - alpha * out) / sigma
+        if self.kind == "v_prediction":
+            return (sigma * x + alpha * out) / (alpha**2 + sigma**2)
+        if self.kind == "flow":
+            return (x + alpha * out) / (alpha + sigma)
+        return out
+
+    @property
+    def v(self) -> Tensor:
+        """alpha eps - sigma x_0."""
+        alpha, sigma = self.schedule.coefficients(self.t, self.x_t)
+        return alpha * self.eps - sigma * self.x0
+
+    @property
+    def velocity(self) -> Tensor:
+        """dx/dt of the probability-flow ODE: alpha' x_0 + sigma' eps (eps - x_0 for flow matching)."""
+        alpha_dot = append_dims(self.schedule.alpha_dot(self.t), self.x_t)
+        sigma_dot = append_dims(self.schedule.sigma_dot(self.t), self.x_t)
+        return alpha_dot * self.x0 + sigma_dot * self.eps
+
+    def jump(self, u: Tensor) -> Tensor:
+        """Move to time `u` (B,) along this prediction: alpha_u x_0 + sigma_u eps.
+
+        One DDIM step (arXiv 2010.02502) on a variance-preserving table, one Euler step on a flow.
+        """
+        alpha_u, sigma_u = self.schedule.coefficients(u, self.x_t)
+        return alpha_u * self.x0 + sigma_u * self.eps
+
+    def as_kind(self, kind: str) -> Tensor:
+        """The raw output that a network of another parametrisation would have given."""
+        if kind == "flow":
+            return self.eps - self.x0
+        return {"epsilon": lambda: self.eps, "sample": lambda: self.x0, "v_prediction": lambda: self.v}[kind]()
+
+
+class GuidedPrediction(Prediction):
+    """The pair (x_0, eps) of two predictions at the same point, extrapolated; made by :func:`guide`."""
+
+    def __init__(self, cond: Prediction, uncond: Prediction, scale: Tensor) -> None:
+        super().__init__(cond.output, cond.x_t, cond.t, cond.schedule, "sample")
+        g = append_dims(scale, cond.x_t)
+        object.__setattr__(self, "x0", uncond.x0 + g * (cond.x0 - uncond.x0))
+        object.__setattr__(self, "eps", uncond.eps + g * (cond.eps - uncond.eps))
+
+
+def guide(cond: Prediction, uncond: Prediction, scale: Tensor) -> Prediction:
+    """Classifier-free guidance uncond + g (cond - uncond) on the converted predictions (arXiv 2207.12598).
+
+    Args:
+        cond: Prediction with the prompt.
+        uncond: Prediction without, at the same x_t and t.
+        scale: g of shape (B,): the guidance scale that pipelines take; 1 is no guidance.
+    """
+    return GuidedPrediction(cond, uncond, scale)
+
+
+def scale_from_paper(w: Tensor | float) -> Tensor | float:
+    """g of uncond + g (cond - uncond) for the LCM paper's w of cond + w (cond - uncond): g = w + 1."""
+    return w + 1
+

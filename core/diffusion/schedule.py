@@ -1,0 +1,285 @@
+r"""Noise schedules: how a picture turns into noise.
+
+Every schedule is a Gaussian path
+
+    x_t = alpha_t x_0 + sigma_t eps,    eps ~ N(0, I)
+
+with t = the schedule's own time, growing with the noise. :class:`DDPMSchedule` counts timesteps 0 .. T-1 of a discrete
+table (also between them); :class:`FlowSchedule` runs from 0 (data) to 1 (noise).
+
+All coefficients are computed in float64 and returned with the shape of `t`; :func:`append_dims` makes them broadcast.
+
+References:
+    Ho et al., Denoising Diffusion Probabilistic Models, arXiv 2006.11239.
+    Lin et al., Common Diffusion Noise Schedules and Sample Steps are Flawed (zero terminal SNR), arXiv 2305.08891.
+    Lipman et al., Flow Matching for Generative Modeling, arXiv 2210.02747.
+    Esser et al., Scaling Rectified Flow Transformers (shift), arXiv 2403.03206.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+
+
+def append_dims(value: Tensor, like: Tensor) -> Tensor:
+    """`value` of shape (B,) with trailing axes appended until it has as many as `like`; the type of `like`, >= fp32."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return value.to(dtype).reshape(value.shape + (1,) * (like.ndim - value.ndim))
+
+
+@dataclass(frozen=True)
+class Grid:
+    """N steps of a solver over a schedule, from noisy (last) to clean (first).
+
+    Attributes:
+        times: Start of each step, shape (N,), growing.
+        previous: End of each step, shape (N,); indexed by the number of the step, never by a time.
+    """
+
+    times: Tensor
+    previous: Tensor
+
+    def __len__(self) -> int:
+        return len(self.times)
+
+    def to(self, device: str | torch.device) -> Grid:
+        """The same grid on `device`."""
+        return Grid(self.times.to(device), self.previous.to(device))
+
+
+class Schedule(ABC):
+    """A Gaussian path from data to noise; see the module's equation."""
+
+    clean_at_zero: bool
+    """Whether x_0 at t = 0 is the data itself (sigma(0) = 0), so that a consistency function meets its boundary there."""
+    t_max: float
+    """The noisiest time."""
+    num_train_timesteps: int
+    """T of the model's scheduler config."""
+
+    @abstractmethod
+    def alpha(self, t: Tensor) -> Tensor:
+        """alpha_t, shape of `t`, float64."""
+
+    @abstractmethod
+    def sigma(self, t: Tensor) -> Tensor:
+        """sigma_t, shape of `t`, float64."""
+
+    @abstractmethod
+    def alpha_dot(self, t: Tensor) -> Tensor:
+        """d alpha / dt."""
+
+    @abstractmethod
+    def sigma_dot(self, t: Tensor) -> Tensor:
+        """d sigma / dt."""
+
+    @abstractmethod
+    def time_of_log_snr(self, log_snr: Tensor) -> Tensor:
+        """The time whose :meth:`log_snr` is given."""
+
+    @abstractmethod
+    def network_time(self, t: Tensor) -> Tensor:
+        """What the network is fed for time `t`."""
+
+    @abstractmethod
+    def grid(self, num_steps: int) -> Grid:
+        """The solver's grid with `num_steps` steps."""
+
+    @property
+    @abstractmethod
+    def zero_terminal_snr(self) -> bool:
+        """Whether alpha is exactly 0 at the noisiest time."""
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        """log(alpha_t^2 / sigma_t^2)."""
+        return 2 * (self.alpha(t).log() - self.sigma(t).log())
+
+    def coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """(alpha_t, sigma_t) that broadcast against `like` of shape (B, ...)."""
+        return append_dims(self.alpha(t), like), append_dims(self.sigma(t), like)
+
+    def add_noise(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """x_t = alpha_t x_0 + sigma_t eps for `x_0`, `eps` of shape (B, ...) and `t` of shape (B,)."""
+        alpha_t, sigma_t = self.coefficients(t, x_0)
+        return alpha_t * x_0 + sigma_t * eps
+
+
+class DDPMSchedule(Schedule):
+    r"""A variance-preserving table, alpha^2 + sigma^2 = 1, as an angle: alpha = cos(theta_t), sigma = sin(theta_t).
+
+    At integer t this is the table itself, alpha_t = sqrt(alphas_cumprod[t]); between integers theta is linear, which
+    keeps every quantity finite and monotone also with zero terminal SNR (theta = pi/2).
+
+    Args:
+        alphas_cumprod: Shape (T,), falling.
+    """
+
+    clean_at_zero = False
+
+    def __init__(self, alphas_cumprod: Tensor) -> None:
+        table = alphas_cumprod.to("cpu", torch.float64)
+        theta = torch.atan2((1 - table).sqrt(), table.sqrt())
+        self._theta = {torch.device("cpu"): theta}
+        self._last_alpha_is_zero = bool(table[-1] == 0)
+        self.num_train_timesteps = len(table)
+        self.t_max = float(len(table) - 1)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> DDPMSchedule:
+        """The table that a diffusers scheduler config describes (betas, zero terminal SNR)."""
+        trained = config.get("trained_betas")
+        if trained is not None:
+            betas = torch.tensor(trained, dtype=torch.float64)
+        else:
+            betas = _betas(config)
+        alphas_cumprod = torch.cumprod(1 - betas, dim=0)
+        if config.get("rescale_betas_zero_snr", False):
+            alphas_cumprod = rescale_to_zero_snr(alphas_cumprod)
+        return cls(alphas_cumprod)
+
+    @property
+    def zero_terminal_snr(self) -> bool:
+        return self._last_alpha_is_zero
+
+    def _table(self, device: torch.device) -> Tensor:
+        if device not in self._theta:
+            self._theta[device] = self._theta[torch.device("cpu")].to(device)
+        return self._theta[device]
+
+    def _angle(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """theta_t and d theta / dt."""
+        theta = self._table(t.device)
+        t = t.to(torch.float64)
+        below = t.floor().clamp(0, len(theta) - 2).long()
+        slope = theta[below + 1] - theta[below]
+        return torch.where(t == below + 1, theta[below + 1], theta[below] + (t - below) * slope), slope
+
+    def alpha(self, t: Tensor) -> Tensor:
+        alpha = self._angle(t)[0].cos()
+        if self._last_alpha_is_zero:  # cos(pi/2) is 6e-17 in floating point
+            alpha = torch.where(t == self.t_max, torch.zeros_like(alpha), alpha)
+        return alpha
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return self._angle(t)[0].sin()
+
+    def alpha_dot(self, t: Tensor) -> Tensor:
+        theta, slope = self._angle(t)
+        return -theta.sin() * slope
+
+    def sigma_dot(self, t: Tensor) -> Tensor:
+        theta, slope = self._angle(t)
+        return theta.cos() * slope
+
+    def time_of_log_snr(self, log_snr: Tensor) -> Tensor:
+        table = self._table(log_snr.device)
+        theta = torch.atan((-log_snr.to(torch.float64) / 2).exp())
+        below = (torch.searchsorted(table, theta.contiguous()) - 1).clamp(0, len(table) - 2)
+        return below + (theta - table[below]) / (table[below + 1] - table[below])
+
+    def network_time(self, t: Tensor) -> Tensor:
+        return t
+
+    def grid(self, num_steps: int) -> Grid:
+        """t_i = (i + 1) k - 1 with k = T // N, each step ending at max(t_i - k, 0): LCM's grid (arXiv 2310.04378)."""
+        if not 1 <= num_steps <= self.num_train_timesteps:
+            raise UserError(
+                f"a grid of {num_steps} steps does not fit a schedule of {self.num_train_timesteps} timesteps",
+                f"choose 1 to {self.num_train_timesteps} steps",
+            )
+        k = self.num_train_timesteps // num_steps
+        times = torch.arange(1, num_steps + 1, dtype=torch.int64) * k - 1
+        return Grid(times, (times - k).clamp(min=0))
+
+
+class FlowSchedule(Schedule):
+    r"""Flow matching: alpha_t = 1 - t, sigma_t = t for t in [0, 1], the network fed T t.
+
+    Args:
+        shift: Resolution shift of the *grid*: shift(s) = m s / (1 + (m - 1) s). Times given to the other methods are
+            shifted already; it is applied once, where a grid is made.
+        num_train_timesteps: T, the factor of the network's time.
+    """
+
+    clean_at_zero = True
+    t_max = 1.0
+
+    def __init__(self, shift: float = 1.0, num_train_timesteps: int = 1000) -> None:
+        self.shift = shift
+        self.num_train_timesteps = num_train_timesteps
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> FlowSchedule:
+        """From a diffusers FlowMatch scheduler config."""
+        return cls(float(config.get("shift", 1.0)), int(config.get("num_train_timesteps", 1000)))
+
+    @property
+    def zero_terminal_snr(self) -> bool:
+        return True
+
+    def shifted(self, s: Tensor) -> Tensor:
+        """m s / (1 + (m - 1) s)."""
+        return self.shift * s / (1 + (self.shift - 1) * s)
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return 1 - t.to(torch.float64)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return t.to(torch.float64)
+
+    def alpha_dot(self, t: Tensor) -> Tensor:
+        return -torch.ones_like(t, dtype=torch.float64)
+
+    def sigma_dot(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t, dtype=torch.float64)
+
+    def time_of_log_snr(self, log_snr: Tensor) -> Tensor:
+        return torch.sigmoid(-log_snr.to(torch.float64) / 2)
+
+    def network_time(self, t: Tensor) -> Tensor:
+        return t * self.num_train_timesteps
+
+    def grid(self, num_steps: int) -> Grid:
+        """sigma_j = shift(j / N), j = 1 .. N; the last target is sigma_0 = 0."""
+        edges = self.shifted(torch.arange(num_steps + 1, dtype=torch.float64) / num_steps)
+        return Grid(edges[1:], edges[:-1])
+
+
+def _betas(config: Mapping[str, Any]) -> Tensor:
+    num = int(config.get("num_train_timesteps", 1000))
+    start, end = float(config.get("beta_start", 1e-4)), float(config.get("beta_end", 0.02))
+    kind = config.get("beta_schedule", "linear")
+    if kind == "linear":
+        return torch.linspace(start, end, num, dtype=torch.float64)
+    if kind == "scaled_linear":
+        return torch.linspace(start**0.5, end**0.5, num, dtype=torch.float64) ** 2
+    if kind == "squaredcos_cap_v2":
+        edges = (torch.arange(num + 1, dtype=torch.float64) / num + 0.008) / 1.008 * torch.pi / 2
+        alpha_bar = edges.cos() ** 2
+        return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
+    raise UserError(
+        f"scheduler config: beta_schedule = {kind!r} is not known",
+        "accepted: linear, scaled_linear, squaredcos_cap_v2, or trained_betas",
+    )
+
+
+def rescale_to_zero_snr(alphas_cumprod: Tensor) -> Tensor:
+    """Shift and scale sqrt(alphas_cumprod) so that its last value is 0 and its first unchanged (arXiv 2305.08891)."""
+    root = alphas_cumprod.sqrt()
+    first, last = root[0], root[-1]
+    return ((root - last) * first / (first - last)) ** 2
+
+
+def from_scheduler_config(config: Mapping[str, Any]) -> tuple[Schedule, str]:
+    """The schedule and prediction type (``epsilon``, ``v_prediction``, ``sample``, ``flow``) of a diffusers config."""
+    if "FlowMatch" in str(config.get("_class_name", "")):
+        return FlowSchedule.from_config(config), "flow"
+    return DDPMSchedule.from_config(config), str(config.get("prediction_type", "epsilon"))

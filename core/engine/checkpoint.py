@@ -1,0 +1,282 @@
+"""Checkpoints that are complete or absent, never half, and that hold no pickle.
+
+A checkpoint is written aside (``.checkpoint-<n>.partial``), each file and folder fsynced, its manifest of checksums last,
+and renamed to ``checkpoint-<n>`` in one move. Whatever moment the process dies at, the folders named ``checkpoint-<n>``
+are whole. A partial that already has its manifest is whole too: the next start finishes its rename.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import UserError
+from .tree import load_optimizer, optimizer_to_tensors, tensors_to_optimizer
+
+__all__ = ["CheckpointState", "CheckpointStore", "load_optimizer", "optimizer_to_tensors", "tensors_to_optimizer"]
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+META = "state.json"
+_NAME = re.compile(r"checkpoint-(\d+)")
+_LEFTOVER = re.compile(r"\.checkpoint-(\d+)\.(partial|replaced|deleted)")
+_GROUP = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+@dataclass
+class CheckpointState:
+    """Everything that decides the future of a run.
+
+    Attributes:
+        step: Optimizer steps taken.
+        tensors: Group name -> tensor name -> tensor; each group becomes ``<group>.safetensors``.
+        meta: Whatever else there is, JSON-able (floats round-trip exactly).
+    """
+
+    step: int
+    tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+class CheckpointStore:
+    """The checkpoints of one output folder.
+
+    Args:
+        output_dir: Folder of the run.
+        limit: How many to keep, the newest; None or 0 keeps all.
+        read_only: For ranks that do not save: nothing is cleaned up, and :meth:`save` is refused.
+    """
+
+    def __init__(self, output_dir: Path, *, limit: int | None, read_only: bool = False) -> None:
+        if limit is not None and limit < 0:
+            raise ValueError(f"limit must be 0 (keep all) or more, not {limit}")
+        self.output_dir = Path(output_dir)
+        self.limit = limit or None
+        self.read_only = read_only
+        if not read_only:
+            self._recover()
+
+    def all(self) -> list[Path]:
+        """The complete checkpoints, oldest first. Checksums are left to :meth:`load`."""
+        return [path for _, path in sorted(self._complete().items())]
+
+    def latest(self) -> Path | None:
+        """The newest complete checkpoint, or None."""
+        paths = self.all()
+        return paths[-1] if paths else None
+
+    def save(self, state: CheckpointState, *, step: int | None = None) -> Path:
+        """Write `state` as ``checkpoint-<step>`` and remove the oldest ones beyond the limit.
+
+        A checkpoint of the same step is replaced.
+
+        Args:
+            state: What to keep.
+            step: Optimizer steps taken; ``state.step`` unless given, and never another number.
+        """
+        if self.read_only:
+            raise ValueError("this CheckpointStore was opened read-only")
+        if step is not None and step != state.step:
+            raise ValueError(f"step {step} is not the state's {state.step}")
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        final = self.output_dir / f"checkpoint-{state.step}"
+        partial = self._aside(state.step, "partial")
+        _remove(partial)
+        _write(partial, state)
+        self._move_into_place(partial, final)
+        self._prune(keep=final)
+        return final
+
+    def load(self, path: Path) -> CheckpointState:
+        """Read a checkpoint after verifying every file's checksum; tensors lie on the CPU.
+
+        Raises:
+            UserError: The folder is no complete checkpoint, or a file in it is not what was written.
+        """
+        from safetensors.torch import load_file
+
+        path = Path(path)
+        manifest = self._manifest(path)
+        for name, entry in manifest["files"].items():
+            self._verify(path / name, entry)
+        tensors = {group: load_file(path / f"{group}.safetensors") for group in manifest["groups"]}
+        meta = json.loads((path / META).read_text("utf-8"))
+        return CheckpointState(step=manifest["step"], tensors=tensors, meta=meta)
+
+    def discard_after(self, step: int) -> list[Path]:
+        """Remove checkpoints of later steps (a run that goes on from an older one would otherwise find them as its own)."""
+        later = [path for number, path in sorted(self._complete().items()) if number > step]
+        for path in later:
+            self._delete(path)
+        return later
+
+    # -- the moves --------------------------------------------------------------------------------------------------
+
+    def _aside(self, step: int, suffix: str) -> Path:
+        return self.output_dir / f".checkpoint-{step}.{suffix}"
+
+    def _complete(self) -> dict[int, Path]:
+        found: dict[int, Path] = {}
+        for path in _folders(self.output_dir):
+            match = _NAME.fullmatch(path.name)
+            if match and _is_complete(path):
+                found[int(match[1])] = path
+        return found
+
+    def _move_into_place(self, partial: Path, final: Path) -> None:
+        if final.exists():
+            # Dying between these two renames loses nothing: the partial has its manifest, and the next start moves it.
+            replaced = self._aside(_step_of(final), "replaced")
+            _remove(replaced)
+            os.rename(final, replaced)
+            os.rename(partial, final)
+            _sync_folder(self.output_dir)
+            _remove(replaced)
+            return
+        os.rename(partial, final)
+        _sync_folder(self.output_dir)
+
+    def _prune(self, *, keep: Path) -> None:
+        if self.limit is None:
+            return
+        others = [path for path in self.all() if path != keep]
+        for path in others[: max(len(others) + 1 - self.limit, 0)]:
+            self._delete(path)
+
+    def _delete(self, path: Path) -> None:
+        """Out of sight in one move first: a folder that dies half deleted must not bear the name of a checkpoint."""
+        aside = self._aside(_step_of(path), "deleted")
+        _remove(aside)
+        os.rename(path, aside)
+        _remove(aside)
+
+    def _recover(self) -> None:
+        """Finish or remove what a killed process left."""
+        for path in _folders(self.output_dir):
+            match = _LEFTOVER.fullmatch(path.name)
+            if not match:
+                continue
+            final = self.output_dir / f"checkpoint-{match[1]}"
+            if match[2] == "partial" and _is_complete(path) and not final.exists():
+                os.rename(path, final)
+                _sync_folder(self.output_dir)
+            else:
+                _remove(path)
+
+    # -- reading ----------------------------------------------------------------------------------------------------
+
+    def _manifest(self, path: Path) -> dict[str, Any]:
+        try:
+            manifest = json.loads((path / MANIFEST).read_text("utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"{path} is no checkpoint: it has no {MANIFEST}", self._instead_of(path)) from None
+        except ValueError as error:
+            raise UserError(f"{path / MANIFEST} is corrupt: {error}", self._instead_of(path)) from error
+        if manifest.get("format") != FORMAT:
+            raise UserError(
+                f"{path} has checkpoint format {manifest.get('format')!r}; this version reads {FORMAT}",
+                "Resume with the version of distill that wrote it, or start afresh in another output_dir.",
+            )
+        return manifest
+
+    def _verify(self, path: Path, entry: Mapping[str, Any]) -> None:
+        if not path.is_file():
+            raise UserError(f"checkpoint file {path} is missing", self._instead_of(path.parent))
+        if path.stat().st_size != entry["bytes"] or _sha256(path) != entry["sha256"]:
+            raise UserError(f"checkpoint file {path} is corrupt: it is not what was written", self._instead_of(path.parent))
+
+    def _instead_of(self, path: Path) -> str:
+        others = [other.name for other in self.all() if other.resolve() != path.resolve()]
+        return f"Remove the folder {path} to resume from " + (f"{others[-1]}." if others else "the start.")
+
+
+def _folders(parent: Path) -> list[Path]:
+    return [path for path in parent.iterdir() if path.is_dir()] if parent.is_dir() else []
+
+
+def _step_of(path: Path) -> int:
+    match = _NAME.fullmatch(path.name)
+    assert match, path
+    return int(match[1])
+
+
+def _is_complete(path: Path) -> bool:
+    """Whether every file of the manifest is there at its size (cheap: no file is read)."""
+    try:
+        files = json.loads((path / MANIFEST).read_text("utf-8"))["files"]
+        return all((path / name).stat().st_size == entry["bytes"] for name, entry in files.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _write(folder: Path, state: CheckpointState) -> None:
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    for group, tensors in state.tensors.items():
+        if not _GROUP.fullmatch(group):
+            raise ValueError(f"{group!r} cannot name a file: letters, digits, '_', '.' and '-' can")
+        save_file(_storable(tensors), folder / f"{group}.safetensors")
+    (folder / META).write_text(json.dumps(state.meta), "utf-8")
+    files = sorted(folder.iterdir())
+    for path in files:
+        _sync_file(path)
+    manifest = {
+        "format": FORMAT,
+        "step": state.step,
+        "groups": list(state.tensors),
+        "files": {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files},
+    }
+    aside = folder / f"{MANIFEST}.partial"
+    aside.write_text(json.dumps(manifest, indent=2), "utf-8")
+    _sync_file(aside)
+    os.rename(aside, folder / MANIFEST)
+    _sync_folder(folder)
+
+
+def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """CPU copies that safetensors accepts: contiguous, and no two on one storage."""
+    seen: set[int] = set()
+    result: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        plain = tensor.detach().cpu().contiguous()
+        storage = plain.untyped_storage()
+        if storage.nbytes() != plain.nbytes or storage.data_ptr() in seen:
+            plain = plain.clone()
+        seen.add(plain.untyped_storage().data_ptr())
+        result[name] = plain
+    return result
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    if os.name == "nt":  # Windows has no handle on a folder to sync; its renames are journalled
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _remove(path: Path) -> None:
+    if path.exists():
+        shutil.rmtree(path)

@@ -1,0 +1,139 @@
+"""The training loop: it owns zero_grad, backward, clipping, stepping and averages, and knows no method by name.
+
+Under accumulation the micro-batches' generators advance in lockstep: all yield their first update, the role is stepped,
+all yield the second; so 1x4 equals 4x1 also for methods with alternate updates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..batch import Batch
+from ..context import Context
+from ..method import Method, Update
+from ..networks import Networks
+from .health import HealthMonitor
+from .optimize import RoleOptimizer
+
+NUM_TIME_BINS = 10
+Reduce = Callable[[Sequence[Tensor]], None]
+
+
+def no_reduction(tensors: Sequence[Tensor]) -> None:
+    """One process: nothing to average."""
+
+
+@dataclass
+class StepResult:
+    """What one optimizer step leaves on the device."""
+
+    metrics: dict[str, Tensor | float] = field(default_factory=dict)
+    bin_sums: Tensor | None = None
+    """Sum of per-sample losses by timestep bin, shape (10,)."""
+    bin_counts: Tensor | None = None
+    """Number of samples by timestep bin, shape (10,)."""
+
+
+@dataclass
+class _Accumulated:
+    """The same update of every micro-batch."""
+
+    role: str
+    updates: list[Update] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+
+
+class Loop:
+    """Takes optimizer steps.
+
+    Args:
+        method: Yields the updates.
+        context: The run; bound to each micro-batch here.
+        networks: By role.
+        optimizers: By trained role.
+        health: Told of each step's flags.
+        reduce: Averages tensors over processes, in place.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        context: Context,
+        networks: Networks,
+        optimizers: Mapping[str, RoleOptimizer],
+        *,
+        health: HealthMonitor,
+        reduce: Reduce = no_reduction,
+    ) -> None:
+        self.method, self.context, self.networks = method, context, networks
+        self.optimizers, self.health, self._reduce = optimizers, health, reduce
+
+    def step(self, step: int, batches: Sequence[Batch]) -> StepResult:
+        """Optimizer step `step` over this process's micro-batches."""
+        contexts = [self.context.at(step, batch.positions) for batch in batches]
+        generators = [self.method.updates(c, b, step) for c, b in zip(contexts, batches, strict=True)]
+        result = StepResult()
+        while True:
+            accumulated: _Accumulated | None = None
+            for generator, batch in zip(generators, batches, strict=True):
+                update = next(generator, None)
+                if update is not None:
+                    accumulated = accumulated or _Accumulated(update.role)
+                    self._accumulate(accumulated, update, batch, len(batches))
+            if accumulated is None:
+                return result
+            assert len(accumulated.updates) == len(batches), "micro-batches must yield the same updates"
+            self._take(step, accumulated, result)
+
+    def _accumulate(self, accumulated: _Accumulated, update: Update, batch: Batch, num_batches: int) -> None:
+        assert update.role == accumulated.role, "micro-batches must yield the same updates"
+        self.optimizers[update.role].backward(update.loss / num_batches)
+        detached = Update(
+            update.role, update.loss.detach(), {k: v.detach() for k, v in update.metrics.items()},
+            update.per_sample, update.t,
+        )  # fmt: skip
+        accumulated.updates.append(detached)
+        accumulated.keys.extend(batch.keys)
+
+    def _take(self, step: int, accumulated: _Accumulated, result: StepResult) -> None:
+        role, updates = accumulated.role, accumulated.updates
+        optimizer = self.optimizers[role]
+        loss = torch.stack([update.loss for update in updates]).mean()
+        self._reduce([loss, *(p.grad for p in optimizer.parameters if p.grad is not None)])
+        norm, taken = optimizer.step(step, healthy=torch.isfinite(loss))
+        self.networks.update_averages(role)
+        self.health.record(step, taken, _bad_samples(updates, len(accumulated.keys), loss), accumulated.keys)
+
+        prefix = "" if role == "student" else f"{role}/"
+        result.metrics |= {
+            f"{prefix}loss": loss,
+            f"{prefix}lr": optimizer.learning_rate(step),
+            f"{prefix}grad_norm": norm,
+        }
+        for name in updates[0].metrics:
+            result.metrics[name] = torch.stack([update.metrics[name] for update in updates]).mean()
+        if role == "student":
+            result.bin_sums, result.bin_counts = _time_bins(updates, self.context.schedule.t_max)
+
+
+def _bad_samples(updates: Sequence[Update], num_samples: int, loss: Tensor) -> Tensor:
+    losses = [update.per_sample for update in updates if update.per_sample is not None]
+    if not losses:
+        return torch.zeros(num_samples, dtype=torch.bool, device=loss.device)
+    return ~torch.isfinite(torch.cat(losses))
+
+
+def _time_bins(updates: Sequence[Update], t_max: float) -> tuple[Tensor | None, Tensor | None]:
+    """Sums and counts of the per-sample losses in ten equal bins of time."""
+    pairs = [(u.per_sample, u.t) for u in updates if u.per_sample is not None and u.t is not None]
+    if not pairs:
+        return None, None
+    losses = torch.cat([pair[0] for pair in pairs]).double()
+    t = torch.cat([pair[1] for pair in pairs]).double()
+    bins = (t / (t_max + 1e-9) * NUM_TIME_BINS).long().clamp(0, NUM_TIME_BINS - 1)
+    zeros = torch.zeros(NUM_TIME_BINS, dtype=torch.float64, device=losses.device)
+    return zeros.scatter_add(0, bins, losses), zeros.scatter_add(0, bins, torch.ones_like(losses))

@@ -1,0 +1,105 @@
+"""One optimizer step for one role: true norm clipping, and updates with a bad gradient withheld on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class RoleOptimizer:
+    """The optimizer of one role.
+
+    Args:
+        optimizer: Over `parameters`.
+        parameters: What it steps.
+        learning_rate: Learning rate before the schedule.
+        schedule: Factor of the learning rate by optimizer step (counted from 0).
+        max_grad_norm: The global norm is clipped to this; 0 switches clipping off.
+        scaler: For fp16, else None.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        parameters: Sequence[nn.Parameter],
+        *,
+        learning_rate: float,
+        schedule: Callable[[int], float],
+        max_grad_norm: float,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
+        self.optimizer, self.parameters, self.scaler = optimizer, list(parameters), scaler
+        self._learning_rate, self._schedule, self._max_grad_norm = learning_rate, schedule, max_grad_norm
+        self._fused = bool(optimizer.defaults.get("fused"))
+
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of optimizer step `step`."""
+        return self._learning_rate * self._schedule(step)
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradient of `loss` in this role's own parameters and nowhere else."""
+        scaled = self.scaler.scale(loss) if self.scaler else loss
+        torch.autograd.backward(scaled, inputs=self.parameters)
+
+    def step(self, step: int, *, healthy: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Clip and step.
+
+        Args:
+            step: The optimizer step, for the learning rate.
+            healthy: Boolean scalar, False where the loss already was not finite.
+
+        Returns:
+            The gradient's norm before clipping, and whether the update was taken; both scalars on the device.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(step)
+        if self.scaler:
+            self.scaler.unscale_(self.optimizer)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        taken = torch.isfinite(norm) if healthy is None else torch.isfinite(norm) & healthy
+        if self._max_grad_norm > 0:
+            factor = (self._max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(gradients, factor)
+        self._step_if(taken)
+        if self.scaler:
+            self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm, taken
+
+    def _step_if(self, taken: Tensor) -> None:
+        if taken.device.type == "cpu":  # nothing to wait for
+            if taken:
+                self.optimizer.step()
+        elif self._fused:  # the kernel itself reads the flag
+            self.optimizer.found_inf = (~taken).float()  # type: ignore[attr-defined]
+            self.optimizer.step()
+        else:
+            with restored_unless(taken, self.parameters, self.optimizer):
+                self.optimizer.step()
+
+
+@contextmanager
+def restored_unless(taken: Tensor, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer) -> Any:
+    """Undo, on the device, what the block does to parameters and optimizer state unless `taken` is true.
+
+    For optimizers without a fused kernel that reads the flag. Costs one copy of both while it lasts.
+    """
+    before = {id(p): p.detach().clone() for p in parameters}
+    states = {id(t): t.clone() for t in _state_tensors(optimizer)}
+    yield
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.copy_(torch.where(taken, parameter, before[id(parameter)]))
+        for tensor in _state_tensors(optimizer):
+            # a state made by this very step starts as zeros
+            old = states.get(id(tensor), torch.zeros_like(tensor))
+            tensor.copy_(torch.where(taken.to(tensor.device), tensor, old))
+
+
+def _state_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]

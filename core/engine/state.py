@@ -1,0 +1,30 @@
+"""What an observing plugin sees of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..config import Configuration
+    from ..context import Context
+    from ..family import ModelFamily
+    from ..method import Method
+
+
+@dataclass
+class RunState:
+    """The parts of a run, for observation hooks."""
+
+    config: Configuration
+    output_dir: Path
+    method: Method
+    family: ModelFamily
+    context: Context
+    networks: dict[str, nn.Module] = field(default_factory=dict)
+    step: int = 0
+    extra: dict[str, Any] = field(default_factory=dict)
+    """A place for plugins to keep things by their own name."""

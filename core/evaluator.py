@@ -1,0 +1,67 @@
+"""The contract of an evaluator: scores of generated pictures."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Pictures of one sampler at one number of steps.
+
+    Attributes:
+        images: Shape (N, 3, H, W), float32 in [0, 1].
+        prompts: N prompts.
+        reference: The full teacher's pictures from the same noise and prompts, same shape, or None for the teacher itself.
+        data: Real pictures of the data set, shape (M, 3, H, W), or None where there are none.
+    """
+
+    images: Tensor
+    prompts: Sequence[str]
+    reference: Tensor | None = None
+    data: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class EvaluationSetting:
+    """What an evaluator may look at when it says whether it can be used."""
+
+    model_path: Path | None
+    """Local folder of the teacher, or None when it is not a folder."""
+    device: str = "cpu"
+
+
+class Evaluator(ABC):
+    """Turns samples into named scores."""
+
+    name: ClassVar[str]
+    packages: ClassVar[Mapping[str, str]] = {}
+    higher_is_better: ClassVar[Mapping[str, bool]] = {}
+    """For each score it returns: whether more is better (for tables)."""
+
+    class Config(BaseModel):
+        """The evaluator's own settings, under ``evaluator_config.<name>``."""
+
+        model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    def __init__(self, config: Any, setting: EvaluationSetting) -> None:
+        self.config = config
+        self.setting = setting
+
+    @classmethod
+    def usable(cls, setting: EvaluationSetting) -> str | None:
+        """None when it can be used here, else the reason why not."""
+        return None
+
+    @abstractmethod
+    def score(self, samples: Samples) -> dict[str, float]:
+        """Scores by name."""

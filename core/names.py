@@ -1,0 +1,13 @@
+"""Nearest names, for messages about misspelt ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that `name` was most likely meant to be, or None."""
+    by_folded = {candidate.lower().replace("-", "_"): candidate for candidate in known}
+    matches = get_close_matches(str(name).lower().replace("-", "_"), by_folded, n=1, cutoff=0.6)
+    return by_folded[matches[0]] if matches else None

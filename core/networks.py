@@ -1,0 +1,224 @@
+"""The networks of a run, by role: one base in memory, with an adapter for each role that trains LoRA.
+
+With LoRA the teacher is the base with adapters off. Which adapters are on is a property of each forward pass: it is set
+for that pass, put back afterwards, and restored for its recomputation under gradient checkpointing, so that one backward
+may cross student, fake score and teacher. ``requires_grad`` is never touched by switching.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .engine.ema import EMA
+from .errors import UserError
+from .random import derive_seed
+
+if TYPE_CHECKING:
+    from .family import LoraSettings, ModelFamily
+    from .method import Role
+
+
+class AdapterSwitch:
+    """Sets which adapter of a peft-injected network is active, without touching ``requires_grad``.
+
+    Args:
+        network: A network that adapters were injected into.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        self._layers: list[Any] = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
+        self.active: str | None = None
+        self._apply(None)
+
+    def _apply(self, adapter: str | None) -> None:
+        # peft's public switches clear requires_grad of the inactive adapters, hence its two fields directly
+        for layer in self._layers:
+            layer._disable_adapters = adapter is None
+            if adapter is not None:
+                layer._active_adapter = [adapter]
+        self.active = adapter
+
+    @contextmanager
+    def use(self, adapter: str | None) -> Iterator[None]:
+        """`adapter` on (None: all off) inside the block; what was before comes back after it, also on an error."""
+        before = self.active
+        if adapter == before:
+            yield
+            return
+        self._apply(adapter)
+        try:
+            yield
+        finally:
+            self._apply(before)
+
+    def checkpoint(self, module: nn.Module, *args: Any) -> Any:
+        """Gradient checkpointing whose recomputation runs with the adapters of the forward pass."""
+        adapter = self.active
+        return torch.utils.checkpoint.checkpoint(
+            module.__call__, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), self.use(adapter))
+        )
+
+
+class Networks:
+    """Networks by role, their trainable parameters and their averages.
+
+    Args:
+        family: Loads the base and makes copies for full training.
+        roles: What the method declared.
+        lora: Shape of adapters.
+        seed: Of the adapters' initial weights.
+        gradient_checkpointing: Recompute activations in the backward pass.
+        parameter_dtype: Type of trained LoRA weights (bfloat16 only for optimizers that compensate the rounding).
+        ema_decay: Decay of another average of the student, for ``use_ema``; None without.
+    """
+
+    def __init__(
+        self,
+        family: ModelFamily,
+        roles: Sequence[Role],
+        *,
+        lora: LoraSettings | None,
+        seed: int,
+        gradient_checkpointing: bool = False,
+        parameter_dtype: torch.dtype = torch.float32,
+        ema_decay: float | None = None,
+    ) -> None:
+        self.roles = {role.name: role for role in roles}
+        self._family, self._lora, self._seed, self._dtype = family, lora, seed, parameter_dtype
+        self.base = family.load_network().requires_grad_(False)
+        self._modules: dict[str, nn.Module] = {}
+        for role in roles:
+            self._modules[role.name] = self._build(role)
+        self._switch = AdapterSwitch(self.base) if any(role.trains == "lora" for role in roles) else None
+        self._averages = {
+            role.name: EMA(self._all_parameters(role.ema_of), self._all_parameters(role.name), decay=role.ema_decay)
+            for role in roles
+            if role.ema_of is not None
+        }
+        self.average: EMA | None = None
+        if ema_decay is not None:
+            online = self.parameters("student")
+            self.average = EMA(online, [p.detach().clone() for p in online], decay=ema_decay)
+        if gradient_checkpointing:
+            self._enable_checkpointing()
+
+    def _build(self, role: Role) -> nn.Module:
+        if role.trains == "lora":
+            return self._add_adapter(role)
+        if role.ema_of is not None:
+            return copy.deepcopy(self._modules[role.ema_of]).requires_grad_(False)
+        if role.trains == "full":
+            student = self._family.student_network(self.base, guidance_embedding=role.guidance_embedding)
+            # fp32 masters under autocast, unless the optimizer compensates bf16 rounding itself
+            return student.to(self._dtype).requires_grad_(True)
+        return self.base
+
+    def _add_adapter(self, role: Role) -> nn.Module:
+        from peft import LoraConfig
+
+        assert self._lora is not None
+        targets = list(self._lora.target_modules or self._family.lora_targets)
+        config = LoraConfig(
+            r=self._lora.rank,
+            lora_alpha=self._lora.alpha,  # type: ignore[arg-type]  # peft takes floats
+            lora_dropout=self._lora.dropout,
+            target_modules=targets,
+            init_lora_weights=True,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(self._seed, "lora", role.name))
+            try:
+                self.base.add_adapter(config, adapter_name=role.name)  # type: ignore[operator]
+            except ValueError as error:
+                raise UserError(
+                    f"lora_target_modules = {targets}: none of these is a module of this network",
+                    f"leave the key out for the family's own list: {' '.join(self._family.lora_targets)}",
+                ) from error
+        for name, parameter in self.base.named_parameters():
+            if f".{role.name}." in name and "lora_" in name:
+                parameter.data = parameter.data.to(self._dtype)
+                parameter.requires_grad_(True)
+        return self.base
+
+    def _enable_checkpointing(self) -> None:
+        for name, role in self.roles.items():
+            if role.trains == "none":
+                continue
+            module: Any = self._modules[name]
+            switch = self._switch if module is self.base else None
+            module.enable_gradient_checkpointing(switch.checkpoint if switch else None)
+
+    # -- access -----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def use(self, role: str) -> Iterator[nn.Module]:
+        """The role's network, with its adapters on and all others off, inside the block."""
+        module = self._modules[role]
+        adapter = role if self.roles[role].trains == "lora" else None
+        with self._switch.use(adapter) if self._switch and module is self.base else nullcontext():
+            yield module
+
+    def named_parameters(self, role: str) -> dict[str, nn.Parameter]:
+        """The role's own weights by name: its adapter, or the whole network when it is a copy of its own."""
+        module = self._modules[role]
+        if self.roles[role].trains == "lora":
+            marker = f".{role}."
+            return {n: p for n, p in module.named_parameters() if marker in n and "lora_" in n}
+        return {} if module is self.base else dict(module.named_parameters())
+
+    def _all_parameters(self, role: str) -> list[nn.Parameter]:
+        return list(self.named_parameters(role).values())
+
+    def parameters(self, role: str) -> list[nn.Parameter]:
+        """The role's trainable parameters, in a fixed order."""
+        return [p for p in self._all_parameters(role) if p.requires_grad]
+
+    def trained_roles(self) -> list[str]:
+        """Roles that an optimizer steps, in the method's order."""
+        return [name for name, role in self.roles.items() if role.trains != "none"]
+
+    # -- averages ---------------------------------------------------------------------------------------------------
+
+    def update_averages(self, stepped: str) -> None:
+        """Move every average of the role that was just stepped; once per optimizer step."""
+        for name, average in self._averages.items():
+            if self.roles[name].ema_of == stepped:
+                average.update()
+        if self.average is not None and stepped == "student":
+            self.average.update()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The ``use_ema`` average in the student's place inside the block; nothing happens without one."""
+        if self.average is None:
+            yield
+            return
+        with self.average.swapped():
+            yield
+
+    # -- state ------------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """Groups of tensors that decide the future, for a checkpoint."""
+        groups = {f"network-{name}": dict(self.named_parameters(name)) for name in self.roles}
+        if self.average is not None:
+            groups["average"] = {str(i): tensor for i, tensor in enumerate(self.average.shadow)}
+        return {name: {n: t.detach() for n, t in group.items()} for name, group in groups.items() if group}
+
+    @torch.no_grad()
+    def load_state(self, groups: dict[str, dict[str, Tensor]]) -> None:
+        """Restore what :meth:`state` returned, bit for bit."""
+        own = self.state()
+        for name, group in own.items():
+            if name not in groups or set(groups[name]) != set(group):
+                raise UserError(f"the checkpoint has no matching weights for {name!r}", "start a new output_dir")
+            for key, tensor in group.items():
+                tensor.copy_(groups[name][key])

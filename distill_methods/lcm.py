@@ -1,0 +1,218 @@
+r"""Latent consistency models, full and as a LoRA.
+
+A consistency function f(x_t, t) maps every point of one trajectory of the teacher's guided probability-flow ODE to the
+trajectory's clean end. One training step, with a grid of N times t_i = (i + 1) k - 1, k = T // N:
+
+    i ~ U{0 .. N-1},  t = t_i,  t' = max(t - k, 0)
+    x_t  = alpha_t x_0 + sigma_t eps                                from data
+    (x0^, eps^) = teacher with guidance scale g ~ U[w_min, w_max]   at (x_t, t)
+    x'   = alpha_t' x0^ + sigma_t' eps^                             one DDIM step
+    L    = d( f_theta(x_t, t), sg f_theta-(x', t') )
+
+with f(x, t) = c_skip(t) x + c_out(t) x0_theta(x, t) and the boundary f(x, 0) = x:
+
+    c_skip = s^2 / ((m t)^2 + s^2),   c_out = m t / sqrt((m t)^2 + s^2),   s = 0.5
+
+On a flow the clean end is reached exactly (sigma_0 = 0), so f = x - sigma v needs no c_skip. theta- is the student itself
+for LoRA, its exponential moving average for full training; never the teacher, for then nothing is bootstrapped.
+
+A LoRA has no guidance input: w only augments the teacher. Full training feeds w to the student, so that it can be run at
+any guidance of the range.
+
+References:
+    Luo et al., Latent Consistency Models, arXiv 2310.04378.
+    Luo et al., LCM-LoRA: A Universal Stable-Diffusion Acceleration Module, arXiv 2311.05556.
+    Song et al., Consistency Models, arXiv 2303.01469.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
+
+from ..core.batch import Batch
+from ..core.context import Context
+from ..core.diffusion import Prediction, Schedule, append_dims
+from ..core.hookspecs import hookimpl
+from ..core.method import Method, MethodSetup, Requirements, Role, Sampler, Update
+
+SIGMA_DATA = 0.5
+
+
+def boundary_scalings(t: Tensor, *, timestep_scaling_factor: float) -> tuple[Tensor, Tensor]:
+    """c_skip and c_out of the consistency function at integer timesteps `t` (B,), float64; (1, 0) exactly at t = 0."""
+    scaled = timestep_scaling_factor * t.to(torch.float64)
+    norm = scaled**2 + SIGMA_DATA**2
+    return SIGMA_DATA**2 / norm, scaled / norm.sqrt()
+
+
+def consistency_function(prediction: Prediction, *, timestep_scaling_factor: float) -> Tensor:
+    """f(x_t, t) of shape (B, ...): c_skip x_t + c_out x_0, or x_0 itself where t = 0 is clean."""
+    if prediction.schedule.clean_at_zero:
+        return prediction.x0
+    scalings = boundary_scalings(prediction.t, timestep_scaling_factor=timestep_scaling_factor)
+    c_skip, c_out = (append_dims(scaling, prediction.x_t) for scaling in scalings)
+    return c_skip * prediction.x_t + c_out * prediction.x0
+
+
+def distance(output: Tensor, target: Tensor, *, loss_type: str, huber_c: float) -> Tensor:
+    """Mean over the elements of each sample, shape (B,), of d^2 (l2) or sqrt(d^2 + c^2) - c (huber, elementwise)."""
+    squared = (output - target) ** 2
+    if loss_type == "huber":
+        squared = (squared + huber_c**2).sqrt() - huber_c
+    return squared.flatten(1).mean(1)
+
+
+class LCM(Method):
+    """Latent consistency distillation: 4 to 8 steps without guidance, as a LoRA or a full model."""
+
+    name = "lcm"
+
+    class Config(BaseModel):
+        """Settings of latent consistency distillation."""
+
+        model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+        num_ddim_timesteps: int = Field(50, ge=1, le=1000)
+        """N, the grid of the teacher's solver; it must divide the model's number of training timesteps."""
+        w_min: float = Field(4.0, ge=0)
+        """Lower end of the range that the teacher's guidance is drawn from, in the units of guidance_convention."""
+        w_max: float = Field(16.0, ge=0)
+        """Upper end of the range that the teacher's guidance is drawn from, in the units of guidance_convention."""
+        guidance_convention: Literal["scale", "paper"] = "scale"
+        """scale: w is the guidance scale that pipelines take, uncond + w (cond - uncond); paper: one less."""
+        loss_type: Literal["l2", "huber"] = "l2"
+        """l2: squared difference; huber: sqrt(d^2 + huber_c^2) - huber_c, robust to outliers."""
+        huber_c: float = Field(0.001, gt=0)
+        """c of the huber loss, in latent units."""
+        timestep_scaling_factor: float = Field(10.0, gt=0)
+        """m of the boundary scalings: how fast f turns from the identity to the network away from t = 0."""
+        num_inference_steps: int = Field(4, ge=1, le=50)
+        """Steps that the student is validated and exported with unless the run says otherwise."""
+
+        @model_validator(mode="after")
+        def _ordered(self) -> LCM.Config:
+            if self.w_min > self.w_max:
+                raise ValueError(f"w_min = {self.w_min} is above w_max = {self.w_max}: lower w_min or raise w_max")
+            if self.num_inference_steps > self.num_ddim_timesteps:
+                raise ValueError(
+                    f"num_inference_steps = {self.num_inference_steps} is above "
+                    f"num_ddim_timesteps = {self.num_ddim_timesteps}: the sampler walks on the training grid"
+                )
+            return self
+
+        @property
+        def scale_offset(self) -> float:
+            """What to add to w to get the guidance scale."""
+            return 1.0 if self.guidance_convention == "paper" else 0.0
+
+    @classmethod
+    def roles(cls, config: Any, setup: MethodSetup) -> Sequence[Role]:
+        """LoRA: student = target = base with the adapter. Full: a copy that takes w, and its EMA as target."""
+        if setup.model_type == "lora":
+            return [Role("teacher"), Role("student", trains="lora")]
+        return [
+            Role("teacher"),
+            Role("student", trains="full", guidance_embedding=True),
+            Role("target", ema_of="student", ema_decay=0.95),
+        ]
+
+    @classmethod
+    def requires(cls, config: Any, setup: MethodSetup) -> Requirements:
+        """Pictures; equal passes of student and target; a guidance input for full training; a finite x0 everywhere."""
+        return Requirements(
+            guidance_embedding=setup.model_type == "full",
+            zero_dropout=True,
+            divides_timesteps=config.num_ddim_timesteps,
+            finite_snr=True,
+        )
+
+    @property
+    def _lora(self) -> bool:
+        return self.setup.model_type == "lora"
+
+    def result_role(self) -> str:
+        """The EMA is what full training exports."""
+        return "student" if self._lora else "target"
+
+    def updates(self, context: Context, batch: Batch, step: int) -> Iterator[Update]:
+        """One step of algorithm 1 of arXiv 2310.04378."""
+        assert batch.latents is not None
+        config, schedule, draws, x_0 = self.config, context.schedule, context.draws, batch.latents
+        grid = schedule.grid(config.num_ddim_timesteps).to(x_0.device)
+        i = draws.integers("index", len(grid))
+        t, t_prev = grid.times[i], grid.previous[i]
+        eps = draws.randn("noise", x_0.shape[1:]).to(x_0.dtype)
+        x_t = schedule.add_noise(x_0, eps, t)
+        scale = draws.uniform("w", config.w_min, config.w_max) + config.scale_offset
+        w = None if self._lora else scale - 1
+
+        with torch.no_grad():
+            x_prev = context.teacher_cfg(x_t, t, batch.cond, scale).jump(t_prev)
+            target_role = "student" if self._lora else "target"
+            target = self._f(context.predict(target_role, x_prev, t_prev, batch.cond, guidance=w))
+        output = self._f(context.predict("student", x_t, t, batch.cond, guidance=w))
+
+        losses = distance(output, target, loss_type=config.loss_type, huber_c=config.huber_c)
+        yield Update("student", losses.mean(), per_sample=losses.detach(), t=t)
+
+    def _f(self, prediction: Prediction) -> Tensor:
+        return consistency_function(prediction, timestep_scaling_factor=self.config.timestep_scaling_factor)
+
+    def sampler(
+        self, schedule: Schedule, *, num_inference_steps: int | None = None, guidance_scale: float | None = None
+    ) -> Sampler:
+        """LCMScheduler on the training grid (FlowMatchLCMScheduler with explicit sigmas on a flow), guidance off.
+
+        A student with a guidance embedding gets the middle of its range instead: 0 or 1 would feed it w <= 0.
+        """
+        steps = num_inference_steps or self.config.num_inference_steps
+        guidance = self._guidance(guidance_scale)
+        if schedule.clean_at_zero:
+            sigmas = flow_sampling_sigmas(schedule, self.config.num_ddim_timesteps, steps)
+            # the grid is shifted already: the scheduler must not do it again
+            return Sampler(
+                "FlowMatchLCMScheduler", {"shift": 1.0, "use_dynamic_shifting": False}, steps, guidance,
+                {"sigmas": sigmas},
+            )  # fmt: skip
+        config = {
+            "original_inference_steps": self.config.num_ddim_timesteps,
+            "timestep_scaling": self.config.timestep_scaling_factor,
+        }
+        return Sampler("LCMScheduler", config, steps, guidance)
+
+    def _guidance(self, asked: float | None) -> float:
+        if self._lora:
+            return asked or 0.0
+        low, high = (w + self.config.scale_offset for w in (self.config.w_min, self.config.w_max))
+        if asked is not None and asked > 1 and low <= asked <= high:
+            return asked
+        return max((low + high) / 2, 1.0)
+
+    def notices(self) -> list[str]:
+        """Both conventions of the guidance, and what a LoRA does with it."""
+        low, high = (w + self.config.scale_offset for w in (self.config.w_min, self.config.w_max))
+        line = (
+            f"lcm: the teacher's guidance scale is drawn from {low:g} to {high:g} "
+            f"(the LCM paper's w: {low - 1:g} to {high - 1:g})"
+        )
+        if low < 1:
+            line += "; below a scale of 1 the prompt is weakened, not strengthened"
+        return [line]
+
+
+def flow_sampling_sigmas(schedule: Schedule, num_grid_steps: int, num_steps: int) -> list[float]:
+    """`num_steps` sigmas spread evenly over the training grid from its noisy end, falling."""
+    times = schedule.grid(num_grid_steps).times.flip(0)
+    picked = torch.arange(num_steps) * len(times) // num_steps
+    return [float(sigma) for sigma in times[picked]]
+
+
+@hookimpl
+def register_methods() -> list[type[Method]]:
+    """Latent consistency models."""
+    return [LCM]
