@@ -25,7 +25,11 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
-from tokenizers import ByteLevelBPETokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.normalizers import Lowercase
+from tokenizers.pre_tokenizers import ByteLevel, WhitespaceSplit
+from tokenizers.trainers import BpeTrainer
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -201,7 +205,268 @@ def psnr(decoded: Tensor, images: Tensor) -> float:
     return 10 * math.log10(4 / (decoded - images).square().mean().item())
 
 
+# ---------------------------------------------------------------------------------------------------------- unet
+
+
+def new_tokenizer(captions: list[str], pad_token: str) -> CLIPTokenizer:
+    """A CLIP tokenizer whose byte-pair merges are learned from the captions; laid out as CLIP's own vocabulary."""
+    alphabet = sorted(ByteLevel.alphabet())
+    learner = Tokenizer(BPE(end_of_word_suffix="</w>"))
+    learner.normalizer, learner.pre_tokenizer = Lowercase(), WhitespaceSplit()
+    trainer = BpeTrainer(vocab_size=2000, min_frequency=2, end_of_word_suffix="</w>", show_progress=False)
+    learner.train_from_iterator([caption.replace(",", "") for caption in captions], trainer)
+    merges = [tuple(merge) for merge in json.loads(learner.to_str())["model"]["merges"]]
+    tokens = [*alphabet, *(letter + "</w>" for letter in alphabet), *dict.fromkeys(map("".join, merges))]
+    vocabulary = dict.fromkeys([*tokens, "<|startoftext|>", "<|endoftext|>"])
+    return CLIPTokenizer(
+        vocab={token: index for index, token in enumerate(vocabulary)},
+        merges=merges,
+        pad_token=pad_token,
+        model_max_length=MAX_TOKENS,
+    )
+
+
+def text_config(tokenizer: CLIPTokenizer, activation: str) -> CLIPTextConfig:
+    """Two layers of width 64."""
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=256,
+        projection_dim=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=MAX_TOKENS,
+        hidden_act=activation,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def new_unet() -> UNet2DConditionModel:
+    """The SDXL UNet in small: three levels, attention in the lower two, text_time conditioning."""
+    return UNet2DConditionModel(
+        sample_size=SIZE // 2,
+        block_out_channels=(48, 64, 96),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=1,
+        attention_head_dim=(3, 4, 6),  # as in SDXL's own config: the number of heads
+        cross_attention_dim=128,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=16,
+        projection_class_embeddings_input_dim=6 * 16 + 64,
+        norm_num_groups=16,
+    )
+
+
+class Teacher(nn.Module):
+    """What is trained jointly: both text encoders and the UNet."""
+
+    def __init__(self, tokenizers: tuple[CLIPTokenizer, CLIPTokenizer]) -> None:
+        super().__init__()
+        self.text_encoder = CLIPTextModel(text_config(tokenizers[0], "quick_gelu"))
+        self.text_encoder_2 = CLIPTextModelWithProjection(text_config(tokenizers[1], "gelu"))
+        self.unet = new_unet().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def forward(self, noisy: Tensor, t: Tensor, tokens: tuple[Tensor, Tensor], time_ids: Tensor, keep: Tensor) -> Tensor:
+        """Predict the noise; `keep` (B,) is 0 where the caption is dropped: zeros for both embeddings, as in SDXL."""
+        first = self.text_encoder(tokens[0], output_hidden_states=True)
+        second = self.text_encoder_2(tokens[1], output_hidden_states=True)
+        context = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1) * keep[:, None, None]
+        added = {"text_embeds": second.text_embeds * keep[:, None], "time_ids": time_ids}
+        return self.unet(noisy, t, encoder_hidden_states=context, added_cond_kwargs=added).sample
+
+
+def new_scheduler() -> EulerDiscreteScheduler:
+    """The scheduler of SDXL base, setting for setting."""
+    return EulerDiscreteScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        timestep_spacing="leading",
+        steps_offset=1,
+        prediction_type="epsilon",
+        interpolation_type="linear",
+        use_karras_sigmas=False,
+    )
+
+
+def train_unet(work: Path, *, steps: int = 6000, batch_size: int = 64, dropout: float = 0.12) -> None:
+    """Train text encoders and UNet on the cached latents (eps loss, min-SNR weights of arXiv 2303.09556), keep an EMA."""
+    torch.manual_seed(2)
+    pool = load_pool(work, "pool")
+    latents, time_ids = torch.from_numpy(np.load(work / "latents.npy")), torch.from_numpy(pool["time_ids"])
+    captions, caption_of = np.unique(pool["captions"], return_inverse=True)
+    tokenizers = (
+        new_tokenizer(captions.tolist(), "<|endoftext|>"),
+        new_tokenizer(captions.tolist(), "!"),
+    )
+    tokens = tuple(
+        tokenizer(captions.tolist(), padding="max_length", max_length=MAX_TOKENS, return_tensors="pt").input_ids
+        for tokenizer in tokenizers
+    )
+    teacher = Teacher(tokenizers)
+    average = deepcopy(teacher).requires_grad_(False)
+    progress(f"unet: {sum(p.numel() for p in teacher.unet.parameters()) / 1e6:.2f}M parameters")
+    parameters = list(teacher.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=1.2e-3, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: decayed(s, steps, warmup=200, decay_from=0.3))
+    alphas_cumprod = new_scheduler().alphas_cumprod
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    losses: list[float] = []
+    for step, index in enumerate(index_batches(POOL_SIZE, batch_size, steps, seed=6)):
+        x_0, noise = latents[index].float(), torch.randn(batch_size, *latents.shape[1:])
+        t = torch.randint(0, 1000, (batch_size,))
+        alpha_t, sigma_t = alphas_cumprod[t].sqrt()[:, None, None, None], (1 - alphas_cumprod[t]).sqrt()[:, None, None, None]
+        noisy = (alpha_t * x_0 + sigma_t * noise).contiguous(memory_format=torch.channels_last)
+        keep = (torch.rand(batch_size) >= dropout).float()
+        chosen = torch.from_numpy(caption_of[index.numpy()])
+        predicted = teacher(noisy, t, (tokens[0][chosen], tokens[1][chosen]), time_ids[index], keep)
+        weight = (5 / snr[t]).clamp(max=1)
+        loss = (weight * (predicted - noise).square().mean(dim=(1, 2, 3))).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        with torch.no_grad():
+            decay = min(0.999, (step + 1) / (step + 10))
+            torch._foreach_lerp_(list(average.parameters()), parameters, 1 - decay)
+        losses.append(loss.item())
+        if step % 100 == 99:
+            progress(f"unet step {step + 1} loss {np.mean(losses[-100:]):.4f}")
+        if step % 500 == 499 or step + 1 == steps:
+            save_teacher(average, tokenizers)
+
+
+def save_teacher(teacher: Teacher, tokenizers: tuple[CLIPTokenizer, CLIPTokenizer]) -> None:
+    """Write the diffusers pipeline in half precision, beside the judge and the prompts that are there already."""
+    halved = deepcopy(teacher).half().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    pipeline = StableDiffusionXLPipeline(
+        vae=AutoencoderKL.from_pretrained(TEACHER / "vae", torch_dtype=torch.float16),
+        text_encoder=halved.text_encoder,
+        text_encoder_2=halved.text_encoder_2,
+        tokenizer=tokenizers[0],
+        tokenizer_2=tokenizers[1],
+        unet=halved.unet,
+        scheduler=new_scheduler(),
+        force_zeros_for_empty_prompt=True,
+        add_watermarker=False,
+    )
+    pipeline.save_pretrained(TEACHER)
+    for name, tokenizer in zip(("tokenizer", "tokenizer_2"), tokenizers, strict=True):
+        tokenizer.backend_tokenizer.model.save(str(TEACHER / name))  # vocab.json and merges.txt, for older readers
+
+
+# -------------------------------------------------------------------------------------------------------- report
+
+
+def load_teacher() -> StableDiffusionXLPipeline:
+    """The shipped teacher, in single precision."""
+    pipeline = StableDiffusionXLPipeline.from_pretrained(TEACHER, torch_dtype=torch.float32, add_watermarker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@torch.no_grad()
+def generate(
+    pipeline: StableDiffusionXLPipeline, captions: list[str], *, steps: int, guidance: float, seed: int, batch_size: int = 64
+) -> Tensor:
+    """Pictures in [0, 1], (N, 3, S, S); the noise depends on the seed and the place in the list alone."""
+    noise = torch.randn(len(captions), 4, SIZE // 2, SIZE // 2, generator=torch.Generator().manual_seed(seed))
+    pictures = []
+    for start in range(0, len(captions), batch_size):
+        pictures.append(
+            pipeline(
+                prompt=captions[start : start + batch_size],
+                latents=noise[start : start + batch_size].clone(),
+                height=SIZE,
+                width=SIZE,
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                output_type="pt",
+                generator=torch.Generator().manual_seed(seed + start),
+            ).images
+        )
+    return torch.cat(pictures)
+
+
+def frechet(first: Tensor, second: Tensor) -> float:
+    """Frechet distance of two sets of features (N, F): |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))."""
+    first, second = first.double(), second.double()
+    cov_1, cov_2 = first.T.cov(), second.T.cov()
+    root_trace = torch.linalg.eigvals(cov_1 @ cov_2).real.clamp(min=0).sqrt().sum()
+    gap = (first.mean(0) - second.mean(0)).square().sum()
+    return float(gap + cov_1.trace() + cov_2.trace() - 2 * root_trace)
+
+
+def picture_grid(pictures: Tensor, columns: int, enlarge: int = 3) -> Image.Image:
+    """(N, 3, S, S) in [0, 1] as one picture, row by row."""
+    rows = [torch.cat(list(row), dim=-1) for row in pictures.split(columns)]
+    array = (torch.cat(rows, dim=-2).permute(1, 2, 0).clamp(0, 1) * 255).round().byte().numpy()
+    image = Image.fromarray(array)
+    return image.resize((image.width * enlarge, image.height * enlarge), Image.Resampling.NEAREST)
+
+
+def report(work: Path, *, samples: int, guidance: float, step_counts: list[int]) -> dict[str, float]:
+    """Judge accuracy, reconstruction, and agreement and distance of the teacher at several step counts."""
+    held_out, pipeline = load_pool(work, "held_out"), load_teacher()
+    judge = Judge.from_pretrained(TEACHER / "judge")
+    real, captions = to_images(held_out["pixels"]), held_out["captions"].tolist()
+    vae = pipeline.vae
+    with torch.no_grad():
+        decoded = vae.decode(encode_pool(vae, held_out["pixels"][:500])).sample / 2 + 0.5
+    real_features = judge.features(real)
+    figures = {
+        "judge_accuracy": judge.agreement(real, captions).float().mean().item(),
+        "vae_psnr": psnr(decoded * 2, real[:500] * 2),
+        "judge_accuracy_decoded": judge.agreement(decoded.clamp(0, 1), captions[:500]).float().mean().item(),
+        "distance_floor": frechet(real_features[:samples], real_features[samples:]),
+    }
+    picture_grid(torch.cat([real[:64], decoded[:64]]), 16).save(work / "reconstructions.png")
+    for steps in step_counts:
+        started = time.perf_counter()
+        pictures = generate(pipeline, captions[:samples], steps=steps, guidance=guidance, seed=0)
+        figures[f"agreement_{steps}"] = judge.agreement(pictures, captions[:samples]).float().mean().item()
+        figures[f"distance_{steps}"] = frechet(judge.features(pictures), real_features[samples:])
+        figures[f"seconds_per_picture_{steps}"] = (time.perf_counter() - started) / samples
+        picture_grid(pictures[:96], 16).save(work / f"teacher_{steps}_steps.png")
+        progress(f"teacher {steps} steps: { {k: round(v, 4) for k, v in figures.items() if k.endswith(f'_{steps}')} }")
+    (work / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
+    progress(json.dumps(figures, indent=2))
+    return figures
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=("data", "judge", "vae", "unet", "report"))
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "miniature", help="folder for what does not ship")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--steps", type=int, help="training steps, in place of the stage's own number")
+    parser.add_argument("--samples", type=int, default=1000, help="pictures per row of the report")
+    parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument("--sampler-steps", default="1,2,4,8,50", help="rows of the report")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    lengths = {"steps": arguments.steps} if arguments.steps else {}
+    match arguments.stage:
+        case "data":
+            make_data(arguments.work)
+        case "judge":
+            train_judge(arguments.work, **lengths)
+        case "vae":
+            train_vae(arguments.work, **lengths)
+        case "unet":
+            train_unet(arguments.work, **lengths)
+        case _:
+            counts = [int(count) for count in arguments.sampler_steps.split(",")]
+            report(arguments.work, samples=arguments.samples, guidance=arguments.guidance, step_counts=counts)
+
+
 if __name__ == "__main__":
-    work = Path("/work/scratch/mini")
-    torch.set_num_threads(2)
-    globals()[sys.argv[1]](work)
+    main()

@@ -28,17 +28,25 @@ class GridRow:
     detail: str = ""
 
 
-def labelled_grid(rows: Sequence[GridRow], columns: Sequence[str], *, title: str = "", footer: str = "") -> Image:
+def labelled_grid(
+    rows: Sequence[GridRow],
+    columns: Sequence[str],
+    *,
+    title: str = "",
+    footer: str = "",
+    largest_cell: int = LARGEST_CELL,
+) -> Image:
     """Draw the grid as one RGB picture.
 
     Pictures whose longer edge is below 128 px are enlarged by a whole factor (nearest neighbour, so that pixels stay
-    pixels); those above 512 px are scaled down.
+    pixels); those above `largest_cell` px are scaled down.
 
     Args:
         rows: At least one row, each with one picture or None per column.
         columns: Headers; a line break starts a fainter second line (its number of steps, its guidance).
         title: Line above the grid.
         footer: Line below it.
+        largest_cell: Longest edge of a picture in the grid, in pixels.
 
     Raises:
         ValueError: A row has another number of pictures than there are columns.
@@ -46,11 +54,13 @@ def labelled_grid(rows: Sequence[GridRow], columns: Sequence[str], *, title: str
     for row in rows:
         if len(row.pictures) != len(columns):
             raise ValueError(f"row {row.label!r} has {len(row.pictures)} pictures for {len(columns)} columns")
-    cells = [[None if picture is None else fit(picture) for picture in row.pictures] for row in rows]
+    cells = [
+        [None if picture is None else fit(picture, largest=largest_cell) for picture in row.pictures] for row in rows
+    ]
     return _Layout(rows, columns, cells, title, footer).draw()
 
 
-def fit(picture: Image) -> Image:
+def fit(picture: Image, *, largest: int = LARGEST_CELL) -> Image:
     """The picture as RGB at a size that can be looked at."""
     from PIL import Image
 
@@ -59,8 +69,8 @@ def fit(picture: Image) -> Image:
     if longer < SMALLEST_CELL:
         factor = -(-SMALLEST_CELL // longer)
         return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
-    if longer > LARGEST_CELL:
-        size = [max(1, round(edge * LARGEST_CELL / longer)) for edge in picture.size]
+    if longer > largest:
+        size = [max(1, round(edge * largest / longer)) for edge in picture.size]
         return picture.resize((size[0], size[1]), Image.Resampling.LANCZOS)
     return picture
 
@@ -106,8 +116,10 @@ class _Layout:
         self.label_width = round(150 * scale) + (50 if max(self.widths) >= 256 else 0)
         headers = [column.partition("\n") for column in columns]
         self.heads = [
-            [*((line, self.font, INK) for line in wrap(head, self.font, width)),
-             *((line, self.small, FAINT) for line in wrap(detail, self.small, width))]
+            [
+                *((line, self.font, INK) for line in wrap(head, self.font, width)),
+                *((line, self.small, FAINT) for line in wrap(detail, self.small, width)),
+            ]
             for (head, _, detail), width in zip(headers, self.widths, strict=True)
         ]
 

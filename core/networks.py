@@ -99,14 +99,11 @@ class Networks:
             self._modules[role.name] = self._build(role)
         self._switch = AdapterSwitch(self.base) if any(role.trains == "lora" for role in roles) else None
         self._averages = {
-            role.name: EMA(self._all_parameters(role.ema_of), self._all_parameters(role.name), decay=role.ema_decay)
+            role.name: EMA(self._all_parameters(role.name), decay=role.ema_decay)
             for role in roles
             if role.ema_of is not None
         }
-        self.average: EMA | None = None
-        if ema_decay is not None:
-            online = self.parameters("student")
-            self.average = EMA(online, [p.detach().clone() for p in online], decay=ema_decay)
+        self.average = None if ema_decay is None else EMA.copy_of(self.parameters("student"), decay=ema_decay)
         if gradient_checkpointing:
             self._enable_checkpointing()
 
@@ -114,7 +111,9 @@ class Networks:
         if role.trains == "lora":
             return self._add_adapter(role)
         if role.ema_of is not None:
-            return copy.deepcopy(self._modules[role.ema_of]).requires_grad_(False)
+            # an average kept in half precision would lose its small steps to rounding
+            wide = torch.promote_types(self._dtype, torch.float32)
+            return copy.deepcopy(self._modules[role.ema_of]).to(wide).requires_grad_(False)
         if role.trains == "full":
             student = self._family.student_network(self.base, guidance_embedding=role.guidance_embedding)
             # fp32 masters under autocast, unless the optimizer compensates bf16 rounding itself
@@ -166,6 +165,10 @@ class Networks:
         with self._switch.use(adapter) if self._switch and module is self.base else nullcontext():
             yield module
 
+    def module(self, role: str) -> nn.Module:
+        """The module that the role runs on, whatever adapters are on."""
+        return self._modules[role]
+
     def named_parameters(self, role: str) -> dict[str, nn.Parameter]:
         """The role's own weights by name: its adapter, or the whole network when it is a copy of its own."""
         module = self._modules[role]
@@ -191,17 +194,14 @@ class Networks:
         """Move every average of the role that was just stepped; once per optimizer step."""
         for name, average in self._averages.items():
             if self.roles[name].ema_of == stepped:
-                average.update()
+                average.update(self._all_parameters(stepped))
         if self.average is not None and stepped == "student":
-            self.average.update()
+            self.average.update(self.parameters("student"))
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """The ``use_ema`` average in the student's place inside the block; nothing happens without one."""
-        if self.average is None:
-            yield
-            return
-        with self.average.swapped():
+        with self.average.applied_to(self.parameters("student")) if self.average else nullcontext():
             yield
 
     # -- state ------------------------------------------------------------------------------------------------------
@@ -209,9 +209,9 @@ class Networks:
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Groups of tensors that decide the future, for a checkpoint."""
         groups = {f"network-{name}": dict(self.named_parameters(name)) for name in self.roles}
-        if self.average is not None:
-            groups["average"] = {str(i): tensor for i, tensor in enumerate(self.average.shadow)}
-        return {name: {n: t.detach() for n, t in group.items()} for name, group in groups.items() if group}
+        return {name: {n: t.detach() for n, t in group.items()} for name, group in groups.items() if group} | (
+            {"average": self.average.state_dict()} if self.average else {}
+        )
 
     @torch.no_grad()
     def load_state(self, groups: dict[str, dict[str, Tensor]]) -> None:
@@ -220,5 +220,8 @@ class Networks:
         for name, group in own.items():
             if name not in groups or set(groups[name]) != set(group):
                 raise UserError(f"the checkpoint has no matching weights for {name!r}", "start a new output_dir")
+            if name == "average" and self.average:
+                self.average.load_state_dict(groups[name])
+                continue
             for key, tensor in group.items():
                 tensor.copy_(groups[name][key])

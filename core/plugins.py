@@ -76,6 +76,7 @@ class Registry:
         self._classes: dict[str, dict[str, tuple[type[Any], Provenance]]] = {kind: {} for kind in KINDS}
         self._aliases: dict[str, dict[str, str]] = {kind: {} for kind in KINDS}
         self._sources: dict[str, str] = {}
+        self._files: list[Path] = []
 
     @classmethod
     def load(cls, files: Iterable[str | Path] = (), *, installed: bool = True) -> Registry:
@@ -106,11 +107,17 @@ class Registry:
         """Plugin name -> where it comes from, in the order of loading."""
         return dict(self._sources)
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Plugin files, in the order of loading."""
+        return tuple(self._files)
+
     def add_file(self, file: str | Path) -> None:
         """Load a plugin file; one that is loaded already is left as it is."""
         path = Path(file).expanduser().resolve()
-        if str(path) not in self._sources.values():
+        if path not in self._files:
             self.add(_import_file(path), source=str(path), name=path.stem)
+            self._files.append(path)
 
     def add(self, plugin: object, *, source: str, name: str) -> None:
         """Register `plugin` (a module or an object with hook implementations) and all the classes it offers."""

@@ -28,9 +28,14 @@ class Publisher(ABC):
         self.config = config
 
     @classmethod
-    def from_run(cls, run: RunSettings) -> Any | None:
-        """Its settings when the run asks for it, else None. By default: its name stands in ``publish_to``."""
-        return cls.Config() if cls.name in run.publish_to else None
+    def from_run(cls, run: RunSettings, config: Any | None) -> Any | None:
+        """Its settings when the run asks for it, else None. By default: its name stands in ``publish_to``.
+
+        Args:
+            run: The keys of the run.
+            config: Its part of ``publisher_config``, validated, where there is one.
+        """
+        return (config or cls.Config()) if cls.name in run.publish_to else None
 
     @abstractmethod
     def problems(self) -> list[str]:

@@ -50,15 +50,15 @@ class Tracker(ABC):
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Scalars of a step, by slash-separated name."""
 
-    def images(self, name: str, images: Mapping[str, Image], step: int) -> None:
+    def images(self, name: str, images: Mapping[str, Image], step: int) -> None:  # noqa: B027
         """Pictures by caption."""
 
-    def text(self, name: str, text: str, step: int) -> None:
+    def text(self, name: str, text: str, step: int) -> None:  # noqa: B027
         """Markdown text."""
 
     def notices(self) -> list[str]:
         """Lines to say once it has started (that it writes offline, and how to send that later)."""
         return []
 
-    def finish(self, scores: Mapping[str, float] | None = None) -> None:
+    def finish(self, scores: Mapping[str, float] | None = None) -> None:  # noqa: B027
         """Close; `scores` are the run's final evaluation figures."""

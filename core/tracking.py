@@ -66,9 +66,7 @@ class Trackers:
                 self._say(f"warning: tracker {name} failed in {call}() and is switched off, the run goes on: {problem}")
 
 
-def build_trackers(
-    registry: Registry, names: Sequence[str], configs: Mapping[str, Any], say: Say
-) -> Trackers:
+def build_trackers(registry: Registry, names: Sequence[str], configs: Mapping[str, Any], say: Say) -> Trackers:
     """The named trackers; one whose package is missing is left out with its install line.
 
     Args:

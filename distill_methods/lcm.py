@@ -51,9 +51,9 @@ def boundary_scalings(t: Tensor, *, timestep_scaling_factor: float) -> tuple[Ten
 
 
 def consistency_function(prediction: Prediction, *, timestep_scaling_factor: float) -> Tensor:
-    """f(x_t, t) of shape (B, ...): c_skip x_t + c_out x_0, or x_0 itself where t = 0 is clean."""
+    """f(x_t, t) of shape (B, ...): c_skip x_t + c_out x_0, or x_0 itself (x_t at t = 0) where t = 0 is clean."""
     if prediction.schedule.clean_at_zero:
-        return prediction.x0
+        return torch.where(append_dims(prediction.t, prediction.x_t) == 0, prediction.x_t, prediction.x0)
     scalings = boundary_scalings(prediction.t, timestep_scaling_factor=timestep_scaling_factor)
     c_skip, c_out = (append_dims(scaling, prediction.x_t) for scaling in scalings)
     return c_skip * prediction.x_t + c_out * prediction.x0

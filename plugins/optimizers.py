@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from pydantic import Field
 
 from ..core.hookspecs import hookimpl
 from ..core.optimizer import OptimizerPlugin, OptimizerSettings
+
+if TYPE_CHECKING:
+    import torch
 
 _FUSED_DEVICES = {"cuda", "cpu", "mps", "xpu"}
 
@@ -21,6 +23,8 @@ class AdamW(OptimizerPlugin):
 
     def build(self, parameters: Iterable[torch.nn.Parameter], settings: OptimizerSettings) -> torch.optim.Optimizer:
         """One fused (elsewhere: foreach) AdamW."""
+        import torch
+
         parameters = list(parameters)
         fused = all(p.device.type in _FUSED_DEVICES and p.is_floating_point() for p in parameters)
         return torch.optim.AdamW(parameters, fused=fused or None, **_adam_arguments(settings))
@@ -48,8 +52,8 @@ class OptimiAdamW(OptimizerPlugin):
 class AdamWBF16(OptimizerPlugin):
     """AdamW by torch-optimi over bfloat16 weights, with Kahan compensation of the rounding.
 
-    The second moment is kept in float32: in bfloat16 (8 bits) a decay of ``beta2 = 0.999`` rounds to no decay at all, and
-    the step size freezes after a few hundred steps.
+    The second moment is kept in float32: in bfloat16 (8 bits) a decay of ``beta2 = 0.999`` rounds to no decay at all,
+    and the step size freezes after a few hundred steps.
     """
 
     name = "adamw_bf16"
@@ -62,9 +66,10 @@ class AdamWBF16(OptimizerPlugin):
         return _compensated_adamw()(list(parameters), kahan_sum=True, **_adam_arguments(settings))
 
 
-def _compensated_adamw() -> type[torch.optim.Optimizer]:
+def _compensated_adamw() -> Callable[..., torch.optim.Optimizer]:
     """The class is made here, since torch-optimi is imported late."""
     import optimi
+    import torch
 
     class CompensatedAdamW(optimi.AdamW):
         def _init_state(self, group: dict[str, Any], state: dict[Any, Any], param: torch.Tensor) -> None:

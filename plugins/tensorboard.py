@@ -31,6 +31,8 @@ class TensorBoard(Tracker):
         """Seconds after which written events reach the disk."""
 
     _writer: Any = None
+    _session_end: Any = None
+    _last_step: int = 0
 
     def start(self, run: RunInfo) -> None:
         """Open an event file, and write the hyperparameters at once, so that an interrupted run has them too."""
@@ -54,6 +56,7 @@ class TensorBoard(Tracker):
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """One scalar per metric."""
+        self._last_step = step
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
 
@@ -73,7 +76,7 @@ class TensorBoard(Tracker):
     def finish(self, scores: Mapping[str, float] | None = None) -> None:
         """Write the final scores, end the session and close the file."""
         for name, value in (scores or {}).items():
-            self._writer.add_scalar(name, value, 0)
+            self._writer.add_scalar(name, value, self._last_step)
         self._writer._get_file_writer().add_summary(self._session_end)
         self._writer.close()
 

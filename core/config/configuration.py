@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, SecretStr
 
+from ..errors import UserError
 from .dataset_settings import DatasetSettings
 from .run_settings import RunSettings
 
@@ -70,8 +71,7 @@ class Configuration:
     def validation_prompts(self) -> tuple[str, ...]:
         """Prompts of ``validation_prompt``, then those of the library file, each once."""
         library = self.run.validation_prompt_library
-        prompts = [*self.run.validation_prompt, *(read_prompts(library) if library else ())]
-        return tuple(dict.fromkeys(prompts))
+        return tuple(dict.fromkeys([*self.run.validation_prompt, *(read_prompts(library) if library else ())]))
 
     def resolved(self) -> dict[str, Any]:
         """The complete configuration, JSON-able and without secrets; feeding it back reproduces the run."""
@@ -85,6 +85,7 @@ class Configuration:
             "publisher_config": dict(self.publishers),
         }
         resolved = run.model_dump(mode="json")
+        resolved["overwrite"] = False  # else resuming from the resolved file would begin by deleting the run
         resolved["plugins"] = [str(path) for path in self.plugin_files]
         resolved["validation_resolution"] = ",".join(f"{w}x{h}" for w, h in run.validation_resolution) or None
         for key, parts in named.items():
@@ -106,12 +107,18 @@ def dump_dataset(entry: DatasetSettings) -> dict[str, Any]:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Prompts of a library file: a JSON object or list of texts, or a text file with one prompt per line."""
-    text = path.read_text(encoding="utf-8")
-    if path.suffix.lower() != ".json":
-        return [line.strip() for line in text.splitlines() if line.strip()]
-    content = json.loads(text)
+    """Prompts of a library file: a JSON object or list of texts, or a text file with one prompt per line.
+
+    Raises:
+        UserError: It is none of these.
+    """
+    remedy = "write a JSON object or list of prompts, or a text file with one prompt per line"
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        content = json.loads(text) if path.suffix.lower() == ".json" else text.splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(f"validation_prompt_library = {path} cannot be read: {error}", remedy) from error
     prompts = list(content.values()) if isinstance(content, dict) else content
     if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
-        raise ValueError(f"{path} is neither a JSON object nor a JSON list of texts")
-    return prompts
+        raise UserError(f"validation_prompt_library = {path} holds something else than texts", remedy)
+    return [prompt.strip() for prompt in prompts if prompt.strip()]

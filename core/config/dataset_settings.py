@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, SerializeAsAny
+from pydantic import BaseModel, Field, SerializeAsAny
 
 from .run_settings import ResolutionType
-from .types import LocalPath, Settings, Texts
+from .types import LocalPath, Settings
 
 PIXEL_LIMIT = 8
 """Sizes below this many "pixels" are megapixels (the unit trap of ``resolution_type: pixel``)."""
 
 
-def read_filter_list(value: object) -> object:
-    """A list as it stands; a single text as a list of one."""
-    return [value] if isinstance(value, str) else value
-
-
 class DatasetSettings(Settings):
     """One dataset or cache, with the run's defaults applied."""
 
-    id: str = Field(min_length=1, pattern=r"^[^/\\\0]+$")
+    id: str = Field(min_length=1, pattern=r"^[^/\\]+$")
     """Unique name; names caches and state."""
     type: str = "local"
     """A registered data backend (`distill plugins list`)."""
@@ -85,7 +80,7 @@ class DatasetSettings(Settings):
     """Use instance_prompt alone, whatever captions there are."""
     disable_multiline_split: bool = False
     """Take a caption file's lines as one caption rather than as several."""
-    caption_filter_list: Annotated[tuple[str, ...] | LocalPath, BeforeValidator(read_filter_list)] = ()
+    caption_filter_list: tuple[str, ...] | LocalPath = ()
     """Texts that are removed from captions: a list, or a file with one per line."""
     caption_shuffle: bool = False
     """Shuffle the comma-separated parts of captions."""

@@ -211,6 +211,9 @@ class OutputKeys(Settings):
     """Plugin files to load, as with --plugin."""
 
 
+DEFAULT_OUTPUT = Path("output")
+
+
 class RunSettings(ModelKeys, DataKeys, TrainingKeys, OutputKeys):
     """Every key of the run; the parts of method, family, optimizer and plugins are checked by their owners."""
 
@@ -222,5 +225,5 @@ class RunSettings(ModelKeys, DataKeys, TrainingKeys, OutputKeys):
         values = {"learning_rate": 1e-6 if full else 1e-4, **values}
         values.setdefault("lora_alpha", values.get("lora_rank", 64))
         family, method = values.get("model_family", "sdxl"), values.get("distillation_method", "lcm")
-        values.setdefault("output_dir", Path("output").absolute() / f"{family}-{method}")
+        values.setdefault("output_dir", DEFAULT_OUTPUT.absolute() / f"{family}-{method}")
         return values

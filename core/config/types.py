@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 
 class Settings(BaseModel):
@@ -76,7 +76,7 @@ def parse_resolutions(value: Any) -> Any:
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(split_names)]
-Integers = Annotated[tuple[int, ...], BeforeValidator(split_numbers)]
+Integers = Annotated[tuple[Annotated[int, Field(ge=1, le=1000)], ...], Field(min_length=1), BeforeValidator(split_numbers)]
 Resolutions = Annotated[tuple[tuple[int, int], ...], BeforeValidator(parse_resolutions)]
 
 

@@ -1,0 +1,1 @@
+"""Data: backend -> index -> buckets -> caches -> batches. :class:`.pipeline.DataPipeline` is the whole of it."""

@@ -1,8 +1,8 @@
 """Checkpoints that are complete or absent, never half, and that hold no pickle.
 
-A checkpoint is written aside (``.checkpoint-<n>.partial``), each file and folder fsynced, its manifest of checksums last,
-and renamed to ``checkpoint-<n>`` in one move. Whatever moment the process dies at, the folders named ``checkpoint-<n>``
-are whole. A partial that already has its manifest is whole too: the next start finishes its rename.
+A checkpoint is written aside (``.checkpoint-<n>.partial``), each file and folder fsynced, its manifest of checksums
+last, and renamed to ``checkpoint-<n>`` in one move. Whatever moment the process dies at, the folders named
+``checkpoint-<n>`` are whole. A partial that already has its manifest is whole too: the next start finishes its rename.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class CheckpointStore:
         return CheckpointState(step=manifest["step"], tensors=tensors, meta=meta)
 
     def discard_after(self, step: int) -> list[Path]:
-        """Remove checkpoints of later steps (a run that goes on from an older one would otherwise find them as its own)."""
+        """Remove checkpoints of later steps: a run that goes on from an older one must not find them as its own."""
         later = [path for number, path in sorted(self._complete().items()) if number > step]
         for path in later:
             self._delete(path)
@@ -192,7 +192,9 @@ class CheckpointStore:
         if not path.is_file():
             raise UserError(f"checkpoint file {path} is missing", self._instead_of(path.parent))
         if path.stat().st_size != entry["bytes"] or _sha256(path) != entry["sha256"]:
-            raise UserError(f"checkpoint file {path} is corrupt: it is not what was written", self._instead_of(path.parent))
+            raise UserError(
+                f"checkpoint file {path} is corrupt: it is not what was written", self._instead_of(path.parent)
+            )
 
     def _instead_of(self, path: Path) -> str:
         others = [other.name for other in self.all() if other.resolve() != path.resolve()]

@@ -1,4 +1,4 @@
-"""Exponential moving averages of weights: ``average <- decay * average + (1 - decay) * weight``, once per optimizer step."""
+"""Exponential moving averages of weights, ``average <- decay * average + (1 - decay) * weight``, per optimizer step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class EMA:
     Args:
         averages: The tensors that hold the average, in float32 or wider (a bf16 one would not move at high decays).
         decay: In [0, 1); 0 copies.
-        warmup: Start with smaller decays, ``min(decay, (1 + n) / (10 + n))`` at update n, so that the start is forgotten.
+        warmup: Start with smaller decays, ``min(decay, (1 + n) / (10 + n))`` at update n, to forget the start.
     """
 
     def __init__(self, averages: Sequence[Tensor], *, decay: float, warmup: bool = False) -> None:
@@ -44,7 +44,7 @@ class EMA:
             raise ValueError(f"{len(tensors)} tensors for {len(self.averages)} averages")
         sources = [source.detach().to(average.dtype) for source, average in zip(tensors, self.averages, strict=True)]
         if sources:
-            torch._foreach_lerp_(self.averages, sources, 1 - decay)
+            torch._foreach_lerp_(self.averages, sources, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
         self.num_updates += 1
 
     @torch.no_grad()

@@ -1,7 +1,8 @@
 """Learning-rate schedules: factors of the base rate by optimizer step, whatever the number of processes.
 
-Each is a pure function of the step, so a resumed run needs no state. Where diffusers' ``get_scheduler`` has the name, the
-values are the same. ``p`` below is the progress after warm-up, from 0 to 1; warm-up rises linearly from 0 over `warmup_steps`.
+Each is a pure function of the step, so a resumed run needs no state. Where diffusers' ``get_scheduler`` has the name,
+the values are the same. ``p`` below is the progress after warm-up, from 0 to 1; warm-up rises linearly from 0 over
+`warmup_steps`.
 
 ==================== ==============================================================================================
 constant             1, without warm-up

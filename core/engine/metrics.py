@@ -54,7 +54,7 @@ class MetricBuffer:
             else:
                 row[name] = float(value)
         for named in groups.values():
-            # Stacking copies: a buffer that the caller reuses may change afterwards, a view keeps no large tensor alive.
+            # Stacking copies: a buffer that the caller reuses may change afterwards.
             self._stacks.append(torch.stack([value for _, value in named]))
             self._slots.append([(index, name) for name, _ in named])
 
@@ -88,7 +88,7 @@ def _widened(values: Tensor) -> Tensor:
 class MetricsFile:
     """``metrics.jsonl``: one line per optimizer step, floats printed so that reading them back gives the same bits.
 
-    What is not finite is written as the string ``"NaN"``, ``"Infinity"`` or ``"-Infinity"``, since JSON has no such number.
+    What is not finite is written as the string ``"NaN"``, ``"Infinity"`` or ``"-Infinity"``: JSON has no such number.
     """
 
     def __init__(self, path: Path) -> None:

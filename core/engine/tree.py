@@ -1,7 +1,8 @@
 """Nested state as flat tensors plus JSON, exactly, without pickle.
 
-Optimizers keep their state in dictionaries with integer keys, tensors inside parameter groups, ``None`` here and there.
-:func:`flatten` writes every tensor under a flat name (for safetensors) and the rest as JSON that says where each belongs.
+Optimizers keep their state in dictionaries with integer keys, tensors inside parameter groups, ``None`` here and
+there. :func:`flatten` puts every tensor under a flat name (for safetensors) and the rest into JSON that says where each
+belongs.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ def _encode(value: object, name: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Mapping):
         for key in value:
             if type(key) not in (str, int):
-                raise TypeError(f"{name or 'state'} has a key {key!r} of type {type(key).__name__}; str and int can be stored")
+                raise TypeError(
+                    f"{name or 'state'} has a key {key!r} of type {type(key).__name__}; str and int can be stored"
+                )
         return {"dict": [[key, _encode(item, _join(name, key), tensors)] for key, item in value.items()]}
     if isinstance(value, (list, tuple)):
         kind = "list" if isinstance(value, list) else "tuple"

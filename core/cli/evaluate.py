@@ -1,0 +1,89 @@
+"""`distill evaluate`: teacher against student, after a run."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..config import Configuration
+    from ..family import ModelFamily
+    from ..plugins import Registry
+
+
+def evaluate(
+    output_dir: Annotated[Path, typer.Argument(help="The output folder of a finished run.")],
+    steps: Annotated[
+        str | None, typer.Option(help="Numbers of steps of the student, as 1,2,4,8; the run's by default.")
+    ] = None,
+    teacher_steps: Annotated[
+        str | None, typer.Option(help="Numbers of steps of the teacher, as 4,50; the largest is the full teacher.")
+    ] = None,
+    num_samples: Annotated[int | None, typer.Option(min=1, help="Pictures per score; the run's by default.")] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATH[:WEIGHT]", help="A LoRA beside the student's and in the teacher; repeatable."),
+    ] = None,
+) -> None:
+    """Score a finished run's student against its teacher: a table, evaluation.json and evaluation.png."""
+    student_steps, full_steps = read_steps("--steps", steps), read_steps("--teacher-steps", teacher_steps)
+    from rich.console import Console
+
+    from ..assemble import ExportedNetworks, build_family, build_method, open_run, parse_loras
+    from ..evaluation_run import evaluate_run
+
+    loras = parse_loras(lora or [])
+    configuration, registry = open_run(output_dir)
+    family = build_family(configuration, registry)
+    prompts, real_images = _data(configuration, registry, family)
+    found = evaluate_run(
+        configuration,
+        registry,
+        family,
+        build_method(configuration, registry, family),
+        ExportedNetworks(family, output_dir / "student", extra_loras=loras),
+        prompts=prompts,
+        real_images=real_images,
+        steps=student_steps,
+        teacher_steps=full_steps,
+        num_samples=num_samples,
+        loras={extra.path: extra.weight for extra in loras},
+        say=_say,
+    )
+    Console().print(found.table())
+    for name, reason in found.left_out.items():
+        _say(f"evaluator {name} is left out: {reason}")
+    for file in found.save(output_dir, suffix="-with-lora" if loras else ""):
+        _say(f"wrote {file}")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def read_steps(option: str, text: str | None) -> tuple[int, ...] | None:
+    """``1,2,4`` as numbers; None for None.
+
+    Raises:
+        UserError: It is something else.
+    """
+    if text is None:
+        return None
+    try:
+        numbers = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        numbers = ()
+    if not numbers or min(numbers) < 1 or max(numbers) > 1000:
+        raise UserError(f"{option} {text}: not a list of numbers of steps", f"write {option} 1,2,4,8 (each 1 to 1000)")
+    return numbers
+
+
+def _data(configuration: Configuration, registry: Registry, family: ModelFamily) -> tuple[list[str], Tensor]:
+    raise NotImplementedError

@@ -1,0 +1,57 @@
+"""`distill generate`: a picture from a finished run's student."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def generate(
+    output_dir: Annotated[Path, typer.Argument(help="The output folder of a finished run.")],
+    prompt: Annotated[str, typer.Option(help="What the picture shows.")],
+    steps: Annotated[
+        int | None, typer.Option(min=1, max=1000, help="Number of steps; the student's own by default.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="The PNG to write; by default under OUTPUT_DIR/generated/.")] = None,
+    lora: Annotated[
+        list[str] | None, typer.Option(metavar="PATH[:WEIGHT]", help="A LoRA beside the student's; repeatable.")
+    ] = None,
+) -> None:
+    """Make a picture with a finished run's student."""
+    from ..assemble import (
+        STUDENT_FOLDER,
+        ExportedNetworks,
+        build_family,
+        build_method,
+        default_resolution,
+        open_run,
+        parse_loras,
+    )
+    from ..files import save_picture
+    from ..grid import to_pictures
+    from ..sampling import Recipe, make_pictures, sampling
+    from ..validation import slug
+
+    loras = parse_loras(lora or [])
+    configuration, registry = open_run(output_dir)
+    family = build_family(configuration, registry)
+    run, method = configuration.run, build_method(configuration, registry, family)
+    sampler = method.sampler(
+        family.schedule,
+        num_inference_steps=steps or run.validation_num_inference_steps,
+        guidance_scale=run.validation_guidance,
+    )
+    role = method.result_role()
+    recipe = Recipe("student", role, sampler, sampler.num_inference_steps, sampler.guidance_scale)
+    width, height = default_resolution(configuration)
+    networks = ExportedNetworks(family, output_dir / STUDENT_FOLDER, extra_loras=loras)
+    embeds = family.encode_prompts([prompt])
+    with sampling(networks, role) as network:
+        batches = list(make_pictures(family, network, recipe, embeds, [0], [seed], width=width, height=height))
+    file = out or output_dir / "generated" / f"{slug(prompt)}-{recipe.steps}steps-seed{seed}.png"
+    save_picture(to_pictures(batches[0])[0], file)
+    print(f"wrote {file} ({width}x{height}, {recipe.label.splitlines()[1]}, seed {seed})", file=sys.stderr)

@@ -1,0 +1,260 @@
+"""The data file: found, read, checked and filled with the run's defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel
+
+from ..errors import Finding
+from ..names import nearest
+from .checks import check_dataset, check_folder, check_weights
+from .coercion import absolute
+from .dataset_settings import DatasetSettings
+from .findings import PartCheck
+from .normalise import SIZES, align_rounding, convert_size, megapixel_notices, rename_dataset_values
+from .reading import COMMAND_LINE, SUFFIXES, Layers, Origin, fill_environment, read_file, strip_dashes
+from .run_settings import RunSettings
+
+if TYPE_CHECKING:
+    from ..plugins import Registry
+
+DATA_FILE_STEM = "multidatabackend"
+INHERITED = ("aspect_bucket_alignment", "aspect_bucket_rounding", "random_flip", "caption_dropout_probability", "vae_batch_size")
+
+
+@dataclass
+class RawEntry:
+    """One entry as read, with the origin of each key."""
+
+    layers: Layers
+    index: int
+
+    @property
+    def id(self) -> str:
+        """Its id, or its place in the list where it has none."""
+        name = self.layers.values.get("id")
+        return str(name) if name else f"[{self.index}]"
+
+    @property
+    def prefix(self) -> str:
+        """In front of its keys in messages."""
+        return f"data.{self.id}."
+
+
+@dataclass
+class Datasets:
+    """What comes out: enabled image datasets, and places for caches."""
+
+    images: list[DatasetSettings] = field(default_factory=list)
+    caches: list[DatasetSettings] = field(default_factory=list)
+
+    @property
+    def text_cache(self) -> DatasetSettings | None:
+        """The default text cache, or the only one there is."""
+        entries = [entry for entry in self.caches if entry.dataset_type == "text_embeds"]
+        chosen = [entry for entry in entries if entry.default] or (entries if len(entries) == 1 else [])
+        return chosen[0] if chosen else None
+
+
+def find_data_file(config_file: Path | None, output_dir: Path | None) -> Path | None:
+    """``multidatabackend.*`` beside the configuration, in output_dir or in the working directory."""
+    folders = [folder for folder in (config_file.parent if config_file else None, output_dir, Path.cwd()) if folder]
+    for folder in folders:
+        for suffix in SUFFIXES:
+            candidate = folder / f"{DATA_FILE_STEM}{suffix}"
+            if candidate.is_file():
+                return candidate
+    return None
+
+
+def read_entries(content: Any, origin: Origin, findings: list[Finding]) -> list[RawEntry]:
+    """The entries of a data file's content."""
+    if isinstance(content, Mapping) and set(content) == {"data"}:
+        content = content["data"]  # TOML has no list at the top
+    if not isinstance(content, list):
+        problem = f"is {_kind(content)}, not a list of datasets"
+        findings.append(Finding(origin.file, "data", content, problem, 'write [{"id": "...", "instance_data_dir": "..."}]'))
+        return []
+    entries = []
+    for index, item in enumerate(content):
+        if not isinstance(item, Mapping):
+            problem = f"is {_kind(item)}, not an object"
+            findings.append(Finding(origin.file, f"data[{index}]", item, problem, 'write {"id": "...", ...}'))
+            continue
+        entry = RawEntry(Layers(), index)
+        entry.layers.add(strip_dashes(item, origin.file, findings), origin)
+        entry.layers.values = fill_environment(entry.layers.values, origin.file, f"data.{entry.id}", findings)
+        entries.append(entry)
+    return entries
+
+
+def _kind(value: object) -> str:
+    return {dict: "an object", list: "a list", str: "a text", type(None): "null"}.get(type(value), "a value")
+
+
+def read_data_file(path: Path, findings: list[Finding]) -> list[RawEntry]:
+    """The entries of a data file."""
+    before = len(findings)
+    content = read_file(path, findings, what="--data")
+    return [] if len(findings) > before else read_entries(content, Origin(str(path), path.parent.absolute()), findings)
+
+
+def apply_overrides(entries: Sequence[RawEntry], overrides: Sequence[tuple[tuple[str, ...], Any]], findings: list[Finding]) -> None:
+    """Put ``data.<id>.<key>=value`` of the command line into the entries; ids may contain dots."""
+    origin = Origin(COMMAND_LINE, Path.cwd())
+    for path, value in overrides:
+        dotted = ".".join(path[1:])
+        matches = [entry for entry in entries if dotted.startswith(f"{entry.id}.")]
+        if not matches:
+            ids = [entry.id for entry in entries]
+            close = nearest(path[1], ids) if len(path) > 1 else None
+            remedy = (f"did you mean {close!r}? " if close else "") + f"ids: {', '.join(ids) or 'none, there is no data file'}"
+            problem = "names no dataset and key: write data.<id>.<key>=<value>"
+            findings.append(Finding(COMMAND_LINE, ".".join(path), value, problem, remedy))
+            continue
+        entry = max(matches, key=lambda entry: len(entry.id))
+        key = dotted.removeprefix(f"{entry.id}.")
+        filled = fill_environment(value, COMMAND_LINE, f"{entry.prefix}{key}", findings)
+        entry.layers.add({key: filled}, origin)
+
+
+class DatasetsCheck:
+    """Turns raw entries into settings."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        run: RunSettings,
+        findings: list[Finding],
+        notices: list[str],
+        *,
+        to_train: bool = True,
+    ) -> None:
+        self.registry = registry
+        self.run = run
+        self.to_train = to_train
+        self.findings = findings
+        self.notices = notices
+
+    def check(self, entries: Sequence[RawEntry]) -> Datasets:
+        """Every entry checked; disabled ones are left out afterwards."""
+        self._check_ids(entries)
+        result = Datasets()
+        for raw in entries:
+            entry = self._entry(raw)
+            if entry is None or entry.disabled:
+                continue
+            if entry.dataset_type == "image":
+                megapixel_notices(entry, f"data.{entry.id}: ", self.notices)
+                for check in (check_dataset, check_folder) if self.to_train else (check_dataset,):
+                    check(entry, partial(self._refuse, raw))
+                result.images.append(entry)
+            else:
+                result.caches.append(entry)
+        self._check_caches(entries, result)
+        check_weights(result.images, entries[0].layers.origin("id").file if entries else "", self.findings)
+        return result
+
+    def _refuse(self, raw: RawEntry, key: str, value: object, problem: str, remedy: str) -> None:
+        file = raw.layers.origin(key.removeprefix(raw.prefix)).file
+        file = raw.layers.origin("id").file if file == "defaults" else file
+        self.findings.append(Finding(file, key, value, problem, remedy))
+
+    def _check_ids(self, entries: Sequence[RawEntry]) -> None:
+        seen: dict[str, int] = {}
+        for raw in entries:
+            if raw.id in seen:
+                problem = f"stands twice: entries {seen[raw.id] + 1} and {raw.index + 1} of the list"
+                self._refuse(raw, f"{raw.prefix}id", raw.id, problem, "give each dataset an id of its own")
+            seen.setdefault(raw.id, raw.index)
+
+    def _entry(self, raw: RawEntry) -> DatasetSettings | None:
+        values = raw.layers.values
+        file = raw.layers.origin("id").file
+        align_rounding(values, raw.prefix, file, self.notices, self.findings)
+        rename_dataset_values(values, raw.prefix, self.notices)
+        backend = self._backend(raw)
+        own = set(backend.model_fields) if backend else set()
+        settings = {key: value for key, value in values.items() if key in DatasetSettings.model_fields or key not in own}
+        settings.pop("backend", None)
+        if "backend" in values:
+            self.findings.append(Finding(file, f"{raw.prefix}backend", values["backend"], "is not a known key", "did you mean 'type'?"))
+        check = PartCheck(self.findings)
+        origin = partial(self._origin, raw)
+        inherited = self._inherited(values)
+        entry = check.validate(DatasetSettings, {**inherited, **settings}, raw.prefix, origin, known=own)
+        if entry is None or backend is None:
+            return None
+        ours = {key: value for key, value in values.items() if key in own}
+        if isinstance(entry, DatasetSettings) and entry.dataset_type != "image":
+            return self._writable(entry)
+        part = check.validate(backend, ours, raw.prefix, origin)
+        return self._writable(entry.model_copy(update={"backend": part})) if part is not None else None
+
+    def _origin(self, raw: RawEntry, key: str) -> Origin:
+        origin = raw.layers.origin(key)
+        return raw.layers.origin("id") if origin.file == "defaults" else origin
+
+    def _backend(self, raw: RawEntry) -> type[BaseModel] | None:
+        name = raw.layers.values.get("type", "local")
+        if not isinstance(name, str) or not self.registry.known("data_backend", name):
+            remedy = self.registry.remedy("data_backend", str(name))
+            self._refuse(raw, f"{raw.prefix}type", name, "is not a registered data backend", remedy)
+            return None
+        found = self.registry.get("data_backend", name)
+        if found.name != name:
+            raw.layers.values["type"] = found.name
+            self.notices.append(f"{raw.prefix}type = {name!r} is read as {found.name!r}")
+        return found.Config
+
+    def _inherited(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The run's defaults, sizes converted into the entry's unit."""
+        run = self.run
+        unit = values.get("resolution_type", run.resolution_type)
+        known = unit in ("pixel", "area", "pixel_area")
+        result: dict[str, Any] = {name: getattr(run, name) for name in INHERITED}
+        result["resolution_type"] = run.resolution_type
+        for name in ("resolution", *SIZES):
+            size = getattr(run, name)
+            if size is not None:
+                result[name] = convert_size(size, run.resolution_type, unit) if known else size
+        if "maximum_image_size" in values:
+            result.pop("target_downsample_size", None)
+        return result
+
+    def _writable(self, entry: DatasetSettings) -> DatasetSettings:
+        """Cache folders that cannot be made are moved under output_dir, which is said: nothing is lost by it."""
+        for key in ("cache_dir_vae", "cache_dir"):
+            folder = getattr(entry, key)
+            if folder is not None and not folder.exists() and not can_be_made(folder):
+                self.notices.append(f"data.{entry.id}.{key} = {folder} cannot be made: the cache goes under output_dir")
+                entry = entry.model_copy(update={key: None})
+        return entry
+
+    def _check_caches(self, entries: Sequence[RawEntry], result: Datasets) -> None:
+        caches = [entry for entry in result.caches if entry.dataset_type == "text_embeds"]
+        defaults = [entry.id for entry in caches if entry.default]
+        if len(defaults) > 1:
+            raw = next(raw for raw in entries if raw.id == defaults[1])
+            problem = f"is set for {', '.join(defaults)}, and only one text cache can be the default"
+            self._refuse(raw, f"{raw.prefix}default", True, problem, "keep it on one of them")
+        for entry in result.images:
+            if entry.text_embeds is not None and entry.text_embeds not in [cache.id for cache in caches]:
+                raw = next(raw for raw in entries if raw.id == entry.id)
+                remedy = f"text_embeds entries: {', '.join(cache.id for cache in caches) or 'none'}"
+                self._refuse(raw, f"{raw.prefix}text_embeds", entry.text_embeds, "is not the id of a text_embeds entry", remedy)
+
+
+def can_be_made(folder: Path) -> bool:
+    """Whether the nearest existing parent lets a folder be made in it."""
+    import os
+
+    parent = absolute(str(folder), Path.cwd())
+    while not parent.exists():
+        parent = parent.parent
+    return parent.is_dir() and os.access(parent, os.W_OK)

@@ -1,0 +1,200 @@
+"""What is wrong, said so that it can be mended: pydantic's errors as findings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import PydanticUndefined
+
+from ..errors import Finding
+from ..names import nearest
+from .coercion import prepare
+from .configuration import is_secret
+from .reading import Origin
+
+_LIMITS = {
+    "exclusiveMinimum": "above {}",
+    "minimum": "at least {}",
+    "exclusiveMaximum": "below {}",
+    "maximum": "at most {}",
+    "minLength": "not shorter than {}",
+}
+_TYPES = {
+    "integer": "a whole number",
+    "number": "a number",
+    "boolean": "true or false",
+    "string": "a text",
+    "array": "a list",
+    "object": "an object {...}",
+    "null": "null",
+}
+
+
+def expectation(model: type[BaseModel], key: str) -> str:
+    """What a field accepts, in words."""
+    schema = model.model_json_schema()
+    return _expectation(schema["properties"].get(key, {}), schema.get("$defs", {}))
+
+
+def _expectation(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
+    if "$ref" in schema:
+        return _expectation(definitions[schema["$ref"].rsplit("/", 1)[-1]], definitions)
+    if "enum" in schema:
+        return "one of " + ", ".join(repr(value) for value in schema["enum"])
+    if "const" in schema:
+        return repr(schema["const"])
+    for union in ("anyOf", "oneOf"):
+        if union in schema:
+            return " or ".join(dict.fromkeys(_expectation(part, definitions) for part in schema[union]))
+    words = _TYPES.get(schema.get("type", ""), "a value")
+    if schema.get("type") == "array" and schema.get("items"):
+        words += f" of which each is {_expectation(schema['items'], definitions)}"
+    limits = [text.format(schema[limit]) for limit, text in _LIMITS.items() if limit in schema]
+    return " ".join([words, " and ".join(limits)]).strip()
+
+
+def about(model: type[BaseModel], key: str) -> str:
+    """A field's description and default, for a remedy."""
+    info = model.model_fields[key]
+    description = (info.description or "").strip()
+    if info.default is PydanticUndefined or info.default in (None, ()):
+        return f"{key}: {description}"
+    return f"{key}: {description} Default: {info.default!r}."
+
+
+def shown(key: str, value: object) -> object:
+    """A value as a finding may show it."""
+    return "***" if is_secret(key) else value
+
+
+class PartCheck:
+    """Validates one part against its model and collects what is wrong with it."""
+
+    def __init__(self, findings: list[Finding], *, elsewhere: Mapping[str, str] | None = None) -> None:
+        self.findings = findings
+        self.elsewhere = elsewhere or {}
+
+    def validate(
+        self,
+        model: type[BaseModel],
+        raw: Mapping[str, Any],
+        prefix: str,
+        origin: Callable[[str], Origin],
+        *,
+        known: Iterable[str] = (),
+    ) -> BaseModel | None:
+        """The validated part, or None after adding findings.
+
+        Args:
+            model: The part's pydantic model.
+            raw: Its values as read.
+            prefix: Dotted path in front of its keys, with the dot.
+            origin: Where the value of a key comes from.
+            known: Further keys that are accepted beside the model's, for hints.
+        """
+        ready, problems = prepare(model, raw, lambda key: origin(key).base)
+        for key, problem in problems.items():
+            self._add(model, prefix, key, raw[key], f"{problem}; must be {expectation(model, key)}", origin)
+        try:
+            validated = model.model_validate(ready)
+        except ValidationError as error:
+            self._collect(error, model, raw, prefix, origin, known=known, skip=set(problems))
+            return None
+        return None if problems else validated
+
+    def _collect(
+        self,
+        error: ValidationError,
+        model: type[BaseModel],
+        raw: Mapping[str, Any],
+        prefix: str,
+        origin: Callable[[str], Origin],
+        *,
+        known: Iterable[str],
+        skip: set[str],
+    ) -> None:
+        seen: set[str] = set(skip)
+        for item in error.errors(include_url=False):
+            location = item["loc"]
+            key = str(location[0]) if location else ""
+            if key in seen:
+                continue
+            seen.add(key)
+            if item["type"] == "extra_forbidden" and len(location) == 1:
+                self.unknown(key, raw[key], prefix, origin(key), [*model.model_fields, *known])
+            elif item["type"] == "missing" and len(location) == 1:
+                problem = f"is required: {expectation(model, key)}"
+                self.findings.append(Finding(origin(key).file, prefix + key, None, problem, about(model, key)))
+            elif key in model.model_fields:
+                self._add(model, prefix, key, raw.get(key), _problem(item, model, key), origin)
+            else:
+                self._whole(item, raw, prefix, origin)
+
+    def _whole(
+        self, item: Any, raw: Mapping[str, Any], prefix: str, origin: Callable[[str], Origin]
+    ) -> None:
+        """An error of the part as a whole: filed under the first of its keys that the message names."""
+        message = str(item["msg"]).removeprefix("Value error, ")
+        named = [key for key in raw if key in message]
+        key = prefix + named[0] if named else prefix.rstrip(".")
+        value = raw[named[0]] if named else dict(raw)
+        source = origin(named[0] if named else "")
+        self.findings.append(Finding(source.file, key, shown(key, value), message, "change one of the values it names"))
+
+    def _add(
+        self,
+        model: type[BaseModel],
+        prefix: str,
+        key: str,
+        value: object,
+        problem: str,
+        origin: Callable[[str], Origin],
+    ) -> None:
+        remedy = about(model, key)
+        literals = [part for part in _literals(model, key) if isinstance(part, str)]
+        close = nearest(str(value), literals)
+        remedy = f"did you mean {close!r}? {remedy}" if close else remedy
+        self.findings.append(Finding(origin(key).file, prefix + key, shown(key, value), problem, remedy))
+
+    def unknown(self, key: str, value: object, prefix: str, origin: Origin, known: Iterable[str]) -> None:
+        """Add the finding of a key that is not known."""
+        names = list(dict.fromkeys(known))
+        close = nearest(key, names)
+        if key in self.elsewhere:
+            remedy = f"{key!r} belongs in {self.elsewhere[key]}"
+        elif close:
+            remedy = f"did you mean {close!r}?"
+        elif nearest(key, self.elsewhere):
+            other = nearest(key, self.elsewhere)
+            remedy = f"did you mean {other!r}, which belongs in {self.elsewhere[str(other)]}?"
+        else:
+            remedy = _list_or_schema(names)
+        self.findings.append(Finding(origin.file, prefix + key, shown(key, value), "is not a known key", remedy))
+
+
+def _list_or_schema(names: list[str]) -> str:
+    if not names:
+        return "leave it out: nothing can be set here"
+    if len(names) <= 15:
+        return f"known keys: {', '.join(names)}"
+    return "leave it out; `distill config schema` prints all known keys"
+
+
+def _literals(model: type[BaseModel], key: str) -> list[Any]:
+    from .coercion import leaves
+
+    info = model.model_fields[key]
+    return [part for part, _ in leaves(info.annotation, tuple(info.metadata)) if isinstance(part, str)]
+
+
+def _problem(item: Any, model: type[BaseModel], key: str) -> str:
+    inner = "".join(f"[{part}]" if isinstance(part, int) else "" for part in item["loc"][1:])
+    if item["type"] == "extra_forbidden":
+        return f"{inner} has the unknown key {item['loc'][-1]!r}; must be {expectation(model, key)}".strip()
+    if item["type"] == "value_error":
+        return str(item["msg"]).removeprefix("Value error, ")
+    if inner and item["type"] == "missing":
+        return f"{inner} lacks {item['loc'][-1]!r}"
+    return f"{inner} must be {expectation(model, key)}".strip()

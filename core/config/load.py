@@ -1,0 +1,254 @@
+"""From files and flags to one validated configuration; everything that is wrong is said in one go."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigError, Finding, UserError
+from .checks import Report, check_run
+from .configuration import PARTS, Configuration
+from .datasets import Datasets, DatasetsCheck, RawEntry, apply_overrides, find_data_file, read_data_file, read_entries
+from .findings import PartCheck
+from .normalise import align_rounding, megapixel_notices, refuse_not_yet, rename_run_keys
+from .parts import Parts, PartsCheck
+from .reading import COMMAND_LINE, Layers, Origin, fill_environment, nested, parse_override, read_file, strip_dashes
+from .requirements import check_requirements
+from .run_settings import RunSettings
+
+if TYPE_CHECKING:
+    from ..plugins import Registry
+
+DEEP = frozenset(PARTS)
+RECIPE = "recipe.json"
+MODEL = "pretrained_model_name_or_path"
+Override = tuple[tuple[str, ...], Any]
+
+
+def load_configuration(
+    registry: Registry,
+    *,
+    config_file: str | Path | None = None,
+    data_file: str | Path | None = None,
+    flags: Mapping[str, object] | None = None,
+    overrides: Sequence[str] = (),
+    to_train: bool = True,
+) -> Configuration:
+    """The validated configuration.
+
+    Args:
+        registry: What is there by name; plugin files that the configuration names are added to it.
+        config_file: JSON, YAML or TOML with the run's keys.
+        data_file: JSON, YAML or TOML with the list of datasets.
+        flags: Run keys from the command line; stronger than the file.
+        overrides: ``key.path=value`` texts; stronger than everything. ``data.<id>.key`` reaches into the datasets.
+        to_train: Also check what only training needs of this machine: files of data and models, device, packages.
+
+    Raises:
+        ConfigError: With all findings.
+    """
+    loader = Loader(registry, config_file=Path(config_file) if config_file else None, to_train=to_train)
+    given = {key: value for key, value in (flags or {}).items() if value is not None}
+    configuration = loader.load(Path(data_file) if data_file else None, given, overrides)
+    if loader.findings or configuration is None:
+        raise ConfigError(loader.findings)
+    return configuration
+
+
+@dataclass
+class Loader:
+    """One pass over all sources; findings and notices gather on the way."""
+
+    registry: Registry
+    config_file: Path | None = None
+    to_train: bool = True
+    findings: list[Finding] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+    layers: Layers = field(default_factory=Layers)
+    miniature: bool = False
+
+    def load(
+        self, data_file: Path | None, flags: Mapping[str, object], overrides: Sequence[str]
+    ) -> Configuration | None:
+        """The configuration, or None where findings leave none."""
+        data_overrides = self._read(flags, overrides)
+        self._load_plugins()
+        check = PartsCheck(self.registry, self.layers, self.findings, self.notices)
+        check.resolve_names()
+        check.fold()
+        recipe_data = self._choose_model(check)
+        refuse_not_yet(self.layers, self.findings)
+        inline = self.layers.values.pop("data", None)
+        run = self._run(check)
+        parts = check.validate(run)
+        if run is not None:
+            check_run(run, Report(self.layers, self.findings, self.notices), to_train=self.to_train)
+            megapixel_notices(run, "", self.notices)
+            self._compare(run, parts, check)
+        entries = self._entries(run, data_file, inline, recipe_data)
+        datasets = self._datasets(run or RunSettings(), entries, data_overrides)
+        if run is not None and self.to_train:
+            check.check_optimizer(run)
+        if run is None or self.findings:
+            return None
+        return self._assemble(run, parts, check, datasets)
+
+    # -- layers -------------------------------------------------------------------------------------------------------
+
+    def _read(self, flags: Mapping[str, object], overrides: Sequence[str]) -> list[Override]:
+        """Lay file, flags and overrides on top of each other; returns the overrides of datasets."""
+        file = self.config_file
+        if file is not None:
+            before = len(self.findings)
+            content = read_file(file, self.findings, what="--config")
+            if isinstance(content, Mapping):
+                self._lay(content, Origin(str(file), file.parent.absolute()))
+            elif len(self.findings) == before:
+                remedy = 'write {"model_type": "lora", ...}; the list of datasets goes into --data'
+                self.findings.append(Finding(str(file), "--config", content, "is not an object of keys", remedy))
+        command_line = Origin(COMMAND_LINE, Path.cwd())
+        self._lay(flags, command_line)
+        parsed = [override for text in overrides if (override := parse_override(text, self.findings))]
+        for path, value in parsed:
+            if path[0] != "data":
+                self._lay(nested(path, value), command_line)
+        return [override for override in parsed if override[0][0] == "data"]
+
+    def _lay(self, values: Mapping[str, Any], origin: Origin) -> None:
+        plain = strip_dashes(values, origin.file, self.findings)
+        data = plain.pop("data", None)  # entries fill in their own environment, by id
+        plain = fill_environment(plain, origin.file, "", self.findings)
+        plain = rename_run_keys(plain, origin, self.notices, self.findings)
+        align_rounding(plain, "", origin.file, self.notices, self.findings)
+        self.layers.add(plain if data is None else {**plain, "data": data}, origin, deep=DEEP)
+
+    def _load_plugins(self) -> None:
+        files = self.layers.values.get("plugins") or []
+        origin = self.layers.origin("plugins")
+        for file in [files] if isinstance(files, str) else files if isinstance(files, list | tuple) else []:
+            try:
+                self.registry.add_file(origin.base / Path(str(file)).expanduser())
+            except UserError as error:
+                self.findings.append(Finding(origin.file, "plugins", file, error.message, error.remedy))
+
+    # -- model --------------------------------------------------------------------------------------------------------
+
+    def _choose_model(self, check: PartsCheck) -> list[RawEntry] | None:
+        """Where no model is named: the family's miniature, its recipe under everything given; returns its data."""
+        family = check.classes.get("family")
+        if family is None:
+            return None
+        folder: Path | None = family.miniature
+        if self.layers.given(MODEL):
+            self.miniature = folder is not None and str(folder) == str(self.layers.values[MODEL])
+            return None
+        recipe = folder / RECIPE if folder else None
+        if folder is None or recipe is None or not recipe.is_file():
+            problem = f"is required: the family {family.name!r} ships no trained miniature"
+            remedy = "name a model: --model PATH_OR_ID (hub id, diffusers folder or .safetensors file)"
+            check.refuse(MODEL, None, problem, remedy)
+            return None
+        self.miniature = True
+        return self._lay_under(recipe, folder, check)
+
+    def _lay_under(self, recipe_file: Path, folder: Path, check: PartsCheck) -> list[RawEntry]:
+        recipe = json.loads(recipe_file.read_text(encoding="utf-8"))
+        origin = Origin(str(recipe_file), recipe_file.parent)
+        data = recipe.pop("data", [])
+        recipe = {MODEL: str(folder), **recipe}
+        if self.layers.given("num_train_epochs") or self.layers.given("max_train_steps"):
+            recipe.pop("max_train_steps", None)
+            recipe.pop("num_train_epochs", None)
+        if self.layers.values.get("model_type", recipe.get("model_type")) != recipe.get("model_type"):
+            recipe.pop("learning_rate", None)
+        method = check.classes.get("method")
+        parts = recipe.get("distillation_config", {})
+        recipe["distillation_config"] = {name: part for name, part in parts.items() if method and name == method.name}
+        under = Layers()
+        under.add(recipe, origin, deep=DEEP)
+        for key, value in self.layers.values.items():
+            if value is not None:
+                under.add({key: value}, self.layers.origin(key), deep=DEEP)
+        under.origins.update(self.layers.origins)
+        self.layers.values, self.layers.origins = under.values, under.origins
+        return read_entries(data, origin, self.findings)
+
+    # -- run and data -------------------------------------------------------------------------------------------------
+
+    def _run(self, check: PartsCheck) -> RunSettings | None:
+        values = {key: value for key, value in self.layers.values.items() if key not in PARTS and value is not None}
+        validator = PartCheck(self.findings, elsewhere=check.elsewhere())
+        run = validator.validate(RunSettings, values, "", self.layers.origin, known=[*PARTS, "data"])
+        return run if isinstance(run, RunSettings) else None
+
+    def _compare(self, run: RunSettings, parts: Parts, check: PartsCheck) -> None:
+        method, family = check.classes.get("method"), check.classes.get("family")
+        config = parts["distillation_config"].get(method.name) if method else None
+        if method is None or family is None or config is None:
+            return
+        files = {key[0]: origin.file for key, origin in self.layers.origins.items() if len(key) == 1}
+        findings, notices = check_requirements(method, config, family, run, files=files)
+        self.findings.extend(findings)
+        self.notices.extend(notices)
+
+    def _entries(
+        self, run: RunSettings | None, data_file: Path | None, inline: Any, recipe: list[RawEntry] | None
+    ) -> list[RawEntry] | None:
+        """Raw entries of the first source there is; None, with a finding, where there is none."""
+        before = len(self.findings)
+        named = data_file or (run.data_backend_config if run else None)
+        if named is not None and inline is not None:
+            self.notices.append(f"the datasets of {named} are used, not those inside the configuration")
+        if named is None and inline is not None:
+            return read_entries(inline, self.layers.origin("data"), self.findings)
+        if named is None:
+            named = find_data_file(self.config_file, run.output_dir if run else None)
+            if named is not None:
+                self.notices.append(f"datasets: {named}")
+        if named is not None:
+            entries = read_data_file(named, self.findings)
+            return None if len(self.findings) > before and not entries else entries
+        if recipe is None and run is not None:
+            file = self.layers.origin("data_backend_config").file
+            problem = "is required: no multidatabackend file beside the configuration, in output_dir or here"
+            remedy = "name the data file: --data FILE (`distill config init` writes one)"
+            self.findings.append(Finding(file, "data_backend_config", None, problem, remedy))
+        return recipe
+
+    def _datasets(
+        self, run: RunSettings, entries: list[RawEntry] | None, overrides: Sequence[Override]
+    ) -> Datasets:
+        apply_overrides(entries or [], overrides, self.findings)
+        if entries is None:
+            return Datasets()
+        before = len(self.findings)
+        check = DatasetsCheck(self.registry, run, self.findings, self.notices, to_train=self.to_train)
+        datasets = check.check(entries)
+        if not datasets.images and len(self.findings) == before:
+            file = entries[0].layers.origin("id").file if entries else "data file"
+            problem = "has no enabled entry of dataset_type image"
+            remedy = "add a dataset with id and instance_data_dir, or set disabled to false"
+            self.findings.append(Finding(file, "data", [entry.id for entry in entries], problem, remedy))
+        return datasets
+
+    def _assemble(self, run: RunSettings, parts: Parts, check: PartsCheck, datasets: Datasets) -> Configuration:
+        evaluators = check.wanted("evaluator", run) or self.registry.names("evaluator")
+        given = parts["evaluator_config"]
+        return Configuration(
+            run=run,
+            method=parts["distillation_config"][run.distillation_method],
+            family=parts["family_config"][run.model_family],
+            optimizer=parts["optimizer_config"][run.optimizer],
+            trackers=parts["tracker_config"],
+            evaluators={name: given.get(name) or self.registry.get("evaluator", name).Config() for name in evaluators},
+            publishers=parts["publisher_config"],
+            datasets=tuple(datasets.images),
+            caches=tuple(datasets.caches),
+            text_cache=datasets.text_cache,
+            notices=tuple(dict.fromkeys(self.notices)),
+            miniature=self.miniature,
+            plugin_files=self.registry.files,
+        )

@@ -1,0 +1,121 @@
+"""Names and units that users bring along, turned into ours, with a line for each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import Finding
+from .dataset_settings import PIXEL_LIMIT
+from .reading import Layers, Origin
+
+RUN_ALIASES = {
+    "validation_steps": "validation_step_interval",
+    "checkpointing_steps": "checkpoint_step_interval",
+    "save_total_limit": "checkpoints_total_limit",
+}
+DATASET_VALUES = {
+    ("caption_strategy", "instance_prompt"): "instanceprompt",
+    ("crop_style", "centre"): "center",
+}
+NOT_YET = {
+    "deepspeed_config": "one process, or several with DDP through accelerate, are what this version has",
+    "fsdp_enable": "one process, or several with DDP through accelerate, are what this version has",
+    "fsdp_version": "one process, or several with DDP through accelerate, are what this version has",
+    "quantize_via": "quantised bases come with a later version; leave it out",
+    "base_model_default_dtype": "quantised bases come with a later version; mixed_precision decides the type",
+    "lycoris_config": "only lora_type `standard` is there; leave it out",
+    "controlnet": "an exported student works beside a ControlNet in diffusers; none is trained here",
+    "offload_during_startup": "encoders are always unloaded once the caches are built; leave it out",
+    "enable_group_offload": "gradient_checkpointing, train_batch_size 1 and mixed_precision bf16 save memory",
+    "tread_config": "leave it out",
+    "webhook_config": "a plugin with observation hooks (`docs/hooks.md`) can call out; leave it out",
+}
+"""Keys of the established trainer that this version knows but does not have -> what to do instead."""
+SIZES = ("minimum_image_size", "maximum_image_size", "target_downsample_size")
+
+
+def rename_run_keys(values: Mapping[str, Any], origin: Origin, notices: list[str], findings: list[Finding]) -> dict[str, Any]:
+    """Aliases under their canonical names."""
+    result = dict(values)
+    for alias, name in RUN_ALIASES.items():
+        if alias not in result:
+            continue
+        value = result.pop(alias)
+        if name in result and result[name] != value:
+            problem = f"contradicts {name} = {result[name]!r}, which is the same key"
+            findings.append(Finding(origin.file, alias, value, problem, f"keep {name} alone"))
+        result[name] = result.get(name, value)
+        notices.append(f"{alias} is read as {name} = {value}")
+    return result
+
+
+def refuse_not_yet(layers: Layers, findings: list[Finding]) -> None:
+    """Keys and values of the established trainer that come with a later version."""
+    for key, instead in NOT_YET.items():
+        if key in layers.values:
+            value, file = layers.values.pop(key), layers.origin(key).file
+            if value not in (None, False, "", "none"):
+                findings.append(Finding(file, key, value, "is not in this version yet", instead))
+    for key in [key for key in layers.values if key.endswith("_precision") and key != "mixed_precision"]:
+        value = layers.values[key]
+        if isinstance(value, str) and value != "no_change":
+            layers.values.pop(key)
+            findings.append(
+                Finding(
+                    layers.origin(key).file,
+                    key,
+                    value,
+                    "is not in this version yet: quantisation comes with a later one; accepted: 'no_change'",
+                    f"leave {key} out or set it to no_change; memory is saved by gradient_checkpointing, "
+                    "train_batch_size 1, mixed_precision bf16 and optimizer adamw_bf16",
+                )
+            )
+
+
+def align_rounding(values: dict[str, Any], prefix: str, file: str, notices: list[str], findings: list[Finding]) -> None:
+    """An ``aspect_bucket_rounding`` above 9 is an alignment in pixels."""
+    rounding = values.get("aspect_bucket_rounding")
+    try:
+        means_alignment = not isinstance(rounding, bool) and float(rounding or 0) > 9
+    except (TypeError, ValueError):
+        return
+    if not means_alignment:
+        return
+    values.pop("aspect_bucket_rounding")
+    alignment = values.get("aspect_bucket_alignment")
+    if alignment is not None and float(alignment) != float(rounding or 0):
+        problem = f"is above 9, so it is an alignment, and contradicts aspect_bucket_alignment = {alignment}"
+        key = f"{prefix}aspect_bucket_rounding"
+        findings.append(Finding(file, key, rounding, problem, "keep aspect_bucket_alignment; rounding is 1 to 9 decimals"))
+        return
+    values["aspect_bucket_alignment"] = rounding
+    notices.append(
+        f"{prefix}aspect_bucket_rounding = {rounding} is above 9 decimals: read as aspect_bucket_alignment = {rounding} px"
+    )
+
+
+def rename_dataset_values(values: dict[str, Any], prefix: str, notices: list[str]) -> None:
+    """Other spellings of a dataset's values."""
+    for (key, other), name in DATASET_VALUES.items():
+        if values.get(key) == other:
+            values[key] = name
+            notices.append(f"{prefix}{key} = {other!r} is read as {name!r}")
+
+
+def megapixel_notices(values: Any, prefix: str, notices: list[str]) -> None:
+    """Say which sizes are megapixels although the unit is said to be pixels."""
+    if values.resolution_type != "pixel":
+        return
+    sizes = [(key, getattr(values, key)) for key in SIZES]
+    told = [f"{key} = {value:g}" for key, value in sizes if value is not None and 0 < value < PIXEL_LIMIT]
+    if told:
+        notices.append(f"{prefix}{', '.join(told)}: below {PIXEL_LIMIT} under resolution_type pixel, read as megapixels")
+
+
+def convert_size(size: float, source: str, target: str) -> float:
+    """A size in another unit, exact for squares; edges in pixels, areas in megapixels."""
+    if source == target or (source == "pixel" and size < PIXEL_LIMIT and target == "area"):
+        return size
+    edge = size**0.5 * 1000 if source == "area" or (source == "pixel" and size < PIXEL_LIMIT) else size
+    return edge * edge / 1e6 if target == "area" else edge

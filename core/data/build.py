@@ -1,0 +1,211 @@
+"""Bringing the caches of all datasets up to date, and saying why anything is made anew."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from .cache import TensorCache, cache_folders
+from .dataset import Dataset
+from .encode import LatentEncoder, Share, encode_captions, missing_captions
+from .images import PIXELS_VERSION
+from .progress import Progress
+from .report import DataReport
+from .storage import write_whole
+
+if TYPE_CHECKING:
+    from ..config.dataset_settings import DatasetSettings
+    from ..family import ModelFamily
+
+FORMAT = 1
+PREPROCESSING = (
+    "resolution", "resolution_type", "crop", "crop_aspect", "crop_style", "maximum_image_size",
+    "target_downsample_size", "aspect_bucket_alignment", "aspect_bucket_rounding", "random_flip",
+)  # fmt: skip
+"""Settings that decide a picture's pixels: what is compared to say why latents are made anew."""
+
+
+class Places(Protocol):
+    """Where caches lie."""
+
+    def latents(self, settings: DatasetSettings) -> Path:
+        """Folder of a dataset's latent caches."""
+        ...
+
+    def texts(self, settings: DatasetSettings) -> Path:
+        """Folder of the text caches that a dataset uses."""
+        ...
+
+    def text_shard_size(self, settings: DatasetSettings) -> int:
+        """Captions per file of that text cache."""
+        ...
+
+
+@dataclass
+class Caches:
+    """The caches of each dataset, by its id; datasets may share a text cache."""
+
+    latents: dict[str, TensorCache] = field(default_factory=dict)
+    texts: dict[str, TensorCache] = field(default_factory=dict)
+
+
+def text_descriptor(family: ModelFamily) -> dict[str, Any]:
+    """What all embeddings of a cache depend on."""
+    return {"kind": "text", "format": FORMAT, "family": family.name, "text": family.fingerprint("text")}
+
+
+def latent_descriptor(family: ModelFamily, dataset: str) -> dict[str, Any]:
+    """What all latents of a cache depend on."""
+    return {"kind": "latents", "format": FORMAT, "family": family.name, "vae": family.fingerprint("vae"),
+            "dataset": dataset, "pixels": PIXELS_VERSION}  # fmt: skip
+
+
+class CacheBuilder:
+    """Encodes what is missing; the text encoders go before the autoencoder comes.
+
+    Args:
+        family: The encoders.
+        places: Where caches lie.
+        share: This process's part of the work.
+        workers: Threads that decode pictures.
+        progress: Told of every entry.
+        say: Takes lines for people.
+        wait: Waits until all processes are here.
+    """
+
+    def __init__(
+        self,
+        family: ModelFamily,
+        places: Places,
+        *,
+        share: Share,
+        workers: int,
+        progress: Progress,
+        say: Callable[[str], None],
+        wait: Callable[[], None],
+    ) -> None:
+        self.family, self.places, self.share, self.workers = family, places, share, workers
+        self.progress, self.say, self.wait = progress, say, wait
+
+    def build(self, datasets: Sequence[Dataset], report: DataReport) -> Caches:
+        """All caches, complete; broken pictures are dropped from their datasets, and counts go into `report`."""
+        caches = Caches()
+        groups: dict[Path, list[Dataset]] = {}
+        for dataset in datasets:
+            groups.setdefault(self.places.texts(dataset.settings), []).append(dataset)
+        for folder, group in groups.items():
+            cache = self._texts(folder, group, report)
+            caches.texts |= {dataset.id: cache for dataset in group}
+        for dataset in datasets:
+            caches.latents[dataset.id] = self._latents(dataset, report)
+        return caches
+
+    # -- captions ---------------------------------------------------------------------------------------------------
+
+    def _texts(self, folder: Path, datasets: Sequence[Dataset], report: DataReport) -> TensorCache:
+        cache = self._open(folder, text_descriptor(self.family), "text cache", report)
+        todo = missing_captions(cache, datasets)
+        for dataset in datasets:
+            dataset.counts.captions = len(np.unique(dataset.index.caption_digests, axis=0))
+        missing = sum(len(places) for _, places in todo)
+        if not missing:
+            return cache
+        self._explain_texts(folder, cache, missing)
+        encode_captions(
+            cache, todo, self.family, shard_size=self.places.text_shard_size(datasets[0].settings),
+            progress=self.progress, share=self.share,
+        )  # fmt: skip
+        self.family.release_encoders()
+        report.captions_encoded += missing
+        return self._reload(cache)
+
+    def _explain_texts(self, folder: Path, cache: TensorCache, missing: int) -> None:
+        if len(cache):
+            self.say(f"text cache: {missing:,} captions are new or have changed and are encoded")
+        elif any(descriptor["kind"] == "text" for path, descriptor in cache_folders(folder) if path != cache.folder):
+            self.say(f"text cache: the text encoders have changed, so all {missing:,} captions are encoded anew")
+
+    # -- pictures ---------------------------------------------------------------------------------------------------
+
+    def _latents(self, dataset: Dataset, report: DataReport) -> TensorCache:
+        folder = self.places.latents(dataset.settings)
+        cache = self._open(folder, latent_descriptor(self.family, dataset.id), f"latents of {dataset.id!r}", report)
+        encoder = LatentEncoder(dataset, cache, self.family, workers=self.workers)
+        jobs = encoder.plan()
+        missing = sum(len(job.rows) for job in jobs)
+        if missing:
+            self._explain_latents(folder, dataset, cache, missing)
+            encoder.run(self.share.of(jobs), progress=self.progress)
+            self.family.release_encoders()
+            report.pictures_encoded += missing
+            cache = self._reload(cache)
+            encoder = self._after(encoder, cache)
+        if encoder.broken:
+            dataset.drop(encoder.broken)
+        if self.share.rank == 0:
+            self._remember(folder, dataset)
+        return cache
+
+    def _after(self, encoder: LatentEncoder, cache: TensorCache) -> LatentEncoder:
+        """What is broken as all processes see it: known failures, and whatever is still missing."""
+        final = LatentEncoder(encoder.dataset, cache, self.family, workers=self.workers)
+        left = final.plan()
+        for job in left:
+            for row in job.rows:
+                final.broken[int(row)] = encoder.broken.get(int(row), "it could not be read")
+        return final
+
+    def _state_path(self, folder: Path, dataset: Dataset) -> Path:
+        return folder / f"{dataset.id}.settings.json"
+
+    def _settings(self, dataset: Dataset) -> dict[str, Any]:
+        values = dataset.settings.model_dump(mode="json", include=set(PREPROCESSING))
+        return {"vae": self.family.fingerprint("vae"), **{name: values[name] for name in PREPROCESSING}}
+
+    def _remember(self, folder: Path, dataset: Dataset) -> None:
+        path, text = self._state_path(folder, dataset), json.dumps(self._settings(dataset), indent=1)
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            write_whole(path, text.encode())
+
+    def _explain_latents(self, folder: Path, dataset: Dataset, cache: TensorCache, missing: int) -> None:
+        path = self._state_path(folder, dataset)
+        changes = changed(json.loads(path.read_bytes()), self._settings(dataset)) if path.exists() else []
+        if changes:
+            self.say(f"{cache.label}: {', '.join(changes)}, so {missing:,} pictures are encoded anew")
+        elif len(cache):
+            self.say(
+                f"{cache.label}: {len(cache):,} are there, {missing:,} new, changed or missing ones are encoded"
+            )
+
+    # -- both -------------------------------------------------------------------------------------------------------
+
+    def _open(self, folder: Path, descriptor: Mapping[str, Any], label: str, report: DataReport) -> TensorCache:
+        """The cache, checked by the first process before the others read it."""
+        cache = TensorCache(folder, descriptor, label=label, say=self.say)
+        if self.share.rank == 0:
+            report.damaged_shards += len(cache.load())
+            self.wait()
+        else:
+            self.wait()
+            cache.load()
+        return cache
+
+    def _reload(self, cache: TensorCache) -> TensorCache:
+        """The same cache with what every process has added."""
+        self.wait()
+        cache.load()
+        return cache
+
+
+def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Settings that differ, as ``resolution 512 -> 1024``."""
+    different = [name for name in now if before.get(name) != now[name]]
+    return [
+        "the autoencoder is another one" if name == "vae" else f"{name} {before.get(name)} -> {now[name]}"
+        for name in different
+    ]

@@ -1,0 +1,212 @@
+"""One dataset: its index, which pictures are used, and the buckets that they fall into."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ..backend import DataBackend
+from ..errors import UserError
+from .geometry import REASONS, Geometry, Plan, flipped_left
+from .hashing import Int64s, UInt64s, combine, permute
+from .images import BrokenImage, decode, scale_and_crop
+from .index import NO_CAPTION, Index, describe_listing
+from .order import Span, Stream
+
+if TYPE_CHECKING:
+    from ..config.dataset_settings import DatasetSettings
+
+CHUNK = 1 << 20
+"""Rows that geometry is worked out for at a time, to bound memory."""
+
+
+@dataclass
+class Counts:
+    """What became of a dataset's pictures.
+
+    Attributes:
+        found: Files that look like pictures.
+        used: Pictures that are trained on.
+        left_out: Pictures left out on purpose, by reason.
+        quarantined: Broken files, name and reason.
+        buckets: Pictures by (width, height).
+        captions: Different texts.
+    """
+
+    found: int = 0
+    used: int = 0
+    left_out: dict[str, int] = field(default_factory=dict)
+    quarantined: dict[str, str] = field(default_factory=dict)
+    buckets: dict[tuple[int, int], int] = field(default_factory=dict)
+    captions: int = 0
+    without_caption: list[str] = field(default_factory=list)
+
+
+class Dataset:
+    """The pictures of one data-file entry that pass its filters, grouped by bucket.
+
+    Attributes:
+        rows: Index rows in use, those of one bucket together; shape (n,).
+        starts: Bucket b has rows[starts[b] : starts[b + 1]].
+        shapes: (width, height) of each bucket.
+    """
+
+    def __init__(self, settings: DatasetSettings, backend: DataBackend, index: Index, geometry: Geometry) -> None:
+        self.settings, self.backend, self.index, self.geometry = settings, backend, index, geometry
+        self.counts = Counts(found=len(index))
+        self._record_problems()
+        rows, shapes = self._filter()
+        self._group(rows, shapes)
+
+    @property
+    def id(self) -> str:
+        """The dataset's name."""
+        return self.settings.id
+
+    # -- which pictures ---------------------------------------------------------------------------------------------
+
+    def _record_problems(self) -> None:
+        for row in np.flatnonzero(~self.index.usable()).tolist():
+            problem = self.index.problem(row)
+            if problem == NO_CAPTION:
+                self.counts.without_caption.append(self.index.key(row))
+            else:
+                self.counts.quarantined[self.index.key(row)] = problem
+        if self.counts.without_caption:
+            self.counts.left_out["no caption"] = len(self.counts.without_caption)
+
+    def _filter(self) -> tuple[Int64s, NDArray[np.int32]]:
+        """Rows that pass the filters, and their (width, height) buckets, shape (n, 2)."""
+        usable = np.flatnonzero(self.index.usable())
+        rows, shapes = [np.zeros(0, np.int64)], [np.zeros((0, 2), np.int32)]
+        for start in range(0, len(usable), CHUNK):
+            part = usable[start : start + CHUNK]
+            plan = self.plan(part)
+            codes = self.geometry.filter(self.index.width[part], self.index.height[part], plan)
+            for code in np.unique(codes[codes > 0]):
+                reason = REASONS[code]
+                self.counts.left_out[reason] = self.counts.left_out.get(reason, 0) + int((codes == code).sum())
+            rows.append(part[codes == 0])
+            shapes.append(np.stack([plan.bucket_w, plan.bucket_h], axis=1)[codes == 0].astype(np.int32))
+        return self._limit(np.concatenate(rows), np.concatenate(shapes))
+
+    def _limit(self, rows: Int64s, shapes: NDArray[np.int32]) -> tuple[Int64s, NDArray[np.int32]]:
+        limit = self.settings.max_num_samples
+        if limit is None or len(rows) <= limit:
+            return rows, shapes
+        self.counts.left_out["beyond max_num_samples"] = len(rows) - limit
+        chosen = np.sort(permute(np.arange(limit), len(rows), 0))
+        return rows[chosen], shapes[chosen]
+
+    def _group(self, rows: Int64s, shapes: NDArray[np.int32]) -> None:
+        code = shapes[:, 0].astype(np.int64) << 32 | shapes[:, 1]
+        unique, bucket, counts = np.unique(code, return_inverse=True, return_counts=True)
+        self.rows = rows[np.argsort(bucket, kind="stable")]
+        self.starts = np.cumsum([0, *counts])
+        self.shapes = [(int(value >> 32), int(value & 0xFFFFFFFF)) for value in unique]
+        self.counts.used = len(rows)
+        self.counts.buckets = dict(zip(self.shapes, (int(count) for count in counts), strict=True))
+
+    def drop(self, broken: Mapping[int, str]) -> None:
+        """Leave out rows whose pictures turned out to be broken, row -> reason."""
+        self.counts.quarantined |= {self.index.key(row): reason for row, reason in broken.items()}
+        keep = ~np.isin(self.rows, np.fromiter(broken, np.int64, len(broken)))
+        sizes = np.diff(self.starts)
+        shapes = np.repeat(np.array(self.shapes, np.int32).reshape(-1, 2), sizes, axis=0)
+        order = np.argsort(self.rows[keep], kind="stable")
+        self._group(self.rows[keep][order], shapes[keep][order])
+
+    def check_not_empty(self) -> None:
+        """Raise UserError, saying what was looked for and where, when no picture is left."""
+        if not self.counts.used:
+            raise UserError(*_nothing_left(self))
+
+    # -- one picture ------------------------------------------------------------------------------------------------
+
+    def plan(self, rows: Int64s) -> Plan:
+        """Scaling and crop of pictures, by index row."""
+        return self.geometry.plan(self.index.width[rows], self.index.height[rows], self.index.draw[rows])
+
+    def entry_keys(self, rows: Int64s, flip: int) -> UInt64s:
+        """Keys of latents: the file and everything that decides its pixels, shape (n, 2)."""
+        keys = [np.zeros((0, 2), np.uint64)]
+        for start in range(0, len(rows), CHUNK):
+            part = rows[start : start + CHUNK]
+            columns = [*self.plan(part).columns(), np.full(len(part), flip)]
+            keys.append(combine(self.index.identity[part], columns))
+        return np.concatenate(keys)
+
+    def picture(self, row: int) -> Image.Image:
+        """The decoded picture. Raises BrokenImage; FileNotFoundError or PermissionError when it cannot be opened."""
+        with self.backend.open(self.index.key(row)) as stream:
+            image = decode(stream.read())
+        expected = int(self.index.width[row]), int(self.index.height[row])
+        if image.size != expected:
+            raise BrokenImage(f"it is {image.width}x{image.height}, but its header said {expected[0]}x{expected[1]}")
+        return image
+
+    def pixels(self, row: int, *, flip: bool) -> NDArray[np.uint8]:
+        """The training picture, shape (H, W, 3). Raises as :meth:`picture`."""
+        plan = self.plan(np.array([row]))
+        return scale_and_crop(
+            self.picture(row),
+            size=(int(plan.resized_w[0]), int(plan.resized_h[0])),
+            left=int(plan.left[0]),
+            top=int(plan.top[0]),
+            bucket=(int(plan.bucket_w[0]), int(plan.bucket_h[0])),
+            flip=flip,
+        )
+
+    def crop_left(self, plan: Plan, flip: NDArray[np.bool_]) -> Int64s:
+        """The left edge of the crop as the network is told, in pixels of the scaled picture, mirrored or not."""
+        return np.where(flip, flipped_left(plan), plan.left)
+
+    # -- order ------------------------------------------------------------------------------------------------------
+
+    def streams(self, heaviest: float) -> list[Stream]:
+        """A stream for each bucket; `heaviest` is the largest probability of all datasets."""
+        weight = Fraction(str(self.settings.probability)) / Fraction(str(heaviest))
+        rate = weight * (1 + self.settings.repeats)
+        sizes = np.diff(self.starts)
+        return [
+            Stream(f"{self.id}/{width}x{height}", int(size), rate)
+            for (width, height), size in zip(self.shapes, sizes, strict=True)
+        ]
+
+    @property
+    def span(self) -> Span:
+        """The optimizer steps that it is used in."""
+        return Span(self.settings.start_step, self.settings.end_step)
+
+
+def _nothing_left(dataset: Dataset) -> tuple[str, str]:
+    """What to say of a dataset without a usable picture, and how to mend it."""
+    counts, settings, where = dataset.counts, dataset.settings, dataset.backend.location
+    head = f"dataset {settings.id!r} has no picture to train on: "
+    if not counts.found:
+        total, sample = describe_listing(dataset.backend)
+        seen = f"it holds {total} other files ({', '.join(sample)}, ...)" if total else "it is empty"
+        return (
+            f"{head}looked in {where} and below for .jpg, .png, .webp and other picture files; {seen}",
+            "point instance_data_dir at the folder with the pictures, or set disabled: true",
+        )
+    if len(counts.without_caption) == counts.found:
+        return (
+            f"{head}{counts.found} pictures in {where}, none with a caption: caption_strategy = textfile looks for a "
+            f".txt of the same name (such as {counts.without_caption[0].rsplit('.', 1)[0]}.txt)",
+            "add the .txt files, or set caption_strategy to filename or instanceprompt",
+        )
+    reasons = [f"{number:,} {reason}" for reason, number in counts.left_out.items()]
+    if counts.quarantined:
+        name, reason = next(iter(counts.quarantined.items()))
+        reasons.append(f"{len(counts.quarantined):,} broken (first: {name}: {reason})")
+    return (
+        f"{head}all {counts.found:,} pictures in {where} were left out: {'; '.join(reasons)}",
+        "loosen the filters of the dataset, or set disabled: true",
+    )

@@ -1,0 +1,74 @@
+"""Vectorised integer hashing and permutations with random access: what makes the data order a pure function."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+UInt64s: TypeAlias = NDArray[np.uint64]
+Int64s: TypeAlias = NDArray[np.int64]
+Integers: TypeAlias = NDArray[np.integer]
+
+SMALL = 4096
+"""Up to this many elements a permutation is sorted out at once; above, it is computed for the indices asked for."""
+ROUNDS = 6
+
+
+def mix(values: UInt64s) -> UInt64s:
+    """The finaliser of SplitMix64: every bit of the result depends on every bit of the input."""
+    x = values + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def combine(identity: UInt64s, columns: list[Int64s]) -> UInt64s:
+    """128-bit keys (n, 2) that depend on `identity` (n, 2) and on every integer column (n,)."""
+    low, high = identity[:, 0], identity[:, 1]
+    for column in columns:
+        value = column.astype(np.uint64)
+        low = mix(low ^ mix(value))
+        high = mix(high ^ mix(value + np.uint64(0x632BE59BD9B4E019)))
+    return np.stack([low, high], axis=1)
+
+
+def fractions(values: UInt64s, salt: int) -> NDArray[np.float64]:
+    """Numbers in [0, 1), one for each value, independent for different salts."""
+    salted = mix(values ^ mix(np.full_like(values, salt)))
+    return (salted >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+@lru_cache(maxsize=512)
+def _sorted_permutation(size: int, key: int) -> Int64s:
+    draws = mix(np.arange(size, dtype=np.uint64) ^ mix(np.array([key], dtype=np.uint64)))
+    return np.argsort(draws, kind="stable")
+
+
+def _feistel(values: UInt64s, half: int, keys: UInt64s) -> UInt64s:
+    """A keyed bijection of 2 * half bits."""
+    shift, mask = np.uint64(half), np.uint64((1 << half) - 1)
+    left, right = values >> shift, values & mask
+    for key in keys:
+        left, right = right, left ^ (mix(right ^ key) & mask)
+    return (left << shift) | right
+
+
+def permute(indices: Int64s, size: int, key: int) -> Int64s:
+    """Where a random permutation of {0, ..., size - 1} sends `indices`, without making the permutation.
+
+    A Feistel network over the next even number of bits, walked until it falls inside the range.
+    The memory used does not depend on `size`.
+    """
+    if size <= SMALL:
+        return _sorted_permutation(size, key)[indices]
+    half = ((size - 1).bit_length() + 1) // 2
+    keys = mix(np.arange(ROUNDS, dtype=np.uint64) ^ mix(np.array([key], dtype=np.uint64)))
+    values = _feistel(indices.astype(np.uint64), half, keys)
+    outside = values >= size
+    while outside.any():
+        values[outside] = _feistel(values[outside], half, keys)
+        outside = values >= size
+    return values.astype(np.int64)

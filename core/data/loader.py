@@ -1,0 +1,206 @@
+"""From an optimizer step to this process's micro-batches, read from the memory-mapped caches."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+import torch
+
+from ..batch import Batch, Conditioning
+from ..family import MicroConditioning
+from ..random import Draws
+from .cache import TensorCache
+from .dataset import Dataset
+from .encode import LATENTS
+from .hashing import Int64s
+from .order import Curriculum
+
+if TYPE_CHECKING:
+    from ..family import ModelFamily
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class CachedDataset:
+    """A dataset with the places of its latents and captions in the caches.
+
+    Attributes:
+        cache: Its latents.
+        texts: The embeddings of its captions.
+        latents: Where each picture's latents are, plain and mirrored; shape (flips, n), n as in ``dataset.rows``.
+        captions: Where each caption's embeddings are, as ``dataset.index.caption_digests``.
+        first_stream: Number of its first bucket among the streams of all datasets.
+    """
+
+    dataset: Dataset
+    cache: TensorCache
+    texts: TensorCache
+    latents: Int64s
+    captions: Int64s
+    first_stream: int
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How a global batch is cut: micro-batch m of rank r has positions (m * world + r) * B ... + B."""
+
+    micro_batch_size: int
+    accumulation: int
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def global_batch(self) -> int:
+        """Samples per optimizer step over all processes."""
+        return self.micro_batch_size * self.accumulation * self.world_size
+
+    def positions(self, micro: int) -> np.ndarray:
+        """Positions of this rank's micro-batch in the global batch."""
+        start = (micro * self.world_size + self.rank) * self.micro_batch_size
+        return np.arange(start, start + self.micro_batch_size)
+
+
+class Loader:
+    """Makes the batches of any optimizer step.
+
+    Args:
+        datasets: All datasets, in the order of the streams.
+        order: Which samples a step has.
+        family: Turns embeddings and sizes into conditioning.
+        shape: How the global batch is cut.
+        seed: The run's seed.
+    """
+
+    def __init__(
+        self,
+        datasets: list[CachedDataset],
+        order: Curriculum,
+        family: ModelFamily,
+        *,
+        shape: Shape,
+        seed: int,
+    ) -> None:
+        self.datasets, self.order, self.family = datasets, order, family
+        self.shape, self.seed = shape, seed
+        self._firsts = np.array([each.first_stream for each in datasets])
+
+    def at(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of optimizer step `step`."""
+        chosen = self.order.at(step)
+        source = self.datasets[int(np.searchsorted(self._firsts, chosen.stream, side="right")) - 1]
+        start = source.dataset.starts[chosen.stream - source.first_stream]
+        return [
+            self._batch(source, start + chosen.indices[positions], step, positions)
+            for positions in map(self.shape.positions, range(self.shape.accumulation))
+        ]
+
+    def _batch(self, source: CachedDataset, places: Int64s, step: int, positions: np.ndarray) -> Batch:
+        """One micro-batch; `places` are positions in ``dataset.rows``."""
+        dataset, index = source.dataset, source.dataset.index
+        draws = Draws(self.seed, step, positions.tolist())
+        rows = dataset.rows[places]
+        flip = self._flip(dataset, draws, len(rows))
+        offsets, counts = index.caption_offsets[rows], np.diff(index.caption_offsets)[rows]
+        number = (draws.uniform("caption").numpy() * counts).astype(np.int64) if counts.max() > 1 else 0 * counts
+        captions = offsets + number
+        latents = source.cache.read(source.latents[flip.astype(np.int64), places])[LATENTS]
+        embeds = source.texts.read(source.captions[captions])
+        keys = [self._key(dataset, row, each, count) for row, each, count in zip(rows, number, counts, strict=True)]
+        return Batch(
+            latents=latents.float(),
+            cond=self._condition(dataset, rows, flip, embeds, draws),
+            keys=tuple(keys),
+            positions=tuple(positions.tolist()),
+            captions=tuple(index.caption(place) for place in captions),
+        )
+
+    @staticmethod
+    def _flip(dataset: Dataset, draws: Draws, count: int) -> np.ndarray:
+        if not dataset.settings.random_flip:
+            return np.zeros(count, np.bool_)
+        return draws.uniform("flip").numpy() < 0.5
+
+    @staticmethod
+    def _key(dataset: Dataset, row: int, number: int, count: int) -> str:
+        key = f"{dataset.id}/{dataset.index.key(row)}"
+        return f"{key}#{number}" if count > 1 else key
+
+    def _condition(
+        self, dataset: Dataset, rows: Int64s, flip: np.ndarray, embeds: Conditioning, draws: Draws
+    ) -> Conditioning:
+        """Embeddings with each sample's sizes; the unconditional for those whose caption is dropped."""
+        cond = self.family.condition(embeds, self._micro(dataset, rows, flip))
+        probability = dataset.settings.caption_dropout_probability
+        if not probability:
+            return cond
+        dropped = draws.uniform("caption_dropout") < probability
+        if not dropped.any():
+            return cond
+        uncond = self.family.uncond(cond)
+        return {name: _where(dropped, uncond[name], value) for name, value in cond.items()}
+
+    @staticmethod
+    def _micro(dataset: Dataset, rows: Int64s, flip: np.ndarray) -> MicroConditioning:
+        plan, index = dataset.plan(rows), dataset.index
+        left = dataset.crop_left(plan, flip)
+        return MicroConditioning(
+            original_size=list(zip(index.height[rows].tolist(), index.width[rows].tolist(), strict=True)),
+            crop_top_left=list(zip(plan.top.tolist(), left.tolist(), strict=True)),
+            target_size=list(zip(plan.bucket_h.tolist(), plan.bucket_w.tolist(), strict=True)),
+        )
+
+
+def _where(mask: torch.Tensor, yes: torch.Tensor, no: torch.Tensor) -> torch.Tensor:
+    """Rows of `yes` where `mask` (B,) holds, else of `no`."""
+    return torch.where(mask.reshape(-1, *[1] * (no.ndim - 1)), yes.to(no.dtype), no)
+
+
+class Prefetch(Iterator[T]):
+    """Runs ``make(first), make(first + 1), ...`` in a thread, some results ahead; its errors reach the consumer."""
+
+    def __init__(self, make: Callable[[int], T], *, first: int, depth: int) -> None:
+        self._make, self._queue = make, queue.Queue[tuple[T | None, BaseException | None]](maxsize=depth)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._work, args=(first,), name="distill-data", daemon=True)
+        self._thread.start()
+
+    def _work(self, number: int) -> None:
+        while not self._stop.is_set():
+            try:
+                result: tuple[T | None, BaseException | None] = (self._make(number), None)
+            except BaseException as error:  # handed over, whatever it is: nobody sees it in this thread
+                result = (None, error)
+            self._put(result)
+            if result[1] is not None:
+                return
+            number += 1
+
+    def _put(self, result: tuple[T | None, BaseException | None]) -> None:
+        while not self._stop.is_set():
+            try:
+                self._queue.put(result, timeout=0.1)
+            except queue.Full:
+                continue
+            return
+
+    def __next__(self) -> T:
+        if self._stop.is_set():
+            raise StopIteration
+        result, error = self._queue.get()
+        if error is not None:
+            self._stop.set()
+            raise error
+        return result  # type: ignore[return-value]
+
+    def close(self) -> None:
+        """Stop the thread."""
+        self._stop.set()
+        while not self._queue.empty():
+            self._queue.get_nowait()
+        self._thread.join(timeout=5)

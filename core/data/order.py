@@ -1,0 +1,148 @@
+"""The order of training samples as a pure function of (seed, step): nothing to save, random access to any step.
+
+Every stream (one bucket of one dataset) is an endless sequence of permutations of its samples, cut into global batches.
+In epoch e a stream gives floor((e + 1) q / G) - floor(e q / G) batches, with q its samples per epoch and G the global
+batch: what does not fill a batch is carried over, so nothing is dropped and every sample comes exactly as often as
+asked. All batches of an epoch are shuffled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+
+from ..errors import UserError
+from ..random import derive_seed
+from .hashing import Int64s, permute
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Samples that may share a batch.
+
+    Attributes:
+        name: Tells the stream apart for the random draws; independent of where data lives.
+        size: Number of samples.
+        rate: Passes over the samples per epoch, exact.
+    """
+
+    name: str
+    size: int
+    rate: Fraction = Fraction(1)
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """One optimizer step's samples: indices (G,) into one stream."""
+
+    stream: int
+    indices: Int64s
+    epoch: int
+
+
+class Order:
+    """The endless sequence of global batches over `streams`."""
+
+    def __init__(self, streams: Sequence[Stream], *, global_batch: int, seed: int) -> None:
+        self.streams, self.global_batch, self.seed = tuple(streams), global_batch, seed
+        quotas = [stream.size * stream.rate for stream in streams]
+        self._numerators = [quota.numerator for quota in quotas]
+        self._denominators = [quota.denominator * global_batch for quota in quotas]
+        self.steps_per_epoch = float(sum(quotas) / global_batch)
+        if self.steps_per_epoch <= 0:
+            raise ValueError("an order needs at least one sample")
+        self._epoch = (-1, np.zeros(0, np.int64), 0, 0)  # epoch, first batch of each stream, first step, end
+
+    def _before(self, epoch: int) -> Int64s:
+        """Batches that each stream has given before `epoch`."""
+        pairs = zip(self._numerators, self._denominators, strict=True)
+        return np.array([epoch * numerator // denominator for numerator, denominator in pairs], dtype=np.int64)
+
+    def epoch_of(self, step: int) -> int:
+        """The epoch that optimizer step `step` falls into."""
+        high = 1
+        while self._before(high).sum() <= step:
+            high *= 2
+        low = 0
+        while low + 1 < high:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self._before(middle).sum() <= step else (low, middle)
+        return low
+
+    def _at_epoch_of(self, step: int) -> tuple[int, Int64s, int, int]:
+        _, _, start, end = self._epoch
+        if not start <= step < end:
+            epoch = self.epoch_of(step)
+            first, after = self._before(epoch), self._before(epoch + 1)
+            self._epoch = (epoch, first, int(first.sum()), int(after.sum()))
+        return self._epoch
+
+    def at(self, step: int) -> GlobalBatch:
+        """The samples of optimizer step `step`."""
+        epoch, first, start, end = self._at_epoch_of(step)
+        place = permute(np.array([step - start]), end - start, derive_seed(self.seed, "batch_order", epoch))[0]
+        ends = np.cumsum(self._before(epoch + 1) - first)
+        number = int(np.searchsorted(ends, place, side="right"))
+        ordinal = int(first[number] + place - (ends[number - 1] if number else 0))
+        return GlobalBatch(number, self._samples(number, ordinal), epoch)
+
+    def _samples(self, number: int, ordinal: int) -> Int64s:
+        """Batch `ordinal` of a stream: positions of its endless sequence, each looked up in its own permutation."""
+        stream = self.streams[number]
+        positions = np.arange(ordinal * self.global_batch, (ordinal + 1) * self.global_batch)
+        passes, offsets = positions // stream.size, positions % stream.size
+        chosen = np.empty_like(positions)
+        for each in range(int(passes[0]), int(passes[-1]) + 1):
+            here = passes == each
+            key = derive_seed(self.seed, "sample_order", stream.name, each)
+            chosen[here] = permute(offsets[here], stream.size, key)
+        return chosen
+
+
+@dataclass(frozen=True)
+class Span:
+    """The optimizer steps [start, end) in which a dataset is used; no end means for ever."""
+
+    start: int = 0
+    end: int | None = None
+
+    def covers(self, step: int) -> bool:
+        """Whether `step` lies inside."""
+        return self.start <= step and (self.end is None or step < self.end)
+
+
+class Curriculum:
+    """Orders that follow each other where datasets join (``start_step``) or leave (``end_step``)."""
+
+    def __init__(self, streams: Sequence[Stream], spans: Sequence[Span], *, global_batch: int, seed: int) -> None:
+        self.streams = tuple(streams)
+        borders = {0} | {span.start for span in spans} | {span.end for span in spans if span.end is not None}
+        self._starts = np.array(sorted(borders), dtype=np.int64)
+        self._members: list[list[int]] = []
+        self._orders: list[Order | None] = []
+        for number, start in enumerate(self._starts):
+            members = [index for index, span in enumerate(spans) if span.covers(int(start)) and streams[index].rate > 0]
+            own_seed = derive_seed(seed, "curriculum", number) if number else seed
+            active = [streams[index] for index in members]
+            self._members.append(members)
+            self._orders.append(Order(active, global_batch=global_batch, seed=own_seed) if active else None)
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Optimizer steps per epoch while the first datasets are in use."""
+        return next((order.steps_per_epoch for order in self._orders if order is not None), 0.0)
+
+    def at(self, step: int) -> GlobalBatch:
+        """The samples of optimizer step `step`; UserError where no dataset is active."""
+        phase = int(np.searchsorted(self._starts, step, side="right")) - 1
+        order = self._orders[phase]
+        if order is None:
+            raise UserError(
+                f"no dataset is in use at step {step}: every start_step is later or every end_step earlier",
+                "give one dataset start_step 0 and no end_step, or shorten max_train_steps",
+            )
+        batch = order.at(step - int(self._starts[phase]))
+        return GlobalBatch(self._members[phase][batch.stream], batch.indices, batch.epoch)

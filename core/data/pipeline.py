@@ -1,0 +1,290 @@
+"""The data path of a run: backend -> index -> buckets -> caches -> batches."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..batch import Batch
+from ..random import derive_seed
+from .build import CacheBuilder, Caches
+from .captions import CaptionRules
+from .dataset import Dataset
+from .encode import Share, flips
+from .geometry import Geometry
+from .hashing import permute
+from .images import fit
+from .index import Index, IndexBuilder
+from .loader import CachedDataset, Loader, Prefetch, Shape
+from .order import Curriculum
+from .progress import Progress, default_progress
+from .report import DataReport
+from .storage import write_whole
+
+if TYPE_CHECKING:
+    from ..config import Configuration
+    from ..config.dataset_settings import DatasetSettings
+    from ..family import ModelFamily
+    from ..plugins import Registry
+
+
+class DataPipeline:
+    """Everything from the data file to batches.
+
+    Args:
+        config: The run's configuration.
+        registry: Where backends are found by name.
+        family: Encodes captions and pictures; its fingerprints are part of the cache keys.
+        micro_batch_size: Samples per micro-batch of one process.
+        accumulation: Micro-batches per optimizer step.
+        rank: Number of this process.
+        world_size: Number of processes.
+        seed: Decides order and draws.
+        cache_root: Folder for caches that the data file gives no place.
+        say: Takes lines for people.
+        progress: How long work tells of itself; by default a bar in a terminal, plain lines elsewhere.
+    """
+
+    def __init__(
+        self,
+        config: Configuration,
+        registry: Registry,
+        family: ModelFamily,
+        *,
+        micro_batch_size: int,
+        accumulation: int,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int,
+        cache_root: Path,
+        say: Callable[[str], None],
+        progress: Progress | None = None,
+    ) -> None:
+        self._config, self._registry, self._family, self._say = config, registry, family, say
+        self._shape = Shape(micro_batch_size, accumulation, rank, world_size)
+        self._seed, self._places = seed, CachePlaces(config, cache_root)
+        self._progress = progress or default_progress(say)
+        self._datasets: list[Dataset] = []
+        self._loader: Loader | None = None
+        self._open: list[Prefetch[list[Batch]]] = []
+
+    # -- before the first step --------------------------------------------------------------------------------------
+
+    def prepare(self) -> DataReport:
+        """Bring index and caches up to date; encoders are released when they were used.
+
+        Raises:
+            UserError: A dataset has nothing to train on, or its settings cannot be met.
+        """
+        started, report, share = time.monotonic(), DataReport(), self._share()
+        self._datasets = [self._open_dataset(settings, share) for settings in self._config.datasets]
+        for dataset in self._datasets:
+            dataset.check_not_empty()
+        builder = CacheBuilder(
+            self._family, self._places, share=share, workers=self._config.run.num_workers,
+            progress=self._progress, say=self._say, wait=_wait_for_all,
+        )  # fmt: skip
+        caches = builder.build(self._datasets, report)
+        for dataset in self._datasets:
+            dataset.check_not_empty()
+        self._loader = self._make_loader(caches)
+        report.datasets = {dataset.id: dataset.counts for dataset in self._datasets}
+        report.seconds = time.monotonic() - started
+        if share.rank == 0:
+            self._write_quarantine(report)
+        for line in report.lines():
+            self._say(line)
+        return report
+
+    def _share(self) -> Share:
+        if _distributed():
+            return Share(self._shape.rank, self._shape.world_size)
+        return Share()
+
+    def _open_dataset(self, settings: DatasetSettings, share: Share) -> Dataset:
+        backend = self._registry.get("data_backend", settings.type)(settings.backend)
+        path = self._places.index(settings)
+        rules = CaptionRules(settings)
+        geometry = Geometry(settings, multiple=self._family.pixel_multiple)
+        if share.rank == 0:
+            workers = self._config.run.num_workers
+            index = IndexBuilder(settings.id, backend, rules, workers=workers, progress=self._progress).build(path)
+            _wait_for_all()
+        else:
+            _wait_for_all()
+            index = Index(path)
+        return Dataset(settings, backend, index, geometry)
+
+    def _write_quarantine(self, report: DataReport) -> None:
+        for dataset in self._datasets:
+            path = self._places.index(dataset.settings).with_suffix(".quarantine.txt")
+            broken = report.datasets[dataset.id].quarantined
+            if broken:
+                write_whole(path, "".join(f"{key}: {why}\n" for key, why in sorted(broken.items())).encode())
+            else:
+                path.unlink(missing_ok=True)
+
+    def _make_loader(self, caches: Caches) -> Loader:
+        heaviest = max(dataset.settings.probability for dataset in self._datasets)
+        cached, streams, spans = [], [], []
+        for dataset in self._datasets:
+            latents, texts = caches.latents[dataset.id], caches.texts[dataset.id]
+            places = np.stack([latents.locate(dataset.entry_keys(dataset.rows, flip)) for flip in flips(dataset)])
+            captions = texts.locate(dataset.index.caption_digests)
+            cached.append(CachedDataset(dataset, latents, texts, places, captions, len(streams)))
+            own = dataset.streams(heaviest or 1.0)
+            streams += own
+            spans += [dataset.span] * len(own)
+        order = Curriculum(streams, spans, global_batch=self._shape.global_batch, seed=self._seed)
+        return Loader(cached, order, self._family, shape=self._shape, seed=self._seed)
+
+    def _ready(self) -> Loader:
+        if self._loader is None:
+            self.prepare()
+        assert self._loader is not None
+        return self._loader
+
+    # -- training ---------------------------------------------------------------------------------------------------
+
+    @property
+    def num_samples(self) -> int:
+        """Pictures that are trained on, over all datasets."""
+        self._ready()
+        return sum(dataset.counts.used for dataset in self._datasets)
+
+    @property
+    def global_batch(self) -> int:
+        """Samples per optimizer step over all processes."""
+        return self._shape.global_batch
+
+    @property
+    def resolution(self) -> tuple[int, int]:
+        """(width, height) of the first dataset's largest bucket."""
+        self._ready()
+        buckets = self._datasets[0].counts.buckets
+        return max(buckets, key=lambda shape: (buckets[shape], shape))
+
+    def steps_per_epoch(self) -> float:
+        """Optimizer steps in which every sample comes once, times its repeats and weight."""
+        return self._ready().order.steps_per_epoch
+
+    def steps(self, start_step: int) -> Iterator[list[Batch]]:
+        """Endless: for each optimizer step from `start_step` this process's micro-batches, on the CPU, read ahead."""
+        depth = self._config.run.dataloader_prefetch
+        prefetch = Prefetch(self._ready().at, first=start_step, depth=depth)
+        self._open.append(prefetch)
+        try:
+            yield from prefetch
+        finally:
+            prefetch.close()
+            self._open.remove(prefetch)
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        for prefetch in list(self._open):
+            prefetch.close()
+
+    def fingerprint(self) -> str:
+        """Hash of the sample set and its order, kept in checkpoints: a resumed run must find the same."""
+        hasher = blake2b(f"1 {self._seed} {self.global_batch}".encode(), digest_size=16)
+        streams = self._ready().order.streams
+        hasher.update(json.dumps([(each.name, each.size, str(each.rate)) for each in streams]).encode())
+        for dataset in self._datasets:
+            settings, index = dataset.settings, dataset.index
+            choices = [settings.random_flip, settings.caption_dropout_probability, str(dataset.span)]
+            hasher.update(json.dumps(choices).encode())
+            hasher.update(index.draw[dataset.rows].tobytes())
+            hasher.update(index.caption_digests.tobytes())
+            for column in dataset.plan(dataset.rows).columns():
+                hasher.update(column.astype(np.int32).tobytes())
+        return hasher.hexdigest()
+
+    # -- looking at the data ----------------------------------------------------------------------------------------
+
+    def real_images(self, count: int, width: int, height: int) -> Tensor:
+        """Up to `count` pictures of all datasets, fitted to width x height, shape (M, 3, H, W), float32 in [0, 1].
+
+        Always the same ones for the same data; scaled to cover and cropped in the middle.
+        """
+        chosen = self._choose(count)
+        with ThreadPoolExecutor(max(1, self._config.run.num_workers)) as pool:
+            pictures = pool.map(lambda each: fit(each[0].picture(each[1]), width, height), chosen)
+            stacked = np.stack(list(pictures))
+        return torch.from_numpy(stacked).permute(0, 3, 1, 2).float() / 255
+
+    def captions(self, count: int) -> list[str]:
+        """Up to `count` different captions, of different pictures, always the same ones for the same data."""
+        found = (
+            dataset.index.caption(int(dataset.index.caption_offsets[row]))
+            for dataset, row in self._choose(min(self.num_samples, 64 * count))
+        )
+        return list(dict.fromkeys(found))[:count]
+
+    def _choose(self, count: int) -> list[tuple[Dataset, int]]:
+        """Pictures in an order that depends on nothing but their number."""
+        total = self.num_samples
+        starts = np.cumsum([0, *(dataset.counts.used for dataset in self._datasets)])
+        places = permute(np.arange(min(count, total)), total, derive_seed(0, "real_images"))
+        numbers = np.searchsorted(starts, places, side="right") - 1
+        return [
+            (self._datasets[number], int(self._datasets[number].rows[place - starts[number]]))
+            for number, place in zip(numbers.tolist(), places.tolist(), strict=True)
+        ]
+
+
+class CachePlaces:
+    """Where indexes and caches lie: as the data file says, else below `root`."""
+
+    def __init__(self, config: Configuration, root: Path) -> None:
+        self._config, self._root = config, root
+        self._caches: dict[str, DatasetSettings] = {entry.id: entry for entry in config.caches}
+
+    def latents(self, settings: DatasetSettings) -> Path:
+        """Folder of a dataset's latent caches."""
+        if settings.cache_dir_vae is not None:
+            return Path(settings.cache_dir_vae)
+        shared = next((entry for entry in self._caches.values() if entry.dataset_type == "vae_embeds"), None)
+        if shared is not None and shared.cache_dir is not None:
+            return Path(shared.cache_dir) / settings.id
+        return self._root / "vae" / settings.id
+
+    def index(self, settings: DatasetSettings) -> Path:
+        """File of a dataset's index, beside its latents."""
+        return self.latents(settings) / f"{settings.id}.index.arrow"
+
+    def texts(self, settings: DatasetSettings) -> Path:
+        """Folder of the text caches that a dataset uses."""
+        entry = self.text_entry(settings)
+        return Path(entry.cache_dir) if entry is not None and entry.cache_dir is not None else self._root / "text"
+
+    def text_entry(self, settings: DatasetSettings) -> DatasetSettings | None:
+        """The text_embeds entry that a dataset uses."""
+        return self._caches[settings.text_embeds] if settings.text_embeds else self._config.text_cache
+
+    def text_shard_size(self, settings: DatasetSettings) -> int:
+        """Captions per file of the text cache that a dataset uses."""
+        return (self.text_entry(settings) or settings).write_batch_size
+
+
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _wait_for_all() -> None:
+    if _distributed():
+        torch.distributed.barrier()
+
+
+def dataset_folders(places: CachePlaces, datasets: Sequence[DatasetSettings]) -> list[Path]:
+    """Every folder that may hold caches of `datasets`, each once."""
+    folders = [place(settings) for settings in datasets for place in (places.latents, places.texts)]
+    return list(dict.fromkeys(folders))

@@ -1,0 +1,77 @@
+"""What the data path found and made, for people."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .dataset import Counts
+
+FEW_PICTURES = 10_000
+NAMED = 5
+"""Broken files that are named in the report; all of them stand in quarantine.txt."""
+
+
+@dataclass
+class DataReport:
+    """Result of :meth:`DataPipeline.prepare`.
+
+    Attributes:
+        datasets: Counts by dataset id.
+        captions_encoded: Captions that went through the text encoders now.
+        pictures_encoded: Pictures that went through the autoencoder now.
+        damaged_shards: Cache files that failed their check and were made anew.
+        seconds: How long all of it took.
+    """
+
+    datasets: dict[str, Counts] = field(default_factory=dict)
+    captions_encoded: int = 0
+    pictures_encoded: int = 0
+    damaged_shards: int = 0
+    seconds: float = 0.0
+
+    @property
+    def num_pictures(self) -> int:
+        """Pictures in use over all datasets."""
+        return sum(counts.used for counts in self.datasets.values())
+
+    @property
+    def quarantined(self) -> dict[str, str]:
+        """Broken files, dataset id and key -> reason."""
+        return {
+            f"{name}/{key}": reason
+            for name, counts in self.datasets.items()
+            for key, reason in counts.quarantined.items()
+        }
+
+    def lines(self) -> list[str]:
+        """What to print."""
+        lines = [line for name, counts in self.datasets.items() for line in describe(name, counts)]
+        made = f"{self.captions_encoded:,} captions and {self.pictures_encoded:,} pictures encoded"
+        cached = "everything was cached" if not self.captions_encoded + self.pictures_encoded else made
+        lines.append(f"data ready in {self.seconds:.1f} s: {cached}")
+        if self.num_pictures < FEW_PICTURES:
+            lines.append(
+                f"{self.num_pictures:,} pictures are fewer than the {FEW_PICTURES:,} diverse ones that a general "
+                "student wants: expect one that is good at what they show and loses variety elsewhere; watch the validation "
+                "pictures rather than the loss, and stop when they no longer improve"
+            )
+        return lines
+
+
+def describe(name: str, counts: Counts) -> list[str]:
+    """Lines on one dataset: what is used, in which buckets, what was left out and what is broken."""
+    buckets = sorted(counts.buckets.items(), key=lambda item: -item[1])
+    shown = ", ".join(f"{width}x{height}: {number:,}" for (width, height), number in buckets[:6])
+    more = f" and {len(buckets) - 6} more" if len(buckets) > 6 else ""
+    size = f"{len(buckets)} bucket{'s' if len(buckets) != 1 else ''}"
+    lines = [
+        f"dataset {name!r}: {counts.used:,} of {counts.found:,} pictures in {size} ({shown}{more}), "
+        f"{counts.captions:,} different captions"
+    ]
+    lines += [f"dataset {name!r}: {number:,} left out: {reason}" for reason, number in counts.left_out.items()]
+    if counts.quarantined:
+        items = list(counts.quarantined.items())
+        listed = "; ".join(f"{key}: {reason}" for key, reason in items[:NAMED])
+        rest = f"; and {len(items) - NAMED} more, in quarantine.txt" if len(items) > NAMED else ""
+        lines.append(f"dataset {name!r}: {len(items):,} broken and set aside: {listed}{rest}")
+    return lines

@@ -1,0 +1,183 @@
+"""Memory: what a run takes, an estimate of it beforehand, and what helps when it does not fit."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+ACTIVATIONS_PER_PIXEL = 9.4
+"""Saved elements per latent pixel and per sqrt(parameters), LoRA. Measured on SDXL's UNet (rank 64) on the meta device;
+other networks differ by a small factor, so give ``activation_bytes_per_sample`` where it matters."""
+CHECKPOINTED_SHARE = 0.15
+"""Share of those that stays with gradient checkpointing on SDXL: the blocks' inputs (0.05), one block a time (0.1)."""
+OVERHEAD_BYTES = 600 * 2**20
+"""The process itself: the interpreter, torch and diffusers, or a CUDA context."""
+
+
+def peak_memory_bytes(device: str = "cpu") -> int:
+    """The most memory this process has held: what torch allocated on a CUDA device, elsewhere its resident set."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "linux":
+        # Not getrusage: its maximum survives exec, so what a large process starts would report the large one.
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:"))
+    if os.name == "posix":
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+    import psutil
+
+    return psutil.Process().memory_info().peak_wset  # pyright: ignore[reportAttributeAccessIssue]  # Windows only
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that an allocation failed, on the host or on the device."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+
+
+@dataclass(frozen=True)
+class MemorySettings:
+    """What the memory of a run depends on.
+
+    Attributes:
+        base_parameters: Parameters of the denoiser.
+        trained_parameters: Parameters that an optimizer steps (of the adapter, or of the whole student).
+        latent_pixels: h * w of the latents.
+        batch: Samples of a micro-batch.
+        base_bytes: Bytes per frozen weight (4, 2; 1 for int8).
+        compute_bytes: Bytes per activation (2 under mixed precision).
+        trained_bytes: Bytes per trained weight and gradient.
+        optimizer_bytes: Bytes of optimizer state per trained weight (AdamW in fp32: 8).
+        num_averages: EMA copies of the trained weights, in fp32.
+        gradient_checkpointing: Whether activations are computed again in the backward.
+        activation_bytes_per_sample: Measured without checkpointing (:func:`saved_activation_bytes`), None for the rule.
+    """
+
+    base_parameters: int
+    trained_parameters: int
+    latent_pixels: int
+    batch: int = 1
+    base_bytes: float = 4
+    compute_bytes: float = 4
+    trained_bytes: float = 4
+    optimizer_bytes: float = 8
+    num_averages: int = 0
+    gradient_checkpointing: bool = False
+    activation_bytes_per_sample: float | None = None
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes by purpose."""
+
+    weights: int
+    trained: int
+    gradients: int
+    optimizer: int
+    averages: int
+    activations: int
+    overhead: int = OVERHEAD_BYTES
+
+    @property
+    def total(self) -> int:
+        """Their sum."""
+        return sum(self.parts().values())
+
+    def parts(self) -> dict[str, int]:
+        """Purpose -> bytes, for tables."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+
+def estimate(settings: MemorySettings) -> MemoryEstimate:
+    """What a run with these settings takes at its peak; activations are rough (a factor of two either way)."""
+    per_sample = settings.activation_bytes_per_sample
+    if per_sample is None:
+        elements = ACTIVATIONS_PER_PIXEL * math.sqrt(settings.base_parameters) * settings.latent_pixels
+        per_sample = elements * settings.compute_bytes
+    share = CHECKPOINTED_SHARE if settings.gradient_checkpointing else 1.0
+    trained = settings.trained_parameters
+    return MemoryEstimate(
+        weights=round(settings.base_parameters * settings.base_bytes),
+        trained=round(trained * settings.trained_bytes),
+        gradients=round(trained * settings.trained_bytes),
+        optimizer=round(trained * settings.optimizer_bytes),
+        averages=trained * 4 * settings.num_averages,
+        activations=round(per_sample * settings.batch * share),
+    )
+
+
+def savings(settings: MemorySettings, *, quantizers: bool = False) -> list[tuple[str, int]]:
+    """What would help, and by how many bytes, the greatest help first.
+
+    Args:
+        settings: Of the run.
+        quantizers: Whether the base can be quantised in this installation.
+    """
+    choices: dict[str, MemorySettings] = {}
+    if settings.batch > 1:
+        half = settings.batch // 2
+        accumulation = "and gradient_accumulation_steps twice as many"
+        choices[f"train_batch_size={half} ({accumulation})"] = replace(settings, batch=half)
+    if not settings.gradient_checkpointing:
+        choices["gradient_checkpointing=true"] = replace(settings, gradient_checkpointing=True)
+    if settings.compute_bytes > 2:
+        choices["mixed_precision=bf16"] = replace(settings, compute_bytes=2, base_bytes=min(settings.base_bytes, 2))
+    if settings.optimizer_bytes + 2 * settings.trained_bytes > 12:
+        choices["optimizer=adamw_bf16"] = replace(settings, optimizer_bytes=8, trained_bytes=2)
+    if quantizers and settings.base_bytes > 1:
+        choices["base_model_precision=int8-quanto (LoRA only)"] = replace(settings, base_bytes=1)
+    quarter = replace(settings, latent_pixels=settings.latent_pixels // 4)
+    if settings.activation_bytes_per_sample is not None:
+        quarter = replace(quarter, activation_bytes_per_sample=settings.activation_bytes_per_sample / 4)
+    choices["half the resolution"] = quarter
+    total = estimate(settings).total
+    saved = [(label, total - estimate(choice).total) for label, choice in choices.items()]
+    return sorted((item for item in saved if item[1] > 0), key=lambda item: -item[1])
+
+
+def out_of_memory_hint(settings: MemorySettings, *, quantizers: bool = False) -> str:
+    """What to say after an allocation failed: what was expected, and what would save how much."""
+    lines = [
+        f"out of memory; this run was estimated at {gigabytes(estimate(settings).total)}. What would save how much:"
+    ]
+    lines += [f"  {label}: about {gigabytes(saved)}" for label, saved in savings(settings, quantizers=quantizers)]
+    return "\n".join(lines)
+
+
+def gigabytes(num_bytes: float) -> str:
+    """``12.3 GB`` or ``830 MB`` (decimal units)."""
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.0f} MB"
+
+
+def saved_activation_bytes(forward: Callable[[], Tensor], *, parameters: list[Tensor]) -> int:
+    """Bytes that autograd keeps for the backward of `forward`, parameters left out.
+
+    Works on the meta device, where a network of any size costs neither memory nor time.
+
+    Args:
+        forward: Runs the network and returns its output.
+        parameters: Of the network; what is saved of them costs nothing more.
+    """
+    known = {parameter.untyped_storage()._cdata for parameter in parameters}
+    kept: dict[int, tuple[int, torch.UntypedStorage]] = {}  # the storage is held so that its address is not used again
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in known:
+            kept[storage._cdata] = (storage.nbytes(), storage)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = forward()
+    del output
+    return sum(num_bytes for num_bytes, _ in kept.values())

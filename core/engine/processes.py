@@ -1,0 +1,95 @@
+"""The processes of a run, through accelerate: which device, which rank, and how gradients are averaged.
+
+The engine averages the gradients of the role that was stepped by itself, since several adapters on one base are more
+than a DDP reducer or a DeepSpeed engine expects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+
+from ..errors import UserError
+
+BUCKET_BYTES = 64 * 2**20
+_REFUSED = {
+    "FSDP": "FSDP shards the base that several roles share",
+    "DEEPSPEED": "a DeepSpeed engine owns one network and one optimizer, a method may have several on one base",
+    "MEGATRON_LM": "Megatron-LM brings its own training loop",
+    "TP": "tensor parallelism splits the layers that adapters are put on",
+}
+
+
+class Processes:
+    """Rank, world size, device and collective operations.
+
+    Args:
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps`` ...
+    """
+
+    def __init__(self, device: str = "auto") -> None:
+        from accelerate import PartialState
+
+        cpu = device == "cpu" or (device == "auto" and not _has_accelerator())
+        self._state = PartialState(cpu=cpu)
+        self._refuse_unsupported()
+        self.device = self._state.device if device in ("auto", "cpu", "cuda") else torch.device(device)
+        self.rank, self.world_size = self._state.process_index, self._state.num_processes
+        self.main = self._state.is_main_process
+
+    def _refuse_unsupported(self) -> None:
+        kind = self._state.distributed_type.name
+        if kind in _REFUSED:
+            raise UserError(
+                f"distributed type {kind} cannot be used with distill: {_REFUSED[kind]}",
+                "launch with torchrun or accelerate's MULTI_GPU (data parallel): "
+                "`torchrun --standalone --nproc_per_node 2 -m distill run ...`",
+            )
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        self._state.wait_for_everyone()
+
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        """Average `tensors` over the processes, in place, in buckets of one type."""
+        if self.world_size == 1:
+            return
+        for bucket in _buckets(tensors):
+            flat = _flatten_dense_tensors(bucket)
+            torch.distributed.all_reduce(flat)
+            flat.div_(self.world_size)
+            for tensor, averaged in zip(bucket, _unflatten_dense_tensors(flat, bucket), strict=True):
+                tensor.copy_(averaged)
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is set in any process; every process must call it."""
+        if self.world_size == 1:
+            return flag
+        tensor = torch.tensor(int(flag), device=self.device)
+        torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
+        return bool(tensor.item())
+
+
+def _has_accelerator() -> bool:
+    return torch.cuda.is_available() or torch.backends.mps.is_available()
+
+
+def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    buckets: list[list[Tensor]] = []
+    by_type: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        by_type.setdefault(tensor.dtype, []).append(tensor)
+    for group in by_type.values():
+        size, bucket = 0, []
+        for tensor in group:
+            bucket.append(tensor)
+            size += tensor.numel() * tensor.element_size()
+            if size >= BUCKET_BYTES:
+                buckets.append(bucket)
+                size, bucket = 0, []
+        if bucket:
+            buckets.append(bucket)
+    return buckets

@@ -1,0 +1,211 @@
+"""What people see of a run while it goes: a bar in a terminal, plain lines elsewhere, and when it will be done."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import IO, TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+
+FIRST_ESTIMATE = 5
+"""Steps after which the length of the run is estimated; the first one warms up and is not counted."""
+
+
+class Pace:
+    """How fast the run goes, its pauses (validation, checkpoints) kept apart.
+
+    Wall clock only, read when the host has waited for the device anyway.
+
+    Args:
+        start_step: Optimizer steps taken before this process.
+        clock: Seconds, monotonic.
+    """
+
+    def __init__(self, *, start_step: int = 0, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._first = (start_step, clock())
+        self._last = self._first
+        self._paused = self._paused_at_mark = 0.0
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Time inside the block does not count as training."""
+        start = self._clock()
+        try:
+            yield
+        finally:
+            self._paused += self._clock() - start
+
+    def mark(self, step: int) -> float | None:
+        """Seconds per step since the last mark, or None when no step was taken."""
+        now = self._clock() - self._paused
+        steps, seconds = step - self._last[0], now - self._last[1]
+        self._last = (step, now)
+        return seconds / steps if steps > 0 else None
+
+    def restart(self, step: int) -> None:
+        """Forget what was measured (after the first step, which compiles, allocates and fills caches)."""
+        self._first = self._last = (step, self._clock() - self._paused)
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """Mean since the start (or :meth:`restart`), up to the last mark."""
+        steps = self._last[0] - self._first[0]
+        return (self._last[1] - self._first[1]) / steps if steps > 0 else None
+
+
+class Progress:
+    """Plain lines: one for each log interval. :func:`make_progress` chooses between this and the terminal's bar.
+
+    Args:
+        total_steps: Optimizer steps of the run, or None when it is not known.
+        start_step: Steps taken before (a resumed run).
+        samples_per_step: Samples of one optimizer step, over all processes.
+        stream: Where the lines go.
+        clock: Seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        total_steps: int | None,
+        *,
+        start_step: int = 0,
+        samples_per_step: int,
+        stream: IO[str] | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.total_steps = total_steps
+        self.samples_per_step = samples_per_step
+        self.stream = stream if stream is not None else sys.stderr
+        self.pace = Pace(start_step=start_step, clock=clock)
+        self._start_step = start_step
+        self._estimated = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def advance(self, step: int) -> None:
+        """Optimizer step number `step` is done (so many steps are taken); costs nothing that waits for the device."""
+        if step == self._start_step + 1:
+            self.pace.restart(step)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """`step` steps are taken and these metrics were read from the device."""
+        self.pace.mark(step)
+        self._estimate(step)
+        self.show(self.line(step, metrics))
+
+    def line(self, step: int, metrics: Mapping[str, float]) -> str:
+        """One line of a log."""
+        parts = [f"step {step}" + (f"/{self.total_steps}" if self.total_steps else "")]
+        parts += [f"{name} {metrics[name]:.4g}" for name in ("loss", "lr", "grad_norm") if name in metrics]
+        per_step = self.pace.seconds_per_step
+        if per_step:
+            parts.append(f"{self.samples_per_step / per_step:.3g} samples/s")
+        remaining = self.remaining_seconds(step)
+        if remaining is not None:
+            parts.append(f"{duration(remaining)} left")
+        return ", ".join(parts)
+
+    def remaining_seconds(self, step: int) -> float | None:
+        """Time to the last step at the mean pace, or None while it is not known. Validation comes on top."""
+        per_step = self.pace.seconds_per_step
+        if per_step is None or self.total_steps is None:
+            return None
+        return per_step * max(self.total_steps - step, 0)
+
+    def show(self, text: str) -> None:
+        """A line for people."""
+        print(text, file=self.stream, flush=True)
+
+    say = show
+
+    def close(self) -> None:
+        """The run is over."""
+
+    def _estimate(self, step: int) -> None:
+        remaining = self.remaining_seconds(step)
+        if self._estimated or remaining is None or step - self._start_step < FIRST_ESTIMATE:
+            return
+        self._estimated = True
+        self.say(
+            f"at {self.pace.seconds_per_step:.3g} s per step the remaining {(self.total_steps or step) - step} steps "
+            f"take about {duration(remaining)}, validation not counted"
+        )
+
+
+class TerminalProgress(Progress):
+    """A live bar by rich; what is said scrolls above it."""
+
+    _bar: RichProgress | None = None
+
+    def __enter__(self) -> Self:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import Progress as RichProgress
+
+        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[figures]}"))
+        bar = RichProgress(*columns, console=Console(file=self.stream))
+        self._task = bar.add_task("distill", total=self.total_steps, completed=self._start_step, figures="")
+        bar.start()
+        self._bar = bar
+        return self
+
+    def advance(self, step: int) -> None:
+        """Move the bar."""
+        super().advance(step)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Renew the figures beside the bar."""
+        self.pace.mark(step)
+        self._estimate(step)
+        if self._bar is not None:
+            self._bar.update(self._task, figures=self.line(step, metrics).split(", ", 1)[-1])
+
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        if self._bar is None:
+            self.show(text)
+        else:
+            self._bar.console.print(text, markup=False, highlight=False)
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def make_progress(
+    total_steps: int | None,
+    *,
+    start_step: int = 0,
+    samples_per_step: int,
+    stream: IO[str] | None = None,
+) -> Progress:
+    """A bar where `stream` (stderr unless given) is a terminal, plain lines elsewhere."""
+    output: IO[str] = sys.stderr if stream is None else stream
+    kind = TerminalProgress if output.isatty() else Progress
+    return kind(total_steps, start_step=start_step, samples_per_step=samples_per_step, stream=output)
+
+
+def duration(seconds: float) -> str:
+    """``45 s``, ``12 min``, ``3 h 20 min``, ``2 d 4 h``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 90:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes} min"
+    return f"{hours // 24} d {hours % 24} h"

@@ -1,0 +1,88 @@
+"""Evaluation of a run: its configuration's prompts, steps and evaluators, at its end or long after."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from .assemble import default_resolution, evaluation_setting
+from .errors import UserError
+from .evaluation import build_evaluators, evaluate, plan_evaluation
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .config import Configuration
+    from .evaluation_report import Evaluation
+    from .family import ModelFamily
+    from .method import Method, Sampler
+    from .plugins import Registry
+    from .sampling import NetworksByRole
+
+Say = Callable[[str], None]
+RealImages = Callable[[int, int, int], "Tensor"]
+"""(count, width, height) -> pictures (M, 3, H, W) in [0, 1]."""
+
+
+def evaluate_run(
+    configuration: Configuration,
+    registry: Registry,
+    family: ModelFamily,
+    method: Method,
+    networks: NetworksByRole,
+    *,
+    prompts: Sequence[str],
+    real_images: RealImages | None = None,
+    steps: Sequence[int] | None = None,
+    teacher_steps: Sequence[int] | None = None,
+    num_samples: int | None = None,
+    loras: Mapping[str, float] | None = None,
+    say: Say = lambda line: None,
+) -> Evaluation:
+    """Score the run's student against its teacher.
+
+    Args:
+        configuration: Gives whatever of the following is None.
+        registry: Where evaluators come from.
+        family: Of the run.
+        method: Gives the student's sampler and the role that is scored.
+        networks: Of the run, or :class:`.assemble.ExportedNetworks`.
+        prompts: Captions of the data, or the validation prompts where there are none.
+        real_images: The data pipeline's; without it there are no distances to the data.
+        steps: Of the student.
+        teacher_steps: Of the teacher.
+        num_samples: Pictures per score.
+        loras: What stands beside the student's, for the record.
+        say: Where progress goes.
+
+    Raises:
+        UserError: There is no prompt, or no sample is asked for.
+    """
+    run = configuration.run
+    count = run.evaluation_num_samples if num_samples is None else num_samples
+    if not prompts or count < 1:
+        raise UserError(
+            "there is nothing to evaluate: no prompts, or no samples", "set validation_prompt, --num-samples"
+        )
+
+    def sampler_for(number: int) -> Sampler:
+        return method.sampler(family.schedule, num_inference_steps=number, guidance_scale=run.validation_guidance)
+
+    width, height = default_resolution(configuration)
+    plan = plan_evaluation(
+        family,
+        sampler_for,
+        prompts=prompts[:count],
+        num_samples=count,
+        seed=run.seed if run.validation_seed is None else run.validation_seed,
+        resolution=(width, height),
+        steps=steps or run.evaluation_steps,
+        teacher_steps=teacher_steps or run.evaluation_teacher_steps,
+        teacher_guidance=run.evaluation_teacher_guidance,
+        role=method.result_role(),
+    )
+    evaluators, left_out = build_evaluators(registry, configuration, evaluation_setting(family))
+    data = real_images(count, width, height) if real_images else None
+    found = evaluate(family, networks, plan, evaluators, data=data, say=say, left_out=left_out)
+    found.loras = dict(loras or {})
+    return found

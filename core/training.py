@@ -1,0 +1,252 @@
+"""Training from one step to the last: the loop, figures, validation, checkpoints, and a clean stop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .engine.checkpoint import CheckpointState, CheckpointStore, load_optimizer, optimizer_to_tensors, tensors_to_optimizer
+from .engine.loop import NUM_TIME_BINS, Loop, StepResult
+from .engine.memory import peak_memory_bytes
+from .engine.metrics import MetricBuffer, MetricsFile
+from .errors import DistillError, Interrupted, UserError
+
+if TYPE_CHECKING:
+    from .batch import Batch
+    from .config import RunSettings
+    from .engine.processes import Processes
+    from .engine.signals import StopRequest
+    from .engine.state import RunState
+    from .plugins import Registry
+    from .tracking import Trackers
+
+Validate = Callable[[int], Path]
+
+
+@dataclass
+class TimeBins:
+    """Losses by timestep since the last flush, on the device."""
+
+    sums: Tensor | None = None
+    counts: Tensor | None = None
+
+    def add(self, result: StepResult) -> None:
+        """Add a step's sums and counts."""
+        if result.bin_sums is None or result.bin_counts is None:
+            return
+        self.sums = result.bin_sums if self.sums is None else self.sums + result.bin_sums
+        self.counts = result.bin_counts if self.counts is None else self.counts + result.bin_counts
+
+    def flush(self) -> dict[str, float]:
+        """Mean loss of each bin that had samples, by the share of the noisiest time."""
+        if self.sums is None or self.counts is None:
+            return {}
+        sums, counts = self.sums.tolist(), self.counts.tolist()
+        self.sums = self.counts = None
+        width = 1 / NUM_TIME_BINS
+        return {
+            f"loss_by_timestep/{i * width:.1f}-{(i + 1) * width:.1f}": sums[i] / counts[i]
+            for i in range(NUM_TIME_BINS)
+            if counts[i]
+        }
+
+
+@dataclass
+class Trainer:
+    """Takes the run from its first (or resumed) step to its last.
+
+    Attributes:
+        settings: The run's settings.
+        loop: Takes optimizer steps.
+        store: Checkpoints.
+        metrics_file: metrics.jsonl.
+        trackers: Watch the run.
+        state: What observing plugins see.
+        registry: Whose hooks are called.
+        processes: Ranks.
+        stop: Set by Ctrl-C and SIGTERM.
+        validate: Makes validation pictures of a step.
+        identity: What must be the same when a checkpoint is resumed, by name.
+        total_steps: The last step.
+        samples_per_step: Samples of one optimizer step over all processes.
+        on_step: Told (step, metrics or None) after every step, for progress displays.
+    """
+
+    settings: RunSettings
+    loop: Loop
+    store: CheckpointStore
+    metrics_file: MetricsFile
+    trackers: Trackers
+    state: RunState
+    registry: Registry
+    processes: Processes
+    stop: StopRequest
+    validate: Validate
+    identity: Mapping[str, Any]
+    total_steps: int
+    samples_per_step: int
+    on_step: Callable[[int, Mapping[str, float] | None], None]
+    step: int = 0
+    _buffer: MetricBuffer = field(default_factory=MetricBuffer)
+    _bins: TimeBins = field(default_factory=TimeBins)
+    _flushed: tuple[float, int] = (0.0, 0)
+    _saved: int = -1
+
+    # -- resuming ---------------------------------------------------------------------------------------------------
+
+    def resume(self, path: Path) -> None:
+        """Continue from a checkpoint, bit for bit. Raises UserError when it belongs to another run."""
+        saved = self.store.load(path)
+        differing = {
+            key: (saved.meta["identity"].get(key), value)
+            for key, value in self.identity.items()
+            if saved.meta["identity"].get(key) != value
+        }
+        if differing:
+            lines = "; ".join(f"{key} was {old!r} and is {new!r}" for key, (old, new) in differing.items())
+            raise UserError(f"{path} cannot be resumed: {lines}", "put the old values back, or use a new output_dir")
+        self.loop.networks.load_state(saved.tensors)
+        for role, optimizer in self.loop.optimizers.items():
+            tensors = saved.tensors.get(f"optimizer-{role}", {})
+            load_optimizer(optimizer.optimizer, tensors_to_optimizer(tensors, saved.meta["optimizers"][role]))
+            if optimizer.scaler and saved.meta["scalers"].get(role):
+                optimizer.scaler.load_state_dict(saved.meta["scalers"][role])
+        self.loop.method.load_state_dict(saved.tensors.get("method", {}))
+        _set_generators(saved.tensors["generators"])
+        self.loop.health.consecutive = saved.meta["bad_steps"]
+        self.step = self._saved = saved.step
+        if self.processes.main:
+            self.metrics_file.truncate_after(saved.step)
+            self.store.discard_after(saved.step)
+
+    def save(self) -> None:
+        """Write a checkpoint of the present step, unless there is one."""
+        if self._saved == self.step:
+            return
+        self.flush()
+        self.loop.health.check()
+        if self.processes.main:
+            self.metrics_file.sync()
+            folder = self.store.save(self._checkpoint())
+            self.registry.hook.on_checkpoint_saved(state=self.state, folder=folder, step=self.step)
+        self._saved = self.step
+        self.processes.barrier()
+
+    def _checkpoint(self) -> CheckpointState:
+        tensors = dict(self.loop.networks.state())
+        optimizers: dict[str, Any] = {}
+        scalers: dict[str, Any] = {}
+        for role, optimizer in self.loop.optimizers.items():
+            state, optimizers[role] = optimizer_to_tensors(optimizer.optimizer.state_dict())
+            tensors[f"optimizer-{role}"] = state
+            scalers[role] = optimizer.scaler.state_dict() if optimizer.scaler else None
+        tensors["method"] = self.loop.method.state_dict()
+        tensors["generators"] = _generators()
+        meta = {
+            "identity": dict(self.identity),
+            "optimizers": optimizers,
+            "scalers": scalers,
+            "bad_steps": self.loop.health.consecutive,
+        }
+        return CheckpointState(self.step, {name: group for name, group in tensors.items() if group}, meta)
+
+    # -- training ---------------------------------------------------------------------------------------------------
+
+    def train(self, steps: Iterator[list[Batch]]) -> None:
+        """Run to the last step.
+
+        Raises:
+            Interrupted: Ctrl-C or SIGTERM, after a checkpoint.
+            DistillError: The loss was not finite too often; the state before is saved.
+        """
+        self._flushed = (time.perf_counter(), self.step)
+        while self.step < self.total_steps:
+            batches = [batch.to(str(self.processes.device)) for batch in next(steps)]
+            result = self.loop.step(self.step, batches)
+            self.step += 1
+            self.state.step = self.step
+            self._buffer.add(self.step, result.metrics)
+            self._bins.add(result)
+            self.registry.hook.on_step_end(state=self.state, step=self.step)
+            self._after_step()
+        self.loop.health.check()
+        self.flush()
+
+    def _after_step(self) -> None:
+        if self._due(self.settings.log_step_interval) or self.step == self.total_steps:
+            self.flush()
+        else:
+            self.on_step(self.step, None)
+        # the flag is compared between ranks on logging steps only, so that the others need no exchange
+        one_process = self.processes.world_size == 1
+        stopping = self.stop.requested if one_process else self._due(self.settings.log_step_interval) and (
+            self.processes.any(self.stop.requested)
+        )  # fmt: skip
+        if stopping:
+            self.save()
+            raise Interrupted(f"stopped at step {self.step}; the checkpoint is complete")
+        with self._paused():
+            if self._due(self.settings.validation_step_interval) and self.step < self.total_steps:
+                self.validate(self.step)
+            if self._due(self.settings.checkpoint_step_interval):
+                self.save()
+
+    @contextmanager
+    def _paused(self) -> Iterator[None]:
+        """What happens inside does not count as training time."""
+        start = time.perf_counter()
+        yield
+        since, step = self._flushed
+        self._flushed = (since + time.perf_counter() - start, step)
+
+    def _due(self, interval: int) -> bool:
+        return interval > 0 and self.step % interval == 0
+
+    def flush(self) -> None:
+        """Read the figures since the last flush from the device and hand them on; the one place that waits for it."""
+        now = time.perf_counter()
+        started, first = self._flushed
+        rows = self._buffer.flush()
+        if not rows:
+            return
+        rate = (self.step - first) * self.samples_per_step / max(now - started, 1e-9)
+        self._flushed = (time.perf_counter(), self.step)
+        rows = [(step, {**values, "samples_per_second": rate}) for step, values in rows]
+        if self.processes.main:
+            self.metrics_file.append(rows)
+        for step, values in rows[:-1]:
+            self.trackers.log(values, step)
+        step, values = rows[-1]
+        full = {**values, **self._bins.flush(), "memory_gib": peak_memory_bytes(str(self.processes.device)) / 2**30}
+        self.trackers.log(full, step)
+        self.registry.hook.on_log(state=self.state, metrics=full, step=step)
+        self.on_step(step, values)
+
+    def save_after_failure(self, error: BaseException) -> Path | None:
+        """What can be kept when the run fails: a checkpoint of the last whole step, if the weights are sound."""
+        if isinstance(error, Interrupted | UserError) or self.step == self._saved or self.step == 0:
+            return self.store.latest()
+        if isinstance(error, DistillError | OSError | RuntimeError):
+            self.save()
+        return self.store.latest()
+
+
+def _generators() -> dict[str, Tensor]:
+    """The global generators, for anything that draws from them (LoRA dropout)."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _set_generators(states: Mapping[str, Tensor]) -> None:
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])

@@ -1,0 +1,75 @@
+"""A folder on this machine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ..core.backend import DataBackend, Entry
+from ..core.config.types import LocalPath, Settings
+from ..core.data.storage import write_whole
+from ..core.errors import UserError
+from ..core.hookspecs import hookimpl
+
+
+class LocalBackend(DataBackend):
+    """All files below ``instance_data_dir``, recursively; names that begin with a dot are skipped."""
+
+    name = "local"
+
+    class Config(Settings):
+        """Where the folder is."""
+
+        instance_data_dir: LocalPath
+        """The folder with the pictures (a relative path is relative to the file that names it)."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.root = Path(config.instance_data_dir).expanduser()
+
+    @property
+    def location(self) -> str:
+        """The folder."""
+        return str(self.root)
+
+    def list(self) -> Iterator[Entry]:
+        """Every file, in sorted key order. Links are followed; a link back to a folder above is not."""
+        if not self.root.is_dir():
+            what = "is a file" if self.root.exists() else "does not exist"
+            raise UserError(
+                f"instance_data_dir = {str(self.root)!r} {what}",
+                "give the folder that holds the pictures (a relative path is relative to the file that names it)",
+            )
+        yield from self._walk(self.root, "", (os.path.realpath(self.root),))
+
+    def _walk(self, folder: Path, prefix: str, above: tuple[str, ...]) -> Iterator[Entry]:
+        with os.scandir(folder) as scan:
+            found = [(item.name + "/" * item.is_dir(), item) for item in scan if not item.name.startswith(".")]
+        for name, item in sorted(found, key=lambda pair: pair[0]):
+            if item.is_dir():
+                real = os.path.realpath(item.path)
+                if real not in above:
+                    yield from self._walk(Path(item.path), prefix + name, (*above, real))
+            elif item.is_file():
+                status = item.stat()
+                yield Entry(prefix + name, status.st_size, str(status.st_mtime_ns))
+
+    def open(self, key: str) -> BinaryIO:
+        """The file's content."""
+        return (self.root / key).open("rb")
+
+    def exists(self, key: str) -> bool:
+        """Whether the file is there."""
+        return (self.root / key).is_file()
+
+    def write(self, key: str, data: bytes) -> None:
+        """Write the file whole or not at all."""
+        write_whole(self.root / key, data)
+
+
+@hookimpl
+def register_data_backends() -> list[type[DataBackend]]:
+    """The local folder."""
+    return [LocalBackend]

@@ -1,0 +1,156 @@
+"""LoRAs of an SDXL: finding their files, fusing them into the teacher, putting them beside a student's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..core.errors import UserError
+from ._sdxl_files import quiet_libraries
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+WEIGHTS = "pytorch_lora_weights.safetensors"
+TEXT_PREFIXES = ("text_encoder", "text_encoder_2")
+
+
+@dataclass(frozen=True)
+class Lora:
+    """One LoRA as diffusers reads it.
+
+    Attributes:
+        name: As the user wrote it.
+        weight: What its contribution is multiplied by.
+        state: Tensors by name, prefixed with ``unet.``, ``text_encoder.`` or ``text_encoder_2.``.
+        alphas: Alphas by tensor name, for files that carry them (kohya), or None.
+        metadata: diffusers' adapter metadata of the file (rank, alpha, targets), or None.
+    """
+
+    name: str
+    weight: float
+    state: Mapping[str, Tensor]
+    alphas: Mapping[str, float] | None
+    metadata: Mapping[str, Any] | None
+
+    def has(self, prefix: str) -> bool:
+        """Whether it changes the component `prefix`."""
+        return any(key.startswith(f"{prefix}.") for key in self.state)
+
+
+def lora_file(name: str) -> Path:
+    """The safetensors file that `name` means: a file, a folder with one, ``owner/name`` or ``owner/name/file``."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise UserError(f"LoRA {name!r} is not a .safetensors file", "pickled weights are never loaded: convert it")
+        return path
+    if path.is_dir():
+        return _only_weights(path)
+    return _hub_file(name)
+
+
+def read_lora(name: str, weight: float, unet_config: Mapping[str, Any]) -> Lora:
+    """The LoRA `name`, in diffusers' or kohya's format. Raises UserError when it is none for an SDXL."""
+    with quiet_libraries():
+        from diffusers import StableDiffusionXLPipeline
+
+        read: Any = StableDiffusionXLPipeline.lora_state_dict(
+            str(lora_file(name)), unet_config=unet_config, return_lora_metadata=True, use_safetensors=True
+        )
+    state, alphas, metadata = read
+    lora = Lora(name, weight, state, alphas, metadata)
+    if not any(lora.has(prefix) for prefix in ("unet", *TEXT_PREFIXES)):
+        raise UserError(
+            f"LoRA {name!r} holds nothing for an SDXL (its first tensor is {next(iter(state), None)!r})",
+            "name a LoRA that was trained for SDXL, in diffusers' or kohya's format",
+        )
+    return lora
+
+
+def fuse(components: Mapping[str, nn.Module], loras: Sequence[Lora]) -> None:
+    """Add every LoRA, at its weight, to the weights of `components`; no adapter is left behind.
+
+    Args:
+        components: Networks by pipeline name: ``unet``, ``text_encoder``, ``text_encoder_2``.
+        loras: Applied one after the other; the order does not matter but for rounding.
+    """
+    for lora in loras:
+        touched = [name for name in components if lora.has(name)]
+        if not touched:
+            continue
+        pipeline = _shell(components)
+        _attach(pipeline, lora, "teacher_lora", touched)
+        pipeline.set_adapters(["teacher_lora"], [lora.weight])
+        pipeline.fuse_lora(components=touched)
+        pipeline.unload_lora_weights()
+
+
+def attach(components: Mapping[str, nn.Module], loras: Mapping[str, Lora]) -> None:
+    """Put LoRAs beside each other as adapters by name, all active at their weights."""
+    pipeline = _shell(components)
+    for adapter, lora in loras.items():
+        _attach(pipeline, lora, adapter, [name for name in components if lora.has(name)])
+    used = {adapter: lora for adapter, lora in loras.items() if any(lora.has(name) for name in components)}
+    if used:
+        pipeline.set_adapters(list(used), [lora.weight for lora in used.values()])
+
+
+def _attach(pipeline: Any, lora: Lora, adapter: str, touched: Sequence[str]) -> None:
+    shared: dict[str, Any] = {"network_alphas": lora.alphas, "adapter_name": adapter, "metadata": lora.metadata}
+    try:
+        with quiet_libraries():
+            for name in touched:
+                component = getattr(pipeline, name)
+                if name == "unet":
+                    pipeline.load_lora_into_unet(dict(lora.state), unet=component, **shared)
+                else:
+                    pipeline.load_lora_into_text_encoder(
+                        dict(lora.state), text_encoder=component, prefix=name, **shared
+                    )
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise UserError(
+            f"LoRA {lora.name!r} does not fit this model: {str(error).strip().splitlines()[0]}",
+            "name a LoRA that was trained for SDXL with networks of this size",
+        ) from error
+
+
+def _shell(components: Mapping[str, nn.Module]) -> Any:
+    """A pipeline around some networks only, for diffusers' LoRA functions."""
+    with quiet_libraries():
+        from diffusers import StableDiffusionXLPipeline
+
+        names = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "scheduler")
+        parts: dict[str, Any] = {name: components.get(name) for name in names}
+        return StableDiffusionXLPipeline(**parts, add_watermarker=False)
+
+
+def _only_weights(folder: Path) -> Path:
+    if (folder / WEIGHTS).is_file():
+        return folder / WEIGHTS
+    found = sorted(folder.glob("*.safetensors"))
+    if len(found) != 1:
+        raise UserError(
+            f"LoRA folder {str(folder)!r} holds {len(found)} .safetensors files and no {WEIGHTS}",
+            "name the file itself",
+        )
+    return found[0]
+
+
+def _hub_file(name: str) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+
+    owner, _, rest = name.partition("/")
+    repository, _, filename = rest.partition("/")
+    if not repository or name.startswith((".", "/", "~")):
+        raise UserError(f"LoRA {name!r} does not exist", "name a file, a folder, or a hub id as owner/name/file")
+    try:
+        return Path(hf_hub_download(f"{owner}/{repository}", filename or WEIGHTS))
+    except (OSError, EntryNotFoundError, HFValidationError) as error:
+        raise UserError(
+            f"LoRA {name!r} is no local file or folder, and the hub did not give it ({type(error).__name__})",
+            f"check the spelling; without a {WEIGHTS} in the repository name its file: owner/name/file.safetensors",
+        ) from error

@@ -1,0 +1,155 @@
+"""The evaluators that ship: distance to the teacher's picture, distances to the data, agreement with the prompt.
+
+Every score says which space it lives in. Without downloaded weights there is no Inception network here, hence no "FID".
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ..core.evaluator import EvaluationSetting, Evaluator, Samples
+from ..core.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BATCH = 128
+JUDGE_FOLDER = "judge"
+
+
+class PictureDistance(Evaluator):
+    """How far each picture is from the full teacher's, made from the same noise: root mean square, pixels in [0, 1]."""
+
+    name: ClassVar[str] = "picture_distance"
+    higher_is_better: ClassVar[Mapping[str, bool]] = {"distance_to_teacher_pixels": False}
+
+    def score(self, samples: Samples) -> dict[str, float]:
+        """Mean over the pictures; nothing for the full teacher itself."""
+        from ..core.distances import root_mean_square
+
+        if samples.reference is None:
+            return {}
+        return {"distance_to_teacher_pixels": float(root_mean_square(samples.images, samples.reference).mean())}
+
+
+class FeatureDistance(Evaluator):
+    """Distances between generated pictures and the data in one feature space.
+
+    The Fréchet distance needs more pictures than features; below that only the kernel distance is given.
+    """
+
+    space: ClassVar[str]
+    """Name of the feature space; part of the scores' names."""
+
+    def __init__(self, config: Any, setting: EvaluationSetting) -> None:
+        super().__init__(config, setting)
+        self._data: Tensor | None = None
+        self._data_features: Tensor | None = None
+
+    @abstractmethod
+    def features(self, images: Tensor) -> Tensor:
+        """Features (B, F) of pictures (B, 3, H, W) in [0, 1]."""
+
+    def _all_features(self, images: Tensor) -> Tensor:
+        import torch
+
+        with torch.no_grad():
+            return torch.cat([self.features(part).double().cpu() for part in images.split(BATCH)])
+
+    def score(self, samples: Samples) -> dict[str, float]:
+        """Fréchet and kernel distance to the data; nothing where there is no data."""
+        from ..core.distances import frechet_distance, kernel_distance
+
+        if samples.data is None or min(len(samples.data), len(samples.images)) < 2:
+            return {}
+        if self._data is not samples.data:
+            self._data, self._data_features = samples.data, self._all_features(samples.data)
+        assert self._data_features is not None
+        features = self._all_features(samples.images)
+        scores = {f"kernel_distance_to_data_{self.space}": kernel_distance(features, self._data_features)}
+        if min(len(features), len(self._data_features)) > features.shape[1]:
+            scores[f"frechet_distance_to_data_{self.space}"] = frechet_distance(features, self._data_features)
+        return scores
+
+
+class RandomConvolutions(FeatureDistance):
+    """Distances in the space of a fixed random convolution network, which needs no weights from anywhere.
+
+    Three levels of random filters of unit gain with a rectifier between them, on pictures scaled to 64 pixels; of each
+    level the mean and the spread of every channel over the picture: 3 x 2 x 8 = 48 features of texture and colour.
+    """
+
+    name: ClassVar[str] = "random_convolutions"
+    space: ClassVar[str] = "random_convolutions"
+    higher_is_better: ClassVar[Mapping[str, bool]] = {
+        "kernel_distance_to_data_random_convolutions": False,
+        "frechet_distance_to_data_random_convolutions": False,
+    }
+
+    EDGE, CHANNELS, LEVELS, SEED = 64, 8, 3, 20231010
+
+    def features(self, images: Tensor) -> Tensor:
+        """Mean and spread of every channel of every level, (B, 48)."""
+        import torch
+        from torch.nn import functional
+
+        edge = (self.EDGE, self.EDGE)
+        x = functional.interpolate(images.float(), edge, mode="bilinear", antialias=True, align_corners=False) * 2 - 1
+        generator = torch.Generator().manual_seed(self.SEED)
+        found = []
+        for _ in range(self.LEVELS):
+            fan_in = x.shape[1] * 9
+            weight = torch.randn(self.CHANNELS, x.shape[1], 3, 3, generator=generator) * (2 / fan_in) ** 0.5
+            x = functional.conv2d(x, weight.to(x.device), stride=2, padding=1)
+            found += [x.mean(dim=(2, 3)), x.std(dim=(2, 3))]
+            x = functional.leaky_relu(x, 0.2)
+        return torch.cat(found, dim=1)
+
+
+class JudgeEvaluator(FeatureDistance):
+    """Agreement with the prompt, and distances to the data, by the small classifier that lies beside a model.
+
+    It is there for models whose folder has ``judge/``: the miniatures that ship with the package.
+    """
+
+    name: ClassVar[str] = "judge"
+    space: ClassVar[str] = "judge"
+    higher_is_better: ClassVar[Mapping[str, bool]] = {
+        "prompt_agreement_judge": True,
+        "kernel_distance_to_data_judge": False,
+        "frechet_distance_to_data_judge": False,
+    }
+
+    def __init__(self, config: Any, setting: EvaluationSetting) -> None:
+        from .judge import Judge
+
+        super().__init__(config, setting)
+        assert setting.model_path is not None
+        self._judge = Judge.from_pretrained(setting.model_path / JUDGE_FOLDER)
+
+    @classmethod
+    def usable(cls, setting: EvaluationSetting) -> str | None:
+        """Only beside a local model that has a judge."""
+        if setting.model_path is None or not (setting.model_path / JUDGE_FOLDER).is_dir():
+            return f"the model has no folder {JUDGE_FOLDER}/"
+        return None
+
+    def features(self, images: Tensor) -> Tensor:
+        """The classifier's penultimate features, (B, F)."""
+        return self._judge.features(images)
+
+    def score(self, samples: Samples) -> dict[str, float]:
+        """Share of pictures that show what their prompt says, and the distances to the data."""
+        size, total = len(samples.images), 0
+        for start in range(0, size, BATCH):
+            part = slice(start, start + BATCH)
+            total += int(self._judge.agreement(samples.images[part], samples.prompts[part]).sum())
+        return {"prompt_agreement_judge": total / size, **super().score(samples)}
+
+
+@hookimpl
+def register_evaluators() -> Sequence[type[Evaluator]]:
+    """Picture distance, random convolutions, judge."""
+    return [PictureDistance, RandomConvolutions, JudgeEvaluator]

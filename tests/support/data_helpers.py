@@ -1,0 +1,108 @@
+"""A family with deterministic little encoders, folders of pictures, and a pipeline over them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from PIL import Image
+
+from distill.core.config.dataset_settings import DatasetSettings
+from distill.core.data.pipeline import DataPipeline
+from distill.data_backends.local import LocalBackend
+
+
+class FakeFamily:
+    """Embeddings are a function of the text, latents of the pixels; counts what was encoded."""
+
+    name = "fake"
+    pixel_multiple = 8
+
+    def __init__(self, *, text: str = "t1", vae: str = "v1", fail_after: int | None = None) -> None:
+        self.prints = {"text": text, "vae": vae}
+        self.prompts: list[str] = []
+        self.batches: list[tuple[int, ...]] = []
+        self.released = 0
+        self.fail_after = fail_after
+
+    def fingerprint(self, part: str) -> str:
+        return self.prints[part]
+
+    def encode_prompts(self, prompts):
+        self.prompts += prompts
+        rows = [torch.Generator().manual_seed(sum(p.encode()) * 1000 + len(p)) for p in prompts]
+        return {"prompt_embeds": torch.stack([torch.randn(3, 4, generator=g) for g in rows]),
+                "pooled": torch.stack([torch.randn(2, generator=g) for g in rows])}
+
+    def condition(self, embeds, micro):
+        ids = [[*a, *b, *c] for a, b, c in zip(micro.original_size, micro.crop_top_left, micro.target_size, strict=True)]
+        return {**embeds, "time_ids": torch.tensor(ids, dtype=torch.float32)}
+
+    def uncond(self, cond):
+        return {k: v if k == "time_ids" else torch.zeros_like(v) for k, v in cond.items()}
+
+    def encode_images(self, pixels, generator=None):
+        if self.fail_after is not None and len(self.batches) >= self.fail_after:
+            raise KeyboardInterrupt
+        self.batches.append(tuple(pixels.shape))
+        mean = torch.nn.functional.avg_pool2d(pixels, 8)
+        noise = torch.stack([torch.randn(mean.shape[1:], generator=g) for g in generator])
+        return mean + 0.01 * noise
+
+    def release_encoders(self) -> None:
+        self.released += 1
+
+    @property
+    def num_pictures(self) -> int:
+        return sum(shape[0] for shape in self.batches)
+
+
+REGISTRY = SimpleNamespace(get=lambda kind, name: {"local": LocalBackend}[name])
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(noise)
+
+
+def fill(folder: Path, sizes, *, captions=True, start=0) -> Path:
+    """Random PNGs of the given (width, height), named 000.png ..., each with its own caption."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, (width, height) in enumerate(sizes, start):
+        picture(width, height, number).save(folder / f"{number:03d}.png")
+        if captions:
+            (folder / f"{number:03d}.txt").write_text(f"picture number {number}")
+    return folder
+
+
+def entry(folder: Path, **settings) -> DatasetSettings:
+    given = {"id": folder.name, "resolution": 32, "aspect_bucket_alignment": 8, "crop_style": "center",
+             "cache_dir_vae": folder.parent / "cache" / folder.name, **settings}
+    backend = LocalBackend.Config(instance_data_dir=folder)
+    return DatasetSettings(**given).model_copy(update={"backend": backend})
+
+
+def configuration(*datasets: DatasetSettings, caches=(), text_cache=None):
+    run = SimpleNamespace(num_workers=2, dataloader_prefetch=2)
+    return SimpleNamespace(run=run, datasets=datasets, caches=caches, text_cache=text_cache)
+
+
+def pipeline(*datasets: DatasetSettings, root: Path, family=None, micro=2, accumulation=1, rank=0, world=1, seed=1):
+    """A pipeline and the lines that it says."""
+    lines: list[str] = []
+    data = DataPipeline(
+        configuration(*datasets), REGISTRY, family or FakeFamily(), micro_batch_size=micro, accumulation=accumulation,
+        rank=rank, world_size=world, seed=seed, cache_root=root / "cache", say=lines.append,
+    )
+    return data, lines
+
+
+def take(data: DataPipeline, count: int, start: int = 0):
+    """The batches of some steps."""
+    steps = data.steps(start)
+    try:
+        return [next(steps) for _ in range(count)]
+    finally:
+        steps.close()
