@@ -1,3 +1,86 @@
-"""distill: turn slow diffusion models into few-step ones."""
+"""distill: turn slow, many-step diffusion models into few-step ones.
+
+What stands here is the API for plugins. It is imported when it is first used, so that `import distill` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .core.backend import DataBackend, Entry
+    from .core.batch import Batch, Conditioning
+    from .core.errors import ConfigError, DistillError, Finding, PluginError, UserError
+    from .core.evaluator import EvaluationSetting, Evaluator, Samples
+    from .core.family import (
+        Capabilities,
+        ExportInfo,
+        ExtraLora,
+        LoraSettings,
+        MicroConditioning,
+        ModelFamily,
+        ModelSettings,
+    )
+    from .core.hookspecs import hookimpl
+    from .core.method import Method, MethodSetup, Requirements, Role, Sampler, Update
+    from .core.optimizer import OptimizerPlugin, OptimizerSettings
+    from .core.publisher import Publisher
+    from .core.tracker import RunInfo, Tracker
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "Batch",
+    "Capabilities",
+    "Conditioning",
+    "ConfigError",
+    "DataBackend",
+    "DistillError",
+    "Entry",
+    "EvaluationSetting",
+    "Evaluator",
+    "ExportInfo",
+    "ExtraLora",
+    "Finding",
+    "LoraSettings",
+    "Method",
+    "MethodSetup",
+    "MicroConditioning",
+    "ModelFamily",
+    "ModelSettings",
+    "OptimizerPlugin",
+    "OptimizerSettings",
+    "PluginError",
+    "Publisher",
+    "Requirements",
+    "Role",
+    "RunInfo",
+    "Sampler",
+    "Samples",
+    "Tracker",
+    "Update",
+    "UserError",
+    "__version__",
+    "hookimpl",
+]
+
+_HOMES = {
+    "backend": "DataBackend Entry",
+    "batch": "Batch Conditioning",
+    "errors": "ConfigError DistillError Finding PluginError UserError",
+    "evaluator": "EvaluationSetting Evaluator Samples",
+    "family": "Capabilities ExportInfo ExtraLora LoraSettings MicroConditioning ModelFamily ModelSettings",
+    "hookspecs": "hookimpl",
+    "method": "Method MethodSetup Requirements Role Sampler Update",
+    "optimizer": "OptimizerPlugin OptimizerSettings",
+    "publisher": "Publisher",
+    "tracker": "RunInfo Tracker",
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOMES.items():
+        if name in names.split():
+            return getattr(import_module(f".core.{module}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

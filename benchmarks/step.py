@@ -154,18 +154,19 @@ def measure_start(workspace: Path, repeats: int) -> dict[str, float]:
 
 
 def measure(workspace: Path, *, steps: int, repeats: int) -> dict[str, float]:
-    """All figures."""
+    """All figures that are asked for."""
     if not (workspace / "config.json").exists():
         write_workspace(workspace)
     start_run(workspace, steps=1)  # builds the caches
-    return {**measure_steps(workspace, steps), **measure_start(workspace, repeats)}
+    figures = measure_steps(workspace, steps) if steps else {}
+    return figures | (measure_start(workspace, repeats) if repeats else {})
 
 
 def main() -> None:
     """Measure, print, and say what is above its limit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=40, help="pairs of steps to time")
-    parser.add_argument("--repeats", type=int, default=3, help="starts to time")
+    parser.add_argument("--steps", type=int, default=40, help="pairs of steps to time; 0 = none")
+    parser.add_argument("--repeats", type=int, default=3, help="starts to time; 0 = none")
     parser.add_argument("--workspace", type=Path, help="where the model and its caches are kept; default: temporary")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     options = parser.parse_args()

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 RESOLVED_FILE = "config.resolved.json"
 STUDENT_FOLDER = "student"
+CACHE_FOLDER = "cache"
 _WEIGHT_DTYPES: dict[str, Precision] = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 

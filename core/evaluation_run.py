@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from .sampling import NetworksByRole
 
 Say = Callable[[str], None]
+MOST_REAL_IMAGES = 1000
+REAL_BYTES = 2**30
 RealImages = Callable[[int, int, int], "Tensor"]
 """(count, width, height) -> pictures (M, 3, H, W) in [0, 1]."""
 
@@ -36,6 +38,7 @@ def evaluate_run(
     steps: Sequence[int] | None = None,
     teacher_steps: Sequence[int] | None = None,
     num_samples: int | None = None,
+    resolution: tuple[int, int] | None = None,
     loras: Mapping[str, float] | None = None,
     say: Say = lambda line: None,
 ) -> Evaluation:
@@ -52,6 +55,7 @@ def evaluate_run(
         steps: Of the student.
         teacher_steps: Of the teacher.
         num_samples: Pictures per score.
+        resolution: (width, height) in pixels.
         loras: What stands beside the student's, for the record.
         say: Where progress goes.
 
@@ -68,13 +72,13 @@ def evaluate_run(
     def sampler_for(number: int) -> Sampler:
         return method.sampler(family.schedule, num_inference_steps=number, guidance_scale=run.validation_guidance)
 
-    width, height = default_resolution(configuration)
+    width, height = resolution or default_resolution(configuration)
     plan = plan_evaluation(
         family,
         sampler_for,
         prompts=prompts[:count],
         num_samples=count,
-        seed=run.seed if run.validation_seed is None else run.validation_seed,
+        seed=run.seed,
         resolution=(width, height),
         steps=steps or run.evaluation_steps,
         teacher_steps=teacher_steps or run.evaluation_teacher_steps,
@@ -82,7 +86,12 @@ def evaluate_run(
         role=method.result_role(),
     )
     evaluators, left_out = build_evaluators(registry, configuration, evaluation_setting(family))
-    data = real_images(count, width, height) if real_images else None
+    data = real_images(num_real_images(width, height), width, height) if real_images else None
     found = evaluate(family, networks, plan, evaluators, data=data, say=say, left_out=left_out)
     found.loras = dict(loras or {})
     return found
+
+
+def num_real_images(width: int, height: int) -> int:
+    """Real pictures that distances are measured to, at most: as many as a gigabyte holds, up to a thousand."""
+    return max(16, min(MOST_REAL_IMAGES, REAL_BYTES // (3 * 4 * width * height)))

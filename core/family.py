@@ -182,6 +182,10 @@ class ModelFamily(ABC):
     def load_network(self) -> nn.Module:
         """The denoiser with the teacher's LoRAs fused, frozen, in eval mode, on the device."""
 
+    def empty_network(self) -> nn.Module | None:
+        """The denoiser on the meta device, made from its config alone, for estimates of memory; None where unknown."""
+        return None
+
     @abstractmethod
     def student_network(self, teacher: nn.Module, *, guidance_embedding: bool) -> nn.Module:
         """A trainable copy of the teacher in fp32 for full training, with a zero-started guidance embedding if asked."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .assemble import build_family, build_method, lora_settings
-from .config.output import check_output_dir
+from .config.output import check_output_dir, clear_output_dir
 from .engine.signals import StopRequest
 from .errors import DistillError, Interrupted, UserError
 from .files import write_text
@@ -78,12 +78,14 @@ class Run:
 
     def execute(self) -> RunResult:
         """The whole run."""
-        self._open()
         try:
+            self._open()
             return self._execute()
         except BaseException as error:
             self._failed(error)
             raise
+        finally:
+            self.processes.close()
 
     def _execute(self) -> RunResult:
         self.family.check_source()
@@ -271,12 +273,15 @@ class Run:
     # -- the flow ---------------------------------------------------------------------------------------------------
 
     def _open(self) -> None:
+        folder = self.settings.output_dir
         if self.processes.main:
-            check_output_dir(self.config)
-            self.settings.output_dir.mkdir(parents=True, exist_ok=True)
+            state = check_output_dir(self.config)
+            if state.clear:
+                clear_output_dir(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            for notice in (*self.config.notices, *state.notices):
+                self.say(notice)
         self.processes.barrier()
-        for notice in self.config.notices:
-            self.say(notice)
         self.publishers.check()
 
     def _check_model(self) -> None:
@@ -304,8 +309,6 @@ class Run:
         wanted, trainer = self.settings.resume_from_checkpoint, self.trainer
         if wanted == "latest":
             path = trainer.store.latest()
-            if path is None:
-                self.say("resume_from_checkpoint=latest: there is no checkpoint yet, starting afresh")
         else:
             path = _checkpoint_path(wanted, self.settings.output_dir) if wanted else None
         if path is not None:

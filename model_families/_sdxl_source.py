@@ -29,7 +29,7 @@ PARTS: Mapping[str, tuple[str, ...]] = {
 BASE_REPOSITORY = "stabilityai/stable-diffusion-xl-base-1.0"
 """Where the configs and tokenizers of a single file come from unless a folder is named."""
 CONFIG_REMEDY = (
-    "set family_config.config_source to a folder in diffusers layout with the configs and tokenizers of an SDXL "
+    "set model_config_source to a folder in diffusers layout with the configs and tokenizers of an SDXL "
     "(model_index.json, scheduler/, tokenizer/, tokenizer_2/ and the config.json of each network; no weights needed)"
 )
 PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth")
@@ -244,7 +244,7 @@ class FileSource(Source):
         if isinstance(self.configs, HubSource):
             self._check_hub_configs(self.configs)
         else:
-            check_local_folder(Path(self.configs.name), key="family_config.config_source")
+            check_local_folder(Path(self.configs.name), key="model_config_source")
         self.configs.check_configs()
 
     def _check_hub_configs(self, configs: HubSource) -> None:
@@ -328,8 +328,18 @@ def _config_source(name: str | None, revision: str | None) -> FolderSource:
         return HubSource(BASE_REPOSITORY)
     source = open_source(name, revision=revision)
     if not isinstance(source, FolderSource):
-        raise UserError(f"family_config.config_source = {name!r} is not a folder or hub id", CONFIG_REMEDY)
+        raise UserError(f"model_config_source = {name!r} is not a folder or hub id", CONFIG_REMEDY)
     return source
+
+
+def empty_unet(config: Mapping[str, Any]) -> UNet2DConditionModel:
+    """A UNet on the meta device: shapes without memory."""
+    import torch
+
+    with quiet_libraries(), torch.device("meta"):
+        from diffusers import UNet2DConditionModel
+
+        return UNet2DConditionModel.from_config(dict(config))
 
 
 def with_vae(vae: str, source: Source) -> Source:

@@ -37,7 +37,7 @@ from ._sdxl_pictures import (
     guidance_scale_embedding,
     sample_latents,
 )
-from ._sdxl_source import Source, TextEncoders, open_source, with_vae
+from ._sdxl_source import Source, TextEncoders, empty_unet, open_source, with_vae
 
 if TYPE_CHECKING:
     from ..core.batch import Conditioning
@@ -77,9 +77,6 @@ class SDXL(ModelFamily):
     class Config(ModelFamily.Config):
         """Settings of the SDXL family, under ``family_config``."""
 
-        config_source: str | None = None
-        """Folder in diffusers layout (or hub id) with the configs and tokenizers of a single-file model; without it
-        they come from the hub."""
         variant: str | None = None
         """Variant of the weights' files, as ``fp16`` of ``model.fp16.safetensors``; local folders need none."""
         vae_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -108,12 +105,11 @@ class SDXL(ModelFamily):
 
     @cached_property
     def _source(self) -> Source:
-        configs = self.config.config_source or self.settings.config_source
         return open_source(
             self.settings.source,
             revision=self.settings.revision,
             variant=self.config.variant,
-            config_source=configs,
+            config_source=self.settings.config_source,
         )
 
     @cached_property
@@ -141,6 +137,15 @@ class SDXL(ModelFamily):
             raise UserError(
                 f"model {self.settings.source!r} predicts {self.prediction_type!r} (scheduler_config.json)",
                 "set family_config.prediction_type to epsilon, v_prediction or sample",
+            )
+        self._check_vae()
+
+    def _check_vae(self) -> None:
+        channels = self._source.config("unet/config.json").get("in_channels")
+        if channels != self.latent_channels:
+            raise UserError(
+                f"vae {self.settings.vae!r} makes {self.latent_channels} channels, the model takes {channels}",
+                "name an autoencoder that was made for SDXL",
             )
         self._vae_dtype()
 
@@ -262,9 +267,16 @@ class SDXL(ModelFamily):
         with quiet_libraries():
             return network.to(self.settings.device, self._weight_dtype()).requires_grad_(False).eval()
 
-    def student_network(self, teacher: nn.Module, *, guidance_embedding: bool) -> nn.Module:
+    def empty_network(self) -> nn.Module:
         from diffusers import UNet2DConditionModel
 
+        with torch.device("meta"):
+            return UNet2DConditionModel.from_config(self._source.config("unet/config.json"))
+
+    def empty_network(self) -> nn.Module:
+        return empty_unet(self._source.config("unet/config.json"))
+
+    def student_network(self, teacher: nn.Module, *, guidance_embedding: bool) -> nn.Module:
         unet: Any = teacher
         config = dict(unet.config)
         state = {name: value.detach().to(torch.float32, copy=True) for name, value in unet.state_dict().items()}
@@ -272,8 +284,7 @@ class SDXL(ModelFamily):
             config["time_cond_proj_dim"] = GUIDANCE_DIM
             width = unet.time_embedding.linear_1.in_features
             state["time_embedding.cond_proj.weight"] = torch.zeros(width, GUIDANCE_DIM, device=unet.device)
-        with torch.device("meta"):
-            student: Any = UNet2DConditionModel.from_config(config)
+        student = empty_unet(config)
         student.load_state_dict(state, assign=True)
         return student.requires_grad_(True).eval()
 

@@ -104,7 +104,7 @@ class WandB(Tracker):
     def finish(self, scores: Mapping[str, float] | None = None) -> None:
         """Put the scores into the summary and close."""
         self._run.summary.update(dict(scores or {}))
-        self._run.finish(quiet=True)
+        self._run.finish()
 
 
 def _library() -> Any:

@@ -438,3 +438,11 @@ def test_flow_model_generates_through_the_plain_pipeline(tmp_path):
             v = family.predict(network, x, torch.tensor([1000 * sigma]), cond)
             x = x + (after - sigma) * v
     torch.testing.assert_close(ours, family.decode_latents(x), rtol=0, atol=2e-5)
+
+
+def test_the_empty_network_has_every_weight_and_no_memory(family):
+    empty, real = family.empty_network(), family.load_network()
+    assert {key: value.shape for key, value in empty.state_dict().items()} == {
+        key: value.shape for key, value in real.state_dict().items()
+    }
+    assert all(parameter.is_meta for parameter in empty.parameters())

@@ -7,13 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from PIL import Image
-
 from distill.core.plugins import Registry
 from distill.core.tracker import RunInfo, Tracker
 from distill.core.tracking import Trackers, build_trackers, missing_packages
 from distill.plugins.tensorboard import TensorBoard
 from distill.plugins.wandb import WandB, logged_in, run_id
+from PIL import Image
 
 
 def info(folder: Path, **extra: object) -> RunInfo:
@@ -80,9 +79,7 @@ def test_a_failing_tracker_is_switched_off_and_the_others_go_on(tmp_path, fails_
 def test_missing_packages_name_the_install_line():
     assert missing_packages({"json": "json"}) is None
     line = missing_packages({"no_such_package_a": "a-thing>=1", "no_such_package_b": "b-thing"})
-    assert line == (
-        "no_such_package_a and no_such_package_b are not installed (pip install 'a-thing>=1' 'b-thing')"
-    )
+    assert line == ("no_such_package_a and no_such_package_b are not installed (pip install 'a-thing>=1' 'b-thing')")
 
 
 def test_a_tracker_without_its_package_is_left_out_with_its_install_line(tmp_path, monkeypatch):
@@ -138,7 +135,7 @@ def test_tensorboard_holds_scalars_pictures_text_and_hparams(tmp_path):
     assert hparams["learning_rate"].number_value == pytest.approx(1e-4)
     assert hparams["method"].string_value == "lcm"
     assert hparams["rank"].number_value == 64
-    assert hparams["flip"].bool_value is True
+    assert hparams["flip"].number_value == 1
     assert read.SummaryMetadata("_hparams_/session_end_info").plugin_data.content
 
 
@@ -176,7 +173,7 @@ def test_nothing_of_tensorboard_or_wandb_is_imported_with_the_registry():
     assert result.stdout.strip() == "[]"
 
 
-# -- wandb ---------------------------------------------------------------------------------------------------------------
+# -- wandb -----------------------------------------------------------------------------------------------------------
 
 
 def test_wandb_finds_a_login_without_asking(tmp_path, monkeypatch):
@@ -203,7 +200,7 @@ def test_a_resumed_run_keeps_its_wandb_id(tmp_path):
 class FakeWandb:
     """As much of wandb's interface as the tracker uses, with its argument names."""
 
-    class errors:  # noqa: N801
+    class errors:
         class CommError(Exception):
             pass
 
@@ -218,10 +215,10 @@ class FakeWandb:
             raise self.errors.CommError("no route")
         return self
 
-    def Image(self, image, caption):  # noqa: N802
+    def Image(self, image, caption):
         return image.size, caption
 
-    def Html(self, text, inject):  # noqa: N802
+    def Html(self, text, inject):
         return text
 
     def define_metric(self, name, step_metric=None): ...

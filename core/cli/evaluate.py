@@ -11,9 +11,10 @@ import typer
 from ..errors import UserError
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from collections.abc import Sequence
 
     from ..config import Configuration
+    from ..evaluation_run import RealImages
     from ..family import ModelFamily
     from ..plugins import Registry
 
@@ -42,7 +43,8 @@ def evaluate(
     loras = parse_loras(lora or [])
     configuration, registry = open_run(output_dir)
     family = build_family(configuration, registry)
-    prompts, real_images = _data(configuration, registry, family)
+    count = num_samples or configuration.run.evaluation_num_samples
+    prompts, real_images = _data(configuration, registry, family, count)
     found = evaluate_run(
         configuration,
         registry,
@@ -85,5 +87,27 @@ def read_steps(option: str, text: str | None) -> tuple[int, ...] | None:
     return numbers
 
 
-def _data(configuration: Configuration, registry: Registry, family: ModelFamily) -> tuple[list[str], Tensor]:
-    raise NotImplementedError
+def _data(
+    configuration: Configuration, registry: Registry, family: ModelFamily, count: int
+) -> tuple[Sequence[str], RealImages | None]:
+    """Captions and pictures of the run's data; the validation prompts and no pictures where it cannot be read."""
+    from ..assemble import CACHE_FOLDER
+    from ..data.pipeline import DataPipeline
+
+    run = configuration.run
+    pipeline = DataPipeline(
+        configuration,
+        registry,
+        family,
+        micro_batch_size=run.train_batch_size,
+        accumulation=run.gradient_accumulation_steps,
+        seed=run.seed,
+        cache_root=run.output_dir / CACHE_FOLDER,
+        say=_say,
+    )
+    try:
+        pipeline.prepare()
+    except UserError as error:
+        _say(f"warning: the data cannot be read, so distances to it are left out: {error}")
+        return configuration.validation_prompts, None
+    return pipeline.captions(count), pipeline.real_images

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import types
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -37,7 +38,7 @@ def is_local(text: str) -> bool:
 
 def absolute(text: str, base: Path) -> Path:
     """A path as it is meant in a file of the folder `base`."""
-    return Path(base, Path(text).expanduser())
+    return Path(os.path.normpath(Path(base, Path(text).expanduser())))
 
 
 def adapt_text(text: str, admitted: set[Any], *, marked: bool, base: Path) -> Any:

@@ -86,7 +86,7 @@ def read_entries(content: Any, origin: Origin, findings: list[Finding]) -> list[
             problem = f"is {_kind(item)}, not an object"
             findings.append(Finding(origin.file, f"data[{index}]", item, problem, 'write {"id": "...", ...}'))
             continue
-        entry = RawEntry(Layers(), index)
+        entry = RawEntry(Layers(fallback=origin), index)
         entry.layers.add(strip_dashes(item, origin.file, findings), origin)
         entry.layers.values = fill_environment(entry.layers.values, origin.file, f"data.{entry.id}", findings)
         entries.append(entry)
@@ -157,12 +157,11 @@ class DatasetsCheck:
             else:
                 result.caches.append(entry)
         self._check_caches(entries, result)
-        check_weights(result.images, entries[0].layers.origin("id").file if entries else "", self.findings)
+        check_weights(result.images, entries[0].layers.fallback.file if entries else "", self.findings)
         return result
 
     def _refuse(self, raw: RawEntry, key: str, value: object, problem: str, remedy: str) -> None:
         file = raw.layers.origin(key.removeprefix(raw.prefix)).file
-        file = raw.layers.origin("id").file if file == "defaults" else file
         self.findings.append(Finding(file, key, value, problem, remedy))
 
     def _check_ids(self, entries: Sequence[RawEntry]) -> None:
@@ -175,7 +174,7 @@ class DatasetsCheck:
 
     def _entry(self, raw: RawEntry) -> DatasetSettings | None:
         values = raw.layers.values
-        file = raw.layers.origin("id").file
+        file = raw.layers.fallback.file
         align_rounding(values, raw.prefix, file, self.notices, self.findings)
         rename_dataset_values(values, raw.prefix, self.notices)
         backend = self._backend(raw)
@@ -185,7 +184,7 @@ class DatasetsCheck:
         if "backend" in values:
             self.findings.append(Finding(file, f"{raw.prefix}backend", values["backend"], "is not a known key", "did you mean 'type'?"))
         check = PartCheck(self.findings)
-        origin = partial(self._origin, raw)
+        origin = raw.layers.origin
         inherited = self._inherited(values)
         entry = check.validate(DatasetSettings, {**inherited, **settings}, raw.prefix, origin, known=own)
         if entry is None or backend is None:
@@ -195,10 +194,6 @@ class DatasetsCheck:
             return self._writable(entry)
         part = check.validate(backend, ours, raw.prefix, origin)
         return self._writable(entry.model_copy(update={"backend": part})) if part is not None else None
-
-    def _origin(self, raw: RawEntry, key: str) -> Origin:
-        origin = raw.layers.origin(key)
-        return raw.layers.origin("id") if origin.file == "defaults" else origin
 
     def _backend(self, raw: RawEntry) -> type[BaseModel] | None:
         name = raw.layers.values.get("type", "local")

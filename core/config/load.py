@@ -102,10 +102,11 @@ class Loader:
         """Lay file, flags and overrides on top of each other; returns the overrides of datasets."""
         file = self.config_file
         if file is not None:
+            self.layers.fallback = Origin(str(file), file.parent.absolute())
             before = len(self.findings)
             content = read_file(file, self.findings, what="--config")
             if isinstance(content, Mapping):
-                self._lay(content, Origin(str(file), file.parent.absolute()))
+                self._lay(content, self.layers.fallback)
             elif len(self.findings) == before:
                 remedy = 'write {"model_type": "lora", ...}; the list of datasets goes into --data'
                 self.findings.append(Finding(str(file), "--config", content, "is not an object of keys", remedy))
@@ -190,6 +191,7 @@ class Loader:
         if method is None or family is None or config is None:
             return
         files = {key[0]: origin.file for key, origin in self.layers.origins.items() if len(key) == 1}
+        files[""] = self.layers.fallback.file
         findings, notices = check_requirements(method, config, family, run, files=files)
         self.findings.extend(findings)
         self.notices.extend(notices)
@@ -228,7 +230,7 @@ class Loader:
         check = DatasetsCheck(self.registry, run, self.findings, self.notices, to_train=self.to_train)
         datasets = check.check(entries)
         if not datasets.images and len(self.findings) == before:
-            file = entries[0].layers.origin("id").file if entries else "data file"
+            file = entries[0].layers.fallback.file if entries else "data file"
             problem = "has no enabled entry of dataset_type image"
             remedy = "add a dataset with id and instance_data_dir, or set disabled to false"
             self.findings.append(Finding(file, "data", [entry.id for entry in entries], problem, remedy))

@@ -40,6 +40,8 @@ class Layers:
 
     values: dict[str, Any] = field(default_factory=dict)
     origins: dict[tuple[str, ...], Origin] = field(default_factory=dict)
+    fallback: Origin = field(default_factory=lambda: Origin(COMMAND_LINE, Path.cwd()))
+    """Where a key that nobody gave would have to be given."""
 
     def add(self, values: Mapping[str, Any], origin: Origin, *, deep: frozenset[str] = frozenset()) -> None:
         """Lay `values` over what is there; objects under the keys `deep` are merged, all else is replaced."""
@@ -63,7 +65,7 @@ class Layers:
             if path[:length] in self.origins:
                 return self.origins[path[:length]]
         deeper = [origin for known, origin in self.origins.items() if known[: len(path)] == path]
-        return deeper[0] if deeper else Origin("defaults", Path.cwd())
+        return deeper[0] if deeper else self.fallback
 
     def given(self, key: str) -> bool:
         """Whether some layer gave the key a value that is not null."""

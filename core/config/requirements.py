@@ -37,7 +37,7 @@ def check_requirements(
         method_config: Its validated configuration.
         family: The chosen family.
         run: The run's settings.
-        files: Key -> the file its value comes from, for the findings.
+        files: Key -> the file its value comes from, for the findings; "" for keys that nobody gave.
         prediction_type: Of the model, where it is known already.
         num_timesteps: Training timesteps of the model's discrete schedule, where it is known already.
     """
@@ -49,8 +49,8 @@ def check_requirements(
     findings: list[Finding] = []
 
     def refuse(key: str, problem: str, remedy: str) -> None:
-        file = files.get(key, files.get(key.split(".")[0], "defaults"))
-        findings.append(Finding(file, key, getattr(run, key.split(".")[0], None), problem, remedy))
+        file = files.get(key, files.get("", "configuration"))
+        findings.append(Finding(file, key, getattr(run, key), problem, remedy))
 
     if not getattr(able, run.model_type):
         other: Literal["lora", "full"] = "full" if run.model_type == "lora" else "lora"

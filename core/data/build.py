@@ -37,6 +37,10 @@ class Places(Protocol):
         """Folder of a dataset's latent caches."""
         ...
 
+    def remembered(self, settings: DatasetSettings) -> Path:
+        """File with the settings that a dataset's latents were last made with."""
+        ...
+
     def texts(self, settings: DatasetSettings) -> Path:
         """Folder of the text caches that a dataset uses."""
         ...
@@ -139,7 +143,7 @@ class CacheBuilder:
         jobs = encoder.plan()
         missing = sum(len(job.rows) for job in jobs)
         if missing:
-            self._explain_latents(folder, dataset, cache, missing)
+            self._explain_latents(dataset, cache, missing)
             encoder.run(self.share.of(jobs), progress=self.progress)
             self.family.release_encoders()
             report.pictures_encoded += missing
@@ -148,7 +152,7 @@ class CacheBuilder:
         if encoder.broken:
             dataset.drop(encoder.broken)
         if self.share.rank == 0:
-            self._remember(folder, dataset)
+            self._remember(dataset)
         return cache
 
     def _after(self, encoder: LatentEncoder, cache: TensorCache) -> LatentEncoder:
@@ -160,27 +164,22 @@ class CacheBuilder:
                 final.broken[int(row)] = encoder.broken.get(int(row), "it could not be read")
         return final
 
-    def _state_path(self, folder: Path, dataset: Dataset) -> Path:
-        return folder / f"{dataset.id}.settings.json"
-
     def _settings(self, dataset: Dataset) -> dict[str, Any]:
         values = dataset.settings.model_dump(mode="json", include=set(PREPROCESSING))
         return {"vae": self.family.fingerprint("vae"), **{name: values[name] for name in PREPROCESSING}}
 
-    def _remember(self, folder: Path, dataset: Dataset) -> None:
-        path, text = self._state_path(folder, dataset), json.dumps(self._settings(dataset), indent=1)
+    def _remember(self, dataset: Dataset) -> None:
+        path, text = self.places.remembered(dataset.settings), json.dumps(self._settings(dataset), indent=1)
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             write_whole(path, text.encode())
 
-    def _explain_latents(self, folder: Path, dataset: Dataset, cache: TensorCache, missing: int) -> None:
-        path = self._state_path(folder, dataset)
+    def _explain_latents(self, dataset: Dataset, cache: TensorCache, missing: int) -> None:
+        path = self.places.remembered(dataset.settings)
         changes = changed(json.loads(path.read_bytes()), self._settings(dataset)) if path.exists() else []
         if changes:
             self.say(f"{cache.label}: {', '.join(changes)}, so {missing:,} pictures are encoded anew")
         elif len(cache):
-            self.say(
-                f"{cache.label}: {len(cache):,} are there, {missing:,} new, changed or missing ones are encoded"
-            )
+            self.say(f"{cache.label}: {len(cache):,} are there, {missing:,} new, changed or missing ones are encoded")
 
     # -- both -------------------------------------------------------------------------------------------------------
 

@@ -94,17 +94,15 @@ def map_shard(path: Path, size: int) -> dict[str, Tensor]:
     """
     if path.stat().st_size != size:
         raise ValueError(f"it has {path.stat().st_size} bytes instead of {size}")
-    storage = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)
-    whole = torch.empty(0, dtype=torch.uint8).set_(storage, 0, (size,))
+    whole = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
     length = int.from_bytes(whole[:8].numpy().tobytes(), "little")
     header = json.loads(whole[8 : 8 + length].numpy().tobytes())
     tensors = {}
     for name, entry in header.items():
         if name == "__metadata__":
             continue
-        dtype = _DTYPES[entry["dtype"]]
-        start = 8 + length + entry["data_offsets"][0]
-        tensors[name] = torch.empty(0, dtype=dtype).set_(storage, start // dtype.itemsize, tuple(entry["shape"]))
+        start, end = (8 + length + offset for offset in entry["data_offsets"])
+        tensors[name] = whole[start:end].view(_DTYPES[entry["dtype"]]).view(entry["shape"])
     return tensors
 
 

@@ -12,6 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
+# Pillow warns of odd metadata in files that it reads well; for everybody, since files are read in threads
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
 SUFFIXES = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff", "avif", "ppm", "pgm", "jp2")
 """Endings of files that are taken for pictures, lower case."""
 PIXELS_VERSION = 1
@@ -50,8 +53,7 @@ def _orientation(image: Image.Image) -> int:
 def probe(stream: BinaryIO) -> tuple[int, int]:
     """Width and height of a picture when upright, from its header alone. Raises BrokenImage."""
     try:
-        with warnings.catch_warnings(), Image.open(stream) as image:
-            warnings.simplefilter("ignore")
+        with Image.open(stream) as image:
             width, height = image.size
             turned = _orientation(image) >= 5
     except DECODE_ERRORS as error:
@@ -64,8 +66,7 @@ def probe(stream: BinaryIO) -> tuple[int, int]:
 def decode(data: bytes) -> Image.Image:
     """The first frame of a picture, upright, in RGB whatever its mode, transparency on white. Raises BrokenImage."""
     try:
-        with warnings.catch_warnings(), Image.open(io.BytesIO(data)) as image:
-            warnings.simplefilter("ignore")
+        with Image.open(io.BytesIO(data)) as image:
             image.load()
             transpose = TRANSPOSES.get(_orientation(image))
             picture = to_rgb(image)
@@ -120,8 +121,13 @@ def scale_and_crop(
     image: Image.Image, *, size: tuple[int, int], left: int, top: int, bucket: tuple[int, int], flip: bool = False
 ) -> NDArray[np.uint8]:
     """The picture scaled to `size` and cut to `bucket`, both (width, height), perhaps mirrored; shape (H, W, 3)."""
-    resized = image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
-    cropped = resized.crop((left, top, left + bucket[0], top + bucket[1]))
+    box = (left, top, left + bucket[0], top + bucket[1])
+    if image.size == size:
+        cropped = image.crop(box)
+    else:  # only the part that is kept is scaled: a 1 x 60,000 picture must not become a huge one on the way
+        across, down = image.width / size[0], image.height / size[1]
+        part = (box[0] * across, box[1] * down, min(box[2] * across, image.width), min(box[3] * down, image.height))
+        cropped = image.resize(bucket, Image.Resampling.LANCZOS, box=part)
     if flip:
         cropped = cropped.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return np.asarray(cropped)

@@ -137,29 +137,31 @@ def _has_name(entry: Entry) -> bool:
     return entry.key.isprintable() or not any("\ud800" <= letter <= "\udfff" for letter in entry.key)
 
 
-def _list(backend: DataBackend) -> tuple[pa.Table, pa.Table]:
-    """Pictures and caption files of a backend, as columns key, size, version."""
-    pictures, texts = [], []
+def _list(backend: DataBackend) -> tuple[pa.Table, pa.Table, int]:
+    """Pictures and caption files of a backend, as columns key, size, version; and how many names are no text."""
+    pictures, texts, nameless = [], [], 0
     suffixes = "|".join(SUFFIXES)
-    for chunk in in_chunks(filter(_has_name, backend.list()), CHUNK):
+    for chunk in in_chunks(backend.list(), CHUNK):
+        named = [entry for entry in chunk if _has_name(entry)]
+        nameless += len(chunk) - len(named)
         batch = pa.RecordBatch.from_arrays(
             [
-                pa.array([entry.key for entry in chunk], pa.large_string()),
-                pa.array([entry.size for entry in chunk], pa.int64()),
-                pa.array([entry.version for entry in chunk], pa.string()),
+                pa.array([entry.key for entry in named], pa.large_string()),
+                pa.array([entry.size for entry in named], pa.int64()),
+                pa.array([entry.version for entry in named], pa.string()),
             ],
             schema=LISTING,
         )
         is_picture = pc.match_substring_regex(batch["key"], rf"(?i)\.({suffixes})$")
         pictures.append(batch.filter(is_picture))
         texts.append(batch.filter(pc.ends_with(batch["key"], ".txt")))
-    return pa.Table.from_batches(pictures, LISTING), pa.Table.from_batches(texts, LISTING)
+    return pa.Table.from_batches(pictures, LISTING), pa.Table.from_batches(texts, LISTING), nameless
 
 
 def _with_caption_versions(pictures: pa.Table, texts: pa.Table, rules: CaptionRules) -> pa.Table:
     """Adds the version of each picture's caption file, empty where there is none."""
     if rules.reads_files:
-        keys = pc.binary_join_element_wise(pc.replace_substring_regex(pictures["key"], r"\.[^./]*$", ""), ".txt", "")
+        keys = pc.replace_substring_regex(pictures["key"], r"\.[^./]*$", ".txt")
         found = pc.index_in(keys, value_set=texts["key"].combine_chunks())
         versions = pc.fill_null(texts["version"].take(found), "")
     else:
@@ -183,11 +185,12 @@ class IndexBuilder:
     ) -> None:
         self.dataset, self.backend, self.rules = dataset, backend, rules
         self.workers, self.progress = max(1, workers), progress
-        self.num_read = 0
+        self.num_read = self.num_nameless = 0
 
     def build(self, path: Path) -> Index:
         """Write the index to `path`, reading only files that are new or have changed."""
-        listing = _with_caption_versions(*_list(self.backend), self.rules)
+        pictures, texts, self.num_nameless = _list(self.backend)
+        listing = _with_caption_versions(pictures, texts, self.rules)
         reused, fresh = self._split(path, listing)
         if reused is not None and not len(fresh) and len(reused) == len(Index(path)):
             return Index(path)

@@ -22,7 +22,7 @@ from .dataset import Dataset
 from .encode import Share, flips
 from .geometry import Geometry
 from .hashing import permute
-from .images import fit
+from .images import BrokenImage, fit
 from .index import Index, IndexBuilder
 from .loader import CachedDataset, Loader, Prefetch, Shape
 from .order import Curriculum
@@ -86,9 +86,8 @@ class DataPipeline:
             UserError: A dataset has nothing to train on, or its settings cannot be met.
         """
         started, report, share = time.monotonic(), DataReport(), self._share()
-        self._datasets = [self._open_dataset(settings, share) for settings in self._config.datasets]
-        for dataset in self._datasets:
-            dataset.check_not_empty()
+        self._datasets = []
+        self._indexed()
         builder = CacheBuilder(
             self._family, self._places, share=share, workers=self._config.run.num_workers,
             progress=self._progress, say=self._say, wait=_wait_for_all,
@@ -105,6 +104,15 @@ class DataPipeline:
             self._say(line)
         return report
 
+    def _indexed(self) -> list[Dataset]:
+        """The datasets with their indexes up to date, for which no encoder is needed."""
+        if not self._datasets:
+            share = self._share()
+            self._datasets = [self._open_dataset(settings, share) for settings in self._config.datasets]
+        for dataset in self._datasets:
+            dataset.check_not_empty()
+        return self._datasets
+
     def _share(self) -> Share:
         if _distributed():
             return Share(self._shape.rank, self._shape.world_size)
@@ -117,7 +125,12 @@ class DataPipeline:
         geometry = Geometry(settings, multiple=self._family.pixel_multiple)
         if share.rank == 0:
             workers = self._config.run.num_workers
-            index = IndexBuilder(settings.id, backend, rules, workers=workers, progress=self._progress).build(path)
+            builder = IndexBuilder(settings.id, backend, rules, workers=workers, progress=self._progress)
+            index = builder.build(path)
+            if builder.num_nameless:
+                self._say(
+                    f"dataset {settings.id!r}: {builder.num_nameless} files whose names are no UTF-8 are left out"
+                )
             _wait_for_all()
         else:
             _wait_for_all()
@@ -126,7 +139,7 @@ class DataPipeline:
 
     def _write_quarantine(self, report: DataReport) -> None:
         for dataset in self._datasets:
-            path = self._places.index(dataset.settings).with_suffix(".quarantine.txt")
+            path = self._places.quarantine(dataset.settings)
             broken = report.datasets[dataset.id].quarantined
             if broken:
                 write_whole(path, "".join(f"{key}: {why}\n" for key, why in sorted(broken.items())).encode())
@@ -158,8 +171,7 @@ class DataPipeline:
     @property
     def num_samples(self) -> int:
         """Pictures that are trained on, over all datasets."""
-        self._ready()
-        return sum(dataset.counts.used for dataset in self._datasets)
+        return sum(dataset.counts.used for dataset in self._indexed())
 
     @property
     def global_batch(self) -> int:
@@ -169,8 +181,7 @@ class DataPipeline:
     @property
     def resolution(self) -> tuple[int, int]:
         """(width, height) of the first dataset's largest bucket."""
-        self._ready()
-        buckets = self._datasets[0].counts.buckets
+        buckets = self._indexed()[0].counts.buckets
         return max(buckets, key=lambda shape: (buckets[shape], shape))
 
     def steps_per_epoch(self) -> float:
@@ -215,11 +226,18 @@ class DataPipeline:
 
         Always the same ones for the same data; scaled to cover and cropped in the middle.
         """
-        chosen = self._choose(count)
+
+        def read(chosen: tuple[Dataset, int]) -> np.ndarray | None:
+            try:
+                return fit(chosen[0].picture(chosen[1]), width, height)
+            except (BrokenImage, FileNotFoundError, PermissionError):
+                return None  # named by prepare(), or by the next run's
+
         with ThreadPoolExecutor(max(1, self._config.run.num_workers)) as pool:
-            pictures = pool.map(lambda each: fit(each[0].picture(each[1]), width, height), chosen)
-            stacked = np.stack(list(pictures))
-        return torch.from_numpy(stacked).permute(0, 3, 1, 2).float() / 255
+            pictures = [picture for picture in pool.map(read, self._choose(count)) if picture is not None]
+        if not pictures:
+            return torch.zeros(0, 3, height, width)
+        return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
 
     def captions(self, count: int) -> list[str]:
         """Up to `count` different captions, of different pictures, always the same ones for the same data."""
@@ -260,6 +278,18 @@ class CachePlaces:
     def index(self, settings: DatasetSettings) -> Path:
         """File of a dataset's index, beside its latents."""
         return self.latents(settings) / f"{settings.id}.index.arrow"
+
+    def quarantine(self, settings: DatasetSettings) -> Path:
+        """File that names a dataset's broken pictures, with reasons."""
+        return self.latents(settings) / f"{settings.id}.quarantine.txt"
+
+    def remembered(self, settings: DatasetSettings) -> Path:
+        """File with the settings that a dataset's latents were last made with."""
+        return self.latents(settings) / f"{settings.id}.settings.json"
+
+    def side_files(self, settings: DatasetSettings) -> list[Path]:
+        """What lies beside a dataset's caches."""
+        return [self.index(settings), self.quarantine(settings), self.remembered(settings)]
 
     def texts(self, settings: DatasetSettings) -> Path:
         """Folder of the text caches that a dataset uses."""

@@ -52,8 +52,8 @@ class DataReport:
         if self.num_pictures < FEW_PICTURES:
             lines.append(
                 f"{self.num_pictures:,} pictures are fewer than the {FEW_PICTURES:,} diverse ones that a general "
-                "student wants: expect one that is good at what they show and loses variety elsewhere; watch the validation "
-                "pictures rather than the loss, and stop when they no longer improve"
+                "student wants: expect one that is good at what they show and loses variety elsewhere; watch the "
+                "validation pictures rather than the loss, and stop when they no longer improve"
             )
         return lines
 

@@ -49,6 +49,11 @@ class Processes:
                 "`torchrun --standalone --nproc_per_node 2 -m distill run ...`",
             )
 
+    def close(self) -> None:
+        """Leave the process group; without this a process that ends early aborts the others' exit."""
+        if self.world_size > 1 and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
     def barrier(self) -> None:
         """Wait for all processes."""
         self._state.wait_for_everyone()

@@ -7,11 +7,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from PIL import Image
-
 from distill.core.config.dataset_settings import DatasetSettings
 from distill.core.data.pipeline import DataPipeline
 from distill.data_backends.local import LocalBackend
+from PIL import Image
 
 
 class FakeFamily:
@@ -33,11 +32,15 @@ class FakeFamily:
     def encode_prompts(self, prompts):
         self.prompts += prompts
         rows = [torch.Generator().manual_seed(sum(p.encode()) * 1000 + len(p)) for p in prompts]
-        return {"prompt_embeds": torch.stack([torch.randn(3, 4, generator=g) for g in rows]),
-                "pooled": torch.stack([torch.randn(2, generator=g) for g in rows])}
+        return {
+            "prompt_embeds": torch.stack([torch.randn(3, 4, generator=g) for g in rows]),
+            "pooled": torch.stack([torch.randn(2, generator=g) for g in rows]),
+        }
 
     def condition(self, embeds, micro):
-        ids = [[*a, *b, *c] for a, b, c in zip(micro.original_size, micro.crop_top_left, micro.target_size, strict=True)]
+        ids = [
+            [*a, *b, *c] for a, b, c in zip(micro.original_size, micro.crop_top_left, micro.target_size, strict=True)
+        ]
         return {**embeds, "time_ids": torch.tensor(ids, dtype=torch.float32)}
 
     def uncond(self, cond):
@@ -78,8 +81,14 @@ def fill(folder: Path, sizes, *, captions=True, start=0) -> Path:
 
 
 def entry(folder: Path, **settings) -> DatasetSettings:
-    given = {"id": folder.name, "resolution": 32, "aspect_bucket_alignment": 8, "crop_style": "center",
-             "cache_dir_vae": folder.parent / "cache" / folder.name, **settings}
+    given = {
+        "id": folder.name,
+        "resolution": 32,
+        "aspect_bucket_alignment": 8,
+        "crop_style": "center",
+        "cache_dir_vae": folder.parent / "cache" / folder.name,
+        **settings,
+    }
     backend = LocalBackend.Config(instance_data_dir=folder)
     return DatasetSettings(**given).model_copy(update={"backend": backend})
 
@@ -93,8 +102,16 @@ def pipeline(*datasets: DatasetSettings, root: Path, family=None, micro=2, accum
     """A pipeline and the lines that it says."""
     lines: list[str] = []
     data = DataPipeline(
-        configuration(*datasets), REGISTRY, family or FakeFamily(), micro_batch_size=micro, accumulation=accumulation,
-        rank=rank, world_size=world, seed=seed, cache_root=root / "cache", say=lines.append,
+        configuration(*datasets),
+        REGISTRY,
+        family or FakeFamily(),
+        micro_batch_size=micro,
+        accumulation=accumulation,
+        rank=rank,
+        world_size=world,
+        seed=seed,
+        cache_root=root / "cache",
+        say=lines.append,
     )
     return data, lines
 

@@ -1,4 +1,4 @@
-"""A family without a network: pictures are a pure function of prompt, seed, role and steps. For tests of what is around."""
+"""A family without a network: pictures are a pure function of prompt, seed, role and steps."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
-
 from distill.core.family import Capabilities, ExportInfo, ModelFamily, ModelSettings
 from distill.core.method import Sampler
+from torch import Tensor, nn
 
 
 class FakeNetwork(nn.Module):

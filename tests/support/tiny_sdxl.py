@@ -9,8 +9,8 @@ EDGE = 32
 """Pixels along an edge of its pictures."""
 SCALE_FACTOR = 2
 """Pixels per latent along an edge."""
-WIDTH = 32
-"""Width of each text encoder; prompt embeddings are twice as wide."""
+WIDTHS = (32, 48)
+"""Widths of the text encoders, different as in the real model; prompt embeddings are as wide as both together."""
 TOKENS = 16
 """Length of an encoded prompt."""
 
@@ -42,8 +42,8 @@ def write_tiny_sdxl(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         unet, vae = UNet2DConditionModel(**unet_config()), AutoencoderKL(**vae_config())
-        text_encoder = CLIPTextModel(text_config("quick_gelu"))
-        text_encoder_2 = CLIPTextModelWithProjection(text_config("gelu"))
+        text_encoder = CLIPTextModel(text_config(WIDTHS[0], "quick_gelu"))
+        text_encoder_2 = CLIPTextModelWithProjection(text_config(WIDTHS[1], "gelu"))
         for encoder in (text_encoder, text_encoder_2):
             embeddings = encoder.get_input_embeddings()
             torch.nn.init.normal_(embeddings.weight, std=text_std)
@@ -75,11 +75,11 @@ def unet_config() -> dict[str, object]:
         "attention_head_dim": (2, 4),
         "transformer_layers_per_block": (1, 1),
         "use_linear_projection": True,
-        "cross_attention_dim": 2 * WIDTH,
+        "cross_attention_dim": sum(WIDTHS),
         "norm_num_groups": 8,
         "addition_embed_type": "text_time",
         "addition_time_embed_dim": 8,
-        "projection_class_embeddings_input_dim": 6 * 8 + WIDTH,
+        "projection_class_embeddings_input_dim": 6 * 8 + WIDTHS[1],
     }
 
 
@@ -98,15 +98,15 @@ def vae_config() -> dict[str, object]:
     }
 
 
-def text_config(activation: str) -> object:
+def text_config(width: int, activation: str) -> object:
     """Three layers, so that the penultimate state is none of the ends."""
     from transformers import CLIPTextConfig
 
     return CLIPTextConfig(
         vocab_size=len(vocabulary()),
-        hidden_size=WIDTH,
-        projection_dim=WIDTH,
-        intermediate_size=2 * WIDTH,
+        hidden_size=width,
+        projection_dim=width,
+        intermediate_size=2 * width,
         num_hidden_layers=3,
         num_attention_heads=4,
         max_position_embeddings=TOKENS,

@@ -1,0 +1,105 @@
+"""The command line. Commands live in modules of their own, which are imported when they are called."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+from typer.main import get_command, get_group
+
+from ..errors import DistillError
+
+COMMANDS = {
+    "run": "A distillation run, start to end.",
+    "evaluate": "Score a student against its teacher.",
+    "generate": "Make pictures with a student.",
+    "config": "Check, show or start a configuration.",
+    "plugins": "What is there, and from where.",
+    "cache": "Build, verify or clear the text and latent caches.",
+    "doctor": "What this machine has and lacks for a configuration.",
+}
+"""Command -> its line in the help; each is `NAME` or `app` of the module of its name."""
+INTERRUPTED = 130
+
+
+class LazyGroup(TyperGroup):
+    """Imports a command's module when the command is called, and turns errors into messages and exit codes."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """All commands, in the order of the table."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The command's line for the help; the command itself is loaded when it is resolved."""
+        return TyperCommand(cmd_name, help=COMMANDS[cmd_name]) if cmd_name in COMMANDS else None
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command of the first argument, loaded."""
+        self.commands = {name: self.get_command(ctx, name) for name in COMMANDS}  # for "did you mean"
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, load_command(name) if name in COMMANDS else command, rest
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run; what people did wrong is said without a traceback, what broke keeps its own."""
+        try:
+            return super().invoke(ctx)
+        except DistillError as error:
+            say_error(str(error))
+            raise typer.Exit(error.exit_code) from error
+        except KeyboardInterrupt:
+            say_error("interrupted")
+            raise typer.Exit(INTERRUPTED) from None
+
+
+def load_command(name: str) -> Any:
+    """The command `name` as typer's own object: its module's function of that name, or its `app`."""
+    module = import_module(f".{name}", __name__)
+    own = getattr(module, "app", None)
+    if own is not None:
+        command: Any = get_group(own)
+    else:
+        own = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+        own.command(name=name)(getattr(module, name))
+        command = get_command(own)
+    command.name = name
+    return command
+
+
+def say_error(message: str) -> None:
+    """Print to stderr, the first word in red on a terminal."""
+    head = typer.style("error:", fg=typer.colors.RED, bold=True) if sys.stderr.isatty() else "error:"
+    typer.echo(f"{head} {message}", err=True)
+
+
+app = typer.Typer(
+    name="distill",
+    cls=LazyGroup,
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(import_module(__name__.rsplit(".", 2)[0]).__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Turn slow, many-step diffusion models into few-step ones."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of `distill` and `python -m distill`; always ends in SystemExit."""
+    app(args=list(arguments) if arguments is not None else None, prog_name="distill")

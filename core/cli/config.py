@@ -1,0 +1,114 @@
+"""`distill config`: check, show, schema, init."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from ..errors import UserError
+from . import options
+from .options import (
+    ConfigOption,
+    DataOption,
+    FamilyOption,
+    MethodOption,
+    ModelOption,
+    OutputOption,
+    PluginOption,
+    SetOption,
+)
+
+app = typer.Typer(no_args_is_help=True, help="Check, show or start a configuration.", pretty_exceptions_enable=False)
+
+
+@app.command()
+def check(
+    method: MethodOption = None,
+    family: FamilyOption = None,
+    config: ConfigOption = None,
+    data: DataOption = None,
+    model: ModelOption = None,
+    output_dir: OutputOption = None,
+    set_: SetOption = None,
+    plugin: PluginOption = None,
+) -> None:
+    """Validate a configuration: notices on stdout, all findings at once on stderr."""
+    configuration, registry = options.load(
+        config=config,
+        data=data,
+        method=method,
+        family=family,
+        model=model,
+        output_dir=output_dir,
+        overrides=set_,
+        plugins=plugin,
+    )
+    for notice in (*configuration.notices, *options.service_notices(configuration, registry)):
+        typer.echo(f"notice: {notice}")
+    options.say("the configuration is usable")
+
+
+@app.command()
+def show(
+    method: MethodOption = None,
+    family: FamilyOption = None,
+    config: ConfigOption = None,
+    data: DataOption = None,
+    model: ModelOption = None,
+    output_dir: OutputOption = None,
+    set_: SetOption = None,
+    plugin: PluginOption = None,
+) -> None:
+    """Print the resolved configuration as JSON, every default filled in; notices go to stderr."""
+    configuration, _ = options.load(
+        config=config,
+        data=data,
+        method=method,
+        family=family,
+        model=model,
+        output_dir=output_dir,
+        overrides=set_,
+        plugins=plugin,
+    )
+    for notice in configuration.notices:
+        options.say(notice)
+    typer.echo(json.dumps(configuration.resolved(), indent=2, ensure_ascii=False))
+
+
+@app.command()
+def schema(plugin: PluginOption = None) -> None:
+    """Print the JSON Schema of the configuration, for editors."""
+    from ..config import json_schema
+    from ..plugins import Registry
+
+    typer.echo(json.dumps(json_schema(Registry.load(plugin or ())), indent=2, ensure_ascii=False))
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(help="Where the two files are written.")] = Path("config"),
+    method: Annotated[str, typer.Option("--method", help="Distillation method.")] = "lcm",
+    family: Annotated[str, typer.Option("--family", help="Model family.")] = "sdxl",
+    model_type: Annotated[Literal["lora", "full"], typer.Option("--model-type", help="What is trained.")] = "lora",
+    plugin: PluginOption = None,
+) -> None:
+    """Write a commented starting pair: config.yaml and multidatabackend.yaml."""
+    from ..config.starting import starting_config, starting_data
+    from ..plugins import Registry
+
+    registry = Registry.load(plugin or ())
+    files = {
+        folder / "config.yaml": starting_config(registry, method=method, family=family, model_type=model_type),
+        folder / "multidatabackend.yaml": starting_data(),
+    }
+    for file in files:
+        if file.exists():
+            raise UserError(f"{file} exists already.", "choose another folder: distill config init FOLDER.")
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, text in files.items():
+        file.write_text(text, encoding="utf-8")
+        options.say(f"wrote {file}")
+    options.say(f"edit them, then: distill config check --config {folder / 'config.yaml'}")

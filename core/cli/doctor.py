@@ -1,0 +1,194 @@
+"""`distill doctor`: what this machine has and lacks, for a configuration where one is given."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from . import options
+from .options import (
+    ConfigOption,
+    DataOption,
+    FamilyOption,
+    MethodOption,
+    ModelOption,
+    OutputOption,
+    PluginOption,
+    SetOption,
+)
+
+if TYPE_CHECKING:
+    from ..config import Configuration
+    from ..engine.memory import MemorySettings
+    from ..plugins import Registry
+
+REQUIRED = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "pydantic")
+Rows = Iterator[tuple[str, str]]
+
+
+def doctor(
+    method: MethodOption = None,
+    family: FamilyOption = None,
+    config: ConfigOption = None,
+    data: DataOption = None,
+    model: ModelOption = None,
+    output_dir: OutputOption = None,
+    set_: SetOption = None,
+    plugin: PluginOption = None,
+) -> None:
+    """What this machine has and lacks: device, memory, optional packages, credentials; with a configuration, what it needs."""
+    from ..plugins import Registry
+
+    _section("machine", machine(output_dir or Path.cwd()))
+    _section("packages", packages(Registry.load(plugin or ())))
+    _section("credentials", credentials())
+    if not any((method, family, config, data, model, set_)):
+        typer.echo("\nno configuration given: --config FILE adds its checks and an estimate of its memory")
+        return
+    configuration, registry = options.load(
+        config=config,
+        data=data,
+        method=method,
+        family=family,
+        model=model,
+        output_dir=output_dir,
+        overrides=set_,
+        plugins=plugin,
+    )
+    notices = (*configuration.notices, *options.service_notices(configuration, registry))
+    _section("configuration", (("notice", line) for line in notices or ("nothing to be said",)))
+    _section("memory", memory(configuration, registry))
+
+
+def _section(title: str, rows: Rows) -> None:
+    rows = list(rows)  # type: ignore[assignment]
+    typer.echo(f"\n{title}")
+    width = max((len(name) for name, _ in rows), default=0)
+    for name, value in rows:
+        typer.echo(f"  {name:<{width}}  {value}")
+
+
+def machine(folder: Path) -> Rows:
+    """Interpreter, processors, memory, disk and accelerators."""
+    import psutil
+    import torch
+
+    from ..engine.memory import gigabytes
+
+    yield "python", platform.python_version()
+    yield "cpu", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads in use"
+    memory = psutil.virtual_memory()
+    yield "memory", f"{gigabytes(memory.total)}, {gigabytes(memory.available)} available"
+    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    yield "disk", f"{gigabytes(shutil.disk_usage(existing).free)} free under {existing}"
+    if not torch.cuda.is_available():
+        yield "device", "mps" if torch.backends.mps.is_available() else "cpu (PyTorch sees no CUDA device)"
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        bf16 = "bf16" if torch.cuda.is_bf16_supported() else "no bf16: use mixed_precision fp16"
+        yield f"cuda:{index}", f"{properties.name}, {gigabytes(properties.total_memory)}, {bf16}"
+
+
+def packages(registry: Registry) -> Rows:
+    """Versions of what is required, and what plugins would like to have."""
+    from ..plugins import KINDS
+
+    for name in REQUIRED:
+        yield name, _version(name)
+    for kind in KINDS:
+        for name in registry.names(kind):
+            for package, install in getattr(registry.get(kind, name), "packages", {}).items():
+                if find_spec(package) is None:
+                    yield package, f"missing; the {kind.replace('_', ' ')} {name} needs it: pip install '{install}'"
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return f"missing; pip install {name}"
+
+
+def credentials() -> Rows:
+    """Which accounts are known; nothing requires one, and no secret is shown."""
+    from huggingface_hub import get_token
+
+    yield "Hugging Face", "a token is there" if get_token() else "no token (only push_to_hub and gated models need one)"
+
+
+def memory(configuration: Configuration, registry: Registry) -> Rows:
+    """The estimate by purpose, and what would save how much."""
+    from ..engine.memory import estimate, gigabytes, savings
+
+    settings = memory_settings(configuration, registry)
+    if settings is None:
+        yield "estimate", "not known for this family"
+        return
+    expected = estimate(settings)
+    for name, num_bytes in expected.parts().items():
+        yield name, gigabytes(num_bytes)
+    yield "total", f"{gigabytes(expected.total)} (activations are rough)"
+    for label, saved in savings(settings):
+        yield "saves", f"{label}: about {gigabytes(saved)}"
+
+
+def memory_settings(configuration: Configuration, registry: Registry) -> MemorySettings | None:
+    """What the memory of the run depends on, from the model's config alone."""
+    import math
+
+    import torch
+
+    from ..assemble import build_family, build_method, default_resolution
+    from ..engine.memory import MemorySettings
+
+    run = configuration.run
+    family = build_family(configuration, registry)
+    network = family.empty_network()
+    if network is None:
+        return None
+    base = sum(parameter.numel() for parameter in network.parameters())
+    roles = build_method(configuration, registry, family).roles(
+        configuration.method, build_method(configuration, registry, family).setup
+    )
+    per_role = base
+    if run.model_type == "lora":
+        per_role = adapter_parameters(network, run.lora_rank, tuple(run.lora_target_modules) or family.lora_targets)
+    optimizer = registry.get("optimizer", run.optimizer)
+    trained_bytes = getattr(torch, optimizer.parameter_dtype).itemsize
+    width, height = default_resolution(configuration)
+    return MemorySettings(
+        base_parameters=base,
+        trained_parameters=per_role * sum(role.trains != "none" for role in roles),
+        latent_pixels=math.prod(edge // family.scale_factor for edge in (width, height)),
+        batch=run.train_batch_size,
+        base_bytes=4 if run.mixed_precision == "no" else 2,
+        compute_bytes=4 if run.mixed_precision == "no" else 2,
+        trained_bytes=trained_bytes,
+        optimizer_bytes=2 * trained_bytes,
+        num_averages=sum(role.ema_of is not None for role in roles) + run.use_ema,
+        gradient_checkpointing=run.gradient_checkpointing,
+    )
+
+
+def adapter_parameters(network: object, rank: int, targets: tuple[str, ...]) -> int:
+    """Parameters of a LoRA of `rank` on the modules whose names end with one of `targets`."""
+    from torch import nn
+
+    assert isinstance(network, nn.Module)
+    total = 0
+    for name, module in network.named_modules():
+        if any(name == target or name.endswith(f".{target}") for target in targets):
+            if isinstance(module, nn.Linear):
+                total += rank * (module.in_features + module.out_features)
+            elif isinstance(module, nn.Conv2d):
+                kernel = module.kernel_size[0] * module.kernel_size[1]
+                total += rank * (module.in_channels * kernel + module.out_channels)
+    return total

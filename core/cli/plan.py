@@ -1,0 +1,55 @@
+"""What a run would do, without doing it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import typer
+
+from . import options
+
+if TYPE_CHECKING:
+    from ..config import Configuration
+    from ..plugins import Registry
+
+
+def print_plan(configuration: Configuration, registry: Registry) -> None:
+    """Check the model's files and the output folder, then print notices (stderr) and the plan (stdout)."""
+    from ..assemble import build_family
+    from ..config import check_output_dir
+
+    state = check_output_dir(configuration)
+    build_family(configuration, registry).check_source()
+    for notice in (*configuration.notices, *options.service_notices(configuration, registry), *state.notices):
+        options.say(notice)
+    rows = [("output", f"{configuration.run.output_dir} ({state.action})"), *plan(configuration)]
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        typer.echo(f"{name:<{width}}  {value}")
+
+
+def plan(configuration: Configuration) -> Iterator[tuple[str, str]]:
+    """The plan as (what, how) rows."""
+    run = configuration.run
+    model = f"{run.pretrained_model_name_or_path}{' (miniature)' if configuration.miniature else ''}"
+    yield "teacher", f"{model}, family {run.model_family}"
+    trained = f"LoRA of rank {run.lora_rank}" if run.model_type == "lora" else "all weights"
+    yield "student", f"{trained}, method {run.distillation_method}"
+    for name, value in configuration.method.model_dump().items():
+        yield f"  {name}", str(value)
+    for entry in configuration.datasets:
+        size = f"{entry.resolution:g} ({entry.resolution_type})"
+        yield "data", f"{entry.id}: {entry.instance_data_dir or entry.type}, resolution {size}"
+    ends = [f"{run.max_train_steps} steps"] if run.max_train_steps else []
+    ends += [f"{run.num_train_epochs} epochs"] if run.num_train_epochs else []
+    batch = f"{run.train_batch_size} x {run.gradient_accumulation_steps} samples per step and process"
+    yield "training", f"{' or '.join(ends)}, {batch}, {run.optimizer} at {run.learning_rate:g}"
+    yield "precision", f"{run.mixed_precision}, device {run.device}"
+    yield "validation", _every(run.validation_step_interval)
+    yield "checkpoints", _every(run.checkpoint_step_interval)
+    yield "trackers", ", ".join(run.report_to) or "none (metrics.jsonl alone)"
+
+
+def _every(interval: int) -> str:
+    return f"every {interval} steps" if interval else "off"

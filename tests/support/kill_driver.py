@@ -1,0 +1,83 @@
+"""Runs a configuration again and again, killing it with SIGKILL at random moments, until it has come to its end.
+
+Everything is imported once and each attempt is a fork, so that an attempt takes seconds. Prints the number of kills.
+
+    python kill_driver.py CONFIG OUTPUT SEED NUM_KILLS
+"""
+
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+import diffusers  # noqa: E402, F401
+import peft  # noqa: E402, F401
+import transformers  # noqa: E402, F401
+from diffusers import LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel  # noqa: E402, F401
+from support.small_run import execute  # noqa: E402
+
+
+def attempt(config: Path, log: Path) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    with log.open("ab") as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+        try:
+            execute(config)
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)
+        os._exit(0)
+
+
+def wait_for_moment(pid: int, output: Path, rng: random.Random, typical: float) -> bool:
+    """True when the process is still there at the moment chosen: a time, or while a checkpoint is being written."""
+    while_saving = rng.random() < 0.5
+    deadline = time.monotonic() + rng.uniform(0.2, 1.0) * typical
+    skip = rng.randrange(2)
+    while os.waitpid(pid, os.WNOHANG) == (0, 0):
+        if while_saving and list(output.glob(".checkpoint-*.partial")):
+            if skip == 0:
+                time.sleep(rng.uniform(0, 0.01))
+                return True
+            skip -= 1
+            while list(output.glob(".checkpoint-*.partial")) and os.waitpid(pid, os.WNOHANG) == (0, 0):
+                time.sleep(0.0005)
+        if not while_saving and time.monotonic() > deadline:
+            return True
+        time.sleep(0.0005)
+    return False
+
+
+def main() -> None:
+    config, output, seed, num_kills = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+    rng, log, kills = random.Random(seed), Path(sys.argv[2]).with_suffix(".log"), 0
+    typical = 4.0
+    while kills < num_kills:
+        pid = attempt(config, log)
+        if not wait_for_moment(pid, output, rng, typical):
+            break
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        kills += 1
+    if not (output / "student").exists():
+        _, status = os.waitpid(attempt(config, log), 0)
+        if status:
+            sys.exit(f"the last attempt failed:\n{log.read_text()[-4000:]}")
+    print("kills", kills)
+
+
+if __name__ == "__main__":
+    main()

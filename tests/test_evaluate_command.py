@@ -1,0 +1,129 @@
+"""`distill evaluate` and `distill generate` on a finished run of a random tiny SDXL, LoRAs beside the student's included."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from distill.core.assemble import RESOLVED_FILE, build_family, build_method, lora_settings, open_run
+from distill.core.cli.evaluate import evaluate
+from distill.core.cli.generate import generate
+from distill.core.config import load_configuration
+from distill.core.errors import UserError
+from distill.core.family import ExportInfo
+from distill.core.networks import Networks
+from distill.core.plugins import Registry
+from PIL import Image
+from support.small_run import write_run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """The folder of a run whose student is a random LoRA: what the engine trains is tested elsewhere."""
+    root = tmp_path_factory.mktemp("finished")
+    registry = Registry.load(installed=False)
+    configuration = load_configuration(registry, config_file=write_run(root, validation_prompt=["a noise", "b"]))
+    family = build_family(configuration, registry)
+    method = build_method(configuration, registry, family)
+    lora = lora_settings(configuration)
+    networks = Networks(family, method.roles(configuration.method, method.setup), lora=lora, seed=0)
+    g = torch.Generator().manual_seed(0)
+    for parameter in networks.parameters("student"):
+        parameter.data = torch.randn(parameter.shape, generator=g) * 0.1
+    output = configuration.run.output_dir
+    sampler = method.sampler(family.schedule, num_inference_steps=2)
+    for folder in (output / "student", root / "style"):
+        folder.mkdir(parents=True)
+        with networks.use("student") as network:
+            family.export(network, folder, ExportInfo(sampler=sampler, model_type="lora", lora=lora))
+    (output / RESOLVED_FILE).write_text(json.dumps(configuration.resolved()))
+    return output
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def test_evaluate_scores_a_finished_run(finished, capsys):
+    evaluate(finished, steps="1,2", teacher_steps="2,3", num_samples=5)
+    shown = capsys.readouterr()
+    assert "student" in shown.out
+    assert "evaluator judge is left out" in shown.err
+    found = json.loads((finished / "evaluation.json").read_text())
+    assert [(row["name"], row["steps"]) for row in found["rows"]] == [
+        ("teacher", 2), ("teacher, DPM++ 2M", 2), ("student", 1), ("student", 2), ("teacher", 3),
+    ]  # fmt: skip
+    assert found["num_data"] == 13
+    for row in found["rows"]:
+        assert row["scores"].get("distance_to_teacher_pixels", 1) > 0
+        assert np.isfinite(row["scores"]["kernel_distance_to_data_random_convolutions"])
+        assert row["seconds_per_image"] > 0
+    assert found["prompts"][0].startswith("a noise number"), "captions of the data"
+    assert (finished / "evaluation.png").is_file()
+
+
+def test_a_lora_stands_beside_the_students_and_in_the_teacher(finished):
+    style = finished.parent / "style"
+    evaluate(finished, steps="2", teacher_steps="2", num_samples=2, lora=[f"{style}:0.5"])
+    found = json.loads((finished / "evaluation-with-lora.json").read_text())
+    assert found["loras"] == {str(style): 0.5}
+    for name, lora in (("plain", []), ("styled", [f"{style}:0.5"]), ("off", [f"{style}:0"])):
+        generate(finished, prompt="a noise", seed=3, out=finished / f"{name}.png", lora=lora)
+    plain, styled, off = (pixels(finished / f"{name}.png") for name in ("plain", "styled", "off"))
+    assert np.abs(plain - styled).max() > 2
+    assert np.abs(plain - off).max() <= 1
+
+
+def test_generate_is_a_function_of_prompt_seed_and_steps(finished, capsys):
+    for name, options in {"a": {}, "b": {}, "seed": {"seed": 4}, "steps": {"steps": 3}}.items():
+        generate(finished, prompt="a noise", out=finished / f"{name}.png", **{"seed": 3, **options})
+    a, b, seed, steps = (pixels(finished / f"{name}.png") for name in ("a", "b", "seed", "steps"))
+    assert np.array_equal(a, b)
+    assert np.abs(a - seed).max() > 2
+    assert np.abs(a - steps).max() > 2
+    assert a.shape == (32, 32, 3)
+    generate(finished, prompt="Two Birds!")
+    assert (finished / "generated" / "two-birds-1steps-seed0.png").is_file()
+    assert "32x32, 1 step, no guidance, seed 0" in capsys.readouterr().err
+
+
+def test_a_run_is_found_where_it_was_moved(finished, tmp_path):
+    import shutil
+
+    moved = Path(shutil.copytree(finished, tmp_path / "moved"))
+    configuration, _ = open_run(moved)
+    assert configuration.run.output_dir == moved
+
+
+@pytest.mark.parametrize(
+    ("missing", "problem"), [(RESOLVED_FILE, "not the output folder"), ("student", "did not finish")]
+)
+def test_a_folder_that_is_no_finished_run_is_refused(finished, tmp_path, missing, problem):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    if missing == "student":
+        (folder / RESOLVED_FILE).write_text((finished / RESOLVED_FILE).read_text())
+    for command in (lambda: evaluate(folder), lambda: generate(folder, prompt="a")):
+        with pytest.raises(UserError, match=problem) as caught:
+            command()
+        assert caught.value.remedy
+
+
+def test_without_its_data_a_run_is_scored_without_distances_to_it(finished, tmp_path, capsys):
+    config = json.loads((finished / RESOLVED_FILE).read_text())
+    for entry in config["data"]:
+        if entry.get("instance_data_dir"):
+            entry["instance_data_dir"] = str(tmp_path)
+    before = (finished / RESOLVED_FILE).read_text()
+    (finished / RESOLVED_FILE).write_text(json.dumps(config))
+    try:
+        evaluate(finished, steps="1", teacher_steps="2", num_samples=2)
+    finally:
+        (finished / RESOLVED_FILE).write_text(before)
+    assert "the data cannot be read" in capsys.readouterr().err
+    found = json.loads((finished / "evaluation.json").read_text())
+    assert found["num_data"] == 0
+    assert found["prompts"] == ["a noise", "b"]

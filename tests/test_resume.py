@@ -1,0 +1,102 @@
+"""A run that is killed at any moment and resumed gives, bit for bit, the run that was not killed."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from support.small_run import execute, losses, write_run
+
+from distill.core.errors import Interrupted, UserError
+
+DRIVER = Path(__file__).parent / "support" / "kill_driver.py"
+VARIANTS = {
+    "fp32-lora": {},
+    "bf16-optimizer": {"optimizer": "adamw_bf16", "mixed_precision": "bf16"},
+    "full-ema": {"model_type": "full", "use_ema": True, "learning_rate": 1e-5},
+}
+
+
+def weights_hash(output: Path) -> str:
+    digest = hashlib.sha256()
+    for file in sorted((output / "student").rglob("*.safetensors")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_killed_and_resumed_is_bit_for_bit_the_same(tmp_path, variant):
+    settings = VARIANTS[variant]
+    execute(write_run(tmp_path, output="whole", **settings))
+    config = write_run(tmp_path, output="killed", **settings)
+    command = [sys.executable, str(DRIVER), str(config), str(tmp_path / "killed"), "1", "4"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert int(done.stdout.split()[-1]) >= 2, "the process must really have been killed"
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    assert weights_hash(tmp_path / "killed") == weights_hash(tmp_path / "whole")
+
+
+def test_resume_after_the_end_of_a_shorter_run_continues_it(tmp_path):
+    execute(write_run(tmp_path, output="whole"))
+    execute(write_run(tmp_path, output="parts", max_train_steps=5))
+    result, lines = execute(write_run(tmp_path, output="parts", max_train_steps=10))
+    assert result.steps == 10
+    assert any("resumed" in line for line in lines)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def test_same_seed_same_run_and_another_seed_another(tmp_path):
+    short = {"max_train_steps": 3, "validation_step_interval": 0}
+    for output, seed in [("a", 1), ("b", 1), ("c", 2)]:
+        execute(write_run(tmp_path, output=output, seed=seed, **short))
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    assert losses(tmp_path / "a") != losses(tmp_path / "c")
+
+
+def test_accumulating_equals_one_batch_over_a_whole_run(tmp_path):
+    short = {"max_train_steps": 4, "validation_step_interval": 0}
+    for output, size, parts in [("one", 4, 1), ("four", 1, 4)]:
+        execute(write_run(tmp_path, output=output, train_batch_size=size, gradient_accumulation_steps=parts, **short))
+    for (_, a, norm_a), (_, b, norm_b) in zip(losses(tmp_path / "one"), losses(tmp_path / "four"), strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+        assert norm_a == pytest.approx(norm_b, rel=1e-3)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_finish_the_step_save_and_end_with_130(tmp_path, number):
+    config = write_run(tmp_path, max_train_steps=100000, validation_step_interval=0, checkpoint_step_interval=0)
+    command = [sys.executable, "-m", "distill", "run", "--config", str(config)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    metrics = tmp_path / "out" / "metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while not (metrics.exists() and metrics.stat().st_size):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 130, err
+    (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
+    assert json.loads((checkpoint / "manifest.json").read_text())
+    assert "resume_from_checkpoint=latest" in err
+    assert "Traceback" not in err
+
+
+def test_resume_refuses_another_model_by_name(tmp_path):
+    from support.tiny_sdxl import write_tiny_sdxl
+
+    execute(write_run(tmp_path, max_train_steps=3, validation_step_interval=0))
+    other = write_tiny_sdxl(tmp_path / "other", seed=1)
+    with pytest.raises(UserError, match="model"):
+        execute(write_run(tmp_path, model=other, max_train_steps=6, validation_step_interval=0))
+
+
+def test_interrupted_is_130():
+    assert Interrupted.exit_code == 130

@@ -1,0 +1,343 @@
+"""Wrong configurations through the real command line: exit code 2, and a message that says how to mend them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+from support.pairs import Pair, distill, said
+
+CONFIG, DATA, COMMAND_LINE = "config.json", "multidatabackend.json", "command line"
+
+
+@dataclass(frozen=True)
+class Wrong:
+    """One mistake: how it is made, and what the message must say."""
+
+    name: str
+    spoil: Callable[[Pair], object]
+    file: str
+    key: str
+    value: str
+    remedy: str
+
+
+def run(**values):
+    return lambda pair: pair.config.update(values)
+
+
+def lcm(**values):
+    return lambda pair: pair.config["distillation_config"]["lcm"].update(values)
+
+
+def pets(**values):
+    return lambda pair: pair.data[0].update(values)
+
+
+def entry(**values):
+    return lambda pair: pair.data.append(values)
+
+
+def without(*keys):
+    return lambda pair: [pair.config.pop(key) for key in keys]
+
+
+def flags(*arguments):
+    return lambda pair: pair.arguments.extend(arguments)
+
+
+def override(text):
+    return flags("--set", text)
+
+
+def both(*changes):
+    return lambda pair: [change(pair) for change in changes]
+
+
+def files(**texts):
+    """Text of a file that replaces config or data when the pair has been written."""
+    return lambda pair: pair.__dict__.setdefault("raw", {}).update(texts)
+
+
+WRONG = [
+    # typos at each level
+    Wrong("typo run", run(lerning_rate=1e-4), CONFIG, "lerning_rate", "0.0001", "did you mean 'learning_rate'"),
+    Wrong("typo alias", run(validation_step=5), CONFIG, "validation_step", "5", "did you mean 'validation_"),
+    Wrong("key prefix", run(learning=1e-4), CONFIG, "learning = ", "0.0001", "did you mean 'learning_rate'"),
+    Wrong("typo method key", lcm(w_mim=1), CONFIG, "distillation_config.lcm.w_mim", "1", "did you mean 'w_min'"),
+    Wrong(
+        "typo method name",
+        run(distillation_config={"lmc": {"w_min": 1}}),
+        CONFIG,
+        "distillation_config.lmc",
+        "{'w_min': 1}",
+        "did you mean 'lcm'",
+    ),
+    Wrong(
+        "typo flat method key",
+        run(distillation_config={"w_maxi": 3}),
+        CONFIG,
+        "distillation_config.lcm.w_maxi",
+        "3",
+        "did you mean 'w_max'",
+    ),
+    Wrong("typo dataset", pets(caption_stratgy="textfile"), DATA, "data.pets.caption_stratgy", "'textfile'", "'caption_strategy'"),
+    Wrong("typo backend key", pets(instance_data_dirs="x"), DATA, "data.pets.instance_data_dirs", "'x'", "'instance_data_dir'"),
+    Wrong(
+        "typo family key",
+        run(model_family="plain-family", family_config={"dept": 3}),
+        CONFIG,
+        "family_config.plain-family.dept",
+        "3",
+        "did you mean 'depth'",
+    ),
+    Wrong(
+        "typo tracker key",
+        run(report_to="far-tracker", tracker_config={"far-tracker": {"rom": "a"}}),
+        CONFIG,
+        "tracker_config.far-tracker.rom",
+        "'a'",
+        "did you mean 'room'",
+    ),
+    Wrong(
+        "typo optimizer key",
+        run(optimizer_config={"betas": 3}),
+        CONFIG,
+        "optimizer_config.adamw.betas",
+        "3",
+        "",
+    ),
+    Wrong("typo teacher lora", run(teacher_lora=[{"path": "a/b", "wieght": 1}]), CONFIG, "teacher_lora", "'wieght'", "{path, weight}"),
+    Wrong("method key in run", run(w_min=3), CONFIG, "w_min", "3", "belongs in distillation_config.lcm.w_min"),
+    Wrong("dataset key in run", run(repeats=3), CONFIG, "repeats", "3", "belongs in the data file"),
+    Wrong("run key in method", lcm(seed=3), CONFIG, "distillation_config.lcm.seed", "3", "belongs in the run's own keys"),
+    # names
+    Wrong("method", run(distillation_method="lcn"), CONFIG, "distillation_method", "'lcn'", "did you mean 'lcm'"),
+    Wrong("family", run(model_family="sdxll"), CONFIG, "model_family", "'sdxll'", "did you mean 'sdxl'"),
+    Wrong("optimizer", run(optimizer="adamw_bf61"), CONFIG, "optimizer", "'adamw_bf61'", "did you mean 'adamw_bf16'"),
+    Wrong("tracker", run(report_to="tensorbord"), CONFIG, "report_to", "'tensorbord'", "did you mean 'tensorboard'"),
+    Wrong("second tracker", run(report_to="tensorboard,wnadb"), CONFIG, "report_to", "'wnadb'", "did you mean 'wandb'"),
+    Wrong("backend", pets(type="lokal"), DATA, "data.pets.type", "'lokal'", "did you mean 'local'"),
+    Wrong("evaluator", run(evaluators="pictures"), CONFIG, "evaluators", "'pictures'", "registered:"),
+    Wrong("publisher", run(publish_to="hubb"), CONFIG, "publish_to", "'hubb'", "did you mean 'hub'"),
+    Wrong("flag method", flags("--method", "pcmm"), COMMAND_LINE, "distillation_method", "'pcmm'", "registered:"),
+    # types
+    Wrong("text for number", run(learning_rate="fast"), CONFIG, "learning_rate", "'fast'", "Learning rate after warm-up"),
+    Wrong("truth value for number", run(train_batch_size=True), CONFIG, "train_batch_size", "True", "Samples per micro-batch"),
+    Wrong("fraction for whole", run(max_train_steps=10.5), CONFIG, "max_train_steps", "10.5", "Optimizer steps to train for"),
+    Wrong("number for truth value", run(gradient_checkpointing=3), CONFIG, "gradient_checkpointing", "3", "must be true or false"),
+    Wrong("list for text", run(model_family=["sdxl"]), CONFIG, "model_family", "['sdxl']", "must be a text"),
+    Wrong("object for list", run(teacher_lora={"a": 1}), CONFIG, "teacher_lora", "{'a': 1}", "must be a list"),
+    Wrong("text for part", run(distillation_config="lcm"), CONFIG, "distillation_config", "'lcm'", "{...}"),
+    Wrong("choice", run(mixed_precision="fp8"), CONFIG, "mixed_precision", "'fp8'", "one of 'no', 'fp16', 'bf16'"),
+    Wrong("near choice", run(lr_scheduler="cosin"), CONFIG, "lr_scheduler", "'cosin'", "did you mean 'cosine'"),
+    Wrong("dataset choice", pets(crop_aspect="round"), DATA, "data.pets.crop_aspect", "'round'", "'square', 'preserve'"),
+    Wrong("infinite", run(learning_rate="inf"), CONFIG, "learning_rate", "'inf'", "not a finite number"),
+    Wrong("resolution text", run(validation_resolution="1024*1024"), CONFIG, "validation_resolution", "'1024*1024'", "WIDTHxHEIGHT"),
+    Wrong("steps list", run(evaluation_steps="1,two"), CONFIG, "evaluation_steps", "'1,two'", "whole number"),
+    # limits and units
+    Wrong("negative rate", run(learning_rate=-1e-4), CONFIG, "learning_rate", "-0.0001", "must be a number above 0"),
+    Wrong("rate in wrong unit", run(learning_rate=1e4), CONFIG, "learning_rate", "10000.0", "at most 10"),
+    Wrong("no steps", run(max_train_steps=0), CONFIG, "max_train_steps", "0", "at least 1"),
+    Wrong("dropout of 1", run(lora_dropout=1), CONFIG, "lora_dropout", "1", "below 1"),
+    Wrong("megapixels as area", pets(resolution=1024, resolution_type="area"), DATA, "data.pets.resolution", "1024", "pixel_area"),
+    Wrong("pixels as megapixels", pets(resolution=1.0, resolution_type="pixel"), DATA, "data.pets.resolution", "1.0", "resolution_type to area"),
+    Wrong("run in megapixels", run(resolution=1.0), CONFIG, "resolution", "1.0", "resolution_type to area"),
+    Wrong("method limit", lcm(num_ddim_timesteps=0), CONFIG, "distillation_config.lcm.num_ddim_timesteps", "0", "at least 1"),
+    Wrong("probability", pets(probability=-1), DATA, "data.pets.probability", "-1", "at least 0"),
+    # missing files
+    Wrong("no pictures", pets(instance_data_dir="nowhere"), DATA, "data.pets.instance_data_dir", "nowhere", "--set data.pets.instance_data_dir=DIR"),
+    Wrong("no model", run(pretrained_model_name_or_path="./missing"), CONFIG, "pretrained_model_name_or_path", "missing", "give a hub id"),
+    Wrong("no single file", run(pretrained_model_name_or_path="x.safetensors"), CONFIG, "pretrained_model_name_or_path", "x.safetensors", "that is there"),
+    Wrong("no vae", run(pretrained_vae_model_name_or_path="/none/vae"), CONFIG, "pretrained_vae_model_name_or_path", "/none/vae", "give a hub id"),
+    Wrong("no teacher lora", run(teacher_lora=[{"path": "./a.safetensors"}]), CONFIG, "teacher_lora.0", "a.safetensors", "that is there"),
+    Wrong("no prompts", run(validation_prompt_library="p.json"), CONFIG, "validation_prompt_library", "p.json", "one prompt per line"),
+    Wrong("no plugin", run(plugins=["gone.py"]), CONFIG, "plugins", "gone.py", "path of a Python file"),
+    Wrong("no data file", flags("--data", "gone.json"), "gone.json", "--data", "gone.json", "distill config init"),
+    Wrong("no config file", flags("--config", "gone.yaml"), "gone.yaml", "--config", "gone.yaml", "distill config init"),
+    Wrong("no filter list", pets(caption_filter_list="f.txt"), DATA, "data.pets.caption_filter_list", "f.txt", "file that is there"),
+    Wrong("no environment", run(tracker_run_name="{env:DISTILL_NOT_SET}"), CONFIG, "tracker_run_name", "{env:DISTILL_NOT_SET}", "export DISTILL_NOT_SET"),
+    Wrong("suffix", flags("--data", "/dev/null"), "/dev/null", "--data", "/dev/null", ""),
+    # files that cannot be read
+    Wrong("broken json", files(config='{"seed": 1,,}'), CONFIG, "line 1, column 11", '{"seed": 1,,}', "commas"),
+    Wrong("repeated key", files(config='{"seed": 1, "seed": 2}'), CONFIG, "seed", "seed", "keep one of the two"),
+    Wrong("list as config", files(config="[]"), CONFIG, "--config", "[]", "--data"),
+    Wrong("object as data", files(data='{"id": "a"}'), DATA, "data", "{'id': 'a'}", '[{"id": "..."'),
+    Wrong("text in data", files(data='["pets"]'), DATA, "data[0]", "'pets'", '{"id": "...", ...}'),
+    # contradictions
+    Wrong("no length", without("max_train_steps"), CONFIG, "max_train_steps", "None", "--set max_train_steps=1000"),
+    Wrong("guidance range", lcm(w_min=12, w_max=3), CONFIG, "distillation_config.lcm.w_min", "12", "raise w_max"),
+    Wrong("sizes", pets(minimum_image_size=900, maximum_image_size=500), DATA, "data.pets.minimum_image_size", "900", "raise maximum_image_size"),
+    Wrong("run sizes", run(minimum_image_size=900, maximum_image_size=500), CONFIG, "minimum_image_size", "900", "raise maximum_image_size"),
+    Wrong("downsample", pets(maximum_image_size=500, target_downsample_size=900), DATA, "data.pets.target_downsample_size", "900", "leave it out"),
+    Wrong("aspects", pets(minimum_aspect_ratio=2, maximum_aspect_ratio=1), DATA, "data.pets.minimum_aspect_ratio", "2.0", "raise the other"),
+    Wrong("curriculum", pets(start_step=5, end_step=5), DATA, "data.pets.end_step", "5", "raise end_step"),
+    Wrong("twice", entry(id="pets", instance_data_dir="pictures"), DATA, "data.pets.id", "'pets'", "an id of its own"),
+    Wrong("no id", entry(instance_data_dir="pictures"), DATA, "data.[1].id", "None", "Unique name"),
+    Wrong("no dataset left", pets(disabled=True), DATA, "data", "['pets']", "set disabled to false"),
+    Wrong("no folder", lambda pair: pair.data[0].pop("instance_data_dir"), DATA, "data.pets.instance_data_dir", "None", "The folder with the pictures"),
+    Wrong("no probability", pets(probability=0), DATA, "data.pets.probability", "0", "above 0"),
+    Wrong("caption without prompt", pets(caption_strategy="instanceprompt"), DATA, "data.pets.instance_prompt", "None", "a photo of"),
+    Wrong("text cache id", pets(text_embeds="texts"), DATA, "data.pets.text_embeds", "'texts'", "text_embeds entries: none"),
+    Wrong("alias and name", run(validation_steps=5, validation_step_interval=7), CONFIG, "validation_steps", "5", "keep validation_step_interval alone"),
+    Wrong("rounding and alignment", run(aspect_bucket_rounding=64, aspect_bucket_alignment=8), CONFIG, "aspect_bucket_rounding", "64", "keep aspect_bucket_alignment"),
+    Wrong("fp16 on a CPU", run(mixed_precision="fp16", device="cpu"), CONFIG, "mixed_precision", "'fp16'", "bf16 or no"),
+    Wrong("no such device", run(device="gpu"), CONFIG, "device", "'gpu'", "cuda:0"),
+    Wrong("adam without adam", run(optimizer="momentumless", adam_beta1=0.5), CONFIG, "adam_beta1", "0.5", "leave adam_beta1 out"),
+    Wrong("optimizer's package", run(optimizer="unbuyable"), CONFIG, "optimizer", "'unbuyable'", "pip install 'no-such-package-anywhere>=1'"),
+    Wrong("lora start for full", run(model_type="full", init_lora="a/b", learning_rate=1e-6), CONFIG, "init_lora", "'a/b'", "model_type to lora"),
+    # not in this version
+    Wrong("int8 base", run(base_model_precision="int8-quanto"), CONFIG, "base_model_precision", "'int8-quanto'", "set it to no_change"),
+    Wrong("int8 text encoder", run(text_encoder_1_precision="int8-quanto"), CONFIG, "text_encoder_1_precision", "'int8-quanto'", "no_change"),
+    Wrong("deepspeed", run(deepspeed_config="ds.json"), CONFIG, "deepspeed_config", "'ds.json'", "accelerate"),
+    # what a method needs and a family cannot do
+    Wrong("dropout", run(lora_dropout=0.1), CONFIG, "lora_dropout", "0.1", "set lora_dropout to 0"),
+    Wrong(
+        "guidance embedding",
+        run(model_family="plain-family", model_type="full"),
+        CONFIG,
+        "model_family",
+        "'plain-family'",
+        "choose another family or method, or model_type lora",
+    ),
+    Wrong(
+        "second time",
+        run(model_family="plain-family", distillation_method="needy", distillation_config={"needs_second_time": True}),
+        CONFIG,
+        "model_family",
+        "'plain-family'",
+        "choose another family or method",
+    ),
+    Wrong(
+        "features",
+        run(model_family="plain-family", distillation_method="needy", distillation_config={"needs_features": "true"}),
+        CONFIG,
+        "model_family",
+        "'plain-family'",
+        "choose another family or method",
+    ),
+    Wrong(
+        "full training",
+        run(model_family="lora-only", distillation_method="needy", distillation_config={}, model_type="full"),
+        CONFIG,
+        "model_type",
+        "'full'",
+        "set model_type to lora",
+    ),
+    Wrong(
+        "no miniature",
+        both(run(model_family="plain-family"), without("pretrained_model_name_or_path")),
+        CONFIG,
+        "pretrained_model_name_or_path",
+        "None",
+        "--model PATH_OR_ID",
+    ),
+    # the command line
+    Wrong("override without value", override("learning_rate"), COMMAND_LINE, "--set", "'learning_rate'", "--set learning_rate=2e-4"),
+    Wrong("override typo", override("learning_rat=1"), COMMAND_LINE, "learning_rat", "1", "did you mean 'learning_rate'"),
+    Wrong("override of method", override("distillation_config.lcm.wmax=3"), COMMAND_LINE, "distillation_config.lcm.wmax", "3", "'w_max'"),
+    Wrong("override of dataset id", override("data.pet.crop=true"), COMMAND_LINE, "data.pet.crop", "True", "did you mean 'pets'"),
+    Wrong("override of dataset key", override("data.pets.crp=true"), COMMAND_LINE, "data.pets.crp", "True", "did you mean 'crop'"),
+    Wrong("override of dataset value", override("data.pets.crop=maybe"), COMMAND_LINE, "data.pets.crop", "'maybe'", "must be true or false"),
+]
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=[wrong.name for wrong in WRONG])
+def test_wrong_configuration_is_refused_with_its_remedy(wrong, tmp_path):
+    pair = Pair(tmp_path)
+    wrong.spoil(pair)
+    pair.write()
+    raw = pair.__dict__.get("raw", {})
+    if "config" in raw:
+        pair.config_file.write_text(raw["config"])
+    if "data" in raw:
+        pair.data_file.write_text(raw["data"])
+    result = distill("config", "check", *pair.options())
+    text = said(result.stderr)
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.output
+    assert isinstance(result.exception, SystemExit)
+    lines = [line for line in text.split(" remedy: ")]
+    assert len(lines) > 1, text
+    # one finding holds all of it: file, key and value before its remedy
+    head = f"{wrong.key} = " if not wrong.key.endswith(" = ") else wrong.key
+    place = next((index for index, line in enumerate(lines) if f"{wrong.file}: {head}" in line), None)
+    assert place is not None, text
+    assert wrong.value in lines[place], text
+    assert wrong.remedy in lines[place] + " " + lines[place + 1], text
+
+
+def test_the_table_is_long_enough():
+    assert len(WRONG) >= 40
+    assert len({wrong.name for wrong in WRONG}) == len(WRONG)
+
+
+def test_the_pair_that_the_table_spoils_is_usable(tmp_path):
+    pair = Pair(tmp_path)
+    pair.write()
+    result = distill("config", "check", *pair.options())
+    assert result.exit_code == 0, result.output
+    assert "the configuration is usable" in result.stderr
+
+
+def test_three_mistakes_in_one_pair_are_said_in_one_go(tmp_path):
+    pair = Pair(tmp_path, {"lerning_rate": 1e-4, "distillation_config": {"lcm": {"w_min": "low"}}})
+    pair.data[0]["crop_style"] = "centrr"
+    pair.write()
+    result = distill("run", *pair.options())
+    text = said(result.stderr)
+    assert result.exit_code == 2
+    assert "the configuration has 3 problems" in text
+    assert f"{pair.config_file}: lerning_rate" in text
+    assert f"{pair.config_file}: distillation_config.lcm.w_min = 'low'" in text
+    assert f"{pair.data_file}: data.pets.crop_style = 'centrr'" in text
+    assert text.count("remedy: ") == 3
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("suffix", ["yaml", "toml"])
+def test_other_formats_say_where_they_are_broken(suffix, tmp_path):
+    file = tmp_path / f"config.{suffix}"
+    file.write_text("seed: [1\nmodel" if suffix == "yaml" else "seed = \n")
+    result = distill("config", "check", "--config", file)
+    assert result.exit_code == 2
+    assert str(file) in said(result.stderr)
+    assert "is not " + suffix.upper() in said(result.stderr)
+
+
+def test_a_plugin_that_fails_to_import_is_named_with_its_line(tmp_path):
+    file = tmp_path / "broken_plugin.py"
+    file.write_text("import distill\n\nraise RuntimeError('no luck')\n")
+    result = distill("config", "check", "--plugin", file)
+    assert result.exit_code == 2
+    assert str(file) in result.stderr
+    assert "(line 3): RuntimeError: no luck" in said(result.stderr)
+    assert "Traceback" not in result.output
+
+
+def test_secrets_are_not_shown_in_findings(tmp_path):
+    pair = Pair(tmp_path, {"report_to": "far-tracker", "tracker_config": {"far-tracker": {"api_key": ["s3cr3t"]}}})
+    pair.write()
+    result = distill("config", "check", *pair.options())
+    assert result.exit_code == 2
+    assert "tracker_config.far-tracker.api_key" in said(result.stderr)
+    assert "s3cr3t" not in result.output
+
+
+def test_every_command_refuses_an_unknown_option(tmp_path):
+    for command in ("run", "config check", "doctor", "plugins list"):
+        result = distill(*command.split(), "--no-such-option")
+        assert result.exit_code == 2, command
+        assert "--no-such-option" in result.output
+        assert "Traceback" not in result.output
+
+
+def test_json_of_the_wrong_type_inside_the_data_is_one_finding(tmp_path):
+    pair = Pair(tmp_path)
+    pair.data = json.loads('[{"id": "pets", "instance_data_dir": {"path": "pictures"}}]')
+    pair.write()
+    result = distill("config", "check", *pair.options())
+    assert result.exit_code == 2
+    assert said(result.stderr).count("remedy:") == 1
