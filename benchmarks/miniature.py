@@ -23,26 +23,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from PIL import Image
-from tokenizers import Tokenizer
-from tokenizers.models import BPE
-from tokenizers.normalizers import Lowercase
-from tokenizers.pre_tokenizers import ByteLevel, WhitespaceSplit
-from tokenizers.trainers import BpeTrainer
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "plugins")]
 
 import miniature_data as scenes  # noqa: E402
+import miniature_networks as networks  # noqa: E402
 from judge import Judge  # noqa: E402
 
 ASSETS = ROOT / "model_families" / "assets"
 TEACHER, PICTURES = ASSETS / "sdxl_miniature", ASSETS / "emoji_scenes"
 POOL_SIZE, SHIPPED_SIZE, HELD_OUT_SIZE = 60_000, 1_200, 4_000
-MAX_TOKENS = 24
+UNET_STEPS = 4500
 SIZE = scenes.RESOLUTION
 
 
@@ -112,8 +107,8 @@ def decayed(step: int, steps: int, *, warmup: int, decay_from: float) -> float:
 # --------------------------------------------------------------------------------------------------------- judge
 
 
-def train_judge(work: Path, *, steps: int = 3000, batch_size: int = 64) -> None:
-    """Train the classifier on the pool (with slight noise and fading, so that decoded pictures are no surprise to it)."""
+def train_judge(work: Path, *, steps: int = 1600, batch_size: int = 64) -> None:
+    """Train the classifier on the pool, with slight noise, so that decoded pictures are no surprise to it."""
     torch.manual_seed(0)
     pool, held_out = load_pool(work, "pool"), load_pool(work, "held_out")
     vocabulary = {"kind": list(scenes.KINDS), "colour": list(scenes.COLOURS), "texture": list(scenes.TEXTURES)}
@@ -142,22 +137,6 @@ def train_judge(work: Path, *, steps: int = 3000, batch_size: int = 64) -> None:
 # ----------------------------------------------------------------------------------------------------------- vae
 
 
-def new_vae() -> AutoencoderKL:
-    """The SDXL autoencoder in small: two levels (compression 2), four latent channels."""
-    return AutoencoderKL(
-        in_channels=3,
-        out_channels=3,
-        latent_channels=4,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(24, 48),
-        layers_per_block=1,
-        norm_num_groups=8,
-        sample_size=SIZE,
-        force_upcast=False,
-    )
-
-
 def edges(images: Tensor) -> Tensor:
     """Horizontal and vertical differences, flattened."""
     return torch.cat([images.diff(dim=-1).flatten(), images.diff(dim=-2).flatten()])
@@ -167,7 +146,7 @@ def train_vae(work: Path, *, steps: int = 1400, batch_size: int = 32) -> None:
     """Train the autoencoder, measure its scale, and cache the latents of the pool."""
     torch.manual_seed(1)
     pool = load_pool(work, "pool")
-    vae = new_vae().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    vae = networks.new_vae().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     progress(f"vae: {sum(p.numel() for p in vae.parameters()) / 1e6:.2f}M parameters")
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: decayed(s, steps, warmup=100, decay_from=0.2))
@@ -208,172 +187,91 @@ def psnr(decoded: Tensor, images: Tensor) -> float:
 # ---------------------------------------------------------------------------------------------------------- unet
 
 
-def new_tokenizer(captions: list[str], pad_token: str) -> CLIPTokenizer:
-    """A CLIP tokenizer whose byte-pair merges are learned from the captions; laid out as CLIP's own vocabulary."""
-    alphabet = sorted(ByteLevel.alphabet())
-    learner = Tokenizer(BPE(end_of_word_suffix="</w>"))
-    learner.normalizer, learner.pre_tokenizer = Lowercase(), WhitespaceSplit()
-    trainer = BpeTrainer(vocab_size=2000, min_frequency=2, end_of_word_suffix="</w>", show_progress=False)
-    learner.train_from_iterator([caption.replace(",", "") for caption in captions], trainer)
-    merges = [tuple(merge) for merge in json.loads(learner.to_str())["model"]["merges"]]
-    tokens = [*alphabet, *(letter + "</w>" for letter in alphabet), *dict.fromkeys(map("".join, merges))]
-    vocabulary = dict.fromkeys([*tokens, "<|startoftext|>", "<|endoftext|>"])
-    return CLIPTokenizer(
-        vocab={token: index for index, token in enumerate(vocabulary)},
-        merges=merges,
-        pad_token=pad_token,
-        model_max_length=MAX_TOKENS,
-    )
+class Captioned:
+    """The pool as the UNet's training sees it: latents, time ids, and the tokens of each sample's caption."""
+
+    def __init__(self, work: Path) -> None:
+        pool = load_pool(work, "pool")
+        self.latents = torch.from_numpy(np.load(work / "latents.npy"))
+        self.time_ids = torch.from_numpy(pool["time_ids"])
+        captions, self.caption_of = np.unique(pool["captions"], return_inverse=True)
+        texts = captions.tolist()
+        self.tokenizers = (
+            networks.new_tokenizer(texts, "<|endoftext|>"),
+            networks.new_tokenizer(texts, "!"),
+        )
+        self.tokens = tuple(
+            tokenizer(texts, padding="max_length", return_tensors="pt").input_ids for tokenizer in self.tokenizers
+        )
+
+    def batch(self, index: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
+        """Latents (B, 4, S/2, S/2), both encoders' tokens (B, 24), time ids (B, 6)."""
+        chosen = torch.from_numpy(self.caption_of[index.numpy()])
+        return self.latents[index].float(), (self.tokens[0][chosen], self.tokens[1][chosen]), self.time_ids[index]
 
 
-def text_config(tokenizer: CLIPTokenizer, activation: str) -> CLIPTextConfig:
-    """Two layers of width 64."""
-    return CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=256,
-        projection_dim=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=MAX_TOKENS,
-        hidden_act=activation,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+def teacher_loss(
+    teacher: networks.Teacher,
+    alphas_cumprod: Tensor,
+    batch: tuple[Tensor, tuple[Tensor, Tensor], Tensor],
+    dropout: float,
+) -> Tensor:
+    """Noise prediction with min-SNR weights (arXiv 2303.09556, gamma = 5): min(5 / SNR, 1) |eps_hat - eps|^2."""
+    x_0, tokens, time_ids = batch
+    noise, t = torch.randn(x_0.shape), torch.randint(0, 1000, (len(x_0),))
+    signal = alphas_cumprod[t]
+    alpha_t, sigma_t = signal.sqrt()[:, None, None, None], (1 - signal).sqrt()[:, None, None, None]
+    noisy = (alpha_t * x_0 + sigma_t * noise).contiguous(memory_format=torch.channels_last)
+    keep = (torch.rand(len(x_0)) >= dropout).float()
+    error = (teacher(noisy, t, tokens, time_ids, keep) - noise).square().mean(dim=(1, 2, 3))
+    return ((5 * (1 - signal) / signal).clamp(max=1) * error).mean()
 
 
-def new_unet() -> UNet2DConditionModel:
-    """The SDXL UNet in small: three levels, attention in the lower two, text_time conditioning."""
-    return UNet2DConditionModel(
-        sample_size=SIZE // 2,
-        block_out_channels=(48, 64, 96),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=1,
-        attention_head_dim=(3, 4, 6),  # as in SDXL's own config: the number of heads
-        cross_attention_dim=128,
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=16,
-        projection_class_embeddings_input_dim=6 * 16 + 64,
-        norm_num_groups=16,
-    )
+def train_unet(
+    work: Path, *, steps: int = UNET_STEPS, horizon: int = 6000, batch_size: int = 64, dropout: float = 0.12
+) -> None:
+    """Train text encoders and UNet on the cached latents; what is saved is the EMA of the weights.
 
-
-class Teacher(nn.Module):
-    """What is trained jointly: both text encoders and the UNet."""
-
-    def __init__(self, tokenizers: tuple[CLIPTokenizer, CLIPTokenizer]) -> None:
-        super().__init__()
-        self.text_encoder = CLIPTextModel(text_config(tokenizers[0], "quick_gelu"))
-        self.text_encoder_2 = CLIPTextModelWithProjection(text_config(tokenizers[1], "gelu"))
-        self.unet = new_unet().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-    def forward(self, noisy: Tensor, t: Tensor, tokens: tuple[Tensor, Tensor], time_ids: Tensor, keep: Tensor) -> Tensor:
-        """Predict the noise; `keep` (B,) is 0 where the caption is dropped: zeros for both embeddings, as in SDXL."""
-        first = self.text_encoder(tokens[0], output_hidden_states=True)
-        second = self.text_encoder_2(tokens[1], output_hidden_states=True)
-        context = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1) * keep[:, None, None]
-        added = {"text_embeds": second.text_embeds * keep[:, None], "time_ids": time_ids}
-        return self.unet(noisy, t, encoder_hidden_states=context, added_cond_kwargs=added).sample
-
-
-def new_scheduler() -> EulerDiscreteScheduler:
-    """The scheduler of SDXL base, setting for setting."""
-    return EulerDiscreteScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        timestep_spacing="leading",
-        steps_offset=1,
-        prediction_type="epsilon",
-        interpolation_type="linear",
-        use_karras_sigmas=False,
-    )
-
-
-def train_unet(work: Path, *, steps: int = 6000, batch_size: int = 64, dropout: float = 0.12) -> None:
-    """Train text encoders and UNet on the cached latents (eps loss, min-SNR weights of arXiv 2303.09556), keep an EMA."""
+    The learning rate decays over `horizon` steps, of which the first `steps` are run.
+    """
     torch.manual_seed(2)
-    pool = load_pool(work, "pool")
-    latents, time_ids = torch.from_numpy(np.load(work / "latents.npy")), torch.from_numpy(pool["time_ids"])
-    captions, caption_of = np.unique(pool["captions"], return_inverse=True)
-    tokenizers = (
-        new_tokenizer(captions.tolist(), "<|endoftext|>"),
-        new_tokenizer(captions.tolist(), "!"),
-    )
-    tokens = tuple(
-        tokenizer(captions.tolist(), padding="max_length", max_length=MAX_TOKENS, return_tensors="pt").input_ids
-        for tokenizer in tokenizers
-    )
-    teacher = Teacher(tokenizers)
+    data = Captioned(work)
+    teacher = networks.Teacher(data.tokenizers)
     average = deepcopy(teacher).requires_grad_(False)
     progress(f"unet: {sum(p.numel() for p in teacher.unet.parameters()) / 1e6:.2f}M parameters")
     parameters = list(teacher.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=1.2e-3, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: decayed(s, steps, warmup=200, decay_from=0.3))
-    alphas_cumprod = new_scheduler().alphas_cumprod
-    snr = alphas_cumprod / (1 - alphas_cumprod)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: decayed(s, horizon, warmup=200, decay_from=0.3))
+    alphas_cumprod = networks.new_scheduler().alphas_cumprod
     losses: list[float] = []
-    for step, index in enumerate(index_batches(POOL_SIZE, batch_size, steps, seed=6)):
-        x_0, noise = latents[index].float(), torch.randn(batch_size, *latents.shape[1:])
-        t = torch.randint(0, 1000, (batch_size,))
-        alpha_t, sigma_t = alphas_cumprod[t].sqrt()[:, None, None, None], (1 - alphas_cumprod[t]).sqrt()[:, None, None, None]
-        noisy = (alpha_t * x_0 + sigma_t * noise).contiguous(memory_format=torch.channels_last)
-        keep = (torch.rand(batch_size) >= dropout).float()
-        chosen = torch.from_numpy(caption_of[index.numpy()])
-        predicted = teacher(noisy, t, (tokens[0][chosen], tokens[1][chosen]), time_ids[index], keep)
-        weight = (5 / snr[t]).clamp(max=1)
-        loss = (weight * (predicted - noise).square().mean(dim=(1, 2, 3))).mean()
+    for step, index in enumerate(index_batches(POOL_SIZE, batch_size, steps, seed=6), start=1):
+        loss = teacher_loss(teacher, alphas_cumprod, data.batch(index), dropout)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
         with torch.no_grad():
-            decay = min(0.999, (step + 1) / (step + 10))
-            torch._foreach_lerp_(list(average.parameters()), parameters, 1 - decay)
+            torch._foreach_lerp_(list(average.parameters()), parameters, 1 - min(0.999, step / (step + 9)))
         losses.append(loss.item())
-        if step % 100 == 99:
-            progress(f"unet step {step + 1} loss {np.mean(losses[-100:]):.4f}")
-        if step % 500 == 499 or step + 1 == steps:
-            save_teacher(average, tokenizers)
-
-
-def save_teacher(teacher: Teacher, tokenizers: tuple[CLIPTokenizer, CLIPTokenizer]) -> None:
-    """Write the diffusers pipeline in half precision, beside the judge and the prompts that are there already."""
-    halved = deepcopy(teacher).half().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    pipeline = StableDiffusionXLPipeline(
-        vae=AutoencoderKL.from_pretrained(TEACHER / "vae", torch_dtype=torch.float16),
-        text_encoder=halved.text_encoder,
-        text_encoder_2=halved.text_encoder_2,
-        tokenizer=tokenizers[0],
-        tokenizer_2=tokenizers[1],
-        unet=halved.unet,
-        scheduler=new_scheduler(),
-        force_zeros_for_empty_prompt=True,
-        add_watermarker=False,
-    )
-    pipeline.save_pretrained(TEACHER)
-    for name, tokenizer in zip(("tokenizer", "tokenizer_2"), tokenizers, strict=True):
-        tokenizer.backend_tokenizer.model.save(str(TEACHER / name))  # vocab.json and merges.txt, for older readers
+        if step % 100 == 0:
+            progress(f"unet step {step} loss {np.mean(losses[-100:]):.4f}")
+        if step % 500 == 0 or step == steps:
+            networks.save_teacher(average, data.tokenizers, TEACHER)
 
 
 # -------------------------------------------------------------------------------------------------------- report
 
 
-def load_teacher() -> StableDiffusionXLPipeline:
-    """The shipped teacher, in single precision."""
-    pipeline = StableDiffusionXLPipeline.from_pretrained(TEACHER, torch_dtype=torch.float32, add_watermarker=False)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
 @torch.no_grad()
 def generate(
-    pipeline: StableDiffusionXLPipeline, captions: list[str], *, steps: int, guidance: float, seed: int, batch_size: int = 64
+    pipeline: StableDiffusionXLPipeline,
+    captions: list[str],
+    *,
+    steps: int,
+    guidance: float,
+    seed: int,
+    batch_size: int = 64,
 ) -> Tensor:
     """Pictures in [0, 1], (N, 3, S, S); the noise depends on the seed and the place in the list alone."""
     noise = torch.randn(len(captions), 4, SIZE // 2, SIZE // 2, generator=torch.Generator().manual_seed(seed))
@@ -413,7 +311,7 @@ def picture_grid(pictures: Tensor, columns: int, enlarge: int = 3) -> Image.Imag
 
 def report(work: Path, *, samples: int, guidance: float, step_counts: list[int]) -> dict[str, float]:
     """Judge accuracy, reconstruction, and agreement and distance of the teacher at several step counts."""
-    held_out, pipeline = load_pool(work, "held_out"), load_teacher()
+    held_out, pipeline = load_pool(work, "held_out"), networks.load_teacher(TEACHER)
     judge = Judge.from_pretrained(TEACHER / "judge")
     real, captions = to_images(held_out["pixels"]), held_out["captions"].tolist()
     vae = pipeline.vae

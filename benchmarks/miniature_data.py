@@ -106,10 +106,7 @@ def _shrink(glyph: Image.Image) -> Image.Image:
 def texture_field(name: str, size: int, rng: np.random.Generator) -> np.ndarray:
     """A pattern in [0, 1], (size, size), with random phase, angle and spacing."""
     angle, period = rng.uniform(0, np.pi), rng.uniform(4.0, 8.0)
-    if name == "rings":
-        origin = rng.uniform(0, size, 2)
-    else:
-        origin = rng.uniform(0, 8, 2)
+    origin = rng.uniform(0, size, 2) if name == "rings" else rng.uniform(0, 8, 2)
     y, x = np.mgrid[0:size, 0:size].astype(np.float32)
     x, y = x - origin[0], y - origin[1]
     u = (np.cos(angle) * x + np.sin(angle) * y) * (2 * np.pi / period)
@@ -189,6 +186,5 @@ def prompts() -> list[str]:
     """Sixteen prompts for validation: every kind once, colours and templates in turn."""
     colours = list(COLOURS)
     return [
-        TEMPLATES[index % 5].format(kind=kind, colour=colours[index % len(colours)])
-        for index, kind in enumerate(KINDS)
+        TEMPLATES[index % 5].format(kind=kind, colour=colours[index % len(colours)]) for index, kind in enumerate(KINDS)
     ]

@@ -158,8 +158,20 @@ def measure(workspace: Path, *, steps: int, repeats: int) -> dict[str, float]:
     if not (workspace / "config.json").exists():
         write_workspace(workspace)
     start_run(workspace, steps=1)  # builds the caches
-    figures = measure_steps(workspace, steps) if steps else {}
-    return figures | (measure_start(workspace, repeats) if repeats else {})
+    figures: dict[str, float] = {}
+    for part in ((measure_steps, steps), (measure_start, repeats)):
+        if part[1]:
+            found = part[0](workspace, part[1])
+            report(found)
+            figures |= found
+    return figures
+
+
+def report(figures: dict[str, float]) -> None:
+    """Print figures beside their limits."""
+    for name, value in figures.items():
+        limit = f"   limit {LIMITS[name]:g}" if name in LIMITS else ""
+        print(f"{name:34} {value:10.3f}{limit}{'   ABOVE' if value > LIMITS.get(name, value) else ''}", flush=True)
 
 
 def main() -> None:
@@ -174,9 +186,6 @@ def main() -> None:
         workspace = (options.workspace or Path(temporary)).resolve()
         workspace.mkdir(parents=True, exist_ok=True)
         figures: dict[str, Any] = measure(workspace, steps=options.steps, repeats=options.repeats)
-    for name, value in figures.items():
-        limit = f"   limit {LIMITS[name]:g}" if name in LIMITS else ""
-        print(f"{name:34} {value:10.3f}{limit}{'   ABOVE' if value > LIMITS.get(name, value) else ''}")
     if options.json:
         options.json.write_text(json.dumps(figures, indent=2) + "\n")
 

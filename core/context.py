@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +14,7 @@ from .random import Draws
 
 if TYPE_CHECKING:
     from .batch import Conditioning
-    from .diffusion.schedule import Schedule
+    from .diffusion.schedule import Grid, Schedule
     from .family import ModelFamily
     from .networks import Networks
 
@@ -28,6 +28,8 @@ class Runtime:
     seed: int
     device: torch.device
     autocast_dtype: torch.dtype | None = None
+    grids: dict[int, Grid] = field(default_factory=dict)
+    """Grids on the device by number of steps: making one anew would copy to the device at every step."""
 
 
 class Context:
@@ -53,6 +55,13 @@ class Context:
     def at(self, step: int, positions: Sequence[int]) -> Context:
         """The same run seen from another micro-batch."""
         return Context(self._runtime, step=step, positions=positions)
+
+    def grid(self, num_steps: int) -> Grid:
+        """The schedule's grid with `num_steps` steps, on the device."""
+        grids = self._runtime.grids
+        if num_steps not in grids:
+            grids[num_steps] = self.schedule.grid(num_steps).to(self.device)
+        return grids[num_steps]
 
     def predict(
         self, role: str, x_t: Tensor, t: Tensor, cond: Conditioning, *, guidance: Tensor | None = None

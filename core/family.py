@@ -187,6 +187,13 @@ class ModelFamily(ABC):
         return None
 
     @abstractmethod
+    def attach_adapter(self, network: nn.Module, path: str, adapter: str) -> None:
+        """Put the LoRA at `path` (file, folder or hub id) onto `network` under the name `adapter`.
+
+        Raises UserError when it does not fit.
+        """
+
+    @abstractmethod
     def student_network(self, teacher: nn.Module, *, guidance_embedding: bool) -> nn.Module:
         """A trainable copy of the teacher in fp32 for full training, with a zero-started guidance embedding if asked."""
 

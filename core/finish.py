@@ -6,17 +6,13 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .assemble import evaluation_setting, lora_settings
+from .assemble import lora_settings
 from .family import ExportInfo
 from .model_card import write_model_card
 
 if TYPE_CHECKING:
     from .evaluation_report import Evaluation
     from .run import Run
-
-NUM_REAL_IMAGES = 1000
-"""Real pictures that distances are measured to, at most."""
-
 
 def export_info(run: Run) -> ExportInfo:
     """What goes along with the student: its sampler, the shape of its adapter, where it comes from."""
@@ -45,20 +41,15 @@ def export_student(run: Run, student: Path) -> None:
 
 def evaluate_student(run: Run) -> Evaluation:
     """Teacher against student, as a table, as evaluation.json and as a picture, and to the trackers."""
-    from .evaluation import build_evaluators, evaluate, plan_evaluation
+    from .evaluation_run import evaluate_run
 
-    settings = run.settings
-    plan = plan_evaluation(
-        run.family, run.sampler, prompts=run.prompts, num_samples=settings.evaluation_num_samples, seed=settings.seed,
-        resolution=run.resolution, steps=settings.evaluation_steps, teacher_steps=settings.evaluation_teacher_steps,
-        teacher_guidance=settings.evaluation_teacher_guidance, role=run.method.result_role(),
+    prompts = run.data.captions(run.settings.evaluation_num_samples) or run.prompts
+    evaluation = evaluate_run(
+        run.config, run.registry, run.family, run.method, run.networks, prompts=prompts,
+        real_images=run.data.real_images, resolution=run.resolution, say=run.say,
     )  # fmt: skip
-    evaluators, left_out = build_evaluators(run.registry, run.config, evaluation_setting(run.family))
-    data = run.data.real_images(NUM_REAL_IMAGES, *run.resolution)
-    evaluation = evaluate(run.family, run.networks, plan, evaluators, data=data, say=run.say, left_out=left_out)
-    evaluation.save(settings.output_dir)
+    evaluation.save(run.settings.output_dir)
     run.trackers.images("evaluation", {"teacher and student": evaluation.picture()}, run.trainer.step)
-    run.trackers.log(evaluation.scalars(), run.trainer.step)
     run.trackers.text("evaluation", evaluation.markdown(), run.trainer.step)
     return evaluation
 

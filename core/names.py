@@ -8,6 +8,8 @@ from difflib import get_close_matches
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name that `name` was most likely meant to be, or None."""
-    by_folded = {candidate.lower().replace("-", "_"): candidate for candidate in known}
+    by_folded: dict[str, str] = {}
+    for candidate in known:
+        by_folded.setdefault(candidate.lower().replace("-", "_"), candidate)
     matches = get_close_matches(str(name).lower().replace("-", "_"), by_folded, n=1, cutoff=0.6)
     return by_folded[matches[0]] if matches else None

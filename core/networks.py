@@ -24,6 +24,31 @@ if TYPE_CHECKING:
     from .method import Role
 
 
+def _tuner_layers(network: nn.Module) -> list[tuple[str, Any]]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [(name, module) for name, module in network.named_modules() if isinstance(module, BaseTunerLayer)]
+
+
+def _copy_adapter(layer: Any, source: str, target: str, *, name: str, path: str, rank: int) -> None:
+    """Copy one layer's weights from adapter `source` to `target`, so that both contribute the same."""
+    has_source, has_target = source in layer.lora_A, target in layer.lora_A
+    if has_source != has_target:
+        raise UserError(
+            f"init_lora = {path}: it {'adapts' if has_source else 'does not adapt'} {name}, this run does"
+            f"{' not' if has_source else ''}",
+            "set lora_target_modules to the modules of that LoRA",
+        )
+    if layer.lora_A[source].weight.shape != layer.lora_A[target].weight.shape:
+        raise UserError(
+            f"init_lora = {path}: its rank is {layer.r[source]}, this run's lora_rank = {rank}",
+            f"set lora_rank to {layer.r[source]}",
+        )
+    layer.lora_A[target].weight.copy_(layer.lora_A[source].weight)
+    ratio = layer.scaling[source] / layer.scaling[target]
+    layer.lora_B[target].weight.copy_(layer.lora_B[source].weight * ratio)
+
+
 class AdapterSwitch:
     """Sets which adapter of a peft-injected network is active, without touching ``requires_grad``.
 
@@ -32,9 +57,7 @@ class AdapterSwitch:
     """
 
     def __init__(self, network: nn.Module) -> None:
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
-        self._layers: list[Any] = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
+        self._layers: list[Any] = [module for _, module in _tuner_layers(network)]
         self.active: str | None = None
         self._apply(None)
 
@@ -146,6 +169,25 @@ class Networks:
                 parameter.data = parameter.data.to(self._dtype)
                 parameter.requires_grad_(True)
         return self.base
+
+    @torch.no_grad()
+    def start_from(self, role: str, path: str) -> None:
+        """Give the role's adapter the weights of the LoRA at `path`, its scale folded in.
+
+        Raises UserError when that LoRA has another rank or adapts other modules.
+        """
+        assert self._switch is not None and self._lora is not None
+        trained = self.parameters(role)
+        try:
+            self._family.attach_adapter(self.base, path, "init")
+            for name, layer in _tuner_layers(self.base):
+                _copy_adapter(layer, "init", role, name=name, path=path, rank=self._lora.rank)
+            self.base.delete_adapters("init")  # type: ignore[operator]
+        finally:
+            # attaching makes the new adapter active and freezes the others
+            for parameter in trained:
+                parameter.requires_grad_(True)
+            self._switch._apply(None)
 
     def _enable_checkpointing(self) -> None:
         for name, role in self.roles.items():

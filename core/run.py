@@ -152,8 +152,7 @@ class Run:
             ema_decay=settings.ema_decay if settings.use_ema else None,
         )  # fmt: skip
         if settings.init_lora:
-            with networks.use("student") as network:
-                self.family.load_adapter(network, str(settings.init_lora), adapter="student")
+            networks.start_from("student", str(settings.init_lora))
         return networks
 
     @cached_property

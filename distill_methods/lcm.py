@@ -143,7 +143,7 @@ class LCM(Method):
         """One step of algorithm 1 of arXiv 2310.04378."""
         assert batch.latents is not None
         config, schedule, draws, x_0 = self.config, context.schedule, context.draws, batch.latents
-        grid = schedule.grid(config.num_ddim_timesteps).to(x_0.device)
+        grid = context.grid(config.num_ddim_timesteps)
         i = draws.integers("index", len(grid))
         t, t_prev = grid.times[i], grid.previous[i]
         eps = draws.randn("noise", x_0.shape[1:]).to(x_0.dtype)

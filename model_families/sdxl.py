@@ -276,6 +276,9 @@ class SDXL(ModelFamily):
     def empty_network(self) -> nn.Module:
         return empty_unet(self._source.config("unet/config.json"))
 
+    def attach_adapter(self, network: nn.Module, path: str, adapter: str) -> None:
+        attach({"unet": network}, {adapter: self._loras([(path, 1.0)])[0]})
+
     def student_network(self, teacher: nn.Module, *, guidance_embedding: bool) -> nn.Module:
         unet: Any = teacher
         config = dict(unet.config)

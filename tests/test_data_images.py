@@ -35,6 +35,7 @@ def test_exif_orientation_is_undone(orientation):
     assert np.array_equal(np.asarray(decode(data)), np.asarray(quadrants()))
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_damaged_exif_does_not_hide_good_pixels():
     data = encode(quadrants(), "JPEG", exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xff garbage", quality=95)
     assert probe(io.BytesIO(data)) == (24, 16)
@@ -92,7 +93,7 @@ def test_broken_files_say_what_is_wrong():
     png = bytearray(encode(quadrants(), "PNG"))
     png[16:24] = (60000).to_bytes(4, "big") * 2
     for data in (b"", b"hello", whole[: len(whole) // 2], b"\xff\xd8\xff" + bytes(100), bytes(png), b"GIF89a\x01"):
-        with pytest.raises(BrokenImage, match="."):
+        with pytest.raises(BrokenImage, match=r"\w"):
             decode(data)
     with pytest.raises(BrokenImage):
         probe(io.BytesIO(b"nothing"))

@@ -253,7 +253,8 @@ class Killed(FakeFamily):
             os.kill(os.getpid(), signal.SIGKILL)
         return super().encode_images(pixels, generator)
 root = Path(sys.argv[2])
-pipeline(entry(root / "set", write_batch_size=4, vae_batch_size=1, resolution=704), root=root, family=Killed())[0].prepare()
+settings = entry(root / "set", write_batch_size=4, vae_batch_size=1, resolution=704)
+pipeline(settings, root=root, family=Killed())[0].prepare()
 """
 
 
@@ -413,3 +414,46 @@ def test_prefetching_stops_when_asked(tmp_path):
     assert any(thread.name == "distill-data" for thread in threading.enumerate())
     data.close()
     assert not any(thread.name == "distill-data" for thread in threading.enumerate())
+
+
+# -- several processes -------------------------------------------------------------------------------------------------
+
+
+def test_two_processes_share_the_work(tmp_path):
+    import threading
+
+    from distill.core.data.build import CacheBuilder
+    from distill.core.data.encode import Share
+    from distill.core.data.pipeline import CachePlaces
+    from distill.core.data.progress import default_progress
+    from distill.core.data.report import DataReport
+
+    folder = fill(tmp_path / "set", [(32, 32)] * 12)
+    cut = folder / "005.png"
+    cut.write_bytes(cut.read_bytes()[:1000])
+    barrier, families, used = threading.Barrier(2), [FakeFamily(), FakeFamily()], {}
+    settings = entry(folder, write_batch_size=3)
+    opened, _ = pipeline(settings, root=tmp_path)
+    opened._indexed()
+    places = CachePlaces(opened._config, tmp_path / "cache")
+
+    def work(rank: int) -> None:
+        own, _ = pipeline(settings, root=tmp_path)
+        datasets = own._indexed()
+        builder = CacheBuilder(
+            families[rank], places, share=Share(rank, 2), workers=1, progress=default_progress(print), say=print,
+            wait=barrier.wait,
+        )  # fmt: skip
+        builder.build(datasets, DataReport())
+        used[rank] = datasets[0].rows.tolist()
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert [family.num_pictures for family in families] == [6, 5]
+    assert used[0] == used[1] == [row for row in range(12) if row != 5]
+    again = FakeFamily()
+    pipeline(settings, root=tmp_path, family=again)[0].prepare()
+    assert not again.batches

@@ -1,4 +1,4 @@
-"""`distill evaluate` and `distill generate` on a finished run of a random tiny SDXL, LoRAs beside the student's included."""
+"""`distill evaluate` and `distill generate` on a finished run of a random tiny SDXL, LoRAs beside it."""
 
 from __future__ import annotations
 

@@ -161,7 +161,7 @@ WRONG = [
     Wrong("no environment", run(tracker_run_name="{env:DISTILL_NOT_SET}"), CONFIG, "tracker_run_name", "{env:DISTILL_NOT_SET}", "export DISTILL_NOT_SET"),
     Wrong("suffix", flags("--data", "/dev/null"), "/dev/null", "--data", "/dev/null", ""),
     # files that cannot be read
-    Wrong("broken json", files(config='{"seed": 1,,}'), CONFIG, "line 1, column 11", '{"seed": 1,,}', "commas"),
+    Wrong("broken json", files(config='{"seed": }'), CONFIG, "line 1, column 10", '{"seed": }', "commas"),
     Wrong("repeated key", files(config='{"seed": 1, "seed": 2}'), CONFIG, "seed", "seed", "keep one of the two"),
     Wrong("list as config", files(config="[]"), CONFIG, "--config", "[]", "--data"),
     Wrong("object as data", files(data='{"id": "a"}'), DATA, "data", "{'id': 'a'}", '[{"id": "..."'),
@@ -259,10 +259,10 @@ def test_wrong_configuration_is_refused_with_its_remedy(wrong, tmp_path):
     assert result.exit_code == 2, result.output
     assert "Traceback" not in result.output
     assert isinstance(result.exception, SystemExit)
-    lines = [line for line in text.split(" remedy: ")]
+    lines = text.split(" remedy: ")
     assert len(lines) > 1, text
     # one finding holds all of it: file, key and value before its remedy
-    head = f"{wrong.key} = " if not wrong.key.endswith(" = ") else wrong.key
+    head = wrong.key if wrong.key.endswith(" = ") else f"{wrong.key} = "
     place = next((index for index, line in enumerate(lines) if f"{wrong.file}: {head}" in line), None)
     assert place is not None, text
     assert wrong.value in lines[place], text

@@ -69,6 +69,8 @@ class Loader:
     notices: list[str] = field(default_factory=list)
     layers: Layers = field(default_factory=Layers)
     miniature: bool = False
+    readable: bool = True
+    """Whether the file could be read; if not, nothing is said of what it lacks."""
 
     def load(
         self, data_file: Path | None, flags: Mapping[str, object], overrides: Sequence[str]
@@ -79,10 +81,10 @@ class Loader:
         check = PartsCheck(self.registry, self.layers, self.findings, self.notices)
         check.resolve_names()
         check.fold()
-        recipe_data = self._choose_model(check)
+        recipe_data = self._choose_model(check) if self.readable else None
         refuse_not_yet(self.layers, self.findings)
         inline = self.layers.values.pop("data", None)
-        run = self._run(check)
+        run = self._run(check) if self.readable else None
         parts = check.validate(run)
         if run is not None:
             check_run(run, Report(self.layers, self.findings, self.notices), to_train=self.to_train)
@@ -105,6 +107,7 @@ class Loader:
             self.layers.fallback = Origin(str(file), file.parent.absolute())
             before = len(self.findings)
             content = read_file(file, self.findings, what="--config")
+            self.readable = isinstance(content, Mapping)
             if isinstance(content, Mapping):
                 self._lay(content, self.layers.fallback)
             elif len(self.findings) == before:

@@ -63,17 +63,23 @@ def check_requirements(
     if needs.zero_dropout and run.model_type == "lora" and run.lora_dropout > 0:
         problem = f"the method {method.name!r} compares two passes of one network, which dropout makes differ"
         refuse("lora_dropout", f"{problem}; must be 0", "set lora_dropout to 0")
-    return findings, _grid_notices(needs.divides_timesteps, method, method_config, num_timesteps)
-
-
-def _grid_notices(points: int | None, method: type[Method], config: Any, num_timesteps: int) -> list[str]:
+    points = needs.divides_timesteps
     if points is None or num_timesteps % points == 0:
-        return []
-    keys = [name for name in type(config).model_fields if getattr(config, name) == points]
-    key = f"distillation_config.{method.name}.{keys[0]}" if keys else f"the grid of {method.name}"
+        return findings, []
+    keys = [name for name in type(method_config).model_fields if getattr(method_config, name) == points]
+    key = ".".join(["distillation_config", method.name, *keys[:1]])
+    if points > num_timesteps:
+        problem = f"is more than the {num_timesteps} training timesteps of the model"
+        file = files.get("distillation_config", files.get("", "configuration"))
+        findings.append(Finding(file, key, points, problem, f"lower it to a divisor of {num_timesteps}"))
+        return findings, []
+    return findings, [_short_grid(key, points, num_timesteps)]
+
+
+def _short_grid(key: str, points: int, num_timesteps: int) -> str:
     divisors = [number for number in range(1, num_timesteps + 1) if num_timesteps % number == 0]
     near = sorted(sorted(divisors, key=lambda divisor: abs(divisor - points))[:2])
-    return [
+    return (
         f"{key} = {points} does not divide the {num_timesteps} training timesteps: the grid ends at timestep "
         f"{points * (num_timesteps // points) - 1}; {near[0]} or {near[1]} would reach {num_timesteps - 1}"
-    ]
+    )

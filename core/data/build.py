@@ -188,16 +188,17 @@ class CacheBuilder:
         cache = TensorCache(folder, descriptor, label=label, say=self.say)
         if self.share.rank == 0:
             report.damaged_shards += len(cache.load())
-            self.wait()
-        else:
-            self.wait()
+        self.wait()
+        if self.share.rank != 0:
             cache.load()
+        self.wait()  # nobody writes before all have seen the same
         return cache
 
     def _reload(self, cache: TensorCache) -> TensorCache:
         """The same cache with what every process has added."""
         self.wait()
         cache.load()
+        self.wait()
         return cache
 
 

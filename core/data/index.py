@@ -34,20 +34,20 @@ FORMAT = 1
 CHUNK = 8192
 
 DIGEST = pa.binary(16)
-LISTING = pa.schema([("key", pa.large_string()), ("size", pa.int64()), ("version", pa.string())])
+LISTING = pa.schema([("key", pa.large_string()), ("size", pa.int64()), ("version", pa.large_string())])
 SCHEMA = pa.schema(
     [
         ("key", pa.large_string()),
         ("size", pa.int64()),
-        ("version", pa.string()),
-        ("caption_version", pa.string()),
+        ("version", pa.large_string()),
+        ("caption_version", pa.large_string()),
         ("width", pa.int32()),
         ("height", pa.int32()),
         ("draw", pa.uint64()),
         ("identity", DIGEST),
         ("captions", pa.large_list(pa.large_string())),
         ("digests", pa.large_list(DIGEST)),
-        ("problem", pa.string()),
+        ("problem", pa.large_string()),
     ]
 )
 NO_CAPTION = "it has no caption"
@@ -148,7 +148,7 @@ def _list(backend: DataBackend) -> tuple[pa.Table, pa.Table, int]:
             [
                 pa.array([entry.key for entry in named], pa.large_string()),
                 pa.array([entry.size for entry in named], pa.int64()),
-                pa.array([entry.version for entry in named], pa.string()),
+                pa.array([entry.version for entry in named], pa.large_string()),
             ],
             schema=LISTING,
         )
@@ -165,7 +165,7 @@ def _with_caption_versions(pictures: pa.Table, texts: pa.Table, rules: CaptionRu
         found = pc.index_in(keys, value_set=texts["key"].combine_chunks())
         versions = pc.fill_null(texts["version"].take(found), "")
     else:
-        versions = pa.array(np.full(len(pictures), ""), pa.string())
+        versions = pa.array(np.full(len(pictures), ""), pa.large_string())
     return pictures.append_column("caption_version", versions)
 
 

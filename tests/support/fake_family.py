@@ -106,11 +106,8 @@ class FakeFamily(ModelFamily):
     def usage_snippet(self, info: ExportInfo) -> str:
         return f"pipe = load()\nprint({info.sampler.num_inference_steps})\n"
 
-    def condition(self, embeds: Any, micro: Any) -> Any:
-        raise NotImplementedError
 
-    uncond = encode_images = decode_latents = release_encoders = condition
-    load_network = student_network = predict = export = load_student = condition
+FakeFamily.__abstractmethods__ = frozenset()  # type: ignore[attr-defined]  # what is not about pictures is never called
 
 
 def picture(prompt: float, seed: int, away: float, width: int, height: int) -> Tensor:

@@ -99,6 +99,9 @@ class GaussianFamily(ModelFamily):
     def load_network(self):
         return AffineNetwork(self._schedule, self._times, self._kind)
 
+    def attach_adapter(self, network, path, adapter):
+        raise NotImplementedError
+
     def student_network(self, teacher, *, guidance_embedding):
         import copy
 

@@ -1,0 +1,133 @@
+"""The README's figures: the default command's own student against its teacher, over several seeds.
+
+    python benchmarks/scores.py --seeds 1,2,3 --num-samples 1000 --output output/scores
+
+Runs `distill run --method lcm --family sdxl` once for each seed (a finished one is taken as it is), then scores all
+students and the teacher on the same noise and prompts. Writes scores.json, and prints a Markdown table with the mean and
+the spread (lowest to highest) over the seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from torch import nn
+
+SCORES = {
+    "prompt_agreement_judge": "prompt agreement",
+    "frechet_distance_to_data_judge": "Fréchet distance to data (judge features)",
+    "distance_to_teacher_pixels": "distance to the full teacher's picture",
+}
+
+
+def distil(seed: int, output: Path) -> None:
+    """The default command with another seed, unless it has finished before."""
+    if (output / "evaluation.json").exists():
+        return
+    command = [sys.executable, "-m", "distill", "run", "--method", "lcm", "--family", "sdxl"]
+    command += ["--output-dir", str(output), "--set", f"seed={seed}", "--set", "resume_from_checkpoint=latest"]
+    subprocess.run(command, check=True)
+
+
+class Students:
+    """The teacher and the students of several runs, one in memory at a time."""
+
+    def __init__(self, family: Any, folders: dict[str, Path]) -> None:
+        self._family, self._folders = family, folders
+        self._loaded: tuple[str, nn.Module] | None = None
+
+    @contextmanager
+    def use(self, role: str) -> Iterator[nn.Module]:
+        """The network of `role`: ``teacher`` or one of the folders' names."""
+        if self._loaded is None or self._loaded[0] != role:
+            folder = self._folders.get(role)
+            network = self._family.load_network() if folder is None else self._family.load_student(folder)
+            self._loaded = (role, network)
+        yield self._loaded[1]
+
+
+def score(folders: dict[str, Path], *, num_samples: int) -> dict[str, Any]:
+    """Scores by recipe; `folders` are output folders of finished runs by name."""
+    from distill.core.assemble import build_family, build_method, evaluation_setting, open_run
+    from distill.core.data.pipeline import DataPipeline
+    from distill.core.evaluation import build_evaluators, evaluate, plan_evaluation
+
+    first = next(iter(folders.values()))
+    configuration, registry = open_run(first)
+    run, family = configuration.run, build_family(configuration, registry)
+    method = build_method(configuration, registry, family)
+    data = DataPipeline(
+        configuration, registry, family, micro_batch_size=1, accumulation=1, seed=0, cache_root=first / "cache", say=print
+    )
+    data.prepare()
+    plan = plan_evaluation(
+        family, lambda steps: method.sampler(family.schedule, num_inference_steps=steps),
+        prompts=data.captions(num_samples), num_samples=num_samples, seed=0, resolution=run.validation_resolution[0],
+        steps=run.evaluation_steps, teacher_steps=sorted({1, 2, 4, 8, *run.evaluation_teacher_steps}),
+        teacher_guidance=run.evaluation_teacher_guidance,
+    )  # fmt: skip
+    four = next(recipe for recipe in plan.recipes if recipe.name == "teacher" and recipe.steps == 4)
+    solver = next(recipe for recipe in plan.recipes if recipe.sampler is not None and recipe.role == "teacher")
+    teachers = [recipe for recipe in plan.recipes if recipe.role == "teacher" and recipe is not solver]
+    students = [recipe for recipe in plan.recipes if recipe.role == "student"]
+    recipes = [*teachers, replace(solver, steps=four.steps)]
+    recipes += [replace(recipe, role=name) for name in folders for recipe in students]
+    evaluators, left_out = build_evaluators(registry, configuration, evaluation_setting(family))
+    real = data.real_images(1000, plan.width, plan.height)
+    networks = Students(family, {name: folder / "student" for name, folder in folders.items()})
+    found = evaluate(
+        family, networks, replace(plan, recipes=tuple(recipes)), evaluators, data=real, say=print, left_out=left_out
+    )
+    rows = [
+        {"name": row.recipe.name, "role": row.recipe.role, "steps": row.recipe.steps, "scores": row.scores,
+         "seconds_per_image": row.seconds_per_image}
+        for row in found.rows
+    ]  # fmt: skip
+    return {"num_samples": num_samples, "num_data": len(real), "rows": rows}
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown, students' figures as mean (lowest to highest) over the seeds."""
+    lines = ["| | steps | " + " | ".join(SCORES.values()) + " |", "| --- " * (2 + len(SCORES)) + "|"]
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in result["rows"]:
+        groups.setdefault((row["name"], row["steps"]), []).append(row["scores"])
+    for (name, steps), scores in groups.items():
+        cells = [_cell([entry[key] for entry in scores if key in entry]) for key in SCORES]
+        lines.append(f"| {name} | {steps} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(values: list[float]) -> str:
+    if not values:
+        return "–"
+    spread = f" ({min(values):.3g} to {max(values):.3g})" if len(values) > 1 else ""
+    return f"{mean(values):.3g}{spread}"
+
+
+def main() -> None:
+    """Run, score, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", default="1,2,3")
+    parser.add_argument("--num-samples", type=int, default=1000)
+    parser.add_argument("--output", type=Path, default=Path("output/scores"))
+    arguments = parser.parse_args()
+    folders = {f"seed-{seed}": arguments.output / f"seed-{seed}" for seed in arguments.seeds.split(",")}
+    for name, folder in folders.items():
+        distil(int(name.removeprefix("seed-")), folder)
+    result = score(folders, num_samples=arguments.num_samples)
+    (arguments.output / "scores.json").write_text(json.dumps(result, indent=2) + "\n")
+    print(table(result))
+
+
+if __name__ == "__main__":
+    main()

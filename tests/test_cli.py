@@ -1,0 +1,218 @@
+"""The command line: help without heavy imports, exit codes, streams, every command of the configuration."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from support.pairs import PLUGIN, Pair, distill, said
+
+from distill.core.cli import COMMANDS, main
+from distill.core.errors import Interrupted, PluginError, UserError
+
+HEAVY = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "pydantic", "PIL")
+
+
+def test_help_names_every_command():
+    result = distill("--help")
+    assert result.exit_code == 0
+    for command in COMMANDS:
+        assert command in result.stdout
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys\nfrom distill.core.cli import main\ntry:\n    main(['--help'])\nexcept SystemExit as end:\n"
+        f"    print('loaded', [name for name in {HEAVY!r} if name in sys.modules], end.code)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "loaded [] 0" in done.stdout
+
+
+def test_importing_the_package_imports_nothing():
+    code = f"import sys, distill, distill.core.config\nprint([n for n in {(*HEAVY, 'pluggy', 'typer')!r} if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_python_dash_m_is_the_same_program():
+    done = subprocess.run([sys.executable, "-m", "distill", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "0.1.0"
+
+
+@pytest.mark.parametrize("command", ["run", "config check", "config show", "config schema", "config init", "doctor"])
+def test_every_command_has_help(command):
+    result = distill(*command.split(), "--help")
+    assert result.exit_code == 0
+    assert "Usage:" in result.stdout
+
+
+def test_a_misspelt_command_is_a_mistake_of_the_user():
+    result = distill("rnu")
+    assert result.exit_code == 2
+    assert "Did you mean 'run'" in said(result.output)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(UserError("m", "r"), 2), (PluginError("m"), 1), (Interrupted("m"), 130), (KeyboardInterrupt(), 130)]
+)
+def test_errors_end_with_their_exit_code_and_without_a_traceback(error, code, tmp_path, monkeypatch):
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr("distill.core.run.run", fail)
+    pair = Pair(tmp_path)
+    pair.write()
+    result = distill("run", *pair.options())
+    assert result.exit_code == code
+    assert "error: " in result.stderr
+    assert "Traceback" not in result.output
+    assert result.stdout == ""
+
+
+def test_what_nobody_foresaw_keeps_its_traceback(tmp_path, monkeypatch):
+    def fail(*arguments, **options):
+        raise ZeroDivisionError("deep inside")
+
+    monkeypatch.setattr("distill.core.run.run", fail)
+    pair = Pair(tmp_path)
+    pair.write()
+    result = distill("run", *pair.options())
+    assert result.exit_code == 1
+    assert isinstance(result.exception, ZeroDivisionError)
+
+
+def test_main_ends_in_an_exit_code(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["config", "check", "--config", "nowhere.json"])
+    assert end.value.code == 2
+    assert "nowhere.json" in capsys.readouterr().err
+
+
+def test_run_hands_over_the_configuration_of_flags_files_and_overrides(tmp_path, monkeypatch):
+    seen = {}
+
+    def distil(configuration, registry, *, say=None):
+        seen.update(configuration=configuration, registry=registry, say=say)
+
+    monkeypatch.setattr("distill.core.run.run", distil)
+    pair = Pair(tmp_path, {"learning_rate": 1e-3, "seed": 1})
+    pair.write()
+    model = tmp_path / "other model"
+    model.mkdir()
+    more = ["--model", str(model), "--output-dir", str(tmp_path / "o"), "--overwrite", "--method", "needy"]
+    result = distill("run", *pair.options(), *more, "--set", "seed=7", "--set", "data.pets.repeats=3")
+    assert result.exit_code == 0, result.output
+    run = seen["configuration"].run
+    assert (run.learning_rate, run.seed, run.overwrite) == (1e-3, 7, True)
+    assert run.pretrained_model_name_or_path == str(model)
+    assert run.output_dir == tmp_path / "o"
+    assert run.distillation_method == "needy"
+    assert seen["configuration"].datasets[0].repeats == 3
+    assert seen["configuration"].plugin_files == (PLUGIN,)
+
+
+def test_a_dry_run_prints_the_plan_and_neither_loads_nor_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr("distill.core.run.run", lambda *a, **k: pytest.fail("a dry run ran"))
+    checked = []
+    family = SimpleNamespace(check_source=lambda: checked.append(True))
+    monkeypatch.setattr("distill.core.assemble.build_family", lambda *arguments, **options: family)
+    pair = Pair(tmp_path)
+    pair.write()
+    result = distill("run", *pair.options(), "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert checked == [True]
+    assert "10 steps" in result.stdout
+    assert "LoRA of rank 64, method lcm" in result.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_refuses_an_occupied_output_folder(tmp_path):
+    pair = Pair(tmp_path)
+    pair.write()
+    (tmp_path / "out" / "student").mkdir(parents=True)
+    result = distill("run", *pair.options(), "--dry-run")
+    assert result.exit_code == 2
+    assert "--overwrite" in result.stderr
+
+
+def test_config_show_prints_json_that_reproduces_itself(tmp_path):
+    pair = Pair(tmp_path, {"validation_steps": 5})
+    pair.write()
+    first = distill("config", "show", *pair.options())
+    assert first.exit_code == 0, first.output
+    assert "validation_steps is read as" in first.stderr
+    resolved = tmp_path / "again.json"
+    resolved.write_text(first.stdout)
+    second = distill("config", "show", "--config", resolved)
+    assert second.stdout == first.stdout
+    assert json.loads(first.stdout)["validation_step_interval"] == 5
+
+
+def test_config_schema_knows_every_key_and_plugin():
+    schema = json.loads(distill("config", "schema", "--plugin", PLUGIN).stdout)
+    keys = schema["properties"]
+    assert keys["learning_rate"]["exclusiveMinimum"] == 0
+    assert keys["distillation_config"]["properties"]["needy"]["properties"]["grid"]["maximum"] == 1000
+    assert "instance_data_dir" in keys["data"]["items"]["properties"]
+    assert schema["additionalProperties"] is False
+    named = json.dumps(schema)
+    for reference in {part.split('"')[0] for part in named.split('"$ref": "#/$defs/')[1:]}:
+        assert reference in schema["$defs"]
+
+
+@pytest.mark.parametrize("model_type", ["lora", "full"])
+def test_config_init_writes_a_pair_that_is_usable_once_the_paths_are_there(model_type, tmp_path):
+    result = distill("config", "init", tmp_path / "start", "--model-type", model_type)
+    assert result.exit_code == 0, result.output
+    text = (tmp_path / "start" / "config.yaml").read_text()
+    keys = [line for line in text.splitlines() if line and not line.lstrip().startswith("#")]
+    comments = [line for line in text.splitlines() if line.lstrip().startswith("#")]
+    assert len(comments) >= len(keys) - 2  # every key has its meaning above it
+    assert yaml.safe_load(text)["model_type"] == model_type
+    (tmp_path / "pictures").mkdir()
+    checked = distill("config", "check", "--config", tmp_path / "start" / "config.yaml")
+    assert checked.exit_code == 0, checked.output
+    again = distill("config", "init", tmp_path / "start")
+    assert again.exit_code == 2
+    assert "exists already" in again.stderr
+
+
+def test_plugins_list_and_show_say_what_is_there_and_from_where():
+    listed = distill("plugins", "list", "--plugin", PLUGIN)
+    assert listed.exit_code == 0
+    rows = [line for line in listed.stdout.splitlines() if "needy" in line]
+    assert len(rows) == 1
+    assert str(PLUGIN) in rows[0]
+    shown = distill("plugins", "show", "needy", "--plugin", PLUGIN).stdout
+    assert "A method that needs whatever its settings say." in shown
+    assert "strength: a number at least 0 and at most 1; default 0.5" in shown
+    unknown = distill("plugins", "show", "neddy", "--plugin", PLUGIN)
+    assert unknown.exit_code == 2
+    assert "did you mean 'needy'" in unknown.stderr
+
+
+def test_doctor_says_what_is_there_and_what_is_missing():
+    result = distill("doctor", "--plugin", PLUGIN)
+    assert result.exit_code == 0, result.output
+    assert "torch" in result.stdout
+    assert "missing; the tracker far-tracker needs it" in result.stdout
+    assert "Hugging Face" in result.stdout
+    assert "--config FILE adds" in result.stdout
+
+
+def test_adapter_parameters_are_counted_as_peft_makes_them():
+    import peft
+    import torch
+
+    from distill.core.cli.doctor import adapter_parameters
+
+    network = torch.nn.ModuleDict({"to_q": torch.nn.Linear(6, 4), "conv1": torch.nn.Conv2d(3, 5, 3), "other": torch.nn.Linear(2, 2)})
+    counted = adapter_parameters(network, 2, ("to_q", "conv1"))
+    config = peft.LoraConfig(r=2, target_modules=["to_q", "conv1"])
+    adapted = peft.inject_adapter_in_model(config, network)
+    assert counted == sum(p.numel() for name, p in adapted.named_parameters() if "lora_" in name)

@@ -1,0 +1,154 @@
+"""What may happen to an output folder that is not empty, and what a resumed run may change."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from support.pairs import PLUGIN, Pair
+
+from distill.core.config import check_output_dir, load_configuration
+from distill.core.config.output import clear_output_dir
+from distill.core.errors import ConfigError, UserError
+from distill.core.plugins import Registry
+
+
+@pytest.fixture
+def load(tmp_path):
+    registry = Registry.load(installed=False)
+    registry.add_file(PLUGIN)
+
+    def loaded(run=None, dataset=None):
+        pair = Pair(tmp_path, run or {})
+        pair.data[0].update(dataset or {})
+        pair.write()
+        return load_configuration(registry, config_file=pair.config_file, data_file=pair.data_file)
+
+    return loaded
+
+
+def earlier(tmp_path, configuration, *folders):
+    out = tmp_path / "out"
+    out.mkdir(exist_ok=True)
+    (out / "config.resolved.json").write_text(json.dumps(configuration.resolved()))
+    for folder in folders:
+        (out / folder).mkdir()
+    return out
+
+
+def test_a_new_or_empty_folder_is_a_start(load, tmp_path):
+    assert check_output_dir(load()).action == "start"
+    (tmp_path / "out").mkdir()
+    assert check_output_dir(load()).action == "start"
+
+
+def test_a_folder_with_the_data_file_alone_is_a_start(load, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "multidatabackend.json").write_text("[]")
+    assert check_output_dir(load()).action == "start"
+
+
+def test_latest_with_nothing_there_starts_and_says_so(load):
+    state = check_output_dir(load({"resume_from_checkpoint": "latest"}))
+    assert state.action == "start"
+    assert "starts afresh" in state.notices[0]
+
+
+def test_a_checkpoint_that_is_not_there_is_refused(load):
+    with pytest.raises(UserError, match="checkpoint-7"):
+        check_output_dir(load({"resume_from_checkpoint": "checkpoint-7"}))
+
+
+@pytest.mark.parametrize(("folders", "kind"), [(("checkpoint-5",), "an unfinished"), (("student",), "a finished")])
+def test_an_earlier_run_is_refused_unless_resumed_or_overwritten(folders, kind, load, tmp_path):
+    out = earlier(tmp_path, load(), *folders)
+    with pytest.raises(UserError, match=f"holds {kind} run") as error:
+        check_output_dir(load())
+    assert "resume_from_checkpoint=latest" in error.value.remedy
+    assert "--overwrite" in error.value.remedy
+    over = check_output_dir(load({"overwrite": True, "resume_from_checkpoint": "latest"}))
+    assert (over.action, over.clear) == ("start", True)
+    assert out.exists()
+
+
+def test_an_earlier_run_is_resumed(load, tmp_path):
+    earlier(tmp_path, load(), "checkpoint-5")
+    assert check_output_dir(load({"resume_from_checkpoint": "latest"})).action == "resume"
+
+
+def test_a_run_that_left_nothing_is_started_afresh(load, tmp_path):
+    earlier(tmp_path, load(), "validation")
+    state = check_output_dir(load({"seed": 5}))
+    assert (state.action, state.clear) == ("start", True)
+
+
+@pytest.mark.parametrize("sign", ["student", "model_index.json", "checkpoint-3"])
+def test_what_is_not_ours_is_refused(sign, load, tmp_path):
+    (tmp_path / "out" / sign).mkdir(parents=True)
+    with pytest.raises(UserError, match=f"{sign}.*not a run of this tool"):
+        check_output_dir(load({"resume_from_checkpoint": "latest"}))
+
+
+@pytest.mark.parametrize(
+    ("run", "dataset"),
+    [
+        ({"max_train_steps": 99}, {}),
+        ({"learning_rate": 3e-5, "lr_scheduler": "cosine", "lr_warmup_steps": 3}, {}),
+        ({"validation_step_interval": 3, "validation_prompt": "a cat", "num_validation_images": 2}, {}),
+        ({"checkpoint_step_interval": 7, "checkpoints_total_limit": 2, "log_step_interval": 1}, {}),
+        ({"report_to": "far-tracker", "tracker_config": {"far-tracker": {"room": "b"}}, "tracker_run_name": "x"}, {}),
+        ({"gradient_checkpointing": False, "push_to_hub": True, "hub_model_id": "me/x"}, {}),
+        ({}, {"cache_dir_vae": "elsewhere", "vae_batch_size": 9, "write_batch_size": 7}),
+    ],
+)
+def test_a_resume_may_change_what_does_not_decide_the_past(run, dataset, load, tmp_path):
+    earlier(tmp_path, load(), "checkpoint-5")
+    assert check_output_dir(load({"resume_from_checkpoint": "latest", **run}, dataset)).action == "resume"
+
+
+@pytest.mark.parametrize(
+    ("run", "dataset", "keys"),
+    [
+        ({"lora_rank": 8}, {}, {"lora_rank", "lora_alpha"}),
+        ({"seed": 8}, {}, {"seed"}),
+        ({"train_batch_size": 8}, {}, {"train_batch_size"}),
+        ({"optimizer": "lion"}, {}, {"optimizer", "optimizer_config.adamw", "optimizer_config.lion"}),
+        ({"pretrained_model_name_or_path": "other/model"}, {}, {"pretrained_model_name_or_path"}),
+        ({"distillation_config": {"lcm": {"w_max": 20}}}, {}, {"distillation_config.lcm.w_max"}),
+        ({"mixed_precision": "no"}, {}, {"mixed_precision"}),
+        ({}, {"repeats": 3}, {"data.pets.repeats"}),
+        ({}, {"crop": True, "crop_style": "corner"}, {"data.pets.crop", "data.pets.crop_style"}),
+        ({}, {"caption_strategy": "filename"}, {"data.pets.caption_strategy"}),
+    ],
+)
+def test_a_resume_may_not_change_what_decides_it_and_names_the_keys(run, dataset, keys, load, tmp_path):
+    earlier(tmp_path, load(), "checkpoint-5")
+    with pytest.raises(ConfigError) as error:
+        check_output_dir(load({"resume_from_checkpoint": "latest", **run}, dataset))
+    assert {finding.key for finding in error.value.findings} == keys
+    for finding in error.value.findings:
+        assert "it was" in finding.problem
+        assert "--output-dir" in finding.remedy
+
+
+def test_another_method_and_dataset_are_named(load, tmp_path):
+    earlier(tmp_path, load(), "checkpoint-5")
+    changed = {"distillation_method": "needy", "distillation_config": {}, "resume_from_checkpoint": "latest"}
+    with pytest.raises(ConfigError) as error:
+        check_output_dir(load(changed, {"id": "cats"}))
+    keys = {finding.key for finding in error.value.findings}
+    assert "distillation_method" in keys
+    assert any(key.startswith("data.pets") for key in keys)
+
+
+def test_a_damaged_earlier_configuration_is_named(load, tmp_path):
+    out = earlier(tmp_path, load(), "checkpoint-5")
+    (out / "config.resolved.json").write_text('{"half')
+    with pytest.raises(UserError, match=r"config\.resolved\.json is not JSON"):
+        check_output_dir(load({"resume_from_checkpoint": "latest"}))
+
+
+def test_clearing_leaves_caches_and_strangers(load, tmp_path):
+    out = earlier(tmp_path, load(), "checkpoint-5", "student", "cache", ".checkpoint-9.partial", "notes")
+    clear_output_dir(out)
+    assert sorted(path.name for path in out.iterdir()) == ["cache", "notes"]

@@ -1,0 +1,256 @@
+"""The rules of the house that a test can hold."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from distill.core.config import docs
+from distill.core.config.dataset_settings import DatasetSettings
+from distill.core.config.findings import expectation
+from distill.core.config.run_settings import RunSettings
+from distill.core.plugins import KINDS, Registry
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = ("distill_methods", "model_families", "data_backends", "plugins")
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 60
+
+
+def sources(*folders: str) -> list[Path]:
+    """Python files of the package, or of some of its folders."""
+    chosen = folders or ("core", *FOLDERS)
+    found = [path for folder in chosen for path in sorted((ROOT / folder).rglob("*.py"))]
+    return found if folders else [ROOT / "__init__.py", ROOT / "__main__.py", *found]
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def imported(path: Path, *, root: Path = ROOT) -> Iterator[str]:
+    """Modules that a file imports, from the root of the package: `core.method`, `torch`."""
+    package = path.relative_to(root).parent.parts
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.removeprefix("distill.") for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else ()
+            base = ".".join([*above, *([node.module] if node.module else [])]).removeprefix("distill.")
+            yield base
+            yield from (f"{base}.{alias.name}".strip(".") for alias in node.names)
+
+
+@pytest.fixture(scope="module")
+def registry():
+    return Registry.load(installed=False)
+
+
+def test_the_import_reader_resolves_relative_imports(tmp_path):
+    path = tmp_path / "core" / "cli" / "x.py"
+    path.parent.mkdir(parents=True)
+    path.write_text("from ...plugins import judge\nfrom ..method import Update\nimport distill.core.batch\n")
+    assert {"plugins.judge", "core.method.Update", "core.batch"} <= set(imported(path, root=tmp_path))
+
+
+def test_core_imports_none_of_the_four_folders():
+    wrong = [
+        f"{relative(path)} imports {name}"
+        for path in [ROOT / "__init__.py", ROOT / "__main__.py", *sources("core")]
+        for name in imported(path)
+        if name.split(".")[0] in FOLDERS
+    ]
+    assert not wrong, wrong
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_the_four_folders_import_core_and_themselves_only(folder):
+    others = {"core", *FOLDERS} - {"core", folder}
+    wrong = [
+        f"{relative(path)} imports {name}"
+        for path in sources(folder)
+        for name in imported(path)
+        if name.split(".")[0] in others
+    ]
+    assert not wrong, wrong
+
+
+def test_code_inside_the_package_imports_it_relatively():
+    wrong = [
+        relative(path)
+        for path in sources()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if (isinstance(node, ast.ImportFrom) and not node.level and (node.module or "").split(".")[0] == "distill")
+        or (isinstance(node, ast.Import) and any(alias.name.split(".")[0] == "distill" for alias in node.names))
+    ]
+    assert not wrong, wrong
+
+
+def registered_names(registry: Registry) -> set[str]:
+    names: set[str] = set()
+    for kind in KINDS:
+        for name in registry.names(kind):
+            names |= {name, *getattr(registry.get(kind, name), "aliases", ())}
+    return names
+
+
+def compared_texts(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Texts that the code compares something with: ==, in, match, .startswith."""
+    for node in ast.walk(tree):
+        parts: list[ast.AST] = []
+        if isinstance(node, ast.Compare):
+            parts = [node.left, *node.comparators]
+        elif isinstance(node, ast.MatchValue):
+            parts = [node.value]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            parts = list(node.args) if node.func.attr in ("startswith", "endswith") else []
+        for part in parts:
+            for inner in ast.walk(part):
+                if isinstance(inner, ast.Constant) and isinstance(inner.value, str):
+                    yield getattr(node, "lineno", inner.lineno), inner.value
+
+
+def test_the_reader_of_comparisons_finds_them():
+    code = "if a == 'x' or b in ('y', 'z'):\n pass\nmatch c:\n case 'w':\n  pass\nd = {'v': 1}\ne.startswith('u')\n"
+    assert {text for _, text in compared_texts(ast.parse(code))} == {"x", "y", "z", "w", "u"}
+
+
+def test_no_code_branches_on_the_names_of_plugins(registry):
+    names = registered_names(registry)
+    wrong = [
+        f"{relative(path)}:{line} compares with {text!r}"
+        for path in sources()
+        for line, text in compared_texts(ast.parse(path.read_text(encoding="utf-8")))
+        if text in names
+    ]
+    assert not wrong, wrong
+
+
+@pytest.mark.parametrize("hook", list(docs.hooks()), ids=lambda hook: hook[0])
+def test_every_hook_is_described_documented_and_exercised(hook):
+    name, signature, line = hook
+    assert line and "\n" not in line, f"{name} wants a docstring of one line"
+    assert f"### `{signature}`\n\n{line}" in (ROOT / "docs" / "hooks.md").read_text(encoding="utf-8")
+    tests = [path for path in (ROOT / "tests").glob("test_*.py") if path.name != Path(__file__).name]
+    assert any(re.search(rf"\b{name}\b", path.read_text(encoding="utf-8")) for path in tests), f"no test uses {name}"
+
+
+@pytest.mark.parametrize("page", ["config.md", "hooks.md", "plugins.md"])
+def test_generated_pages_are_up_to_date(page):
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    assert text == docs.pages()[page], "run: python -m distill.core.config.docs docs"
+
+
+def test_files_are_short_enough():
+    long = {relative(path): len(path.read_text(encoding="utf-8").splitlines()) for path in sources()}
+    long = {name: lines for name, lines in long.items() if lines > MAX_FILE_LINES}
+    assert not long, f"files past {MAX_FILE_LINES} lines ask to be two: {long}"
+
+
+def test_functions_are_short_enough():
+    long = [
+        f"{relative(path)}:{node.lineno} {node.name} ({node.end_lineno - node.lineno + 1} lines)"
+        for path in sources()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and (node.end_lineno or 0) - node.lineno + 1 > MAX_FUNCTION_LINES
+    ]
+    assert not long, f"functions past {MAX_FUNCTION_LINES} lines ask to be two: {long}"
+
+
+def test_a_broad_except_passes_the_error_on_or_says_why_not():
+    wrong = []
+    for path in sources():
+        text = path.read_text(encoding="utf-8")
+        lines = text.splitlines()
+        for node in ast.walk(ast.parse(text)):
+            broad = isinstance(node, ast.ExceptHandler) and (
+                node.type is None or ast.unparse(node.type) in ("Exception", "BaseException")
+            )
+            if broad and "#" not in lines[node.lineno - 1] and not any(isinstance(part, ast.Raise) for part in ast.walk(node)):
+                wrong.append(f"{relative(path)}:{node.lineno}")
+    assert not wrong, wrong
+
+
+def configurations(registry: Registry) -> dict[str, type]:
+    models: dict[str, type] = {"run": RunSettings, "dataset": DatasetSettings}
+    for kind in KINDS:
+        models |= {f"{kind} {name}": registry.get(kind, name).Config for name in registry.names(kind)}
+    return models
+
+
+def test_every_key_is_described_and_every_number_limited(registry):
+    undescribed, unlimited = [], []
+    for owner, model in configurations(registry).items():
+        for key, info in model.model_fields.items():
+            if key == "backend":
+                continue
+            if not (info.description or "").strip():
+                undescribed.append(f"{owner}: {key}")
+            words = expectation(model, key)
+            if "number" in words and not re.search(r"at least|above", words):
+                unlimited.append(f"{owner}: {key} ({words})")
+    assert not undescribed, undescribed
+    assert not unlimited, unlimited
+
+
+def project() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def test_the_list_of_packages_equals_the_tree():
+    listed = set(project()["tool"]["setuptools"]["packages"])
+    folders = {path.parent for path in sources()}
+    in_tree = {".".join(["distill", *folder.relative_to(ROOT).parts]) for folder in folders}
+    assert listed == in_tree
+    for folder in folders:
+        assert (folder / "__init__.py").is_file(), f"{relative(folder)} has no __init__.py"
+
+
+def test_nothing_but_two_files_lies_at_the_root():
+    assert sorted(path.name for path in ROOT.glob("*.py")) == ["__init__.py", "__main__.py"]
+    assert not (ROOT / "tests" / "__init__.py").exists()
+
+
+def test_no_path_of_a_machine_is_written_down():
+    forbidden = ["/" + "work/", "/" + "farm/"]
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
+    )
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    wrong = []
+    for name in listed.stdout.splitlines():
+        path = ROOT / name
+        if path.suffix in (".py", ".md", ".toml", ".json", ".txt", ".yaml", ".yml", "") and path.is_file():
+            text = path.read_text(encoding="utf-8", errors="ignore")
+            wrong += [f"{name}: {part}" for part in forbidden if part in text]
+    assert not wrong, wrong
+
+
+def test_the_wheel_holds_the_tree_and_nothing_else(tmp_path):
+    """Built without isolation from a copy: an unlisted package or asset would vanish silently."""
+    pytest.importorskip("setuptools", minversion="77")
+    copy = tmp_path / "tree"
+    leave_out = shutil.ignore_patterns(".git", "__pycache__", "*.egg-info", "build", "dist", "venv", ".venv", "output", ".*_cache")
+    shutil.copytree(ROOT, copy, ignore=leave_out)
+    build = "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", build, str(tmp_path)], cwd=copy, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    wheel = next(tmp_path.glob("*.whl"))
+    shipped = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    wanted = {f"distill/{relative(path)}" for path in sources()}
+    assets = [path for path in (ROOT / "model_families" / "assets").rglob("*") if path.is_file()]
+    wanted |= {f"distill/{relative(path)}" for path in assets if not path.name.startswith(".")}
+    assert shipped == wanted
+    licences = [name.rsplit("/", 1)[-1] for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/licenses/" in name]
+    assert {"LICENSE", "NOTICE"} <= set(licences)
