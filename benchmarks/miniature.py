@@ -37,7 +37,7 @@ from judge import Judge  # noqa: E402
 ASSETS = ROOT / "model_families" / "assets"
 TEACHER, PICTURES = ASSETS / "sdxl_miniature", ASSETS / "emoji_scenes"
 POOL_SIZE, SHIPPED_SIZE, HELD_OUT_SIZE = 60_000, 1_200, 4_000
-UNET_STEPS = 4500
+UNET_STEPS = 5000
 SIZE = scenes.RESOLUTION
 
 

@@ -56,8 +56,12 @@ def evaluate_student(run: Run) -> Evaluation:
 
 def publish_student(run: Run, student: Path, evaluation: Evaluation | None) -> None:
     """Write the model card and hand the folder to the publishers; a publisher's failure is a warning."""
-    grids = sorted((run.settings.output_dir / "validation").glob("step-*/grid.png"))
-    write_model_card(
-        student, run.config, run.family, export_info(run), evaluation=evaluation, grid=grids[-1] if grids else None
-    )
+    grid = last_grid(run.settings.output_dir)
+    write_model_card(student, run.config, run.family, export_info(run), evaluation=evaluation, grid=grid)
     run.publishers.publish(student)
+
+
+def last_grid(output_dir: Path) -> Path | None:
+    """The newest validation's side-by-side picture."""
+    grids = sorted((output_dir / "validation").glob("step-*/grid.png"))
+    return grids[-1] if grids else None

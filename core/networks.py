@@ -176,7 +176,8 @@ class Networks:
 
         Raises UserError when that LoRA has another rank or adapts other modules.
         """
-        assert self._switch is not None and self._lora is not None
+        assert self._switch is not None
+        assert self._lora is not None
         trained = self.parameters(role)
         try:
             self._family.attach_adapter(self.base, path, "init")

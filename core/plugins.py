@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, Literal, get_args
 
 import pluggy
@@ -123,27 +123,23 @@ class Registry:
         """Register `plugin` (a module or an object with hook implementations) and all the classes it offers."""
         label = f"plugin {name!r} ({source})"
         _check_hook_names(plugin, label)
+        attributed = _attributed_hooks(plugin, label)
         try:
-            registered = self._manager.register(plugin, name=f"{name} [{source}]" if name in self._sources else name)
+            registered = self._manager.register(
+                attributed, name=f"{name} [{source}]" if name in self._sources else name
+            )
             self._manager.check_pending()
         except pluggy.PluginValidationError as error:
             raise UserError(f"{label}: {error}", _hook_remedy(str(error))) from error
-        except ValueError as error:
-            raise UserError(f"{label} is loaded twice: {error}", "name it once.") from error
         plugin_name = registered or name
-        callers = self._manager.get_hookcallers(plugin) or []
-        if not callers:
+        if not self._manager.get_hookcallers(attributed):
             raise UserError(
                 f"{label} implements no hook, so it adds nothing.",
                 "decorate a function with @distill.hookimpl, as `@hookimpl def register_methods(): return [MyMethod]`.",
             )
         self._sources[plugin_name] = source
-        for caller in callers:
-            for implementation in caller.get_hookimpls():
-                if implementation.plugin is plugin and not implementation.wrapper and not implementation.hookwrapper:
-                    implementation.function = _attributed(implementation.function, label, caller.name)
         for kind, hook in _HOOKS.items():
-            for found in self._offered(plugin, hook, label):
+            for found in self._offered(attributed, hook, label):
                 self._add_class(kind, found, Provenance(kind, getattr(found, "name", ""), source, plugin_name), label)
 
     def _offered(self, plugin: object, hook: str, label: str) -> Iterator[type[Any]]:
@@ -301,10 +297,12 @@ def _check_class(kind: str, found: Any, label: str) -> None:
         raise UserError(f"{label}: {found!r} is not a class derived from distill.{base.__name__}.", "derive it.")
     name = getattr(found, "name", None)
     if not isinstance(name, str) or not name:
-        raise UserError(f"{label}: class {found.__name__} has no name.", "add `name = \"...\"` to the class.")
+        raise UserError(f"{label}: class {found.__name__} has no name.", 'add `name = "..."` to the class.')
     if inspect.isabstract(found):
         missing = ", ".join(sorted(found.__abstractmethods__))
-        raise UserError(f"{label}: {_spoken(kind)} {name!r} does not define {missing}.", f"see distill.{base.__name__}.")
+        raise UserError(
+            f"{label}: {_spoken(kind)} {name!r} does not define {missing}.", f"see distill.{base.__name__}."
+        )
     config = getattr(found, "Config", None)
     strict = isinstance(config, type) and issubclass(config, BaseModel) and config.model_config.get("extra") == "forbid"
     if not strict:
@@ -312,6 +310,18 @@ def _check_class(kind: str, found: Any, label: str) -> None:
             f"{label}: Config of {_spoken(kind)} {name!r} must be a pydantic model that refuses unknown keys.",
             f"derive it: `class Config({base.__name__}.Config)`.",
         )
+
+
+def _attributed_hooks(plugin: object, label: str) -> SimpleNamespace:
+    """The hook implementations of `plugin`, each reporting its failures with the plugin's name."""
+    marker = f"{hookspecs.PROJECT}_impl"
+    found = {name: getattr(plugin, name) for name in dir(plugin) if hasattr(getattr(plugin, name, None), marker)}
+    result = SimpleNamespace()
+    for name, function in found.items():
+        options = getattr(function, marker)
+        wraps = options.get("wrapper") or options.get("hookwrapper")
+        setattr(result, name, function if wraps else _attributed(function, label, options.get("specname") or name))
+    return result
 
 
 def _attributed(function: Callable[..., Any], label: str, hook: str) -> Callable[..., Any]:

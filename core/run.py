@@ -1,6 +1,6 @@
 """A distillation run, start to end: the one direction that everything flows in.
 
-config -> family -> data -> networks and optimizers -> loop with validation and checkpoints -> export -> scores -> publish
+config -> family -> data -> networks and optimizers -> loop, validation, checkpoints -> export -> scores -> publish
 """
 
 from __future__ import annotations
@@ -35,6 +35,10 @@ if TYPE_CHECKING:
 
 Say = Callable[[str], None]
 RESOLVED = "config.resolved.json"
+MINIATURE = (
+    "no model named: this distils the miniature that ships with the family, a small but real and trained model for "
+    "trying things out. Your own: --model PATH_OR_ID --data FILE (`distill config init` writes both files)"
+)
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,11 @@ class RunResult:
     student: Path
     steps: int
     evaluation: Evaluation | None
+    grid: Path | None = None
+    """The last validation's side-by-side picture."""
+    prompt: str = ""
+    """The first validation prompt."""
+    rank: int = 0
 
 
 def run(configuration: Configuration, registry: Registry, *, say: Say | None = None) -> RunResult:
@@ -111,20 +120,24 @@ class Run:
 
     @cached_property
     def processes(self) -> Processes:
+        """Ranks and device."""
         from .engine.processes import Processes
 
         return Processes(self.settings.device)
 
     @cached_property
     def family(self) -> Any:
+        """The run's model."""
         return build_family(self.config, self.registry, device=str(self.processes.device))
 
     @cached_property
     def method(self) -> Any:
+        """The run's algorithm."""
         return build_method(self.config, self.registry, self.family)
 
     @cached_property
     def data(self) -> DataPipeline:
+        """From the data file to batches."""
         from .data.pipeline import DataPipeline
 
         settings, processes = self.settings, self.processes
@@ -136,10 +149,12 @@ class Run:
 
     @cached_property
     def optimizer_plugin(self) -> Any:
+        """Builds the optimizers."""
         return self.registry.get("optimizer", self.settings.optimizer)(self.config.optimizer)
 
     @cached_property
     def networks(self) -> Networks:
+        """Networks by role, with the weights of ``init_lora`` if one is named."""
         import torch
 
         from .networks import Networks
@@ -157,6 +172,7 @@ class Run:
 
     @cached_property
     def validator(self) -> Validator | None:
+        """Makes validation pictures; None when validation is off."""
         from .validation import ValidationPlan, Validator
 
         settings = self.settings
@@ -171,6 +187,7 @@ class Run:
 
     @cached_property
     def prompts(self) -> Sequence[str]:
+        """Validation prompts, or captions of the data."""
         return self.config.validation_prompts or self.data.captions(4)
 
     @cached_property
@@ -188,6 +205,7 @@ class Run:
 
     @cached_property
     def trackers(self) -> Any:
+        """Where the run is watched; none on ranks other than the first."""
         from .tracking import build_trackers
 
         names = self.settings.report_to if self.processes.main else ()
@@ -195,6 +213,7 @@ class Run:
 
     @cached_property
     def publishers(self) -> Publishers:
+        """Where the student goes at the end."""
         from .publishing import build_publishers
 
         return build_publishers(self.registry, self.config, self.say)
@@ -237,6 +256,7 @@ class Run:
 
     @cached_property
     def trainer(self) -> Trainer:
+        """The loop with everything it needs."""
         import torch
 
         from .context import Context, Runtime
@@ -273,6 +293,8 @@ class Run:
 
     def _open(self) -> None:
         folder = self.settings.output_dir
+        if self.config.miniature:
+            self.say(MINIATURE)
         if self.processes.main:
             state = check_output_dir(self.config)
             if state.clear:
@@ -359,7 +381,7 @@ class Run:
         return folder
 
     def _finish(self) -> RunResult:
-        from .finish import evaluate_student, export_student, publish_student
+        from .finish import evaluate_student, export_student, last_grid, publish_student
 
         student, evaluation = self.settings.output_dir / "student", None
         if self.processes.main:
@@ -372,7 +394,11 @@ class Run:
         self.registry.hook.on_run_end(state=self.trainer.state)
         self.data.close()
         self.processes.barrier()
-        return RunResult(self.settings.output_dir, student, self.trainer.step, evaluation)
+        prompt = self.prompts[0] if self.prompts else ""
+        return RunResult(
+            self.settings.output_dir, student, self.trainer.step, evaluation, last_grid(self.settings.output_dir), prompt,
+            self.processes.rank,
+        )  # fmt: skip
 
     def _failed(self, error: BaseException) -> None:
         """Save what can be saved and say how to go on."""

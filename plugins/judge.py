@@ -1,8 +1,8 @@
 """A small picture classifier that says whether a picture shows what its caption says.
 
 It is trained on the scenes of the miniature teacher (`benchmarks/miniature.py judge`) and ships beside it. One head per
-attribute (kind of thing, colour of the ground, texture of the ground); the penultimate features, of unit order of
-magnitude, serve for a Frechet distance, which is to be called "Frechet distance in judge features" and never FID.
+attribute (kind of thing, colour of the ground, texture of the ground). The penultimate features serve for a Frechet
+distance, which is to be called "Frechet distance in judge features" and never FID.
 """
 
 from __future__ import annotations

@@ -9,10 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from support.pairs import PLUGIN, Pair, distill, said
-
 from distill.core.cli import COMMANDS, main
 from distill.core.errors import Interrupted, PluginError, UserError
+from support.pairs import PLUGIN, Pair, distill, said
 
 HEAVY = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "pydantic", "PIL")
 
@@ -34,7 +33,8 @@ def test_help_imports_nothing_heavy():
 
 
 def test_importing_the_package_imports_nothing():
-    code = f"import sys, distill, distill.core.config\nprint([n for n in {(*HEAVY, 'pluggy', 'typer')!r} if n in sys.modules])"
+    names = (*HEAVY, "pluggy", "typer")
+    code = f"import sys, distill, distill.core.config\nprint([name for name in {names!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -58,7 +58,8 @@ def test_a_misspelt_command_is_a_mistake_of_the_user():
 
 
 @pytest.mark.parametrize(
-    ("error", "code"), [(UserError("m", "r"), 2), (PluginError("m"), 1), (Interrupted("m"), 130), (KeyboardInterrupt(), 130)]
+    ("error", "code"),
+    [(UserError("m", "r"), 2), (PluginError("m"), 1), (Interrupted("m"), 130), (KeyboardInterrupt(), 130)],
 )
 def test_errors_end_with_their_exit_code_and_without_a_traceback(error, code, tmp_path, monkeypatch):
     def fail(*arguments, **options):
@@ -98,6 +99,7 @@ def test_run_hands_over_the_configuration_of_flags_files_and_overrides(tmp_path,
 
     def distil(configuration, registry, *, say=None):
         seen.update(configuration=configuration, registry=registry, say=say)
+        return SimpleNamespace(rank=1)
 
     monkeypatch.setattr("distill.core.run.run", distil)
     pair = Pair(tmp_path, {"learning_rate": 1e-3, "seed": 1})
@@ -208,10 +210,11 @@ def test_doctor_says_what_is_there_and_what_is_missing():
 def test_adapter_parameters_are_counted_as_peft_makes_them():
     import peft
     import torch
-
     from distill.core.cli.doctor import adapter_parameters
 
-    network = torch.nn.ModuleDict({"to_q": torch.nn.Linear(6, 4), "conv1": torch.nn.Conv2d(3, 5, 3), "other": torch.nn.Linear(2, 2)})
+    network = torch.nn.ModuleDict(
+        {"to_q": torch.nn.Linear(6, 4), "conv1": torch.nn.Conv2d(3, 5, 3), "other": torch.nn.Linear(2, 2)}
+    )
     counted = adapter_parameters(network, 2, ("to_q", "conv1"))
     config = peft.LoraConfig(r=2, target_modules=["to_q", "conv1"])
     adapted = peft.inject_adapter_in_model(config, network)

@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from support.pairs import PLUGIN, Pair, distill
-
 from distill.core.config import load_configuration
 from distill.core.config.requirements import check_requirements
 from distill.core.config.run_settings import RunSettings
 from distill.core.errors import ConfigError
 from distill.core.plugins import Registry
+from support.pairs import PLUGIN, Pair, distill
 
 QUICKSTART = Path(__file__).resolve().parent.parent / "docs" / "quickstart"
 
@@ -106,9 +105,10 @@ def test_three_formats_say_the_same(suffix, tmp_path, registry):
     config.write_text(texts[suffix][0])
     data.write_text(texts[suffix][1])
     found = load_configuration(registry, config_file=config, data_file=data)
-    assert found.resolved() == load_configuration(
-        registry, config_file=pair.config_file, data_file=pair.data_file
-    ).resolved()
+    assert (
+        found.resolved()
+        == load_configuration(registry, config_file=pair.config_file, data_file=pair.data_file).resolved()
+    )
     assert (found.run.seed, found.run.learning_rate) == (7, 2e-4)
 
 
@@ -191,7 +191,9 @@ def test_rounding_above_nine_is_an_alignment(load):
 
 
 def test_small_sizes_under_pixel_are_megapixels(load):
-    found = load({}, {"resolution": 512, "resolution_type": "pixel", "minimum_image_size": 0.5, "maximum_image_size": 768})
+    found = load(
+        {}, {"resolution": 512, "resolution_type": "pixel", "minimum_image_size": 0.5, "maximum_image_size": 768}
+    )
     entry = found.datasets[0]
     assert entry.edge_and_area(0.5) == (None, 0.5)
     assert entry.edge_and_area(768) == (768, None)
@@ -201,7 +203,9 @@ def test_small_sizes_under_pixel_are_megapixels(load):
 
 
 def test_other_spellings_of_datasets(load):
-    entry = load({}, {"caption_strategy": "instance_prompt", "instance_prompt": "a cat", "crop_style": "centre"}).datasets[0]
+    entry = load(
+        {}, {"caption_strategy": "instance_prompt", "instance_prompt": "a cat", "crop_style": "centre"}
+    ).datasets[0]
     assert (entry.caption_strategy, entry.crop_style) == ("instanceprompt", "center")
 
 
@@ -325,14 +329,19 @@ def test_overrides_may_hold_json_and_equals_signs(load):
 
 
 def test_null_takes_a_key_back_to_its_default(load):
-    assert load({"checkpoint_step_interval": 7}, overrides=["checkpoint_step_interval=null"]).run.checkpoint_step_interval == 500
+    assert (
+        load({"checkpoint_step_interval": 7}, overrides=["checkpoint_step_interval=null"]).run.checkpoint_step_interval
+        == 500
+    )
 
 
 # -- plugins ----------------------------------------------------------------------------------------------------------
 
 
 def test_plugins_of_the_configuration_are_loaded_before_names_resolve(tmp_path):
-    pair = Pair(tmp_path, {"plugins": [str(PLUGIN)], "distillation_method": "needy", "distillation_config": {"grid": 20}})
+    pair = Pair(
+        tmp_path, {"plugins": [str(PLUGIN)], "distillation_method": "needy", "distillation_config": {"grid": 20}}
+    )
     pair.write()
     found = load_configuration(Registry.load(installed=False), config_file=pair.config_file)
     assert found.method.grid == 20
@@ -353,7 +362,10 @@ def test_plugins_of_the_configuration_are_loaded_before_names_resolve(tmp_path):
         ({"validation_negative_prompt": "blurry"}, "validation_negative_prompt has no effect"),
         ({"push_to_hub": True}, "without hub_model_id"),
         ({"hub_model_id": "me/x"}, "no effect without push_to_hub"),
-        ({"distillation_config": {"num_ddim_timesteps": 30}}, "does not divide the 1000 training timesteps: the grid ends at timestep 989"),
+        (
+            {"distillation_config": {"num_ddim_timesteps": 30}},
+            "does not divide the 1000 training timesteps: the grid ends at timestep 989",
+        ),
     ],
 )
 def test_what_should_be_known_is_said_once(run, line, load):

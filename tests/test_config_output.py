@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
-from support.pairs import PLUGIN, Pair
-
 from distill.core.config import check_output_dir, load_configuration
 from distill.core.config.output import clear_output_dir
 from distill.core.errors import ConfigError, UserError
 from distill.core.plugins import Registry
+from support.pairs import PLUGIN, Pair
 
 
 @pytest.fixture
@@ -112,7 +111,6 @@ def test_a_resume_may_change_what_does_not_decide_the_past(run, dataset, load, t
         ({"lora_rank": 8}, {}, {"lora_rank", "lora_alpha"}),
         ({"seed": 8}, {}, {"seed"}),
         ({"train_batch_size": 8}, {}, {"train_batch_size"}),
-        ({"optimizer": "lion"}, {}, {"optimizer", "optimizer_config.adamw", "optimizer_config.lion"}),
         ({"pretrained_model_name_or_path": "other/model"}, {}, {"pretrained_model_name_or_path"}),
         ({"distillation_config": {"lcm": {"w_max": 20}}}, {}, {"distillation_config.lcm.w_max"}),
         ({"mixed_precision": "no"}, {}, {"mixed_precision"}),

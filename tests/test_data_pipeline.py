@@ -431,7 +431,7 @@ def test_two_processes_share_the_work(tmp_path):
     folder = fill(tmp_path / "set", [(32, 32)] * 12)
     cut = folder / "005.png"
     cut.write_bytes(cut.read_bytes()[:1000])
-    barrier, families, used = threading.Barrier(2), [FakeFamily(), FakeFamily()], {}
+    barrier, families, used = threading.Barrier(2, timeout=30), [FakeFamily(), FakeFamily()], {}
     settings = entry(folder, write_batch_size=3)
     opened, _ = pipeline(settings, root=tmp_path)
     opened._indexed()

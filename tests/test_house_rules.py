@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
 from distill.core.config import docs
 from distill.core.config.dataset_settings import DatasetSettings
 from distill.core.config.findings import expectation
@@ -138,7 +137,7 @@ def test_no_code_branches_on_the_names_of_plugins(registry):
 @pytest.mark.parametrize("hook", list(docs.hooks()), ids=lambda hook: hook[0])
 def test_every_hook_is_described_documented_and_exercised(hook):
     name, signature, line = hook
-    assert line and "\n" not in line, f"{name} wants a docstring of one line"
+    assert len(line.splitlines()) == 1, f"{name} wants a docstring of one line"
     assert f"### `{signature}`\n\n{line}" in (ROOT / "docs" / "hooks.md").read_text(encoding="utf-8")
     tests = [path for path in (ROOT / "tests").glob("test_*.py") if path.name != Path(__file__).name]
     assert any(re.search(rf"\b{name}\b", path.read_text(encoding="utf-8")) for path in tests), f"no test uses {name}"
@@ -176,7 +175,11 @@ def test_a_broad_except_passes_the_error_on_or_says_why_not():
             broad = isinstance(node, ast.ExceptHandler) and (
                 node.type is None or ast.unparse(node.type) in ("Exception", "BaseException")
             )
-            if broad and "#" not in lines[node.lineno - 1] and not any(isinstance(part, ast.Raise) for part in ast.walk(node)):
+            if (
+                broad
+                and "#" not in lines[node.lineno - 1]
+                and not any(isinstance(part, ast.Raise) for part in ast.walk(node))
+            ):
                 wrong.append(f"{relative(path)}:{node.lineno}")
     assert not wrong, wrong
 
@@ -241,7 +244,9 @@ def test_the_wheel_holds_the_tree_and_nothing_else(tmp_path):
     """Built without isolation from a copy: an unlisted package or asset would vanish silently."""
     pytest.importorskip("setuptools", minversion="77")
     copy = tmp_path / "tree"
-    leave_out = shutil.ignore_patterns(".git", "__pycache__", "*.egg-info", "build", "dist", "venv", ".venv", "output", ".*_cache")
+    leave_out = shutil.ignore_patterns(
+        ".git", "__pycache__", "*.egg-info", "build", "dist", "venv", ".venv", "output", ".*_cache"
+    )
     shutil.copytree(ROOT, copy, ignore=leave_out)
     build = "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])"
     done = subprocess.run([sys.executable, "-c", build, str(tmp_path)], cwd=copy, capture_output=True, text=True)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 import types
 from pathlib import Path
 
-import pytest
-from support.pairs import PLUGIN
-
 import distill
+import pytest
 from distill.core.errors import PluginError, UserError
 from distill.core.plugins import KINDS, Registry, hook_names
+from support.pairs import PLUGIN
 
 
 def module(name="plugin_of_the_test", **functions):
@@ -118,7 +118,9 @@ def test_an_alias_clashes_with_a_name(tmp_path):
         (TRACKER.replace('name = "mine"', "pass"), "has no name"),
         (TRACKER.replace("def log(self, metrics, step): ...", ""), "does not define log"),
         (
-            TRACKER.replace('name = "mine"', 'name = "mine"\n\n    class Config(__import__("pydantic").BaseModel): ...'),
+            TRACKER.replace(
+                'name = "mine"', 'name = "mine"\n\n    class Config(__import__("pydantic").BaseModel): ...'
+            ),
             "refuses unknown keys",
         ),
         ("def broken(:\n", "cannot be imported (line 3): SyntaxError"),
@@ -155,11 +157,14 @@ def test_every_hook_of_observation_is_in_the_table_of_this_test():
 @pytest.mark.parametrize("hook", ARGUMENTS)
 def test_observation_hooks_reach_the_plugin_with_their_arguments(hook, tmp_path):
     names = ", ".join(ARGUMENTS[hook])
-    text = f"seen = []\n\n\n@hookimpl\ndef {hook}({names}):\n    seen.append(dict({', '.join(f'{n}={n}' for n in ARGUMENTS[hook])}))\n"
+    copies = ", ".join(f"{name}={name}" for name in ARGUMENTS[hook])
+    text = f"seen = []\n\n\n@hookimpl\ndef {hook}({names}):\n    seen.append(dict({copies}))\n"
     registry = Registry()
-    registry.add_file(file(tmp_path, text))
+    for key in [key for key in sys.modules if key.startswith("distill_plugin_seer")]:
+        del sys.modules[key]
+    registry.add_file(file(tmp_path, text, "seer.py"))
     getattr(registry.hook, hook)(**ARGUMENTS[hook])
-    plugin = next(plugin for plugin in registry._manager.get_plugins())
+    plugin = next(value for key, value in sys.modules.items() if key.startswith("distill_plugin_seer"))
     assert plugin.seen == [ARGUMENTS[hook]]
 
 

@@ -1,3 +1,4 @@
+# ruff: noqa: E501 - a table of one mistake a line
 """Wrong configurations through the real command line: exit code 2, and a message that says how to mend them."""
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ def files(**texts):
     return lambda pair: pair.__dict__.setdefault("raw", {}).update(texts)
 
 
+# fmt: off
 WRONG = [
     # typos at each level
     Wrong("typo run", run(lerning_rate=1e-4), CONFIG, "lerning_rate", "0.0001", "did you mean 'learning_rate'"),
@@ -242,6 +244,7 @@ WRONG = [
     Wrong("override of dataset key", override("data.pets.crp=true"), COMMAND_LINE, "data.pets.crp", "True", "did you mean 'crop'"),
     Wrong("override of dataset value", override("data.pets.crop=maybe"), COMMAND_LINE, "data.pets.crop", "'maybe'", "must be true or false"),
 ]
+# fmt: on
 
 
 @pytest.mark.parametrize("wrong", WRONG, ids=[wrong.name for wrong in WRONG])

@@ -70,9 +70,7 @@ def verify(
     if not checked:
         options.say("there is no cache yet")
     if damaged:
-        raise DistillError(
-            f"{damaged} damaged files were removed; `distill cache build` or the next run makes them anew"
-        )
+        raise DistillError(f"{damaged} damaged files were removed; `distill cache build` or the next run restores them")
 
 
 @app.command()

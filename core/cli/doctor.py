@@ -26,6 +26,8 @@ from .options import (
 )
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from ..config import Configuration
     from ..engine.memory import MemorySettings
     from ..plugins import Registry
@@ -44,7 +46,7 @@ def doctor(
     set_: SetOption = None,
     plugin: PluginOption = None,
 ) -> None:
-    """What this machine has and lacks: device, memory, optional packages, credentials; with a configuration, what it needs."""
+    """What this machine has and lacks: device, memory, optional packages, credentials; what a configuration needs."""
     from ..plugins import Registry
 
     _section("machine", machine(output_dir or Path.cwd()))
@@ -178,11 +180,10 @@ def memory_settings(configuration: Configuration, registry: Registry) -> MemoryS
     )
 
 
-def adapter_parameters(network: object, rank: int, targets: tuple[str, ...]) -> int:
+def adapter_parameters(network: nn.Module, rank: int, targets: tuple[str, ...]) -> int:
     """Parameters of a LoRA of `rank` on the modules whose names end with one of `targets`."""
     from torch import nn
 
-    assert isinstance(network, nn.Module)
     total = 0
     for name, module in network.named_modules():
         if any(name == target or name.endswith(f".{target}") for target in targets):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,6 +17,9 @@ from .options import (
     PluginOption,
     SetOption,
 )
+
+if TYPE_CHECKING:
+    from ..run import RunResult
 
 
 def run(
@@ -57,4 +60,25 @@ def run(
         return
     from ..run import run as distil
 
-    distil(configuration, registry, say=options.say)
+    _report(distil(configuration, registry, say=options.say))
+
+
+def _report(result: RunResult) -> None:
+    """The table of teacher against student, and where everything lies; other ranks than the first say nothing."""
+    if result.rank != 0:
+        return
+    from rich.console import Console
+
+    console = Console()
+    if result.evaluation is not None:
+        console.print(result.evaluation.table())
+    lines = {
+        "student": result.student,
+        "side by side": result.grid,
+        "scores": result.output_dir / "evaluation.json" if result.evaluation else None,
+        "watch": f"tensorboard --logdir {result.output_dir}",
+        "use": f'distill generate {result.output_dir} --prompt "{result.prompt}"',
+    }
+    for name, value in lines.items():
+        if value is not None:
+            console.print(f"{name:>13}  {value}", markup=False, highlight=False, soft_wrap=True)

@@ -158,7 +158,9 @@ def check_sizes(settings: Any, prefix: str, refuse: Refuse) -> None:
     unit, resolution = settings.resolution_type, settings.resolution
     if unit == "area" and resolution > MAX_MEGAPIXELS:
         problem = f"would be {resolution:g} megapixels under resolution_type area"
-        refuse(f"{prefix}resolution", resolution, problem, "set resolution_type to pixel_area, or give megapixels as 1.0")
+        refuse(
+            f"{prefix}resolution", resolution, problem, "set resolution_type to pixel_area, or give megapixels as 1.0"
+        )
     if unit != "area" and resolution < MIN_PIXELS:
         problem = f"would be {resolution:g} pixels under resolution_type {unit}"
         refuse(f"{prefix}resolution", resolution, problem, "set resolution_type to area, or give pixels as 1024")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -14,21 +15,33 @@ from pydantic import BaseModel
 from .types import Relative
 
 
-def leaves(annotation: Any, metadata: tuple[Any, ...] = ()) -> Iterator[tuple[Any, bool]]:
-    """Every scalar type, literal value or model that an annotation admits, and whether it is marked as a path or hub id."""
-    marked = any(isinstance(item, Relative) for item in metadata)
-    origin = get_origin(annotation)
+@dataclass(frozen=True)
+class Leaf:
+    """A scalar type, literal value or model that an annotation admits."""
+
+    part: Any
+    marked: bool = False
+    """Whether it is marked as a path or hub id."""
+    inside: bool = False
+    """Whether it is admitted as an element of a list rather than as the value itself."""
+
+
+def leaves(annotation: Any, metadata: tuple[Any, ...] = (), *, inside: bool = False) -> Iterator[Leaf]:
+    """Everything that an annotation admits."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        inner, *extra = get_args(annotation)
-        yield from leaves(inner, (*metadata, *extra))
+        yield from leaves(arguments[0], (*metadata, *arguments[1:]), inside=inside)
     elif origin is Literal:
-        yield from ((value, False) for value in get_args(annotation))
-    elif origin in (Union, types.UnionType) or origin is not None:
-        for part in get_args(annotation):
+        yield from (Leaf(value, inside=inside) for value in arguments)
+    elif origin in (Union, types.UnionType):
+        for part in arguments:
+            yield from leaves(part, metadata, inside=inside)
+    elif origin is not None:
+        for part in arguments:
             if part is not Ellipsis:
-                yield from leaves(part, metadata if origin in (Union, types.UnionType) else ())
+                yield from leaves(part, inside=True)
     else:
-        yield annotation, marked
+        yield Leaf(annotation, any(isinstance(item, Relative) for item in metadata), inside)
 
 
 def is_local(text: str) -> bool:
@@ -100,7 +113,7 @@ def prepare(
             ready[key] = value
             continue
         parts = list(leaves(info.annotation, tuple(info.metadata)))
-        problem = _first_problem(value, {part for part, _ in parts if _hashable(part)})
+        problem = _first_problem(value, _admitted(parts))
         if problem:
             problems[key] = problem
             continue
@@ -108,8 +121,8 @@ def prepare(
     return ready, problems
 
 
-def _hashable(part: Any) -> bool:
-    return part.__hash__ is not None
+def _admitted(parts: Sequence[Leaf]) -> set[Any]:
+    return {leaf.part for leaf in parts if leaf.part.__hash__ is not None}
 
 
 def _first_problem(value: Any, admitted: set[Any]) -> str | None:
@@ -120,15 +133,18 @@ def _first_problem(value: Any, admitted: set[Any]) -> str | None:
     return None
 
 
-def _adapt(value: Any, parts: list[tuple[Any, bool]], base: Path) -> Any:
+def _adapt(value: Any, parts: Sequence[Leaf], base: Path) -> Any:
     if isinstance(value, list):
-        return [_adapt(item, parts, base) for item in value]
-    admitted = {part for part, _ in parts if _hashable(part)}
+        elements = [leaf for leaf in parts if leaf.inside] or parts
+        return [_adapt(item, elements, base) for item in value]
+    admitted = _admitted(parts)
     if isinstance(value, Mapping):
         models = [part for part in admitted if isinstance(part, type) and issubclass(part, BaseModel)]
         return prepare(models[0], value, lambda _: base)[0] if len(models) == 1 else value
     if value is False and "no" in admitted and bool not in admitted:
         return "no"  # YAML reads a bare `no` as false
     if isinstance(value, str):
-        return adapt_text(value, admitted, marked=any(marked for _, marked in parts), base=base)
+        outside = [leaf for leaf in parts if not leaf.inside and leaf.part is not type(None)] or parts
+        optional = {type(None)} & admitted
+        return adapt_text(value, _admitted(outside) | optional, marked=any(leaf.marked for leaf in outside), base=base)
     return value

@@ -24,7 +24,13 @@ if TYPE_CHECKING:
     from ..plugins import Registry
 
 DATA_FILE_STEM = "multidatabackend"
-INHERITED = ("aspect_bucket_alignment", "aspect_bucket_rounding", "random_flip", "caption_dropout_probability", "vae_batch_size")
+INHERITED = (
+    "aspect_bucket_alignment",
+    "aspect_bucket_rounding",
+    "random_flip",
+    "caption_dropout_probability",
+    "vae_batch_size",
+)
 
 
 @dataclass
@@ -78,7 +84,9 @@ def read_entries(content: Any, origin: Origin, findings: list[Finding]) -> list[
         content = content["data"]  # TOML has no list at the top
     if not isinstance(content, list):
         problem = f"is {_kind(content)}, not a list of datasets"
-        findings.append(Finding(origin.file, "data", content, problem, 'write [{"id": "...", "instance_data_dir": "..."}]'))
+        findings.append(
+            Finding(origin.file, "data", content, problem, 'write [{"id": "...", "instance_data_dir": "..."}]')
+        )
         return []
     entries = []
     for index, item in enumerate(content):
@@ -104,7 +112,9 @@ def read_data_file(path: Path, findings: list[Finding]) -> list[RawEntry]:
     return [] if len(findings) > before else read_entries(content, Origin(str(path), path.parent.absolute()), findings)
 
 
-def apply_overrides(entries: Sequence[RawEntry], overrides: Sequence[tuple[tuple[str, ...], Any]], findings: list[Finding]) -> None:
+def apply_overrides(
+    entries: Sequence[RawEntry], overrides: Sequence[tuple[tuple[str, ...], Any]], findings: list[Finding]
+) -> None:
     """Put ``data.<id>.<key>=value`` of the command line into the entries; ids may contain dots."""
     origin = Origin(COMMAND_LINE, Path.cwd())
     for path, value in overrides:
@@ -113,7 +123,9 @@ def apply_overrides(entries: Sequence[RawEntry], overrides: Sequence[tuple[tuple
         if not matches:
             ids = [entry.id for entry in entries]
             close = nearest(path[1], ids) if len(path) > 1 else None
-            remedy = (f"did you mean {close!r}? " if close else "") + f"ids: {', '.join(ids) or 'none, there is no data file'}"
+            remedy = (
+                f"did you mean {close!r}? " if close else ""
+            ) + f"ids: {', '.join(ids) or 'none, there is no data file'}"
             problem = "names no dataset and key: write data.<id>.<key>=<value>"
             findings.append(Finding(COMMAND_LINE, ".".join(path), value, problem, remedy))
             continue
@@ -179,18 +191,22 @@ class DatasetsCheck:
         rename_dataset_values(values, raw.prefix, self.notices)
         backend = self._backend(raw)
         own = set(backend.model_fields) if backend else set()
-        settings = {key: value for key, value in values.items() if key in DatasetSettings.model_fields or key not in own}
+        settings = {
+            key: value for key, value in values.items() if key in DatasetSettings.model_fields or key not in own
+        }
         settings.pop("backend", None)
         if "backend" in values:
-            self.findings.append(Finding(file, f"{raw.prefix}backend", values["backend"], "is not a known key", "did you mean 'type'?"))
+            self.findings.append(
+                Finding(file, f"{raw.prefix}backend", values["backend"], "is not a known key", "did you mean 'type'?")
+            )
         check = PartCheck(self.findings)
         origin = raw.layers.origin
         inherited = self._inherited(values)
         entry = check.validate(DatasetSettings, {**inherited, **settings}, raw.prefix, origin, known=own)
-        if entry is None or backend is None:
+        if not isinstance(entry, DatasetSettings) or backend is None:
             return None
         ours = {key: value for key, value in values.items() if key in own}
-        if isinstance(entry, DatasetSettings) and entry.dataset_type != "image":
+        if entry.dataset_type != "image":
             return self._writable(entry)
         part = check.validate(backend, ours, raw.prefix, origin)
         return self._writable(entry.model_copy(update={"backend": part})) if part is not None else None
@@ -242,7 +258,9 @@ class DatasetsCheck:
             if entry.text_embeds is not None and entry.text_embeds not in [cache.id for cache in caches]:
                 raw = next(raw for raw in entries if raw.id == entry.id)
                 remedy = f"text_embeds entries: {', '.join(cache.id for cache in caches) or 'none'}"
-                self._refuse(raw, f"{raw.prefix}text_embeds", entry.text_embeds, "is not the id of a text_embeds entry", remedy)
+                self._refuse(
+                    raw, f"{raw.prefix}text_embeds", entry.text_embeds, "is not the id of a text_embeds entry", remedy
+                )
 
 
 def can_be_made(folder: Path) -> bool:

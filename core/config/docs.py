@@ -1,3 +1,4 @@
+# ruff: noqa: E501 (prose)
 """The generated pages of the documentation: ``python -m distill.core.config.docs docs``."""
 
 from __future__ import annotations
@@ -50,12 +51,16 @@ def config_page() -> str:
     parts += [
         "### Settings of plugins",
         "`distillation_config`, `family_config`, `optimizer_config`, `tracker_config`, `evaluator_config` and "
-        "`publisher_config` are objects by plugin name, as `{\"lcm\": {...}}`; for the chosen method, family and optimizer "
+        '`publisher_config` are objects by plugin name, as `{"lcm": {...}}`; for the chosen method, family and optimizer '
         "the name may be left out. What each takes: [plugins.md](plugins.md).",
         "### Other names",
-        "\n".join(["| alias | key |", "| --- | --- |", *(f"| `{alias}` | `{key}` |" for alias, key in RUN_ALIASES.items())]),
+        "\n".join(
+            ["| alias | key |", "| --- | --- |", *(f"| `{alias}` | `{key}` |" for alias, key in RUN_ALIASES.items())]
+        ),
         "### Known, and not in this version",
-        "\n".join(["| key | instead |", "| --- | --- |", *(f"| `{key}` | {instead} |" for key, instead in NOT_YET.items())]),
+        "\n".join(
+            ["| key | instead |", "| --- | --- |", *(f"| `{key}` | {instead} |" for key, instead in NOT_YET.items())]
+        ),
         "## Datasets",
         "A list, in the file of `--data`, of `data_backend_config`, or in `multidatabackend.json` (`.yaml`, `.toml`) beside "
         "the configuration, in `output_dir` or in the working directory.",

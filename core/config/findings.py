@@ -10,7 +10,7 @@ from pydantic_core import PydanticUndefined
 
 from ..errors import Finding
 from ..names import nearest
-from .coercion import prepare
+from .coercion import leaves, prepare
 from .configuration import is_secret
 from .reading import Origin
 
@@ -132,9 +132,7 @@ class PartCheck:
             else:
                 self._whole(item, raw, prefix, origin)
 
-    def _whole(
-        self, item: Any, raw: Mapping[str, Any], prefix: str, origin: Callable[[str], Origin]
-    ) -> None:
+    def _whole(self, item: Any, raw: Mapping[str, Any], prefix: str, origin: Callable[[str], Origin]) -> None:
         """An error of the part as a whole: filed under the first of its keys that the message names."""
         message = str(item["msg"]).removeprefix("Value error, ")
         named = [key for key in raw if key in message]
@@ -153,8 +151,7 @@ class PartCheck:
         origin: Callable[[str], Origin],
     ) -> None:
         remedy = about(model, key)
-        literals = [part for part in _literals(model, key) if isinstance(part, str)]
-        close = nearest(str(value), literals)
+        close = nearest(str(value), _literals(model, key))
         remedy = f"did you mean {close!r}? {remedy}" if close else remedy
         self.findings.append(Finding(origin(key).file, prefix + key, shown(key, value), problem, remedy))
 
@@ -182,11 +179,9 @@ def _list_or_schema(names: list[str]) -> str:
     return "leave it out; `distill config schema` prints all known keys"
 
 
-def _literals(model: type[BaseModel], key: str) -> list[Any]:
-    from .coercion import leaves
-
+def _literals(model: type[BaseModel], key: str) -> list[str]:
     info = model.model_fields[key]
-    return [part for part, _ in leaves(info.annotation, tuple(info.metadata)) if isinstance(part, str)]
+    return [leaf.part for leaf in leaves(info.annotation, tuple(info.metadata)) if isinstance(leaf.part, str)]
 
 
 def _problem(item: Any, model: type[BaseModel], key: str) -> str:

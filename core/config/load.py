@@ -68,6 +68,8 @@ class Loader:
     findings: list[Finding] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
     layers: Layers = field(default_factory=Layers)
+    given_parts: list[tuple[str, Any, Origin]] = field(default_factory=list)
+    """What was given for plugins' parts, the strongest last; folded once the plugins are known."""
     miniature: bool = False
     readable: bool = True
     """Whether the file could be read; if not, nothing is said of what it lacks."""
@@ -80,7 +82,7 @@ class Loader:
         self._load_plugins()
         check = PartsCheck(self.registry, self.layers, self.findings, self.notices)
         check.resolve_names()
-        check.fold()
+        check.fold(self.given_parts)
         recipe_data = self._choose_model(check) if self.readable else None
         refuse_not_yet(self.layers, self.findings)
         inline = self.layers.values.pop("data", None)
@@ -127,7 +129,8 @@ class Loader:
         plain = fill_environment(plain, origin.file, "", self.findings)
         plain = rename_run_keys(plain, origin, self.notices, self.findings)
         align_rounding(plain, "", origin.file, self.notices, self.findings)
-        self.layers.add(plain if data is None else {**plain, "data": data}, origin, deep=DEEP)
+        self.given_parts += [(key, plain.pop(key), origin) for key in PARTS if key in plain]
+        self.layers.add(plain if data is None else {**plain, "data": data}, origin)
 
     def _load_plugins(self) -> None:
         files = self.layers.values.get("plugins") or []
@@ -223,9 +226,7 @@ class Loader:
             self.findings.append(Finding(file, "data_backend_config", None, problem, remedy))
         return recipe
 
-    def _datasets(
-        self, run: RunSettings, entries: list[RawEntry] | None, overrides: Sequence[Override]
-    ) -> Datasets:
+    def _datasets(self, run: RunSettings, entries: list[RawEntry] | None, overrides: Sequence[Override]) -> Datasets:
         apply_overrides(entries or [], overrides, self.findings)
         if entries is None:
             return Datasets()

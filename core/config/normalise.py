@@ -35,7 +35,9 @@ NOT_YET = {
 SIZES = ("minimum_image_size", "maximum_image_size", "target_downsample_size")
 
 
-def rename_run_keys(values: Mapping[str, Any], origin: Origin, notices: list[str], findings: list[Finding]) -> dict[str, Any]:
+def rename_run_keys(
+    values: Mapping[str, Any], origin: Origin, notices: list[str], findings: list[Finding]
+) -> dict[str, Any]:
     """Aliases under their canonical names."""
     result = dict(values)
     for alias, name in RUN_ALIASES.items():
@@ -87,11 +89,14 @@ def align_rounding(values: dict[str, Any], prefix: str, file: str, notices: list
     if alignment is not None and float(alignment) != float(rounding or 0):
         problem = f"is above 9, so it is an alignment, and contradicts aspect_bucket_alignment = {alignment}"
         key = f"{prefix}aspect_bucket_rounding"
-        findings.append(Finding(file, key, rounding, problem, "keep aspect_bucket_alignment; rounding is 1 to 9 decimals"))
+        findings.append(
+            Finding(file, key, rounding, problem, "keep aspect_bucket_alignment; rounding is 1 to 9 decimals")
+        )
         return
     values["aspect_bucket_alignment"] = rounding
     notices.append(
-        f"{prefix}aspect_bucket_rounding = {rounding} is above 9 decimals: read as aspect_bucket_alignment = {rounding} px"
+        f"{prefix}aspect_bucket_rounding = {rounding} is above 9 decimals: "
+        f"read as aspect_bucket_alignment = {rounding} px"
     )
 
 
@@ -110,7 +115,9 @@ def megapixel_notices(values: Any, prefix: str, notices: list[str]) -> None:
     sizes = [(key, getattr(values, key)) for key in SIZES]
     told = [f"{key} = {value:g}" for key, value in sizes if value is not None and 0 < value < PIXEL_LIMIT]
     if told:
-        notices.append(f"{prefix}{', '.join(told)}: below {PIXEL_LIMIT} under resolution_type pixel, read as megapixels")
+        notices.append(
+            f"{prefix}{', '.join(told)}: below {PIXEL_LIMIT} under resolution_type pixel, read as megapixels"
+        )
 
 
 def convert_size(size: float, source: str, target: str) -> float:

@@ -47,8 +47,18 @@ MAY_CHANGE = frozenset(
     }
 )
 """Keys that a resumed run may change."""
-MAY_CHANGE_PREFIXES = ("lr_", "validation_", "evaluation_", "evaluator_config", "tracker_", "publisher_config", "checkpoint")
-DATA_MAY_CHANGE = frozenset({"cache_dir_vae", "cache_dir", "vae_batch_size", "write_batch_size", "instance_data_dir", "root"})
+MAY_CHANGE_PREFIXES = (
+    "lr_",
+    "validation_",
+    "evaluation_",
+    "evaluator_config",
+    "tracker_",
+    "publisher_config",
+    "checkpoint",
+)
+DATA_MAY_CHANGE = frozenset(
+    {"cache_dir_vae", "cache_dir", "vae_batch_size", "write_batch_size", "instance_data_dir", "root"}
+)
 """Keys of a dataset that a resumed run may change: where things lie, and how caches are written."""
 
 

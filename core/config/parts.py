@@ -13,7 +13,7 @@ from ..errors import Finding
 from .configuration import PARTS
 from .dataset_settings import DatasetSettings
 from .findings import PartCheck
-from .reading import Layers
+from .reading import Layers, Origin
 from .run_settings import RunSettings
 
 if TYPE_CHECKING:
@@ -58,40 +58,37 @@ class PartsCheck:
                 self.layers.values[key] = self.classes[kind].name
                 self.notices.append(f"{key} = {name!r} is read as {self.classes[kind].name!r}")
 
-    def fold(self) -> None:
-        """Bring ``distillation_config`` and its like into the form {name: {...}}, whichever form was given."""
-        for key, kind in PARTS.items():
-            given = self.layers.values.get(key)
-            if given is None:
-                self.layers.values.pop(key, None)
-            elif not isinstance(given, Mapping):
-                self.refuse(key, given, "is not an object", f'write {{"NAME": {{...}}}} with the name of a {kind}')
-                del self.layers.values[key]
-            else:
-                self.layers.values[key] = self._folded(key, kind, given)
+    def fold(self, given: Sequence[tuple[str, Any, Origin]]) -> None:
+        """Lay parts over each other, each brought into the form {name: {...}} whichever form it was given in.
 
-    def _folded(self, key: str, kind: str, given: Mapping[str, Any]) -> dict[str, Any]:
+        Args:
+            given: (key, value, origin), the strongest last.
+        """
+        for key, value, origin in given:
+            kind = PARTS[key]
+            if isinstance(value, Mapping):
+                self.layers.add({key: self._folded(key, kind, value, origin)}, origin, deep=frozenset(PARTS))
+            elif value is not None:
+                remedy = f'write {{"NAME": {{...}}}} with the name of a {kind}'
+                self.findings.append(Finding(origin.file, key, value, "must be an object {...}", remedy))
+
+    def _folded(self, key: str, kind: str, given: Mapping[str, Any], origin: Origin) -> dict[str, Any]:
         chosen = self.classes.get(kind)
-        folded: dict[str, Any] = {}
+        named: dict[str, Any] = {}
+        flat: dict[str, Any] = {}
         for name, value in given.items():
+            is_field = chosen is not None and name in chosen.Config.model_fields
             if self.registry.known(kind, name):
-                folded[self.registry.get(kind, name).name] = value
-            elif chosen is None:
-                self._unknown(key, kind, name, value)
-            elif isinstance(value, Mapping) and name not in chosen.Config.model_fields:
-                self._unknown(key, kind, name, value)
-        for name, value in given.items():
-            flat = chosen is not None and not self.registry.known(kind, name)
-            if chosen is not None and flat and (name in chosen.Config.model_fields or not isinstance(value, Mapping)):
-                part = folded.setdefault(chosen.name, {})
-                folded[chosen.name] = {**part, name: value} if isinstance(part, Mapping) else part
-                self.layers.origins[(key, chosen.name, name)] = self.layers.origin(key, name)
-        return folded
-
-    def _unknown(self, key: str, kind: str, name: str, value: Any) -> None:
-        if kind in NAMED.values() and kind not in self.classes:
-            return  # the name that would tell is itself unknown and refused already
-        self.refuse(f"{key}.{name}", value, f"is not a registered {kind}", self.registry.remedy(kind, name))
+                named[self.registry.get(kind, name).name] = value
+            elif is_field or (chosen is not None and not isinstance(value, Mapping)):
+                flat[name] = value
+            elif chosen is not None or kind not in NAMED.values():  # else the unknown name itself is refused already
+                problem, remedy = f"is not a registered {kind}", self.registry.remedy(kind, name)
+                self.findings.append(Finding(origin.file, f"{key}.{name}", value, problem, remedy))
+        if chosen is not None and flat:
+            beside = named.get(chosen.name, {})
+            named[chosen.name] = {**beside, **flat} if isinstance(beside, Mapping) else beside
+        return named
 
     def elsewhere(self) -> dict[str, str]:
         """Keys that are known at another level than the run's -> where."""
@@ -119,7 +116,9 @@ class PartsCheck:
         chosen = self.registry.get(kind, name)
         if kind in self.classes and chosen is not self.classes[kind]:
             self.notices.append(f"{key}.{name} has no effect: the {kind} is {self.classes[kind].name!r}")
-        check = PartCheck(self.findings, elsewhere={key: f"the run's own keys, as {key}" for key in RunSettings.model_fields})
+        check = PartCheck(
+            self.findings, elsewhere={key: f"the run's own keys, as {key}" for key in RunSettings.model_fields}
+        )
         return check.validate(
             chosen.Config, raw or {}, f"{key}.{name}.", lambda part: self.layers.origin(key, name, part)
         )

@@ -83,7 +83,9 @@ def read_file(path: Path, findings: list[Finding], *, what: str) -> Any:
         refuse(what, str(path), kind, f"give the path of a {'/'.join(SUFFIXES)} file; `distill config init` writes one")
         return None
     if path.suffix.lower() not in SUFFIXES:
-        refuse(what, str(path), f"has the suffix {path.suffix!r}; {', '.join(SUFFIXES)} are read", "rename or convert it")
+        refuse(
+            what, str(path), f"has the suffix {path.suffix!r}; {', '.join(SUFFIXES)} are read", "rename or convert it"
+        )
         return None
     try:
         return _parse(path.read_text(encoding="utf-8-sig"), path.suffix.lower())
@@ -130,7 +132,10 @@ class _UniqueLoader(yaml.SafeLoader):
 
 
 def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[str, Any]:
-    pairs = [(str(loader.construct_object(key, deep=True)), loader.construct_object(value, deep=True)) for key, value in node.value]
+    pairs = [
+        (str(loader.construct_object(key, deep=True)), loader.construct_object(value, deep=True))
+        for key, value in node.value
+    ]
     return _unique(pairs)
 
 
@@ -140,7 +145,9 @@ _UniqueLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _m
 def fill_environment(value: Any, file: str, key: str, findings: list[Finding]) -> Any:
     """`value` with every ``{env:NAME}`` inside its texts replaced."""
     if isinstance(value, Mapping):
-        return {name: fill_environment(inner, file, f"{key}.{name}".strip("."), findings) for name, inner in value.items()}
+        return {
+            name: fill_environment(inner, file, f"{key}.{name}".strip("."), findings) for name, inner in value.items()
+        }
     if isinstance(value, list):
         return [fill_environment(inner, file, f"{key}[{index}]", findings) for index, inner in enumerate(value)]
     if not isinstance(value, str):
@@ -158,7 +165,9 @@ def strip_dashes(values: Mapping[str, Any], file: str, findings: list[Finding]) 
     for key, value in values.items():
         plain = key.removeprefix("--")
         if plain in result:
-            findings.append(Finding(file, key, value, f"is given twice, as {plain!r} and {key!r}", "keep one of the two"))
+            findings.append(
+                Finding(file, key, value, f"is given twice, as {plain!r} and {key!r}", "keep one of the two")
+            )
         result[plain] = value
     return result
 

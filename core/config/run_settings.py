@@ -60,7 +60,7 @@ class DataKeys(Settings):
     """Defaults for datasets, which override them."""
 
     data_backend_config: LocalPath | None = None
-    """Data file; absent: `multidatabackend.json` beside the config, then in output_dir, then in the working directory."""
+    """Data file; absent: `multidatabackend.json` beside the config, in output_dir or in the working directory."""
     resolution: float = Field(default=1024, gt=0)
     """Size of training pictures, in the unit of resolution_type (pixels or megapixels)."""
     resolution_type: ResolutionType = "pixel_area"
@@ -68,7 +68,7 @@ class DataKeys(Settings):
     minimum_image_size: float | None = Field(default=None, ge=0)
     """Smaller pictures are left out, in the unit of resolution_type; below 8 under `pixel` it is megapixels."""
     maximum_image_size: float | None = Field(default=None, gt=0)
-    """Larger pictures are scaled down before cropping, in the unit of resolution_type; below 8 under `pixel`: megapixels."""
+    """Larger pictures are scaled down before cropping, unit as minimum_image_size."""
     target_downsample_size: float | None = Field(default=None, gt=0)
     """Size that pictures above the maximum are scaled to before cropping; absent: maximum_image_size."""
     aspect_bucket_rounding: int = Field(default=2, ge=1, le=9)

@@ -28,7 +28,11 @@ def json_schema(registry: Registry) -> dict[str, Any]:
             name: _part(registry.get(kind, name).Config, f"{kind}.{name}", definitions) for name in registry.names(kind)
         }
         properties[key] = {"type": "object", "description": f"Settings by name of {kind}.", "properties": parts}
-    properties["data"] = {"type": "array", "description": "Datasets, as in the data file.", "items": _dataset(registry, definitions)}
+    properties["data"] = {
+        "type": "array",
+        "description": "Datasets, as in the data file.",
+        "items": _dataset(registry, definitions),
+    }
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "distill configuration",

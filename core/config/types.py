@@ -76,7 +76,9 @@ def parse_resolutions(value: Any) -> Any:
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(split_names)]
-Integers = Annotated[tuple[Annotated[int, Field(ge=1, le=1000)], ...], Field(min_length=1), BeforeValidator(split_numbers)]
+Integers = Annotated[
+    tuple[Annotated[int, Field(ge=1, le=1000)], ...], Field(min_length=1), BeforeValidator(split_numbers)
+]
 Resolutions = Annotated[tuple[tuple[int, int], ...], BeforeValidator(parse_resolutions)]
 
 

@@ -287,13 +287,17 @@ class TensorCache:
 
     # -- writing ----------------------------------------------------------------------------------------------------
 
-    def _record(self, line: Mapping[str, Any]) -> None:
+    def _start_writing(self) -> str:
+        """The name that this writer's files begin with; the folder is made on the first call."""
         if self._writer is None:
             self._writer = uuid4().hex[:12]
             self.folder.mkdir(parents=True, exist_ok=True)
             if not (self.folder / DESCRIPTOR).exists():
                 write_whole(self.folder / DESCRIPTOR, json.dumps(self.descriptor, indent=1).encode())
-        append_line(self.folder / f"{self._writer}.jsonl", json.dumps(line))
+        return self._writer
+
+    def _record(self, line: Mapping[str, Any]) -> None:
+        append_line(self.folder / f"{self._start_writing()}.jsonl", json.dumps(line))
 
     def write(self, keys: UInt64s, tensors: Mapping[str, Tensor], failures: Sequence[Failure] = ()) -> None:
         """Add one shard, whole or not at all, and with it what could not be encoded among its entries.
@@ -312,11 +316,10 @@ class TensorCache:
     def _write_shard(self, keys: UInt64s, tensors: Mapping[str, Tensor]) -> Shard:
         from safetensors.torch import save
 
-        self._record({})  # the writer's name and the folder
         rows = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         hashes = torch.from_numpy(np.ascontiguousarray(keys).view(np.uint8).reshape(-1, 16).copy())
         data = save({**rows, KEYS: hashes, CRCS: row_checksums(rows)})
-        name = f"{self._writer}-{self._num_written:05d}.safetensors"
+        name = f"{self._start_writing()}-{self._num_written:05d}.safetensors"
         self._num_written += 1
         write_whole(self.folder / name, data)
         status = os.stat(self.folder / name)

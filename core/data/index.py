@@ -27,7 +27,7 @@ from .captions import CaptionRules, caption_key, read_text
 from .hashing import UInt64s
 from .images import SUFFIXES, BrokenImage, probe
 from .progress import Progress
-from .storage import PARTIAL, sync_folder
+from .storage import partial_of, sync_folder
 
 T = TypeVar("T")
 FORMAT = 1
@@ -271,7 +271,7 @@ def _open_old(path: Path) -> Index | None:
 
 def _write(table: pa.Table, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{PARTIAL}{os.getpid()}-{path.name}")
+    partial = partial_of(path)
     with partial.open("wb") as stream:
         with pa.ipc.new_file(stream, table.schema) as writer:
             writer.write_table(table)

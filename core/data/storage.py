@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from uuid import uuid4
 
 PARTIAL = ".partial-"
 STALE_SECONDS = 24 * 3600
@@ -22,10 +23,15 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def partial_of(path: Path) -> Path:
+    """Where `path` is written before it is renamed: no other process, on whatever machine, writes there."""
+    return path.with_name(f"{PARTIAL}{uuid4().hex[:12]}-{path.name}")
+
+
 def write_whole(path: Path, data: bytes | memoryview) -> None:
     """Write `path` so that no reader and no crash ever sees a part of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{PARTIAL}{os.getpid()}-{path.name}")
+    partial = partial_of(path)
     with partial.open("wb") as stream:
         stream.write(data)
         stream.flush()

@@ -1,8 +1,7 @@
 """A plugin file for tests: one of everything, none of which needs weights. Loaded with --plugin."""
 
-from pydantic import Field
-
 import distill
+from pydantic import Field
 
 
 class PlainFamily(distill.ModelFamily):
