@@ -28,11 +28,12 @@ def export_lora(network: nn.Module, folder: Path, info: ExportInfo) -> None:
         from peft.utils import get_peft_model_state_dict
 
         unet: Any = network
+        layers: Any = get_peft_model_state_dict(unet, adapter_name=info.adapter)
         # peft's own names throughout: diffusers' converter renames those of the attention only, and its loader, which
         # decides by the first name, then drops them in silence
         StableDiffusionXLPipeline.save_lora_weights(
             folder,
-            unet_lora_layers=get_peft_model_state_dict(unet, adapter_name=info.adapter),
+            unet_lora_layers=layers,
             unet_lora_adapter_metadata=unet.peft_config[info.adapter].to_dict(),
         )
     if info.metadata:

@@ -332,7 +332,7 @@ def _config_source(name: str | None, revision: str | None) -> FolderSource:
     return source
 
 
-def empty_unet(config: Mapping[str, Any]) -> UNet2DConditionModel:
+def empty_unet(config: Mapping[str, Any]) -> Any:
     """A UNet on the meta device: shapes without memory."""
     import torch
 
@@ -340,48 +340,6 @@ def empty_unet(config: Mapping[str, Any]) -> UNet2DConditionModel:
         from diffusers import UNet2DConditionModel
 
         return UNet2DConditionModel.from_config(dict(config))
-
-
-def with_vae(vae: str, source: Source) -> Source:
-    """The source of another autoencoder: a folder (of a VAE or of a whole model), a file or a hub id."""
-    path = Path(vae).expanduser()
-    if path.is_dir() and not (path / "config.json").is_file() and not (path / "vae" / "config.json").is_file():
-        raise UserError(f"vae {vae!r} has neither config.json nor vae/config.json", "name a folder in diffusers layout")
-    if path.is_file():
-        configs = source.configs if isinstance(source, FileSource) else source
-        assert isinstance(configs, FolderSource)
-        read_header(path)
-        return FileSource(str(path), configs)
-    if path.is_dir():
-        return BareVae(str(path)) if (path / "config.json").is_file() else FolderSource(str(path))
-    return BareHubVae(open_hub(vae).name)
-
-
-class BareVae(FolderSource):
-    """A folder that is an autoencoder itself."""
-
-    def component(self, part: str) -> Path:
-        return Path(self.name)
-
-    def file(self, relative: str) -> Path:
-        return super().file(relative.removeprefix("vae/"))
-
-
-class BareHubVae(HubSource):
-    """A repository that is an autoencoder itself."""
-
-    def component(self, part: str) -> Path:
-        from huggingface_hub import snapshot_download
-
-        with self._reachable("download"):
-            return Path(snapshot_download(self.name, allow_patterns=["config.json", "*.safetensors"]))
-
-    def file(self, relative: str) -> Path:
-        return super().file(relative.removeprefix("vae/"))
-
-    def digest(self, part: str) -> str:
-        commit = self.file("config.json").parent.name
-        return hashlib.sha256(f"{self.name}@{commit}".encode()).hexdigest()
 
 
 def _variant_of(filename: str) -> str | None:

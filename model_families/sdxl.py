@@ -37,27 +37,16 @@ from ._sdxl_pictures import (
     guidance_scale_embedding,
     sample_latents,
 )
-from ._sdxl_source import Source, TextEncoders, empty_unet, open_source, with_vae
+from ._sdxl_source import Source, TextEncoders, empty_unet, open_source
+from ._sdxl_vae import with_vae
 
 if TYPE_CHECKING:
     from ..core.batch import Conditioning
     from ..core.method import Sampler
 
 LCM_TARGETS = (
-    "to_q",
-    "to_k",
-    "to_v",
-    "to_out.0",
-    "proj_in",
-    "proj_out",
-    "ff.net.0.proj",
-    "ff.net.2",
-    "conv1",
-    "conv2",
-    "conv_shortcut",
-    "downsamplers.0.conv",
-    "upsamplers.0.conv",
-    "time_emb_proj",
+    *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
+    *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
 )
 GUIDANCE_DIM = 256
 """``time_cond_proj_dim`` of a student with a guidance embedding."""
@@ -266,12 +255,6 @@ class SDXL(ModelFamily):
         fuse({"unet": network}, loras)
         with quiet_libraries():
             return network.to(self.settings.device, self._weight_dtype()).requires_grad_(False).eval()
-
-    def empty_network(self) -> nn.Module:
-        from diffusers import UNet2DConditionModel
-
-        with torch.device("meta"):
-            return UNet2DConditionModel.from_config(self._source.config("unet/config.json"))
 
     def empty_network(self) -> nn.Module:
         return empty_unet(self._source.config("unet/config.json"))

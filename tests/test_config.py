@@ -454,7 +454,6 @@ def miniature(registry, tmp_path, monkeypatch):
     folder = tmp_path / "miniature"
     (folder / "pictures").mkdir(parents=True)
     recipe = {
-        "model_type": "lora",
         "max_train_steps": 300,
         "learning_rate": 3e-4,
         "resolution": 32,
@@ -494,6 +493,8 @@ def test_the_recipe_does_not_lend_its_learning_rate_to_another_model_type(miniat
     found = load_configuration(registry, flags=flags)
     assert found.run.learning_rate == 1e-6
     assert found.method.grid == 10
+    same = load_configuration(registry, flags={"model_family": "plain-family", "model_type": "lora"})
+    assert same.run.learning_rate == 3e-4
 
 
 def test_own_pictures_with_the_miniature(miniature, registry, tmp_path):

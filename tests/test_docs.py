@@ -189,7 +189,7 @@ def promises() -> list[tuple[str, str]]:
     return [(row[0], row[1]) for row in rows]
 
 
-def tests_of(file: Path) -> set[str]:
+def functions_in(file: Path) -> set[str]:
     return {node.name for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.FunctionDef)}
 
 
@@ -200,7 +200,7 @@ def test_each_promise_of_the_quickstart_is_held_by_a_test_that_exists():
         named = re.findall(r"`(tests/test_\w+\.py)::(test_\w+)`", held)
         assert named, f"nothing holds: {promise}"
         for file, name in named:
-            assert name in tests_of(ROOT / file), f"{file}::{name} does not exist"
+            assert name in functions_in(ROOT / file), f"{file}::{name} does not exist"
         for later in re.findall(r"planned: ([\w ]+)", held):
             assert later in {"quantizers", "other families"}
 

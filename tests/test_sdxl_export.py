@@ -146,6 +146,17 @@ def test_load_student_gives_back_the_trained_network(tiny, student):
     torch.testing.assert_close(ours, expected, rtol=0, atol=2e-5)
 
 
+def test_a_student_can_be_attached_to_another_base_under_any_name(tiny, student):
+    """For a run that starts from an earlier student."""
+    folder, expected = student
+    family = make(tiny)
+    network = family.load_network()
+    family.attach_adapter(network, str(folder), "init")
+    assert network.active_adapters() == ["init"]
+    ours = family.generate(network, family.encode_prompts(PROMPTS), sampler=LCM, seeds=SEEDS, **SIZE)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=2e-5)
+
+
 def test_a_folder_that_holds_no_student_is_refused(tiny, tmp_path):
     with pytest.raises(UserError, match="holds no student"):
         make(tiny).load_student(tmp_path)

@@ -32,16 +32,23 @@ def build(
     configuration, registry = options.load(
         family=family, config=config, data=data, model=model, output_dir=output_dir, overrides=set_, plugins=plugin
     )
-    from ..assemble import build_family
+    from ..assemble import CACHE_FOLDER, build_family
     from ..data.pipeline import DataPipeline
 
     teacher = build_family(configuration, registry)
     teacher.check_source()
     run = configuration.run
-    DataPipeline(
-        configuration, registry, teacher, micro_batch_size=run.train_batch_size,
-        accumulation=run.gradient_accumulation_steps, seed=run.seed, cache_root=run.output_dir / "cache", say=options.say,
-    ).prepare()  # fmt: skip
+    pipeline = DataPipeline(
+        configuration,
+        registry,
+        teacher,
+        micro_batch_size=run.train_batch_size,
+        accumulation=run.gradient_accumulation_steps,
+        seed=run.seed,
+        cache_root=run.output_dir / CACHE_FOLDER,
+        say=options.say,
+    )
+    pipeline.prepare()
 
 
 @app.command()
@@ -106,10 +113,11 @@ def clear(
 
 def _folders(configuration: Configuration, dataset: str | None) -> list[tuple[Path, dict[str, object]]]:
     """Folders and descriptors of all caches of the configuration's datasets, or of one dataset's latents."""
+    from ..assemble import CACHE_FOLDER
     from ..data.cache import cache_folders
     from ..data.pipeline import CachePlaces, dataset_folders
 
-    places = CachePlaces(configuration, configuration.run.output_dir / "cache")
+    places = CachePlaces(configuration, configuration.run.output_dir / CACHE_FOLDER)
     found = {
         folder: descriptor
         for parent in dataset_folders(places, configuration.datasets)
@@ -121,7 +129,8 @@ def _folders(configuration: Configuration, dataset: str | None) -> list[tuple[Pa
 
 def _side_files(configuration: Configuration, dataset: str | None) -> list[Path]:
     """Indexes, remembered settings and quarantine lists beside the latents."""
+    from ..assemble import CACHE_FOLDER
     from ..data.pipeline import CachePlaces
 
-    places = CachePlaces(configuration, configuration.run.output_dir / "cache")
+    places = CachePlaces(configuration, configuration.run.output_dir / CACHE_FOLDER)
     return [file for each in configuration.datasets if dataset in (None, each.id) for file in places.side_files(each)]

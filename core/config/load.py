@@ -169,7 +169,8 @@ class Loader:
         if self.layers.given("num_train_epochs") or self.layers.given("max_train_steps"):
             recipe.pop("max_train_steps", None)
             recipe.pop("num_train_epochs", None)
-        if self.layers.values.get("model_type", recipe.get("model_type")) != recipe.get("model_type"):
+        recipe_type = recipe.get("model_type", RunSettings.model_fields["model_type"].default)
+        if self.layers.values.get("model_type", recipe_type) != recipe_type:
             recipe.pop("learning_rate", None)
         method = check.classes.get("method")
         parts = recipe.get("distillation_config", {})

@@ -34,7 +34,6 @@ MAY_CHANGE = frozenset(
         "dataloader_prefetch",
         "vae_batch_size",
         "gradient_checkpointing",
-        "allow_tf32",
         "max_grad_norm",
         "max_bad_steps",
         "num_validation_images",

@@ -148,8 +148,6 @@ class TrainingKeys(Settings):
     """Fixes data order, noise, timesteps, guidance and dropout, each by a generator of its own."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:1`, ..."""
-    allow_tf32: bool = False
-    """Let CUDA use TF32 in fp32 matrix products."""
 
 
 class OutputKeys(Settings):

@@ -6,6 +6,7 @@ python killed_saves.py FOLDER calls COUNT       SIGKILL by itself at its 1st, 2n
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -26,19 +27,27 @@ def content(step: int) -> CheckpointState:
     return CheckpointState(step, {"student": weights, "optimizer": moments}, {"step": step, "loss": step / 3})
 
 
-def save_forever(folder: Path) -> None:
+def save_forever(folder: Path, parent: int, ready: int) -> None:
     store = CheckpointStore(folder, limit=2)
+    os.write(ready, b"!")
     latest = store.latest()
     step = int(latest.name.split("-")[1]) if latest else 0
-    for number in range(10_000):
+    for number in itertools.count():
+        if os.getppid() != parent:  # the parent itself was killed, so nobody will kill this process
+            return
         step += number % 3 != 2  # every third save replaces a checkpoint of the same step
         store.save(content(step), step=step)
 
 
 def child(folder: Path, kill_at: int | None) -> int:
-    """The process id of a child that saves until it is killed."""
+    """The process id of a child that saves until it is killed; returns when it is about to begin, or is dead."""
+    parent = os.getpid()
+    begun, ready = os.pipe()
     pid = os.fork()
     if pid:
+        os.close(ready)
+        os.read(begun, 1)
+        os.close(begun)
         return pid
     if kill_at is not None:
         count = 0
@@ -51,10 +60,18 @@ def child(folder: Path, kill_at: int | None) -> int:
 
         sys.addaudithook(hook)
     try:
-        save_forever(folder)
+        save_forever(folder, parent, ready)
     except BaseException as error:
         print("child failed:", repr(error), file=sys.stderr, flush=True)
     os._exit(1)
+
+
+def seconds_of_a_save(folder: Path) -> float:
+    """On this machine, as busy as it is now."""
+    store, start = CheckpointStore(folder, limit=2), time.perf_counter()
+    for step in range(1, 6):
+        store.save(content(step))
+    return (time.perf_counter() - start) / 5
 
 
 def verdict(folder: Path) -> dict[str, object]:
@@ -84,10 +101,11 @@ def verdict(folder: Path) -> dict[str, object]:
 def main(folder: Path, mode: str, count: int) -> None:
     torch.set_num_threads(1)
     moments = random.Random(0)
+    duration = seconds_of_a_save(folder.parent / f"{folder.name}-timing")
     for number in range(count):
         pid = child(folder, number + 1 if mode == "calls" else None)
         if mode == "random":
-            time.sleep(moments.uniform(0.0, 0.06))
+            time.sleep(moments.uniform(0, 4 * duration))
             os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
         killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
