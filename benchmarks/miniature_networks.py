@@ -142,6 +142,9 @@ def save_teacher(teacher: Teacher, tokenizers: tuple[CLIPTokenizer, CLIPTokenize
         add_watermarker=False,
     )
     pipeline.save_pretrained(folder)
+    for name in ("text_encoder", "text_encoder_2"):  # half on disk alone: diffusers loads the other parts as float32
+        path = folder / name / "config.json"
+        path.write_text(path.read_text().replace('"dtype": "float16"', '"dtype": "float32"'), encoding="utf-8")
     vae_config = folder / "vae" / "config.json"
     config = {key: value for key, value in json.loads(vae_config.read_text()).items() if key != "_name_or_path"}
     vae_config.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

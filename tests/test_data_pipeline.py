@@ -320,6 +320,26 @@ def test_broken_pictures_are_named_and_the_run_goes_on(tmp_path):
     assert data.num_samples == 7
 
 
+def test_what_was_out_of_reach_is_tried_again(tmp_path, monkeypatch):
+    from distill.data_backends.local import LocalBackend
+
+    folder = fill(tmp_path / "set", [(32, 32)] * 4)
+    read = LocalBackend.open
+
+    def refuse(self, key):
+        if key == "002.png":
+            raise PermissionError(13, "Permission denied")
+        return read(self, key)
+
+    monkeypatch.setattr(LocalBackend, "open", refuse)
+    data, _ = pipeline(entry(folder), root=tmp_path)
+    assert data.prepare().datasets["set"].quarantined == {"002.png": "Permission denied"}
+    monkeypatch.undo()
+    data, _ = pipeline(entry(folder), root=tmp_path)
+    assert not data.prepare().datasets["set"].quarantined
+    assert data.num_samples == 4
+
+
 def test_unreadable_names_are_left_out_and_counted(tmp_path):
     folder = fill(tmp_path / "set", [(32, 32)] * 2)
     try:

@@ -80,6 +80,11 @@ class Read:
     problem: str = ""
 
 
+def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
+    """A column as one array: the mapped one where there is one, for joining copies even that."""
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
 class Index:
     """A memory-mapped index.
 
@@ -96,7 +101,7 @@ class Index:
         self.path = path
         with pa.memory_map(str(path)) as source:
             self.table = pa.ipc.open_file(source).read_all()
-        columns = {name: self.table.column(name).combine_chunks() for name in SCHEMA.names}
+        columns = {name: _one_chunk(self.table.column(name)) for name in SCHEMA.names}
         self._keys, self._captions = columns["key"], columns["captions"]
         self._problems, self._versions = columns["problem"], columns["version"]
         self.width: NDArray[np.int32] = columns["width"].to_numpy()
@@ -198,7 +203,11 @@ class IndexBuilder:
         self.num_read = len(fresh)
         if reused is not None:
             tables.append(reused.select(SCHEMA.names).cast(SCHEMA))
-        table = pa.concat_tables(tables).sort_by("key").combine_chunks()
+        table = pa.concat_tables(tables)
+        del tables
+        if reused is not None:  # a listing alone is sorted
+            table = table.sort_by("key")
+        table = table.combine_chunks()
         _write(table.replace_schema_metadata({"rules": self.rules.identity(), "format": str(FORMAT)}), path)
         return Index(path)
 
@@ -208,7 +217,9 @@ class IndexBuilder:
         if old is None or not old.matches(self.rules.identity()):
             return None, listing
         places = pc.index_in(listing["key"].combine_chunks(), value_set=old.table["key"].combine_chunks())
-        same = pc.is_valid(places)
+        problems = old.table["problem"].take(places)
+        # what could not be read is tried again: it may have been out of reach, which its version does not tell
+        same = pc.fill_null(pc.or_(pc.equal(problems, ""), pc.equal(problems, NO_CAPTION)), False)
         for column in ("size", "version", "caption_version"):
             then = old.table[column].take(places)
             same = pc.and_(same, pc.fill_null(pc.equal(then, listing[column]), False))
