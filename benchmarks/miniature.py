@@ -1,8 +1,8 @@
 """Train the miniature SDXL teacher that ships with the package, its captioned pictures, and its judge.
 
     python benchmarks/miniature.py data      # compose the training pool and write the shipped picture set
-    python benchmarks/miniature.py judge     # the classifier that scores prompt agreement
     python benchmarks/miniature.py vae       # the autoencoder, then the latents of the whole pool
+    python benchmarks/miniature.py judge     # the classifier that scores prompt agreement
     python benchmarks/miniature.py unet      # tokenizers, both text encoders and the UNet, jointly; writes the teacher
     python benchmarks/miniature.py report    # the figures and picture grids of the model card
 
@@ -24,15 +24,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+from distill.plugins.judge import Judge
 from PIL import Image
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "plugins")]
+sys.path[:0] = [str(ROOT / "benchmarks")]
 
 import miniature_data as scenes  # noqa: E402
 import miniature_networks as networks  # noqa: E402
-from judge import Judge  # noqa: E402
 
 ASSETS = ROOT / "model_families" / "assets"
 TEACHER, PICTURES = ASSETS / "sdxl_miniature", ASSETS / "emoji_scenes"
@@ -108,9 +108,13 @@ def decayed(step: int, steps: int, *, warmup: int, decay_from: float) -> float:
 
 
 def train_judge(work: Path, *, steps: int = 1600, batch_size: int = 64) -> None:
-    """Train the classifier on the pool, with slight noise, so that decoded pictures are no surprise to it."""
+    """Train the classifier on the pool, half of each batch through the autoencoder.
+
+    It must judge what a picture shows and be blind to what every decoded picture loses, for students and teacher alike.
+    """
     torch.manual_seed(0)
     pool, held_out = load_pool(work, "pool"), load_pool(work, "held_out")
+    vae, latents = load_vae(), np.load(work / "latents.npy", mmap_mode="r")
     vocabulary = {"kind": list(scenes.KINDS), "colour": list(scenes.COLOURS), "texture": list(scenes.TEXTURES)}
     judge = Judge(vocabulary, resolution=SIZE)
     progress(f"judge: {sum(p.numel() for p in judge.parameters()) / 1e6:.2f}M parameters")
@@ -118,7 +122,9 @@ def train_judge(work: Path, *, steps: int = 1600, batch_size: int = 64) -> None:
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: decayed(s, steps, warmup=100, decay_from=0.1))
     labels = {name: torch.from_numpy(pool[name]) for name in vocabulary}
     for step, index in enumerate(index_batches(POOL_SIZE, batch_size, steps, seed=4)):
-        images = to_images(pool["pixels"][index.numpy()])
+        half = batch_size // 2
+        decoded = decode(vae, torch.from_numpy(latents[index[half:].numpy()]).float())
+        images = torch.cat([to_images(pool["pixels"][index[:half].numpy()]), decoded])
         images = (images + torch.rand(batch_size, 1, 1, 1) * 0.04 * torch.randn_like(images)).clamp(0, 1)
         logits = judge(images)
         loss = sum(nn.functional.cross_entropy(logits[name], labels[name][index]) for name in vocabulary)
@@ -130,8 +136,23 @@ def train_judge(work: Path, *, steps: int = 1600, batch_size: int = 64) -> None:
             progress(f"judge step {step} loss {loss.item():.4f}")
     judge.eval().save_pretrained(TEACHER / "judge")
     judge = Judge.from_pretrained(TEACHER / "judge")
-    right = judge.agreement(to_images(held_out["pixels"]), held_out["captions"].tolist())
-    progress(f"judge: {right.float().mean():.4f} of {len(right)} held-out scenes right")
+    captions, real = held_out["captions"].tolist(), to_images(held_out["pixels"])
+    again = decode(vae, encode_pool(vae, held_out["pixels"]) * vae.config.scaling_factor)
+    for name, images in (("held-out scenes", real), ("of them through the autoencoder", again)):
+        right = judge.agreement(images, captions)
+        progress(f"judge: {right.float().mean():.4f} of {len(right)} {name} right")
+
+
+def load_vae() -> AutoencoderKL:
+    """The autoencoder as it ships, in float32."""
+    return AutoencoderKL.from_pretrained(TEACHER / "vae", torch_dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Scaled latents -> pictures in [0, 1]."""
+    pieces = [vae.decode(piece / vae.config.scaling_factor).sample for piece in latents.split(250)]
+    return (torch.cat(pieces) / 2 + 0.5).clamp(0, 1)
 
 
 # ----------------------------------------------------------------------------------------------------------- vae

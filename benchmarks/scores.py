@@ -2,8 +2,8 @@
 
     python benchmarks/scores.py --seeds 1,2,3 --num-samples 1000 --output output/scores
 
-Runs `distill run --method lcm --family sdxl` once for each seed (a finished one is taken as it is), then scores all
-students and the teacher on the same noise and prompts. Writes scores.json, and prints a Markdown table with the mean and
+Runs `distill run --method lcm --family sdxl` once for each seed (a finished one is taken as it is), then scores
+all students and the teacher on the same noise and prompts. Writes scores.json, and prints a Markdown table with the mean and
 the spread (lowest to highest) over the seeds.
 """
 
@@ -66,7 +66,14 @@ def score(folders: dict[str, Path], *, num_samples: int) -> dict[str, Any]:
     run, family = configuration.run, build_family(configuration, registry)
     method = build_method(configuration, registry, family)
     data = DataPipeline(
-        configuration, registry, family, micro_batch_size=1, accumulation=1, seed=0, cache_root=first / "cache", say=print
+        configuration,
+        registry,
+        family,
+        micro_batch_size=1,
+        accumulation=1,
+        seed=0,
+        cache_root=first / "cache",
+        say=print,
     )
     data.prepare()
     plan = plan_evaluation(

@@ -1,0 +1,1 @@
+"""The engine: it knows no method, family, backend or plugin by name."""

@@ -141,7 +141,9 @@ def open_run(output_dir: Path) -> tuple[Configuration, Registry]:
     except (ValueError, AttributeError) as error:
         raise UserError(f"{file} is not JSON of a run: {error}", "restore the file, or run again") from error
     registry = Registry.load(plugins)
-    return load_configuration(registry, config_file=file, flags={"output_dir": str(output_dir)}), registry
+    return load_configuration(
+        registry, config_file=file, flags={"output_dir": str(output_dir)}, to_train=False
+    ), registry
 
 
 def parse_loras(texts: Sequence[str]) -> tuple[ExtraLora, ...]:

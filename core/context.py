@@ -101,7 +101,5 @@ class Context:
         uncond = self.uncond(cond)
         both = {name: torch.cat([cond[name], uncond[name]]) for name in cond}
         joint = self.predict("teacher", torch.cat([x_t, x_t]), torch.cat([t, t]), both)
-        with_prompt, without = (
-            Prediction(half, x_t, t, self.schedule, joint.kind) for half in joint.output.chunk(2)
-        )
+        with_prompt, without = (Prediction(half, x_t, t, self.schedule, joint.kind) for half in joint.output.chunk(2))
         return guide(with_prompt, without, scale)

@@ -21,7 +21,7 @@ class Samples:
     Attributes:
         images: Shape (N, 3, H, W), float32 in [0, 1].
         prompts: N prompts.
-        reference: The full teacher's pictures from the same noise and prompts, same shape, or None for the teacher itself.
+        reference: The full teacher's pictures from the same noise and prompts, or None for the teacher itself.
         data: Real pictures of the data set, shape (M, 3, H, W), or None where there are none.
     """
 

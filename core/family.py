@@ -195,7 +195,7 @@ class ModelFamily(ABC):
 
     @abstractmethod
     def student_network(self, teacher: nn.Module, *, guidance_embedding: bool) -> nn.Module:
-        """A trainable copy of the teacher in fp32 for full training, with a zero-started guidance embedding if asked."""
+        """A trainable fp32 copy of the teacher for full training, with a zero-started guidance embedding if asked."""
 
     @abstractmethod
     def predict(

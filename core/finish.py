@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .evaluation_report import Evaluation
     from .run import Run
 
+
 def export_info(run: Run) -> ExportInfo:
     """What goes along with the student: its sampler, the shape of its adapter, where it comes from."""
     settings = run.settings

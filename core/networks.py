@@ -1,8 +1,8 @@
 """The networks of a run, by role: one base in memory, with an adapter for each role that trains LoRA.
 
-With LoRA the teacher is the base with adapters off. Which adapters are on is a property of each forward pass: it is set
-for that pass, put back afterwards, and restored for its recomputation under gradient checkpointing, so that one backward
-may cross student, fake score and teacher. ``requires_grad`` is never touched by switching.
+With LoRA the teacher is the base with adapters off. Which adapters are on is a property of each forward pass: it is
+set for that pass, put back afterwards, and restored for its recomputation under gradient checkpointing, so that one
+backward may cross student, fake score and teacher. ``requires_grad`` is never touched by switching.
 """
 
 from __future__ import annotations

@@ -31,9 +31,7 @@ class OptimizerPlugin(ABC):
     aliases: ClassVar[tuple[str, ...]] = ()
     packages: ClassVar[Mapping[str, str]] = {}
     """Import name -> what to pip install."""
-    honours: ClassVar[frozenset[str]] = frozenset(
-        {"adam_beta1", "adam_beta2", "adam_epsilon", "adam_weight_decay"}
-    )
+    honours: ClassVar[frozenset[str]] = frozenset({"adam_beta1", "adam_beta2", "adam_epsilon", "adam_weight_decay"})
     """Which of the run's ``adam_*`` keys it has; the others are refused when they are set by the user."""
     parameter_dtype: ClassVar[Literal["float32", "bfloat16"]] = "float32"
     """Type of the trained weights: bfloat16 for optimizers that compensate the rounding themselves."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .engine.checkpoint import CheckpointState, CheckpointStore, load_optimizer, optimizer_to_tensors, tensors_to_optimizer
+from .engine.checkpoint import (
+    CheckpointState,
+    CheckpointStore,
+    load_optimizer,
+    optimizer_to_tensors,
+    tensors_to_optimizer,
+)
 from .engine.loop import NUM_TIME_BINS, Loop, StepResult
 from .engine.memory import peak_memory_bytes
 from .engine.metrics import MetricBuffer, MetricsFile
@@ -77,6 +83,7 @@ class Trainer:
         total_steps: The last step.
         samples_per_step: Samples of one optimizer step over all processes.
         on_step: Told (step, metrics or None) after every step, for progress displays.
+        pause: A context whose time does not count in the progress display's estimate.
     """
 
     settings: RunSettings
@@ -93,6 +100,7 @@ class Trainer:
     total_steps: int
     samples_per_step: int
     on_step: Callable[[int, Mapping[str, float] | None], None]
+    pause: Callable[[], AbstractContextManager[None]] = nullcontext
     step: int = 0
     _buffer: MetricBuffer = field(default_factory=MetricBuffer)
     _bins: TimeBins = field(default_factory=TimeBins)
@@ -202,7 +210,8 @@ class Trainer:
     def _paused(self) -> Iterator[None]:
         """What happens inside does not count as training time."""
         start = time.perf_counter()
-        yield
+        with self.pause():
+            yield
         since, step = self._flushed
         self._flushed = (since + time.perf_counter() - start, step)
 

@@ -1,0 +1,1 @@
+"""Data backends: where samples and caches live; one file each."""

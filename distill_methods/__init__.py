@@ -1,0 +1,1 @@
+"""Distillation methods: a paper's algorithm in one file each."""

@@ -13,11 +13,11 @@ with f(x, t) = c_skip(t) x + c_out(t) x0_theta(x, t) and the boundary f(x, 0) = 
 
     c_skip = s^2 / ((m t)^2 + s^2),   c_out = m t / sqrt((m t)^2 + s^2),   s = 0.5
 
-On a flow the clean end is reached exactly (sigma_0 = 0), so f = x - sigma v needs no c_skip. theta- is the student itself
-for LoRA, its exponential moving average for full training; never the teacher, for then nothing is bootstrapped.
+On a flow the clean end is reached exactly (sigma_0 = 0), so f = x - sigma v needs no c_skip. theta- is the student
+itself for LoRA, its exponential moving average for full training; never the teacher, for then nothing is bootstrapped.
 
-A LoRA has no guidance input: w only augments the teacher. Full training feeds w to the student, so that it can be run at
-any guidance of the range.
+A LoRA has no guidance input: w only augments the teacher. Full training feeds w to the student, so that it can be run
+at any guidance of the range.
 
 References:
     Luo et al., Latent Consistency Models, arXiv 2310.04378.

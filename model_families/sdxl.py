@@ -254,7 +254,8 @@ class SDXL(ModelFamily):
         network: Any = self._source.load_unet(dtype)
         fuse({"unet": network}, loras)
         with quiet_libraries():
-            return network.to(self.settings.device, self._weight_dtype()).requires_grad_(False).eval()
+            network = network.to(self.settings.device, self._weight_dtype(), memory_format=torch.channels_last)
+        return network.requires_grad_(False).eval()
 
     def empty_network(self) -> nn.Module:
         return empty_unet(self._source.config("unet/config.json"))
@@ -272,7 +273,7 @@ class SDXL(ModelFamily):
             state["time_embedding.cond_proj.weight"] = torch.zeros(width, GUIDANCE_DIM, device=unet.device)
         student = empty_unet(config)
         student.load_state_dict(state, assign=True)
-        return student.requires_grad_(True).eval()
+        return student.to(memory_format=torch.channels_last).requires_grad_(True).eval()
 
     def predict(
         self,

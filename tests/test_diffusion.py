@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-
 from distill.core.diffusion import DDPMSchedule, FlowSchedule, Prediction, guide, scale_from_paper
 from distill.core.diffusion.prediction import PREDICTION_TYPES
 from distill.core.errors import UserError

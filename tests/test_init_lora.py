@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from support.sdxl_setup import make_batch, make_setup
-from support.tiny_sdxl import write_tiny_sdxl
-
 from distill.core.errors import UserError
 from distill.core.family import ExportInfo, LoraSettings
 from distill.core.networks import Networks
+from support.sdxl_setup import make_batch, make_setup
+from support.tiny_sdxl import write_tiny_sdxl
 
 
 @pytest.fixture(scope="module")

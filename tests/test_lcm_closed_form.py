@@ -6,8 +6,6 @@ grid index i is the product of the DDIM maps i, i - 1, ..., 0 (reference: consis
 
 import pytest
 import torch
-from support.gaussian import GaussianFamily, affine_of, gaussian_batch
-
 from distill.core.context import Context, Runtime
 from distill.core.diffusion import DDPMSchedule, FlowSchedule, Prediction
 from distill.core.engine.health import HealthMonitor
@@ -17,6 +15,7 @@ from distill.core.method import MethodSetup, Update
 from distill.core.networks import Networks
 from distill.core.random import Draws
 from distill.distill_methods.lcm import LCM, consistency_function, distance
+from support.gaussian import GaussianFamily, affine_of, gaussian_batch
 
 N, SCALE, MEAN = 8, 2.0, 0.6
 SDXL = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -85,7 +84,9 @@ def sampling_error(method, family, networks, schedule, num_steps):
         t = grid.times[index].expand(len(noise))
         with torch.no_grad(), networks.use(method.result_role()) as network:
             raw = family.predict(network, ours, schedule.network_time(t), cond)
-        ours = consistency_function(Prediction(raw, ours, t, schedule, family.prediction_type), timestep_scaling_factor=10.0)
+        ours = consistency_function(
+            Prediction(raw, ours, t, schedule, family.prediction_type), timestep_scaling_factor=10.0
+        )
         exact = fixed_point(schedule, exact, index)
         if j + 1 < num_steps:
             fresh = draws.randn(f"again{j}", (1,)).double()
@@ -122,7 +123,9 @@ def test_the_parametrisation_leaves_the_loss_unchanged(schedule):
         family = make(schedule, kind)
         config = LCM.Config(num_ddim_timesteps=N, w_min=1.0, w_max=5.0)
         method = LCM(config, MethodSetup("full"))
-        networks = Networks(family, method.roles(config, method.setup), lora=None, seed=0, parameter_dtype=torch.float64)
+        networks = Networks(
+            family, method.roles(config, method.setup), lora=None, seed=0, parameter_dtype=torch.float64
+        )
         context = Context(Runtime(family, networks, seed=3, device=torch.device("cpu")), positions=range(256))
         if schedule.zero_terminal_snr and kind == "epsilon":
             continue  # x0 = (x - sigma eps) / 0 at the noisiest time; refused by the method's requirements

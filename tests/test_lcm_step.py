@@ -1,14 +1,13 @@
-"""One LCM step on a random tiny SDXL against the paper's formulas written out, and what the engine promises of a step."""
+"""One LCM step on a random tiny SDXL against the paper's formulas written out, and what a step promises."""
 
 import numpy as np
 import pytest
 import torch
-from support.sdxl_setup import make_batch, make_loop, make_setup, split
-from support.tiny_sdxl import write_tiny_sdxl
-
 from distill.core.errors import DistillError
 from distill.core.method import Update
 from distill.core.random import Draws
+from support.sdxl_setup import make_batch, make_loop, make_setup, split
+from support.tiny_sdxl import write_tiny_sdxl
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +58,9 @@ def papers_loss(family, networks, batch, *, model_type, seed, step, config):
     with torch.no_grad():
         with networks.use("teacher"):
             e_c = call(unet, x_t, t, c, c["pooled_prompt_embeds"], c["prompt_embeds"])
-            e_u = call(unet, x_t, t, c, torch.zeros_like(c["pooled_prompt_embeds"]), torch.zeros_like(c["prompt_embeds"]))
+            e_u = call(
+                unet, x_t, t, c, torch.zeros_like(c["pooled_prompt_embeds"]), torch.zeros_like(c["prompt_embeds"])
+            )
         g = omega.reshape(n, 1, 1, 1)
         x0_c, x0_u = (x_t - s * e_c) / a, (x_t - s * e_u) / a
         x0_hat, eps_hat = x0_u + g * (x0_c - x0_u), e_u + g * (e_c - e_u)
@@ -197,7 +198,9 @@ def test_clipping_is_of_the_global_norm(folder):
     optimizer = loop.optimizers["student"]
     optimizer._max_grad_norm = 1e-3
     seen = []
-    optimizer.optimizer.step = lambda: seen.append(torch.nn.utils.get_total_norm([p.grad for p in optimizer.parameters]))
+    optimizer.optimizer.step = lambda: seen.append(
+        torch.nn.utils.get_total_norm([p.grad for p in optimizer.parameters])
+    )
     result = loop.step(0, [make_batch(family)])
     assert result.metrics["grad_norm"] > 1e-2, "logged before clipping"
     assert seen[0].item() == pytest.approx(1e-3, rel=1e-3)
@@ -212,9 +215,10 @@ def test_bad_updates_are_withheld_and_end_the_run_with_names(folder):
     moments = loop.optimizers["student"].optimizer.state_dict()["state"][0]["exp_avg"].clone()
     bad = make_batch(family)
     bad.latents[2] = float("nan")
+    for step in range(1, 4):
+        loop.step(step, [bad])
     with pytest.raises(DistillError, match="set/2"):
-        for step in range(1, 6):
-            loop.step(step, [bad])
+        loop.step(4, [bad])
     assert all(torch.equal(p, q) for p, q in zip(networks.parameters("student"), before, strict=True))
     assert torch.equal(loop.optimizers["student"].optimizer.state_dict()["state"][0]["exp_avg"], moments)
     assert loop.health.total == 3

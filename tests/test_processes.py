@@ -6,7 +6,6 @@ import sys
 
 import pytest
 import torch
-
 from distill.core.engine.processes import Processes, _buckets
 from distill.core.errors import UserError
 
@@ -29,7 +28,9 @@ def test_two_processes_average(tmp_path):
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert sorted(done.stdout.split()) == ["0", "1", "ok", "ok"]
 
@@ -46,7 +47,7 @@ def test_what_cannot_work_is_refused_with_the_reason(kind, monkeypatch):
     class State:
         device, process_index, num_processes, is_main_process = torch.device("cpu"), 0, 1, True
 
-        class distributed_type:  # noqa: N801
+        class distributed_type:
             name = kind
 
     monkeypatch.setattr("accelerate.PartialState", lambda **_: State)

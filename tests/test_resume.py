@@ -10,9 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from support.small_run import execute, losses, write_run
-
 from distill.core.errors import Interrupted, UserError
+from support.small_run import execute, losses, write_run
 
 DRIVER = Path(__file__).parent / "support" / "kill_driver.py"
 VARIANTS = {
@@ -35,7 +34,9 @@ def test_killed_and_resumed_is_bit_for_bit_the_same(tmp_path, variant):
     execute(write_run(tmp_path, output="whole", **settings))
     config = write_run(tmp_path, output="killed", **settings)
     command = [sys.executable, str(DRIVER), str(config), str(tmp_path / "killed"), "1", "4"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=500, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert int(done.stdout.split()[-1]) >= 2, "the process must really have been killed"
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")

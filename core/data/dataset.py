@@ -37,6 +37,7 @@ class Counts:
         quarantined: Broken files, name and reason.
         buckets: Pictures by (width, height).
         captions: Different texts.
+        without_caption: The first picture that has none.
     """
 
     found: int = 0
@@ -45,7 +46,7 @@ class Counts:
     quarantined: dict[str, str] = field(default_factory=dict)
     buckets: dict[tuple[int, int], int] = field(default_factory=dict)
     captions: int = 0
-    without_caption: list[str] = field(default_factory=list)
+    without_caption: str = ""
 
 
 class Dataset:
@@ -72,18 +73,17 @@ class Dataset:
     # -- which pictures ---------------------------------------------------------------------------------------------
 
     def _record_problems(self) -> None:
-        for row in np.flatnonzero(~self.index.usable()).tolist():
-            problem = self.index.problem(row)
-            if problem == NO_CAPTION:
-                self.counts.without_caption.append(self.index.key(row))
-            else:
-                self.counts.quarantined[self.index.key(row)] = problem
-        if self.counts.without_caption:
-            self.counts.left_out["no caption"] = len(self.counts.without_caption)
+        without = np.flatnonzero(self.index.having(NO_CAPTION))
+        if len(without):
+            self.counts.left_out["no caption"] = len(without)
+            self.counts.without_caption = self.index.key(without[0])
+        broken = ~(self.index.having("") | self.index.having(NO_CAPTION))
+        for row in np.flatnonzero(broken).tolist():
+            self.counts.quarantined[self.index.key(row)] = self.index.problem(row)
 
     def _filter(self) -> tuple[Int64s, NDArray[np.int32]]:
         """Rows that pass the filters, and their (width, height) buckets, shape (n, 2)."""
-        usable = np.flatnonzero(self.index.usable())
+        usable = np.flatnonzero(self.index.having(""))
         rows, shapes = [np.zeros(0, np.int64)], [np.zeros((0, 2), np.int32)]
         for start in range(0, len(usable), CHUNK):
             part = usable[start : start + CHUNK]
@@ -196,10 +196,10 @@ def _nothing_left(dataset: Dataset) -> tuple[str, str]:
             f"{head}looked in {where} and below for .jpg, .png, .webp and other picture files; {seen}",
             "point instance_data_dir at the folder with the pictures, or set disabled: true",
         )
-    if len(counts.without_caption) == counts.found:
+    if counts.left_out.get("no caption") == counts.found:
         return (
             f"{head}{counts.found} pictures in {where}, none with a caption: caption_strategy = textfile looks for a "
-            f".txt of the same name (such as {counts.without_caption[0].rsplit('.', 1)[0]}.txt)",
+            f".txt of the same name (such as {counts.without_caption.rsplit('.', 1)[0]}.txt)",
             "add the .txt files, or set caption_strategy to filename or instanceprompt",
         )
     reasons = [f"{number:,} {reason}" for reason, number in counts.left_out.items()]

@@ -103,7 +103,7 @@ class Index:
             self.table = pa.ipc.open_file(source).read_all()
         columns = {name: _one_chunk(self.table.column(name)) for name in SCHEMA.names}
         self._keys, self._captions = columns["key"], columns["captions"]
-        self._problems, self._versions = columns["problem"], columns["version"]
+        self._problems = columns["problem"]
         self.width: NDArray[np.int32] = columns["width"].to_numpy()
         self.height: NDArray[np.int32] = columns["height"].to_numpy()
         self.draw: UInt64s = columns["draw"].to_numpy()
@@ -115,7 +115,7 @@ class Index:
     def __len__(self) -> int:
         return len(self._keys)
 
-    def key(self, row: int) -> str:
+    def key(self, row: int | np.integer) -> str:
         """The picture's key in its backend."""
         return self._keys[int(row)].as_py()
 
@@ -127,9 +127,9 @@ class Index:
         """A caption by its place among all captions."""
         return self._caption_texts[int(place)].as_py()
 
-    def usable(self) -> NDArray[np.bool_]:
-        """Which rows have no problem, shape (n,)."""
-        return pc.equal(self._problems, "").to_numpy(zero_copy_only=False)
+    def having(self, problem: str) -> NDArray[np.bool_]:
+        """Which rows have this problem (empty: none at all), shape (n,)."""
+        return pc.equal(self._problems, problem).to_numpy(zero_copy_only=False)
 
     def matches(self, rules: str) -> bool:
         """Whether the captions were made by the same rules."""

@@ -74,7 +74,7 @@ class Prediction:
 
     @property
     def v(self) -> Tensor:
-        """alpha eps - sigma x_0."""
+        """Alpha eps - sigma x_0."""
         alpha, sigma = self.schedule.coefficients(self.t, self.x_t)
         return alpha * self.eps - sigma * self.x0
 
@@ -122,6 +122,5 @@ def guide(cond: Prediction, uncond: Prediction, scale: Tensor) -> Prediction:
 
 
 def scale_from_paper(w: Tensor | float) -> Tensor | float:
-    """g of uncond + g (cond - uncond) for the LCM paper's w of cond + w (cond - uncond): g = w + 1."""
+    """G of uncond + g (cond - uncond) for the LCM paper's w of cond + w (cond - uncond): g = w + 1."""
     return w + 1
-

@@ -59,7 +59,7 @@ class Schedule(ABC):
     """A Gaussian path from data to noise; see the module's equation."""
 
     clean_at_zero: bool
-    """Whether x_0 at t = 0 is the data itself (sigma(0) = 0), so that a consistency function meets its boundary there."""
+    """Whether x_t at t = 0 is the data itself (sigma(0) = 0): a consistency function meets its boundary there."""
     t_max: float
     """The noisiest time."""
     num_train_timesteps: int
@@ -75,11 +75,11 @@ class Schedule(ABC):
 
     @abstractmethod
     def alpha_dot(self, t: Tensor) -> Tensor:
-        """d alpha / dt."""
+        """D alpha / dt."""
 
     @abstractmethod
     def sigma_dot(self, t: Tensor) -> Tensor:
-        """d sigma / dt."""
+        """D sigma / dt."""
 
     @abstractmethod
     def time_of_log_snr(self, log_snr: Tensor) -> Tensor:
@@ -136,10 +136,7 @@ class DDPMSchedule(Schedule):
     def from_config(cls, config: Mapping[str, Any]) -> DDPMSchedule:
         """The table that a diffusers scheduler config describes (betas, zero terminal SNR)."""
         trained = config.get("trained_betas")
-        if trained is not None:
-            betas = torch.tensor(trained, dtype=torch.float64)
-        else:
-            betas = _betas(config)
+        betas = _betas(config) if trained is None else torch.tensor(trained, dtype=torch.float64)
         alphas_cumprod = torch.cumprod(1 - betas, dim=0)
         if config.get("rescale_betas_zero_snr", False):
             alphas_cumprod = rescale_to_zero_snr(alphas_cumprod)
@@ -226,7 +223,7 @@ class FlowSchedule(Schedule):
         return True
 
     def shifted(self, s: Tensor) -> Tensor:
-        """m s / (1 + (m - 1) s)."""
+        """M s / (1 + (m - 1) s)."""
         return self.shift * s / (1 + (self.shift - 1) * s)
 
     def alpha(self, t: Tensor) -> Tensor:

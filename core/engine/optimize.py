@@ -102,4 +102,6 @@ def restored_unless(taken: Tensor, parameters: Sequence[nn.Parameter], optimizer
 
 
 def _state_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    """Moments and counters, in the state or (optimi) in the parameter groups; the parameters themselves left out."""
+    places = [*optimizer.state.values(), *optimizer.param_groups]
+    return [value for place in places for value in place.values() if isinstance(value, Tensor)]

@@ -1,16 +1,15 @@
 """A family whose teacher is known in closed form: data N(c, q^2) per prompt c, one number per sample.
 
-The network is affine in (x, c) with a weight per grid time, which is just enough capacity for every consistency function
-of this data; it starts as the perfect denoiser in whichever parametrisation it is wrapped.
+The network is affine in (x, c) with a weight per grid time, which is just enough capacity for every consistency
+function of this data; it starts as the perfect denoiser in whichever parametrisation it is wrapped.
 """
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
-
 from distill.core.batch import Batch
 from distill.core.family import Capabilities, ModelFamily, ModelSettings
+from torch import Tensor, nn
 
 Q = 0.5
 

@@ -14,14 +14,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch  # noqa: E402
+import torch
 
 torch.set_num_threads(1)
-import diffusers  # noqa: E402, F401
-import peft  # noqa: E402, F401
-import transformers  # noqa: E402, F401
-from diffusers import LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel  # noqa: E402, F401
-from support.small_run import execute  # noqa: E402
+import diffusers  # noqa: F401
+import peft  # noqa: F401
+import transformers  # noqa: F401
+from diffusers import LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel  # noqa: F401
+from support.small_run import execute
 
 
 def attempt(config: Path, log: Path) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-
 from distill.core.batch import Batch
 from distill.core.context import Context, Runtime
 from distill.core.engine.health import HealthMonitor
@@ -17,7 +16,7 @@ from distill.model_families.sdxl import SDXL
 
 
 def make_setup(folder, *, model_type="lora", dtype=torch.float64, checkpointing=False, seed=0, random_b=True, **config):
-    """(family, method, networks, context) on the model in `folder`; LoRA B random so that the adapter does something."""
+    """(family, method, networks, context) on the model in `folder`; LoRA B random so that it does something."""
     family = SDXL(SDXL.Config(), ModelSettings(str(folder)))
     method = LCM(LCM.Config(**{"w_min": 2.0, "w_max": 6.0, **config}), MethodSetup(model_type))
     lora = LoraSettings(rank=4, alpha=8.0) if model_type == "lora" else None
@@ -50,7 +49,8 @@ def split(batch, parts):
     n = len(batch) // parts
     cut = [slice(i * n, (i + 1) * n) for i in range(parts)]
     return [
-        Batch(batch.latents[s], {k: v[s] for k, v in batch.cond.items()}, batch.keys[s], batch.positions[s]) for s in cut
+        Batch(batch.latents[s], {k: v[s] for k, v in batch.cond.items()}, batch.keys[s], batch.positions[s])
+        for s in cut
     ]
 
 
