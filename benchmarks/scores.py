@@ -2,9 +2,9 @@
 
     python benchmarks/scores.py --seeds 1,2,3 --num-samples 1000 --output output/scores
 
-Runs `distill run --method lcm --family sdxl` once for each seed (a finished one is taken as it is), then scores
-all students and the teacher on the same noise and prompts. Writes scores.json, and prints a Markdown table with the mean and
-the spread (lowest to highest) over the seeds.
+Runs `distill run --method lcm --family sdxl` once for each seed (a finished one is taken as it is), then scores all
+students and the teacher on the same noise and prompts. Writes scores.json, and prints a Markdown table with the mean
+and the spread (lowest to highest) over the seeds.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .config import Configuration
     from .evaluation_report import Evaluation
     from .family import ModelFamily
-    from .method import Method, Sampler
+    from .method import Method
     from .plugins import Registry
     from .sampling import NetworksByRole
 
@@ -69,13 +69,12 @@ def evaluate_run(
             "there is nothing to evaluate: no prompts, or no samples", "set validation_prompt, --num-samples"
         )
 
-    def sampler_for(number: int) -> Sampler:
-        return method.sampler(family.schedule, num_inference_steps=number, guidance_scale=run.validation_guidance)
-
     width, height = resolution or default_resolution(configuration)
     plan = plan_evaluation(
         family,
-        sampler_for,
+        lambda number: method.sampler(
+            family.schedule, num_inference_steps=number, guidance_scale=run.validation_guidance
+        ),
         prompts=prompts[:count],
         num_samples=count,
         seed=run.seed,

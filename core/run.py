@@ -124,8 +124,7 @@ class Run(RunParts):
         if self.validator and self.processes.main:
             from .validation import describe
 
-            for line in (describe(self.validator.plan), *self.validator.plan.notices()):
-                self.say(line)
+            self.say(describe(self.validator.plan))
             self.validator.prepare()
             self.family.release_encoders()
 

@@ -223,7 +223,8 @@ class RunParts:
             registry=self.registry, processes=processes, stop=self._stop, validate=self._validate,
             identity={"method": settings.distillation_method, "family": settings.model_family,
                       "model": self.family.fingerprint("denoiser"), "data": self.data.fingerprint()},
-            total_steps=self.total_steps, samples_per_step=self.data.global_batch, on_step=self._on_step, pause=self._pause,
+            total_steps=self.total_steps, samples_per_step=self.data.global_batch, on_step=self._on_step,
+            pause=self._pause,
         )  # fmt: skip
 
     # -- what the flow adds -------------------------------------------------------------------------------------------
