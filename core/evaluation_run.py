@@ -64,11 +64,7 @@ def evaluate_run(
     """
     run = configuration.run
     count = run.evaluation_num_samples if num_samples is None else num_samples
-    if not prompts or count < 1:
-        raise UserError(
-            "there is nothing to evaluate: no prompts, or no samples", "set validation_prompt, --num-samples"
-        )
-
+    _require_something(prompts, count)
     width, height = resolution or default_resolution(configuration)
     plan = plan_evaluation(
         family,
@@ -89,6 +85,13 @@ def evaluate_run(
     found = evaluate(family, networks, plan, evaluators, data=data, say=say, left_out=left_out)
     found.loras = dict(loras or {})
     return found
+
+
+def _require_something(prompts: Sequence[str], count: int) -> None:
+    if not prompts or count < 1:
+        raise UserError(
+            "there is nothing to evaluate: no prompts, or no samples", "set validation_prompt, --num-samples"
+        )
 
 
 def num_real_images(width: int, height: int) -> int:

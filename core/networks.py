@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .engine.ema import EMA
 from .errors import UserError
@@ -85,7 +86,7 @@ class AdapterSwitch:
     def checkpoint(self, module: nn.Module, *args: Any) -> Any:
         """Gradient checkpointing whose recomputation runs with the adapters of the forward pass."""
         adapter = self.active
-        return torch.utils.checkpoint.checkpoint(
+        return checkpoint(
             module.__call__, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), self.use(adapter))
         )
 

@@ -34,10 +34,15 @@ def export_lora(network: nn.Module, folder: Path, info: ExportInfo) -> None:
         StableDiffusionXLPipeline.save_lora_weights(
             folder,
             unet_lora_layers=layers,
-            unet_lora_adapter_metadata=unet.peft_config[info.adapter].to_dict(),
+            unet_lora_adapter_metadata=_in_order(unet.peft_config[info.adapter].to_dict()),
         )
     if info.metadata:
         _add_metadata(folder / WEIGHTS, dict(info.metadata))
+
+
+def _in_order(config: dict[str, Any]) -> dict[str, Any]:
+    """Sets as sorted lists, so that the same student is the same file."""
+    return {key: sorted(value) if isinstance(value, set | frozenset) else value for key, value in config.items()}
 
 
 def _add_metadata(path: Path, metadata: dict[str, str]) -> None:

@@ -47,7 +47,8 @@ class Judge(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """Pictures in [0, 1], (B, 3, H, W) -> features (B, F)."""
-        images = images.to(self.heads[next(iter(self.vocabulary))].weight)
+        weight = next(self.parameters())
+        images = images.to(weight.device, weight.dtype)
         if images.shape[-2:] != (self.resolution, self.resolution):
             size = (self.resolution, self.resolution)
             images = nn.functional.interpolate(images, size, mode="bilinear", antialias=True)

@@ -36,7 +36,8 @@ class Processes:
         cpu = device == "cpu" or (device == "auto" and not _has_accelerator())
         self._state = PartialState(cpu=cpu)
         self._refuse_unsupported()
-        self.device = self._state.device if device in ("auto", "cpu", "cuda") else torch.device(device)
+        own = device in ("auto", "cpu", "cuda") and self._state.device is not None
+        self.device = torch.device(self._state.device or "cpu") if own else torch.device(device)
         self.rank, self.world_size = self._state.process_index, self._state.num_processes
         self.main = self._state.is_main_process
 
