@@ -22,9 +22,12 @@ VARIANTS = {
 
 
 def weights_hash(output: Path) -> str:
+    """Of every tensor's name and bytes; the order of metadata in a safetensors header is random."""
     digest = hashlib.sha256()
     for file in sorted((output / "student").rglob("*.safetensors")):
-        digest.update(file.read_bytes())
+        for name, tensor in sorted(load_file(file).items()):
+            digest.update(name.encode())
+            digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
