@@ -10,7 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from distill.core.errors import Interrupted, UserError
+from safetensors.torch import load_file
 from support.small_run import execute, losses, write_run
 
 DRIVER = Path(__file__).parent / "support" / "kill_driver.py"
