@@ -33,6 +33,11 @@ class Batch:
 
     def to(self, device: str, *, non_blocking: bool = True) -> Batch:
         """The same batch with every tensor on `device`."""
-        latents = None if self.latents is None else self.latents.to(device, non_blocking=non_blocking)
-        cond = {name: value.to(device, non_blocking=non_blocking) for name, value in self.cond.items()}
-        return replace(self, latents=latents, cond=cond)
+
+        def send(tensor: Tensor) -> Tensor:
+            # a copy from memory that is not pinned waits for the device
+            source = tensor.pin_memory() if device.startswith("cuda") and tensor.device.type == "cpu" else tensor
+            return source.to(device, non_blocking=non_blocking)
+
+        latents = None if self.latents is None else send(self.latents)
+        return replace(self, latents=latents, cond={name: send(value) for name, value in self.cond.items()})

@@ -75,7 +75,7 @@ def evaluate_run(
         num_samples=count,
         seed=run.seed,
         resolution=(width, height),
-        steps=steps or run.evaluation_steps,
+        steps=steps or _possible_steps(configuration, family, method, say),
         teacher_steps=teacher_steps or run.evaluation_teacher_steps,
         teacher_guidance=run.evaluation_teacher_guidance,
         role=method.result_role(),
@@ -85,6 +85,21 @@ def evaluate_run(
     found = evaluate(family, networks, plan, evaluators, data=data, say=say, left_out=left_out)
     found.loras = dict(loras or {})
     return found
+
+
+def _possible_steps(configuration: Configuration, family: ModelFamily, method: Method, say: Say) -> list[int]:
+    """``evaluation_steps`` without those that the method cannot sample with, each of which is said."""
+    possible = []
+    for steps in configuration.run.evaluation_steps:
+        try:
+            method.sampler(family.schedule, num_inference_steps=steps)
+        except UserError as error:
+            say(f"evaluation_steps: {steps} is left out: {error.message}")
+        else:
+            possible.append(steps)
+    if not possible:
+        raise UserError("none of evaluation_steps can be sampled", "set evaluation_steps to smaller numbers")
+    return possible
 
 
 def _require_something(prompts: Sequence[str], count: int) -> None:

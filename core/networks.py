@@ -268,4 +268,8 @@ class Networks:
                 self.average.load_state_dict(groups[name])
                 continue
             for key, tensor in group.items():
-                tensor.copy_(groups[name][key])
+                saved = groups[name][key]
+                if saved.shape != tensor.shape:
+                    shapes = f"{tuple(saved.shape)} in the checkpoint and {tuple(tensor.shape)} now"
+                    raise UserError(f"{name}: {key} has shape {shapes}", "resume with the lora_rank of that run")
+                tensor.copy_(saved)

@@ -86,6 +86,7 @@ class Run(RunParts):
         self._start_tracking()
         self.registry.hook.on_run_start(state=self.trainer.state)
         with self._progress or self._make_progress():
+            self._training = True
             self.trainer.train(self.data.steps(self.trainer.step))
             if self.settings.validation_step_interval:
                 self._validate(self.trainer.step)
@@ -110,6 +111,7 @@ class Run(RunParts):
 
     def _check_model(self) -> None:
         """What only the model's own config can tell, still before weights load."""
+        self.sampler()  # refuses steps and guidance that the method cannot sample with
         needs = self.method.requires(self.config.method, self.method.setup)
         if needs.finite_snr and self.family.prediction_type == "epsilon" and self.family.schedule.zero_terminal_snr:
             raise UserError(
@@ -129,7 +131,11 @@ class Run(RunParts):
             self.family.release_encoders()
 
     def _resume(self) -> None:
-        wanted, trainer = self.settings.resume_from_checkpoint, self.trainer
+        wanted = self.settings.resume_from_checkpoint
+        if self.processes.main:
+            _ = self.trainer.store  # it mends what a killed save left; the others look after that
+        self.processes.barrier()
+        trainer = self.trainer
         if wanted == "latest":
             path = trainer.store.latest()
         else:
@@ -181,8 +187,9 @@ class Run(RunParts):
         if self.validator is not None and self.processes.main:
             with self.networks.averaged():
                 folder = self.validator.run(step, self.networks, self.trackers)
-            self.registry.hook.on_validation_end(state=self.trainer.state, folder=folder, step=step)
+            self.family.release_encoders()  # the autoencoder's memory is the training's
         self.processes.barrier()
+        self.registry.hook.on_validation_end(state=self.trainer.state, folder=folder, step=step)
         return folder
 
     def _finish(self) -> RunResult:
@@ -208,7 +215,7 @@ class Run(RunParts):
 
     def _failed(self, error: BaseException) -> None:
         """Save what can be saved and say how to go on."""
-        if isinstance(error, UserError) or "trainer" not in self.__dict__:
+        if "trainer" not in self.__dict__ or (isinstance(error, UserError) and not self._training):
             return
         saved = self.trainer.save_after_failure(error)
         self.registry.hook.on_exception(state=self.trainer.state, error=error)

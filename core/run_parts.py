@@ -47,6 +47,7 @@ class RunParts:
         self.config, self.settings, self.registry = configuration, configuration.run, registry
         self._stop, self._say = stop, say
         self._progress: Progress | None = None
+        self._training = False
 
     def say(self, line: str) -> None:
         """A line for people, once, from the main process."""
@@ -101,11 +102,18 @@ class RunParts:
             self.family, self.method.roles(self.config.method, self.method.setup), lora=lora_settings(self.config),
             seed=settings.seed, gradient_checkpointing=settings.gradient_checkpointing,
             parameter_dtype=getattr(torch, self.optimizer_plugin.parameter_dtype),
-            ema_decay=settings.ema_decay if settings.use_ema else None,
+            ema_decay=settings.ema_decay if self._averages_student() else None,
         )  # fmt: skip
         if settings.init_lora:
             networks.start_from("student", str(settings.init_lora))
         return networks
+
+    def _averages_student(self) -> bool:
+        roles = {role.name: role for role in self.method.roles(self.config.method, self.method.setup)}
+        if self.settings.use_ema and roles[self.method.result_role()].ema_of is not None:
+            self.say(f"use_ema has no effect: what {self.method.name} exports here is an average already")
+            return False
+        return self.settings.use_ema
 
     @cached_property
     def validator(self) -> Validator | None:
@@ -224,7 +232,7 @@ class RunParts:
             identity={"method": settings.distillation_method, "family": settings.model_family,
                       "model": self.family.fingerprint("denoiser"), "data": self.data.fingerprint()},
             total_steps=self.total_steps, samples_per_step=self.data.global_batch, on_step=self._on_step,
-            pause=self._pause,
+            say=self.say, pause=self._pause,
         )  # fmt: skip
 
     # -- what the flow adds -------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from .engine.checkpoint import (
 from .engine.loop import NUM_TIME_BINS, Loop, StepResult
 from .engine.memory import peak_memory_bytes
 from .engine.metrics import MetricBuffer, MetricsFile
-from .errors import DistillError, Interrupted, UserError
+from .errors import Interrupted, UserError
 
 if TYPE_CHECKING:
     from .batch import Batch
@@ -83,6 +83,7 @@ class Trainer:
         total_steps: The last step.
         samples_per_step: Samples of one optimizer step over all processes.
         on_step: Told (step, metrics or None) after every step, for progress displays.
+        say: Takes lines for people.
         pause: A context whose time does not count in the progress display's estimate.
     """
 
@@ -100,12 +101,15 @@ class Trainer:
     total_steps: int
     samples_per_step: int
     on_step: Callable[[int, Mapping[str, float] | None], None]
+    say: Callable[[str], None]
     pause: Callable[[], AbstractContextManager[None]] = nullcontext
     step: int = 0
     _buffer: MetricBuffer = field(default_factory=MetricBuffer)
     _bins: TimeBins = field(default_factory=TimeBins)
     _flushed: tuple[float, int] = (0.0, 0)
     _saved: int = -1
+    _whole: bool = True
+    """Whether weights, counter and figures are of one step."""
 
     # -- resuming ---------------------------------------------------------------------------------------------------
 
@@ -128,24 +132,29 @@ class Trainer:
                 optimizer.scaler.load_state_dict(saved.meta["scalers"][role])
         self.loop.method.load_state_dict(saved.tensors.get("method", {}))
         _set_generators(saved.tensors["generators"])
-        self.loop.health.consecutive = saved.meta["bad_steps"]
+        self.loop.health.consecutive = dict(saved.meta["bad_steps"])
         self.step = self._saved = saved.step
         if self.processes.main:
             self.metrics_file.truncate_after(saved.step)
-            self.store.discard_after(saved.step)
+            discarded = self.store.discard_after(saved.step)
+            if discarded:
+                self.say(f"later checkpoints are removed: {', '.join(path.name for path in discarded)}")
 
     def save(self) -> None:
-        """Write a checkpoint of the present step, unless there is one."""
+        """Write a checkpoint of the present step, unless there is one. Every process must call it."""
         if self._saved == self.step:
             return
+        self._write()
+        self.processes.barrier()
+        folder = self.store.output_dir / f"checkpoint-{self.step}"
+        self.registry.hook.on_checkpoint_saved(state=self.state, folder=folder, step=self.step)
+
+    def _write(self) -> None:
         self.flush()
-        self.loop.health.check()
         if self.processes.main:
             self.metrics_file.sync()
-            folder = self.store.save(self._checkpoint())
-            self.registry.hook.on_checkpoint_saved(state=self.state, folder=folder, step=self.step)
+            self.store.save(self._checkpoint())
         self._saved = self.step
-        self.processes.barrier()
 
     def _checkpoint(self) -> CheckpointState:
         tensors = dict(self.loop.networks.state())
@@ -161,7 +170,7 @@ class Trainer:
             "identity": dict(self.identity),
             "optimizers": optimizers,
             "scalers": scalers,
-            "bad_steps": self.loop.health.consecutive,
+            "bad_steps": dict(self.loop.health.consecutive),
         }
         return CheckpointState(self.step, {name: group for name, group in tensors.items() if group}, meta)
 
@@ -175,29 +184,30 @@ class Trainer:
             DistillError: The loss was not finite too often; the state before is saved.
         """
         self._flushed = (time.perf_counter(), self.step)
-        while self.step < self.total_steps:
-            batches = [batch.to(str(self.processes.device)) for batch in next(steps)]
-            result = self.loop.step(self.step, batches)
-            self.step += 1
-            self.state.step = self.step
-            self._buffer.add(self.step, result.metrics)
-            self._bins.add(result)
-            self.registry.hook.on_step_end(state=self.state, step=self.step)
-            self._after_step()
+        with self.stop.deferred():
+            while self.step < self.total_steps:
+                self._step([batch.to(str(self.processes.device)) for batch in next(steps)])
+                self._after_step()
         self.loop.health.check()
         self.flush()
+
+    def _step(self, batches: list[Batch]) -> None:
+        self.loop.health.check()  # of the step before, while nothing of this one has happened
+        self._whole = False
+        result = self.loop.step(self.step, batches)
+        self.step += 1
+        self.state.step = self.step
+        self._buffer.add(self.step, result.metrics)
+        self._bins.add(result)
+        self._whole = True
+        self.registry.hook.on_step_end(state=self.state, step=self.step)
 
     def _after_step(self) -> None:
         if self._due(self.settings.log_step_interval) or self.step == self.total_steps:
             self.flush()
         else:
             self.on_step(self.step, None)
-        # the flag is compared between ranks on logging steps only, so that the others need no exchange
-        one_process = self.processes.world_size == 1
-        stopping = self.stop.requested if one_process else self._due(self.settings.log_step_interval) and (
-            self.processes.any(self.stop.requested)
-        )  # fmt: skip
-        if stopping:
+        if self.processes.any_so_far(self.stop.requested):
             self.save()
             raise Interrupted(f"stopped at step {self.step}; the checkpoint is complete")
         with self._paused():
@@ -239,11 +249,15 @@ class Trainer:
         self.on_step(step, values)
 
     def save_after_failure(self, error: BaseException) -> Path | None:
-        """What can be kept when the run fails: a checkpoint of the last whole step, if the weights are sound."""
-        if isinstance(error, Interrupted | UserError) or self.step == self._saved or self.step == 0:
-            return self.store.latest()
-        if isinstance(error, DistillError | OSError | RuntimeError):
-            self.save()
+        """What can be kept when the run fails: a checkpoint of the last whole step; returns the newest there is.
+
+        Takes part in no exchange between processes, since the others may be elsewhere.
+        """
+        if self._whole and self.step not in (0, self._saved) and not isinstance(error, Interrupted):
+            try:
+                self._write()
+            except Exception as second:  # the first error is the one to report
+                self.say(f"warning: step {self.step} could not be saved: {type(second).__name__}: {second}")
         return self.store.latest()
 
 

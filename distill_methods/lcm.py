@@ -37,6 +37,7 @@ from torch import Tensor
 from ..core.batch import Batch
 from ..core.context import Context
 from ..core.diffusion import Prediction, Schedule, append_dims
+from ..core.errors import UserError
 from ..core.hookspecs import hookimpl
 from ..core.method import Method, MethodSetup, Requirements, Role, Sampler, Update
 
@@ -171,6 +172,12 @@ class LCM(Method):
         A student with a guidance embedding gets the middle of its range instead: 0 or 1 would feed it w <= 0.
         """
         steps = num_inference_steps or self.config.num_inference_steps
+        if steps > self.config.num_ddim_timesteps:
+            raise UserError(
+                f"{steps} inference steps are more than lcm's num_ddim_timesteps = {self.config.num_ddim_timesteps}: "
+                "the sampler walks on the training grid",
+                f"sample with at most {self.config.num_ddim_timesteps} steps, or train with a finer grid",
+            )
         guidance = self._guidance(guidance_scale)
         if schedule.clean_at_zero:
             sigmas = flow_sampling_sigmas(schedule, self.config.num_ddim_timesteps, steps)

@@ -205,7 +205,9 @@ class SDXL(ModelFamily):
             zeros = {key: torch.zeros_like(cond[key]) for key in ("prompt_embeds", "pooled_prompt_embeds")}
             return {**cond, **zeros}
         if self._empty is None:
+            loaded = self._text is not None
             self._empty = self.encode_prompts([""])
+            self._text = self._text if loaded else None
         return {**cond, **{key: value.to(cond[key]).expand_as(cond[key]) for key, value in self._empty.items()}}
 
     def encode_images(self, pixels: Tensor, generator: Sequence[torch.Generator] | None = None) -> Tensor:

@@ -14,6 +14,7 @@ from ..errors import DistillError
 
 @dataclass(frozen=True)
 class _Pending:
+    role: str
     step: int
     taken: Tensor
     bad_samples: Tensor
@@ -30,50 +31,51 @@ class HealthMonitor:
 
     def __init__(self, max_bad_steps: int) -> None:
         self._max = max_bad_steps
-        self._pending: _Pending | None = None
+        self._pending: list[_Pending] = []
         self._names: Counter[str] = Counter()
-        self.consecutive = 0
+        self.consecutive: dict[str, int] = {}
         self.total = 0
 
-    def record(self, step: int, taken: Tensor, bad_samples: Tensor, keys: Sequence[str]) -> None:
-        """Note a step's flags; what is read here is the step before.
+    def record(self, role: str, step: int, taken: Tensor, bad_samples: Tensor, keys: Sequence[str]) -> None:
+        """Note a step's flags; :meth:`check` reads them, before the next step begins.
 
         Args:
+            role: Whose update it was.
             step: Optimizer step.
             taken: Boolean scalar, whether the update was taken.
             bad_samples: Boolean, shape (B,), samples whose own loss is not finite.
             keys: B sample keys.
         """
-        self.check()
         ready = None
         if taken.device.type == "cuda":
             taken, bad_samples = taken.to("cpu", non_blocking=True), bad_samples.to("cpu", non_blocking=True)
             ready = torch.cuda.Event()
             ready.record()
-        self._pending = _Pending(step, taken, bad_samples, tuple(keys), ready)
+        self._pending.append(_Pending(role, step, taken, bad_samples, tuple(keys), ready))
 
     def check(self) -> None:
         """Read the flags that were noted last. Raises DistillError after too many bad steps in a row."""
-        pending, self._pending = self._pending, None
-        if pending is None:
-            return
+        noted, self._pending = self._pending, []
+        for pending in noted:
+            self._read(pending)
+
+    def _read(self, pending: _Pending) -> None:
         if pending.ready is not None:
             pending.ready.synchronize()
         if bool(pending.taken):
-            self.consecutive = 0
-            self._names.clear()
+            self.consecutive[pending.role] = 0
             return
-        self.consecutive += 1
+        self.consecutive[pending.role] = self.consecutive.get(pending.role, 0) + 1
         self.total += 1
         named = [key for key, bad in zip(pending.keys, pending.bad_samples.tolist(), strict=True) if bad]
         self._names.update(named or pending.keys)
-        if self.consecutive >= self._max:
-            raise DistillError(self._message(pending.step))
+        if self.consecutive[pending.role] >= self._max:
+            raise DistillError(self._message(pending.role, pending.step))
 
-    def _message(self, step: int) -> str:
+    def _message(self, role: str, step: int) -> str:
         names = ", ".join(key for key, _ in self._names.most_common(10))
         return (
-            f"the loss or its gradient was not finite in {self.consecutive} optimizer steps in a row (the last is step "
+            f"the {role}'s loss or gradient was not finite {self.consecutive[role]} times in a row (the last is step "
             f"{step}); no such update was taken. Samples involved: {names}\n"
             "  lower learning_rate, use mixed_precision=bf16 or no instead of fp16, or look at these samples"
         )

@@ -74,6 +74,7 @@ class Loop:
 
     def step(self, step: int, batches: Sequence[Batch]) -> StepResult:
         """Optimizer step `step` over this process's micro-batches."""
+        self.health.check()
         contexts = [self.context.at(step, batch.positions) for batch in batches]
         generators = [self.method.updates(c, b, step) for c, b in zip(contexts, batches, strict=True)]
         result = StepResult()
@@ -106,7 +107,7 @@ class Loop:
         self._reduce([loss, *(p.grad for p in optimizer.parameters if p.grad is not None)])
         norm, taken = optimizer.step(step, healthy=torch.isfinite(loss))
         self.networks.update_averages(role)
-        self.health.record(step, taken, _bad_samples(updates, len(accumulated.keys), loss), accumulated.keys)
+        self.health.record(role, step, taken, _bad_samples(updates, len(accumulated.keys), loss), accumulated.keys)
 
         prefix = "" if role == "student" else f"{role}/"
         result.metrics |= {

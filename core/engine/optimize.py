@@ -60,7 +60,7 @@ class RoleOptimizer:
         if self.scaler:
             self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = _total_norm(gradients)
         taken = torch.isfinite(norm) if healthy is None else torch.isfinite(norm) & healthy
         if self._max_grad_norm > 0:
             factor = (self._max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -83,6 +83,12 @@ class RoleOptimizer:
                 self.optimizer.step()
 
 
+def _total_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """The global 2-norm in at least fp32: bf16 has eight bits, too few for a clipping factor."""
+    dtype = torch.promote_types(gradients[0].dtype, torch.float32)
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2.0, dtype=dtype)))
+
+
 @contextmanager
 def restored_unless(taken: Tensor, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer) -> Any:
     """Undo, on the device, what the block does to parameters and optimizer state unless `taken` is true.
@@ -102,6 +108,10 @@ def restored_unless(taken: Tensor, parameters: Sequence[nn.Parameter], optimizer
 
 
 def _state_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """Moments and counters, in the state or (optimi) in the parameter groups; the parameters themselves left out."""
-    places = [*optimizer.state.values(), *optimizer.param_groups]
-    return [value for place in places for value in place.values() if isinstance(value, Tensor)]
+    """Moments and counters on the device.
+
+    Counters on the host (optimi has one) are left out: undoing them would wait for the device at each step, and one more
+    or less of bias correction does not matter.
+    """
+    found = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    return [tensor for tensor in found if tensor.device.type != "cpu"]

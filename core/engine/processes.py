@@ -7,6 +7,7 @@ than a DDP reducer or a DeepSpeed engine expects.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import timedelta
 
 import torch
 from torch import Tensor
@@ -34,7 +35,9 @@ class Processes:
         from accelerate import PartialState
 
         cpu = device == "cpu" or (device == "auto" and not _has_accelerator())
-        self._state = PartialState(cpu=cpu)
+        # the first process validates, exports and scores while the others wait: that may take hours
+        self._state = PartialState(cpu=cpu, timeout=timedelta(days=7))
+        self._earlier: Tensor | None = None
         self._refuse_unsupported()
         own = device in ("auto", "cpu", "cuda") and self._state.device is not None
         self.device = torch.device(self._state.device or "cpu") if own else torch.device(device)
@@ -77,6 +80,19 @@ class Processes:
         tensor = torch.tensor(int(flag), device=self.device)
         torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
         return bool(tensor.item())
+
+    def any_so_far(self, flag: bool) -> bool:
+        """Whether `flag` was set in any process at the call before this one: asking never waits for the device.
+
+        Every process must call it equally often.
+        """
+        if self.world_size == 1:
+            return flag
+        found = self._earlier is not None and bool(self._earlier.item())
+        tensor = torch.tensor(int(flag), device=self.device)
+        torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
+        self._earlier = tensor.to("cpu", non_blocking=True)
+        return found
 
 
 def _has_accelerator() -> bool:

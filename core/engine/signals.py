@@ -1,17 +1,26 @@
-"""Ctrl-C and SIGTERM ask the run to finish its step and save; a second Ctrl-C ends it at once."""
+"""Ctrl-C and SIGTERM: while training they let the step finish and save, elsewhere they end the run at once."""
 
 from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
+
+from ..errors import Interrupted
 
 
 class StopRequest:
-    """A context in which SIGINT and SIGTERM set :attr:`requested` instead of ending the process."""
+    """A context in which SIGINT and SIGTERM end the run in an orderly way.
+
+    Inside :meth:`deferred` they set :attr:`requested`, and a second Ctrl-C ends the process at once; outside of it they
+    raise :class:`Interrupted` there and then (caches are kept and gone on with, a trained run has its checkpoint).
+    """
 
     def __init__(self) -> None:
         self.requested = False
+        self._deferred = False
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
@@ -26,7 +35,18 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Inside, a signal is a request that the block looks at by itself."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if not self._deferred:
+            raise Interrupted(f"stopped by {signal.Signals(number).name}")
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = True

@@ -42,19 +42,27 @@ def attempt(config: Path, log: Path) -> int:
         os._exit(0)
 
 
-def wait_for_moment(pid: int, output: Path, rng: random.Random, typical: float) -> bool:
+def reap(pid: int, log: Path) -> bool:
+    """Whether the process has ended; one that failed ends everything."""
+    ended, status = os.waitpid(pid, os.WNOHANG)
+    if ended and status:
+        sys.exit(f"an attempt failed by itself:\n{log.read_text()[-4000:]}")
+    return bool(ended)
+
+
+def wait_for_moment(pid: int, output: Path, rng: random.Random, typical: float, *, while_saving: bool) -> bool:
     """True when the process is still there at the moment chosen: a time, or while a checkpoint is being written."""
-    while_saving = rng.random() < 0.5
+    log = output.with_suffix(".log")
     deadline = time.monotonic() + rng.uniform(0.2, 1.0) * typical
     skip = rng.randrange(2)
-    while os.waitpid(pid, os.WNOHANG) == (0, 0):
+    while not reap(pid, log):
         if while_saving and list(output.glob(".checkpoint-*.partial")):
             if skip == 0:
                 time.sleep(rng.uniform(0, 0.01))
                 return True
             skip -= 1
-            while list(output.glob(".checkpoint-*.partial")) and os.waitpid(pid, os.WNOHANG) == (0, 0):
-                time.sleep(0.0005)
+            while list(output.glob(".checkpoint-*.partial")):
+                time.sleep(0.0005)  # a process that dies here leaves its partial: bounded by the caller's time limit
         if not while_saving and time.monotonic() > deadline:
             return True
         time.sleep(0.0005)
@@ -63,12 +71,14 @@ def wait_for_moment(pid: int, output: Path, rng: random.Random, typical: float) 
 
 def main() -> None:
     config, output, seed, num_kills = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-    rng, log, kills = random.Random(seed), Path(sys.argv[2]).with_suffix(".log"), 0
+    rng, log, kills, saving = random.Random(seed), Path(sys.argv[2]).with_suffix(".log"), 0, 0
     typical = 4.0
     while kills < num_kills:
         pid = attempt(config, log)
-        if not wait_for_moment(pid, output, rng, typical):
+        while_saving = kills % 2 == 0
+        if not wait_for_moment(pid, output, rng, typical, while_saving=while_saving):
             break
+        saving += while_saving
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         kills += 1
@@ -76,7 +86,7 @@ def main() -> None:
         _, status = os.waitpid(attempt(config, log), 0)
         if status:
             sys.exit(f"the last attempt failed:\n{log.read_text()[-4000:]}")
-    print("kills", kills)
+    print("kills", kills, "while saving", saving)
 
 
 if __name__ == "__main__":
