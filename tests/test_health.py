@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from support.sdxl_setup import make_batch, make_loop, make_setup
-from support.tiny_sdxl import write_tiny_sdxl
-
 from distill.core.engine.health import HealthMonitor
 from distill.core.errors import DistillError
+from support.sdxl_setup import make_batch, make_loop, make_setup
+from support.tiny_sdxl import write_tiny_sdxl
 
 
 def note(monitor, role, step, good):

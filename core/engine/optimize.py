@@ -86,7 +86,7 @@ class RoleOptimizer:
 def _total_norm(gradients: Sequence[Tensor]) -> Tensor:
     """The global 2-norm in at least fp32: bf16 has eight bits, too few for a clipping factor."""
     dtype = torch.promote_types(gradients[0].dtype, torch.float32)
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2.0, dtype=dtype)))
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(gradients), 2.0, dtype=dtype)))
 
 
 @contextmanager
@@ -110,8 +110,8 @@ def restored_unless(taken: Tensor, parameters: Sequence[nn.Parameter], optimizer
 def _state_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """Moments and counters on the device.
 
-    Counters on the host (optimi has one) are left out: undoing them would wait for the device at each step, and one more
-    or less of bias correction does not matter.
+    Counters on the host (optimi has one) are left out: undoing them would wait for the device at each step, and one
+    more or less of bias correction does not matter.
     """
     found = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
     return [tensor for tensor in found if tensor.device.type != "cpu"]
