@@ -82,11 +82,10 @@ def score(folders: dict[str, Path], *, num_samples: int) -> dict[str, Any]:
         steps=run.evaluation_steps, teacher_steps=sorted({1, 2, 4, 8, *run.evaluation_teacher_steps}),
         teacher_guidance=run.evaluation_teacher_guidance,
     )  # fmt: skip
-    four = next(recipe for recipe in plan.recipes if recipe.name == "teacher" and recipe.steps == 4)
     solver = next(recipe for recipe in plan.recipes if recipe.sampler is not None and recipe.role == "teacher")
     teachers = [recipe for recipe in plan.recipes if recipe.role == "teacher" and recipe is not solver]
     students = [recipe for recipe in plan.recipes if recipe.role == "student"]
-    recipes = [*teachers, replace(solver, steps=four.steps)]
+    recipes = [*teachers, *(replace(solver, steps=steps) for steps in (2, 4))]
     recipes += [replace(recipe, role=name) for name in folders for recipe in students]
     evaluators, left_out = build_evaluators(registry, configuration, evaluation_setting(family))
     real = data.real_images(1000, plan.width, plan.height)

@@ -75,21 +75,21 @@ class Evaluation:
         return found
 
     def table(self) -> Table:
-        """For a terminal."""
+        """For a terminal of eighty columns: a row for each score, a column for each recipe."""
+        from rich import box
         from rich.table import Table
 
-        table = Table(title=self._title())
-        for header in ("", "steps", "guidance"):
-            table.add_column(header, justify="left" if not header else "right", no_wrap=True)
-        for name in self.score_names:
-            table.add_column(self._header(name), justify="right")
-        table.add_column("s per picture\nin a batch", justify="right")
-        table.add_column("s per picture\nalone", justify="right")
+        table = Table(title=self._title(), box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
+        table.add_column("", max_width=26, overflow="fold")
         for row in self.rows:
-            recipe = row.recipe
-            scores = [format_score(row.scores.get(name)) for name in self.score_names]
-            seconds = [format_score(value) for value in (row.seconds_per_image, row.seconds_single)]
-            table.add_row(recipe.name, str(recipe.steps), _guidance(recipe.guidance), *scores, *seconds)
+            name = row.recipe.name.rsplit(", ", 1)[-1]
+            table.add_column(f"{name}\n{plural(row.recipe.steps, 'step')}", justify="right", no_wrap=True)
+        table.add_row("guidance", *(_guidance(row.recipe.guidance) for row in self.rows))
+        for score in self.score_names:
+            cells = [format_score(row.scores.get(score)) for row in self.rows]
+            table.add_row(self._header(score).replace("\n", " "), *cells)
+        for label, field_name in (("seconds per picture", "seconds_per_image"), ("alone", "seconds_single")):
+            table.add_row(label, *(format_score(getattr(row, field_name)) for row in self.rows))
         return table
 
     def markdown(self) -> str:
