@@ -65,13 +65,13 @@ class Evaluation:
         }
 
     def scalars(self) -> dict[str, float]:
-        """Scores by slash-separated name, as ``evaluation/student_4_steps/prompt_agreement_judge``."""
+        """Scores by slash-separated name, as ``scores/student_4_steps/prompt_agreement_judge``."""
         found = {}
         for row in self.rows:
             recipe = row.recipe
             who = f"{recipe.name} {plural(recipe.steps, 'step')}".replace(",", "").replace("+", "p").replace(" ", "_")
             values = {**row.scores, "seconds_per_image": row.seconds_per_image, "seconds_single": row.seconds_single}
-            found |= {f"evaluation/{who}/{name}": value for name, value in values.items()}
+            found |= {f"scores/{who}/{name}": value for name, value in values.items()}
         return found
 
     def table(self) -> Table:

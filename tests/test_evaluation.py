@@ -253,7 +253,7 @@ def test_evaluation_is_written_for_programs_and_for_people(tmp_path):
     assert "distance" in text
     scalars = found.scalars()
     assert (
-        scalars["evaluation/student_4_steps/distance_to_teacher_pixels"]
+        scalars["scores/student_4_steps/distance_to_teacher_pixels"]
         == found.rows[4].scores["distance_to_teacher_pixels"]
     )
     assert all(name.replace("/", "").replace("_", "").isalnum() for name in scalars)

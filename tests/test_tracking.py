@@ -114,7 +114,7 @@ def test_tensorboard_holds_scalars_pictures_text_and_hparams(tmp_path):
     picture = Image.linear_gradient("L").resize((40, 24)).convert("RGB")
     tracker.images("validation", {"grid": picture}, 3)
     tracker.text("config", "**seed**: 1", 0)
-    tracker.finish({"evaluation/student_4_steps/prompt_agreement_judge": 0.75})
+    tracker.finish({"scores/student_4_steps/prompt_agreement_judge": 0.75})
 
     read = events(tmp_path)
     losses = read.Scalars("train/loss")
@@ -125,7 +125,7 @@ def test_tensorboard_holds_scalars_pictures_text_and_hparams(tmp_path):
     assert Image.open(io.BytesIO(stored.encoded_image_string)).tobytes() == picture.tobytes()
     text = read.Tensors("config/text_summary")[0].tensor_proto.string_val[0]
     assert text == b"**seed**: 1"
-    score = read.Scalars("evaluation/student_4_steps/prompt_agreement_judge")[0]
+    score = read.Scalars("scores/student_4_steps/prompt_agreement_judge")[0]
     assert (score.step, score.value) == (3, 0.75)
 
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
