@@ -129,3 +129,31 @@ def test_libraries_are_named_as_pip_knows_them(plugin: type[OptimizerPlugin]) ->
     for module, distribution in plugin.packages.items():
         assert importlib.util.find_spec(module)
         assert importlib.metadata.version(distribution)
+
+
+def test_moments_of_channels_last_weights_resume_bit_for_bit():
+    """A fused kernel walks over memory: moments must lie as their weights do, also after a checkpoint's round trip."""
+    from distill.core.engine.tree import load_optimizer, optimizer_to_tensors, tensors_to_optimizer
+
+    def make():
+        torch.manual_seed(0)
+        layer = torch.nn.Conv2d(4, 6, 3).to(memory_format=torch.channels_last)
+        return layer, torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True)
+
+    def step(layer, optimizer, seed):
+        x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+        optimizer.zero_grad()
+        (layer(x) ** 2).mean().backward()
+        optimizer.step()
+
+    layer, optimizer = make()
+    step(layer, optimizer, 1)
+    tensors, meta = optimizer_to_tensors(optimizer.state_dict())
+    stored = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    again, resumed = make()
+    again.load_state_dict(layer.state_dict())
+    load_optimizer(resumed, tensors_to_optimizer(stored, meta))
+    for seed in (2, 3):
+        step(layer, optimizer, seed)
+        step(again, resumed, seed)
+    assert torch.equal(layer.weight, again.weight)

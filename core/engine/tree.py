@@ -93,7 +93,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, An
     """Load a state dict bit for bit.
 
     ``Optimizer.load_state_dict`` casts every moment to the type of its parameter, which rounds fp32 moments of bf16
-    parameters; those are put back as they were saved.
+    parameters, and leaves it in the memory layout of the file: fused kernels walk over parameter and moment as they lie
+    in memory, so that a contiguous moment of a channels-last weight would be applied elsewhere. Both are mended.
     """
     optimizer.load_state_dict(dict(state_dict))
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -101,5 +102,12 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, An
     for index, parameter in zip(indices, parameters, strict=True):
         for key, saved in state_dict["state"].get(index, {}).items():
             loaded = optimizer.state[parameter].get(key)
-            if isinstance(saved, Tensor) and isinstance(loaded, Tensor) and loaded.dtype != saved.dtype:
-                optimizer.state[parameter][key] = saved.to(device=loaded.device, copy=True)
+            if isinstance(saved, Tensor) and isinstance(loaded, Tensor):
+                optimizer.state[parameter][key] = _like(saved, loaded, parameter)
+
+
+def _like(saved: Tensor, loaded: Tensor, parameter: Tensor) -> Tensor:
+    """`saved` with its own type, on the device of `loaded`, laid out as `parameter` where it has its shape."""
+    if saved.shape != parameter.shape or saved.ndim == 0:
+        return saved.to(device=loaded.device, copy=True)
+    return torch.empty_like(parameter, dtype=saved.dtype, device=loaded.device).copy_(saved).detach()
