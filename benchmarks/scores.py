@@ -31,7 +31,7 @@ SCORES = {
 
 def distil(seed: int, output: Path) -> None:
     """The default command with another seed, unless it has finished before."""
-    if (output / "evaluation.json").exists():
+    if (output / "student").exists():
         return
     command = [sys.executable, "-m", "distill", "run", "--method", "lcm", "--family", "sdxl"]
     command += ["--output-dir", str(output), "--set", f"seed={seed}", "--set", "resume_from_checkpoint=latest"]
