@@ -1,4 +1,4 @@
-"""One thread for the whole suite: its networks are tiny, and two threads that wait for each other are slower than one."""
+"""One thread for the whole suite: on tiny networks two threads that wait for each other are slower than one."""
 
 import os
 
