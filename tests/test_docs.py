@@ -226,3 +226,9 @@ def test_links_lead_somewhere(page):
 def test_the_notices_shown_are_those_of_config_check():
     shown = re.findall(r"^    notice: (.+)$", text("docs/quickstart.md"), re.MULTILINE)
     assert shown == list(NOTICES)
+
+
+def test_no_page_is_left_with_a_place_for_figures():
+    pages = [Path(__file__).parents[1] / "README.md", *(Path(__file__).parents[1] / "docs").glob("*.md")]
+    left = [page.name for page in pages if "@@" in page.read_text() or "<!-- figures" in page.read_text()]
+    assert not left, left
