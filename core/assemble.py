@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .config.output import RESOLVED
 from .errors import UserError
 from .evaluator import EvaluationSetting
 from .family import ExtraLora, LoraSettings, ModelFamily, ModelSettings, Precision
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from .config import Configuration
     from .plugins import Registry
 
-RESOLVED_FILE = "config.resolved.json"
 STUDENT_FOLDER = "student"
 CACHE_FOLDER = "cache"
 _WEIGHT_DTYPES: dict[str, Precision] = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -125,10 +125,10 @@ def open_run(output_dir: Path) -> tuple[Configuration, Registry]:
     from .config import load_configuration
     from .plugins import Registry
 
-    file = output_dir / RESOLVED_FILE
+    file = output_dir / RESOLVED
     if not file.is_file():
         raise UserError(
-            f"{output_dir} has no {RESOLVED_FILE}: it is not the output folder of a run",
+            f"{output_dir} has no {RESOLVED}: it is not the output folder of a run",
             "give the output_dir of a finished `distill run`",
         )
     if not (output_dir / STUDENT_FOLDER).is_dir():

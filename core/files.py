@@ -10,6 +10,17 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+def sync_folder(folder: Path) -> None:
+    """Make renames inside `folder` survive a power cut, where the system can."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def save_picture(picture: Image, path: Path) -> None:
     """Write a PNG; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -16,13 +16,13 @@ def read_library(path: Path | None) -> list[str]:
     """
     if path is None:
         return []
-    remedy = "give a JSON object or list of texts, or a text file with one prompt per line"
+    remedy = "write a JSON object or list of prompts, or a text file with one prompt per line"
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         content = json.loads(text) if path.suffix.lower() == ".json" else text.splitlines()
     except (OSError, ValueError) as error:
-        raise UserError(f"validation_prompt_library = {str(path)!r} cannot be read: {error}", remedy) from error
+        raise UserError(f"validation_prompt_library = {path} cannot be read: {error}", remedy) from error
     prompts = list(content.values()) if isinstance(content, dict) else content
     if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
-        raise UserError(f"validation_prompt_library = {str(path)!r} holds something else than texts", remedy)
+        raise UserError(f"validation_prompt_library = {path} holds something else than texts", remedy)
     return [prompt.strip() for prompt in prompts if prompt.strip()]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .config.output import check_output_dir, clear_output_dir
+from .config.output import RESOLVED, check_output_dir, clear_output_dir
 from .engine.signals import StopRequest
 from .errors import DistillError, Interrupted, UserError
 from .files import write_text
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from .evaluation_report import Evaluation
     from .plugins import Registry
 
-RESOLVED = "config.resolved.json"
 MINIATURE = (
     "no model named: this distils the miniature that ships with the family, a small but real and trained model for "
     "trying things out. Your own: --model PATH_OR_ID --data FILE (`distill config init` writes both files)"

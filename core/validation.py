@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 from .errors import UserError
 from .files import save_picture
 from .grid import GridRow, labelled_grid, to_pictures
-from .prompts import read_library
 from .sampling import Recipe, describe_guidance, guides, make_pictures, plural, sampling, teacher_recipe
 
 if TYPE_CHECKING:
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     from .sampling import NetworksByRole
     from .tracking import Trackers
 
-__all__ = ["Shot", "ValidationPlan", "Validator", "describe", "read_library", "slug"]
+__all__ = ["Shot", "ValidationPlan", "Validator", "describe", "slug"]
 
 FOLDER = "validation"
 TEACHER_FOLDER = "teacher"

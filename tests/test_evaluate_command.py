@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from distill.core.assemble import RESOLVED_FILE, build_family, build_method, lora_settings, open_run
+from distill.core.assemble import build_family, build_method, lora_settings, open_run
 from distill.core.cli.evaluate import evaluate
 from distill.core.cli.generate import generate
 from distill.core.config import load_configuration
+from distill.core.config.output import RESOLVED
 from distill.core.errors import UserError
 from distill.core.family import ExportInfo
 from distill.core.networks import Networks
@@ -39,7 +40,7 @@ def finished(tmp_path_factory) -> Path:
         folder.mkdir(parents=True)
         with networks.use("student") as network:
             family.export(network, folder, ExportInfo(sampler=sampler, model_type="lora", lora=lora))
-    (output / RESOLVED_FILE).write_text(json.dumps(configuration.resolved()))
+    (output / RESOLVED).write_text(json.dumps(configuration.resolved()))
     return output
 
 
@@ -98,14 +99,12 @@ def test_a_run_is_found_where_it_was_moved(finished, tmp_path):
     assert configuration.run.output_dir == moved
 
 
-@pytest.mark.parametrize(
-    ("missing", "problem"), [(RESOLVED_FILE, "not the output folder"), ("student", "did not finish")]
-)
+@pytest.mark.parametrize(("missing", "problem"), [(RESOLVED, "not the output folder"), ("student", "did not finish")])
 def test_a_folder_that_is_no_finished_run_is_refused(finished, tmp_path, missing, problem):
     folder = tmp_path / "out"
     folder.mkdir()
     if missing == "student":
-        (folder / RESOLVED_FILE).write_text((finished / RESOLVED_FILE).read_text())
+        (folder / RESOLVED).write_text((finished / RESOLVED).read_text())
     for command in (lambda: evaluate(folder), lambda: generate(folder, prompt="a")):
         with pytest.raises(UserError, match=problem) as caught:
             command()
@@ -113,16 +112,16 @@ def test_a_folder_that_is_no_finished_run_is_refused(finished, tmp_path, missing
 
 
 def test_without_its_data_a_run_is_scored_without_distances_to_it(finished, tmp_path, capsys):
-    config = json.loads((finished / RESOLVED_FILE).read_text())
+    config = json.loads((finished / RESOLVED).read_text())
     for entry in config["data"]:
         if entry.get("instance_data_dir"):
             entry["instance_data_dir"] = str(tmp_path)
-    before = (finished / RESOLVED_FILE).read_text()
-    (finished / RESOLVED_FILE).write_text(json.dumps(config))
+    before = (finished / RESOLVED).read_text()
+    (finished / RESOLVED).write_text(json.dumps(config))
     try:
         evaluate(finished, steps="1", teacher_steps="2", num_samples=2)
     finally:
-        (finished / RESOLVED_FILE).write_text(before)
+        (finished / RESOLVED).write_text(before)
     assert "the data cannot be read" in capsys.readouterr().err
     found = json.loads((finished / "evaluation.json").read_text())
     assert found["num_data"] == 0

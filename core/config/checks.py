@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import Finding, UserError
+from ..prompts import read_library
 from .coercion import is_local
-from .configuration import read_prompts
 from .dataset_settings import DatasetSettings
 from .reading import Layers
 from .run_settings import RunSettings
@@ -129,7 +129,7 @@ def _check_paths(run: RunSettings, report: Report) -> None:
     library = run.validation_prompt_library
     if library is not None:
         try:
-            read_prompts(library)
+            read_library(library)
         except UserError as error:
             report.refuse("validation_prompt_library", str(library), error.message, error.remedy)
     source = run.model_config_source

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, SecretStr
 
-from ..errors import UserError
+from ..prompts import read_library
 from .dataset_settings import DatasetSettings
 from .run_settings import RunSettings
 
@@ -71,7 +70,7 @@ class Configuration:
     def validation_prompts(self) -> tuple[str, ...]:
         """Prompts of ``validation_prompt``, then those of the library file, each once."""
         library = self.run.validation_prompt_library
-        return tuple(dict.fromkeys([*self.run.validation_prompt, *(read_prompts(library) if library else ())]))
+        return tuple(dict.fromkeys([*self.run.validation_prompt, *(read_library(library))]))
 
     def resolved(self) -> dict[str, Any]:
         """The complete configuration, JSON-able and without secrets; feeding it back reproduces the run."""
@@ -104,21 +103,3 @@ def dump(model: BaseModel) -> dict[str, Any]:
 def dump_dataset(entry: DatasetSettings) -> dict[str, Any]:
     """An entry of the data file as it would be written in full."""
     return {**(dump(entry.backend) if entry.backend is not None else {}), **dump(entry)}
-
-
-def read_prompts(path: Path) -> list[str]:
-    """Prompts of a library file: a JSON object or list of texts, or a text file with one prompt per line.
-
-    Raises:
-        UserError: It is none of these.
-    """
-    remedy = "write a JSON object or list of prompts, or a text file with one prompt per line"
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        content = json.loads(text) if path.suffix.lower() == ".json" else text.splitlines()
-    except (OSError, ValueError) as error:
-        raise UserError(f"validation_prompt_library = {path} cannot be read: {error}", remedy) from error
-    prompts = list(content.values()) if isinstance(content, dict) else content
-    if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
-        raise UserError(f"validation_prompt_library = {path} holds something else than texts", remedy)
-    return [prompt.strip() for prompt in prompts if prompt.strip()]

@@ -37,8 +37,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import DistillError
+from ..files import sync_folder
 from .hashing import Int64s, UInt64s
-from .storage import PARTIAL, append_line, is_stale, sync_folder, write_whole
+from .storage import PARTIAL, append_line, is_stale, write_whole
 
 KEYS, CRCS = "cache.keys", "cache.crc32"
 DESCRIPTOR = "descriptor.json"

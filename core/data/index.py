@@ -23,11 +23,12 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from ..backend import DataBackend, Entry
+from ..files import sync_folder
 from .captions import CaptionRules, caption_key, read_text
 from .hashing import UInt64s
 from .images import SUFFIXES, BrokenImage, probe
 from .progress import Progress
-from .storage import partial_of, sync_folder
+from .storage import partial_of
 
 T = TypeVar("T")
 FORMAT = 1

@@ -7,20 +7,11 @@ import time
 from pathlib import Path
 from uuid import uuid4
 
+from ..files import sync_folder
+
 PARTIAL = ".partial-"
 STALE_SECONDS = 24 * 3600
 """Leftovers of killed writers are removed when they are older than this: younger ones may belong to a running one."""
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` survive a power cut, where the system can."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def partial_of(path: Path) -> Path:

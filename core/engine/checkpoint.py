@@ -20,6 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import UserError
+from ..files import sync_folder
 from .tree import load_optimizer, optimizer_to_tensors, tensors_to_optimizer
 
 __all__ = ["CheckpointState", "CheckpointStore", "load_optimizer", "optimizer_to_tensors", "tensors_to_optimizer"]
@@ -139,11 +140,11 @@ class CheckpointStore:
             _remove(replaced)
             os.rename(final, replaced)
             os.rename(partial, final)
-            _sync_folder(self.output_dir)
+            sync_folder(self.output_dir)
             _remove(replaced)
             return
         os.rename(partial, final)
-        _sync_folder(self.output_dir)
+        sync_folder(self.output_dir)
 
     def _prune(self, *, keep: Path) -> None:
         if self.limit is None:
@@ -168,7 +169,7 @@ class CheckpointStore:
             final = self.output_dir / f"checkpoint-{match[1]}"
             if match[2] == "partial" and _is_complete(path) and not final.exists():
                 os.rename(path, final)
-                _sync_folder(self.output_dir)
+                sync_folder(self.output_dir)
             else:
                 _remove(path)
 
@@ -242,7 +243,7 @@ def _write(folder: Path, state: CheckpointState) -> None:
     aside.write_text(json.dumps(manifest, indent=2), "utf-8")
     _sync_file(aside)
     os.rename(aside, folder / MANIFEST)
-    _sync_folder(folder)
+    sync_folder(folder)
 
 
 def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -267,16 +268,6 @@ def _sha256(path: Path) -> str:
 def _sync_file(path: Path) -> None:
     with path.open("rb+") as file:
         os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    if os.name == "nt":  # Windows has no handle on a folder to sync; its renames are journalled
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _remove(path: Path) -> None:
