@@ -4,6 +4,7 @@
     python benchmarks/miniature.py vae       # the autoencoder, then the latents of the whole pool
     python benchmarks/miniature.py judge     # the classifier that scores prompt agreement
     python benchmarks/miniature.py unet      # tokenizers, both text encoders and the UNet, jointly; writes the teacher
+    python benchmarks/miniature.py refine    # trains that teacher further, from the weights that `unet` wrote
     python benchmarks/miniature.py report    # the figures and picture grids of the model card
 
 Seeds are fixed; every stage leaves its result in `--work` or in the assets. About an hour on two cores.
@@ -37,7 +38,7 @@ import miniature_networks as networks  # noqa: E402
 ASSETS = ROOT / "model_families" / "assets"
 TEACHER, PICTURES = ASSETS / "sdxl_miniature", ASSETS / "emoji_scenes"
 POOL_SIZE, SHIPPED_SIZE, HELD_OUT_SIZE = 60_000, 1_200, 4_000
-UNET_STEPS = 5000
+UNET_STEPS, REFINE_STEPS = 5000, 4500
 SIZE = scenes.RESOLUTION
 
 
@@ -248,24 +249,42 @@ def teacher_loss(
     return ((5 * (1 - signal) / signal).clamp(max=1) * error).mean()
 
 
-def train_unet(
-    work: Path, *, steps: int = UNET_STEPS, horizon: int = 6000, batch_size: int = 64, dropout: float = 0.12
-) -> None:
-    """Train text encoders and UNet on the cached latents; what is saved is the EMA of the weights.
-
-    The learning rate decays over `horizon` steps, of which the first `steps` are run.
-    """
+def train_unet(work: Path, *, steps: int = UNET_STEPS, horizon: int = 6000) -> None:
+    """Train text encoders and UNet on the cached latents from scratch."""
     torch.manual_seed(2)
     data = Captioned(work)
+    fit_teacher(networks.Teacher(data.tokenizers), data, steps=steps, horizon=horizon, peak=1.2e-3, seed=6)
+
+
+def refine_unet(work: Path, *, steps: int = REFINE_STEPS) -> None:
+    """Train the teacher that lies in the assets further, at a lower learning rate that ends near zero."""
+    torch.manual_seed(3)
+    data = Captioned(work)
     teacher = networks.Teacher(data.tokenizers)
+    networks.restore_teacher(teacher, TEACHER)
+    fit_teacher(teacher, data, steps=steps, horizon=steps, peak=8e-4, seed=7)
+
+
+def fit_teacher(
+    teacher: networks.Teacher,
+    data: Captioned,
+    *,
+    steps: int,
+    horizon: int,
+    peak: float,
+    seed: int,
+    batch_size: int = 64,
+    dropout: float = 0.12,
+) -> None:
+    """The first `steps` of a learning rate that decays over `horizon` steps; the EMA of the weights is saved."""
     average = deepcopy(teacher).requires_grad_(False)
     progress(f"unet: {sum(p.numel() for p in teacher.unet.parameters()) / 1e6:.2f}M parameters")
     parameters = list(teacher.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=1.2e-3, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: decayed(s, horizon, warmup=200, decay_from=0.3))
     alphas_cumprod = networks.new_scheduler().alphas_cumprod
     losses: list[float] = []
-    for step, index in enumerate(index_batches(POOL_SIZE, batch_size, steps, seed=6), start=1):
+    for step, index in enumerate(index_batches(POOL_SIZE, batch_size, steps, seed=seed), start=1):
         loss = teacher_loss(teacher, alphas_cumprod, data.batch(index), dropout)
         optimizer.zero_grad()
         loss.backward()
@@ -362,8 +381,9 @@ def report(work: Path, *, samples: int, guidance: float, step_counts: list[int])
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("data", "judge", "vae", "unet", "report"))
+    parser.add_argument("stage", choices=("data", "judge", "vae", "unet", "refine", "report"))
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "miniature", help="folder for what does not ship")
+    parser.add_argument("--assets", type=Path, default=ASSETS, help="folder of the teacher and of the picture set")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, help="training steps, in place of the stage's own number")
     parser.add_argument("--samples", type=int, default=1000, help="pictures per row of the report")
@@ -371,6 +391,8 @@ def main() -> None:
     parser.add_argument("--sampler-steps", default="1,2,4,8,50", help="rows of the report")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    global TEACHER, PICTURES
+    TEACHER, PICTURES = arguments.assets / TEACHER.name, arguments.assets / PICTURES.name
     arguments.work.mkdir(parents=True, exist_ok=True)
     lengths = {"steps": arguments.steps} if arguments.steps else {}
     match arguments.stage:
@@ -382,6 +404,8 @@ def main() -> None:
             train_vae(arguments.work, **lengths)
         case "unet":
             train_unet(arguments.work, **lengths)
+        case "refine":
+            refine_unet(arguments.work, **lengths)
         case _:
             counts = [int(count) for count in arguments.sampler_steps.split(",")]
             report(arguments.work, samples=arguments.samples, guidance=arguments.guidance, step_counts=counts)

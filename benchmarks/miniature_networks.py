@@ -152,6 +152,13 @@ def save_teacher(teacher: Teacher, tokenizers: tuple[CLIPTokenizer, CLIPTokenize
         tokenizer.backend_tokenizer.model.save(str(folder / name))  # vocab.json and merges.txt, for older readers
 
 
+def restore_teacher(teacher: Teacher, folder: Path) -> None:
+    """Give `teacher` the weights that `save_teacher` wrote."""
+    pipeline = load_teacher(folder)
+    for name in ("text_encoder", "text_encoder_2", "unet"):
+        getattr(teacher, name).load_state_dict(getattr(pipeline, name).state_dict())
+
+
 def load_teacher(folder: Path) -> StableDiffusionXLPipeline:
     """The shipped teacher, in single precision."""
     pipeline = StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False)
