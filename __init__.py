@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         ModelSettings,
     )
     from .core.hookspecs import hookimpl
-    from .core.method import Method, MethodSetup, Requirements, Role, Sampler, Update
+    from .core.method import Method, MethodPart, MethodSetup, Requirements, Role, Sampler, Stage, Update
     from .core.optimizer import OptimizerPlugin, OptimizerSettings
     from .core.publisher import Publisher
     from .core.tracker import RunInfo, Tracker
@@ -45,6 +45,7 @@ __all__ = [
     "Finding",
     "LoraSettings",
     "Method",
+    "MethodPart",
     "MethodSetup",
     "MicroConditioning",
     "ModelFamily",
@@ -58,6 +59,7 @@ __all__ = [
     "RunInfo",
     "Sampler",
     "Samples",
+    "Stage",
     "Tracker",
     "Update",
     "UserError",
@@ -72,7 +74,7 @@ _HOMES = {
     "evaluator": "EvaluationSetting Evaluator Samples",
     "family": "Capabilities ExportInfo ExtraLora LoraSettings MicroConditioning ModelFamily ModelSettings",
     "hookspecs": "hookimpl",
-    "method": "Method MethodSetup Requirements Role Sampler Update",
+    "method": "Method MethodPart MethodSetup Requirements Role Sampler Stage Update",
     "optimizer": "OptimizerPlugin OptimizerSettings",
     "publisher": "Publisher",
     "tracker": "RunInfo Tracker",

@@ -57,7 +57,7 @@ class Students:
 
 def score(folders: dict[str, Path], *, num_samples: int) -> dict[str, Any]:
     """Scores by recipe; `folders` are output folders of finished runs by name."""
-    from distill.core.assemble import build_family, build_method, evaluation_setting, open_run
+    from distill.core.assemble import build_family, build_method, evaluation_setting, needs_pictures, open_run
     from distill.core.data.pipeline import DataPipeline
     from distill.core.evaluation import build_evaluators, evaluate, plan_evaluation
 
@@ -74,6 +74,7 @@ def score(folders: dict[str, Path], *, num_samples: int) -> dict[str, Any]:
         seed=0,
         cache_root=first / "cache",
         say=print,
+        pictures=needs_pictures(configuration, registry, family),
     )
     data.prepare()
     plan = plan_evaluation(
@@ -87,8 +88,9 @@ def score(folders: dict[str, Path], *, num_samples: int) -> dict[str, Any]:
     students = [recipe for recipe in plan.recipes if recipe.role == "student"]
     recipes = [*teachers, *(replace(solver, steps=steps) for steps in (2, 4))]
     recipes += [replace(recipe, role=name) for name in folders for recipe in students]
-    evaluators, left_out = build_evaluators(registry, configuration, evaluation_setting(family))
     real = data.real_images(1000, plan.width, plan.height)
+    setting = evaluation_setting(family, num_data=len(real))
+    evaluators, left_out = build_evaluators(registry, configuration, setting)
     networks = Students(family, {name: folder / "student" for name, folder in folders.items()})
     found = evaluate(
         family, networks, replace(plan, recipes=tuple(recipes)), evaluators, data=real, say=print, left_out=left_out

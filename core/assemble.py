@@ -94,6 +94,12 @@ def build_method(configuration: Configuration, registry: Registry, family: Model
     return registry.get("method", run.distillation_method)(configuration.method, setup)
 
 
+def needs_pictures(configuration: Configuration, registry: Registry, family: ModelFamily) -> bool:
+    """Whether the run's method trains on latents of pictures rather than on captions alone; loads no weights."""
+    method = build_method(configuration, registry, family)
+    return method.requires(configuration.method, method.setup).pictures
+
+
 def default_resolution(configuration: Configuration) -> tuple[int, int]:
     """(width, height) in pixels of pictures: the first validation resolution, else a square of the first dataset's."""
     run = configuration.run
@@ -107,10 +113,11 @@ def default_resolution(configuration: Configuration) -> tuple[int, int]:
     return edge, edge
 
 
-def evaluation_setting(family: ModelFamily) -> EvaluationSetting:
-    """What evaluators may look at."""
+def evaluation_setting(family: ModelFamily, *, num_data: int | None = None) -> EvaluationSetting:
+    """What evaluators may look at; `num_data` real pictures, where that is known."""
     folder = Path(family.settings.source)
-    return EvaluationSetting(model_path=folder if folder.is_dir() else None, device=family.settings.device)
+    source = folder if folder.is_dir() else None
+    return EvaluationSetting(model_path=source, device=family.settings.device, num_data=num_data)
 
 
 # -- a finished run ---------------------------------------------------------------------------------------------------

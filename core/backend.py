@@ -48,6 +48,18 @@ class DataBackend(ABC):
     def list(self) -> Iterator[Entry]:
         """Every object under the root, recursively, in sorted key order."""
 
+    @property
+    def prompts_key(self) -> str | None:
+        """For ``dataset_type: prompts``: the one object that holds them; None for the .txt files under the root."""
+        return None
+
+    def entry(self, key: str) -> Entry:
+        """What :meth:`list` says of one object. Raises FileNotFoundError."""
+        found = next((entry for entry in self.list() if entry.key == key), None)
+        if found is None:
+            raise FileNotFoundError(key)
+        return found
+
     @abstractmethod
     def open(self, key: str) -> BinaryIO:
         """A binary stream of the object's content. Raises FileNotFoundError."""

@@ -20,6 +20,7 @@ class Batch:
         keys: B sample keys that do not depend on where the data lives.
         positions: Position of each sample in the global batch of this optimizer step; random draws depend on it.
         captions: The captions that ``cond`` was made from, for logs and error messages.
+        latent_shape: (C, h, w) of one sample's latents, whether they are there or not.
     """
 
     latents: Tensor | None
@@ -27,6 +28,7 @@ class Batch:
     keys: tuple[str, ...]
     positions: tuple[int, ...]
     captions: tuple[str, ...] = field(default=())
+    latent_shape: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.keys)

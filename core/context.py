@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .diffusion.prediction import Prediction, guide
 from .random import Draws
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from .batch import Conditioning
     from .diffusion.schedule import Grid, Schedule
     from .family import ModelFamily
+    from .method import Stage
     from .networks import Networks
 
 
@@ -30,6 +32,37 @@ class Runtime:
     autocast_dtype: torch.dtype | None = None
     grids: dict[int, Grid] = field(default_factory=dict)
     """Grids on the device by number of steps: making one anew would copy to the device at every step."""
+    stages: Sequence[Stage] = ()
+    """The method's stages, in order."""
+    average: Callable[[Sequence[Tensor]], None] | None = None
+    """Averages tensors over processes, in place; None where there is one."""
+
+
+@dataclass(frozen=True)
+class StageProgress:
+    """Where in the method's stages a step lies.
+
+    Attributes:
+        index: Number of the stage, from 0.
+        name: Its name.
+        step: Steps since it began.
+        num_steps: Its length.
+    """
+
+    index: int
+    name: str
+    step: int
+    num_steps: int
+
+
+def stage_of(stages: Sequence[Stage], step: int) -> StageProgress:
+    """The stage that optimizer step `step` belongs to; steps past the end belong to the last."""
+    start = 0
+    for index, stage in enumerate(stages):
+        if step < start + stage.num_steps or index == len(stages) - 1:
+            return StageProgress(index, stage.name, step - start, stage.num_steps)
+        start += stage.num_steps
+    return StageProgress(0, "all", step, 0)
 
 
 class Context:
@@ -43,6 +76,7 @@ class Context:
 
     def __init__(self, runtime: Runtime, *, step: int = 0, positions: Sequence[int] = ()) -> None:
         self._runtime = runtime
+        self.step = step
         self.draws = Draws(runtime.seed, step, positions, runtime.device)
         self.schedule: Schedule = runtime.family.schedule
         self.prediction_type = runtime.family.prediction_type
@@ -63,8 +97,25 @@ class Context:
             grids[num_steps] = self.schedule.grid(num_steps).to(self.device)
         return grids[num_steps]
 
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        """Average statistics over the processes, in place; every process must call it equally often."""
+        if self._runtime.average is not None:
+            self._runtime.average(tensors)
+
+    @property
+    def stage(self) -> StageProgress:
+        """Where in the method's stages this step lies."""
+        return stage_of(self._runtime.stages, self.step)
+
     def predict(
-        self, role: str, x_t: Tensor, t: Tensor, cond: Conditioning, *, guidance: Tensor | None = None
+        self,
+        role: str,
+        x_t: Tensor,
+        t: Tensor,
+        cond: Conditioning,
+        *,
+        guidance: Tensor | None = None,
+        r: Tensor | None = None,
     ) -> Prediction:
         """The role's prediction at `x_t` (B, ...) and time `t` (B,).
 
@@ -74,11 +125,13 @@ class Context:
             t: Times in the schedule's units.
             cond: Conditioning, B in front.
             guidance: The paper's w (guidance scale minus one), shape (B,), for networks with a guidance embedding.
+            r: Second times in the schedule's units, shape (B,), for roles with a second time.
         """
         runtime = self._runtime
         time = self.schedule.network_time(t)
+        second = None if r is None else self.schedule.network_time(r)
         with runtime.networks.use(role) as network, self._autocast():
-            output = runtime.family.predict(network, x_t, time, cond, guidance=guidance)
+            output = runtime.family.predict(network, x_t, time, cond, guidance=guidance, second_time=second)
         return Prediction(output, x_t, t, self.schedule, self.prediction_type)
 
     def _autocast(self) -> torch.autocast:
@@ -89,7 +142,9 @@ class Context:
         """The unconditional counterpart of `cond`; what that is, the family decides."""
         return self._runtime.family.uncond(cond)
 
-    def teacher_cfg(self, x_t: Tensor, t: Tensor, cond: Conditioning, scale: Tensor) -> Prediction:
+    def teacher_cfg(
+        self, x_t: Tensor, t: Tensor, cond: Conditioning, scale: Tensor, *, role: str = "teacher"
+    ) -> Prediction:
         """The teacher with classifier-free guidance, both halves in one batched call.
 
         Args:
@@ -97,9 +152,83 @@ class Context:
             t: Times, shape (B,).
             cond: Conditioning, B in front.
             scale: g of uncond + g (cond - uncond), shape (B,).
+            role: Whose network is guided.
         """
+        return guide(*self.with_and_without(role, x_t, t, cond), scale)
+
+    def with_and_without(
+        self, role: str, x_t: Tensor, t: Tensor, cond: Conditioning
+    ) -> tuple[Prediction, Prediction]:
+        """The role's predictions with and without the prompt, in one batched call."""
         uncond = self.uncond(cond)
         both = {name: torch.cat([cond[name], uncond[name]]) for name in cond}
-        joint = self.predict("teacher", torch.cat([x_t, x_t]), torch.cat([t, t]), both)
-        with_prompt, without = (Prediction(half, x_t, t, self.schedule, joint.kind) for half in joint.output.chunk(2))
-        return guide(with_prompt, without, scale)
+        joint = self.predict(role, torch.cat([x_t, x_t]), torch.cat([t, t]), both)
+        halves = [Prediction(half, x_t, t, self.schedule, joint.kind) for half in joint.output.chunk(2)]
+        return halves[0], halves[1]
+
+    # -- longer than one call of a network ---------------------------------------------------------------------------
+
+    def rollout(
+        self, role: str, times: Sequence[Tensor], x: Tensor, cond: Conditioning, *, name: str
+    ) -> Prediction:
+        """Multistep sampling as consistency models do it: denoise, noise anew to the next time, denoise.
+
+        Only the last call carries a gradient.
+
+        Args:
+            role: Whose network.
+            times: Falling, each of shape (B,) in the schedule's units; as many calls as there are.
+            x: What the first call sees, at times[0]; shape (B, ...).
+            cond: Conditioning, B in front.
+            name: Of the noise draws.
+        """
+        with torch.no_grad():
+            for i, (t, following) in enumerate(zip(times, times[1:], strict=False)):
+                x_0 = self.predict(role, x, t, cond).x0
+                eps = self.draws.randn(f"{name}/{i}", x.shape[1:]).to(x_0.dtype)
+                x = self.schedule.add_noise(x_0, eps, following)
+        return self.predict(role, x, times[-1], cond)
+
+    def jvp(
+        self,
+        function: Callable[..., Tensor],
+        primals: Sequence[Tensor],
+        tangents: Sequence[Tensor],
+        *,
+        step: float | None = None,
+    ) -> Tensor:
+        """The derivative of `function` at `primals` along `tangents`, without a graph for the backward pass.
+
+        Args:
+            function: Of as many tensors as there are primals.
+            primals: Where.
+            tangents: Along what, shapes as the primals.
+            step: None: exact, by forward-mode differentiation. Else h of the central difference
+                (f(p + h v) - f(p - h v)) / 2h, for networks whose kernels have no forward mode.
+        """
+        with torch.no_grad():
+            if step is not None:
+                ahead = function(*(p + step * v for p, v in zip(primals, tangents, strict=True)))
+                behind = function(*(p - step * v for p, v in zip(primals, tangents, strict=True)))
+                return (ahead - behind) / (2 * step)
+            with self._runtime.family.forward_ad(), forward_ad.dual_level():
+                duals = [forward_ad.make_dual(p, v) for p, v in zip(primals, tangents, strict=True)]
+                tangent = forward_ad.unpack_dual(function(*duals)).tangent
+        assert tangent is not None, "the function does not depend on what is varied"
+        return tangent
+
+    # -- inside the networks -----------------------------------------------------------------------------------------
+
+    def features(self, role: str, x_t: Tensor, t: Tensor, cond: Conditioning) -> list[Tensor]:
+        """Activations inside the role's network, each (B, C_k, h_k, w_k), coarser and coarser.
+
+        The gradient reaches `x_t` and, for a trained role, its weights.
+        """
+        runtime = self._runtime
+        with runtime.networks.use(role) as network, self._autocast():
+            return runtime.family.features(network, x_t, self.schedule.network_time(t), cond)
+
+    def logits(self, role: str, features: Sequence[Tensor]) -> Tensor:
+        """What the heads of `role` say of features, shape (B, K): above 0 is real."""
+        with self._runtime.networks.use(role) as heads, self._autocast():
+            return heads(features).float()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -54,6 +56,27 @@ def kernel_distance(a: Tensor, b: Tensor) -> float:
 def _off_diagonal_mean(kernel: Tensor) -> Tensor:
     count = len(kernel)
     return (kernel.sum() - kernel.trace()) / (count * (count - 1))
+
+
+def relative_spread(features: Tensor, groups: Sequence[object], reference: Tensor) -> float | None:
+    """How different pictures of one prompt are: their mean distance in units of that of two real pictures.
+
+    Args:
+        features: Shape (N, F).
+        groups: N prompts; only pairs of one prompt count.
+        reference: Features of real pictures, shape (M, F), M >= 2.
+
+    Returns:
+        0 where all pictures of a prompt are one, 1 where they differ like real pictures of different prompts; None
+        where no prompt has two pictures.
+    """
+    numbers = {group: index for index, group in enumerate(dict.fromkeys(groups))}
+    labels = torch.tensor([numbers[group] for group in groups])
+    same = (labels[:, None] == labels[None, :]).triu(diagonal=1)
+    if not same.any():
+        return None
+    within = torch.cdist(features.double(), features.double())[same].mean()
+    return float(within / torch.pdist(reference.double()).mean().clamp(min=1e-12))
 
 
 def root_mean_square(a: Tensor, b: Tensor) -> Tensor:

@@ -80,11 +80,21 @@ def evaluate_run(
         teacher_guidance=run.evaluation_teacher_guidance,
         role=method.result_role(),
     )
-    evaluators, left_out = build_evaluators(registry, configuration, evaluation_setting(family))
-    data = real_images(num_real_images(width, height), width, height) if real_images else None
+    data = _real(real_images, width, height, say)
+    setting = evaluation_setting(family, num_data=0 if data is None else len(data))
+    evaluators, left_out = build_evaluators(registry, configuration, setting)
     found = evaluate(family, networks, plan, evaluators, data=data, say=say, left_out=left_out)
     found.loras = dict(loras or {})
     return found
+
+
+def _real(real_images: RealImages | None, width: int, height: int, say: Say) -> Tensor | None:
+    """The real pictures to compare with; None, which is said, where there are none."""
+    data = real_images(num_real_images(width, height), width, height) if real_images else None
+    if data is None or not len(data):
+        say("there are no real pictures to compare with: distances to the data are left out")
+        return None
+    return data
 
 
 def _possible_steps(configuration: Configuration, family: ModelFamily, method: Method, say: Say) -> list[int]:

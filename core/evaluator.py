@@ -38,6 +38,8 @@ class EvaluationSetting:
     model_path: Path | None
     """Local folder of the teacher, or None when it is not a folder."""
     device: str = "cpu"
+    num_data: int | None = None
+    """Real pictures that there are to compare with; None where that is not known yet."""
 
 
 class Evaluator(ABC):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -194,8 +195,22 @@ class ModelFamily(ABC):
         """
 
     @abstractmethod
-    def student_network(self, teacher: nn.Module, *, guidance_embedding: bool) -> nn.Module:
-        """A trainable fp32 copy of the teacher for full training, with a zero-started guidance embedding if asked."""
+    def student_network(self, teacher: nn.Module, *, guidance_embedding: bool, second_time: bool = False) -> nn.Module:
+        """A trainable fp32 copy of the teacher for full training.
+
+        Args:
+            teacher: What :meth:`load_network` returned.
+            guidance_embedding: Whether the copy takes the guidance scale as an input; the embedding starts at zero.
+            second_time: Whether the copy takes a second time (:meth:`add_second_time`).
+        """
+
+    def add_second_time(self, network: nn.Module, *, name: str = "student") -> nn.Module:
+        """Give `network` in place an embedding of a second time r that starts at zero; returns it, trainable, in fp32.
+
+        It lies at ``network.second_time.<name>`` and goes with the adapter `name`, or with the network itself where
+        there is no such adapter. Called again for a name it returns the same module.
+        """
+        raise NotImplementedError(f"the family {self.name} has no second time (capabilities.second_time)")
 
     @abstractmethod
     def predict(
@@ -206,6 +221,7 @@ class ModelFamily(ABC):
         cond: Conditioning,
         *,
         guidance: Tensor | None = None,
+        second_time: Tensor | None = None,
     ) -> Tensor:
         """The network's raw output at `x_t` (B, C, h, w).
 
@@ -215,7 +231,25 @@ class ModelFamily(ABC):
             time: Shape (B,), what the network is fed (:meth:`Schedule.network_time`).
             cond: As :meth:`condition` returned it, B in front.
             guidance: Shape (B,), the paper's w (guidance scale minus one), only for networks with a guidance embedding.
+            second_time: Shape (B,), r as the network is fed it (:meth:`Schedule.network_time`), only for networks with
+                a second time (:meth:`add_second_time`). None: no embedding of it is applied.
         """
+
+    def forward_ad(self) -> AbstractContextManager[None]:
+        """What forward-mode differentiation through :meth:`predict` needs around it."""
+        return nullcontext()
+
+    def features(self, network: nn.Module, x_t: Tensor, time: Tensor, cond: Conditioning) -> list[Tensor]:
+        """Activations inside the network's first half, each (B, C_k, h_k, w_k), coarser and coarser.
+
+        Only that half is computed. The gradient reaches `x_t` and the network's own weights. Arguments as of
+        :meth:`predict`.
+        """
+        raise NotImplementedError(f"the family {self.name} has no features (capabilities.features)")
+
+    def feature_channels(self, network: nn.Module) -> list[int]:
+        """C_k of what :meth:`features` returns."""
+        raise NotImplementedError(f"the family {self.name} has no features (capabilities.features)")
 
     # -- pictures and export ----------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ def memory_settings(run: Run) -> MemorySettings:
     frozen = [p for p in networks.base.parameters() if not p.requires_grad]
     width, height = run.resolution
     scale = run.family.scale_factor
-    averages = sum(role.ema_of is not None for role in networks.roles.values()) + settings.use_ema
+    averages = sum(role.source is not None for role in networks.roles.values()) + settings.use_ema
     item = trained[0].element_size()
     return MemorySettings(
         base_parameters=sum(p.numel() for p in frozen),

@@ -8,11 +8,11 @@ backward, clipping, stepping, EMA, random generators, checkpoints.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from .context import Context
     from .diffusion.schedule import Schedule
 
-Trains = Literal["full", "lora", "none"]
+Trains = Literal["full", "lora", "head", "none"]
+ModelType = Literal["lora", "full"]
+"""What the student is: an adapter, or a network of its own."""
 
 
 @dataclass(frozen=True)
@@ -30,19 +32,49 @@ class Role:
 
     Attributes:
         name: ``teacher``, ``student``, ``target``, ``fake_score``, ...
-        trains: Which weights the optimizer of this role steps. ``lora`` is an adapter on the shared base.
-        init: The role whose weights it starts from.
+        trains: Which weights the optimizer of this role steps. ``lora`` is an adapter on the shared base, ``full`` a
+            copy of the teacher, ``head`` small heads that read features of another role.
         ema_of: The role this one is the exponential moving average of (then ``trains`` is ``none``).
         ema_decay: Decay of that average, applied once per optimizer step.
+        copy_of: The role whose weights this frozen one takes where a :class:`Stage` says so; the teacher before that.
         guidance_embedding: Whether the network takes the guidance scale as an input (``time_cond_proj_dim``).
+        second_time: Whether the network takes a second time; its embedding starts at zero, so the role starts as the
+            teacher. An average or a copy has what its source has.
+        learning_rate: Of this role; None is the run's. The run's schedule shapes either.
     """
 
     name: str
     trains: Trains = "none"
-    init: str = "teacher"
     ema_of: str | None = None
     ema_decay: float = 0.95
+    copy_of: str | None = None
     guidance_embedding: bool = False
+    second_time: bool = False
+    learning_rate: float | None = None
+
+    @property
+    def source(self) -> str | None:
+        """The role that decides this one's weights, for averages and copies."""
+        return self.ema_of or self.copy_of
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a run, in optimizer steps; what happens before its first step.
+
+    Attributes:
+        name: For people and logs.
+        num_steps: Its length.
+        copy: Role -> the role whose weights it takes before the first step (not done before the run's first).
+        reset: Roles whose optimizer starts afresh.
+        restart_learning_rate: Whether warm-up and decay of the learning rate are this stage's own.
+    """
+
+    name: str
+    num_steps: int
+    copy: Mapping[str, str] = field(default_factory=dict)
+    reset: Sequence[str] = ()
+    restart_learning_rate: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,6 +82,7 @@ class Requirements:
     """What a method needs; compared with the family's capabilities before weights load."""
 
     pictures: bool = True
+    """Whether batches carry latents of pictures; without, captions are enough."""
     guidance_embedding: bool = False
     second_time: bool = False
     features: bool = False
@@ -59,6 +92,13 @@ class Requirements:
     """A number of grid points that must divide the schedule's number of training timesteps, where it is discrete."""
     finite_snr: bool = False
     """Whether x0 must be computable from eps at the last timestep (fails for eps prediction at zero terminal SNR)."""
+
+    @classmethod
+    def union(cls, needs: Iterable[Requirements]) -> Requirements:
+        """What is needed by any of `needs`; grids are left out, since each is compared by itself."""
+        switches = [field.name for field in fields(cls) if field.type == "bool"]
+        given = list(needs)
+        return cls(**{name: any(getattr(need, name) for need in given) for name in switches})
 
 
 @dataclass(frozen=True)
@@ -103,9 +143,53 @@ class Sampler:
 class MethodSetup:
     """What a method may know of the run when it declares its roles: not the family, only its schedule."""
 
-    model_type: Literal["lora", "full"]
+    model_type: ModelType
     prediction_type: str = "epsilon"
     use_ema: bool = False
+
+
+class MethodPart(BaseModel):
+    """Another registered method with its settings, inside the settings of a method that is made of others.
+
+    A field of this type, of a class derived from it, or a list of them is all that a method says in its ``Config``: the
+    engine finds the method by its name, checks its settings as it checks any method's, and binds both.
+    """
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    method: str
+    """Name of a registered method."""
+    config: dict[str, Any] = Field(default_factory=dict)
+    """Its settings, as they would stand under distillation_config."""
+    _found: type[Method] | None = PrivateAttr(None)
+    _settings: Any = PrivateAttr(None)
+
+    def bind(self, found: type[Method], settings: BaseModel) -> None:
+        """Take the method's class and its validated settings; defaults are filled in."""
+        self._found, self._settings = found, settings
+        self.config = settings.model_dump(mode="json")
+
+    @property
+    def found(self) -> type[Method]:
+        """The method's class."""
+        assert self._found is not None, f"nobody has looked up the method {self.method!r}"
+        return self._found
+
+    @property
+    def settings(self) -> Any:
+        """The method's validated ``Config``."""
+        assert self._found is not None, f"nobody has looked up the method {self.method!r}"
+        return self._settings
+
+
+def method_parts(config: Any) -> Iterator[tuple[str, MethodPart]]:
+    """The methods inside a method's settings, with their dotted paths, as ``terms.0``; not those inside of these."""
+    for key in type(config).model_fields:
+        value = getattr(config, key)
+        inside = [(key, value)]
+        if isinstance(value, list | tuple):
+            inside = [(f"{key}.{index}", item) for index, item in enumerate(value)]
+        yield from ((path, part) for path, part in inside if isinstance(part, MethodPart))
 
 
 class Method(ABC):
@@ -144,6 +228,11 @@ class Method(ABC):
 
         A guidance outside of what the student was trained for is replaced by the method's default, with a notice.
         """
+
+    @classmethod
+    def stages(cls, config: Any, *, total_steps: int) -> Sequence[Stage]:
+        """The parts of a run of `total_steps` optimizer steps; their lengths sum to it."""
+        return [Stage("all", total_steps)]
 
     def result_role(self) -> str:
         """The role that is validated and exported."""

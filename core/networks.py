@@ -121,7 +121,12 @@ class Networks:
         self._modules: dict[str, nn.Module] = {}
         for role in roles:
             self._modules[role.name] = self._build(role)
-        self._switch = AdapterSwitch(self.base) if any(role.trains == "lora" for role in roles) else None
+        adapters = [role.name for role in roles if self._is_adapter(role)]
+        self._switch = AdapterSwitch(self.base) if adapters else None
+        for role in roles:
+            self._set_trainable(role)
+            if role.source is not None:
+                self.copy(role.name, role.source)
         self._averages = {
             role.name: EMA(self._all_parameters(role.name), decay=role.ema_decay)
             for role in roles
@@ -131,18 +136,39 @@ class Networks:
         if gradient_checkpointing:
             self._enable_checkpointing()
 
+    def _is_adapter(self, role: Role) -> bool:
+        """Whether the role's weights are an adapter on the shared base."""
+        return role.trains == "lora" or (role.source is not None and self._is_adapter(self.roles[role.source]))
+
+    def _has_second_time(self, role: Role) -> bool:
+        return role.second_time or (role.source is not None and self._has_second_time(self.roles[role.source]))
+
     def _build(self, role: Role) -> nn.Module:
-        if role.trains == "lora":
+        if self._is_adapter(role):
             return self._add_adapter(role)
-        if role.ema_of is not None:
-            # an average kept in half precision would lose its small steps to rounding
-            wide = torch.promote_types(self._dtype, torch.float32)
-            return copy.deepcopy(self._modules[role.ema_of]).to(wide).requires_grad_(False)
+        if role.source is not None:
+            return copy.deepcopy(self._modules[role.source]).to(self._width_of(role))
         if role.trains == "full":
-            student = self._family.student_network(self.base, guidance_embedding=role.guidance_embedding)
+            student = self._family.student_network(
+                self.base, guidance_embedding=role.guidance_embedding, second_time=role.second_time
+            )
             # fp32 masters under autocast, unless the optimizer compensates bf16 rounding itself
-            return student.to(self._dtype).requires_grad_(True)
+            return student.to(self._dtype)
+        if role.trains == "head":
+            return self._heads(role)
         return self.base
+
+    def _width_of(self, role: Role) -> torch.dtype:
+        """An average kept in half precision would lose its small steps to rounding."""
+        return torch.promote_types(self._dtype, torch.float32) if role.ema_of is not None else self._dtype
+
+    def _heads(self, role: Role) -> nn.Module:
+        from .terms.adversarial import Heads
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(self._seed, "heads", role.name))
+            heads = Heads(self._family.feature_channels(self.base))
+        return heads.to(next(self.base.parameters()).device, self._dtype)
 
     def _add_adapter(self, role: Role) -> nn.Module:
         from peft import LoraConfig
@@ -152,7 +178,7 @@ class Networks:
         config = LoraConfig(
             r=self._lora.rank,
             lora_alpha=self._lora.alpha,  # type: ignore[arg-type]  # peft takes floats
-            lora_dropout=self._lora.dropout,
+            lora_dropout=self._lora.dropout if role.trains == "lora" else 0.0,
             target_modules=targets,
             init_lora_weights=True,
         )
@@ -165,11 +191,33 @@ class Networks:
                     f"lora_target_modules = {targets}: none of these is a module of this network",
                     f"leave the key out for the family's own list: {' '.join(self._family.lora_targets)}",
                 ) from error
-        for name, parameter in self.base.named_parameters():
-            if f".{role.name}." in name and "lora_" in name:
-                parameter.data = parameter.data.to(self._dtype)
-                parameter.requires_grad_(True)
+            if self._has_second_time(role):
+                self._family.add_second_time(self.base, name=role.name)
+        for parameter in self._own(self.base, role.name).values():
+            parameter.data = parameter.data.to(self._width_of(role))
         return self.base
+
+    @staticmethod
+    def _own(base: nn.Module, role: str) -> dict[str, nn.Parameter]:
+        """What a role that is an adapter owns of the shared base: its LoRA and the embedding of its second time."""
+        marker = f".{role}."
+        return {
+            name: parameter
+            for name, parameter in base.named_parameters()
+            if marker in name and ("lora_" in name or name.startswith("second_time."))
+        }
+
+    def _set_trainable(self, role: Role) -> None:
+        # after all adapters are there: adding one freezes the others
+        for parameter in self._all_parameters(role.name):
+            parameter.requires_grad_(role.trains != "none")
+
+    @torch.no_grad()
+    def copy(self, target: str, source: str) -> None:
+        """Give role `target` the weights of role `source`."""
+        pairs = zip(self._all_parameters(target), self._all_parameters(source), strict=True)
+        for to, of in pairs:
+            to.copy_(of)
 
     @torch.no_grad()
     def start_from(self, role: str, path: str) -> None:
@@ -179,7 +227,6 @@ class Networks:
         """
         assert self._switch is not None
         assert self._lora is not None
-        trained = self.parameters(role)
         try:
             self._family.attach_adapter(self.base, path, "init")
             for name, layer in _tuner_layers(self.base):
@@ -187,13 +234,16 @@ class Networks:
             self.base.delete_adapters("init")  # type: ignore[operator]
         finally:
             # attaching makes the new adapter active and freezes the others
-            for parameter in trained:
-                parameter.requires_grad_(True)
+            for each in self.roles.values():
+                self._set_trainable(each)
             self._switch._apply(None)
+        for each in self.roles.values():
+            if each.source == role:
+                self.copy(each.name, role)
 
     def _enable_checkpointing(self) -> None:
         for name, role in self.roles.items():
-            if role.trains == "none":
+            if role.trains not in ("lora", "full"):
                 continue
             module: Any = self._modules[name]
             switch = self._switch if module is self.base else None
@@ -205,7 +255,7 @@ class Networks:
     def use(self, role: str) -> Iterator[nn.Module]:
         """The role's network, with its adapters on and all others off, inside the block."""
         module = self._modules[role]
-        adapter = role if self.roles[role].trains == "lora" else None
+        adapter = role if self._is_adapter(self.roles[role]) else None
         with self._switch.use(adapter) if self._switch and module is self.base else nullcontext():
             yield module
 
@@ -216,9 +266,8 @@ class Networks:
     def named_parameters(self, role: str) -> dict[str, nn.Parameter]:
         """The role's own weights by name: its adapter, or the whole network when it is a copy of its own."""
         module = self._modules[role]
-        if self.roles[role].trains == "lora":
-            marker = f".{role}."
-            return {n: p for n, p in module.named_parameters() if marker in n and "lora_" in n}
+        if self._is_adapter(self.roles[role]):
+            return self._own(module, role)
         return {} if module is self.base else dict(module.named_parameters())
 
     def _all_parameters(self, role: str) -> list[nn.Parameter]:
@@ -241,6 +290,12 @@ class Networks:
                 average.update(self._all_parameters(stepped))
         if self.average is not None and stepped == "student":
             self.average.update(self.parameters("student"))
+
+    @torch.no_grad()
+    def settle(self, role: str) -> None:
+        """The ``use_ema`` average becomes the student's weights: what the next stage starts from."""
+        if self.average is not None and role == "student":
+            self.average.copy_to(self.parameters("student"))
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

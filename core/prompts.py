@@ -19,10 +19,32 @@ def read_library(path: Path | None) -> list[str]:
     remedy = "write a JSON object or list of prompts, or a text file with one prompt per line"
     try:
         text = path.read_text(encoding="utf-8-sig")
-        content = json.loads(text) if path.suffix.lower() == ".json" else text.splitlines()
+        prompts = json_texts(text) if path.suffix.lower() == ".json" else text.splitlines()
     except (OSError, ValueError) as error:
         raise UserError(f"validation_prompt_library = {path} cannot be read: {error}", remedy) from error
-    prompts = list(content.values()) if isinstance(content, dict) else content
-    if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
-        raise UserError(f"validation_prompt_library = {path} holds something else than texts", remedy)
     return [prompt.strip() for prompt in prompts if prompt.strip()]
+
+
+def json_texts(text: str) -> list[str]:
+    """The texts of a JSON list, or the values of a JSON object.
+
+    Raises:
+        ValueError: It is no JSON, or JSON of another shape; says where.
+    """
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"line {error.lineno}, column {error.colno} is not JSON: {error.msg}") from error
+    if not isinstance(content, list | dict):
+        raise ValueError(f"it is {shortened(content)}, not a list or an object of texts")
+    items = content.items() if isinstance(content, dict) else enumerate(content, 1)
+    for name, item in items:
+        if not isinstance(item, str):
+            raise ValueError(f"entry {name!r} is {shortened(item)}, not a text")
+    return list(content.values()) if isinstance(content, dict) else content
+
+
+def shortened(value: object) -> str:
+    """A JSON value as messages show it."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."

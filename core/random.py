@@ -57,3 +57,7 @@ class Draws:
     def integers(self, name: str, high: int) -> Tensor:
         """Uniform in {0, ..., high - 1}, shape (B,), int64."""
         return self._send([torch.randint(high, (), generator=g) for g in self._each(name)])
+
+    def shared_integer(self, name: str, high: int) -> int:
+        """Uniform in {0, ..., high - 1}: one number for all samples and processes of the step."""
+        return int(torch.randint(high, (), generator=generator(self.seed, f"shared/{name}", self.step)))

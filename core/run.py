@@ -80,6 +80,7 @@ class Run(RunParts):
         self.family.check_source()
         self._check_model()
         self.data.prepare()
+        _ = self.stages  # a method may refuse this number of steps, and does so before weights load
         self._prepare_validation()
         self._resume()
         self._start_tracking()

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .assemble import build_family, build_method, lora_settings
+from .assemble import build_family, build_method, lora_settings, needs_pictures
 
 if TYPE_CHECKING:
     from .config import Configuration
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .engine.processes import Processes
     from .engine.progress import Progress
     from .engine.signals import StopRequest
-    from .method import Sampler
+    from .method import Sampler, Stage
     from .networks import Networks
     from .plugins import Registry
     from .publishing import Publishers
@@ -83,6 +83,7 @@ class RunParts:
             self.config, self.registry, self.family, micro_batch_size=settings.train_batch_size,
             accumulation=settings.gradient_accumulation_steps, rank=processes.rank, world_size=processes.world_size,
             seed=settings.seed, cache_root=settings.output_dir / "cache", say=self.say,
+            pictures=needs_pictures(self.config, self.registry, self.family),
         )  # fmt: skip
 
     @cached_property
@@ -166,24 +167,28 @@ class RunParts:
     def _optimizer(self, role: str) -> RoleOptimizer:
         import torch
 
-        from .engine.lr import lr_lambda
+        from .engine.lr import lr_lambda, staged
         from .engine.optimize import RoleOptimizer
         from .optimizer import OptimizerSettings
 
         settings, parameters = self.settings, self.networks.parameters(role)
+        learning_rate = self.networks.roles[role].learning_rate or settings.learning_rate
         optimizer = self.optimizer_plugin.build(
             parameters,
             OptimizerSettings(
-                settings.learning_rate, settings.adam_beta1, settings.adam_beta2, settings.adam_epsilon,
+                learning_rate, settings.adam_beta1, settings.adam_beta2, settings.adam_epsilon,
                 settings.adam_weight_decay,
             ),
         )  # fmt: skip
         fp16 = settings.mixed_precision == "fp16"
         return RoleOptimizer(
-            optimizer, parameters, learning_rate=settings.learning_rate,
-            schedule=lr_lambda(
-                settings.lr_scheduler, settings.lr_warmup_steps, self.total_steps, num_cycles=settings.lr_num_cycles,
-                power=settings.lr_power, end_factor=settings.lr_end / settings.learning_rate,
+            optimizer, parameters, learning_rate=learning_rate,
+            schedule=staged(
+                lambda num_steps: lr_lambda(
+                    settings.lr_scheduler, settings.lr_warmup_steps, num_steps, num_cycles=settings.lr_num_cycles,
+                    power=settings.lr_power, end_factor=settings.lr_end / settings.learning_rate,
+                ),
+                self.stages,
             ),
             max_grad_norm=settings.max_grad_norm,
             scaler=torch.amp.GradScaler(self.processes.device.type) if fp16 else None,
@@ -200,6 +205,13 @@ class RunParts:
         return min(ends)
 
     @cached_property
+    def stages(self) -> Sequence[Stage]:
+        """The method's parts of this run."""
+        stages = self.method.stages(self.config.method, total_steps=self.total_steps)
+        assert sum(stage.num_steps for stage in stages) == self.total_steps, "stages must fill the run"
+        return stages
+
+    @cached_property
     def trainer(self) -> Trainer:
         """The loop with everything it needs."""
         import torch
@@ -214,11 +226,16 @@ class RunParts:
 
         settings, processes = self.settings, self.processes
         autocast = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.mixed_precision]
-        context = Context(Runtime(self.family, self.networks, settings.seed, processes.device, autocast))
+        context = Context(
+            Runtime(
+                self.family, self.networks, settings.seed, processes.device, autocast, stages=self.stages,
+                average=processes.average,
+            )
+        )  # fmt: skip
         optimizers = {role: self._optimizer(role) for role in self.networks.trained_roles()}
         loop = Loop(
             self.method, context, self.networks, optimizers,
-            health=HealthMonitor(settings.max_bad_steps), reduce=processes.average,
+            health=HealthMonitor(settings.max_bad_steps), reduce=processes.average, stages=self.stages,
         )  # fmt: skip
         networks = {role: self.networks.module(role) for role in self.networks.roles}
         return Trainer(

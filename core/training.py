@@ -124,6 +124,12 @@ class Trainer:
         if differing:
             lines = "; ".join(f"{key} was {old!r} and is {new!r}" for key, (old, new) in differing.items())
             raise UserError(f"{path} cannot be resumed: {lines}", "put the old values back, or use a new output_dir")
+        if saved.meta.get("stages", []) != self._begun(saved.step):
+            raise UserError(
+                f"{path} cannot be resumed: its stages began at steps {saved.meta['stages']}, this run's at "
+                f"{self._begun(saved.step)}",
+                "leave max_train_steps and the method's stages as they were, or use a new output_dir",
+            )
         self.loop.networks.load_state(saved.tensors)
         for role, optimizer in self.loop.optimizers.items():
             tensors = saved.tensors.get(f"optimizer-{role}", {})
@@ -139,6 +145,10 @@ class Trainer:
             discarded = self.store.discard_after(saved.step)
             if discarded:
                 self.say(f"later checkpoints are removed: {', '.join(path.name for path in discarded)}")
+
+    def _begun(self, step: int) -> list[int]:
+        """First steps of the later stages that had begun when `step` steps were taken."""
+        return [start for start in self.loop.stage_starts if start < step]
 
     def save(self) -> None:
         """Write a checkpoint of the present step, unless there is one. Every process must call it."""
@@ -171,6 +181,7 @@ class Trainer:
             "optimizers": optimizers,
             "scalers": scalers,
             "bad_steps": dict(self.loop.health.consecutive),
+            "stages": self._begun(self.step),
         }
         return CheckpointState(self.step, {name: group for name, group in tensors.items() if group}, meta)
 

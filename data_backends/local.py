@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
+
+from pydantic import model_validator
 
 from ..core.backend import DataBackend, Entry
 from ..core.config.types import LocalPath, Settings
@@ -15,24 +17,48 @@ from ..core.hookspecs import hookimpl
 
 
 class LocalBackend(DataBackend):
-    """All files below ``instance_data_dir``, recursively; names that begin with a dot are skipped."""
+    """All files below ``instance_data_dir``, recursively; names that begin with a dot are skipped.
+
+    Or, for ``dataset_type: prompts``, the one file ``prompts_file``.
+    """
 
     name = "local"
 
     class Config(Settings):
-        """Where the folder is."""
+        """Where the folder or the file is."""
 
-        instance_data_dir: LocalPath
+        instance_data_dir: LocalPath | None = None
         """The folder with the pictures (a relative path is relative to the file that names it)."""
+        prompts_file: LocalPath | None = None
+        """For `prompts`, instead of a folder of .txt files: one .txt, .json, .jsonl, .csv or .parquet file."""
+
+        @model_validator(mode="after")
+        def _one_place(self) -> Self:
+            if self.instance_data_dir is None and self.prompts_file is None:
+                raise ValueError("instance_data_dir is required (or, with dataset_type prompts, a prompts file)")
+            if self.instance_data_dir is not None and self.prompts_file is not None:
+                raise ValueError("instance_data_dir and prompts_file are both given, and only one of them can be read")
+            return self
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        self.root = Path(config.instance_data_dir).expanduser()
+        self.file = None if config.prompts_file is None else Path(config.prompts_file).expanduser()
+        self.root = self.file.parent if self.file else Path(config.instance_data_dir).expanduser()
 
     @property
     def location(self) -> str:
-        """The folder."""
-        return str(self.root)
+        """The folder, or the one file."""
+        return str(self.file or self.root)
+
+    @property
+    def prompts_key(self) -> str | None:
+        """The name of ``prompts_file``."""
+        return self.file.name if self.file else None
+
+    def entry(self, key: str) -> Entry:
+        """Size and modification time of one file."""
+        status = (self.root / key).stat()
+        return Entry(key, status.st_size, str(status.st_mtime_ns))
 
     def list(self) -> Iterator[Entry]:
         """Every file, in sorted key order. Links are followed; a link back to a folder above is not."""

@@ -36,37 +36,12 @@ from torch import Tensor
 
 from ..core.batch import Batch
 from ..core.context import Context
-from ..core.diffusion import Prediction, Schedule, append_dims
+from ..core.diffusion import Prediction, Schedule
 from ..core.errors import UserError
 from ..core.hookspecs import hookimpl
 from ..core.method import Method, MethodSetup, Requirements, Role, Sampler, Update
-
-SIGMA_DATA = 0.5
-
-
-def boundary_scalings(t: Tensor, *, timestep_scaling_factor: float) -> tuple[Tensor, Tensor]:
-    """c_skip and c_out of the consistency function at integer timesteps `t` (B,), float64; (1, 0) exactly at t = 0."""
-    scaled = timestep_scaling_factor * t.to(torch.float64)
-    norm = scaled**2 + SIGMA_DATA**2
-    return SIGMA_DATA**2 / norm, scaled / norm.sqrt()
-
-
-def consistency_function(prediction: Prediction, *, timestep_scaling_factor: float) -> Tensor:
-    """f(x_t, t) of shape (B, ...): c_skip x_t + c_out x_0, or x_0 itself (x_t at t = 0) where t = 0 is clean."""
-    if prediction.schedule.clean_at_zero:
-        return torch.where(append_dims(prediction.t, prediction.x_t) == 0, prediction.x_t, prediction.x0)
-    scalings = boundary_scalings(prediction.t, timestep_scaling_factor=timestep_scaling_factor)
-    c_skip, c_out = (append_dims(scaling, prediction.x_t) for scaling in scalings)
-    return c_skip * prediction.x_t + c_out * prediction.x0
-
-
-def distance(output: Tensor, target: Tensor, *, loss_type: str, huber_c: float) -> Tensor:
-    """Mean over the elements of each sample, shape (B,), of d^2 (l2) or sqrt(d^2 + c^2) - c (huber, elementwise)."""
-    squared = (output - target) ** 2
-    if loss_type == "huber":
-        squared = (squared + huber_c**2).sqrt() - huber_c
-    return squared.flatten(1).mean(1)
-
+from ..core.terms.consistency import consistency_function
+from ..core.terms.regression import LossType, distance
 
 class LCM(Method):
     """Latent consistency distillation: 4 to 8 steps without guidance, as a LoRA or a full model."""
@@ -86,7 +61,7 @@ class LCM(Method):
         """Upper end of the range that the teacher's guidance is drawn from, in the units of guidance_convention."""
         guidance_convention: Literal["scale", "paper"] = "scale"
         """scale: w is the guidance scale that pipelines take, uncond + w (cond - uncond); paper: one less."""
-        loss_type: Literal["l2", "huber"] = "l2"
+        loss_type: LossType = "l2"
         """l2: squared difference; huber: sqrt(d^2 + huber_c^2) - huber_c, robust to outliers."""
         huber_c: float = Field(0.001, gt=0)
         """c of the huber loss, in latent units."""

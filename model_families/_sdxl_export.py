@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..core.errors import UserError
+from ..core.second_time import SCHEDULER, active_second_time, export_second_time, put_aside
 from ._sdxl_files import quiet_libraries
 from ._sdxl_lora import WEIGHTS
 
@@ -69,13 +70,25 @@ def export_pipeline(
     with quiet_libraries():
         from diffusers import StableDiffusionXLPipeline
 
-        parts: dict[str, Any] = {"unet": network, "vae": vae, "scheduler": scheduler}
+        # a scheduler that plain diffusers lacks stays out: better no picture than one without the second time
+        own = None if info.sampler.scheduler == SCHEDULER else scheduler
+        parts: dict[str, Any] = {"unet": network, "vae": vae, "scheduler": own}
         parts |= dict(zip(("tokenizer", "tokenizer_2"), text.tokenizers, strict=True))
         parts |= dict(zip(("text_encoder", "text_encoder_2"), text.encoders, strict=True))
         pipeline = StableDiffusionXLPipeline(**parts, force_zeros_for_empty_prompt=zeros, add_watermarker=False)
-        pipeline.save_pretrained(folder, safe_serialization=True)
+        with put_aside(network):
+            pipeline.save_pretrained(folder, safe_serialization=True)
     if info.metadata:
         (folder / "metadata.json").write_text(json.dumps(dict(info.metadata), indent=2) + "\n", encoding="utf-8")
+
+
+def export_sampler(network: nn.Module, folder: Path, scheduler: Any, info: ExportInfo) -> None:
+    """Write ``scheduler/`` and, for a flow map, the code and the embedding that plain diffusers lacks."""
+    if info.sampler.scheduler == SCHEDULER:
+        export_second_time(network, folder, component="unet", name=info.adapter)
+    elif active_second_time(network) is not None:
+        raise ValueError(f"a student with a second time is run with {SCHEDULER}, not {info.sampler.scheduler}")
+    scheduler.save_pretrained(folder / "scheduler")
 
 
 def student_lora(folder: Path) -> list[tuple[str, float]]:
@@ -102,23 +115,29 @@ def load_unet(folder: Path, dtype: torch.dtype) -> nn.Module:
 
 def usage_snippet(settings: ModelSettings, info: ExportInfo, *, variant: str | None, flow: bool) -> str:
     """Plain diffusers code that makes a picture with the exported student."""
-    lora = info.model_type == "lora"
-    imports = sorted({"StableDiffusionXLPipeline", *({info.sampler.scheduler} if lora else ())})
+    lora, flow_map = info.model_type == "lora", info.sampler.scheduler == SCHEDULER
+    schedulers = {info.sampler.scheduler} if lora and not flow_map else set()
+    imports = sorted({"StableDiffusionXLPipeline", *schedulers})
     if lora and settings.vae:
         imports.insert(0, "AutoencoderKL")
-    lines = ["import torch", f"from diffusers import {', '.join(imports)}", ""]
+    lines = ["from runpy import run_path", ""] if flow_map else []
+    lines += ["import torch", f"from diffusers import {', '.join(imports)}", ""]
     lines += ['device = "cuda" if torch.cuda.is_available() else "cpu"']
     lines += ['dtype = torch.float16 if device == "cuda" else torch.float32']
-    lines += ['student = "student"  # the folder of this file, or its hub id']
-    lines += _load_lora(settings, info, variant) if lora else _load_full()
-    if flow:
+    hub = "from the hub: huggingface_hub.snapshot_download(id)" if flow_map else "or its hub id"
+    lines += [f'student = "student"  # the folder of this file, {hub}']
+    lines += _load_lora(settings, info, variant) if lora else _load_full(flow_map)
+    if flow_map:
+        lines += ['run_path(f"{student}/flow_map.py")["attach"](pipe, student)  # its scheduler, its second time']
+    elif flow:
         lines += ["pipe.scheduler.init_noise_sigma = 1.0  # the SDXL pipeline asks a flow scheduler for these two"]
         lines += ["pipe.scheduler.scale_model_input = lambda sample, timestep: sample"]
     return "\n".join([*lines, *_call(info)]) + "\n"
 
 
-def _load_full() -> list[str]:
-    return ["pipe = StableDiffusionXLPipeline.from_pretrained(student, torch_dtype=dtype).to(device)"]
+def _load_full(flow_map: bool) -> list[str]:
+    extra = ", scheduler=None" if flow_map else ""
+    return [f"pipe = StableDiffusionXLPipeline.from_pretrained(student, torch_dtype=dtype{extra}).to(device)"]
 
 
 def _load_lora(settings: ModelSettings, info: ExportInfo, variant: str | None) -> list[str]:
@@ -135,6 +154,8 @@ def _load_lora(settings: ModelSettings, info: ExportInfo, variant: str | None) -
         lines += ["pipe.unload_lora_weights()"]
     lines += ["pipe.load_lora_weights(student)"]
     scheduler = info.sampler.scheduler
+    if scheduler == SCHEDULER:
+        return lines
     return [*lines, f'pipe.scheduler = {scheduler}.from_pretrained(student, subfolder="scheduler")']
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import gc
 import hashlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -25,18 +26,13 @@ from ..core.diffusion.schedule import Schedule, from_scheduler_config
 from ..core.errors import UserError
 from ..core.family import Capabilities, ExportInfo, ExtraLora, MicroConditioning, ModelFamily, ModelSettings
 from ..core.hookspecs import hookimpl
+from ..core.second_time import differentiable_forward, load_second_time, sampled_by, telling
 from . import _sdxl_export as exporting
 from ._sdxl_encoders import decode, encode_pixels, encode_text
 from ._sdxl_files import hash_files, quiet_libraries
 from ._sdxl_lora import TEXT_PREFIXES, Lora, attach, fuse, lora_file, read_lora
-from ._sdxl_pictures import (
-    build_pipeline,
-    build_scheduler,
-    call_arguments,
-    evaluating,
-    guidance_scale_embedding,
-    sample_latents,
-)
+from ._sdxl_network import call_unet, copy_unet, unet_feature_channels, unet_features, unet_second_time
+from ._sdxl_pictures import build_pipeline, build_scheduler, call_arguments, evaluating, sample_latents
 from ._sdxl_source import Source, TextEncoders, empty_unet, open_source
 from ._sdxl_vae import with_vae
 
@@ -48,8 +44,6 @@ LCM_TARGETS = (
     *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
     *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
 )
-GUIDANCE_DIM = 256
-"""``time_cond_proj_dim`` of a student with a guidance embedding."""
 PROMPTS_AT_ONCE = 32
 """Prompts in one pass of the text encoders."""
 
@@ -58,7 +52,9 @@ class SDXL(ModelFamily):
     """Stable Diffusion XL and its fine-tunes."""
 
     name: ClassVar[str] = "sdxl"
-    capabilities: ClassVar[Capabilities] = Capabilities(lora=True, full=True, guidance_embedding=True)
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        lora=True, full=True, guidance_embedding=True, second_time=True, features=True
+    )
     lora_targets: ClassVar[tuple[str, ...]] = LCM_TARGETS
     pixel_multiple: ClassVar[int] = 8
     miniature: ClassVar[Path | None] = Path(__file__).parent / "assets" / "sdxl_miniature"
@@ -265,17 +261,11 @@ class SDXL(ModelFamily):
     def attach_adapter(self, network: nn.Module, path: str, adapter: str) -> None:
         attach({"unet": network}, {adapter: self._loras([(path, 1.0)])[0]})
 
-    def student_network(self, teacher: nn.Module, *, guidance_embedding: bool) -> nn.Module:
-        unet: Any = teacher
-        config = dict(unet.config)
-        state = {name: value.detach().to(torch.float32, copy=True) for name, value in unet.state_dict().items()}
-        if guidance_embedding and config.get("time_cond_proj_dim") is None:
-            config["time_cond_proj_dim"] = GUIDANCE_DIM
-            width = unet.time_embedding.linear_1.in_features
-            state["time_embedding.cond_proj.weight"] = torch.zeros(width, GUIDANCE_DIM, device=unet.device)
-        student = empty_unet(config)
-        student.load_state_dict(state, assign=True)
-        return student.to(memory_format=torch.channels_last).requires_grad_(True).eval()
+    def student_network(self, teacher: nn.Module, *, guidance_embedding: bool, second_time: bool = False) -> nn.Module:
+        return copy_unet(teacher, guidance_embedding=guidance_embedding, second_time=second_time)
+
+    def add_second_time(self, network: nn.Module, *, name: str = "student") -> nn.Module:
+        return unet_second_time(network, name=name)
 
     def predict(
         self,
@@ -285,28 +275,19 @@ class SDXL(ModelFamily):
         cond: Conditioning,
         *,
         guidance: Tensor | None = None,
+        second_time: Tensor | None = None,
     ) -> Tensor:
-        unet: Any = network
-        dtype = unet.conv_in.weight.dtype
-        width = unet.config.time_cond_proj_dim
-        if (guidance is None) != (width is None):
-            raise ValueError(
-                "this network has no guidance embedding"
-                if width is None
-                else "this network takes the guidance scale as an input: pass guidance"
-            )
-        embedding = None if guidance is None else guidance_scale_embedding(guidance, width).to(dtype)
-        return unet(
-            x_t.to(dtype),
-            time,
-            encoder_hidden_states=cond["prompt_embeds"].to(dtype),
-            timestep_cond=embedding,
-            added_cond_kwargs={
-                "text_embeds": cond["pooled_prompt_embeds"].to(dtype),
-                "time_ids": cond["time_ids"],
-            },
-            return_dict=False,
-        )[0]
+        with telling(network, time, second_time):
+            return call_unet(network, x_t, time, cond, guidance=guidance)
+
+    def forward_ad(self) -> AbstractContextManager[None]:
+        return differentiable_forward()
+
+    def features(self, network: nn.Module, x_t: Tensor, time: Tensor, cond: Conditioning) -> list[Tensor]:
+        return unet_features(network, x_t, time, cond)
+
+    def feature_channels(self, network: nn.Module) -> list[int]:
+        return unet_feature_channels(network)
 
     # -- pictures and export ----------------------------------------------------------------------------------------
 
@@ -334,10 +315,11 @@ class SDXL(ModelFamily):
         embeds = {key: embeds[key] for key in ("prompt_embeds", "pooled_prompt_embeds")}
         guided = call["guidance_scale"] > 1 and not embedded
         negative = (self.uncond(embeds) if negative_embeds is None else negative_embeds) if guided else None
-        pipeline = build_pipeline(network, self.scheduler(sampler), scale_factor=self.scale_factor)
+        scheduler = self.scheduler(sampler)
+        pipeline = build_pipeline(network, scheduler, scale_factor=self.scale_factor)
         at_once = max(1, self.config.latents_at_once * self.scale_factor**2 // (width * height))
         pictures = []
-        with evaluating(network):
+        with evaluating(network), sampled_by(network, scheduler):
             for at in range(0, len(seeds), at_once):
                 chosen = slice(at, at + at_once)
                 latents = sample_latents(
@@ -360,10 +342,10 @@ class SDXL(ModelFamily):
         scheduler = self.scheduler(info.sampler)
         if info.model_type == "lora":
             exporting.export_lora(network, folder, info)
-            scheduler.save_pretrained(folder / "scheduler")
-            return
-        text, vae = self._text_encoders(), self._autoencoder()
-        exporting.export_pipeline(network, folder, scheduler, text, vae, info=info, zeros=self.zeros_for_uncond)
+        else:
+            text, vae = self._text_encoders(), self._autoencoder()
+            exporting.export_pipeline(network, folder, scheduler, text, vae, info=info, zeros=self.zeros_for_uncond)
+        exporting.export_sampler(network, folder, scheduler, info)
 
     def load_student(self, folder: Path, *, extra_loras: Sequence[ExtraLora] = ()) -> nn.Module:
         loras = exporting.student_lora(folder)
@@ -373,6 +355,7 @@ class SDXL(ModelFamily):
         named = [*loras, *((extra.path, extra.weight) for extra in extra_loras)]
         names = [*("student" for _ in loras), *(f"extra_{n}" for n in range(len(extra_loras)))]
         attach({"unet": network}, dict(zip(names, self._loras(named), strict=True)))
+        load_second_time(network, folder, name="student")
         return network.requires_grad_(False)
 
     def _put_beside(self, extra_loras: Sequence[ExtraLora]) -> None:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 BATCH = 128
 JUDGE_FOLDER = "judge"
+FEWEST_DATA = 2
+"""Pictures on either side that a distance between distributions needs."""
 
 
 class PictureDistance(Evaluator):
@@ -37,7 +39,8 @@ class PictureDistance(Evaluator):
 class FeatureDistance(Evaluator):
     """Distances between generated pictures and the data in one feature space.
 
-    The Fréchet distance needs more pictures than features; below that only the kernel distance is given.
+    The Fréchet distance needs more pictures than features; below that only the kernel distance is given. Where prompts
+    come more than once, the diversity of their pictures is measured in the same space.
     """
 
     space: ClassVar[str]
@@ -60,9 +63,9 @@ class FeatureDistance(Evaluator):
 
     def score(self, samples: Samples) -> dict[str, float]:
         """Fréchet and kernel distance to the data; nothing where there is no data."""
-        from ..core.distances import frechet_distance, kernel_distance
+        from ..core.distances import frechet_distance, kernel_distance, relative_spread
 
-        if samples.data is None or min(len(samples.data), len(samples.images)) < 2:
+        if samples.data is None or min(len(samples.data), len(samples.images)) < FEWEST_DATA:
             return {}
         if self._data is not samples.data:
             self._data, self._data_features = samples.data, self._all_features(samples.data)
@@ -71,7 +74,8 @@ class FeatureDistance(Evaluator):
         scores = {f"kernel_distance_to_data_{self.space}": kernel_distance(features, self._data_features)}
         if min(len(features), len(self._data_features)) > features.shape[1]:
             scores[f"frechet_distance_to_data_{self.space}"] = frechet_distance(features, self._data_features)
-        return scores
+        spread = relative_spread(features, samples.prompts, self._data_features)
+        return scores if spread is None else {**scores, f"diversity_{self.space}": spread}
 
 
 class RandomConvolutions(FeatureDistance):
@@ -86,9 +90,17 @@ class RandomConvolutions(FeatureDistance):
     higher_is_better: ClassVar[Mapping[str, bool]] = {
         "kernel_distance_to_data_random_convolutions": False,
         "frechet_distance_to_data_random_convolutions": False,
+        "diversity_random_convolutions": True,
     }
 
     EDGE, CHANNELS, LEVELS, SEED = 64, 8, 3, 20231010
+
+    @classmethod
+    def usable(cls, setting: EvaluationSetting) -> str | None:
+        """Only with pictures to measure the distance to."""
+        if setting.num_data is not None and setting.num_data < FEWEST_DATA:
+            return f"it measures distances to real pictures, and the data has {setting.num_data or 'none'}"
+        return None
 
     def features(self, images: Tensor) -> Tensor:
         """Mean and spread of every channel of every level, (B, 48)."""
@@ -120,6 +132,7 @@ class JudgeEvaluator(FeatureDistance):
         "prompt_agreement_judge": True,
         "kernel_distance_to_data_judge": False,
         "frechet_distance_to_data_judge": False,
+        "diversity_judge": True,
     }
 
     def __init__(self, config: Any, setting: EvaluationSetting) -> None:

@@ -28,7 +28,7 @@ from support.quickstart import (
 from support.tiny_sdxl import EDGE, write_tiny_sdxl
 
 ROOT = FILES.parents[1]
-DOCS = ("quickstart", "lcm", "troubleshooting", "design")
+DOCS = ("quickstart", "lcm", "troubleshooting", "design", "data")
 PAGES = ("README.md", "CONTRIBUTING.md", *(f"docs/{name}.md" for name in DOCS))
 EXECUTED = ("docs/quickstart.md", "docs/lcm.md", "CONTRIBUTING.md")
 SUBSTITUTES = {
@@ -152,7 +152,7 @@ def check_results(page: str, workspace: Path) -> None:
             assert picture.size == (EDGE, EDGE)
             assert all(low < high for low, high in picture.getextrema()), "neither black nor white"
     if page == "CONTRIBUTING.md":
-        lines = (workspace / "output" / "guidance" / "losses.txt").read_text().splitlines()
+        lines = (workspace / "output" / "fixed-guidance" / "losses.txt").read_text().splitlines()
         assert [int(line.split()[0]) for line in lines] == [1, 2]
         assert all(float(line.split()[1]) > 0 for line in lines)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from distill.core.assemble import ExportedNetworks, parse_loras
 from distill.core.cli.evaluate import read_steps
-from distill.core.distances import frechet_distance, kernel_distance, root_mean_square
+from distill.core.distances import frechet_distance, kernel_distance, relative_spread, root_mean_square
 from distill.core.errors import UserError
 from distill.core.evaluation import build_evaluators, evaluate, fast_solver, plan_evaluation
 from distill.core.evaluation_report import format_score
@@ -149,10 +149,22 @@ def test_random_convolutions_are_the_same_everywhere_and_see_the_arrangement():
 
 def test_few_pictures_have_no_frechet_distance_and_no_data_no_distance():
     evaluator = RandomConvolutions(RandomConvolutions.Config(), ANYWHERE)
-    assert list(evaluator.score(Samples(pictures(8), ["a"] * 8, data=pictures(100)))) == [
+    prompts = [f"prompt {number}" for number in range(8)]
+    assert list(evaluator.score(Samples(pictures(8), prompts, data=pictures(100)))) == [
         "kernel_distance_to_data_random_convolutions"
     ]
     assert evaluator.score(Samples(pictures(8), ["a"] * 8)) == {}
+
+
+def test_diversity_is_none_for_one_picture_many_times_and_one_for_pictures_that_differ_as_the_data_does():
+    reference = torch.randn(400, 6, generator=torch.Generator().manual_seed(0))
+    prompts = ["a", "b"] * 100
+    same = torch.stack([torch.zeros(6), torch.ones(6)]).repeat(100, 1)
+    assert relative_spread(same, prompts, reference) == 0
+    drawn = torch.randn(200, 6, generator=torch.Generator().manual_seed(1))
+    assert relative_spread(drawn, prompts, reference) == pytest.approx(1, abs=0.05)
+    assert relative_spread(drawn / 2, prompts, reference) == pytest.approx(0.5, abs=0.03)
+    assert relative_spread(drawn, list(range(200)), reference) is None, "no prompt has two pictures"
 
 
 @pytest.fixture

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from distill.core.engine.lr import SHAPES, lr_lambda
+from distill.core.engine.lr import SHAPES, lr_lambda, staged
+from distill.core.method import Stage
 
 WARMUP, TOTAL = 5, 40
 
@@ -54,3 +55,23 @@ def test_wrong_names_and_missing_totals_are_refused() -> None:
     with pytest.raises(ValueError, match="total number of steps"):
         lr_lambda("linear", 0, None)
     assert lr_lambda("constant_with_warmup", 2, None)(1) == 0.5
+
+
+def test_stages_that_restart_have_warm_up_and_decay_of_their_own_length() -> None:
+    stages = [Stage("a", 10), Stage("b", 30, restart_learning_rate=True), Stage("c", 4, restart_learning_rate=True)]
+    factor = staged(lambda length: lr_lambda("linear", 2, length), stages)
+    expected = [value for length in (10, 30, 4) for value in map(lr_lambda("linear", 2, length), range(length))]
+    assert [factor(step) for step in range(44)] == expected
+    assert [factor(start) for start in (0, 10, 40)] == [0.0] * 3
+    assert factor(44) == 0.0, "past the end the last schedule stays at its end"
+
+
+def test_stages_that_do_not_restart_share_one_schedule() -> None:
+    whole = lr_lambda("cosine", WARMUP, TOTAL)
+    for lengths in ((TOTAL,), (7, TOTAL - 7), (1, 2, TOTAL - 3)):
+        factor = staged(lambda length: lr_lambda("cosine", WARMUP, length), [Stage("s", n) for n in lengths])
+        assert [factor(step) for step in range(TOTAL + 5)] == [whole(step) for step in range(TOTAL + 5)]
+    mixed = [Stage("a", 10), Stage("b", 5), Stage("c", 25, restart_learning_rate=True)]
+    factor = staged(lambda length: lr_lambda("cosine", WARMUP, length), mixed)
+    joint, last = lr_lambda("cosine", WARMUP, 15), lr_lambda("cosine", WARMUP, 25)
+    assert [factor(step) for step in range(TOTAL)] == [*map(joint, range(15)), *map(last, range(25))]

@@ -41,6 +41,20 @@ def entry(**values):
     return lambda pair: pair.data.append(values)
 
 
+def alone(text=None, *, name="p.txt", needs_pictures=False, **values):
+    """One dataset of captions alone, read from a file with this text, and a method that needs no pictures."""
+
+    def spoil(pair):
+        if text is not None:
+            content = text.encode() if isinstance(text, str) else text
+            (pair.folder / name).write_bytes(content)
+        pair.data = [{"id": "alone", "dataset_type": "prompts", "prompts_file": name, **values}]
+        pair.data = [{key: value for key, value in pair.data[0].items() if value is not None}]
+        pair.config |= {"distillation_method": "needy", "distillation_config": {"needs_pictures": needs_pictures}}
+
+    return spoil
+
+
 def without(*keys):
     return lambda pair: [pair.config.pop(key) for key in keys]
 
@@ -111,7 +125,7 @@ WRONG = [
         "3",
         "",
     ),
-    Wrong("typo teacher lora", run(teacher_lora=[{"path": "a/b", "wieght": 1}]), CONFIG, "teacher_lora", "'wieght'", "{path, weight}"),
+    Wrong("typo teacher lora", run(teacher_lora=[{"path": "a/b", "wieght": 1}]), CONFIG, "teacher_lora.0.wieght", "1", "did you mean 'weight'"),
     Wrong("method key in run", run(w_min=3), CONFIG, "w_min", "3", "belongs in distillation_config.lcm.w_min"),
     Wrong("dataset key in run", run(repeats=3), CONFIG, "repeats", "3", "belongs in the data file"),
     Wrong("run key in method", lcm(seed=3), CONFIG, "distillation_config.lcm.seed", "3", "belongs in the run's own keys"),
@@ -194,6 +208,32 @@ WRONG = [
     Wrong("int8 base", run(base_model_precision="int8-quanto"), CONFIG, "base_model_precision", "'int8-quanto'", "set it to no_change"),
     Wrong("int8 text encoder", run(text_encoder_1_precision="int8-quanto"), CONFIG, "text_encoder_1_precision", "'int8-quanto'", "no_change"),
     Wrong("deepspeed", run(deepspeed_config="ds.json"), CONFIG, "deepspeed_config", "'ds.json'", "accelerate"),
+    # captions alone
+    Wrong("no prompts file", alone(), DATA, "data.alone.prompts_file", "p.txt", "give a file that is there"),
+    Wrong("folder as prompts", alone(name="pictures"), DATA, "data.alone.prompts_file", "pictures", "into a .txt file"),
+    Wrong("empty prompts", alone("\n \n"), DATA, "data.alone.prompts_file", "p.txt", "one prompt per line"),
+    Wrong("kind of prompts", alone("x", name="p.tsv"), DATA, "data.alone.prompts_file", "p.tsv", "one prompt per line"),
+    Wrong("encoding of prompts", alone(b"a\n\xff"), DATA, "data.alone.prompts_file", "line 2 is not UTF-8", "as UTF-8"),
+    Wrong("prompts in objects", alone('[{"caption": "a"}]', name="p.json"), DATA, "data.alone.prompts_file", "entry 1 is", ".jsonl"),
+    Wrong("one text as prompts", alone('"a"', name="p.json"), DATA, "data.alone.prompts_file", 'it is "a"', "write a list"),
+    Wrong("broken prompts", alone('["a",\n}', name="p.json"), DATA, "data.alone.prompts_file", "line 2, column 1", "write a list"),
+    Wrong("broken lines", alone('{"text": "a"}\n{"text": }', name="p.jsonl"), DATA, "data.alone.prompts_file", "line 2, column 10", "one object per line"),
+    Wrong("number as prompt", alone('{"text": "a"}\n{"text": 1}', name="p.jsonl"), DATA, "data.alone.prompts_file", "line 2: 'text' is 1", "one object per line"),
+    Wrong("near column", alone("captoin,n\na,1\n", name="p.csv"), DATA, "data.alone.caption_column", "p.csv has no column 'caption' or 'text'; it has 'captoin', 'n'", "did you mean 'captoin'"),
+    Wrong("column", alone("caption,n\na,1\n", name="p.csv", caption_column="prompt"), DATA, "data.alone.caption_column", "'prompt'", "name one of them"),
+    Wrong("commas in prompts", alone("caption\na\nb, c\n", name="p.csv"), DATA, "data.alone.prompts_file", "Row #3", "in double quotes"),
+    Wrong("not a table", alone("a", name="p.parquet"), DATA, "data.alone.prompts_file", "Parquet", "write the table again"),
+    Wrong("column of lines", alone("a", caption_column="a"), DATA, "data.alone.caption_column", "'a'", "leave caption_column out"),
+    Wrong("no place of prompts", alone(prompts_file=None), DATA, "data.alone.instance_data_dir", "None", "The folder with the pictures"),
+    Wrong("two places of prompts", alone("a", instance_data_dir="pictures"), DATA, "data.alone.prompts_file", "p.txt", "one of the values"),
+    Wrong("folder without prompts", alone(prompts_file=None, instance_data_dir="pictures"), DATA, "data.alone.instance_data_dir", "holds no .txt file", "as prompts_file"),
+    Wrong("no folder of prompts", alone(prompts_file=None, instance_data_dir="gone"), DATA, "data.alone.instance_data_dir", "gone", ".txt files"),
+    Wrong("aspect of prompts", alone("a", crop_aspect="closest"), DATA, "data.alone.crop_aspect", "'closest'", "other resolutions"),
+    Wrong("strategy of prompts", alone("a", caption_strategy="filename"), DATA, "data.alone.caption_strategy", "'filename'", "prepend_instance_prompt"),
+    Wrong("prompts of pictures", pets(instance_data_dir=None, prompts_file="p.txt"), DATA, "data.pets.prompts_file", "p.txt", '"dataset_type": "prompts"'),
+    Wrong("column of pictures", pets(caption_column="text"), DATA, "data.pets.caption_column", "'text'", '"dataset_type": "prompts"'),
+    Wrong("pictures needed", alone("a", needs_pictures=True), DATA, "data.alone.dataset_type", "the method 'needy' needs pictures", "or choose a method that needs none"),
+    Wrong("pictures needed of all", both(alone("a", needs_pictures=True), entry(id="pets", instance_data_dir="pictures")), DATA, "data.alone.dataset_type", "'prompts'", "leave the entry out"),
     # what a method needs and a family cannot do
     Wrong("dropout", run(lora_dropout=0.1), CONFIG, "lora_dropout", "0.1", "set lora_dropout to 0"),
     Wrong(

@@ -32,7 +32,7 @@ def build(
     configuration, registry = options.load(
         family=family, config=config, data=data, model=model, output_dir=output_dir, overrides=set_, plugins=plugin
     )
-    from ..assemble import CACHE_FOLDER, build_family
+    from ..assemble import CACHE_FOLDER, build_family, needs_pictures
     from ..data.pipeline import DataPipeline
 
     teacher = build_family(configuration, registry)
@@ -47,6 +47,7 @@ def build(
         seed=run.seed,
         cache_root=run.output_dir / CACHE_FOLDER,
         say=options.say,
+        pictures=needs_pictures(configuration, registry, teacher),
     )
     pipeline.prepare()
 

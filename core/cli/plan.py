@@ -23,13 +23,13 @@ def print_plan(configuration: Configuration, registry: Registry) -> None:
     build_family(configuration, registry).check_source()
     for notice in (*configuration.notices, *options.service_notices(configuration, registry), *state.notices):
         options.say(notice)
-    rows = [("output", f"{configuration.run.output_dir} ({state.action})"), *plan(configuration)]
+    rows = [("output", f"{configuration.run.output_dir} ({state.action})"), *plan(configuration, registry)]
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         typer.echo(f"{name:<{width}}  {value}")
 
 
-def plan(configuration: Configuration) -> Iterator[tuple[str, str]]:
+def plan(configuration: Configuration, registry: Registry) -> Iterator[tuple[str, str]]:
     """The plan as (what, how) rows."""
     run = configuration.run
     model = f"{run.pretrained_model_name_or_path}{' (miniature)' if configuration.miniature else ''}"
@@ -40,7 +40,9 @@ def plan(configuration: Configuration) -> Iterator[tuple[str, str]]:
         yield f"  {name}", str(value)
     for entry in configuration.datasets:
         size = f"{entry.resolution:g} ({entry.resolution_type})"
-        yield "data", f"{entry.id}: {entry.instance_data_dir or entry.type}, resolution {size}"
+        kind = "" if entry.has_pictures else "captions alone of "
+        where = registry.get("data_backend", entry.type)(entry.backend).location
+        yield "data", f"{entry.id}: {kind}{where}, resolution {size}"
     ends = [f"{run.max_train_steps} steps"] if run.max_train_steps else []
     ends += [f"{run.num_train_epochs} epochs"] if run.num_train_epochs else []
     batch = f"{run.train_batch_size} x {run.gradient_accumulation_steps} samples per step and process"

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
+from pydantic import ValidationError
 
+from ..config.requirements import SWITCHES
 from ..errors import UserError
+from ..method import ModelType
 
 if TYPE_CHECKING:
+    from ..method import Method, Requirements, Role
     from ..plugins import Registry
 
 app = typer.Typer(no_args_is_help=True, help="What is there, and from where.", pretty_exceptions_enable=False)
@@ -85,4 +89,46 @@ def describe(registry: Registry, kind: str, name: str) -> str:
         default = "required" if info.is_required() else f"default {info.default!r}"
         lines.append(f"  {key}: {expectation(found.Config, key)}; {default}")
         lines += [f"      {' '.join((info.description or '').split())}"] if info.description else []
+    lines += ["", *needs(found)] if kind == "method" else []
     return "\n".join(lines).rstrip()
+
+
+def needs(method: type[Method]) -> list[str]:
+    """What a method needs of data, family and settings, and the networks it works with, for either kind of training."""
+    from ..method import MethodSetup
+
+    try:
+        config = method.Config()
+    except ValidationError as error:
+        required = ", ".join(dict.fromkeys(str(item["loc"][0]) for item in error.errors() if item["loc"]))
+        return [f"needs: {inspect.getdoc(method.requires)} It depends on {required}."]
+    lines = ["needs, with these defaults:"]
+    for model_type in get_args(ModelType):
+        setup = MethodSetup(model_type)
+        try:
+            needed, roles = method.requires(config, setup), method.roles(config, setup)
+        except UserError as error:
+            lines.append(f"  model_type {model_type}: not possible: {error.message}")
+            continue
+        lines.append(f"  model_type {model_type}: {'; '.join(_needs(needed, model_type))}")
+        lines.append(f"      networks: {', '.join(_network(role) for role in roles)}")
+    return lines
+
+
+def _needs(needed: Requirements, model_type: str) -> list[str]:
+    words = ["pictures with captions" if needed.pictures else "captions alone, no pictures"]
+    words += [meaning for switch, meaning in SWITCHES.items() if getattr(needed, switch)]
+    words += ["lora_dropout 0"] if needed.zero_dropout and model_type == "lora" else []
+    words += [f"a grid of {needed.divides_timesteps} times"] if needed.divides_timesteps else []
+    words += ["an x0 at the last timestep: no epsilon model with zero terminal SNR"] if needed.finite_snr else []
+    return words
+
+
+def _network(role: Role) -> str:
+    if role.ema_of:
+        return f"{role.name} (average of {role.ema_of})"
+    if role.copy_of:
+        return f"{role.name} (copy of {role.copy_of}, frozen)"
+    inputs = [word for on, word in ((role.guidance_embedding, "guidance"), (role.second_time, "second time")) if on]
+    trained = {"none": "frozen", "head": "heads on features"}.get(role.trains, role.trains)
+    return f"{role.name} ({', '.join([trained, *(f'takes {word}' for word in inputs)])})"

@@ -190,7 +190,7 @@ def _check_order(settings: Any, prefix: str, refuse: Refuse) -> None:
 
 
 def check_dataset(entry: DatasetSettings, refuse: Refuse) -> None:
-    """One enabled image dataset."""
+    """One enabled dataset."""
     prefix = f"data.{entry.id}."
     check_sizes(entry, prefix, refuse)
     low, high = entry.minimum_aspect_ratio, entry.maximum_aspect_ratio
@@ -210,11 +210,12 @@ def check_dataset(entry: DatasetSettings, refuse: Refuse) -> None:
 
 
 def check_folder(entry: DatasetSettings, refuse: Refuse) -> None:
-    """The folder of an enabled image dataset is there."""
+    """The folder of an enabled dataset is there."""
     folder = entry.instance_data_dir
     if folder is not None and not folder.is_dir():
         problem = "is a file, not a folder" if folder.exists() else "does not exist"
-        remedy = f"give the folder with the pictures: --set data.{entry.id}.instance_data_dir=DIR"
+        what = "pictures" if entry.has_pictures else ".txt files"
+        remedy = f"give the folder with the {what}: --set data.{entry.id}.instance_data_dir=DIR"
         refuse(f"data.{entry.id}.instance_data_dir", str(folder), problem, remedy)
 
 

@@ -44,7 +44,7 @@ class Configuration:
         trackers: Name -> validated ``Config`` of each tracker of ``report_to``.
         evaluators: Name -> validated ``Config`` of each registered evaluator (or of those named by ``evaluators``).
         publishers: Name -> validated ``Config`` of each publisher asked for.
-        datasets: The enabled image datasets, run defaults applied.
+        datasets: The enabled datasets of pictures or prompts, run defaults applied.
         caches: The enabled entries that are places for caches, the default text cache included.
         text_cache: The default text_embeds entry, or None (then a cache is made under output_dir).
         notices: A line for each thing that was normalised or should be known.

@@ -21,7 +21,8 @@ class DatasetSettings(Settings):
     type: str = "local"
     """A registered data backend (`distill plugins list`)."""
     dataset_type: Literal["image", "text_embeds", "vae_embeds", "eval", "prompts", "distillation_cache"] = "image"
-    """What the entry holds: `image` to train on, `text_embeds` or `vae_embeds` for a cache's place."""
+    """What the entry holds: `image` or `prompts` (captions alone) to train on, `text_embeds` or `vae_embeds` for a
+    cache's place."""
     disabled: bool = False
     """Leave the entry out."""
     default: bool = False
@@ -59,7 +60,11 @@ class DatasetSettings(Settings):
     caption_dropout_probability: float = Field(default=0.0, ge=0, le=1)
     """Share of samples trained with the unconditional prompt (0-1); absent: the run's."""
     instance_data_dir: LocalPath | None = None
-    """Folder with the pictures, for backends that read one."""
+    """Folder with the pictures, for backends that read one; for `prompts`, the folder whose .txt files are read."""
+    prompts_file: LocalPath | None = None
+    """For `prompts`: a .txt file with one per line, a .json list or object, or a .jsonl, .csv or .parquet table."""
+    caption_column: str | None = None
+    """For `prompts` in a table: the column that holds them; absent: `caption`, else `text`."""
     cache_dir_vae: LocalPath | None = None
     """Folder of the latent cache; absent: under output_dir."""
     cache_dir: LocalPath | None = None
@@ -96,6 +101,11 @@ class DatasetSettings(Settings):
     """Optimizer step up to which the dataset is used."""
     backend: SerializeAsAny[BaseModel] | None = Field(default=None, exclude=True)
     """The backend's own validated keys."""
+
+    @property
+    def has_pictures(self) -> bool:
+        """Whether samples are pictures with captions rather than captions alone."""
+        return self.dataset_type == "image"
 
     def edge_and_area(self, size: float) -> tuple[float | None, float | None]:
         """A size of this entry as (shorter edge in pixels, area in megapixels); one of the two is None."""

@@ -17,6 +17,7 @@ from .coercion import absolute
 from .dataset_settings import DatasetSettings
 from .findings import PartCheck
 from .normalise import SIZES, align_rounding, convert_size, megapixel_notices, rename_dataset_values
+from .prompt_entries import check_kind, check_prompts, without_pictures
 from .reading import COMMAND_LINE, SUFFIXES, Layers, Origin, fill_environment, read_file, strip_dashes
 from .run_settings import RunSettings
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from ..plugins import Registry
 
 DATA_FILE_STEM = "multidatabackend"
+TRAINED_ON = ("image", "prompts")
+"""Values of ``dataset_type`` whose entries hold samples."""
 INHERITED = (
     "aspect_bucket_alignment",
     "aspect_bucket_rounding",
@@ -54,9 +57,9 @@ class RawEntry:
 
 @dataclass
 class Datasets:
-    """What comes out: enabled image datasets, and places for caches."""
+    """What comes out: enabled datasets of pictures or prompts, and places for caches."""
 
-    images: list[DatasetSettings] = field(default_factory=list)
+    training: list[DatasetSettings] = field(default_factory=list)
     caches: list[DatasetSettings] = field(default_factory=list)
 
     @property
@@ -161,16 +164,24 @@ class DatasetsCheck:
             entry = self._entry(raw)
             if entry is None or entry.disabled:
                 continue
-            if entry.dataset_type == "image":
-                megapixel_notices(entry, f"data.{entry.id}: ", self.notices)
-                for check in (check_dataset, check_folder) if self.to_train else (check_dataset,):
-                    check(entry, partial(self._refuse, raw))
-                result.images.append(entry)
+            if entry.dataset_type in TRAINED_ON:
+                self._check_entry(raw, entry)
+                result.training.append(entry)
             else:
                 result.caches.append(entry)
         self._check_caches(entries, result)
-        check_weights(result.images, entries[0].layers.fallback.file if entries else "", self.findings)
+        check_weights(result.training, entries[0].layers.fallback.file if entries else "", self.findings)
         return result
+
+    def _check_entry(self, raw: RawEntry, entry: DatasetSettings) -> None:
+        refuse, before = partial(self._refuse, raw), len(self.findings)
+        megapixel_notices(entry, f"data.{entry.id}: ", self.notices)
+        check_dataset(entry, refuse)
+        check_kind(entry, refuse)
+        if self.to_train:
+            check_folder(entry, refuse)
+            if not entry.has_pictures and len(self.findings) == before:
+                check_prompts(entry, self.registry, refuse)
 
     def _refuse(self, raw: RawEntry, key: str, value: object, problem: str, remedy: str) -> None:
         file = raw.layers.origin(key.removeprefix(raw.prefix)).file
@@ -206,10 +217,14 @@ class DatasetsCheck:
         if not isinstance(entry, DatasetSettings) or backend is None:
             return None
         ours = {key: value for key, value in values.items() if key in own}
-        if entry.dataset_type != "image":
+        if entry.dataset_type not in TRAINED_ON:
             return self._writable(entry)
         part = check.validate(backend, ours, raw.prefix, origin)
-        return self._writable(entry.model_copy(update={"backend": part})) if part is not None else None
+        if part is None:
+            return None
+        if not entry.has_pictures:
+            entry = without_pictures(entry, set(settings), self.notices)
+        return self._writable(entry.model_copy(update={"backend": part}))
 
     def _backend(self, raw: RawEntry) -> type[BaseModel] | None:
         name = raw.layers.values.get("type", "local")
@@ -254,7 +269,7 @@ class DatasetsCheck:
             raw = next(raw for raw in entries if raw.id == defaults[1])
             problem = f"is set for {', '.join(defaults)}, and only one text cache can be the default"
             self._refuse(raw, f"{raw.prefix}default", True, problem, "keep it on one of them")
-        for entry in result.images:
+        for entry in result.training:
             if entry.text_embeds is not None and entry.text_embeds not in [cache.id for cache in caches]:
                 raw = next(raw for raw in entries if raw.id == entry.id)
                 remedy = f"text_embeds entries: {', '.join(cache.id for cache in caches) or 'none'}"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -115,31 +116,46 @@ class PartCheck:
         known: Iterable[str],
         skip: set[str],
     ) -> None:
-        seen: set[str] = set(skip)
+        seen: set[str] = {prefix + key for key in skip}
         for item in error.errors(include_url=False):
-            location = item["loc"]
-            key = str(location[0]) if location else ""
-            if key in seen:
+            place = _innermost(model, raw, prefix, item["loc"])
+            key = str(place.location[0]) if place.location else ""
+            if place.prefix + key in seen:
                 continue
-            seen.add(key)
-            if item["type"] == "extra_forbidden" and len(location) == 1:
-                self.unknown(key, raw[key], prefix, origin(key), [*model.model_fields, *known])
-            elif item["type"] == "missing" and len(location) == 1:
-                problem = f"is required: {expectation(model, key)}"
-                self.findings.append(Finding(origin(key).file, prefix + key, None, problem, about(model, key)))
-            elif key in model.model_fields:
-                self._add(model, prefix, key, raw.get(key), _problem(item, model, key), origin)
-            else:
-                self._whole(item, raw, prefix, origin)
+            seen.add(place.prefix + key)
+            top = str(item["loc"][0]) if item["loc"] else ""
+            source = origin if place.model is model else lambda _, top=top: origin(top)
+            self._say(item, place, key, source, known if place.model is model else ())
 
-    def _whole(self, item: Any, raw: Mapping[str, Any], prefix: str, origin: Callable[[str], Origin]) -> None:
-        """An error of the part as a whole: filed under the first of its keys that the message names."""
+    def _say(self, item: Any, place: _Place, key: str, origin: Callable[[str], Origin], known: Iterable[str]) -> None:
+        model, raw, prefix = place.model, place.raw, place.prefix
+        if item["type"] == "extra_forbidden" and len(place.location) == 1:
+            self.unknown(key, raw[key], prefix, origin(key), [*model.model_fields, *known])
+        elif item["type"] == "missing" and len(place.location) == 1:
+            problem = f"is required: {expectation(model, key)}"
+            self.findings.append(Finding(origin(key).file, prefix + key, None, problem, about(model, key)))
+        elif key in model.model_fields:
+            self._add(model, prefix, key, raw.get(key), _problem(item, place.location, model, key), origin)
+        else:
+            self._whole(model, item, raw, prefix, origin)
+
+    def _whole(
+        self,
+        model: type[BaseModel],
+        item: Any,
+        raw: Mapping[str, Any],
+        prefix: str,
+        origin: Callable[[str], Origin],
+    ) -> None:
+        """An error of the part as a whole: filed under the first of its keys that the message names, given or not."""
         message = str(item["msg"]).removeprefix("Value error, ")
-        named = [key for key in raw if key in message]
-        key = prefix + named[0] if named else prefix.rstrip(".")
-        value = raw[named[0]] if named else dict(raw)
-        source = origin(named[0] if named else "")
-        self.findings.append(Finding(source.file, key, shown(key, value), message, "change one of the values it names"))
+        named = next((key for key in raw if key in message), None)
+        missing = next((key for key in model.model_fields if key in message), None) if named is None else None
+        key = prefix + (named or missing or "") if named or missing else prefix.rstrip(".")
+        value = raw[named] if named else None if missing else dict(raw)
+        remedy = about(model, missing) if missing else "change one of the values it names"
+        source = origin(named or missing or "")
+        self.findings.append(Finding(source.file, key, shown(key, value), message, remedy))
 
     def _add(
         self,
@@ -184,12 +200,39 @@ def _literals(model: type[BaseModel], key: str) -> list[str]:
     return [leaf.part for leaf in leaves(info.annotation, tuple(info.metadata)) if isinstance(leaf.part, str)]
 
 
-def _problem(item: Any, model: type[BaseModel], key: str) -> str:
-    inner = "".join(f"[{part}]" if isinstance(part, int) else "" for part in item["loc"][1:])
+@dataclass(frozen=True)
+class _Place:
+    """Where an error lies: the innermost model around it, its values, the path that leads there, and what is left."""
+
+    model: type[BaseModel]
+    raw: Mapping[str, Any]
+    prefix: str
+    location: Sequence[int | str]
+
+
+def _innermost(model: type[BaseModel], raw: Mapping[str, Any], prefix: str, location: Sequence[int | str]) -> _Place:
+    """Follow an error into the models that a part's fields, or the elements of its lists, are."""
+    here = _Place(model, raw, prefix, location)
+    key = str(location[0]) if location else ""
+    if len(location) < 2 or key not in model.model_fields:
+        return here
+    inside = [leaf.part for leaf in leaves(model.model_fields[key].annotation)]
+    models = [part for part in inside if isinstance(part, type) and issubclass(part, BaseModel)]
+    value, path, index = raw.get(key), key, location[1]
+    if isinstance(index, int):
+        value = value[index] if isinstance(value, list | tuple) else None
+        path = f"{key}.{index}"
+    if len(models) != 1 or not isinstance(value, Mapping):
+        return here
+    return _innermost(models[0], value, f"{prefix}{path}.", location[2 if isinstance(index, int) else 1 :])
+
+
+def _problem(item: Any, location: Sequence[int | str], model: type[BaseModel], key: str) -> str:
+    inner = "".join(f"[{part}]" if isinstance(part, int) else "" for part in location[1:])
     if item["type"] == "extra_forbidden":
-        return f"{inner} has the unknown key {item['loc'][-1]!r}; must be {expectation(model, key)}".strip()
+        return f"{inner} has the unknown key {location[-1]!r}; must be {expectation(model, key)}".strip()
     if item["type"] == "value_error":
         return str(item["msg"]).removeprefix("Value error, ")
     if inner and item["type"] == "missing":
-        return f"{inner} lacks {item['loc'][-1]!r}"
+        return f"{inner} lacks {location[-1]!r}"
     return f"{inner} must be {expectation(model, key)}".strip()

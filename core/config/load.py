@@ -16,7 +16,7 @@ from .findings import PartCheck
 from .normalise import align_rounding, megapixel_notices, refuse_not_yet, rename_run_keys
 from .parts import Parts, PartsCheck
 from .reading import COMMAND_LINE, Layers, Origin, fill_environment, nested, parse_override, read_file, strip_dashes
-from .requirements import check_requirements
+from .requirements import check_pictures, check_requirements
 from .run_settings import RunSettings
 
 if TYPE_CHECKING:
@@ -94,6 +94,8 @@ class Loader:
             self._compare(run, parts, check)
         entries = self._entries(run, data_file, inline, recipe_data)
         datasets = self._datasets(run or RunSettings(), entries, data_overrides)
+        if run is not None:
+            self._compare_data(run, parts, check, entries or [], datasets)
         if run is not None and self.to_train:
             check.check_optimizer(run)
         if run is None or self.findings:
@@ -165,14 +167,15 @@ class Loader:
         recipe = json.loads(recipe_file.read_text(encoding="utf-8"))
         origin = Origin(str(recipe_file), recipe_file.parent)
         data = recipe.pop("data", [])
-        recipe = {MODEL: str(folder), **recipe}
+        method = check.classes.get("method")
+        own = recipe.pop("methods", {}).get(method.name, {}) if method else {}
+        recipe = {MODEL: str(folder), **recipe, **own}
         if self.layers.given("num_train_epochs") or self.layers.given("max_train_steps"):
             recipe.pop("max_train_steps", None)
             recipe.pop("num_train_epochs", None)
         recipe_type = recipe.get("model_type", RunSettings.model_fields["model_type"].default)
         if self.layers.values.get("model_type", recipe_type) != recipe_type:
             recipe.pop("learning_rate", None)
-        method = check.classes.get("method")
         parts = recipe.get("distillation_config", {})
         recipe["distillation_config"] = {name: part for name, part in parts.items() if method and name == method.name}
         under = Layers()
@@ -202,6 +205,16 @@ class Loader:
         findings, notices = check_requirements(method, config, family, run, files=files)
         self.findings.extend(findings)
         self.notices.extend(notices)
+
+    def _compare_data(
+        self, run: RunSettings, parts: Parts, check: PartsCheck, entries: list[RawEntry], datasets: Datasets
+    ) -> None:
+        method = check.classes.get("method")
+        config = parts["distillation_config"].get(method.name) if method else None
+        if method is None or config is None:
+            return
+        files = {entry.id: entry.layers.origin("dataset_type").file for entry in entries}
+        self.findings.extend(check_pictures(method, config, run, datasets.training, files=files))
 
     def _entries(
         self, run: RunSettings | None, data_file: Path | None, inline: Any, recipe: list[RawEntry] | None
@@ -234,9 +247,9 @@ class Loader:
         before = len(self.findings)
         check = DatasetsCheck(self.registry, run, self.findings, self.notices, to_train=self.to_train)
         datasets = check.check(entries)
-        if not datasets.images and len(self.findings) == before:
+        if not datasets.training and len(self.findings) == before:
             file = entries[0].layers.fallback.file if entries else "data file"
-            problem = "has no enabled entry of dataset_type image"
+            problem = "has no enabled entry of dataset_type image or prompts"
             remedy = "add a dataset with id and instance_data_dir, or set disabled to false"
             self.findings.append(Finding(file, "data", [entry.id for entry in entries], problem, remedy))
         return datasets
@@ -252,7 +265,7 @@ class Loader:
             trackers=parts["tracker_config"],
             evaluators={name: given.get(name) or self.registry.get("evaluator", name).Config() for name in evaluators},
             publishers=parts["publisher_config"],
-            datasets=tuple(datasets.images),
+            datasets=tuple(datasets.training),
             caches=tuple(datasets.caches),
             text_cache=datasets.text_cache,
             notices=tuple(dict.fromkeys(self.notices)),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 
 from ..errors import Finding
+from ..method import MethodPart, method_parts
 from .configuration import PARTS
 from .dataset_settings import DatasetSettings
 from .findings import PartCheck
@@ -116,12 +117,33 @@ class PartsCheck:
         chosen = self.registry.get(kind, name)
         if kind in self.classes and chosen is not self.classes[kind]:
             self.notices.append(f"{key}.{name} has no effect: the {kind} is {self.classes[kind].name!r}")
+        return self._validated(chosen, raw or {}, f"{key}.{name}.", lambda part: self.layers.origin(key, name, part))
+
+    def _validated(
+        self, owner: type[Any], raw: Mapping[str, Any], prefix: str, origin: Callable[[str], Origin]
+    ) -> BaseModel | None:
         check = PartCheck(
             self.findings, elsewhere={key: f"the run's own keys, as {key}" for key in RunSettings.model_fields}
         )
-        return check.validate(
-            chosen.Config, raw or {}, f"{key}.{name}.", lambda part: self.layers.origin(key, name, part)
-        )
+        config = check.validate(owner.Config, raw, prefix, origin)
+        if config is None:
+            return None
+        parts = list(method_parts(config))
+        bound = [self._bind(part, f"{prefix}{path}.", origin(path.partition(".")[0])) for path, part in parts]
+        return config if all(bound) else None
+
+    def _bind(self, part: MethodPart, prefix: str, origin: Origin) -> bool:
+        """Find a method that is named inside another's settings, and check what it is given there."""
+        if not self.registry.known("method", part.method):
+            remedy = self.registry.remedy("method", part.method)
+            problem = "is not a registered method"
+            self.findings.append(Finding(origin.file, f"{prefix}method", part.method, problem, remedy))
+            return False
+        found = self.registry.get("method", part.method)
+        settings = self._validated(found, part.config, f"{prefix}config.", lambda key: origin)
+        if settings is not None:
+            part.bind(found, settings)
+        return settings is not None
 
     def wanted(self, kind: str, run: RunSettings | None, *, report: bool = False) -> list[str]:
         """Names of the plugins of a kind that the run uses."""

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..errors import Finding
+from ..errors import Finding, UserError
 from .run_settings import RunSettings
 
 if TYPE_CHECKING:
     from ..family import ModelFamily
-    from ..method import Method
+    from ..method import Method, MethodSetup
+    from .dataset_settings import DatasetSettings
 
 SWITCHES = {
     "guidance_embedding": "a network that takes the guidance scale as an input",
@@ -45,8 +46,12 @@ def check_requirements(
 
     files = files or {}
     setup = MethodSetup(model_type=run.model_type, prediction_type=prediction_type, use_ema=run.use_ema)
-    needs, able = method.requires(method_config, setup), family.capabilities
     findings: list[Finding] = []
+    file = files.get("distillation_config", files.get("distillation_method", files.get("", "configuration")))
+    refusal = _own_refusal(method, method_config, setup, run)
+    if refusal is not None:
+        return [Finding(file, "distillation_method", method.name, refusal.message, refusal.remedy)], []
+    needs, able = method.requires(method_config, setup), family.capabilities
 
     def refuse(key: str, problem: str, remedy: str) -> None:
         file = files.get(key, files.get("", "configuration"))
@@ -63,17 +68,79 @@ def check_requirements(
     if needs.zero_dropout and run.model_type == "lora" and run.lora_dropout > 0:
         problem = f"the method {method.name!r} compares two passes of one network, which dropout makes differ"
         refuse("lora_dropout", f"{problem}; must be 0", "set lora_dropout to 0")
-    points = needs.divides_timesteps
-    if points is None or num_timesteps % points == 0:
-        return findings, []
-    keys = [name for name in type(method_config).model_fields if getattr(method_config, name) == points]
-    key = ".".join(["distillation_config", method.name, *keys[:1]])
-    if points > num_timesteps:
-        problem = f"is more than the {num_timesteps} training timesteps of the model"
-        file = files.get("distillation_config", files.get("", "configuration"))
-        findings.append(Finding(file, key, points, problem, f"lower it to a divisor of {num_timesteps}"))
-        return findings, []
-    return findings, [_short_grid(key, points, num_timesteps)]
+    notices: list[str] = []
+    for path, owner, config in _with_parts(method, method_config, f"distillation_config.{method.name}"):
+        points = owner.requires(config, setup).divides_timesteps
+        if points is None or num_timesteps % points == 0:
+            continue
+        keys = [name for name in type(config).model_fields if getattr(config, name) == points]
+        key = ".".join([path, *keys[:1]])
+        if points > num_timesteps:
+            problem = f"is more than the {num_timesteps} training timesteps of the model"
+            findings.append(Finding(file, key, points, problem, f"lower it to a divisor of {num_timesteps}"))
+        else:
+            notices.append(_short_grid(key, points, num_timesteps))
+    return findings, notices
+
+
+def _own_refusal(method: type[Method], config: Any, setup: MethodSetup, run: RunSettings) -> UserError | None:
+    """What the method itself says against these settings or this kind of training."""
+    try:
+        method.requires(config, setup)
+        method.roles(config, setup)
+        if run.max_train_steps:
+            method.stages(config, total_steps=run.max_train_steps)
+    except UserError as error:
+        return error
+    return None
+
+
+def _with_parts(method: type[Method], config: Any, path: str) -> Iterator[tuple[str, type[Method], Any]]:
+    """A method and those that its settings are made of: path of the settings, class, settings."""
+    from ..method import method_parts
+
+    yield path, method, config
+    for place, part in method_parts(config):
+        yield from _with_parts(part.found, part.settings, f"{path}.{place}.config")
+
+
+def check_pictures(
+    method: type[Method],
+    method_config: Any,
+    run: RunSettings,
+    datasets: Sequence[DatasetSettings],
+    *,
+    files: Mapping[str, str],
+) -> list[Finding]:
+    """Findings of datasets that have captions alone, where the method needs pictures.
+
+    Args:
+        method: The chosen method.
+        method_config: Its validated configuration.
+        run: The run's settings.
+        datasets: Those that are trained on.
+        files: Id of a dataset -> the file that its type comes from.
+    """
+    from ..method import MethodSetup
+
+    prompts = [entry for entry in datasets if not entry.has_pictures]
+    setup = MethodSetup(model_type=run.model_type, use_ema=run.use_ema)
+    if not prompts or not method.requires(method_config, setup).pictures:
+        return []
+    alone = len(prompts) == len(datasets)
+    problem = f"the method {method.name!r} needs pictures, and this dataset has captions alone"
+    problem += "; no other has any" if alone else ""
+    remedy = "name a folder of pictures with captions (dataset_type image)" if alone else "leave the entry out"
+    return [
+        Finding(
+            files[entry.id],
+            f"data.{entry.id}.dataset_type",
+            entry.dataset_type,
+            problem,
+            f"{remedy}, or choose a method that needs none (distillation_method)",
+        )
+        for entry in prompts
+    ]
 
 
 def _short_grid(key: str, points: int, num_timesteps: int) -> str:

@@ -52,7 +52,7 @@ class Places(Protocol):
 
 @dataclass
 class Caches:
-    """The caches of each dataset, by its id; datasets may share a text cache."""
+    """The caches of each dataset, by its id; datasets may share a text cache, and those of prompts have no latents."""
 
     latents: dict[str, TensorCache] = field(default_factory=dict)
     texts: dict[str, TensorCache] = field(default_factory=dict)
@@ -96,8 +96,14 @@ class CacheBuilder:
         self.family, self.places, self.share, self.workers = family, places, share, workers
         self.progress, self.say, self.wait = progress, say, wait
 
-    def build(self, datasets: Sequence[Dataset], report: DataReport) -> Caches:
-        """All caches, complete; broken pictures are dropped from their datasets, and counts go into `report`."""
+    def build(self, datasets: Sequence[Dataset], report: DataReport, *, pictures: bool = True) -> Caches:
+        """All caches, complete; broken pictures are dropped from their datasets, and counts go into `report`.
+
+        Args:
+            datasets: What is trained on.
+            report: Filled in.
+            pictures: Whether latents are made; without, the autoencoder is not loaded.
+        """
         caches = Caches()
         groups: dict[Path, list[Dataset]] = {}
         for dataset in datasets:
@@ -105,7 +111,7 @@ class CacheBuilder:
         for folder, group in groups.items():
             cache = self._texts(folder, group, report)
             caches.texts |= {dataset.id: cache for dataset in group}
-        for dataset in datasets:
+        for dataset in datasets if pictures else ():
             caches.latents[dataset.id] = self._latents(dataset, report)
         return caches
 

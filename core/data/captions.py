@@ -26,13 +26,13 @@ def caption_key(key: str) -> str:
     return str(PurePosixPath(key).with_suffix(".txt"))
 
 
-def read_text(data: bytes) -> str:
-    """A caption file's text: UTF-8, or UTF-16 with its mark. Raises ValueError."""
+def read_text(data: bytes, *, what: str = "its caption file") -> str:
+    """A caption file's text: UTF-8, or UTF-16 with its mark. Raises ValueError that begins with `what`."""
     utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
         return data.decode("utf-16" if utf16 else "utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"its caption file is not UTF-8 (byte {error.start})") from error
+        raise ValueError(f"{what} is not UTF-8 (byte {error.start})") from error
 
 
 class CaptionRules:
@@ -94,11 +94,19 @@ class CaptionRules:
             found = [PurePosixPath(key).stem.replace("_", " ")]
         else:
             found = self._split(text or "")
+        return self._variants_of(found)
+
+    def of_prompt(self, text: str) -> list[str]:
+        """The captions of a prompt that has no picture; empty when nothing is left of it."""
+        settings = self.settings
+        return self._variants_of([settings.instance_prompt or "" if settings.only_instance_prompt else _one_line(text)])
+
+    def _variants_of(self, found: Sequence[str]) -> list[str]:
         cleaned = [self._clean(caption) for caption in found]
         return list(dict.fromkeys(variant for caption in cleaned if caption for variant in self._variants(caption)))
 
     def _split(self, text: str) -> list[str]:
-        lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+        lines = [_one_line(line) for line in text.splitlines() if line.strip()]
         return [" ".join(lines)] if self.settings.disable_multiline_split else lines
 
     def _clean(self, caption: str) -> str:
@@ -119,6 +127,10 @@ class CaptionRules:
             random.Random(derive_seed(0, "caption_shuffle", caption, number)).shuffle(order)
             orders.append(", ".join(order))
         return orders
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _compile_filter(dataset: str, line: str) -> tuple[str, str, re.Pattern[str]]:

@@ -1,4 +1,4 @@
-"""One dataset: its index, which pictures are used, and the buckets that they fall into."""
+"""One dataset: its index, which pictures or prompts are used, and the buckets that they fall into."""
 
 from __future__ import annotations
 
@@ -28,9 +28,10 @@ CHUNK = 1 << 20
 
 @dataclass
 class Counts:
-    """What became of a dataset's pictures.
+    """What became of a dataset's pictures, or of its prompts where it has no pictures.
 
     Attributes:
+        noun: What is counted: ``picture`` or ``prompt``.
         found: Files that look like pictures.
         used: Pictures that are trained on.
         left_out: Pictures left out on purpose, by reason.
@@ -40,6 +41,7 @@ class Counts:
         without_caption: The first picture that has none.
     """
 
+    noun: str = "picture"
     found: int = 0
     used: int = 0
     left_out: dict[str, int] = field(default_factory=dict)
@@ -50,7 +52,7 @@ class Counts:
 
 
 class Dataset:
-    """The pictures of one data-file entry that pass its filters, grouped by bucket.
+    """The pictures (or prompts) of one data-file entry that pass its filters, grouped by bucket.
 
     Attributes:
         rows: Index rows in use, those of one bucket together; shape (n,).
@@ -60,7 +62,7 @@ class Dataset:
 
     def __init__(self, settings: DatasetSettings, backend: DataBackend, index: Index, geometry: Geometry) -> None:
         self.settings, self.backend, self.index, self.geometry = settings, backend, index, geometry
-        self.counts = Counts(found=len(index))
+        self.counts = Counts("picture" if settings.has_pictures else "prompt", found=len(index))
         self._record_problems()
         rows, shapes = self._filter()
         self._group(rows, shapes)
@@ -188,7 +190,9 @@ class Dataset:
 def _nothing_left(dataset: Dataset) -> tuple[str, str]:
     """What to say of a dataset without a usable picture, and how to mend it."""
     counts, settings, where = dataset.counts, dataset.settings, dataset.backend.location
-    head = f"dataset {settings.id!r} has no picture to train on: "
+    head = f"dataset {settings.id!r} has no {counts.noun} to train on: "
+    if not settings.has_pictures:
+        return _no_prompt_left(head, dataset)
     if not counts.found:
         total, sample = describe_listing(dataset.backend)
         seen = f"it holds {total} other files ({', '.join(sample)}, ...)" if total else "it is empty"
@@ -202,11 +206,23 @@ def _nothing_left(dataset: Dataset) -> tuple[str, str]:
             f".txt of the same name (such as {counts.without_caption.rsplit('.', 1)[0]}.txt)",
             "add the .txt files, or set caption_strategy to filename or instanceprompt",
         )
+    return (
+        f"{head}all {counts.found:,} pictures in {where} were left out: {_reasons(counts)}",
+        "loosen the filters of the dataset, or set disabled: true",
+    )
+
+
+def _reasons(counts: Counts) -> str:
     reasons = [f"{number:,} {reason}" for reason, number in counts.left_out.items()]
     if counts.quarantined:
         name, reason = next(iter(counts.quarantined.items()))
         reasons.append(f"{len(counts.quarantined):,} broken (first: {name}: {reason})")
+    return "; ".join(reasons)
+
+
+def _no_prompt_left(head: str, dataset: Dataset) -> tuple[str, str]:
+    """The same of prompts: all are empty, or their files are broken."""
     return (
-        f"{head}all {counts.found:,} pictures in {where} were left out: {'; '.join(reasons)}",
-        "loosen the filters of the dataset, or set disabled: true",
+        f"{head}all {dataset.counts.found:,} in {dataset.backend.location} were left out: {_reasons(dataset.counts)}",
+        "write the prompts there, check caption_column and caption_filter_list, or set disabled: true",
     )

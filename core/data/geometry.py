@@ -126,6 +126,11 @@ class Geometry:
         top = self._offsets(resized_h - bucket_h, draw, 3)
         return Plan(bucket_w, bucket_h, resized_w, resized_h, left, top)
 
+    def square(self) -> int:
+        """Edge in pixels of the bucket of square pictures."""
+        one = np.ones(1, np.int64)
+        return int(self.plan(one, one, np.zeros(1, np.uint64)).bucket_w[0])
+
     def filter(self, width: Integers, height: Integers, plan: Plan) -> NDArray[np.int8]:
         """0 for pictures to keep, else the place in :data:`REASONS` of why not."""
         settings, aspect = self.settings, width / height

@@ -1,5 +1,5 @@
 # pyright: reportAttributeAccessIssue=false
-"""The index of a dataset: one Arrow table on disk, memory-mapped, with a row for each picture found.
+"""The index of a dataset: one Arrow table on disk, memory-mapped, with a row for each picture (or prompt) found.
 
 Nothing here grows a Python object per picture: the listing, the rows and their captions are Arrow columns, and what the
 pipeline keeps in memory are numpy views of the mapped file. Rows of files that have not changed are taken over from the
@@ -138,7 +138,7 @@ class Index:
         return meta.get(b"rules") == rules.encode() and meta.get(b"format") == str(FORMAT).encode()
 
 
-def _has_name(entry: Entry) -> bool:
+def has_name(entry: Entry) -> bool:
     """Whether the key is text: a file name that is no UTF-8 cannot be written to a table, nor named in a message."""
     return entry.key.isprintable() or not any("\ud800" <= letter <= "\udfff" for letter in entry.key)
 
@@ -148,7 +148,7 @@ def _list(backend: DataBackend) -> tuple[pa.Table, pa.Table, int]:
     pictures, texts, nameless = [], [], 0
     suffixes = "|".join(SUFFIXES)
     for chunk in in_chunks(backend.list(), CHUNK):
-        named = [entry for entry in chunk if _has_name(entry)]
+        named = [entry for entry in chunk if has_name(entry)]
         nameless += len(chunk) - len(named)
         batch = pa.RecordBatch.from_arrays(
             [
@@ -209,12 +209,11 @@ class IndexBuilder:
         if reused is not None:  # a listing alone is sorted
             table = table.sort_by("key")
         table = table.combine_chunks()
-        _write(table.replace_schema_metadata({"rules": self.rules.identity(), "format": str(FORMAT)}), path)
-        return Index(path)
+        return write_index(table, path, self.rules.identity())
 
     def _split(self, path: Path, listing: pa.Table) -> tuple[pa.Table | None, pa.Table]:
         """The old index's rows that are still right, and the listed files that must be read."""
-        old = _open_old(path)
+        old = open_index(path)
         if old is None or not old.matches(self.rules.identity()):
             return None, listing
         places = pc.index_in(listing["key"].combine_chunks(), value_set=old.table["key"].combine_chunks())
@@ -273,7 +272,7 @@ class IndexBuilder:
         return pa.RecordBatch.from_pydict(columns, schema=SCHEMA)
 
 
-def _open_old(path: Path) -> Index | None:
+def open_index(path: Path) -> Index | None:
     """The index that is there; None when there is none, or when it cannot be used (it is only a cache)."""
     try:
         return Index(path)
@@ -281,7 +280,9 @@ def _open_old(path: Path) -> Index | None:
         return None
 
 
-def _write(table: pa.Table, path: Path) -> None:
+def write_index(table: pa.Table, path: Path, rules: str) -> Index:
+    """Write an index whole or not at all, with what decides its content, and open it."""
+    table = table.replace_schema_metadata({"rules": rules, "format": str(FORMAT)})
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_of(path)
     with partial.open("wb") as stream:
@@ -291,6 +292,7 @@ def _write(table: pa.Table, path: Path) -> None:
         os.fsync(stream.fileno())
     partial.replace(path)
     sync_folder(path.parent)
+    return Index(path)
 
 
 def describe_listing(backend: DataBackend, limit: int = 5) -> tuple[int, list[str]]:

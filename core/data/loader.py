@@ -27,21 +27,32 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
+class CachedLatents:
+    """The latents of a dataset.
+
+    Attributes:
+        cache: Where they are.
+        places: Where each picture's are in it, plain and mirrored; shape (flips, n), n as in ``dataset.rows``.
+    """
+
+    cache: TensorCache
+    places: Int64s
+
+
+@dataclass(frozen=True)
 class CachedDataset:
     """A dataset with the places of its latents and captions in the caches.
 
     Attributes:
-        cache: Its latents.
+        latents: Its latents, or None for a method that needs no pictures.
         texts: The embeddings of its captions.
-        latents: Where each picture's latents are, plain and mirrored; shape (flips, n), n as in ``dataset.rows``.
         captions: Where each caption's embeddings are, as ``dataset.index.caption_digests``.
         first_stream: Number of its first bucket among the streams of all datasets.
     """
 
     dataset: Dataset
-    cache: TensorCache
+    latents: CachedLatents | None
     texts: TensorCache
-    latents: Int64s
     captions: Int64s
     first_stream: int
 
@@ -109,16 +120,28 @@ class Loader:
         offsets, counts = index.caption_offsets[rows], np.diff(index.caption_offsets)[rows]
         number = (draws.uniform("caption").numpy() * counts).astype(np.int64) if counts.max() > 1 else 0 * counts
         captions = offsets + number
-        latents = source.cache.read(source.latents[flip.astype(np.int64), places])[LATENTS]
+        latents = self._latents(source, places, flip)
         embeds = source.texts.read(source.captions[captions])
         keys = [self._key(dataset, row, each, count) for row, each, count in zip(rows, number, counts, strict=True)]
         return Batch(
-            latents=latents.float(),
+            latents=latents,
             cond=self._condition(dataset, rows, flip, embeds, draws),
             keys=tuple(keys),
             positions=tuple(positions.tolist()),
             captions=tuple(index.caption(place) for place in captions),
+            latent_shape=self._latent_shape(dataset, rows) if latents is None else tuple(latents.shape[1:]),
         )
+
+    @staticmethod
+    def _latents(source: CachedDataset, places: Int64s, flip: np.ndarray) -> torch.Tensor | None:
+        if source.latents is None:
+            return None
+        return source.latents.cache.read(source.latents.places[flip.astype(np.int64), places])[LATENTS].float()
+
+    def _latent_shape(self, dataset: Dataset, rows: Int64s) -> tuple[int, ...]:
+        """(C, h, w) that the latents of these samples, all of one bucket, would have."""
+        plan, factor = dataset.plan(rows[:1]), self.family.scale_factor
+        return (self.family.latent_channels, int(plan.bucket_h[0]) // factor, int(plan.bucket_w[0]) // factor)
 
     @staticmethod
     def _flip(dataset: Dataset, draws: Draws, count: int) -> np.ndarray:

@@ -24,13 +24,16 @@ from .geometry import Geometry
 from .hashing import permute
 from .images import BrokenImage, fit
 from .index import Index, IndexBuilder
-from .loader import CachedDataset, Loader, Prefetch, Shape
+from .loader import CachedDataset, CachedLatents, Loader, Prefetch, Shape
 from .order import Curriculum
 from .progress import Progress, default_progress
+from .prompt_files import open_source
+from .prompt_index import PromptIndexBuilder
 from .report import DataReport
 from .storage import write_whole
 
 if TYPE_CHECKING:
+    from ..backend import DataBackend
     from ..config import Configuration
     from ..config.dataset_settings import DatasetSettings
     from ..family import ModelFamily
@@ -52,6 +55,7 @@ class DataPipeline:
         cache_root: Folder for caches that the data file gives no place.
         say: Takes lines for people.
         progress: How long work tells of itself; by default a bar in a terminal, plain lines elsewhere.
+        pictures: Whether batches carry latents; without, captions are enough and the autoencoder is not loaded.
     """
 
     def __init__(
@@ -68,7 +72,10 @@ class DataPipeline:
         cache_root: Path,
         say: Callable[[str], None],
         progress: Progress | None = None,
+        pictures: bool = True,
     ) -> None:
+        assert not pictures or all(each.has_pictures for each in config.datasets)  # refused with the configuration
+        self._pictures = pictures
         self._config, self._registry, self._family, self._say = config, registry, family, say
         self._shape = Shape(micro_batch_size, accumulation, rank, world_size)
         self._seed, self._places = seed, CachePlaces(config, cache_root)
@@ -85,14 +92,14 @@ class DataPipeline:
         Raises:
             UserError: A dataset has nothing to train on, or its settings cannot be met.
         """
-        started, report, share = time.monotonic(), DataReport(), self._share()
+        started, report, share = time.monotonic(), DataReport(pictures=self._pictures), self._share()
         self._datasets = []
         self._indexed()
         builder = CacheBuilder(
             self._family, self._places, share=share, workers=self._config.run.num_workers,
             progress=self._progress, say=self._say, wait=_wait_for_all,
         )  # fmt: skip
-        caches = builder.build(self._datasets, report)
+        caches = builder.build(self._datasets, report, pictures=self._pictures)
         for dataset in self._datasets:
             dataset.check_not_empty()
         self._loader = self._make_loader(caches)
@@ -124,18 +131,25 @@ class DataPipeline:
         rules = CaptionRules(settings)
         geometry = Geometry(settings, multiple=self._family.pixel_multiple)
         if share.rank == 0:
-            workers = self._config.run.num_workers
-            builder = IndexBuilder(settings.id, backend, rules, workers=workers, progress=self._progress)
-            index = builder.build(path)
-            if builder.num_nameless:
-                self._say(
-                    f"dataset {settings.id!r}: {builder.num_nameless} files whose names are no UTF-8 are left out"
-                )
+            index = self._build_index(settings, backend, rules, geometry)
             _wait_for_all()
         else:
             _wait_for_all()
             index = Index(path)
         return Dataset(settings, backend, index, geometry)
+
+    def _build_index(
+        self, settings: DatasetSettings, backend: DataBackend, rules: CaptionRules, geometry: Geometry
+    ) -> Index:
+        path, workers = self._places.index(settings), self._config.run.num_workers
+        if not settings.has_pictures:
+            source = open_source(backend, settings, workers=workers)
+            return PromptIndexBuilder(settings.id, source, rules, edge=geometry.square()).build(path)
+        builder = IndexBuilder(settings.id, backend, rules, workers=workers, progress=self._progress)
+        index = builder.build(path)
+        if builder.num_nameless:
+            self._say(f"dataset {settings.id!r}: {builder.num_nameless} files whose names are no UTF-8 are left out")
+        return index
 
     def _write_quarantine(self, report: DataReport) -> None:
         for dataset in self._datasets:
@@ -150,10 +164,9 @@ class DataPipeline:
         heaviest = max(dataset.settings.probability for dataset in self._datasets)
         cached, streams, spans = [], [], []
         for dataset in self._datasets:
-            latents, texts = caches.latents[dataset.id], caches.texts[dataset.id]
-            places = np.stack([latents.locate(dataset.entry_keys(dataset.rows, flip)) for flip in flips(dataset)])
+            latents, texts = _locate(dataset, caches), caches.texts[dataset.id]
             captions = texts.locate(dataset.index.caption_digests)
-            cached.append(CachedDataset(dataset, latents, texts, places, captions, len(streams)))
+            cached.append(CachedDataset(dataset, latents, texts, captions, len(streams)))
             own = dataset.streams(heaviest or 1.0)
             streams += own
             spans += [dataset.span] * len(own)
@@ -170,7 +183,7 @@ class DataPipeline:
 
     @property
     def num_samples(self) -> int:
-        """Pictures that are trained on, over all datasets."""
+        """Pictures or prompts that are trained on, over all datasets."""
         return sum(dataset.counts.used for dataset in self._indexed())
 
     @property
@@ -224,7 +237,7 @@ class DataPipeline:
     def real_images(self, count: int, width: int, height: int) -> Tensor:
         """Up to `count` pictures of all datasets, fitted to width x height, shape (M, 3, H, W), float32 in [0, 1].
 
-        Always the same ones for the same data; scaled to cover and cropped in the middle.
+        Always the same ones for the same data; scaled to cover and cropped in the middle. None for prompts alone.
         """
 
         def read(chosen: tuple[Dataset, int]) -> np.ndarray | None:
@@ -233,28 +246,30 @@ class DataPipeline:
             except (BrokenImage, FileNotFoundError, PermissionError):
                 return None  # named by prepare(), or by the next run's
 
+        chosen = self._choose(count, [dataset for dataset in self._indexed() if dataset.settings.has_pictures])
         with ThreadPoolExecutor(max(1, self._config.run.num_workers)) as pool:
-            pictures = [picture for picture in pool.map(read, self._choose(count)) if picture is not None]
+            pictures = [picture for picture in pool.map(read, chosen) if picture is not None]
         if not pictures:
             return torch.zeros(0, 3, height, width)
         return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
 
     def captions(self, count: int) -> list[str]:
-        """Up to `count` different captions, of different pictures, always the same ones for the same data."""
+        """Up to `count` different captions, of different samples, always the same ones for the same data."""
         found = (
             dataset.index.caption(int(dataset.index.caption_offsets[row]))
-            for dataset, row in self._choose(min(self.num_samples, 64 * count))
+            for dataset, row in self._choose(64 * count, self._indexed())
         )
         return list(dict.fromkeys(found))[:count]
 
-    def _choose(self, count: int) -> list[tuple[Dataset, int]]:
-        """Pictures in an order that depends on nothing but their number."""
-        total = self.num_samples
-        starts = np.cumsum([0, *(dataset.counts.used for dataset in self._datasets)])
+    @staticmethod
+    def _choose(count: int, datasets: Sequence[Dataset]) -> list[tuple[Dataset, int]]:
+        """Samples of `datasets` in an order that depends on nothing but their number."""
+        starts = np.cumsum([0, *(dataset.counts.used for dataset in datasets)])
+        total = int(starts[-1])
         places = permute(np.arange(min(count, total)), total, derive_seed(0, "real_images"))
         numbers = np.searchsorted(starts, places, side="right") - 1
         return [
-            (self._datasets[number], int(self._datasets[number].rows[place - starts[number]]))
+            (datasets[number], int(datasets[number].rows[place - starts[number]]))
             for number, place in zip(numbers.tolist(), places.tolist(), strict=True)
         ]
 
@@ -276,12 +291,13 @@ class CachePlaces:
         return self._root / "vae" / settings.id
 
     def index(self, settings: DatasetSettings) -> Path:
-        """File of a dataset's index, beside its latents."""
-        return self.latents(settings) / f"{settings.id}.index.arrow"
+        """File of a dataset's index, beside its latents where it has any."""
+        folder = self.latents(settings) if settings.has_pictures else self._root / "prompts" / settings.id
+        return folder / f"{settings.id}.index.arrow"
 
     def quarantine(self, settings: DatasetSettings) -> Path:
-        """File that names a dataset's broken pictures, with reasons."""
-        return self.latents(settings) / f"{settings.id}.quarantine.txt"
+        """File that names a dataset's broken files, with reasons."""
+        return self.index(settings).with_name(f"{settings.id}.quarantine.txt")
 
     def remembered(self, settings: DatasetSettings) -> Path:
         """File with the settings that a dataset's latents were last made with."""
@@ -303,6 +319,15 @@ class CachePlaces:
     def text_shard_size(self, settings: DatasetSettings) -> int:
         """Captions per file of the text cache that a dataset uses."""
         return (self.text_entry(settings) or settings).write_batch_size
+
+
+def _locate(dataset: Dataset, caches: Caches) -> CachedLatents | None:
+    """A dataset's latents with the place of each picture's, where there are any."""
+    cache = caches.latents.get(dataset.id)
+    if cache is None:
+        return None
+    places = [cache.locate(dataset.entry_keys(dataset.rows, flip)) for flip in flips(dataset)]
+    return CachedLatents(cache, np.stack(places))
 
 
 def _distributed() -> bool:

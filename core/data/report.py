@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from .dataset import Counts
 
-FEW_PICTURES = 10_000
+FEW_SAMPLES = 10_000
 NAMED = 5
 """Broken files that are named in the report; all of them stand in quarantine.txt."""
 
@@ -21,6 +21,7 @@ class DataReport:
         pictures_encoded: Pictures that went through the autoencoder now.
         damaged_shards: Cache files that failed their check and were made anew.
         seconds: How long all of it took.
+        pictures: Whether latents were asked for.
     """
 
     datasets: dict[str, Counts] = field(default_factory=dict)
@@ -28,10 +29,11 @@ class DataReport:
     pictures_encoded: int = 0
     damaged_shards: int = 0
     seconds: float = 0.0
+    pictures: bool = True
 
     @property
-    def num_pictures(self) -> int:
-        """Pictures in use over all datasets."""
+    def num_samples(self) -> int:
+        """Pictures or prompts in use over all datasets."""
         return sum(counts.used for counts in self.datasets.values())
 
     @property
@@ -46,12 +48,14 @@ class DataReport:
     def lines(self) -> list[str]:
         """What to print."""
         lines = [line for name, counts in self.datasets.items() for line in describe(name, counts)]
-        made = f"{self.captions_encoded:,} captions and {self.pictures_encoded:,} pictures encoded"
+        latents = f" and {self.pictures_encoded:,} pictures" if self.pictures else ""
+        made = f"{self.captions_encoded:,} captions{latents} encoded"
         cached = "everything was cached" if not self.captions_encoded + self.pictures_encoded else made
         lines.append(f"data ready in {self.seconds:.1f} s: {cached}")
-        if self.num_pictures < FEW_PICTURES:
+        if self.num_samples < FEW_SAMPLES:
+            noun = "pictures" if self.pictures else "prompts"
             lines.append(
-                f"{self.num_pictures:,} pictures are fewer than the {FEW_PICTURES:,} diverse ones that a general "
+                f"{self.num_samples:,} {noun} are fewer than the {FEW_SAMPLES:,} diverse ones that a general "
                 "student wants: expect one that is good at what they show and loses variety elsewhere; watch the "
                 "validation pictures rather than the loss, and stop when they no longer improve"
             )
@@ -65,7 +69,7 @@ def describe(name: str, counts: Counts) -> list[str]:
     more = f" and {len(buckets) - 6} more" if len(buckets) > 6 else ""
     size = f"{len(buckets)} bucket{'s' if len(buckets) != 1 else ''}"
     lines = [
-        f"dataset {name!r}: {counts.used:,} of {counts.found:,} pictures in {size} ({shown}{more}), "
+        f"dataset {name!r}: {counts.used:,} of {counts.found:,} {counts.noun}s in {size} ({shown}{more}), "
         f"{counts.captions:,} different captions"
     ]
     lines += [f"dataset {name!r}: {number:,} left out: {reason}" for reason, number in counts.left_out.items()]

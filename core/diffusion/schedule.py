@@ -157,12 +157,15 @@ class DDPMSchedule(Schedule):
         t = t.to(torch.float64)
         below = t.floor().clamp(0, len(theta) - 2).long()
         slope = theta[below + 1] - theta[below]
-        return torch.where(t == below + 1, theta[below + 1], theta[below] + (t - below) * slope), slope
+        # the table's own value at its end, and yet a function of t: it may be differentiated
+        at_end = theta[below + 1] + (t - (below + 1)) * slope
+        return torch.where(t == below + 1, at_end, theta[below] + (t - below) * slope), slope
 
     def alpha(self, t: Tensor) -> Tensor:
-        alpha = self._angle(t)[0].cos()
+        theta, slope = self._angle(t)
+        alpha = theta.cos()
         if self._last_alpha_is_zero:  # cos(pi/2) is 6e-17 in floating point
-            alpha = torch.where(t == self.t_max, torch.zeros_like(alpha), alpha)
+            alpha = torch.where(t == self.t_max, (self.t_max - t) * slope, alpha)
         return alpha
 
     def sigma(self, t: Tensor) -> Tensor:

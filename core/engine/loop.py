@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..batch import Batch
 from ..context import Context
-from ..method import Method, Update
+from ..method import Method, Stage, Update
 from ..networks import Networks
 from .health import HealthMonitor
 from .optimize import RoleOptimizer
@@ -38,6 +38,16 @@ class StepResult:
     """Number of samples by timestep bin, shape (10,)."""
 
 
+def stage_starts(stages: Sequence[Stage]) -> dict[int, Stage]:
+    """First optimizer step of every stage but the first."""
+    starts, step = {}, 0
+    for stage in stages:
+        if step:
+            starts[step] = stage
+        step += stage.num_steps
+    return starts
+
+
 @dataclass
 class _Accumulated:
     """The same update of every micro-batch."""
@@ -57,6 +67,7 @@ class Loop:
         optimizers: By trained role.
         health: Told of each step's flags.
         reduce: Averages tensors over processes, in place.
+        stages: The method's, in order; what each asks for happens before its first step.
     """
 
     def __init__(
@@ -68,13 +79,17 @@ class Loop:
         *,
         health: HealthMonitor,
         reduce: Reduce = no_reduction,
+        stages: Sequence[Stage] = (),
     ) -> None:
         self.method, self.context, self.networks = method, context, networks
         self.optimizers, self.health, self._reduce = optimizers, health, reduce
+        self.stage_starts = stage_starts(stages)
 
     def step(self, step: int, batches: Sequence[Batch]) -> StepResult:
         """Optimizer step `step` over this process's micro-batches."""
         self.health.check()
+        if step in self.stage_starts:
+            self._enter(self.stage_starts[step])
         contexts = [self.context.at(step, batch.positions) for batch in batches]
         generators = [self.method.updates(c, b, step) for c, b in zip(contexts, batches, strict=True)]
         result = StepResult()
@@ -89,6 +104,14 @@ class Loop:
                 return result
             assert len(accumulated.updates) == len(batches), "micro-batches must yield the same updates"
             self._take(step, accumulated, result)
+
+    def _enter(self, stage: Stage) -> None:
+        """Copy weights and forget moments, as the stage that begins asks for."""
+        for target, source in stage.copy.items():
+            self.networks.settle(source)
+            self.networks.copy(target, source)
+        for role in stage.reset:
+            self.optimizers[role].reset()
 
     def _accumulate(self, accumulated: _Accumulated, update: Update, batch: Batch, num_batches: int) -> None:
         assert update.role == accumulated.role, "micro-batches must yield the same updates"

@@ -20,8 +20,13 @@ All but the constant ones end at `end_factor` (or swing down to it) instead of 0
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..method import Stage
 
 Shape = Callable[[float, float, float], float]
 
@@ -79,6 +84,28 @@ def lr_lambda(
         return end_factor + (1 - end_factor) * shape(min(p, 1.0), num_cycles, power)
 
     return partial(_warm, warmup_steps=warmup_steps, after=decayed)
+
+
+def staged(make: Callable[[int], Callable[[int], float]], stages: Sequence[Stage]) -> Callable[[int], float]:
+    """One schedule over the whole run, begun anew by each stage that restarts the learning rate.
+
+    Args:
+        make: The schedule for a number of steps.
+        stages: The run's, in order.
+    """
+    lengths: list[int] = []
+    for stage in stages:
+        if stage.restart_learning_rate or not lengths:
+            lengths.append(0)
+        lengths[-1] += stage.num_steps
+    starts = [sum(lengths[:number]) for number in range(len(lengths))]
+    schedules = [make(length) for length in lengths]
+
+    def factor(step: int) -> float:
+        number = max(0, bisect_right(starts, step) - 1)
+        return schedules[number](step - starts[number])
+
+    return factor
 
 
 def _one(step: int) -> float:

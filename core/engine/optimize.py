@@ -40,6 +40,10 @@ class RoleOptimizer:
         """The learning rate of optimizer step `step`."""
         return self._learning_rate * self._schedule(step)
 
+    def reset(self) -> None:
+        """Start afresh: no moments, no counters."""
+        self.optimizer.state.clear()
+
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient of `loss` in this role's own parameters and nowhere else."""
         scaled = self.scaler.scale(loss) if self.scaler else loss

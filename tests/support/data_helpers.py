@@ -18,6 +18,7 @@ class FakeFamily:
 
     name = "fake"
     pixel_multiple = 8
+    latent_channels, scale_factor = 3, 8
 
     def __init__(self, *, text: str = "t1", vae: str = "v1", fail_after: int | None = None) -> None:
         self.prints = {"text": text, "vae": vae}
@@ -93,12 +94,21 @@ def entry(folder: Path, **settings) -> DatasetSettings:
     return DatasetSettings(**given).model_copy(update={"backend": backend})
 
 
+def prompts(id: str, **settings) -> DatasetSettings:
+    """A dataset of captions alone, from `prompts_file` or `instance_data_dir`."""
+    places = {key: settings[key] for key in ("prompts_file", "instance_data_dir") if key in settings}
+    given = {"id": id, "dataset_type": "prompts", "resolution": 32, "aspect_bucket_alignment": 8, **settings}
+    return DatasetSettings(**given).model_copy(update={"backend": LocalBackend.Config(**places)})
+
+
 def configuration(*datasets: DatasetSettings, caches=(), text_cache=None):
     run = SimpleNamespace(num_workers=2, dataloader_prefetch=2)
     return SimpleNamespace(run=run, datasets=datasets, caches=caches, text_cache=text_cache)
 
 
-def pipeline(*datasets: DatasetSettings, root: Path, family=None, micro=2, accumulation=1, rank=0, world=1, seed=1):
+def pipeline(
+    *datasets: DatasetSettings, root: Path, family=None, micro=2, accumulation=1, rank=0, world=1, seed=1, pictures=True
+):
     """A pipeline and the lines that it says."""
     lines: list[str] = []
     data = DataPipeline(
@@ -112,6 +122,7 @@ def pipeline(*datasets: DatasetSettings, root: Path, family=None, micro=2, accum
         seed=seed,
         cache_root=root / "cache",
         say=lines.append,
+        pictures=pictures,
     )
     return data, lines
 

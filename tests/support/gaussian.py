@@ -101,12 +101,12 @@ class GaussianFamily(ModelFamily):
     def attach_adapter(self, network, path, adapter):
         raise NotImplementedError
 
-    def student_network(self, teacher, *, guidance_embedding):
+    def student_network(self, teacher, *, guidance_embedding, second_time=False):
         import copy
 
         return copy.deepcopy(teacher)
 
-    def predict(self, network, x_t, time, cond, *, guidance=None):
+    def predict(self, network, x_t, time, cond, *, guidance=None, second_time=None):
         return network(x_t, time, cond["mean"])
 
     def generate(self, *args, **kwargs):

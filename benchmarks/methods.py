@@ -1,0 +1,221 @@
+"""Every method on the miniature SDXL at an equal budget of network evaluations: one table, one picture.
+
+    python benchmarks/methods.py --budget 60000 --seeds 1,2,3 --num-samples 500 --output output/methods
+
+Each method runs as `distill run --method NAME --family sdxl` does by default, for as many steps as the budget pays for
+(measured in a short run first; `count_evaluations.py` says what is counted). All students are then scored on the same
+prompts and noise as the teacher. What has finished is taken as it is, so a run that was stopped goes on. Writes
+methods.json, methods.md and methods.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "benchmarks")]
+
+from scores import Students  # noqa: E402
+
+COUNTER = ROOT / "benchmarks" / "count_evaluations.py"
+STEPS = (1, 2, 4, 8)
+PROBE_STEPS = 20
+SCORES = {
+    "prompt_agreement_judge": "agreement ↑",
+    "frechet_distance_to_data_judge": "distance to data ↓",
+    "distance_to_teacher_pixels": "distance to full teacher ↓",
+    "diversity_judge": "diversity ↑",
+    "seconds_per_image": "seconds",
+}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "lcm": ("lcm", {}),
+    "pcm": ("pcm", {}),
+    "tcd": ("tcd", {}),
+    "tscd": ("tcd", {"distillation_config.tcd.segments": "[8,4,2,1]"}),
+    "dmd2": ("dmd2", {}),
+    "progressive": ("progressive", {}),
+    "guidance": ("guidance", {}),
+    "meanflow": ("meanflow", {}),
+}
+"""Row of the table -> method and what is set beside the miniature's own recipe."""
+
+
+def command(name: str, output: Path, *, seed: int, steps: int) -> list[str]:
+    """The run of a row for a number of steps, without pictures and scores of its own."""
+    method, settings = VARIANTS[name]
+    settings = {
+        **settings, "seed": seed, "max_train_steps": steps, "evaluation_num_samples": 0,
+        "validation_step_interval": 0, "checkpoint_step_interval": 500, "resume_from_checkpoint": "latest",
+    }  # fmt: skip
+    words = [sys.executable, "-m", "distill", "run", "--method", method, "--family", "sdxl"]
+    words += ["--plugin", str(COUNTER), "--output-dir", str(output)]
+    return words + [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+
+
+def run(name: str, output: Path, *, seed: int, steps: int) -> None:
+    """Train a row's student, unless it is there."""
+    if (output / "student").exists():
+        return
+    output.parent.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    with (output.parent / f"{output.name}.log").open("w") as log:
+        subprocess.run(command(name, output, seed=seed, steps=steps), check=True, stdout=log, stderr=log)
+    print(f"{output.name}: {steps} steps in {time.monotonic() - started:.0f} s", flush=True)
+
+
+def steps_for(name: str, budget: float, folder: Path) -> int:
+    """As many optimizer steps as the budget pays for, by a short run."""
+    probe = folder / f"{name}-probe"
+    run(name, probe, seed=0, steps=PROBE_STEPS)
+    found = json.loads((probe / "evaluations.json").read_text())
+    return max(PROBE_STEPS, round(budget * found["steps"] / found["evaluations"]))
+
+
+def score(folders: Mapping[str, Path], *, num_samples: int, per_prompt: int, scored: Path) -> list[dict[str, Any]]:
+    """Rows of teacher and students, each with its scores; finished ones are read back from `scored`."""
+    from distill.core.assemble import build_family, build_method, evaluation_setting, open_run
+    from distill.core.data.pipeline import DataPipeline
+    from distill.core.errors import UserError
+    from distill.core.evaluation import build_evaluators, evaluate, fast_solver, plan_evaluation
+    from distill.core.sampling import Recipe
+
+    # any run's data and model serve: they are the miniature's own
+    base = next(folder for name, folder in folders.items() if not name.startswith("dmd2"))
+    configuration, registry = open_run(base)
+    run_settings, family = configuration.run, build_family(configuration, registry)
+    data = DataPipeline(
+        configuration, registry, family, micro_batch_size=1, accumulation=1, seed=0, cache_root=base / "cache",
+        say=lambda line: None,
+    )  # fmt: skip
+    data.prepare()
+    first = build_method(configuration, registry, family)
+    plan = plan_evaluation(
+        family, lambda steps: first.sampler(family.schedule, num_inference_steps=steps),
+        prompts=data.captions(num_samples // per_prompt), num_samples=num_samples, seed=0,
+        resolution=run_settings.validation_resolution[0], steps=STEPS, teacher_steps=(*STEPS, 50),
+        teacher_guidance=run_settings.evaluation_teacher_guidance,
+    )  # fmt: skip
+    teachers = [recipe for recipe in plan.recipes if recipe.role == "teacher" and recipe.sampler is None]
+    guidance = teachers[0].guidance
+    teachers += [replace(fast_solver(family, steps, guidance), name="teacher, DPM++ 2M") for steps in (2, 4)]
+    evaluators, _ = build_evaluators(registry, configuration, evaluation_setting(family))
+    real = data.real_images(1000, plan.width, plan.height)
+    networks = Students(family, {name: folder / "student" for name, folder in folders.items()})
+    rows: list[dict[str, Any]] = []
+    for name in ("teacher", *folders):
+        file = scored / f"{name}.json"
+        if not file.exists():
+            recipes = teachers
+            if name != "teacher":
+                theirs, plugins = open_run(folders[name])
+                method = build_method(theirs, plugins, family)
+                recipes = [plan.reference]
+                for steps in STEPS:
+                    try:
+                        sampler = method.sampler(family.schedule, num_inference_steps=steps)
+                    except UserError as refusal:
+                        print(f"{name} at {steps} steps: {refusal}", flush=True)
+                        continue
+                    recipes.append(Recipe(name, name, sampler, steps, sampler.guidance_scale))
+            found = evaluate(family, networks, replace(plan, recipes=tuple(recipes)), evaluators, data=real, say=print)
+            kept = [row for row in found.rows if name == "teacher" or row.recipe.role == name]
+            file.parent.mkdir(parents=True, exist_ok=True)
+            for row in kept:
+                for index, picture in enumerate(row.pictures):
+                    picture.save(scored / f"{name}-{row.recipe.name}-{row.recipe.steps}-{index}.png".replace("/", "-"))
+            file.write_text(json.dumps([
+                {"row": name, "name": row.recipe.name, "steps": row.recipe.steps, "guidance": row.recipe.guidance,
+                 **row.scores, "seconds_per_image": row.seconds_per_image}
+                for row in kept
+            ], indent=1))  # fmt: skip
+        rows += json.loads(file.read_text())
+    (scored / "prompts.json").write_text(json.dumps(list(plan.sample_prompts[:8])))
+    return rows
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown: a line for each row and number of steps, students' figures as mean (lowest to highest)."""
+    lines = ["| | steps | " + " | ".join(SCORES.values()) + " |", "| --- " * (2 + len(SCORES)) + "|"]
+    groups: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        name = row["name"] if row["row"] == "teacher" else row["row"].rpartition("-")[0]
+        groups.setdefault((name, row["steps"]), []).append(row)
+    for (name, steps), found in groups.items():
+        cells = [_cell([row[key] for row in found if key in row]) for key in SCORES]
+        lines.append(f"| {name} | {steps} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(values: Sequence[float]) -> str:
+    if not values:
+        return "–"
+    spread = f" ({min(values):.3g} to {max(values):.3g})" if len(values) > 1 else ""
+    return f"{mean(values):.3g}{spread}"
+
+
+def side_by_side(names: Sequence[str], scored: Path, *, seed: str, steps: int) -> Any:
+    """The first prompts, the teacher at few and many steps and a column for each method's first student."""
+    from distill.core.grid import GridRow, labelled_grid
+    from PIL import Image
+
+    columns = [("teacher", "teacher", steps), *((f"{name}-{seed}",) * 2 + (steps,) for name in names)]
+    columns += [("teacher", "teacher", 50)]
+    prompts = json.loads((scored / "prompts.json").read_text())
+    rows = [
+        GridRow(prompt, [Image.open(scored / f"{file}-{who}-{count}-{index}.png") for file, who, count in columns], "")
+        for index, prompt in enumerate(prompts)
+    ]
+    heads = [f"{who.rpartition('-')[0] or who}\n{count} steps" for _, who, count in columns]
+    footer = "The first prompts of the table's samples, not chosen; all from the same noise."
+    return labelled_grid(rows, heads, title="Every method at equal cost", footer=footer, largest_cell=128)
+
+
+def commit() -> str:
+    """The commit of the checkout, marked where files differ from it."""
+    words = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def main() -> None:
+    """Run, score, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", default=",".join(VARIANTS))
+    parser.add_argument("--budget", type=float, default=60_000, help="network evaluations of each run")
+    parser.add_argument("--seeds", default="1,2,3")
+    parser.add_argument("--num-samples", type=int, default=500)
+    parser.add_argument("--per-prompt", type=int, default=4, help="samples of each prompt, for the diversity")
+    parser.add_argument("--output", type=Path, default=Path("output/methods"))
+    parser.add_argument("--train-only", action="store_true", help="stop after the runs")
+    arguments = parser.parse_args()
+    names, seeds = arguments.methods.split(","), arguments.seeds.split(",")
+    steps = {name: steps_for(name, arguments.budget, arguments.output / "runs") for name in names}
+    folders = {f"{name}-{seed}": arguments.output / "runs" / f"{name}-{seed}" for seed in seeds for name in names}
+    for row, folder in folders.items():
+        name, _, seed = row.rpartition("-")
+        run(name, folder, seed=int(seed), steps=steps[name])
+    if arguments.train_only:
+        return
+    scored = arguments.output / "scored"
+    rows = score(folders, num_samples=arguments.num_samples, per_prompt=arguments.per_prompt, scored=scored)
+    text = table(rows)
+    found = {
+        "commit": commit(), "budget": arguments.budget, "steps": steps, "num_samples": arguments.num_samples,
+        "rows": rows,
+    }  # fmt: skip
+    (arguments.output / "methods.json").write_text(json.dumps(found, indent=1) + "\n")
+    (arguments.output / "methods.md").write_text(text + "\n")
+    side_by_side(names, scored, seed=seeds[0], steps=4).save(arguments.output / "methods.png")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

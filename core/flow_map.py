@@ -1,0 +1,326 @@
+r"""A second time for a network, and the sampler that feeds it. Lies, as it is, beside every student that needs it.
+
+A flow map takes x_t to x_r for any t > r, so its network is told both times (arXiv 2406.07507, 2505.13447). No pipeline
+knows of r: here :class:`SecondTime` adds an embedding of t - r to the output of the network's own time embedding, and
+:class:`FlowMapScheduler` knows which r comes next.
+
+This file imports torch, diffusers and safetensors only, so that it works without the package it comes from::
+
+    from runpy import run_path
+    run_path("student/flow_map.py")["attach"](pipe, "student")  # after pipe.load_lora_weights("student")
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
+from safetensors import safe_open
+from torch import Tensor, nn
+
+WEIGHTS = "second_time.safetensors"
+"""The embedding's weights; the header says where they belong."""
+PLACE = "place"
+"""Key of the header: JSON with the pipeline's component and, inside of it, the name of the time embedding."""
+NUM_FREQUENCIES = 128
+"""Of the sinusoid of t - r; 10000^(-k/128), as the time itself is embedded."""
+
+
+class SecondTime(nn.Module):
+    """An embedding of t - r, both in the network's time units: sinusoid, Linear, SiLU, Linear that starts at zero.
+
+    Args:
+        width: Of the output: that of the network's time embedding.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(2 * NUM_FREQUENCIES, width)
+        self.output = nn.Linear(width, width)
+        # a generator of its own: the same start wherever and whenever it is made
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            spread = torch.randn(self.hidden.weight.shape, generator=generator) / math.sqrt(2 * NUM_FREQUENCIES)
+            self.hidden.weight.copy_(spread)
+        for zero in (self.hidden.bias, self.output.weight, self.output.bias):
+            nn.init.zeros_(zero)
+
+    def forward(self, t: Tensor, r: Tensor) -> Tensor:
+        """Shape (B, width) for times of shape (B,); sinusoid and weights in at least fp32, whatever autocast says."""
+        dtype = torch.promote_types(torch.promote_types(t.dtype, r.dtype), torch.float32)
+        steps = torch.arange(NUM_FREQUENCIES, dtype=dtype, device=t.device)
+        angle = (t.to(dtype) - r.to(dtype))[:, None] * torch.exp(steps * (-math.log(10000.0) / NUM_FREQUENCIES))
+        waves = torch.cat([angle.cos(), angle.sin()], dim=1)
+        with torch.autocast(t.device.type, enabled=False):
+            return self.output(nn.functional.silu(self.hidden(waves.to(self.hidden.weight.dtype))))
+
+
+class SecondTimes(nn.ModuleDict):
+    """The second times of one network by name (of a role), hooked to its time embedding; none is applied by itself.
+
+    Args:
+        path: Name of the time embedding inside the network.
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.path = path
+        self._given: tuple[str, Callable[[], Sequence[Any]]] | None = None
+
+    def follow(self, name: str, times: Callable[[], Sequence[Any]]) -> None:
+        """Apply the embedding `name` from now on; `times` says (t, r) anew for each call: tensors (B,), or numbers."""
+        self._given = (name, times)
+
+    @contextlib.contextmanager
+    def given(self, name: str, times: Callable[[], Sequence[Any]]) -> Iterator[None]:
+        """:meth:`follow` inside the block; what was before comes back after it."""
+        before = self._given
+        self.follow(name, times)
+        try:
+            yield
+        finally:
+            self._given = before
+
+    def add(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        """The forward hook of the time embedding."""
+        if self._given is None:
+            return None
+        name, times = self._given
+        t, r = (_one_axis(time, output.device) for time in times())
+        return output + self[name](t, r).to(output.dtype)
+
+
+def _one_axis(time: Any, device: torch.device) -> Tensor:
+    return time if isinstance(time, Tensor) else torch.full((1,), time, dtype=torch.float32, device=device)
+
+
+def install(network: nn.Module, *, name: str, path: str, width: int) -> SecondTime:
+    """Give `network` the second time `name` in place; it lies at ``network.second_time.<name>``, in fp32.
+
+    Args:
+        network: Keeps its own weights as they are.
+        name: Of the role that it belongs to; made once, returned afterwards.
+        path: The module whose output (B, width) it is added to. It must not be recomputed in a backward pass
+            (gradient checkpointing of blocks further on is fine).
+        width: See `path`.
+    """
+    times: Any = getattr(network, "second_time", None)
+    if times is None:
+        times = SecondTimes(path)
+        network.add_module("second_time", times)
+        network.get_submodule(path).register_forward_hook(times.add)
+    if name not in times:
+        device = next(network.parameters()).device
+        times[name] = SecondTime(width).to(device)
+    return times[name]
+
+
+def load_second_time(network: nn.Module, folder: str | Path, *, name: str) -> bool:
+    """Give `network` the second time that lies in `folder`; False where none does."""
+    path = Path(folder) / WEIGHTS
+    if not path.is_file():
+        return False
+    with safe_open(path, framework="pt") as file:
+        place = json.loads(file.metadata()[PLACE])
+        weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
+    width = len(weights["output.bias"])
+    module = install(network, name=name, path=place["module"], width=width)
+    module.load_state_dict(weights)
+    module.requires_grad_(False)
+    return True
+
+
+def attach(pipe: Any, folder: str | Path) -> Any:
+    """Give a diffusers pipeline the scheduler, and the second time, that lie in the folder of a student."""
+    pipe.scheduler = FlowMapScheduler.from_pretrained(folder, subfolder="scheduler")
+    path = Path(folder) / WEIGHTS
+    if path.is_file():
+        with safe_open(path, framework="pt") as file:
+            network = getattr(pipe, json.loads(file.metadata()[PLACE])["component"])
+        load_second_time(network, folder, name="student")
+        network.second_time.follow("student", lambda: pipe.scheduler.pair)
+    return pipe
+
+
+class FlowMapScheduler(SchedulerMixin, ConfigMixin):
+    r"""Any number of steps along a flow map, without noise between them: x_r = alpha_r x_0 + sigma_r eps.
+
+    x_0 and eps are what the network's output at (x_t, t) means, so that a step is one of DDIM on a table of betas
+    (alpha = sqrt(alphas_cumprod), linear in the angle between its entries) and one of Euler on a flow (alpha = 1 - s,
+    sigma = s, s = t / T). The last step ends at the data: alpha = 1, sigma = 0, with r = 0.
+
+    Its N steps begin at T - 1, T - 1 - T/N, ... (``trailing``), or at shift(1), shift((N - 1)/N), ... on a flow.
+    ``pair`` is what the next call of the network is to be told.
+
+    Args:
+        num_train_timesteps: T.
+        beta_start: Of the model's noise, as the next three.
+        beta_end: See above.
+        beta_schedule: ``linear``, ``scaled_linear`` or ``squaredcos_cap_v2``.
+        trained_betas: Betas themselves, instead of those.
+        rescale_betas_zero_snr: Whether the last alpha is 0.
+        prediction_type: ``epsilon``, ``v_prediction``, ``sample``, or ``flow`` (eps - x_0, without betas).
+        shift: Resolution shift of the grid of a flow.
+    """
+
+    order = 1
+    init_noise_sigma = 1.0
+    _compatibles: ClassVar[list[str]] = []
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.00085,
+        beta_end: float = 0.012,
+        beta_schedule: str = "scaled_linear",
+        trained_betas: list[float] | None = None,
+        rescale_betas_zero_snr: bool = False,
+        prediction_type: str = "epsilon",
+        shift: float = 1.0,
+    ) -> None:
+        self._flow = prediction_type == "flow"
+        self._kind, self._T, self._shift = prediction_type, num_train_timesteps, shift
+        if not self._flow:
+            betas = _betas(num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas)
+            self._angles = _angles(betas, zero_snr=rescale_betas_zero_snr)
+        self._times: list[float] = []
+        self.timesteps = torch.zeros(0)
+        self._begin: int | None = None
+        self._step: int | None = None
+
+    # -- times -------------------------------------------------------------------------------------------------------
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+    ) -> None:
+        """Choose the times: so many steps, or falling times of the network, or (on a flow) falling sigmas."""
+        if sigmas is not None:
+            if not self._flow:
+                raise ValueError("sigmas are for flow models; give timesteps")
+            timesteps = [float(sigma) * self._T for sigma in sigmas]
+        if timesteps is None:
+            timesteps = self._even(num_inference_steps or 0)
+        times = [float(time) for time in timesteps]
+        if any(later >= earlier for earlier, later in pairwise(times)):
+            raise ValueError(f"times must fall, these do not: {times}")
+        if self._kind == "epsilon" and self._coefficients(times[0])[0] == 0:
+            raise ValueError("an epsilon prediction says nothing of the data where alpha is 0; start below it")
+        self._times = [*times, 0.0]
+        self.num_inference_steps = len(times)
+        self.timesteps = torch.tensor(times, dtype=torch.float32, device=device)
+        self._begin = self._step = None
+
+    def _even(self, count: int) -> list[float]:
+        if not 1 <= count <= self._T:
+            raise ValueError(f"num_inference_steps = {count}: choose 1 to {self._T}")
+        if not self._flow:
+            return [round(self._T - i * self._T / count) - 1 for i in range(count)]
+        edges = [1 - i / count for i in range(count)]
+        return [self._T * self._shift * s / (1 + (self._shift - 1) * s) for s in edges]
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """The step that a pipeline begins with (image to image begins late)."""
+        self._begin = begin_index
+
+    def _index(self, timestep: Any = None) -> int:
+        if self._step is None:
+            if self._begin is None and timestep is not None:
+                self._step = self.timesteps.tolist().index(float(timestep))
+            else:
+                self._step = self._begin or 0
+        return self._step
+
+    @property
+    def pair(self) -> tuple[float, float]:
+        """(t, r) of the step that comes next, in the network's time units."""
+        index = self._index()
+        return self._times[index], self._times[index + 1]
+
+    # -- the map -----------------------------------------------------------------------------------------------------
+
+    def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
+        """The sample as it is; notes which step this is."""
+        self._index(timestep)
+        return sample
+
+    def step(
+        self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True
+    ) -> SchedulerOutput | tuple[Tensor]:
+        """x_r of the network's output at (x_t, t), all of shape (B, ...); computed in at least fp32."""
+        index = self._index(timestep)
+        x_0, eps = self._parts(model_output, sample, *self._coefficients(self._times[index]))
+        if index + 1 < self.num_inference_steps:
+            alpha_r, sigma_r = self._coefficients(self._times[index + 1])
+            x_r = alpha_r * x_0 + sigma_r * eps
+        else:
+            x_r = x_0
+        self._step = index + 1
+        x_r = x_r.to(sample.dtype)
+        return SchedulerOutput(prev_sample=x_r) if return_dict else (x_r,)
+
+    def _parts(self, output: Tensor, x_t: Tensor, alpha: float, sigma: float) -> tuple[Tensor, Tensor]:
+        """(x_0, eps)."""
+        out = output.to(torch.promote_types(output.dtype, torch.float32))
+        x = x_t.to(out.dtype)
+        if self._kind == "epsilon":
+            return (x - sigma * out) / alpha, out
+        if self._kind == "v_prediction":
+            return alpha * x - sigma * out, sigma * x + alpha * out
+        if self._kind == "sample":
+            return out, (x - alpha * out) / sigma
+        return x - sigma * out, x + alpha * out  # flow: alpha + sigma = 1
+
+    def _coefficients(self, t: float) -> tuple[float, float]:
+        if self._flow:
+            return 1 - t / self._T, t / self._T
+        below = min(int(t), self._T - 2)
+        low, high = self._angles[below : below + 2]
+        angle = high if t == below + 1 else low + (t - below) * (high - low)
+        # cos(pi/2) is 6e-17 in floating point
+        return (0.0 if angle == math.pi / 2 else math.cos(angle)), math.sin(angle)
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """x_t of data and noise at times of shape (B,), for pipelines that begin with a picture."""
+        pairs = [self._coefficients(float(t)) for t in timesteps.tolist()]
+        both = torch.tensor(pairs, dtype=original_samples.dtype, device=original_samples.device)
+        alpha, sigma = (part.reshape(-1, *[1] * (original_samples.ndim - 1)) for part in both.T)
+        return alpha * original_samples + sigma * noise
+
+    def __len__(self) -> int:
+        return self._T
+
+
+def _betas(num: int, start: float, end: float, kind: str, trained: list[float] | None) -> Tensor:
+    if trained is not None:
+        return torch.tensor(trained, dtype=torch.float64)
+    if kind == "linear":
+        return torch.linspace(start, end, num, dtype=torch.float64)
+    if kind == "scaled_linear":
+        return torch.linspace(start**0.5, end**0.5, num, dtype=torch.float64) ** 2
+    if kind == "squaredcos_cap_v2":
+        edges = (torch.arange(num + 1, dtype=torch.float64) / num + 0.008) / 1.008 * math.pi / 2
+        alpha_bar = edges.cos() ** 2
+        return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
+    raise ValueError(f"beta_schedule = {kind!r}: choose linear, scaled_linear or squaredcos_cap_v2")
+
+
+def _angles(betas: Tensor, *, zero_snr: bool) -> list[float]:
+    """theta_t of alpha_t = cos(theta_t), sigma_t = sin(theta_t)."""
+    table = torch.cumprod(1 - betas, dim=0)
+    if zero_snr:
+        root = table.sqrt()
+        table = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    return torch.atan2((1 - table).sqrt(), table.sqrt()).tolist()

@@ -1,0 +1,50 @@
+"""The range that a method draws its teacher's guidance from, and what a student is then sampled with."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+GuidanceConvention = Literal["scale", "paper"]
+
+
+class GuidanceRange(BaseModel):
+    """Settings of the teacher's guidance; methods derive their own from it."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    w_min: float = Field(ge=0, le=100)
+    """Lower end of the range that the teacher's guidance is drawn from, in the units of guidance_convention."""
+    w_max: float = Field(ge=0, le=100)
+    """Upper end of the range that the teacher's guidance is drawn from, in the units of guidance_convention."""
+    guidance_convention: GuidanceConvention = "scale"
+    """scale: w is the guidance scale that pipelines take, uncond + w (cond - uncond); paper: one less."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> GuidanceRange:
+        if self.w_min > self.w_max:
+            raise ValueError(f"w_min = {self.w_min} is above w_max = {self.w_max}: lower w_min or raise w_max")
+        return self
+
+    @property
+    def scales(self) -> tuple[float, float]:
+        """The range as guidance scales g of uncond + g (cond - uncond)."""
+        offset = 1.0 if self.guidance_convention == "paper" else 0.0
+        return self.w_min + offset, self.w_max + offset
+
+    @property
+    def is_range(self) -> bool:
+        """Whether there is more than one scale to tell a student of."""
+        return self.w_min < self.w_max
+
+
+def embedded_scale(asked: float | None, scales: tuple[float, float]) -> float:
+    """The guidance scale for a student that takes it as an input: as asked inside its range, else the middle.
+
+    0 and 1 mean off to pipelines, which would feed such a student a w that it was not trained with.
+    """
+    low, high = scales
+    if asked is not None and asked > 1 and low <= asked <= high:
+        return asked
+    return max((low + high) / 2, 1.0)

@@ -1,0 +1,400 @@
+r"""Improved distribution matching distillation: the student's samples are to be distributed as the teacher's.
+
+A second network, the fake score, learns to denoise what the student makes. Where it and the teacher disagree, the
+student's distribution differs from the teacher's, and the difference says where to move each sample. No picture is
+needed, and no path of the teacher is followed.
+
+One training step, with the student's times t_1 > ... > t_N (999, 749, 499, 249 for N = 4):
+
+    backward simulation: n ~ U{1 .. N}, the same for all samples and processes; x from pure noise by n calls of the
+    student at t_1 .. t_n, noised anew between them; the gradient runs through the last call alone
+
+    student, every `fake_updates_per_student_update`-th step (5):
+        t ~ U[0.02 T, 0.98 T],   x_t = alpha_t x + sigma_t eps
+        grad = (D_fake(x_t) - D_real(x_t)) / mean |x - D_real(x_t)|       D_real guided by g = 8, D_fake not guided
+        L    = 1/2 mean (x - sg(x - grad))^2  +  gan_weight softplus(-l(x_t'))
+
+    fake score, every step:    t ~ U[0, T),   L = mean |network(x_t) - target|^2 in the network's own parametrisation
+                                              + discriminator_weight (what the heads minimise)
+    heads, every step:         L = discriminator_weight (softplus(-l(real_t)) + softplus(l(x_t)))
+
+with logits l of small heads on the first half of the fake-score network; pictures (real) are needed for these alone.
+A step of the run is one of the fake score, the optimizer steps of "5:1" are therefore the run's: of 5 steps the student
+takes one, the last of the five, and both see the samples that the student made before it.
+
+Three variations:
+
+    divergence   grad times h(r) / mean h, r = exp(l) the density ratio at x_t (f-distill, arXiv 2502.15681)
+    guidance     decoupled: (D_fake - D_c)(t) - (g - 1)(D_c - D_u)(t'), t ~ U[0.02 T, 0.98 T] as before and t' between
+                 0.02 T and the time of the student's last call (arXiv 2511.22677, Decoupled-Hybrid)
+    loss sid     (D_real - D_fake)((D_real - x) - a (D_real - D_fake)) with gradients through both (arXiv 2404.04057)
+
+Of the GAN the paper uses the features of the middle block alone and one logit per picture; here each level of the
+network's first half has its logits. Means h are running means over earlier steps, so that they depend neither on the
+size of a micro-batch nor on the number of processes; the papers' code takes those of the batch.
+
+References:
+    Yin et al., Improved Distribution Matching Distillation for Fast Image Synthesis, arXiv 2405.14867.
+    Yin et al., One-step Diffusion with Distribution Matching Distillation, arXiv 2311.18828.
+    Xu et al., One-step Diffusion Models with f-Divergence Distribution Matching, arXiv 2502.15681.
+    Liu et al., Decoupled DMD: CFG Augmentation as the Spear, Distribution Matching as the Shield, arXiv 2511.22677.
+    Zhou et al., Score identity Distillation, arXiv 2404.04057.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
+
+from ..core.batch import Batch
+from ..core.context import Context
+from ..core.diffusion import FlowSchedule, Prediction, Schedule, append_dims, guide
+from ..core.errors import UserError
+from ..core.hookspecs import hookimpl
+from ..core.method import Method, MethodSetup, Requirements, Role, Sampler, Update
+from ..core.terms.adversarial import discriminator_loss, generator_loss
+from ..core.terms.ddim import trailing_walk
+from ..core.terms.matching import (
+    Divergence,
+    DivergenceWeights,
+    augmentation_gradient,
+    denoising_target,
+    matching_gradient,
+    matching_loss,
+    sid_loss,
+)
+from ..core.terms.regression import distance
+from ..core.terms.weights import Weight, ever_positive, weight_at
+
+ONE_STEP_SHARE = 0.4
+"""A student of one step is told timestep 399: at 999 the x_0 of an epsilon network is its output times 14.6."""
+
+
+class DMD2(Method):
+    """Distribution matching: 4 steps (or 1) from prompts alone, with a second network that follows the student."""
+
+    name = "dmd2"
+
+    class Config(BaseModel):
+        """Settings of distribution matching distillation."""
+
+        model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+        num_inference_steps: int = Field(4, ge=1, le=50)
+        """N, the calls of the student that make a picture, in training and when it is used."""
+        one_step_time: int | None = Field(None, ge=1)
+        """Timestep (of the model's training timesteps) that a student of one step is told; None: 399, on a flow 1."""
+        guidance_scale: float = Field(8.0, ge=1, le=100)
+        """g of the teacher, uncond + g (cond - uncond); 1 is no guidance. The fake score is never guided."""
+        guidance: Literal["coupled", "decoupled"] = "coupled"
+        """decoupled: the effect of guidance has times of its own, below that of the student's last call."""
+        fake_updates_per_student_update: int = Field(5, ge=1, le=1000)
+        """Optimizer steps in which the student takes one; the fake score takes them all."""
+        min_time: float = Field(0.02, ge=0, lt=1)
+        """Lowest noise that samples are compared at, as a share of the training timesteps."""
+        max_time: float = Field(0.98, gt=0, le=1)
+        """Highest noise that samples are compared at, as a share of the training timesteps."""
+        normalise: bool = True
+        """Whether the gap is divided by the sample's distance to its denoised version, mean |x - D_real|."""
+        loss: Literal["dm", "sid"] = "dm"
+        """dm: the gap is the gradient; sid: a loss that is differentiated through both denoisers (costs memory)."""
+        sid_alpha: float = Field(1.0, ge=0, le=2)
+        """a of the loss sid; 1 and 1.2 are the paper's."""
+        divergence: Divergence = "reverse_kl"
+        """What is to become small; all but reverse_kl weigh samples by the heads' density ratio and need pictures."""
+        max_density_ratio: float = Field(10.0, gt=1, le=1e4)
+        """The heads' density ratio is kept between this and one over this."""
+        gan_weight: Weight = 0.0
+        """Weight of the adversarial term of the student; above 0 it needs pictures. The paper's is 5e-3."""
+        discriminator_weight: Weight = 1e-2
+        """Weight of the heads' loss, in their own update and in the fake score's."""
+        adapt_features: bool = True
+        """Whether the fake score, whose features the heads read, learns to tell pictures from samples as well."""
+        fake_score_learning_rate: float | None = Field(None, gt=0, le=1)
+        """Learning rate of the fake score; None is the run's."""
+        discriminator_learning_rate: float | None = Field(None, gt=0, le=1)
+        """Learning rate of the heads; None is the run's."""
+
+        @property
+        def discriminates(self) -> bool:
+            """Whether there are heads, and pictures for them."""
+            return ever_positive(self.gan_weight) or self.divergence != "reverse_kl"
+
+        @model_validator(mode="after")
+        def _consistent(self) -> DMD2.Config:
+            if self.min_time >= self.max_time:
+                raise ValueError(f"min_time = {self.min_time} is not below max_time = {self.max_time}: lower min_time")
+            for key, plain in (("divergence", "reverse_kl"), ("guidance", "coupled")):
+                if self.loss == "sid" and getattr(self, key) != plain:
+                    raise ValueError(f"{key} = {getattr(self, key)} is not for loss sid: set {key} to {plain}")
+            if self.discriminates and not ever_positive(self.discriminator_weight):
+                raise ValueError("discriminator_weight = 0 leaves the heads untrained: set it above 0 (1e-2)")
+            if self.one_step_time is not None and self.num_inference_steps > 1:
+                raise ValueError(
+                    f"one_step_time = {self.one_step_time} is for num_inference_steps = 1, which is "
+                    f"{self.num_inference_steps}: leave one_step_time out"
+                )
+            return self
+
+    def __init__(self, config: Any, setup: MethodSetup) -> None:
+        super().__init__(config, setup)
+        self._weights = DivergenceWeights(config.divergence, max_ratio=config.max_density_ratio)
+
+    @classmethod
+    def roles(cls, config: Any, setup: MethodSetup) -> Sequence[Role]:
+        """Real score, student and fake score: the base and two adapters on it, or the base and two copies."""
+        roles = [
+            Role("teacher"),
+            Role("student", trains=setup.model_type),
+            Role("fake_score", trains=setup.model_type, learning_rate=config.fake_score_learning_rate),
+        ]
+        if config.discriminates:
+            roles.append(Role("discriminator", trains="head", learning_rate=config.discriminator_learning_rate))
+        return roles
+
+    @classmethod
+    def requires(cls, config: Any, setup: MethodSetup) -> Requirements:
+        """A finite x0 everywhere; pictures and features where there are heads."""
+        return Requirements(pictures=config.discriminates, features=config.discriminates, finite_snr=True)
+
+    def updates(self, context: Context, batch: Batch, step: int) -> Iterator[Update]:
+        """The student on its turn, then the fake score, then the heads, all on the same samples."""
+        turn = (step + 1) % self.config.fake_updates_per_student_update == 0
+        sample = self._simulate(context, batch, with_gradient=turn)
+        if turn:
+            yield self._student(context, batch, sample)
+            self._weights.settle(context.average)  # of all micro-batches by now
+        x = sample.x.detach()
+        del sample
+        if not self.config.discriminates:
+            yield self._fake_score(context, batch, x, features=())
+            return
+        features = self._features(context, batch, x)
+        yield self._fake_score(context, batch, x, features=features)
+        yield self._discriminator(context, [level.detach() for level in features])
+
+    # -- the student ------------------------------------------------------------------------------------------------
+
+    def _simulate(self, context: Context, batch: Batch, *, with_gradient: bool) -> _Sample:
+        """Samples of the student as it will be used, ended after a random number of its calls."""
+        count = self.config.num_inference_steps
+        calls = 1 + context.draws.shared_integer("calls", count)
+        x, times = _noise(context, batch, "start"), self._times(context.schedule, count)[:calls]
+        dtype = torch.float64 if context.schedule.clean_at_zero else torch.int64
+        each = [torch.full((len(batch),), time, dtype=dtype, device=context.device) for time in times]
+        with torch.set_grad_enabled(with_gradient):
+            last = context.rollout("student", each, x, batch.cond, name="simulation")
+            return _Sample(_x0(last).to(x.dtype), calls=calls, share=1 - (calls - 1) / count)
+
+    def _student(self, context: Context, batch: Batch, sample: _Sample) -> Update:
+        """Move the samples to where the teacher has more of them and the fake score fewer."""
+        losses, t = (self._sid if self.config.loss == "sid" else self._matching)(context, batch, sample)
+        calls = torch.full((), float(sample.calls), device=losses.device)
+        metrics = {"matching": losses.detach().mean(), "simulated_calls": calls}
+        weight = weight_at(self.config.gan_weight, context.step)
+        if weight > 0:
+            adversarial = self._adversarial(context, batch, sample.x)
+            metrics["adversarial"] = adversarial.detach().mean()
+            losses = losses + weight * adversarial
+        return Update("student", losses.mean(), metrics, per_sample=losses.detach(), t=t)
+
+    def _matching(self, context: Context, batch: Batch, sample: _Sample) -> tuple[Tensor, Tensor]:
+        """Losses (B,) whose gradient is the gap of the denoised samples, and the times of comparison."""
+        config, x = self.config, sample.x.detach()
+        decoupled = config.guidance == "decoupled"
+        share = context.draws.uniform("matching/time", config.min_time, config.max_time)
+        with torch.no_grad():
+            x_t, t = _noised(context, batch, x, share, "matching")
+            fake = _x0(context.predict("fake_score", x_t, t, batch.cond))
+            real = self._real(context, batch, x_t, t, scale=1.0 if decoupled else config.guidance_scale)
+            gradient = matching_gradient(x, real, fake, normalise=config.normalise)
+            if config.divergence != "reverse_kl":
+                gradient = gradient * append_dims(self._ratio_weights(context, batch, x_t, t, share), gradient)
+            if decoupled:
+                gradient = gradient + self._augmentation(context, batch, x, highest=sample.share)
+        return matching_loss(sample.x, gradient), t
+
+    def _real(self, context: Context, batch: Batch, x_t: Tensor, t: Tensor, *, scale: float) -> Tensor:
+        """D_real at `x_t`, guided."""
+        if scale == 1:
+            return _x0(context.predict("teacher", x_t, t, batch.cond))
+        cond, uncond = (_exact(half) for half in context.with_and_without("teacher", x_t, t, batch.cond))
+        return guide(cond, uncond, torch.full_like(t, scale, dtype=torch.float64)).x0
+
+    def _augmentation(self, context: Context, batch: Batch, x: Tensor, *, highest: float) -> Tensor:
+        """What guidance adds, at noise below that of the student's last call: above it all is decided already."""
+        config = self.config
+        high = max(config.min_time, min(config.max_time, highest))
+        share = context.draws.uniform("augmentation/time", config.min_time, high)
+        x_t, t = _noised(context, batch, x, share, "augmentation")
+        cond, uncond = (_x0(half) for half in context.with_and_without("teacher", x_t, t, batch.cond))
+        return augmentation_gradient(x, cond, uncond, scale=config.guidance_scale, normalise=config.normalise)
+
+    def _ratio_weights(self, context: Context, batch: Batch, x_t: Tensor, t: Tensor, share: Tensor) -> Tensor:
+        """h(r) / mean h of the samples, r being what the heads say at `x_t`."""
+        features = context.features("fake_score", x_t, t, batch.cond)
+        return self._weights(context.logits("discriminator", features).mean(1), share)
+
+    def _sid(self, context: Context, batch: Batch, sample: _Sample) -> tuple[Tensor, Tensor]:
+        """The loss of score identity distillation (B,), through both denoisers, and the times of comparison."""
+        config, x = self.config, sample.x
+        share = context.draws.uniform("matching/time", config.min_time, config.max_time)
+        x_t, t = _noised(context, batch, x, share, "matching")
+        fake = _x0(context.predict("fake_score", x_t, t, batch.cond))
+        real = self._real(context, batch, x_t, t, scale=config.guidance_scale)
+        return sid_loss(x, real, fake, alpha=config.sid_alpha, normalise=config.normalise), t
+
+    def _adversarial(self, context: Context, batch: Batch, x: Tensor) -> Tensor:
+        """How far the samples (B, ...) are from passing for pictures, shape (B,)."""
+        x_t, t = _noised(context, batch, x, context.draws.uniform("adversarial/time"), "adversarial")
+        features = context.features("fake_score", x_t, t, batch.cond)
+        return generator_loss(context.logits("discriminator", features), kind="softplus")
+
+    # -- what follows the student -----------------------------------------------------------------------------------
+
+    def _fake_score(self, context: Context, batch: Batch, x: Tensor, *, features: Sequence[Tensor]) -> Update:
+        """Learn to denoise the samples `x`, and to see what sets them apart from pictures."""
+        eps, t = _noise(context, batch, "fake"), _time_at(context.schedule, context.draws.uniform("fake/time"))
+        prediction = context.predict("fake_score", context.schedule.add_noise(x, eps, t), t, batch.cond)
+        target = denoising_target(prediction.kind, x, eps, t, context.schedule)
+        losses = distance(prediction.output.to(target.dtype), target, loss_type="l2", huber_c=0.0)
+        metrics = {"fake_score/denoising": losses.detach().mean()}
+        if features and self.config.adapt_features:
+            apart = self._apart(context, features)[0]
+            losses = losses + weight_at(self.config.discriminator_weight, context.step) * apart
+        return Update("fake_score", losses.mean(), metrics, per_sample=losses.detach(), t=t)
+
+    def _features(self, context: Context, batch: Batch, x: Tensor) -> list[Tensor]:
+        """Features of noised pictures, then of noised samples, each (2 B, C_k, h_k, w_k)."""
+        assert batch.latents is not None
+        draws, pictures = context.draws, batch.latents
+        real, t_real = _noised(context, batch, pictures, draws.uniform("real/time"), "real")
+        fake, t_fake = _noised(context, batch, x, draws.uniform("sample/time"), "sample")
+        cond = {name: torch.cat([value, value]) for name, value in batch.cond.items()}
+        with torch.set_grad_enabled(self.config.adapt_features):
+            return context.features("fake_score", torch.cat([real, fake]), torch.cat([t_real, t_fake]), cond)
+
+    def _apart(self, context: Context, features: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """What the heads minimise (B,), and their logits (B, K) of pictures and samples."""
+        real, fake = context.logits("discriminator", features).chunk(2)
+        return discriminator_loss(real, fake, kind="softplus"), real, fake
+
+    def _discriminator(self, context: Context, features: Sequence[Tensor]) -> Update:
+        """Tell pictures from samples by features that are given."""
+        losses, real, fake = self._apart(context, features)
+        metrics = {
+            "discriminator/real": real.detach().sigmoid().mean(),
+            "discriminator/fake": fake.detach().sigmoid().mean(),
+        }
+        losses = weight_at(self.config.discriminator_weight, context.step) * losses
+        return Update("discriminator", losses.mean(), metrics, per_sample=losses.detach())
+
+    # -- the run ----------------------------------------------------------------------------------------------------
+
+    def _times(self, schedule: Schedule, num_steps: int) -> list[float]:
+        """The times of `num_steps` calls, falling: evenly spaced, or where a student of one step is told it is."""
+        if num_steps > 1 or self.config.num_inference_steps > 1:
+            return trailing_walk(schedule, num_steps).times.tolist()
+        asked, total = self.config.one_step_time, schedule.num_train_timesteps
+        if asked is not None and asked >= total:
+            raise UserError(
+                f"distillation_config.dmd2.one_step_time = {asked}, but the model has {total} training timesteps",
+                f"choose 1 to {total - 1}, or leave it out",
+            )
+        if schedule.clean_at_zero:
+            return [schedule.t_max if asked is None else asked / total]
+        return [round(ONE_STEP_SHARE * total) - 1 if asked is None else asked]
+
+    def sampler(
+        self, schedule: Schedule, *, num_inference_steps: int | None = None, guidance_scale: float | None = None
+    ) -> Sampler:
+        """LCM's multistep sampling at the times of training, guidance off: it is built in.
+
+        Another number of steps than that of training is spaced by the same rule; the student has not seen those times.
+        """
+        steps = num_inference_steps or self.config.num_inference_steps
+        times, guidance = self._times(schedule, steps), guidance_scale or 0.0
+        if schedule.clean_at_zero:
+            # the times are shifted already: the scheduler must not do it again
+            config = {"shift": 1.0, "use_dynamic_shifting": False}
+            return Sampler("FlowMatchLCMScheduler", config, steps, guidance, {"sigmas": times})
+        # every timestep may be asked for by name
+        config = {"original_inference_steps": schedule.num_train_timesteps}
+        return Sampler("LCMScheduler", config, steps, guidance, {"timesteps": [int(time) for time in times]})
+
+    def notices(self) -> list[str]:
+        """What a step is, and what a student of one step lacks."""
+        config, every = self.config, self.config.fake_updates_per_student_update
+        lines = [
+            f"dmd2: each step trains the fake score, every {every}th step the student too: max_train_steps / {every}"
+        ]
+        if config.num_inference_steps == 1:
+            lines.append("dmd2: the paper warms a student of one step up on the teacher's own samples; init_lora can")
+        if config.loss == "sid" and config.guidance_scale > 5:
+            lines.append(f"dmd2: guidance_scale = {config.guidance_scale:g} is high for loss sid; 1 to 5 is usual")
+        return lines
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Running means of the divergence's weights."""
+        return self._weights.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+        self._weights.load_state_dict(state)
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """What the student made.
+
+    Attributes:
+        x: Samples (B, ...).
+        calls: How many calls of the student made them.
+        share: Noise that the last call saw, as a share of the training timesteps; 1 for pure noise.
+    """
+
+    x: Tensor
+    calls: int
+    share: float
+
+
+def _exact(prediction: Prediction) -> Prediction:
+    """The same, converted in float64: eps is divided by alpha_999 = 0.068, and gaps are small differences."""
+    return replace(prediction, x_t=prediction.x_t.double())
+
+
+def _x0(prediction: Prediction) -> Tensor:
+    return _exact(prediction).x0
+
+
+def _noise(context: Context, batch: Batch, name: str) -> Tensor:
+    """Noise for the latents (B, C, h, w), in at least fp32."""
+    shape = batch.latent_shape if batch.latents is None else batch.latents.shape[1:]
+    given = [*batch.cond.values()] if batch.latents is None else [batch.latents]
+    wide = any(value.dtype == torch.float64 for value in given)
+    return context.draws.randn(f"{name}/noise", shape).to(torch.float64 if wide else torch.float32)
+
+
+def _time_at(schedule: Schedule, share: Tensor) -> Tensor:
+    """Times (B,) at a `share` (B,) of the way to pure noise: whole timesteps on a table, shifted on a flow."""
+    if isinstance(schedule, FlowSchedule):
+        return schedule.shifted(share)
+    total = schedule.num_train_timesteps
+    return (share * total).long().clamp(max=total - 1)
+
+
+def _noised(context: Context, batch: Batch, x: Tensor, share: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """`x` (B, ...) with noise, and the times (B,) it is noised to."""
+    t = _time_at(context.schedule, share)
+    return context.schedule.add_noise(x, _noise(context, batch, name), t), t
+
+
+@hookimpl
+def register_methods() -> list[type[Method]]:
+    """Improved distribution matching distillation."""
+    return [DMD2]

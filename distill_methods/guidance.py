@@ -1,0 +1,122 @@
+r"""Guidance distillation: one call of the student is worth the teacher's two with classifier-free guidance.
+
+    t ~ U{0 .. T-1} (shift(j / T) on a flow),  w ~ U[w_min, w_max],  x_t = alpha_t x_0 + sigma_t eps     from data
+    D^w  = (1 + w) D(x_t, t, c) - w D(x_t, t, no prompt)                      the guided teacher
+    L    = max(alpha_t^2 / sigma_t^2, 1) || D_theta(x_t, t, c, w) - D^w ||^2
+
+in the paper's w, one less than the guidance scale g of uncond + g (cond - uncond). The student is sampled with as many
+steps as its teacher, each at half the price; fewer steps are the business of other methods, for which it can be the
+teacher (stage one of the paper; stage two is ``progressive``).
+
+Full training tells the student w (a guidance embedding), so that it can be run at any guidance of its range. A LoRA has
+no such input. Since D^w is linear in w, what minimises L over a range is D^w at its middle; so a LoRA is trained at the
+middle throughout, which has the same optimum without the spread. Full training at one scale (w_min = w_max) needs no
+input either.
+
+References:
+    Meng et al., On Distillation of Guided Diffusion Models, arXiv 2210.03142 (stage one, w ~ U[w_min, w_max]).
+    Ho and Salimans, Classifier-Free Diffusion Guidance, arXiv 2207.12598.
+    Salimans and Ho, Progressive Distillation for Fast Sampling of Diffusion Models (weights), arXiv 2202.00512.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from pydantic import ConfigDict, Field
+
+from ..core.batch import Batch
+from ..core.context import Context
+from ..core.diffusion import Schedule
+from ..core.hookspecs import hookimpl
+from ..core.method import Method, MethodSetup, Requirements, Role, Sampler, Update
+from ..core.terms.ddim import deterministic_sampler
+from ..core.terms.guidance import GuidanceRange, embedded_scale
+from ..core.terms.regression import SnrWeight, distance, snr_weight
+
+
+class Guidance(Method):
+    """Guidance distillation: the pictures of guidance without its second call, at the teacher's number of steps."""
+
+    name = "guidance"
+
+    class Config(GuidanceRange):
+        """Settings of guidance distillation."""
+
+        model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+        w_min: float = Field(2.0, ge=0, le=100)
+        """Lower end of the range of guidance, in the units of guidance_convention."""
+        w_max: float = Field(10.0, ge=0, le=100)
+        """Upper end of the range of guidance. A fully trained student takes w as an input; a LoRA learns the middle."""
+        loss_weight: SnrWeight = "truncated_snr"
+        """Weight of the x0 error: truncated_snr: max(SNR, 1); snr_plus_one: SNR + 1, the error of v."""
+        num_inference_steps: int = Field(25, ge=1, le=1000)
+        """Steps that the student is validated and exported with unless the run says otherwise."""
+
+    @classmethod
+    def roles(cls, config: Any, setup: MethodSetup) -> Sequence[Role]:
+        """The base, and a student that takes w where it is trained in full over a range."""
+        return [Role("teacher"), Role("student", trains=setup.model_type, guidance_embedding=_told(config, setup))]
+
+    @classmethod
+    def requires(cls, config: Any, setup: MethodSetup) -> Requirements:
+        """Pictures; a finite x0 everywhere; a guidance input for full training over a range."""
+        return Requirements(guidance_embedding=_told(config, setup), finite_snr=True)
+
+    def updates(self, context: Context, batch: Batch, step: int) -> Iterator[Update]:
+        """One step of algorithm 1 of arXiv 2210.03142."""
+        assert batch.latents is not None
+        config, schedule, draws, x_0 = self.config, context.schedule, context.draws, batch.latents
+        times = context.grid(schedule.num_train_timesteps).times
+        t = times[draws.integers("index", len(times))]
+        eps = draws.randn("noise", x_0.shape[1:]).to(x_0.dtype)
+        x_t = schedule.add_noise(x_0, eps, t)
+        told = _told(config, self.setup)
+        scale = draws.uniform("w", *(config.scales if told else (self._middle, self._middle)))
+
+        with torch.no_grad():
+            target = context.teacher_cfg(x_t, t, batch.cond, scale).x0
+        output = context.predict("student", x_t, t, batch.cond, guidance=scale - 1 if told else None).x0
+
+        weight = snr_weight(schedule.log_snr(t), config.loss_weight).to(output.dtype)
+        losses = weight * distance(output, target, loss_type="l2", huber_c=0.0)
+        yield Update("student", losses.mean(), per_sample=losses.detach(), t=t)
+
+    @property
+    def _middle(self) -> float:
+        return sum(self.config.scales) / 2
+
+    def sampler(
+        self, schedule: Schedule, *, num_inference_steps: int | None = None, guidance_scale: float | None = None
+    ) -> Sampler:
+        """DDIM on the model's own spacing (Euler with explicit sigmas on a flow), in as many steps as its teacher.
+
+        A student that takes w gets the middle of its range unless another scale of it is asked for; the others have
+        their guidance built in, and theirs is off.
+        """
+        told = _told(self.config, self.setup)
+        guidance = embedded_scale(guidance_scale, self.config.scales) if told else guidance_scale or 0.0
+        steps = num_inference_steps or self.config.num_inference_steps
+        return deterministic_sampler(schedule, steps, guidance, spacing=None)
+
+    def notices(self) -> list[str]:
+        """Which guidance the student learns."""
+        low, high = self.config.scales
+        if _told(self.config, self.setup):
+            return [f"guidance: the student takes the guidance scale as an input, {low:g} to {high:g}"]
+        line = f"guidance: the student has the guidance scale {self._middle:g} built in"
+        return [line + (f", the middle of {low:g} to {high:g}: a LoRA has no input for it" if low < high else "")]
+
+
+def _told(config: Any, setup: MethodSetup) -> bool:
+    """Whether the student takes w: one scale needs no input, and a LoRA has none."""
+    return setup.model_type == "full" and config.is_range
+
+
+@hookimpl
+def register_methods() -> list[type[Method]]:
+    """Guidance distillation."""
+    return [Guidance]

@@ -1,0 +1,218 @@
+r"""Mean flows: the student learns the average velocity between any two times, so that any number of steps will do.
+
+In flow coordinates a noised point is z = (1 - tau) x_0 + tau eps, and the teacher's guided ODE is dz/dtau = v. The map
+from tau to rho < tau along one trajectory, and the average velocity u that writes it, are
+
+    f(z_tau, tau, rho) = z_tau - (tau - rho) u(z_tau, tau, rho),    u = 1 / (tau - rho) int_rho^tau v(z_s, s) ds
+
+and differentiating (tau - rho) u by tau, along the trajectory and with rho held, gives what u must obey:
+
+    u = v - (tau - rho) d/dtau u,    d/dtau = v d/dz + partial/partial tau
+
+One training step:
+
+    tau >= rho: two draws of sigmoid(N(time_mean, time_std^2)) in order, or rho = tau for a share of the samples
+    z_tau  from data;  v = eps^ - x0^ of the teacher with guidance scale w ~ U[w_min, w_max]
+    u_tgt  = v - (tau - rho) JVP(u_theta; (z_tau, tau, rho), (v, 1, 0))           no gradient
+    L      = s / sg(s + c)^p,   s = || u_theta(z_tau, tau, rho) - u_tgt ||^2      summed over a sample's elements
+
+This is MeanFlow with the velocity of a teacher in place of eps - x_0 (arXiv 2505.13447, eq. 10 and 22), which is
+AYF-EMD (arXiv 2506.14603): dividing by the error's norm is the latter's tangent normalisation at p = 1/2, and letting
+the JVP's term grow over the first steps is its tangent warm-up.
+
+Every schedule x_t = alpha x_0 + sigma eps is such a flow, seen at z = x_t / (alpha + sigma) and
+
+    tau = sigma / (alpha + sigma),    dt/dtau = (alpha + sigma)^2 / (alpha sigma' - sigma alpha')
+
+so u is eps - x_0 of whatever the network predicts at (x_t, t), told r as well. At r = t the student starts as the
+teacher. And since z is linear in (x_0, eps), z_rho = z_tau - (tau - rho) u is x_r = alpha_r x_0 + sigma_r eps in the
+schedule's own coordinates: the sampler is DDIM's jump, of a network that knows where it jumps to.
+
+Derivatives are taken along the *teacher's* trajectory in the schedule's time: the tangent (dx_t/dt, 1, 0) dt/dtau.
+
+References:
+    Geng et al., Mean Flows for One-step Generative Modeling, arXiv 2505.13447.
+    Sabour et al., Align Your Flow: Scaling Continuous-Time Flow Map Distillation, arXiv 2506.14603.
+    Boffi et al., Flow Map Matching, arXiv 2406.07507.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
+
+from ..core.batch import Batch
+from ..core.context import Context
+from ..core.diffusion import Schedule, append_dims
+from ..core.hookspecs import hookimpl
+from ..core.method import Method, MethodSetup, Requirements, Role, Sampler, Update
+
+
+def flow_time(schedule: Schedule, t: Tensor) -> Tensor:
+    """Tau = sigma / (alpha + sigma) of times `t`, float64: 0 is data, 1 is noise."""
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    return sigma / (alpha + sigma)
+
+
+def time_of_flow_time(schedule: Schedule, tau: Tensor) -> Tensor:
+    """The inverse of :func:`flow_time`, held inside of the schedule, float64."""
+    return schedule.time_of_log_snr(2 * ((1 - tau).log() - tau.log())).clamp(0.0, schedule.t_max)
+
+
+def flow_time_speed(schedule: Schedule, t: Tensor) -> Tensor:
+    """dt/dtau at times `t`, float64."""
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    return (alpha + sigma) ** 2 / (alpha * schedule.sigma_dot(t) - sigma * schedule.alpha_dot(t))
+
+
+def adaptive_weight(squared: Tensor, *, power: float, floor: float) -> Tensor:
+    """1 / (s + c)^p of summed squared errors `squared` (B,), as a constant: outliers count less."""
+    return (squared.detach() + floor) ** -power
+
+
+class MeanFlow(Method):
+    """Mean-flow distillation: a flow map for any number of steps, without guidance, as a LoRA or a full model."""
+
+    name = "meanflow"
+
+    class Config(BaseModel):
+        """Settings of mean-flow distillation."""
+
+        model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+        w_min: float = Field(5.0, ge=0, le=100)
+        """Lower end of the range that the teacher's guidance scale is drawn from, uncond + w (cond - uncond)."""
+        w_max: float = Field(5.0, ge=0, le=100)
+        """Upper end of that range. A LoRA learns the middle; a full model takes w as an input if the ends differ."""
+        equal_share: float = Field(0.25, ge=0, lt=1)
+        """Share of the samples whose two times are equal: they learn the guided velocity itself, as an anchor."""
+        time_mean: float = Field(-0.4, ge=-5, le=5)
+        """Mean of the normal that logit(tau) is drawn from; on a flow with shift m, log(m) more follows its grid."""
+        time_std: float = Field(1.0, gt=0, le=5)
+        """Standard deviation of that normal; larger ones visit the ends, which few steps depend on, more often."""
+        adaptive_power: float = Field(1.0, ge=0, le=2)
+        """p of the loss s / (s + c)^p; 0: plain squared error, 0.5: normalised tangents, 1: the paper's."""
+        adaptive_floor: float = Field(0.01, gt=0, le=1e6)
+        """c of the loss, in squared latent units summed over a sample."""
+        tangent_warmup_steps: int = Field(0, ge=0)
+        """Optimizer steps over which the derivative's term grows from 0 to all; until then guidance is learnt first."""
+        derivative: Literal["exact", "difference"] = "exact"
+        """exact: forward-mode differentiation of the network; difference: two calls of it, for kernels without."""
+        difference_step: float = Field(0.005, gt=0, le=0.1)
+        """h of the central difference, in tau; bfloat16 needs more (0.02): rounding is divided by it."""
+        num_inference_steps: int = Field(4, ge=1, le=50)
+        """Steps that the student is validated and exported with unless the run says otherwise."""
+
+        @model_validator(mode="after")
+        def _ordered(self) -> MeanFlow.Config:
+            if self.w_min > self.w_max:
+                raise ValueError(f"w_min = {self.w_min} is above w_max = {self.w_max}: lower w_min or raise w_max")
+            return self
+
+    @classmethod
+    def roles(cls, config: Any, setup: MethodSetup) -> Sequence[Role]:
+        """The student takes a second time; a full one takes w as well where w is a range."""
+        full, embedded = setup.model_type == "full", cls._embedded(config, setup)
+        trains = "full" if full else "lora"
+        return [Role("teacher"), Role("student", trains=trains, guidance_embedding=embedded, second_time=True)]
+
+    @classmethod
+    def requires(cls, config: Any, setup: MethodSetup) -> Requirements:
+        """Pictures; a second time; equal passes for value and derivative; a finite x0 everywhere."""
+        return Requirements(
+            guidance_embedding=cls._embedded(config, setup), second_time=True, zero_dropout=True, finite_snr=True
+        )
+
+    @staticmethod
+    def _embedded(config: Any, setup: MethodSetup) -> bool:
+        return setup.model_type == "full" and config.w_min < config.w_max
+
+    def updates(self, context: Context, batch: Batch, step: int) -> Iterator[Update]:
+        """One step of algorithm 1 of arXiv 2505.13447, with the teacher's guided velocity."""
+        assert batch.latents is not None
+        config, schedule, draws, x_0 = self.config, context.schedule, context.draws, batch.latents
+        t, r = self._times(context)
+        eps = draws.randn("noise", x_0.shape[1:]).to(x_0.dtype)
+        x_t = schedule.add_noise(x_0, eps, t)
+        scale = draws.uniform("w", config.w_min, config.w_max)
+        w = scale - 1 if self._embedded(config, self.setup) else None
+
+        def u_theta(x: Tensor, t: Tensor) -> Tensor:
+            return context.predict("student", x, t, batch.cond, guidance=w, r=r).as_kind("flow")
+
+        with torch.no_grad():
+            guided = context.teacher_cfg(x_t, t, batch.cond, scale)
+            speed = flow_time_speed(schedule, t)
+            tangents = (append_dims(speed, x_t) * guided.velocity, speed)
+            derivative = context.jvp(u_theta, (x_t, t), tangents, step=self._difference_step)
+            interval = (flow_time(schedule, t) - flow_time(schedule, r)) * self._warmup(step)
+            target = guided.as_kind("flow") - append_dims(interval, x_t) * derivative
+        error = ((u_theta(x_t, t) - target) ** 2).flatten(1)
+
+        squared = error.sum(1)
+        losses = squared * adaptive_weight(squared, power=config.adaptive_power, floor=config.adaptive_floor)
+        mean = error.detach().mean(1)
+        yield Update("student", losses.mean(), {"velocity_error": mean.mean()}, per_sample=mean, t=t)
+
+    def _times(self, context: Context) -> tuple[Tensor, Tensor]:
+        """T >= r of shape (B,), float64, in the schedule's units; exactly equal for `equal_share` of the samples."""
+        config, schedule = self.config, context.schedule
+        normal = context.draws.randn("times", (2,)).double()
+        tau = torch.sigmoid(config.time_mean + config.time_std * normal)
+        ends = flow_time(schedule, torch.tensor([0.0, schedule.t_max], dtype=torch.float64, device=tau.device))
+        margin = self._difference_step or 0.0  # both sides of the difference must lie inside
+        tau = tau.clamp(ends[0] + margin, ends[1] - margin)
+        times = time_of_flow_time(schedule, tau)
+        t, r = times.amax(1), times.amin(1)
+        equal = context.draws.uniform("equal") < config.equal_share
+        return t, torch.where(equal, t, r)
+
+    @property
+    def _difference_step(self) -> float | None:
+        return self.config.difference_step if self.config.derivative == "difference" else None
+
+    def _warmup(self, step: int) -> float:
+        steps = self.config.tangent_warmup_steps
+        return 1.0 if steps == 0 else min(1.0, step / steps)
+
+    def sampler(
+        self, schedule: Schedule, *, num_inference_steps: int | None = None, guidance_scale: float | None = None
+    ) -> Sampler:
+        """Deterministic jumps between any times, guidance off.
+
+        A student that takes w gets the guidance asked for, or the middle of its range where that lies outside.
+        """
+        steps = num_inference_steps or self.config.num_inference_steps
+        return Sampler("FlowMapScheduler", {}, steps, self._guidance(guidance_scale))
+
+    def _guidance(self, asked: float | None) -> float:
+        config = self.config
+        if not self._embedded(config, self.setup):
+            return 0.0
+        if asked is not None and asked > 1 and config.w_min <= asked <= config.w_max:
+            return asked
+        return max((config.w_min + config.w_max) / 2, 1.0)
+
+    def notices(self) -> list[str]:
+        """What a range of guidance means to a student that is not told w."""
+        low, high = self.config.w_min, self.config.w_max
+        if low == high:
+            line = f"meanflow: the teacher's guidance scale is {low:g}, and the student has it built in"
+        elif self._embedded(self.config, self.setup):
+            line = f"meanflow: the student takes a guidance scale of {low:g} to {high:g} as an input"
+        else:
+            line = (
+                f"meanflow: the student is not told the guidance scale, drawn from {low:g} to {high:g}: it learns "
+                f"the one of {(low + high) / 2:g}, and the range only adds noise"
+            )
+        return [line]
+
+
+@hookimpl
+def register_methods() -> list[type[Method]]:
+    """Mean flows."""
+    return [MeanFlow]

@@ -1,0 +1,293 @@
+r"""Phased consistency models, full and as a LoRA.
+
+The trajectory of the teacher's probability-flow ODE is cut into M phases, and the student is consistent inside each of
+them only: from any point it says where its own *phase* ends, not where the trajectory ends. M deterministic steps from
+edge to edge then follow one trajectory, with no noise added between them.
+
+One training step, with a grid of N times t_i = (i + 1) k - 1, k = T // N, and its points p_0 = max(t_0 - k, 0),
+p_j = t_{j-1}:
+
+    i ~ U{0 .. N-1},  t = t_i,  t' = p_i
+    s    = the lower edge of t's phase, the largest of p_{e_m}, e_m = ceil(m N / M), that is not above t'
+    x_t  = alpha_t x_0 + sigma_t eps                                from data
+    x'   = one DDIM step from t to t' of the teacher with guidance g ~ U[w_min, w_max]
+    L    = d( J_{t -> s}(x_t; theta), sg J_{t' -> s}(x'; theta-) )
+
+    J_{t -> s}(x) = alpha_s x_0^ + sigma_s eps^,   (x_0^, eps^) = the network at (x, t)
+
+J meets its boundary by itself: the target is x' exactly where t' is an edge, so nothing crosses into the next phase.
+The lowest edge is the first time of a table of betas (alpha_0, as LCM's grid has it) and the clean data on a flow.
+theta- is the student itself for LoRA, its exponential moving average (0.95) for full training; never the teacher.
+
+**Its own guidance** (``cfg_free``, section 3.2). A student of a guided solver has w built in; guidance w' on top of it
+acts as w w', and negative prompts are diluted. Without guidance in the solver, and with a share of samples trained
+without their prompt, the student keeps what its teacher had: a guidance scale and negative prompts at sampling. The
+paper does so with four phases or more: fewer leave the student on the poor unguided trajectory for too long.
+
+**Adversarial consistency** (section 3.3). Heads D on features of the frozen teacher tell targets (real) from
+predictions (fake), both noised further from s to the same u ~ U[s, upper edge of the phase):
+
+    L_D = relu(1 - D(target_u)) + relu(1 + D(prediction_u)),      L_G = relu(1 - D(prediction_u))
+
+and the student minimises L + lambda L_G.
+
+Real is the target, not data: where the student is consistent both distributions are one, and the terms agree. The
+authors' code steps the heads and the student in turns, each with forward passes of its own; here every step takes both,
+first the student, then the heads, from the same passes. Each moves its own weights only.
+
+What differs from the authors' code where M does not divide N: their edges are floor(m N / M), which no sampler's even
+steps visit; ours are the points where M steps of the sampler stand. Where M divides N both are the same.
+
+References:
+    Wang et al., Phased Consistency Models, arXiv 2405.18407.
+    Kim et al., Consistency Trajectory Models, arXiv 2310.02279.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from ..core.batch import Batch, Conditioning
+from ..core.context import Context
+from ..core.diffusion import Schedule, append_dims
+from ..core.errors import UserError
+from ..core.hookspecs import hookimpl
+from ..core.method import Method, MethodSetup, Requirements, Role, Sampler, Update
+from ..core.terms.adversarial import discriminator_loss, generator_loss
+from ..core.terms.consistency import trajectory_function
+from ..core.terms.guidance import GuidanceRange
+from ..core.terms.regression import LossType, distance
+from ..core.terms.segments import even_times, noise_further, segment_edge
+from ..core.terms.weights import Weight, ever_positive, weight_at
+
+EMPTY_PROMPTS = 0.1
+"""Share of samples without their prompt where the solver is not guided, as the authors'."""
+OWN_GUIDANCE = 7.5
+"""Guidance scale that students of an unguided solver are sampled with, as the authors'."""
+
+
+class PCM(Method):
+    """Phased consistency: deterministic steps from edge to edge; keeps guidance and negative prompts if asked."""
+
+    name = "pcm"
+
+    class Config(GuidanceRange):
+        """Settings of phased consistency distillation."""
+
+        num_ddim_timesteps: int = Field(40, ge=1, le=1000)
+        """N, the grid of the teacher's solver; it must divide the model's number of training timesteps."""
+        num_phases: int = Field(4, ge=1, le=1000)
+        """M, the number of phases, which is also the student's number of steps; at most N."""
+        w_min: float = Field(7.0, ge=0, le=100)
+        """Lower end of the range that the teacher's guidance is drawn from, in the units of guidance_convention."""
+        w_max: float = Field(8.0, ge=0, le=100)
+        """Upper end of the range that the teacher's guidance is drawn from, in the units of guidance_convention."""
+        cfg_free: bool = False
+        """Whether the solver runs without guidance (w_min and w_max have no effect), so that the student keeps its own
+        guidance scale and negative prompts; for 4 phases or more."""
+        empty_prompt_share: float | None = Field(None, ge=0, le=1)
+        """Share of samples that are trained without their prompt; null: 0.1 with cfg_free, 0 without."""
+        loss_type: LossType = "huber"
+        """l2: squared difference; huber: sqrt(d^2 + huber_c^2) - huber_c, robust to outliers."""
+        huber_c: float = Field(0.001, gt=0)
+        """c of the huber loss, in latent units."""
+        adversarial_weight: Weight = 0.1
+        """lambda of the adversarial term, a number or {step: number}; 0: none, and no features are needed."""
+        discriminator_learning_rate: float | None = Field(1e-5, gt=0, le=1)
+        """Learning rate of the discriminator's heads; null: the run's."""
+        num_inference_steps: int | None = Field(None, ge=1, le=1000)
+        """Steps that the student is validated and exported with unless the run says otherwise; null: num_phases."""
+
+        @model_validator(mode="after")
+        def _fitting(self) -> PCM.Config:
+            phases, num_steps = self.num_phases, self.num_ddim_timesteps
+            if phases > num_steps:
+                raise ValueError(
+                    f"num_phases = {phases} is above num_ddim_timesteps = {num_steps}: a phase needs a step of the "
+                    "grid; lower num_phases or raise num_ddim_timesteps"
+                )
+            problem = _problem_of_steps(self.default_steps, self)
+            if problem:
+                raise ValueError(f"num_inference_steps = {self.default_steps} {problem[0]}: {problem[1]}")
+            return self
+
+        @property
+        def default_steps(self) -> int:
+            """Steps of the sampler where none are asked for."""
+            return self.num_inference_steps or self.num_phases
+
+        @property
+        def share_without_prompt(self) -> float:
+            """Share of samples that are trained without their prompt."""
+            if self.empty_prompt_share is not None:
+                return self.empty_prompt_share
+            return EMPTY_PROMPTS if self.cfg_free else 0.0
+
+    @classmethod
+    def roles(cls, config: Any, setup: MethodSetup) -> Sequence[Role]:
+        """LoRA: student = target = base with the adapter. Full: a copy and its EMA as target. Heads if adversarial."""
+        if setup.model_type == "lora":
+            roles = [Role("teacher"), Role("student", trains="lora")]
+        else:
+            target = Role("target", ema_of="student", ema_decay=0.95)
+            roles = [Role("teacher"), Role("student", trains="full"), target]
+        if ever_positive(config.adversarial_weight):
+            roles.append(Role("discriminator", trains="head", learning_rate=config.discriminator_learning_rate))
+        return roles
+
+    @classmethod
+    def requires(cls, config: Any, setup: MethodSetup) -> Requirements:
+        """Pictures; equal passes of student and target; a finite x0; features where there is an adversarial term."""
+        return Requirements(
+            features=ever_positive(config.adversarial_weight),
+            zero_dropout=True,
+            divides_timesteps=config.num_ddim_timesteps,
+            finite_snr=True,
+        )
+
+    @property
+    def _target(self) -> str:
+        return "student" if self.setup.model_type == "lora" else "target"
+
+    def result_role(self) -> str:
+        """The EMA is what full training exports."""
+        return self._target
+
+    def updates(self, context: Context, batch: Batch, step: int) -> Iterator[Update]:
+        """One step of algorithm 1 of arXiv 2405.18407, with the terms of its equation 9."""
+        assert batch.latents is not None
+        config, schedule, draws, x_0 = self.config, context.schedule, context.draws, batch.latents
+        grid = context.grid(config.num_ddim_timesteps)
+        i = draws.integers("index", len(grid))
+        lower, upper = phase_of(i, num_steps=len(grid), num_phases=config.num_phases)
+        t, t_prev, s = grid.times[i], grid.previous[i], grid.previous[lower]
+        eps = draws.randn("noise", x_0.shape[1:]).to(x_0.dtype)
+        x_t = schedule.add_noise(x_0, eps, t)
+        cond = self._prompts(context, batch.cond)
+
+        with torch.no_grad():
+            x_prev = self._solve(context, x_t, t, t_prev, cond)
+            target = trajectory_function(context.predict(self._target, x_prev, t_prev, cond), s)
+        output = trajectory_function(context.predict("student", x_t, t, cond), s)
+
+        losses = distance(output, target, loss_type=config.loss_type, huber_c=config.huber_c)
+        weight = weight_at(config.adversarial_weight, step)
+        if weight == 0:
+            yield Update("student", losses.mean(), per_sample=losses.detach(), t=t)
+            return
+
+        # truncated to a whole timestep where the schedule counts them
+        u = (s + draws.uniform("further") * (grid.times[upper] - s)).to(s.dtype)
+        real, fake = (
+            noise_further(schedule, x_s, s, u, draws.randn(f"further/{name}", x_0.shape[1:]).to(x_0.dtype))
+            for name, x_s in (("real", target), ("fake", output))
+        )
+        features = context.features("teacher", fake, u, cond)
+        adversarial = generator_loss(context.logits("discriminator", features), kind="hinge")
+        metrics = {"consistency": losses.detach().mean(), "adversarial": adversarial.detach().mean()}
+        losses = losses + weight * adversarial
+        yield Update("student", losses.mean(), metrics=metrics, per_sample=losses.detach(), t=t)
+
+        with torch.no_grad():
+            told = context.features("teacher", real, u, cond)
+        logits = [context.logits("discriminator", seen) for seen in (told, [level.detach() for level in features])]
+        yield Update("discriminator", discriminator_loss(*logits, kind="hinge").mean())
+
+    def _solve(self, context: Context, x_t: Tensor, t: Tensor, t_prev: Tensor, cond: Conditioning) -> Tensor:
+        """x': one step of the teacher's solver."""
+        if self.config.cfg_free:
+            return context.predict("teacher", x_t, t, cond).jump(t_prev)
+        scale = context.draws.uniform("w", *self.config.scales)
+        return context.teacher_cfg(x_t, t, cond, scale).jump(t_prev)
+
+    def _prompts(self, context: Context, cond: Conditioning) -> Conditioning:
+        """`cond`, with a share of the samples unconditional."""
+        share = self.config.share_without_prompt
+        if share == 0:
+            return cond
+        empty, uncond = context.draws.uniform("empty") < share, context.uncond(cond)
+        return {
+            name: torch.where(append_dims(empty, value).bool(), uncond[name], value) for name, value in cond.items()
+        }
+
+    def sampler(
+        self, schedule: Schedule, *, num_inference_steps: int | None = None, guidance_scale: float | None = None
+    ) -> Sampler:
+        """DDIM on the training grid, from phase edge to phase edge; Euler with explicit sigmas on a flow.
+
+        TCDScheduler at eta = 0 is DDIM that ends at the first time of the table, on the grid that it is told. Guidance
+        is as asked; by default off, and 7.5 with ``cfg_free``.
+        """
+        steps, num_grid_steps = num_inference_steps or self.config.default_steps, self.config.num_ddim_timesteps
+        problem = _problem_of_steps(steps, self.config)
+        if problem:
+            raise UserError(f"{steps} inference steps: pcm's number of steps {problem[0]}", problem[1])
+        default = OWN_GUIDANCE if self.config.cfg_free else 0.0
+        guidance = default if guidance_scale is None else guidance_scale
+        if schedule.clean_at_zero:
+            # the grid is shifted already: the scheduler must not do it again
+            config = {"shift": 1.0, "use_dynamic_shifting": False}
+            sigmas = even_times(schedule, num_steps=steps, num_grid_steps=num_grid_steps)
+            return Sampler("FlowMatchEulerDiscreteScheduler", config, steps, guidance, {"sigmas": sigmas})
+        return Sampler("TCDScheduler", {"original_inference_steps": num_grid_steps}, steps, guidance, {"eta": 0.0})
+
+    def notices(self) -> list[str]:
+        """What the solver is guided by, and where the phases begin if that is not even."""
+        config = self.config
+        (low, high), num_steps, phases = config.scales, config.num_ddim_timesteps, config.num_phases
+        lines = [
+            f"pcm: the teacher's guidance scale is drawn from {low:g} to {high:g} "
+            f"(the LCM paper's w: {low - 1:g} to {high - 1:g})"
+        ]
+        if config.cfg_free:
+            share = config.share_without_prompt
+            lines = [
+                f"pcm: the teacher's solver runs without guidance and {share:.0%} of the samples without their prompt; "
+                f"sample the student with guidance (default {OWN_GUIDANCE:g})"
+            ]
+            if phases < 4:
+                lines.append(f"pcm: cfg_free with num_phases = {phases}: the paper has found 4 or more to be needed")
+        if num_steps % phases:
+            edges = segment_edge(torch.arange(num_steps), num_steps=num_steps, num_segments=phases).unique()
+            lines.append(
+                f"pcm: {phases} phases do not divide num_ddim_timesteps = {num_steps} evenly; "
+                f"their edges are snapped to the grid's points {', '.join(map(str, edges.tolist()))}"
+            )
+        return lines
+
+
+def phase_of(index: Tensor, *, num_steps: int, num_phases: int) -> tuple[Tensor, Tensor]:
+    """The first and the last step of each step's phase, of `index` i (B,) in 0 .. N-1.
+
+    The phase ends (clean side) where its first step ends and begins (noisy side) where its last step begins.
+    """
+    following = index * num_phases // num_steps + 1
+    lower = segment_edge(index, num_steps=num_steps, num_segments=num_phases)
+    return lower, (following * num_steps + num_phases - 1) // num_phases - 1
+
+
+def _problem_of_steps(steps: int, config: PCM.Config) -> tuple[str, str] | None:
+    """Why a number of sampling steps does not fit, and what to do; fewer steps than phases are the user's choice."""
+    num_steps, phases = config.num_ddim_timesteps, config.num_phases
+    if steps > num_steps:
+        return (
+            f"is above num_ddim_timesteps = {num_steps}, the training grid that the sampler walks on",
+            f"sample with at most {num_steps} steps, or train with a finer grid",
+        )
+    if steps > phases and steps % phases:
+        return (
+            f"is no multiple of num_phases = {phases}: some steps would cross an edge that the student ends at",
+            f"sample with {steps // phases * phases} steps, or with as many as a multiple of {phases}",
+        )
+    return None
+
+
+@hookimpl
+def register_methods() -> list[type[Method]]:
+    """Phased consistency models."""
+    return [PCM]

@@ -1,0 +1,218 @@
+r"""Progressive distillation: a student makes in one step what its teacher makes in two, then becomes the teacher.
+
+A stage has a student of N steps from the noisiest time to the data. One training step, t being the start of one of the
+N, s its end, and u the point between, where the teacher of 2 N steps stops over:
+
+    i ~ U{0 .. N-1},  t -> u -> s  the points 2 i, 2 i + 1, 2 i + 2 of the walk of 2 N steps
+    x_t  = alpha_t x_0 + sigma_t eps                                          from data
+    x_u, x_s = two DDIM (Euler) steps of the teacher from x_t
+    x_0* = (x_s - (sigma_s / sigma_t) x_t) / (alpha_s - (sigma_s / sigma_t) alpha_t)
+    L    = max(alpha_t^2 / sigma_t^2, 1) || x0_theta(x_t, t) - x_0* ||^2
+
+x_0* is what the student must predict for its one step to end where the teacher's two do; on a flow it is the average
+velocity. When a stage is over, the student is copied, frozen, and teaches the next: N -> N/2. Its optimizer and its
+learning rate begin anew.
+
+The first teacher is the model itself with guidance, so that the first stage also takes the two calls of guidance into
+one; later teachers have it in them. A LoRA has no guidance input: a range of w is averaged, which blurs, so w is one
+number by default. Full training over a range (w_min < w_max) tells the student w in all stages, as stage two of Meng et
+al. does: their two stages in one run.
+
+The walk is that of DDIM with trailing spacing and its last step ends at the data, on a table of betas too: it is what
+the sampler does. x_0 is divided by alpha_t (0.068 at SDXL's last timestep, so an eps network's errors count 14.6-fold
+there); with zero terminal SNR there is no x_0 of eps, and only v, x_0 and flow predictions are accepted.
+
+References:
+    Salimans and Ho, Progressive Distillation for Fast Sampling of Diffusion Models, arXiv 2202.00512.
+    Meng et al., On Distillation of Guided Diffusion Models, arXiv 2210.03142.
+    Lin et al., SDXL-Lightning: Progressive Adversarial Diffusion Distillation (guided first stage), arXiv 2402.13929.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, pairwise
+from typing import Annotated, Any
+
+import torch
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+from torch import Tensor
+
+from ..core.batch import Batch, Conditioning
+from ..core.config.types import Integers, split_numbers
+from ..core.context import Context
+from ..core.diffusion import Prediction, Schedule
+from ..core.errors import UserError
+from ..core.hookspecs import hookimpl
+from ..core.method import Method, MethodSetup, Requirements, Role, Sampler, Stage, Update
+from ..core.terms.ddim import Walk, data_of_step, deterministic_sampler, step_to, trailing_walk
+from ..core.terms.guidance import GuidanceRange, embedded_scale
+from ..core.terms.regression import SnrWeight, distance, snr_weight
+
+Shares = Annotated[tuple[Annotated[float, Field(gt=0, le=1e6)], ...], BeforeValidator(split_numbers)]
+
+
+class Progressive(Method):
+    """Progressive distillation: half the steps per stage, deterministic sampling, 4 to 8 steps without guidance."""
+
+    name = "progressive"
+
+    class Config(GuidanceRange):
+        """Settings of progressive distillation."""
+
+        model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+        student_steps: Integers = (32, 16, 8, 4)
+        """Sampling steps of each stage's student, each half of the one before; the first teacher makes twice the first.
+        The last is what the student is validated and exported with."""
+        stage_shares: Shares | None = None
+        """Length of each stage in proportion to the others (no unit); absent: all alike."""
+        w_min: float = Field(6.0, ge=0, le=100)
+        """Lower end of the range that the first teacher's guidance is drawn from, in the units of
+        guidance_convention."""
+        w_max: float = Field(6.0, ge=0, le=100)
+        """Upper end of that range. A LoRA averages a range; a fully trained student takes w as an input. A range of 1
+        alone (scale) is no guidance, at half the calls of the teacher: for one that has it built in."""
+        loss_weight: SnrWeight = "truncated_snr"
+        """Weight of the x0 error: truncated_snr: max(SNR, 1); snr_plus_one: SNR + 1, the error of v."""
+
+        @model_validator(mode="after")
+        def _halving(self) -> Progressive.Config:
+            steps = self.student_steps
+            for before, after in pairwise(steps):
+                if 2 * after != before:
+                    raise ValueError(
+                        f"student_steps = {list(steps)}: {after} is not half of {before}; each stage halves the steps, "
+                        f"as {_halved(steps[0])}"
+                    )
+            if self.stage_shares is not None and len(self.stage_shares) != len(steps):
+                raise ValueError(
+                    f"stage_shares has {len(self.stage_shares)} numbers for the {len(steps)} stages of student_steps = "
+                    f"{list(steps)}: give one for each, or leave it out"
+                )
+            return self
+
+    def __init__(self, config: Any, setup: MethodSetup) -> None:
+        super().__init__(config, setup)
+        self._walks: dict[int, Walk] = {}
+
+    @classmethod
+    def roles(cls, config: Any, setup: MethodSetup) -> Sequence[Role]:
+        """The base, the student, and the student of the stage before (a frozen adapter or network)."""
+        student = Role("student", trains=setup.model_type, guidance_embedding=_told(config, setup))
+        before = [Role("stage_teacher", copy_of="student")] if len(config.student_steps) > 1 else []
+        return [Role("teacher"), student, *before]
+
+    @classmethod
+    def requires(cls, config: Any, setup: MethodSetup) -> Requirements:
+        """Pictures; a finite x0 everywhere; a guidance input for full training over a range of guidance."""
+        return Requirements(guidance_embedding=_told(config, setup), finite_snr=True)
+
+    @classmethod
+    def stages(cls, config: Any, *, total_steps: int) -> Sequence[Stage]:
+        """One for each number of steps; from the second on, the student becomes its own teacher."""
+        count = len(config.student_steps)
+        lengths = _lengths(config.stage_shares or (1.0,) * count, total_steps)
+        if min(lengths) < 1:
+            raise UserError(
+                f"max_train_steps = {total_steps} leaves a stage of progressive's {count} "
+                f"(student_steps = {list(config.student_steps)}) without a step: their lengths would be {lengths}",
+                f"train for at least {count} steps, or name fewer student_steps",
+            )
+        names = [f"{2 * steps} to {steps} steps" for steps in config.student_steps]
+        later = {"copy": {"stage_teacher": "student"}, "reset": ("student",), "restart_learning_rate": True}
+        first, *rest = zip(names, lengths, strict=True)
+        return [Stage(*first), *(Stage(name, length, **later) for name, length in rest)]
+
+    def updates(self, context: Context, batch: Batch, step: int) -> Iterator[Update]:
+        """One step of algorithm 2 of arXiv 2202.00512."""
+        assert batch.latents is not None
+        config, draws, x_0 = self.config, context.draws, batch.latents
+        num_steps = config.student_steps[context.stage.index]
+        walk = self._walk(context, 2 * num_steps)
+        point = 2 * draws.integers("index", num_steps)
+        t = walk.times[point]
+        eps = draws.randn("noise", x_0.shape[1:]).to(x_0.dtype)
+        x_t = context.schedule.add_noise(x_0, eps, t)
+        scale = draws.uniform("w", *config.scales)
+        w = scale - 1 if _told(config, self.setup) else None
+
+        with torch.no_grad():
+            target = self._target(context, walk, point, x_t, batch.cond, scale)
+        output = context.predict("student", x_t, t, batch.cond, guidance=w).x0
+
+        weight = snr_weight(context.schedule.log_snr(t), config.loss_weight).to(output.dtype)
+        losses = weight * distance(output, target, loss_type="l2", huber_c=0.0)
+        yield Update("student", losses.mean(), per_sample=losses.detach(), t=t)
+
+    def _target(
+        self, context: Context, walk: Walk, point: Tensor, x_t: Tensor, cond: Conditioning, scale: Tensor
+    ) -> Tensor:
+        """x_0* of the teacher's two steps from `x_t` at `point` (B,) of the walk."""
+        t, u = walk.times[point], walk.times[point + 1]
+        x_u = step_to(self._teacher(context, x_t, t, cond, scale), walk.at(point + 1))
+        x_s = step_to(self._teacher(context, x_u, u, cond, scale), walk.at(point + 2))
+        return data_of_step(x_t, x_s, start=walk.at(point), end=walk.at(point + 2))
+
+    def _walk(self, context: Context, num_steps: int) -> Walk:
+        """On the device; making one anew would copy to it at every step."""
+        if num_steps not in self._walks:
+            self._walks[num_steps] = trailing_walk(context.schedule, num_steps).to(context.device)
+        return self._walks[num_steps]
+
+    def _teacher(self, context: Context, x: Tensor, t: Tensor, cond: Conditioning, scale: Tensor) -> Prediction:
+        """The guided base in the first stage, the student of the stage before in the others."""
+        if context.stage.index > 0:
+            w = scale - 1 if _told(self.config, self.setup) else None
+            return context.predict("stage_teacher", x, t, cond, guidance=w)
+        if self.config.scales == (1.0, 1.0):
+            return context.predict("teacher", x, t, cond)
+        return context.teacher_cfg(x, t, cond, scale)
+
+    def sampler(
+        self, schedule: Schedule, *, num_inference_steps: int | None = None, guidance_scale: float | None = None
+    ) -> Sampler:
+        """DDIM with trailing spacing (Euler with explicit sigmas on a flow) at the last stage's steps, guidance off.
+
+        A student that takes w gets the middle of its range unless another scale of it is asked for.
+        """
+        steps = self.config.student_steps
+        trailing_walk(schedule, 2 * steps[0])  # refuses a teacher of more steps than the model has timesteps
+        told = _told(self.config, self.setup)
+        guidance = embedded_scale(guidance_scale, self.config.scales) if told else guidance_scale or 0.0
+        return deterministic_sampler(schedule, num_inference_steps or steps[-1], guidance)
+
+    def notices(self) -> list[str]:
+        """The stages, the guidance in both conventions, and what a LoRA does with a range."""
+        steps, (low, high) = self.config.student_steps, self.config.scales
+        stages = " -> ".join(str(number) for number in (2 * steps[0], *steps))
+        scales = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+        line = f"progressive: {stages} steps, the first teacher at guidance scale {scales}"
+        if not self.config.is_range:
+            return [line]
+        told = _told(self.config, self.setup)
+        return [f"{line}, {'which the student takes as an input' if told else 'averaged: a LoRA has no input for it'}"]
+
+
+def _told(config: Any, setup: MethodSetup) -> bool:
+    """Whether the student takes w: one scale needs no input, and a LoRA has none."""
+    return setup.model_type == "full" and config.is_range
+
+
+def _halved(steps: int) -> list[int]:
+    halves = [steps]
+    while halves[-1] % 2 == 0 and len(halves) < 6:
+        halves.append(halves[-1] // 2)
+    return halves
+
+
+def _lengths(shares: Sequence[float], total: int) -> list[int]:
+    """Whole numbers in these proportions that sum to `total`."""
+    ends = [round(total * part / sum(shares)) for part in accumulate(shares)]
+    return [end - start for start, end in pairwise([0, *ends[:-1], total])]
+
+
+@hookimpl
+def register_methods() -> list[type[Method]]:
+    """Progressive distillation."""
+    return [Progressive]

@@ -1,0 +1,315 @@
+r"""Several methods at once, composed from the configuration alone.
+
+A recipe is a list of terms, each a registered method with its own settings and a weight that may change by step and by
+stage. At optimizer step n, with L_k the student's loss of term k,
+
+    L = sum_k  w_k(n) L_k          over the terms whose weight is above 0 and that step the student at n
+
+is one update of the student. A term whose weight is 0 at n is not computed at all, its other networks included. What a
+term yields for its other networks (a fake score, heads) passes through as it comes and is scaled by nothing: a weight
+says how much the student listens to a term, not how well the term's own networks are trained. A term that steps the
+student every fifth time contributes then.
+
+Consistency beside distribution matching (rCM) and regression beside both adversarial and matching terms (Flash
+Diffusion) are recipes of this kind.
+
+Roles of one name are one network. So the terms must declare them alike, and at most one term may train a role other
+than the student: two losses that step one fake score in turn would be neither's. Terms draw the same noise where they
+name it alike (common random numbers), so a recipe of one term with weight 1 is that method, bit for bit. The graphs of
+all terms of a step are in memory at once.
+
+References:
+    Zheng et al., Large Scale Diffusion Distillation via Score-Regularized Continuous-Time Consistency (rCM),
+        arXiv 2510.08431.
+    Chadebec et al., Flash Diffusion, arXiv 2406.02347.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from torch import Tensor
+
+from ..core.batch import Batch
+from ..core.context import Context
+from ..core.diffusion import Schedule
+from ..core.errors import UserError
+from ..core.hookspecs import hookimpl
+from ..core.method import (
+    Method,
+    MethodPart,
+    MethodSetup,
+    Requirements,
+    Role,
+    Sampler,
+    Stage,
+    Update,
+)
+from ..core.names import nearest
+from ..core.terms.weights import Number, Weight, ever_positive, weight_at
+
+STUDENT = "student"
+
+
+class Term(MethodPart):
+    """A method, its settings, and how much its loss of the student weighs."""
+
+    weight: Weight = 1.0
+    """A number, or {step: number}: linear between the steps named, constant before the first and after the last."""
+    stage_weights: dict[str, Number] = Field(default_factory=dict)
+    """Name of a stage -> what the weight is multiplied by during it; 1 for stages that are not named."""
+
+    @property
+    def used(self) -> bool:
+        """Whether the term is there at all."""
+        return ever_positive(self.weight)
+
+    def weight_at(self, step: int, stage: str) -> float:
+        """The weight at an optimizer step of a stage."""
+        return weight_at(self.weight, step) * self.stage_weights.get(stage, 1.0)
+
+
+def labels_of(terms: Sequence[Term]) -> list[str]:
+    """The terms' names: that of the method, with -2, -3, ... for another of the same."""
+    names = [term.method for term in terms]
+    counts = [names[:index].count(name) + 1 for index, name in enumerate(names)]
+    return [name if count == 1 else f"{name}-{count}" for name, count in zip(names, counts, strict=True)]
+
+
+class Recipe(Method):
+    """Several methods with weights that change by step or stage, trained as one."""
+
+    name = "recipe"
+
+    class Config(BaseModel):
+        """Settings of a recipe."""
+
+        model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+        terms: list[Term] = Field(min_length=1)
+        """Each {"method": NAME, "weight": 1.0, "stage_weights": {}, "config": {settings of that method}}; a weight is a
+        number, or {"0": 0, "500": 0.25}, linear in between."""
+        sampler: str | None = Field(None, validate_default=True)
+        """The term whose sampler the student is validated and exported with; absent: the first."""
+
+        @field_validator("terms", mode="after")
+        @classmethod
+        def _something_weighs(cls, terms: list[Term]) -> list[Term]:
+            if not any(term.used for term in terms):
+                raise ValueError("has no term with a weight above 0: there is nothing to train")
+            return terms
+
+        @field_validator("sampler", mode="after")
+        @classmethod
+        def _is_a_term(cls, sampler: str | None, info: ValidationInfo) -> str | None:
+            terms: Sequence[Term] = info.data.get("terms", ())
+            used = [label for label, term in zip(labels_of(terms), terms, strict=True) if term.used]
+            if sampler is not None and terms and sampler not in used:
+                close = nearest(sampler, used)
+                hint = f" (did you mean {close!r}?)" if close else ""
+                raise ValueError(f"is none of the terms that are used: {', '.join(used)}{hint}")
+            return sampler
+
+        @property
+        def used(self) -> dict[str, Term]:
+            """The terms with a weight above 0 at some step, by label."""
+            return {label: term for label, term in zip(labels_of(self.terms), self.terms, strict=True) if term.used}
+
+    def __init__(self, config: Any, setup: MethodSetup) -> None:
+        super().__init__(config, setup)
+        self._terms = [ActiveTerm(label, term, term.found(term.settings, setup)) for label, term in config.used.items()]
+
+    @classmethod
+    def roles(cls, config: Any, setup: MethodSetup) -> Sequence[Role]:
+        """Those of all terms; one name is one network."""
+        owners: dict[str, tuple[str, Role]] = {}
+        for label, term in config.used.items():
+            for role in term.found.roles(term.settings, setup):
+                owner, declared = owners.setdefault(role.name, (label, role))
+                if owner != label:
+                    _require_alike(owner, declared, label, role)
+        return [role for _, role in owners.values()]
+
+    @classmethod
+    def requires(cls, config: Any, setup: MethodSetup) -> Requirements:
+        """What any term needs."""
+        return Requirements.union(term.found.requires(term.settings, setup) for term in config.used.values())
+
+    @classmethod
+    def stages(cls, config: Any, *, total_steps: int) -> Sequence[Stage]:
+        """Those of the one term that has several, or none."""
+        found = {
+            label: term.found.stages(term.settings, total_steps=total_steps) for label, term in config.used.items()
+        }
+        staged = [label for label, stages in found.items() if len(stages) > 1]
+        if len(staged) > 1:
+            raise UserError(
+                f"the terms {' and '.join(staged)} of the recipe have stages of their own; one term may",
+                f"leave {' or '.join(staged)} out, or set it to a single stage",
+            )
+        stages = found[staged[0]] if staged else super().stages(config, total_steps=total_steps)
+        _check_weights(config.used, stages)
+        return stages
+
+    def updates(self, context: Context, batch: Batch, step: int) -> Iterator[Update]:
+        """All terms advance to their student's loss; the student is stepped once; all go on.
+
+        A term waits at its student's loss until the others have come to theirs, so that every loss of the sum belongs
+        to the same weights.
+        """
+        stage = context.stage.name
+        active = [(term, term.config.weight_at(step, stage)) for term in self._terms]
+        running = [(term, weight, term.method.updates(context, batch, step)) for term, weight in active if weight > 0]
+        while running:
+            shares: list[Share] = []
+            waiting = []
+            for term, weight, generator in running:
+                for update in generator:
+                    if update.role == STUDENT:
+                        shares.append(Share(term.label, weight, update))
+                        waiting.append((term, weight, generator))
+                        break
+                    yield replace(update, metrics=_prefixed(term.label, update.metrics))
+            if shares:
+                yield joint(shares)
+            running = waiting
+
+    @property
+    def _sampled(self) -> Method:
+        """The method whose sampler and result are the recipe's."""
+        by_label = {term.label: term.method for term in self._terms}
+        return by_label[self.config.sampler] if self.config.sampler else self._terms[0].method
+
+    def result_role(self) -> str:
+        """What the term of the sampler exports."""
+        return self._sampled.result_role()
+
+    def sampler(
+        self, schedule: Schedule, *, num_inference_steps: int | None = None, guidance_scale: float | None = None
+    ) -> Sampler:
+        """That of the term named by ``sampler``, or of the first."""
+        return self._sampled.sampler(schedule, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
+
+    def notices(self) -> list[str]:
+        """The weights, then what each term has to say."""
+        weights = "; ".join(f"{term.label} {_spoken(term.config)}" for term in self._terms)
+        return [f"recipe: {weights}", *(line for term in self._terms for line in term.method.notices())]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The terms' states."""
+        states = {term.label: term.method.state_dict() for term in self._terms}
+        return {f"{label}/{key}": value for label, state in states.items() for key, value in state.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Each term takes its own."""
+        for term in self._terms:
+            prefix = f"{term.label}/"
+            own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+            term.method.load_state_dict(own)
+
+
+@dataclass(frozen=True)
+class ActiveTerm:
+    """A term that is used: its label, its settings in the recipe, and its method."""
+
+    label: str
+    config: Term
+    method: Method
+
+
+@dataclass(frozen=True)
+class Share:
+    """A term's loss of the student at one step, and what it weighs."""
+
+    label: str
+    weight: float
+    update: Update
+
+
+def joint(shares: Sequence[Share]) -> Update:
+    """One update of the student: the weighted sum of the terms' losses.
+
+    Losses of single samples add up where every term gives them. Times are kept where one term alone contributes: terms
+    draw their own, and a sum of losses has none.
+    """
+    loss = torch.stack([share.weight * share.update.loss for share in shares]).sum()
+    metrics: dict[str, Tensor] = {}
+    for share in shares:
+        own = {"loss": share.update.loss.detach(), "weight": torch.full_like(share.update.loss.detach(), share.weight)}
+        metrics |= _prefixed(share.label, {**own, **share.update.metrics})
+    each = [share.weight * sample for share in shares if (sample := share.update.per_sample) is not None]
+    return Update(
+        STUDENT,
+        loss,
+        metrics=metrics,
+        per_sample=torch.stack(each).sum(0) if len(each) == len(shares) else None,
+        t=shares[0].update.t if len(shares) == 1 else None,
+    )
+
+
+def _prefixed(label: str, metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{label}/{name}": value for name, value in metrics.items()}
+
+
+def _require_alike(owner: str, declared: Role, label: str, role: Role) -> None:
+    """Refuse two terms that cannot share a network."""
+    for field in fields(Role):
+        ours, theirs = getattr(declared, field.name), getattr(role, field.name)
+        if ours != theirs:
+            raise UserError(
+                f"the terms {owner} and {label} cannot share the network {role.name!r}: {field.name} is {ours!r} for "
+                f"{owner} and {theirs!r} for {label}",
+                "change the settings or the model_type that make them differ, or leave one of the two terms out",
+            )
+    if role.trains != "none" and role.name != STUDENT:
+        raise UserError(
+            f"the terms {owner} and {label} would both train {role.name!r}, each with its own loss",
+            f"leave one of the two out, or the part of it that trains {role.name!r}",
+        )
+
+
+def _check_weights(terms: Mapping[str, Term], stages: Sequence[Stage]) -> None:
+    """Every stage that a weight names is there, and at every step something weighs."""
+    names = [stage.name for stage in stages]
+    for label, term in terms.items():
+        for name in term.stage_weights:
+            if name not in names:
+                close = nearest(name, names)
+                raise UserError(
+                    f"stage_weights of the term {label} names {name!r}, which is no stage of this run",
+                    (f"did you mean {close!r}? " if close else "") + f"stages: {', '.join(names)}",
+                )
+    start = 0
+    for stage in stages:
+        for step in _turning_points(terms, start, start + stage.num_steps):
+            if not any(term.weight_at(step, stage.name) > 0 for term in terms.values()):
+                raise UserError(
+                    f"no term of the recipe has a weight above 0 at step {step}, in stage {stage.name!r}",
+                    "give a term a weight above 0 there",
+                )
+        start += stage.num_steps
+
+
+def _turning_points(terms: Mapping[str, Term], start: int, end: int) -> list[int]:
+    """Steps of [start, end) between which weights are linear: a sum of them vanishes at one of these or nowhere."""
+    named = {step for term in terms.values() if isinstance(term.weight, dict) for step in term.weight}
+    return sorted({start, end - 1, *(step for step in named if start <= step < end)})
+
+
+def _spoken(term: Term) -> str:
+    if not isinstance(term.weight, dict):
+        words = f"weighs {term.weight:g}"
+    else:
+        words = "weighs " + ", ".join(f"{term.weight[step]:g} at step {step}" for step in sorted(term.weight))
+    factors = ", ".join(f"x {factor:g} in stage {name}" for name, factor in term.stage_weights.items())
+    return f"{words} ({factors})" if factors else words
+
+
+@hookimpl
+def register_methods() -> list[type[Method]]:
+    """Recipes."""
+    return [Recipe]

@@ -1,0 +1,344 @@
+r"""Trajectory consistency distillation, with the staged segments of Hyper-SD (TSCD) as an option.
+
+A trajectory consistency function takes a point x_t of the teacher's guided probability-flow ODE to the point at *any*
+earlier time s of the same trajectory, where LCM's takes it to the clean end only:
+
+    J_{t -> s}(x_t) = alpha_s x_0^ + sigma_s eps^,      (x_0^, eps^) = the student at (x_t, t);   J_{t -> t}(x) = x
+
+One training step, with a grid of N times t_i = (i + 1) k - 1, k = T // N, and its points p_0 = max(t_0 - k, 0),
+p_j = t_{j-1}:
+
+    i ~ U{0 .. N-1},  t = t_i,  t' = p_i
+    s = p_j,  j ~ U{e .. i}                                     e = 0, or the lower edge of t's segment
+    x_t  = alpha_t x_0 + sigma_t eps                            from data
+    x'   = one DDIM step from t to t' of the teacher with guidance g ~ U[w_min, w_max]
+    L    = d( J_{t -> s}(x_t; theta), sg J_{t' -> s}(x'; theta-) )        the target is x' itself where s = t'
+
+theta- is the student itself for LoRA, its exponential moving average (0.95) for full training; never the teacher. This
+is the first-order function TCF(1) of the paper, the one of the released LoRAs: s is not fed to the network.
+
+**What it converges to.** One prediction per (x_t, t) cannot serve every s exactly. With a = sigma_s / sigma_t and
+d_s = alpha_s - a alpha_t, J_{t -> s} = a x_t + d_s x_0^ is linear in the prediction, so at the optimum of the l2 loss
+
+    x_0^(x_t) = sum_s d_s (J_{t' -> s}(x') - a x_t) / sum_s d_s^2
+
+over the s of the segment: the x_0^ that each target asks for, weighted by d_s^2, so that far jumps count most. With a
+single s per t (segments of one step) it is the teacher's DDIM step exactly.
+
+**Segments** (Hyper-SD, equation 11). ``segments`` [8, 4, 2, 1] cuts the run into stages and the grid into 8, then 4,
+2, 1 segments; the targets of a stage do not leave the segment of t. Shorter jumps are easier to fit and stay close to
+the teacher's trajectory; each stage goes on with the weights of the one before (and with its optimizer's moments,
+unless ``reset_optimizer``: the paper speaks of weights alone). Edges are snapped up to the grid, to the points that as
+many steps of the sampler visit. The paper weighs the squared error down and an adversarial loss up from stage to stage,
+without figures: ``consistency_weight`` and ``adversarial_weight`` take one number per stage. Heads on features of the
+frozen teacher tell targets (real) from jumps (fake), both noised further from s to u ~ U[s, s + a segment's length):
+
+    L_D = relu(1 - D(target_u)) + relu(1 + D(jump_u)),       L_G = relu(1 - D(jump_u))
+
+The noising and the heads are those of phased consistency models (arXiv 2405.18407); Hyper-SD's reward and score
+distillation terms are not part of this method.
+
+**Sampling** (strategic stochastic sampling, algorithm 4 of the paper). From t to the next time t_n: jump to
+s = (1 - gamma) t_n, then add the noise that leads back up to t_n. gamma (``eta``) 0 is DDIM, 1 is LCM's sampling.
+
+The paper trains LoRAs, with the LCM paper's w in [2, 14]; its training code is not published, and this range is from
+second sources. Full training follows LCM: the student takes w as an input.
+
+References:
+    Zheng et al., Trajectory Consistency Distillation, arXiv 2402.19159.
+    Ren et al., Hyper-SD: Trajectory Segmented Consistency Model for Efficient Image Synthesis, arXiv 2404.13686.
+    Kim et al., Consistency Trajectory Models, arXiv 2310.02279.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Annotated, Any, TypeVar
+
+import torch
+from pydantic import Field, model_validator
+
+from ..core.batch import Batch
+from ..core.context import Context
+from ..core.diffusion import Schedule
+from ..core.errors import UserError
+from ..core.hookspecs import hookimpl
+from ..core.method import Method, MethodSetup, Requirements, Role, Sampler, Stage, Update
+from ..core.terms.adversarial import discriminator_loss, generator_loss
+from ..core.terms.consistency import trajectory_function
+from ..core.terms.guidance import GuidanceRange, embedded_scale
+from ..core.terms.regression import LossType, distance
+from ..core.terms.segments import even_times, noise_further, segment_edge
+from ..core.terms.weights import Number, Weight, ever_positive, weight_at
+
+PerStage = Annotated[list[Number], Field(min_length=1)]
+DEFAULT_ETA = 0.3
+T = TypeVar("T")
+
+
+class TCD(Method):
+    """Trajectory consistency: any number of steps, without guidance; in segments that merge by stages (TSCD)."""
+
+    name = "tcd"
+
+    class Config(GuidanceRange):
+        """Settings of trajectory consistency distillation."""
+
+        num_ddim_timesteps: int = Field(50, ge=1, le=1000)
+        """N, the grid of the teacher's solver; it must divide the model's number of training timesteps."""
+        w_min: float = Field(3.0, ge=0, le=100)
+        """Lower end of the range that the teacher's guidance is drawn from, in the units of guidance_convention."""
+        w_max: float = Field(15.0, ge=0, le=100)
+        """Upper end of the range that the teacher's guidance is drawn from, in the units of guidance_convention."""
+        loss_type: LossType = "l2"
+        """l2: squared difference; huber: sqrt(d^2 + huber_c^2) - huber_c, robust to outliers."""
+        huber_c: float = Field(0.001, gt=0)
+        """c of the huber loss, in latent units."""
+        segments: Annotated[list[Annotated[int, Field(ge=1, le=1000)]], Field(min_length=1)] | None = None
+        """Numbers of segments of the grid, one stage of the run each, falling (TSCD: 8, 4, 2, 1); null: no segments."""
+        stage_shares: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)] | None = None
+        """Length of each stage, relative to the others; null: equal lengths."""
+        reset_optimizer: bool = False
+        """Whether each stage starts with a fresh optimizer."""
+        consistency_weight: Weight | PerStage = 1.0
+        """Weight of the consistency loss: a number, {step: number}, or a list with one number per stage."""
+        adversarial_weight: Weight | PerStage = 0.0
+        """Weight of the adversarial loss: a number, {step: number}, or a list with one number per stage; 0: none."""
+        discriminator_learning_rate: float | None = Field(1e-5, gt=0, le=1)
+        """Learning rate of the discriminator's heads; null: the run's."""
+        eta: float | None = Field(None, ge=0, le=1)
+        """gamma of the sampler: 0 deterministic, 1 all noise anew each step; null: 0.3, and 0 on a flow."""
+        num_inference_steps: int = Field(4, ge=1, le=1000)
+        """Steps that the student is validated and exported with unless the run says otherwise."""
+
+        @property
+        def stage_segments(self) -> list[int]:
+            """Number of segments of each stage; a single stage of one segment where none are named."""
+            return self.segments or [1]
+
+        @model_validator(mode="after")
+        def _fitting(self) -> TCD.Config:
+            problem = _problem(self)
+            if problem:
+                raise ValueError(problem)
+            return self
+
+    def __init__(self, config: Any, setup: MethodSetup) -> None:
+        super().__init__(config, setup)
+        gamma(config.eta, flow=setup.prediction_type == "flow")  # refused now rather than at the end of the run
+
+    @classmethod
+    def roles(cls, config: Any, setup: MethodSetup) -> Sequence[Role]:
+        """LoRA: student = target = base with the adapter. Full: a copy that takes w, and its EMA as target."""
+        if setup.model_type == "lora":
+            roles = [Role("teacher"), Role("student", trains="lora")]
+        else:
+            student = Role("student", trains="full", guidance_embedding=True)
+            roles = [Role("teacher"), student, Role("target", ema_of="student", ema_decay=0.95)]
+        if _ever(config.adversarial_weight):
+            roles.append(Role("discriminator", trains="head", learning_rate=config.discriminator_learning_rate))
+        return roles
+
+    @classmethod
+    def requires(cls, config: Any, setup: MethodSetup) -> Requirements:
+        """Pictures; equal passes of student and target; a finite x0; features where there is an adversarial term."""
+        return Requirements(
+            guidance_embedding=setup.model_type == "full",
+            features=_ever(config.adversarial_weight),
+            zero_dropout=True,
+            divides_timesteps=config.num_ddim_timesteps,
+            finite_snr=True,
+        )
+
+    @classmethod
+    def stages(cls, config: Any, *, total_steps: int) -> Sequence[Stage]:
+        """One stage for each number of segments."""
+        segments = config.stage_segments
+        lengths = stage_lengths(total_steps, config.stage_shares or [1.0] * len(segments))
+        trained = ("student", "discriminator") if _ever(config.adversarial_weight) else ("student",)
+        reset = trained if config.reset_optimizer else ()
+        return [
+            Stage(f"{number} segment{'s' if number > 1 else ''}", length, reset=reset)
+            for number, length in zip(segments, lengths, strict=True)
+        ]
+
+    @property
+    def _lora(self) -> bool:
+        return self.setup.model_type == "lora"
+
+    def result_role(self) -> str:
+        """The EMA is what full training exports."""
+        return "student" if self._lora else "target"
+
+    def updates(self, context: Context, batch: Batch, step: int) -> Iterator[Update]:
+        """One step of algorithm 1 of arXiv 2402.19159, inside the segments of arXiv 2404.13686."""
+        assert batch.latents is not None
+        config, schedule, draws, x_0 = self.config, context.schedule, context.draws, batch.latents
+        grid, num_steps = context.grid(config.num_ddim_timesteps), config.num_ddim_timesteps
+        num_segments = _of_stage(config.stage_segments, context)
+        i = draws.integers("index", num_steps)
+        edge = segment_edge(i, num_steps=num_steps, num_segments=num_segments)
+        j = edge + (draws.uniform("target") * (i - edge + 1)).long()
+        t, t_prev, s = grid.times[i], grid.previous[i], grid.previous[j]
+        eps = draws.randn("noise", x_0.shape[1:]).to(x_0.dtype)
+        x_t = schedule.add_noise(x_0, eps, t)
+        low, high = config.scales
+        scale = draws.uniform("w", low, high)
+        w = None if self._lora else scale - 1
+
+        with torch.no_grad():
+            x_prev = context.teacher_cfg(x_t, t, batch.cond, scale).jump(t_prev)
+            target_role = "student" if self._lora else "target"
+            target = trajectory_function(context.predict(target_role, x_prev, t_prev, batch.cond, guidance=w), s)
+        output = trajectory_function(context.predict("student", x_t, t, batch.cond, guidance=w), s)
+
+        losses = distance(output, target, loss_type=config.loss_type, huber_c=config.huber_c)
+        metrics = {"consistency": losses.detach().mean()}
+        losses = losses * self._weight(config.consistency_weight, context)
+        weight = self._weight(config.adversarial_weight, context)
+        if weight == 0:
+            yield Update("student", losses.mean(), metrics=metrics, per_sample=losses.detach(), t=t)
+            return
+
+        reach = -(-num_steps // num_segments)
+        u = grid.previous[(j + draws.integers("further", reach)).clamp(max=num_steps - 1)]
+        noise = draws.randn("renoise", x_0.shape[1:]).to(x_0.dtype)
+        fake, real = (noise_further(schedule, x_s, s, u, noise) for x_s in (output, target))
+        features = context.features("teacher", fake, u, batch.cond)
+        adversarial = generator_loss(context.logits("discriminator", features), kind="hinge")
+        losses = losses + weight * adversarial
+        metrics["adversarial"] = adversarial.detach().mean()
+        yield Update("student", losses.mean(), metrics=metrics, per_sample=losses.detach(), t=t)
+
+        with torch.no_grad():
+            told = context.features("teacher", real, u, batch.cond)
+        logits = [context.logits("discriminator", seen) for seen in (told, [level.detach() for level in features])]
+        yield Update("discriminator", discriminator_loss(*logits, kind="hinge").mean())
+
+    @staticmethod
+    def _weight(weight: float | dict[int, float] | list[float], context: Context) -> float:
+        if isinstance(weight, list):
+            return _of_stage(weight, context)
+        return weight_at(weight, context.step)
+
+    def sampler(
+        self, schedule: Schedule, *, num_inference_steps: int | None = None, guidance_scale: float | None = None
+    ) -> Sampler:
+        """TCDScheduler on the training grid, guidance off; on a flow, Euler with explicit sigmas.
+
+        A student with a guidance embedding gets the middle of its range instead: 0 or 1 would feed it w <= 0.
+        """
+        steps, num_grid_steps = num_inference_steps or self.config.num_inference_steps, self.config.num_ddim_timesteps
+        if steps > num_grid_steps:
+            raise UserError(
+                f"{steps} inference steps are more than tcd's num_ddim_timesteps = {num_grid_steps}: "
+                "the sampler walks on the training grid",
+                f"sample with at most {num_grid_steps} steps, or train with a finer grid",
+            )
+        guidance = guidance_scale or 0.0 if self._lora else embedded_scale(guidance_scale, self.config.scales)
+        eta = gamma(self.config.eta, flow=schedule.clean_at_zero)
+        if schedule.clean_at_zero:
+            # the grid is shifted already: the scheduler must not do it again
+            config = {"shift": 1.0, "use_dynamic_shifting": False, "stochastic_sampling": eta == 1}
+            sigmas = even_times(schedule, num_steps=steps, num_grid_steps=num_grid_steps)
+            return Sampler("FlowMatchEulerDiscreteScheduler", config, steps, guidance, {"sigmas": sigmas})
+        return Sampler("TCDScheduler", {"original_inference_steps": num_grid_steps}, steps, guidance, {"eta": eta})
+
+    def notices(self) -> list[str]:
+        """Both conventions of the guidance, and where the edges of the segments lie."""
+        (low, high), num_steps = self.config.scales, self.config.num_ddim_timesteps
+        lines = [
+            f"tcd: the teacher's guidance scale is drawn from {low:g} to {high:g} "
+            f"(the LCM paper's w: {low - 1:g} to {high - 1:g})"
+        ]
+        for number in self.config.stage_segments:
+            if num_steps % number:
+                edges = segment_edge(torch.arange(num_steps), num_steps=num_steps, num_segments=number).unique()
+                lines.append(
+                    f"tcd: {number} segments do not divide num_ddim_timesteps = {num_steps} evenly; "
+                    f"their edges are snapped to the grid's points {', '.join(map(str, edges.tolist()))}"
+                )
+        return lines
+
+
+def _of_stage(values: Sequence[T], context: Context) -> T:
+    """The value of the present stage; stages of another method beside a single one here are none of its business."""
+    return values[context.stage.index if len(values) > 1 else 0]
+
+
+def gamma(eta: float | None, *, flow: bool) -> float:
+    """Gamma of strategic stochastic sampling.
+
+    Raises:
+        UserError: A value between 0 and 1 on a flow, for which diffusers has no scheduler.
+    """
+    if eta is None:
+        return 0.0 if flow else DEFAULT_ETA
+    if flow and 0 < eta < 1:
+        raise UserError(
+            f"distillation_config.tcd.eta = {eta:g}: no scheduler of diffusers renews part of the noise on a flow",
+            "set eta to 0 (deterministic) or 1 (noise anew at each step), or leave it out",
+        )
+    return eta
+
+
+def stage_lengths(total_steps: int, shares: Sequence[float]) -> list[int]:
+    """Whole numbers in proportion to `shares` that sum to `total_steps`; every partial sum is rounded, none drifts.
+
+    Raises:
+        UserError: A stage would have no step.
+    """
+    ends = [round(total_steps * sum(shares[: number + 1]) / sum(shares)) for number in range(len(shares))]
+    lengths = [end - start for start, end in pairwise([0, *ends])]
+    if min(lengths) < 1:
+        raise UserError(
+            f"distillation_config.tcd.segments: {total_steps} optimizer steps leave "
+            f"stage {lengths.index(min(lengths)) + 1} of {len(shares)} without any",
+            "raise max_train_steps, name fewer segments, or change stage_shares",
+        )
+    return lengths
+
+
+def _ever(weight: float | dict[int, float] | list[float]) -> bool:
+    return any(value > 0 for value in weight) if isinstance(weight, list) else ever_positive(weight)
+
+
+def _problem(config: TCD.Config) -> str:
+    """What no single field's limits can say; "" where all is well."""
+    segments, num_steps, steps = config.stage_segments, config.num_ddim_timesteps, config.num_inference_steps
+    if steps > num_steps:
+        return (
+            f"num_inference_steps = {steps} is above num_ddim_timesteps = {num_steps}: "
+            "the sampler walks on the training grid"
+        )
+    if any(later >= earlier for earlier, later in pairwise(segments)):
+        return f"segments = {segments} must fall from stage to stage, as [8, 4, 2, 1]"
+    if segments[0] > num_steps:
+        return (
+            f"segments = {segments}: {segments[0]} segments do not fit a grid of num_ddim_timesteps = {num_steps}; "
+            "name fewer, or raise num_ddim_timesteps"
+        )
+    if steps < segments[-1]:
+        return (
+            f"num_inference_steps = {steps} is below the {segments[-1]} segments of the last stage, which the student "
+            "does not learn to jump over: raise it, or end segments with a smaller number"
+        )
+    return _problem_of_stages(config, len(segments))
+
+
+def _problem_of_stages(config: TCD.Config, num_stages: int) -> str:
+    for key in ("stage_shares", "consistency_weight", "adversarial_weight"):
+        value = getattr(config, key)
+        if isinstance(value, list) and len(value) != num_stages:
+            stages = f"{num_stages} stage{'s' if num_stages > 1 else ''}"
+            return f"{key} = {value} has {len(value)} numbers for {stages}: give one for each of segments"
+    if not _ever(config.consistency_weight) and not _ever(config.adversarial_weight):
+        return "consistency_weight and adversarial_weight are both 0: nothing would be trained"
+    return ""
+
+
+@hookimpl
+def register_methods() -> list[type[Method]]:
+    """Trajectory consistency distillation."""
+    return [TCD]

@@ -1,0 +1,242 @@
+"""The reusable loss terms: identities, limits, gradients and optima that are known."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from distill.core.diffusion import FlowSchedule, Prediction
+from distill.core.terms.adversarial import HIDDEN, PLACES, Heads, discriminator_loss, generator_loss
+from distill.core.terms.consistency import boundary_scalings, consistency_function, trajectory_function
+from distill.core.terms.regression import distance, snr_weight, truncated_snr
+from distill.core.terms.weights import Weight, ever_positive, weight_at
+from pydantic import TypeAdapter, ValidationError
+from support.closed_form import PATHS, TABLE, ZERO_SNR
+
+FLOW = FlowSchedule(shift=3.0)
+X = torch.linspace(-2, 2, 12, dtype=torch.float64).reshape(4, 3)
+
+
+def said(schedule, kind, x_t, t, x_0, eps):
+    """A prediction that says (x_0, eps) at x_t, in the parametrisation `kind`."""
+    pair = Prediction(x_0, x_t, t, schedule, "sample")
+    object.__setattr__(pair, "eps", eps)
+    return Prediction(pair.as_kind(kind), x_t, t, schedule, kind)
+
+
+# -- consistency ------------------------------------------------------------------------------------------------------
+
+
+def test_scalings_are_those_of_the_scheduler_that_samples():
+    from diffusers import LCMScheduler
+
+    t = torch.tensor([0, 19, 259, 999])
+    for factor in (10.0, 1.0):
+        scheduler = LCMScheduler(timestep_scaling=factor)
+        ours = torch.stack(boundary_scalings(t, timestep_scaling_factor=factor))
+        theirs = [scheduler.get_scalings_for_boundary_condition_discrete(float(time)) for time in t]
+        torch.testing.assert_close(ours, torch.tensor(theirs, dtype=torch.float64).T, rtol=1e-12, atol=0)
+
+
+def test_scalings_leave_the_data_alone_at_zero_and_trust_the_network_far_from_it():
+    c_skip, c_out = boundary_scalings(torch.arange(1000), timestep_scaling_factor=10.0)
+    assert (c_skip[0], c_out[0]) == (1, 0), "exactly"
+    torch.testing.assert_close(c_skip + c_out**2, torch.ones_like(c_skip))
+    assert (c_skip.diff() < 0).all()
+    assert c_skip[-1] < 1e-8
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_the_consistency_function_is_the_identity_at_time_zero_whatever_the_network_says(path):
+    kind, schedule = PATHS[path]
+    t = torch.zeros(4, dtype=torch.float64 if schedule.clean_at_zero else torch.int64)
+    raw = torch.full_like(X, 7.0)
+    found = consistency_function(Prediction(raw, X, t, schedule, kind), timestep_scaling_factor=10.0)
+    assert torch.equal(found, X)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_all_points_of_a_straight_path_go_to_its_end_up_to_the_skip(path):
+    """A network that knows (x_0, eps) of the path says x_0 everywhere: f = x_0 on a flow, c_skip x + c_out x_0 else."""
+    kind, schedule = PATHS[path]
+    x_0, eps = X, X.flip(0).cos()
+    times = schedule.grid(5).times
+    for t in times[:-1] if schedule.zero_terminal_snr and kind == "epsilon" else times:
+        t = t.expand(4)
+        x_t = schedule.add_noise(x_0, eps, t)
+        found = consistency_function(said(schedule, kind, x_t, t, x_0, eps), timestep_scaling_factor=10.0)
+        c_skip = 0.0 if schedule.clean_at_zero else 0.25 / ((10 * t[0].item()) ** 2 + 0.25)
+        torch.testing.assert_close(found, c_skip * x_t + math.sqrt(1 - c_skip) * x_0, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_the_trajectory_function_moves_along_the_path_and_stays_where_it_is(path):
+    kind, schedule = PATHS[path]
+    x_0, eps = X, X.flip(0).cos()
+    times = schedule.grid(8).times
+    t, s = times[6].expand(4), times[torch.tensor([0, 2, 5, 6])]
+    x_t = schedule.add_noise(x_0, eps, t)
+    prediction = said(schedule, kind, x_t, t, x_0, eps)
+    found = trajectory_function(prediction, s)
+    torch.testing.assert_close(found, schedule.add_noise(x_0, eps, s), rtol=1e-9, atol=1e-9)
+    assert torch.equal(found[3], x_t[3]), "bitwise at s = t, whatever the network says"
+    assert not torch.equal(found[2], x_t[2])
+
+
+def test_at_the_boundary_no_gradient_reaches_the_network():
+    raw = torch.ones(2, 3, dtype=torch.float64, requires_grad=True)
+    t = torch.tensor([499, 499])
+    prediction = Prediction(raw, X[:2], t, TABLE, "epsilon")
+    trajectory_function(prediction, torch.tensor([499, 259])).sum().backward()
+    assert raw.grad is not None
+    assert (raw.grad[0] == 0).all()
+    assert (raw.grad[1] != 0).all()
+
+
+# -- regression -------------------------------------------------------------------------------------------------------
+
+
+def test_distances_are_means_over_each_sample():
+    output, target = torch.zeros(2, 3, 2, 2), torch.ones(2, 3, 2, 2) * torch.tensor([1.0, 3.0]).reshape(2, 1, 1, 1)
+    assert distance(output, target, loss_type="l2", huber_c=1.0).tolist() == [1.0, 9.0]
+    c = 0.5
+    expected = [math.sqrt(d**2 + c**2) - c for d in (1.0, 3.0)]
+    assert distance(output, target, loss_type="huber", huber_c=c).tolist() == pytest.approx(expected)
+
+
+def test_huber_is_a_square_for_small_and_a_distance_for_large_errors():
+    c = 1e-3
+    d = torch.tensor([[1e-6], [1e3]], dtype=torch.float64, requires_grad=True)
+    small, large = distance(d, torch.zeros_like(d), loss_type="huber", huber_c=c)
+    assert small.item() == pytest.approx(1e-12 / (2 * c), rel=1e-3)
+    assert large.item() == pytest.approx(1e3 - c, rel=1e-9)
+    (slope,) = torch.autograd.grad(large, d)
+    assert slope[1].item() == pytest.approx(1.0, rel=1e-9), "an outlier pulls no harder than any other"
+
+
+@pytest.mark.parametrize("schedule", [TABLE, FLOW], ids=["table", "flow"])
+def test_snr_weights_turn_the_error_of_x0_into_that_of_eps_and_v(schedule):
+    """x_0^ and eps^ of one prediction err along one line: |eps^ - eps|^2 = SNR |x_0^ - x_0|^2."""
+    t = schedule.grid(6).times[torch.tensor([0, 2, 4, 5])]
+    x_0, eps = X, X.flip(0).cos()
+    x_t = schedule.add_noise(x_0, eps, t)
+    truth, guess = (Prediction(x, x_t, t, schedule, "sample") for x in (x_0, x_0 + X.sin()))
+    error = {name: getattr(guess, name) - getattr(truth, name) for name in ("x0", "eps", "v")}
+    square = {name: (value**2).mean(1) for name, value in error.items()}
+    log_snr = schedule.log_snr(t)
+    torch.testing.assert_close(
+        truncated_snr(log_snr) * square["x0"], torch.maximum(square["x0"], square["eps"]), rtol=1e-8, atol=1e-12
+    )
+    if not schedule.clean_at_zero:  # alpha^2 + sigma^2 = 1
+        weighted = snr_weight(log_snr, "snr_plus_one") * square["x0"]
+        torch.testing.assert_close(weighted, square["v"], rtol=1e-8, atol=1e-12)
+    assert torch.equal(snr_weight(log_snr, "truncated_snr"), truncated_snr(log_snr))
+
+
+# -- adversarial ------------------------------------------------------------------------------------------------------
+
+
+def test_losses_written_out():
+    real, fake = torch.tensor([[0.5, -2.0]]), torch.tensor([[0.5, 3.0]])
+    softplus = lambda x: math.log1p(math.exp(x))  # noqa: E731
+    assert discriminator_loss(real, fake, kind="hinge").item() == pytest.approx((0.5 + 3.0) / 2 + (1.5 + 4.0) / 2)
+    assert generator_loss(fake, kind="hinge").item() == pytest.approx((0.5 + 0.0) / 2)
+    expected = (softplus(-0.5) + softplus(2.0)) / 2 + (softplus(0.5) + softplus(3.0)) / 2
+    assert discriminator_loss(real, fake, kind="softplus").item() == pytest.approx(expected)
+    assert generator_loss(fake, kind="softplus").item() == pytest.approx((softplus(-0.5) + softplus(-3.0)) / 2)
+
+
+def test_the_best_softplus_discriminator_is_the_log_density_ratio():
+    """Its minimum over all functions is l = log(p / q); the hinge's is the sign of p - q."""
+    p, q = torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.tensor([0.4, 0.3, 0.2, 0.1])
+    for kind, expected in (("softplus", (p / q).log()), ("hinge", (p - q).sign())):
+        logits = torch.zeros(4, requires_grad=True)
+        optimizer = torch.optim.Adam([logits], lr=0.02)
+        for _ in range(600):
+            x, sure = logits[:, None], torch.full((4, 1), 9.0)  # of a sure verdict the other half is nothing
+            loss = p * discriminator_loss(x, -sure, kind=kind) + q * discriminator_loss(sure, x, kind=kind)
+            optimizer.zero_grad()
+            loss.sum().backward()
+            optimizer.step()
+        torch.testing.assert_close(logits.detach(), expected, atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["hinge", "softplus"])
+def test_the_student_is_pulled_to_what_counts_as_real(kind):
+    logits = torch.tensor([[-3.0], [0.5], [4.0]], requires_grad=True)
+    generator_loss(logits, kind=kind).sum().backward()
+    slope = logits.grad[:, 0]
+    expected = torch.tensor([-1.0, -1.0, 0.0]) if kind == "hinge" else -torch.sigmoid(-logits.detach()[:, 0])
+    torch.testing.assert_close(slope, expected)
+
+
+def test_gradients_through_the_heads_are_those_of_differences():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        heads = Heads([8, 12]).double()
+        features = [
+            torch.randn(2, 8, 6, 6).double().requires_grad_(),
+            torch.randn(2, 12, 3, 3).double().requires_grad_(),
+        ]
+    assert torch.autograd.gradcheck(lambda *f: generator_loss(heads(f), kind="softplus"), features, fast_mode=True)
+    weights = [p for p in heads.parameters()]
+
+    def loss(*_):
+        return discriminator_loss(heads(features), heads([-f for f in features]), kind="softplus").sum()
+
+    assert torch.autograd.gradcheck(loss, weights, fast_mode=True)
+
+
+def test_no_level_of_features_outweighs_another():
+    heads = Heads([8, 300])
+    logits = heads([torch.randn(2, 8, 64, 32), torch.randn(2, 300, 3, 2)])
+    assert logits.shape == (2, PLACES * PLACES + 3 * 2)
+    assert all(conv.out_channels in (8, HIDDEN, 1) for conv in heads.modules() if isinstance(conv, torch.nn.Conv2d))
+
+
+def test_heads_do_not_mix_samples():
+    heads = Heads([8]).double()
+    x = torch.randn(3, 8, 5, 5).double()
+    torch.testing.assert_close(heads([x])[1:2], heads([x[1:2]]), rtol=1e-12, atol=1e-12)
+
+
+# -- weights ----------------------------------------------------------------------------------------------------------
+
+ADAPTER = TypeAdapter(Weight)
+
+
+def test_weights_are_linear_between_the_steps_named_and_constant_beyond():
+    weight = ADAPTER.validate_python({"100": 0, "200": "0.5", 300: 0.1})
+    steps = [0, 100, 150, 200, 250, 300, 10_000]
+    assert [weight_at(weight, step) for step in steps] == pytest.approx([0, 0, 0.25, 0.5, 0.3, 0.1, 0.1])
+    assert weight_at(ADAPTER.validate_python(2), 7) == 2.0
+    assert weight_at(ADAPTER.validate_python({"5": 3.0}), 0) == 3.0
+
+
+def test_the_order_in_which_steps_are_written_is_of_no_account():
+    assert [weight_at({10: 1.0, 0: 0.0}, step) for step in range(11)] == pytest.approx([s / 10 for s in range(11)])
+
+
+def test_a_weight_survives_json():
+    weight = ADAPTER.validate_python({0: 0.0, 500: 0.25})
+    assert ADAPTER.validate_json(ADAPTER.dump_json(weight)) == weight
+
+
+@pytest.mark.parametrize(
+    "wrong", [-0.1, {"0": -1}, {}, {"-3": 1}, {"x": 1}, {"1.5": 1}, float("nan"), float("inf"), "much", None]
+)
+def test_wrong_weights_are_refused(wrong):
+    with pytest.raises(ValidationError):
+        ADAPTER.validate_python(wrong)
+
+
+def test_a_term_is_used_if_it_ever_weighs():
+    assert [ever_positive(weight) for weight in (0.0, 1e-9, {0: 0.0}, {0: 0.0, 9: 1.0})] == [False, True, False, True]
+
+
+def test_zero_terminal_snr_has_a_consistency_function_in_v_and_x0():
+    t = torch.full((4,), 999)
+    for kind in ("v_prediction", "sample"):
+        found = consistency_function(Prediction(X.cos(), X, t, ZERO_SNR, kind), timestep_scaling_factor=10.0)
+        assert found.isfinite().all()
