@@ -156,9 +156,7 @@ class Context:
         """
         return guide(*self.with_and_without(role, x_t, t, cond), scale)
 
-    def with_and_without(
-        self, role: str, x_t: Tensor, t: Tensor, cond: Conditioning
-    ) -> tuple[Prediction, Prediction]:
+    def with_and_without(self, role: str, x_t: Tensor, t: Tensor, cond: Conditioning) -> tuple[Prediction, Prediction]:
         """The role's predictions with and without the prompt, in one batched call."""
         uncond = self.uncond(cond)
         both = {name: torch.cat([cond[name], uncond[name]]) for name in cond}
@@ -168,9 +166,7 @@ class Context:
 
     # -- longer than one call of a network ---------------------------------------------------------------------------
 
-    def rollout(
-        self, role: str, times: Sequence[Tensor], x: Tensor, cond: Conditioning, *, name: str
-    ) -> Prediction:
+    def rollout(self, role: str, times: Sequence[Tensor], x: Tensor, cond: Conditioning, *, name: str) -> Prediction:
         """Multistep sampling as consistency models do it: denoise, noise anew to the next time, denoise.
 
         Only the last call carries a gradient.
@@ -231,4 +227,5 @@ class Context:
     def logits(self, role: str, features: Sequence[Tensor]) -> Tensor:
         """What the heads of `role` say of features, shape (B, K): above 0 is real."""
         with self._runtime.networks.use(role) as heads, self._autocast():
-            return heads(features).float()
+            found = heads(features)
+        return found.to(torch.promote_types(found.dtype, torch.float32))

@@ -19,8 +19,8 @@ One training step, with the student's times t_1 > ... > t_N (999, 749, 499, 249 
     heads, every step:         L = discriminator_weight (softplus(-l(real_t)) + softplus(l(x_t)))
 
 with logits l of small heads on the first half of the fake-score network; pictures (real) are needed for these alone.
-A step of the run is one of the fake score, the optimizer steps of "5:1" are therefore the run's: of 5 steps the student
-takes one, the last of the five, and both see the samples that the student made before it.
+"5:1" counts optimizer steps of the run: each is one of the fake score, and the last of five is one of the student too,
+on the same samples, made before it.
 
 Three variations:
 
@@ -29,9 +29,9 @@ Three variations:
                  0.02 T and the time of the student's last call (arXiv 2511.22677, Decoupled-Hybrid)
     loss sid     (D_real - D_fake)((D_real - x) - a (D_real - D_fake)) with gradients through both (arXiv 2404.04057)
 
-Of the GAN the paper uses the features of the middle block alone and one logit per picture; here each level of the
-network's first half has its logits. Means h are running means over earlier steps, so that they depend neither on the
-size of a micro-batch nor on the number of processes; the papers' code takes those of the batch.
+The paper's heads read the middle block alone and give one logit; here each level of the first half has its logits. The
+means of h are running means over earlier steps (the papers' code takes the batch's), so that neither micro-batches nor
+processes matter; the bound of r is a choice made here.
 
 References:
     Yin et al., Improved Distribution Matching Distillation for Fast Image Synthesis, arXiv 2405.14867.
@@ -330,9 +330,7 @@ class DMD2(Method):
     def notices(self) -> list[str]:
         """What a step is, and what a student of one step lacks."""
         config, every = self.config, self.config.fake_updates_per_student_update
-        lines = [
-            f"dmd2: each step trains the fake score, every {every}th step the student too: max_train_steps / {every}"
-        ]
+        lines = [f"dmd2: every step trains the fake score, one in {every} the student too (max_train_steps / {every})"]
         if config.num_inference_steps == 1:
             lines.append("dmd2: the paper warms a student of one step up on the teacher's own samples; init_lora can")
         if config.loss == "sid" and config.guidance_scale > 5:

@@ -28,10 +28,10 @@ References:
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from ..core.batch import Batch
@@ -41,26 +41,25 @@ from ..core.errors import UserError
 from ..core.hookspecs import hookimpl
 from ..core.method import Method, MethodSetup, Requirements, Role, Sampler, Update
 from ..core.terms.consistency import consistency_function
+from ..core.terms.guidance import GuidanceRange, embedded_scale
 from ..core.terms.regression import LossType, distance
+from ..core.terms.segments import even_times
+
 
 class LCM(Method):
     """Latent consistency distillation: 4 to 8 steps without guidance, as a LoRA or a full model."""
 
     name = "lcm"
 
-    class Config(BaseModel):
+    class Config(GuidanceRange):
         """Settings of latent consistency distillation."""
-
-        model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
         num_ddim_timesteps: int = Field(50, ge=1, le=1000)
         """N, the grid of the teacher's solver; it must divide the model's number of training timesteps."""
-        w_min: float = Field(4.0, ge=0)
+        w_min: float = Field(4.0, ge=0, le=100)
         """Lower end of the range that the teacher's guidance is drawn from, in the units of guidance_convention."""
-        w_max: float = Field(16.0, ge=0)
+        w_max: float = Field(16.0, ge=0, le=100)
         """Upper end of the range that the teacher's guidance is drawn from, in the units of guidance_convention."""
-        guidance_convention: Literal["scale", "paper"] = "scale"
-        """scale: w is the guidance scale that pipelines take, uncond + w (cond - uncond); paper: one less."""
         loss_type: LossType = "l2"
         """l2: squared difference; huber: sqrt(d^2 + huber_c^2) - huber_c, robust to outliers."""
         huber_c: float = Field(0.001, gt=0)
@@ -71,20 +70,13 @@ class LCM(Method):
         """Steps that the student is validated and exported with unless the run says otherwise."""
 
         @model_validator(mode="after")
-        def _ordered(self) -> LCM.Config:
-            if self.w_min > self.w_max:
-                raise ValueError(f"w_min = {self.w_min} is above w_max = {self.w_max}: lower w_min or raise w_max")
+        def _fitting(self) -> LCM.Config:
             if self.num_inference_steps > self.num_ddim_timesteps:
                 raise ValueError(
                     f"num_inference_steps = {self.num_inference_steps} is above "
                     f"num_ddim_timesteps = {self.num_ddim_timesteps}: the sampler walks on the training grid"
                 )
             return self
-
-        @property
-        def scale_offset(self) -> float:
-            """What to add to w to get the guidance scale."""
-            return 1.0 if self.guidance_convention == "paper" else 0.0
 
     @classmethod
     def roles(cls, config: Any, setup: MethodSetup) -> Sequence[Role]:
@@ -124,7 +116,7 @@ class LCM(Method):
         t, t_prev = grid.times[i], grid.previous[i]
         eps = draws.randn("noise", x_0.shape[1:]).to(x_0.dtype)
         x_t = schedule.add_noise(x_0, eps, t)
-        scale = draws.uniform("w", config.w_min, config.w_max) + config.scale_offset
+        scale = draws.uniform("w", *config.scales)
         w = None if self._lora else scale - 1
 
         with torch.no_grad():
@@ -153,9 +145,9 @@ class LCM(Method):
                 "the sampler walks on the training grid",
                 f"sample with at most {self.config.num_ddim_timesteps} steps, or train with a finer grid",
             )
-        guidance = self._guidance(guidance_scale)
+        guidance = guidance_scale or 0.0 if self._lora else embedded_scale(guidance_scale, self.config.scales)
         if schedule.clean_at_zero:
-            sigmas = flow_sampling_sigmas(schedule, self.config.num_ddim_timesteps, steps)
+            sigmas = even_times(schedule, num_steps=steps, num_grid_steps=self.config.num_ddim_timesteps)
             # the grid is shifted already: the scheduler must not do it again
             return Sampler(
                 "FlowMatchLCMScheduler", {"shift": 1.0, "use_dynamic_shifting": False}, steps, guidance,
@@ -167,17 +159,9 @@ class LCM(Method):
         }
         return Sampler("LCMScheduler", config, steps, guidance)
 
-    def _guidance(self, asked: float | None) -> float:
-        if self._lora:
-            return asked or 0.0
-        low, high = (w + self.config.scale_offset for w in (self.config.w_min, self.config.w_max))
-        if asked is not None and asked > 1 and low <= asked <= high:
-            return asked
-        return max((low + high) / 2, 1.0)
-
     def notices(self) -> list[str]:
         """Both conventions of the guidance, and what a LoRA does with it."""
-        low, high = (w + self.config.scale_offset for w in (self.config.w_min, self.config.w_max))
+        low, high = self.config.scales
         line = (
             f"lcm: the teacher's guidance scale is drawn from {low:g} to {high:g} "
             f"(the LCM paper's w: {low - 1:g} to {high - 1:g})"
@@ -185,13 +169,6 @@ class LCM(Method):
         if low < 1:
             line += "; below a scale of 1 the prompt is weakened, not strengthened"
         return [line]
-
-
-def flow_sampling_sigmas(schedule: Schedule, num_grid_steps: int, num_steps: int) -> list[float]:
-    """`num_steps` sigmas spread evenly over the training grid from its noisy end, falling."""
-    times = schedule.grid(num_grid_steps).times.flip(0)
-    picked = torch.arange(num_steps) * len(times) // num_steps
-    return [float(sigma) for sigma in times[picked]]
 
 
 @hookimpl

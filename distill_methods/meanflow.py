@@ -42,7 +42,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from ..core.batch import Batch
@@ -50,6 +50,7 @@ from ..core.context import Context
 from ..core.diffusion import Schedule, append_dims
 from ..core.hookspecs import hookimpl
 from ..core.method import Method, MethodSetup, Requirements, Role, Sampler, Update
+from ..core.terms.guidance import GuidanceRange, embedded_scale
 
 
 def flow_time(schedule: Schedule, t: Tensor) -> Tensor:
@@ -79,15 +80,13 @@ class MeanFlow(Method):
 
     name = "meanflow"
 
-    class Config(BaseModel):
+    class Config(GuidanceRange):
         """Settings of mean-flow distillation."""
 
-        model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
-
         w_min: float = Field(5.0, ge=0, le=100)
-        """Lower end of the range that the teacher's guidance scale is drawn from, uncond + w (cond - uncond)."""
+        """Lower end of the range that the teacher's guidance is drawn from, in the units of guidance_convention."""
         w_max: float = Field(5.0, ge=0, le=100)
-        """Upper end of that range. A LoRA learns the middle; a full model takes w as an input if the ends differ."""
+        """Upper end of that range. A LoRA learns its middle; a full model takes w as an input if the ends differ."""
         equal_share: float = Field(0.25, ge=0, lt=1)
         """Share of the samples whose two times are equal: they learn the guided velocity itself, as an anchor."""
         time_mean: float = Field(-0.4, ge=-5, le=5)
@@ -107,12 +106,6 @@ class MeanFlow(Method):
         num_inference_steps: int = Field(4, ge=1, le=50)
         """Steps that the student is validated and exported with unless the run says otherwise."""
 
-        @model_validator(mode="after")
-        def _ordered(self) -> MeanFlow.Config:
-            if self.w_min > self.w_max:
-                raise ValueError(f"w_min = {self.w_min} is above w_max = {self.w_max}: lower w_min or raise w_max")
-            return self
-
     @classmethod
     def roles(cls, config: Any, setup: MethodSetup) -> Sequence[Role]:
         """The student takes a second time; a full one takes w as well where w is a range."""
@@ -129,7 +122,7 @@ class MeanFlow(Method):
 
     @staticmethod
     def _embedded(config: Any, setup: MethodSetup) -> bool:
-        return setup.model_type == "full" and config.w_min < config.w_max
+        return setup.model_type == "full" and config.is_range
 
     def updates(self, context: Context, batch: Batch, step: int) -> Iterator[Update]:
         """One step of algorithm 1 of arXiv 2505.13447, with the teacher's guided velocity."""
@@ -138,7 +131,7 @@ class MeanFlow(Method):
         t, r = self._times(context)
         eps = draws.randn("noise", x_0.shape[1:]).to(x_0.dtype)
         x_t = schedule.add_noise(x_0, eps, t)
-        scale = draws.uniform("w", config.w_min, config.w_max)
+        scale = draws.uniform("w", *config.scales)
         w = scale - 1 if self._embedded(config, self.setup) else None
 
         def u_theta(x: Tensor, t: Tensor) -> Tensor:
@@ -187,19 +180,13 @@ class MeanFlow(Method):
         A student that takes w gets the guidance asked for, or the middle of its range where that lies outside.
         """
         steps = num_inference_steps or self.config.num_inference_steps
-        return Sampler("FlowMapScheduler", {}, steps, self._guidance(guidance_scale))
-
-    def _guidance(self, asked: float | None) -> float:
-        config = self.config
-        if not self._embedded(config, self.setup):
-            return 0.0
-        if asked is not None and asked > 1 and config.w_min <= asked <= config.w_max:
-            return asked
-        return max((config.w_min + config.w_max) / 2, 1.0)
+        told = self._embedded(self.config, self.setup)
+        guidance = embedded_scale(guidance_scale, self.config.scales) if told else 0.0
+        return Sampler("FlowMapScheduler", {}, steps, guidance)
 
     def notices(self) -> list[str]:
         """What a range of guidance means to a student that is not told w."""
-        low, high = self.config.w_min, self.config.w_max
+        low, high = self.config.scales
         if low == high:
             line = f"meanflow: the teacher's guidance scale is {low:g}, and the student has it built in"
         elif self._embedded(self.config, self.setup):

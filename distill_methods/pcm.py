@@ -46,6 +46,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -111,9 +112,11 @@ class PCM(Method):
                     f"num_phases = {phases} is above num_ddim_timesteps = {num_steps}: a phase needs a step of the "
                     "grid; lower num_phases or raise num_ddim_timesteps"
                 )
-            problem = _problem_of_steps(self.default_steps, self)
-            if problem:
-                raise ValueError(f"num_inference_steps = {self.default_steps} {problem[0]}: {problem[1]}")
+            if self.default_steps > num_steps:
+                raise ValueError(
+                    f"num_inference_steps = {self.default_steps} is above num_ddim_timesteps = {num_steps}: "
+                    "the sampler walks on the training grid"
+                )
             return self
 
         @property
@@ -224,17 +227,24 @@ class PCM(Method):
         is as asked; by default off, and 7.5 with ``cfg_free``.
         """
         steps, num_grid_steps = num_inference_steps or self.config.default_steps, self.config.num_ddim_timesteps
-        problem = _problem_of_steps(steps, self.config)
-        if problem:
-            raise UserError(f"{steps} inference steps: pcm's number of steps {problem[0]}", problem[1])
+        if steps > num_grid_steps:
+            raise UserError(
+                f"{steps} inference steps are more than pcm's num_ddim_timesteps = {num_grid_steps}: "
+                "the sampler walks on the training grid",
+                f"sample with at most {num_grid_steps} steps, or train with a finer grid",
+            )
         default = OWN_GUIDANCE if self.config.cfg_free else 0.0
         guidance = default if guidance_scale is None else guidance_scale
+        visited = sampling_steps(steps, num_steps=num_grid_steps, num_phases=self.config.num_phases)
+        times = [float(schedule.grid(num_grid_steps).times[index]) for index in visited]
         if schedule.clean_at_zero:
             # the grid is shifted already: the scheduler must not do it again
             config = {"shift": 1.0, "use_dynamic_shifting": False}
-            sigmas = even_times(schedule, num_steps=steps, num_grid_steps=num_grid_steps)
-            return Sampler("FlowMatchEulerDiscreteScheduler", config, steps, guidance, {"sigmas": sigmas})
-        return Sampler("TCDScheduler", {"original_inference_steps": num_grid_steps}, steps, guidance, {"eta": 0.0})
+            return Sampler("FlowMatchEulerDiscreteScheduler", config, steps, guidance, {"sigmas": times})
+        call: dict[str, Any] = {"eta": 0.0}
+        if times != even_times(schedule, num_steps=steps, num_grid_steps=num_grid_steps):
+            call["timesteps"] = [int(time) for time in times]
+        return Sampler("TCDScheduler", {"original_inference_steps": num_grid_steps}, steps, guidance, call)
 
     def notices(self) -> list[str]:
         """What the solver is guided by, and where the phases begin if that is not even."""
@@ -271,20 +281,23 @@ def phase_of(index: Tensor, *, num_steps: int, num_phases: int) -> tuple[Tensor,
     return lower, (following * num_steps + num_phases - 1) // num_phases - 1
 
 
-def _problem_of_steps(steps: int, config: PCM.Config) -> tuple[str, str] | None:
-    """Why a number of sampling steps does not fit, and what to do; fewer steps than phases are the user's choice."""
-    num_steps, phases = config.num_ddim_timesteps, config.num_phases
-    if steps > num_steps:
-        return (
-            f"is above num_ddim_timesteps = {num_steps}, the training grid that the sampler walks on",
-            f"sample with at most {num_steps} steps, or train with a finer grid",
-        )
-    if steps > phases and steps % phases:
-        return (
-            f"is no multiple of num_phases = {phases}: some steps would cross an edge that the student ends at",
-            f"sample with {steps // phases * phases} steps, or with as many as a multiple of {phases}",
-        )
-    return None
+def sampling_steps(count: int, *, num_steps: int, num_phases: int) -> list[int]:
+    """The steps of the grid that `count` sampling steps begin with, falling; they stop at every edge if they can.
+
+    Each phase gets one, the widest ones get what is left, and inside a phase they are even. Fewer steps than phases
+    are spread evenly over the grid, and cross edges.
+    """
+    if count < num_phases:
+        return [num_steps - 1 - j * num_steps // count for j in range(count)]
+    edges = [-(-m * num_steps // num_phases) for m in range(num_phases + 1)]
+    widths = [upper - lower for lower, upper in pairwise(edges)]
+    shares = [1] * num_phases
+    for _ in range(count - num_phases):
+        widest = max(range(num_phases), key=lambda m: (widths[m] / shares[m], m))
+        shares[widest] += 1
+    return [
+        edges[m + 1] - 1 - j * widths[m] // shares[m] for m in reversed(range(num_phases)) for j in range(shares[m])
+    ]
 
 
 @hookimpl

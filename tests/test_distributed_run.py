@@ -1,5 +1,6 @@
 """Two processes see the same samples and take the same steps as one."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,15 +8,16 @@ import sys
 import pytest
 from support.small_run import execute, losses, write_run
 
+COMMAND = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "distill"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
 
 def test_two_processes_train_as_one(tmp_path):
     short = {"max_train_steps": 4, "validation_step_interval": 2, "checkpoint_step_interval": 2}
     execute(write_run(tmp_path, output="one", train_batch_size=2, gradient_accumulation_steps=2, **short))
     config = write_run(tmp_path, output="two", train_batch_size=2, gradient_accumulation_steps=1, device="cpu", **short)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "distill"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, "run", "--config", str(config)], capture_output=True, text=True, timeout=400, env=environment
+        [*COMMAND, "run", "--config", str(config)], capture_output=True, text=True, timeout=400, env=ENVIRONMENT
     )
     assert done.returncode == 0, done.stderr[-4000:]
     for (_, a, norm_a), (_, b, norm_b) in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
@@ -23,3 +25,31 @@ def test_two_processes_train_as_one(tmp_path):
         assert norm_a == pytest.approx(norm_b, rel=1e-3)
     assert (tmp_path / "two" / "student" / "pytorch_lora_weights.safetensors").exists()
     assert done.stderr.count("student written") == 1, "only the first process speaks"
+
+
+def test_alternate_updates_shared_lengths_and_running_means_are_those_of_one_process(tmp_path):
+    """Each step simulates as many calls of the student on every process, and steps three roles in turn."""
+    settings = {"fake_updates_per_student_update": 2, "gan_weight": 0.1, "divergence": "js", "guidance_scale": 3.0}
+    short = {
+        "distillation_method": "dmd2",
+        "distillation_config": {"dmd2": settings},
+        "max_train_steps": 4,
+        "validation_step_interval": 0,
+        "checkpoint_step_interval": 0,
+        "device": "cpu",
+    }
+    execute(write_run(tmp_path, output="one", train_batch_size=2, gradient_accumulation_steps=2, **short))
+    config = write_run(tmp_path, output="two", train_batch_size=2, gradient_accumulation_steps=1, **short)
+    done = subprocess.run(
+        [*COMMAND, "run", "--config", str(config)], capture_output=True, text=True, timeout=400, env=ENVIRONMENT
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    one, two = (
+        [json.loads(line) for line in (tmp_path / output / "metrics.jsonl").read_text().splitlines()]
+        for output in ("one", "two")
+    )
+    assert [row.keys() for row in one] == [row.keys() for row in two]
+    assert [("loss" in row, "fake_score/loss" in row) for row in one] == [(False, True), (True, True)] * 2
+    for ours, theirs in zip(one, two, strict=True):
+        for key in ours.keys() - {"samples_per_second"}:
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-3, abs=1e-6), (ours["step"], key)

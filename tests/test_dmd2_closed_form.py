@@ -168,16 +168,16 @@ SLOWER = {"count": 2, "steps": 1000, "rate": 2e-2}
     ("case", "settings"),
     [
         ("eps", {}),
+        ("v", {}),
         ("x0", {}),
         ("flow", {}),
         ("eps", SLOWER),
-        ("v", SLOWER),
         ("flow", SLOWER),
         ("eps", {"normalise": True}),
         ("eps", {"loss": "sid", "sid_alpha": 1.0}),
         ("flow", {"loss": "sid", "sid_alpha": 1.2}),
     ],
-    ids=["eps-1", "x0-1", "flow-1", "eps-2", "v-2", "flow-2", "normalised", "sid-eps", "sid-flow"],
+    ids=["eps-1", "v-1", "x0-1", "flow-1", "eps-2", "flow-2", "normalised", "sid-eps", "sid-flow"],
 )
 def test_training_moves_a_wrong_gaussian_onto_the_right_one(case, settings):
     (mean, std), (new_mean, new_std) = train(case, **settings)

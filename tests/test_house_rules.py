@@ -134,6 +134,87 @@ def test_no_code_branches_on_the_names_of_plugins(registry):
     assert not wrong, wrong
 
 
+ENGLISH = {"guidance", "recipe", "local"}
+"""Names that are words of the engine's own as well: a guidance scale, the recipe of a miniature, a local folder."""
+DEFAULTS = {"core/config/run_settings.py", "core/cli/config.py", "core/config/docs.py"}
+"""Where a name stands as what is used, or shown, when nobody says another."""
+
+
+def documentation(tree: ast.AST) -> set[int]:
+    """Ids of the nodes that are docstrings, of attributes too."""
+    bodies = [node.body for node in ast.walk(tree) if isinstance(getattr(node, "body", None), list)]  # type: ignore[attr-defined]
+    return {
+        id(node.value)
+        for body in bodies
+        for node in body
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    }
+
+
+def named(tree: ast.AST, names: set[str], classes: set[str]) -> Iterator[tuple[int, str]]:
+    """Where code (not its documentation) writes one of `names` as a word of a text, or one of `classes`."""
+    words = re.compile(rf"(?<!\w)({'|'.join(map(re.escape, sorted(names)))})(?!\w)") if names else None
+    silent = documentation(tree)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in silent:
+            yield from ((node.lineno, found) for found in (words.findall(node.value) if words else ()))
+        elif isinstance(node, ast.Name | ast.Attribute):
+            identifier = node.id if isinstance(node, ast.Name) else node.attr
+            if identifier in classes:
+                yield node.lineno, identifier
+
+
+def test_the_reader_of_names_finds_them_in_code_alone():
+    code = '''"""About x."""
+class A:
+    n: int = 1
+    """Of x and Y."""
+    def f(self):
+        """On x."""
+        return "an x, no xy" + Y.z("w")
+'''
+    assert list(named(ast.parse(code), {"x", "w"}, {"Y"})) == [(7, "x"), (7, "w"), (7, "Y")]
+
+
+def names_and_classes(registry: Registry, kind: str) -> tuple[set[str], set[str]]:
+    found = {name: registry.get(kind, name) for name in registry.names(kind)}
+    aliases = {alias for each in found.values() for alias in getattr(each, "aliases", ())}
+    return {*found, *aliases} - ENGLISH, {each.__name__ for each in found.values() if each.name not in ENGLISH}
+
+
+@pytest.mark.parametrize(
+    ("folder", "kind"),
+    [("core", "method"), ("core", "family"), ("distill_methods", "family"), ("model_families", "method")],
+)
+def test_engine_methods_and_families_do_not_name_each_other(registry, folder, kind):
+    names, classes = names_and_classes(registry, kind)
+    wrong = [
+        f"{relative(path)}:{line} names {text!r}"
+        for path in sources(folder)
+        if relative(path) not in DEFAULTS
+        for line, text in named(ast.parse(path.read_text(encoding="utf-8")), names, classes)
+    ]
+    assert not wrong, wrong
+
+
+def test_a_method_names_no_other_method(registry):
+    """What is made of others finds them by the names that its settings say."""
+    wrong = []
+    for path in sources("distill_methods"):
+        others = {name: registry.get("method", name) for name in registry.names("method")}
+        others = {name: each for name, each in others.items() if not each.__module__.endswith(f".{path.stem}")}
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        found = named(tree, set(), {each.__name__ for each in others.values()})
+        wrong += [f"{relative(path)}:{line} names {text!r}" for line, text in found]
+        wrong += [
+            f"{relative(path)} imports {name}"
+            for name in imported(path)
+            if name.startswith("distill_methods.")
+            and name.split(".")[1] in {e.__module__.rpartition(".")[2] for e in others.values()}
+        ]
+    assert not wrong, wrong
+
+
 @pytest.mark.parametrize("hook", list(docs.hooks()), ids=lambda hook: hook[0])
 def test_every_hook_is_described_documented_and_exercised(hook):
     name, signature, line = hook

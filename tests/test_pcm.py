@@ -150,7 +150,7 @@ def sample(trained, x, num_steps):
 
 @pytest.mark.parametrize("name", PATHS)
 def test_a_gaussian_student_reaches_the_fixed_point_of_every_phase(name):
-    trained = train(family_of(name, 8), steps=400, num_ddim_timesteps=8, num_phases=2)
+    trained = train(family_of(name, 8), steps=300, num_ddim_timesteps=8, num_phases=2)
     right, teachers, to_zero = errors(trained, teacher_of(trained[2].schedule))
     print(f"{name}: right {right:.1e} teacher {teachers:.1e} target at 0 {to_zero:.1e}")
     assert right <= 0.1 * min(teachers, to_zero)
@@ -160,7 +160,7 @@ def test_a_gaussian_student_reaches_the_fixed_point_of_every_phase(name):
 def test_a_mixture_student_reaches_the_fixed_point_of_every_phase(name, settings):
     family, batches = family_of(name, 6, mixed=True), mixture.mixture_batch
     trained = train(
-        family, steps=500, make_batch=batches, lr=1e-1, size=96, num_ddim_timesteps=6, num_phases=2, **settings
+        family, steps=350, make_batch=batches, lr=1e-1, size=96, num_ddim_timesteps=6, num_phases=2, **settings
     )
     right, teachers, to_zero = errors(trained, teacher_of(family.schedule, mixed=True), make_batch=batches)
     print(f"{name}: right {right:.1e} teacher {teachers:.1e} target at 0 {to_zero:.1e}")
@@ -183,14 +183,14 @@ def test_samples_approach_the_exact_flow_as_the_grid_grows(name, mixed):
     how = {"make_batch": mixture.mixture_batch, "lr": 1e-1, "size": 96} if mixed else {}
     for num_steps in (4, 12) if mixed else (4, 8, 16):
         family = family_of(name, num_steps, mixed=mixed)
-        trained = train(family, steps=300, num_ddim_timesteps=num_steps, num_phases=2, **how)
+        trained = train(family, steps=250, num_ddim_timesteps=num_steps, num_phases=2, **how)
         grid = schedule.grid(num_steps)
         noise = torch.randn(400, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         exact = exact_flow(schedule, noise, grid.times[-1], grid.previous[0], mixed=mixed)
         found.append((sample(trained, noise, 2) - exact).square().mean().sqrt().item())
     print(name, mixed, found)
     assert found == sorted(found, reverse=True)
-    assert found[-1] < found[0] / 2
+    assert found[-1] < 0.6 * found[0]
 
 
 @pytest.mark.parametrize("c", [MEAN, 0.0])
@@ -204,14 +204,22 @@ def test_an_unguided_student_keeps_both_sides_of_its_guidance(c):
     assert right <= 0.1 * min(teachers, to_zero)
 
 
+class TransparentFamily(GaussianFamily):
+    """Gaussian data whose networks show eight bumps over x."""
+
+    def features(self, network, x_t, time, cond):
+        return [torch.exp(-((x_t - torch.linspace(-2, 2, 8, dtype=torch.float64)) ** 2))[:, :, None, None]]
+
+    def feature_channels(self, network):
+        return [8]
+
+
 def test_the_adversarial_term_leaves_the_fixed_point_where_it_is():
     """Real is the target: where the student is consistent there is nothing to tell apart (theorem 5)."""
-    family, batches = family_of("eps", 6, mixed=True), mixture.mixture_batch
-    trained = train(
-        family, steps=300, make_batch=batches, lr=1e-1, size=96, num_ddim_timesteps=6, num_phases=2,
-        adversarial_weight=0.1,
-    )  # fmt: skip
-    right, teachers, to_zero = errors(trained, teacher_of(family.schedule, mixed=True), make_batch=batches)
+    plain = family_of("eps", 6)
+    family = TransparentFamily(plain.schedule, "epsilon", plain._times)
+    trained = train(family, steps=250, num_ddim_timesteps=6, num_phases=2, adversarial_weight=0.1)
+    right, teachers, to_zero = errors(trained, teacher_of(family.schedule))
     print(f"right {right:.1e} teacher {teachers:.1e} target at 0 {to_zero:.1e}")
     assert right <= 0.1 * min(teachers, to_zero)
 
@@ -266,23 +274,40 @@ def test_targets_end_at_the_edge_and_noise_stays_in_the_phase(monkeypatch, name,
 # -- samplers ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("num_steps", "num_phases", "asked"), [(40, 4, None), (40, 4, 8), (40, 3, 3), (40, 4, 2)])
+ASKED = [(40, 4, None), (40, 4, 8), (40, 3, 3), (40, 4, 2), (40, 4, 6), (40, 3, 8), (40, 3, 40), (8, 3, 7)]
+
+
+@pytest.mark.parametrize(("num_steps", "num_phases", "asked"), ASKED)
 def test_the_sampler_is_ddim_from_edge_to_edge(num_steps, num_phases, asked):
     method = PCM(PCM.Config(num_ddim_timesteps=num_steps, num_phases=num_phases), MethodSetup("lora"))
     sampler = method.sampler(TABLE, num_inference_steps=asked)
     assert sampler.num_inference_steps == (asked or num_phases)
     scheduler = TCDScheduler.from_config({**SDXL, **sampler.config})
-    scheduler.set_timesteps(sampler.num_inference_steps)
-    times = scheduler.timesteps.tolist()
-    edges = {int(TABLE.grid(num_steps).previous[edge_of(i, num_steps, num_phases)]) for i in range(num_steps)}
+    call = dict(sampler.call)
+    explicit = call.pop("timesteps", None)
+    scheduler.set_timesteps(None if explicit else sampler.num_inference_steps, timesteps=explicit)
+    times, grid = scheduler.timesteps.tolist(), TABLE.grid(num_steps)
+    assert len(set(times)) == sampler.num_inference_steps
+    assert times[0] == grid.times[-1]
+    assert set(times) <= set(grid.times.tolist())
+    edges = {int(grid.previous[edge_of(i, num_steps, num_phases)]) for i in range(num_steps)}
     assert edges <= {*times, 0} or sampler.num_inference_steps < num_phases
     theirs = ours = torch.randn(64, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     c = torch.full_like(ours, MEAN)
     for t, u in zip(times, [*times[1:], 0], strict=True):
         x_0, eps = mixture.parts(TABLE.alpha(torch.tensor(t)), TABLE.sigma(torch.tensor(t)), theirs, c)
-        theirs = scheduler.step(eps, torch.tensor(t), theirs, **sampler.call).prev_sample
+        theirs = scheduler.step(eps, torch.tensor(t), theirs, **call).prev_sample
         ours = move(TABLE, ours, x_0, torch.tensor(t), torch.tensor(u))
         torch.testing.assert_close(theirs, ours, rtol=2e-4, atol=2e-4)  # the scheduler's table is float32
+
+
+def test_the_schedulers_own_times_serve_where_they_can():
+    """Then any loader of the exported scheduler needs to be told a number of steps alone."""
+    method = PCM(PCM.Config(), MethodSetup("lora"))
+    told = {steps: "timesteps" in method.sampler(TABLE, num_inference_steps=steps).call for steps in range(1, 41)}
+    assert [steps for steps, explicit in told.items() if steps % 4 == 0 and explicit] == []
+    assert told[6]
+    assert not told[2]
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
@@ -301,12 +326,9 @@ def test_guidance_is_as_asked_and_on_by_default_for_unguided_students():
     assert [own.sampler(TABLE, guidance_scale=g).guidance_scale for g in (None, 0.0, 4.0)] == [7.5, 0.0, 4.0]
 
 
-@pytest.mark.parametrize(
-    ("steps", "said"), [(6, "no multiple of num_phases = 4"), (60, "above num_ddim_timesteps = 40")]
-)
-def test_steps_that_do_not_fit_are_refused(steps, said):
-    with pytest.raises(UserError, match=said):
-        PCM(PCM.Config(), MethodSetup("lora")).sampler(TABLE, num_inference_steps=steps)
+def test_more_steps_than_the_grid_has_are_refused():
+    with pytest.raises(UserError, match="60 inference steps are more than pcm's num_ddim_timesteps = 40"):
+        PCM(PCM.Config(), MethodSetup("lora")).sampler(TABLE, num_inference_steps=60)
 
 
 # -- configuration ----------------------------------------------------------------------------------------------------
@@ -317,7 +339,6 @@ def test_steps_that_do_not_fit_are_refused(steps, said):
     [
         ({"w_min": 9}, "w_min = 9.0 is above w_max = 8.0"),
         ({"num_phases": 50}, "num_phases = 50 is above num_ddim_timesteps = 40"),
-        ({"num_inference_steps": 6}, "num_inference_steps = 6 is no multiple of num_phases = 4"),
         ({"num_inference_steps": 44}, "num_inference_steps = 44 is above num_ddim_timesteps = 40"),
         ({"empty_prompt_share": 1.5}, "less than or equal to 1"),
         ({"adversarial_weight": -0.1}, "greater than or equal to 0"),

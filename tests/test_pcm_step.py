@@ -35,9 +35,6 @@ def make_setup(folder, *, model_type="lora", checkpointing=False, **config):
         parameter_dtype=torch.float64,
     )  # fmt: skip
     networks.base.to(torch.float64)
-    for role in ("target", "discriminator"):
-        if role in networks.roles:
-            networks.module(role).to(torch.float64)
     g = torch.Generator().manual_seed(5)
     for name, parameter in networks.named_parameters("student").items():
         if model_type == "full":
@@ -126,12 +123,12 @@ def test_one_step_is_the_papers(folder, model_type, case):
     updates = list(method.updates(context.at(3, batch.positions), batch, 3))
     assert [update.role for update in updates] == list(ROLES)[: 1 if case == "plain" else 2]
     for update, loss in zip(updates, expected, strict=False):
-        assert update.loss.item() == pytest.approx(loss.item(), rel=1e-5 if update.role == "discriminator" else 1e-6)
+        assert update.loss.item() == pytest.approx(loss.item(), rel=1e-10)
         parameters = networks.parameters(update.role)
         ours = torch.autograd.grad(update.loss, parameters, retain_graph=True)
         theirs = torch.autograd.grad(loss, parameters, retain_graph=True)
         for mine, other in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-7 * other.abs().max().item() + 1e-12)
+            torch.testing.assert_close(mine, other, rtol=1e-7, atol=1e-12)
 
 
 def make_loop(method, networks, context, *, rates=None):
@@ -163,14 +160,11 @@ def test_an_update_moves_its_own_role_alone(folder, model_type, moving):
     loop = make_loop(method, networks, context, rates={role: 1e-2 if role == moving else 0.0 for role in ROLES})
     for step in range(2):
         loop.step(step, [make_batch(family, seed=step)])
-    followers = {"target"} if moving == "student" else set()
     for role, weights in weights_of(networks).items():
-        assert weights
         same = [torch.equal(p, q) for p, q in zip(weights, before[role], strict=True)]
-        if role == moving or role in followers:
-            assert not any(same) if role == moving == "student" and model_type == "lora" else not all(same)
-        elif role != "target":  # an average of an unmoved student still drifts towards it: they were made different
-            assert all(same), role
+        assert same
+        if role != "target":  # which follows the student
+            assert all(same) == (role != moving), role
     assert {name: p.requires_grad for name, p in networks.base.named_parameters()} == flags
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -386,6 +387,15 @@ def test_grids_of_the_terms_are_compared_with_the_model_each_by_itself(registry,
 def test_an_alias_names_a_term_too(tmp_path):
     code, text, _ = findings(tmp_path, [{"method": "in-turns"}], sampler="in-turns")
     assert code == 0, text
+
+
+def test_the_documented_recipe_is_usable(tmp_path):
+    page = (Path(__file__).parent.parent / "docs" / "methods.md").read_text()
+    documented = json.loads(page.partition("```json\n")[2].partition("```")[0])
+    pair = Pair(tmp_path, documented)
+    pair.write()
+    result = distill("config", "check", *pair.options())
+    assert result.exit_code == 0, result.output
 
 
 # -- from a configuration alone ---------------------------------------------------------------------------------------

@@ -127,7 +127,11 @@ class Loop:
         role, updates = accumulated.role, accumulated.updates
         optimizer = self.optimizers[role]
         loss = torch.stack([update.loss for update in updates]).mean()
-        self._reduce([loss, *(p.grad for p in optimizer.parameters if p.grad is not None)])
+        metrics = {
+            name: torch.stack([update.metrics[name] for update in updates]).mean() for name in updates[0].metrics
+        }
+        gradients = [p.grad for p in optimizer.parameters if p.grad is not None]
+        self._reduce([loss, *metrics.values(), *gradients])
         norm, taken = optimizer.step(step, healthy=torch.isfinite(loss))
         self.networks.update_averages(role)
         self.health.record(role, step, taken, _bad_samples(updates, len(accumulated.keys), loss), accumulated.keys)
@@ -137,9 +141,8 @@ class Loop:
             f"{prefix}loss": loss,
             f"{prefix}lr": optimizer.learning_rate(step),
             f"{prefix}grad_norm": norm,
+            **metrics,
         }
-        for name in updates[0].metrics:
-            result.metrics[name] = torch.stack([update.metrics[name] for update in updates]).mean()
         if role == "student":
             result.bin_sums, result.bin_counts = _time_bins(updates, self.context.schedule.t_max)
 

@@ -39,7 +39,8 @@ class Heads(nn.Module):
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """Logits (B, K) of features (B, C_k, h_k, w_k)."""
-        found = [head(_pooled(level)) for head, level in zip(self.levels, features, strict=True)]
+        dtype = next(self.parameters()).dtype  # bf16 heads of a bf16 optimizer may look at an fp32 network
+        found = [head(_pooled(level).to(dtype)) for head, level in zip(self.levels, features, strict=True)]
         return torch.cat([logits.flatten(1) for logits in found], dim=1)
 
 

@@ -22,7 +22,7 @@ from distill.core.networks import Networks
 from distill.distill_methods.dmd2 import DMD2
 from torch import Tensor, nn
 
-from .gaussian import Q, GaussianFamily
+from .gaussian import GaussianFamily, Q
 
 MEAN = 0.6
 SDXL = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
