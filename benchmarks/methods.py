@@ -29,6 +29,8 @@ from scores import Students  # noqa: E402
 COUNTER = ROOT / "benchmarks" / "count_evaluations.py"
 STEPS = (1, 2, 4, 8)
 PROBE_STEPS = 20
+SHOWN = 8
+"""Pictures of each row that :func:`distill.core.evaluation.evaluate` keeps."""
 SCORES = {
     "prompt_agreement_judge": "agreement ↑",
     "frechet_distance_to_data_judge": "distance to data ↓",
@@ -80,13 +82,11 @@ def steps_for(name: str, budget: float, folder: Path) -> int:
     return max(PROBE_STEPS, round(budget * found["steps"] / found["evaluations"]))
 
 
-def score(folders: Mapping[str, Path], *, num_samples: int, per_prompt: int, scored: Path) -> list[dict[str, Any]]:
-    """Rows of teacher and students, each with its scores; finished ones are read back from `scored`."""
+def score(folders: Mapping[str, Path], *, num_samples: int, per_prompt: int, pictures: Path) -> list[dict[str, Any]]:
+    """Rows of teacher and students, each with its scores; the first pictures of each go to `pictures`."""
     from distill.core.assemble import build_family, build_method, evaluation_setting, open_run
     from distill.core.data.pipeline import DataPipeline
-    from distill.core.errors import UserError
     from distill.core.evaluation import build_evaluators, evaluate, fast_solver, plan_evaluation
-    from distill.core.sampling import Recipe
 
     # any run's data and model serve: they are the miniature's own
     base = next(folder for name, folder in folders.items() if not name.startswith("dmd2"))
@@ -110,36 +110,40 @@ def score(folders: Mapping[str, Path], *, num_samples: int, per_prompt: int, sco
     evaluators, _ = build_evaluators(registry, configuration, evaluation_setting(family))
     real = data.real_images(1000, plan.width, plan.height)
     networks = Students(family, {name: folder / "student" for name, folder in folders.items()})
-    rows: list[dict[str, Any]] = []
-    for name in ("teacher", *folders):
-        file = scored / f"{name}.json"
-        if not file.exists():
-            recipes = teachers
-            if name != "teacher":
-                theirs, plugins = open_run(folders[name])
-                method = build_method(theirs, plugins, family)
-                recipes = [plan.reference]
-                for steps in STEPS:
-                    try:
-                        sampler = method.sampler(family.schedule, num_inference_steps=steps)
-                    except UserError as refusal:
-                        print(f"{name} at {steps} steps: {refusal}", flush=True)
-                        continue
-                    recipes.append(Recipe(name, name, sampler, steps, sampler.guidance_scale))
-            found = evaluate(family, networks, replace(plan, recipes=tuple(recipes)), evaluators, data=real, say=print)
-            kept = [row for row in found.rows if name == "teacher" or row.recipe.role == name]
-            file.parent.mkdir(parents=True, exist_ok=True)
-            for row in kept:
-                for index, picture in enumerate(row.pictures):
-                    picture.save(scored / f"{name}-{row.recipe.name}-{row.recipe.steps}-{index}.png".replace("/", "-"))
-            file.write_text(json.dumps([
-                {"row": name, "name": row.recipe.name, "steps": row.recipe.steps, "guidance": row.recipe.guidance,
-                 **row.scores, "seconds_per_image": row.seconds_per_image}
-                for row in kept
-            ], indent=1))  # fmt: skip
-        rows += json.loads(file.read_text())
-    (scored / "prompts.json").write_text(json.dumps(list(plan.sample_prompts[:8])))
-    return rows
+    recipes = [*teachers, *(each for name, folder in folders.items() for each in students(name, folder, family))]
+    found = evaluate(family, networks, replace(plan, recipes=tuple(recipes)), evaluators, data=real, say=print)
+    pictures.mkdir(parents=True, exist_ok=True)
+    for row in found.rows:
+        for index, picture in enumerate(row.pictures):
+            picture.save(pictures / f"{row.recipe.role}-{row.recipe.steps}-{index}{_solver(row.recipe)}.png")
+    (pictures / "prompts.json").write_text(json.dumps(list(plan.sample_prompts[:SHOWN])))
+    return [
+        {"row": row.recipe.role, "name": row.recipe.name, "steps": row.recipe.steps, "guidance": row.recipe.guidance,
+         **row.scores, "seconds_per_image": row.seconds_per_image}
+        for row in found.rows
+    ]  # fmt: skip
+
+
+def _solver(recipe: Any) -> str:
+    return "-solver" if recipe.role == "teacher" and recipe.sampler is not None else ""
+
+
+def students(name: str, folder: Path, family: Any) -> list[Any]:
+    """A student at each number of steps that its method can sample with."""
+    from distill.core.assemble import build_method, open_run
+    from distill.core.errors import UserError
+    from distill.core.sampling import Recipe
+
+    configuration, registry = open_run(folder)
+    method, found = build_method(configuration, registry, family), []
+    for steps in STEPS:
+        try:
+            sampler = method.sampler(family.schedule, num_inference_steps=steps)
+        except UserError as refusal:
+            print(f"{name} at {steps} steps: {refusal}", flush=True)
+            continue
+        found.append(Recipe(name, name, sampler, steps, sampler.guidance_scale))
+    return found
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -162,19 +166,19 @@ def _cell(values: Sequence[float]) -> str:
     return f"{mean(values):.3g}{spread}"
 
 
-def side_by_side(names: Sequence[str], scored: Path, *, seed: str, steps: int) -> Any:
+def side_by_side(names: Sequence[str], pictures: Path, *, seed: str, steps: int) -> Any:
     """The first prompts, the teacher at few and many steps and a column for each method's first student."""
     from distill.core.grid import GridRow, labelled_grid
     from PIL import Image
 
-    columns = [("teacher", "teacher", steps), *((f"{name}-{seed}",) * 2 + (steps,) for name in names)]
-    columns += [("teacher", "teacher", 50)]
-    prompts = json.loads((scored / "prompts.json").read_text())
+    columns = [("teacher", steps), *((f"{name}-{seed}", steps) for name in names), ("teacher", 50)]
+    columns = [(who, count) for who, count in columns if (pictures / f"{who}-{count}-0.png").exists()]
+    prompts = json.loads((pictures / "prompts.json").read_text())
     rows = [
-        GridRow(prompt, [Image.open(scored / f"{file}-{who}-{count}-{index}.png") for file, who, count in columns], "")
+        GridRow(prompt, [Image.open(pictures / f"{who}-{count}-{index}.png") for who, count in columns], "")
         for index, prompt in enumerate(prompts)
     ]
-    heads = [f"{who.rpartition('-')[0] or who}\n{count} steps" for _, who, count in columns]
+    heads = [f"{who.rpartition('-')[0] or who}\n{count} steps" for who, count in columns]
     footer = "The first prompts of the table's samples, not chosen; all from the same noise."
     return labelled_grid(rows, heads, title="Every method at equal cost", footer=footer, largest_cell=128)
 
@@ -204,8 +208,8 @@ def main() -> None:
         run(name, folder, seed=int(seed), steps=steps[name])
     if arguments.train_only:
         return
-    scored = arguments.output / "scored"
-    rows = score(folders, num_samples=arguments.num_samples, per_prompt=arguments.per_prompt, scored=scored)
+    pictures = arguments.output / "pictures"
+    rows = score(folders, num_samples=arguments.num_samples, per_prompt=arguments.per_prompt, pictures=pictures)
     text = table(rows)
     found = {
         "commit": commit(), "budget": arguments.budget, "steps": steps, "num_samples": arguments.num_samples,
@@ -213,7 +217,7 @@ def main() -> None:
     }  # fmt: skip
     (arguments.output / "methods.json").write_text(json.dumps(found, indent=1) + "\n")
     (arguments.output / "methods.md").write_text(text + "\n")
-    side_by_side(names, scored, seed=seeds[0], steps=4).save(arguments.output / "methods.png")
+    side_by_side(names, pictures, seed=seeds[0], steps=4).save(arguments.output / "methods.png")
     print(text)
 
 

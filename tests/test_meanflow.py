@@ -163,7 +163,7 @@ def test_the_parametrisation_leaves_the_loss_unchanged(schedule, derivative):
 # -- training ---------------------------------------------------------------------------------------------------------
 
 
-def teach(path, data="gaussian", *, num_steps, scale=SCALE):
+def teach(path, data="gaussian", *, num_steps, scale=SCALE, lr=1e-2):
     """The context of a trained student, drawing whole batches at once."""
     kind, schedule = PATHS[path]
     config = MeanFlow.Config(w_min=scale, w_max=scale, derivative="difference", difference_step=1e-3, **EVERYWHERE)
@@ -171,8 +171,8 @@ def teach(path, data="gaussian", *, num_steps, scale=SCALE):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(context_module, "Draws", QuickDraws)
         return train(
-            MeanFlow, config, FlowMapFamily(schedule, kind, data), lambda step: batch_of(step, 256, mean=MEAN),
-            num_steps=num_steps, lr=3e-2,
+            MeanFlow, config, FlowMapFamily(schedule, kind, data), lambda step: batch_of(step, 1024, mean=MEAN),
+            num_steps=num_steps, lr=lr,
         )[2]  # fmt: skip
 
 
@@ -237,7 +237,7 @@ def test_the_error_falls_with_training():
 @pytest.mark.parametrize("path", ["eps", "flow"])
 def test_students_reach_the_flow_map_of_a_mixture(path):
     scale = 1.2  # much more would carry the paths away from the data that students are trained at
-    context = teach(path, "mixture", num_steps=1000, scale=scale)
+    context = teach(path, "mixture", num_steps=1000, scale=scale, lr=3e-2)
     schedule, c = context.schedule, full(MEAN, 256)
 
     def exact(x, t, r):

@@ -11,6 +11,7 @@ from distill.core.family import LoraSettings, ModelSettings
 from distill.core.method import MethodSetup
 from distill.core.networks import Networks
 from distill.core.random import Draws
+from distill.core.terms.adversarial import Heads
 from distill.distill_methods.pcm import PCM
 from distill.model_families.sdxl import SDXL
 from support.sdxl_setup import make_batch, split
@@ -209,3 +210,12 @@ def test_the_adversarial_term_follows_its_weight(folder):
     expected = plain.loss + 0.5 * weighed.metrics["adversarial"]
     torch.testing.assert_close(weighed.loss, expected)
     torch.testing.assert_close(weighed.metrics["consistency"], plain.loss.detach())
+
+
+def test_bf16_heads_look_at_an_fp32_network():
+    """As an optimizer that compensates the rounding of bf16 weights has them, without autocast."""
+    heads = Heads([4]).bfloat16()
+    features = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected = Heads([4])
+    expected.load_state_dict(heads.state_dict())
+    torch.testing.assert_close(heads([features]).float(), expected([features]), rtol=0.05, atol=0.02)
