@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -179,7 +180,7 @@ class Context:
             name: Of the noise draws.
         """
         with torch.no_grad():
-            for i, (t, following) in enumerate(zip(times, times[1:], strict=False)):
+            for i, (t, following) in enumerate(itertools.pairwise(times)):
                 x_0 = self.predict(role, x, t, cond).x0
                 eps = self.draws.randn(f"{name}/{i}", x.shape[1:]).to(x_0.dtype)
                 x = self.schedule.add_noise(x_0, eps, following)

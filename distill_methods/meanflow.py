@@ -70,6 +70,16 @@ def flow_time_speed(schedule: Schedule, t: Tensor) -> Tensor:
     return (alpha + sigma) ** 2 / (alpha * schedule.sigma_dot(t) - sigma * schedule.alpha_dot(t))
 
 
+def truncated_logit_normal(shares: Tensor, *, mean: float, std: float, low: Tensor, high: Tensor) -> Tensor:
+    """Where sigmoid(N(mean, std^2)), kept between `low` and `high`, has its quantiles `shares` in [0, 1); float64.
+
+    Draws beyond the ends are not moved onto them: the semi-gradient of u + (tau - rho) u' = v contracts where the
+    density of tau grows no faster than tau - rho, and a point mass at the end breaks that.
+    """
+    below, above = (torch.special.ndtr((torch.logit(end) - mean) / std) for end in (low, high))
+    return torch.sigmoid(mean + std * torch.special.ndtri(below + (above - below) * shares)).clamp(low, high)
+
+
 def adaptive_weight(squared: Tensor, *, power: float, floor: float) -> Tensor:
     """1 / (s + c)^p of summed squared errors `squared` (B,), as a constant: outliers count less."""
     return (squared.detach() + floor) ** -power
@@ -153,15 +163,15 @@ class MeanFlow(Method):
 
     def _times(self, context: Context) -> tuple[Tensor, Tensor]:
         """T >= r of shape (B,), float64, in the schedule's units; exactly equal for `equal_share` of the samples."""
-        config, schedule = self.config, context.schedule
-        normal = context.draws.randn("times", (2,)).double()
-        tau = torch.sigmoid(config.time_mean + config.time_std * normal)
-        ends = flow_time(schedule, torch.tensor([0.0, schedule.t_max], dtype=torch.float64, device=tau.device))
-        margin = self._difference_step or 0.0  # both sides of the difference must lie inside
-        tau = tau.clamp(ends[0] + margin, ends[1] - margin)
+        config, schedule, draws = self.config, context.schedule, context.draws
+        shares = torch.stack([draws.uniform(f"time-{number}") for number in range(2)], dim=1)
+        ends = flow_time(schedule, torch.tensor([0.0, schedule.t_max], dtype=torch.float64, device=shares.device))
+        margin = self._difference_step or 0.0  # both sides of a difference must lie inside
+        low, high = ends[0] + margin, ends[1] - margin
+        tau = truncated_logit_normal(shares, mean=config.time_mean, std=config.time_std, low=low, high=high)
         times = time_of_flow_time(schedule, tau)
         t, r = times.amax(1), times.amin(1)
-        equal = context.draws.uniform("equal") < config.equal_share
+        equal = draws.uniform("equal") < config.equal_share
         return t, torch.where(equal, t, r)
 
     @property

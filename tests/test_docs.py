@@ -28,9 +28,10 @@ from support.quickstart import (
 from support.tiny_sdxl import EDGE, write_tiny_sdxl
 
 ROOT = FILES.parents[1]
-DOCS = ("quickstart", "lcm", "troubleshooting", "design", "data")
+METHODS = ("pcm", "tcd", "dmd2", "progressive", "guidance")
+DOCS = ("quickstart", "lcm", "troubleshooting", "design", "data", "methods", *METHODS)
 PAGES = ("README.md", "CONTRIBUTING.md", *(f"docs/{name}.md" for name in DOCS))
-EXECUTED = ("docs/quickstart.md", "docs/lcm.md", "CONTRIBUTING.md")
+EXECUTED = ("docs/quickstart.md", "docs/lcm.md", "CONTRIBUTING.md", *(f"docs/{name}.md" for name in METHODS))
 SUBSTITUTES = {
     "stabilityai/stable-diffusion-xl-base-1.0": "model",
     "name/sdxl-fine-tune": "fine-tune",
@@ -41,6 +42,7 @@ SUBSTITUTES = {
 BLOCK = re.compile(r"^```(\w+)(?: (\S+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 TINY_ENTRIES = {
     "domain.json": ("data.my-domain.resolution=0.001024", "data.my-domain.minimum_image_size=0"),
+    "prompts.json": ("data.prompts.resolution=0.001024",),
     "zipped.json": ("data.zipped.resolution=0.001024", "data.zipped.minimum_image_size=0"),
 }
 
@@ -64,6 +66,7 @@ def workspace(tmp_path_factory) -> Path:
     write_tiny_sdxl(root / "fine-tune", seed=1)
     write_pictures(root / "domain-pictures", count=4, seed=1)
     shutil.copyfile(root / "pictures" / "00.png", root / "edges.png")
+    (root / "prompts.txt").write_text("a fox in the snow\na harbour at sunrise\n", encoding="utf-8")
     write_style(root / "model", root / "style.safetensors")
     with zipfile.ZipFile(root / "pictures.zip", "w") as archive:
         for path in sorted((root / "pictures").iterdir()):
@@ -106,6 +109,8 @@ def arguments(line: str) -> list[str]:
         given += ["--model", "model", *sets(TINY)]
         data = given[given.index("--data") + 1]
         given += sets(TINY_ENTRIES.get(data, TINY_DATA))
+    if {"progressive", "segments.json"} & {*given}:
+        given += sets(("max_train_steps=4",))  # a step for each stage
     if given[0] == "evaluate":
         given += ["--steps", "1,2", "--teacher-steps", "2", "--num-samples", "2"]
     return given
