@@ -230,7 +230,9 @@ def _warm_up(
     """One step at each batch size that is timed: first calls load, tune and allocate."""
     from dataclasses import replace
 
-    once = replace(recipe, sampler=None, steps=1)
+    # its own scheduler, which may tell the network more than the time; but not the times of another number of steps
+    sampler = recipe.sampler and replace(recipe.sampler, call={})
+    once = replace(recipe, sampler=sampler, steps=1)
     for count in (min(batch_size(plan.width, plan.height), plan.num_samples), 1):
         indices, seeds = plan.prompt_indices[:count], plan.seeds[:count]
         list(make_pictures(family, network, once, embeds, indices, seeds, width=plan.width, height=plan.height))

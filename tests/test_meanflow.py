@@ -232,7 +232,8 @@ def test_students_reach_the_flow_map_of_a_gaussian(path):
 
 def test_the_error_falls_with_training():
     found = [gaussian_errors(teach("flow", num_steps=number), 1)[0] for number in (30, 120, 700)]
-    assert found[1] < 0.7 * found[0] and found[2] < 0.1 * found[1], found
+    assert found[1] < 0.7 * found[0], found
+    assert found[2] < 0.1 * found[1], found
 
 
 def test_students_reach_the_flow_map_of_a_mixture():
