@@ -18,13 +18,12 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks")]
 
-from scores import Students  # noqa: E402
+from scores import Students, cell  # noqa: E402
 
 COUNTER = ROOT / "benchmarks" / "count_evaluations.py"
 STEPS = (1, 2, 4, 8)
@@ -154,16 +153,9 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         name = row["name"] if row["row"] == "teacher" else row["row"].rpartition("-")[0]
         groups.setdefault((name, row["steps"]), []).append(row)
     for (name, steps), found in groups.items():
-        cells = [_cell([row[key] for row in found if key in row]) for key in SCORES]
+        cells = [cell([row[key] for row in found if key in row]) for key in SCORES]
         lines.append(f"| {name} | {steps} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def _cell(values: Sequence[float]) -> str:
-    if not values:
-        return "–"
-    spread = f" ({min(values):.3g} to {max(values):.3g})" if len(values) > 1 else ""
-    return f"{mean(values):.3g}{spread}"
 
 
 def side_by_side(names: Sequence[str], pictures: Path, *, seed: str, steps: int) -> Any:

@@ -13,7 +13,7 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -110,12 +110,13 @@ def table(result: dict[str, Any]) -> str:
     for row in result["rows"]:
         groups.setdefault((row["name"], row["steps"]), []).append(row["scores"])
     for (name, steps), scores in groups.items():
-        cells = [_cell([entry[key] for entry in scores if key in entry]) for key in SCORES]
+        cells = [cell([entry[key] for entry in scores if key in entry]) for key in SCORES]
         lines.append(f"| {name} | {steps} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _cell(values: list[float]) -> str:
+def cell(values: Sequence[float]) -> str:
+    """The mean, and the lowest and highest where there are several."""
     if not values:
         return "–"
     spread = f" ({min(values):.3g} to {max(values):.3g})" if len(values) > 1 else ""
