@@ -111,8 +111,8 @@ class MeanFlow(Method):
         """Optimizer steps over which the derivative's term grows from 0 to all; until then guidance is learnt first."""
         derivative: Literal["exact", "difference"] = "exact"
         """exact: forward-mode differentiation of the network; difference: two calls of it, for kernels without."""
-        difference_step: float = Field(0.005, gt=0, le=0.1)
-        """h of the central difference, in tau; bfloat16 needs more (0.02): rounding is divided by it."""
+        difference_step: float = Field(0.02, gt=0, le=0.1)
+        """h of the central difference, in tau, which rounding (bfloat16's above all) is divided by."""
         num_inference_steps: int = Field(4, ge=1, le=50)
         """Steps that the student is validated and exported with unless the run says otherwise."""
 
