@@ -124,10 +124,10 @@ class Trainer:
         if differing:
             lines = "; ".join(f"{key} was {old!r} and is {new!r}" for key, (old, new) in differing.items())
             raise UserError(f"{path} cannot be resumed: {lines}", "put the old values back, or use a new output_dir")
-        if saved.meta.get("stages", []) != self._begun(saved.step):
+        theirs, ours = saved.meta.get("stages", []), self._begun(saved.step)
+        if theirs != ours:
             raise UserError(
-                f"{path} cannot be resumed: its stages began at steps {saved.meta['stages']}, this run's at "
-                f"{self._begun(saved.step)}",
+                f"{path} cannot be resumed: its stages began at steps {theirs}, this run's at {ours}",
                 "leave max_train_steps and the method's stages as they were, or use a new output_dir",
             )
         self.loop.networks.load_state(saved.tensors)

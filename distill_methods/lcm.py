@@ -37,13 +37,12 @@ from torch import Tensor
 from ..core.batch import Batch
 from ..core.context import Context
 from ..core.diffusion import Prediction, Schedule
-from ..core.errors import UserError
 from ..core.hookspecs import hookimpl
 from ..core.method import Method, MethodSetup, Requirements, Role, Sampler, Update
 from ..core.terms.consistency import consistency_function
 from ..core.terms.guidance import GuidanceRange, embedded_scale
 from ..core.terms.regression import LossType, distance
-from ..core.terms.segments import even_times
+from ..core.terms.segments import check_on_grid, even_times
 
 
 class LCM(Method):
@@ -139,12 +138,7 @@ class LCM(Method):
         A student with a guidance embedding gets the middle of its range instead: 0 or 1 would feed it w <= 0.
         """
         steps = num_inference_steps or self.config.num_inference_steps
-        if steps > self.config.num_ddim_timesteps:
-            raise UserError(
-                f"{steps} inference steps are more than lcm's num_ddim_timesteps = {self.config.num_ddim_timesteps}: "
-                "the sampler walks on the training grid",
-                f"sample with at most {self.config.num_ddim_timesteps} steps, or train with a finer grid",
-            )
+        check_on_grid(self.name, steps, num_grid_steps=self.config.num_ddim_timesteps)
         guidance = guidance_scale or 0.0 if self._lora else embedded_scale(guidance_scale, self.config.scales)
         if schedule.clean_at_zero:
             sigmas = even_times(schedule, num_steps=steps, num_grid_steps=self.config.num_ddim_timesteps)

@@ -56,14 +56,13 @@ from torch import Tensor
 from ..core.batch import Batch, Conditioning
 from ..core.context import Context
 from ..core.diffusion import Schedule, append_dims
-from ..core.errors import UserError
 from ..core.hookspecs import hookimpl
 from ..core.method import Method, MethodSetup, Requirements, Role, Sampler, Update
 from ..core.terms.adversarial import discriminator_loss, generator_loss
 from ..core.terms.consistency import trajectory_function
 from ..core.terms.guidance import GuidanceRange
 from ..core.terms.regression import LossType, distance
-from ..core.terms.segments import even_times, noise_further, segment_edge
+from ..core.terms.segments import check_on_grid, even_times, noise_further, segment_edge
 from ..core.terms.weights import Weight, ever_positive, weight_at
 
 EMPTY_PROMPTS = 0.1
@@ -227,12 +226,7 @@ class PCM(Method):
         is as asked; by default off, and 7.5 with ``cfg_free``.
         """
         steps, num_grid_steps = num_inference_steps or self.config.default_steps, self.config.num_ddim_timesteps
-        if steps > num_grid_steps:
-            raise UserError(
-                f"{steps} inference steps are more than pcm's num_ddim_timesteps = {num_grid_steps}: "
-                "the sampler walks on the training grid",
-                f"sample with at most {num_grid_steps} steps, or train with a finer grid",
-            )
+        check_on_grid(self.name, steps, num_grid_steps=num_grid_steps)
         default = OWN_GUIDANCE if self.config.cfg_free else 0.0
         guidance = default if guidance_scale is None else guidance_scale
         visited = sampling_steps(steps, num_steps=num_grid_steps, num_phases=self.config.num_phases)

@@ -69,7 +69,7 @@ from ..core.terms.adversarial import discriminator_loss, generator_loss
 from ..core.terms.consistency import trajectory_function
 from ..core.terms.guidance import GuidanceRange, embedded_scale
 from ..core.terms.regression import LossType, distance
-from ..core.terms.segments import even_times, noise_further, segment_edge
+from ..core.terms.segments import check_on_grid, even_times, noise_further, segment_edge
 from ..core.terms.weights import Number, Weight, ever_positive, weight_at
 
 PerStage = Annotated[list[Number], Field(min_length=1)]
@@ -230,12 +230,7 @@ class TCD(Method):
         A student with a guidance embedding gets the middle of its range instead: 0 or 1 would feed it w <= 0.
         """
         steps, num_grid_steps = num_inference_steps or self.config.num_inference_steps, self.config.num_ddim_timesteps
-        if steps > num_grid_steps:
-            raise UserError(
-                f"{steps} inference steps are more than tcd's num_ddim_timesteps = {num_grid_steps}: "
-                "the sampler walks on the training grid",
-                f"sample with at most {num_grid_steps} steps, or train with a finer grid",
-            )
+        check_on_grid(self.name, steps, num_grid_steps=num_grid_steps)
         guidance = guidance_scale or 0.0 if self._lora else embedded_scale(guidance_scale, self.config.scales)
         eta = gamma(self.config.eta, flow=schedule.clean_at_zero)
         if schedule.clean_at_zero:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..diffusion import Schedule
+from ..errors import UserError
 
 
 def segment_edge(index: Tensor, *, num_steps: int, num_segments: int) -> Tensor:
@@ -45,3 +46,13 @@ def even_times(schedule: Schedule, *, num_steps: int, num_grid_steps: int) -> li
     """
     times = schedule.grid(num_grid_steps).times
     return [float(times[num_grid_steps - 1 - j * num_grid_steps // num_steps]) for j in range(num_steps)]
+
+
+def check_on_grid(method: str, num_steps: int, *, num_grid_steps: int) -> None:
+    """Raise UserError when `num_steps` of a sampler do not fit the grid that the student of `method` knows."""
+    if num_steps > num_grid_steps:
+        raise UserError(
+            f"{num_steps} inference steps are more than {method}'s num_ddim_timesteps = {num_grid_steps}: "
+            "the sampler walks on the training grid",
+            f"sample with at most {num_grid_steps} steps, or train with a finer grid",
+        )
