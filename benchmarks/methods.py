@@ -3,7 +3,8 @@
     python benchmarks/methods.py --budget 60000 --seeds 1,2,3 --num-samples 500 --output output/methods
 
 Each method runs as `distill run --method NAME --family sdxl` does by default, for as many steps as the budget pays for
-(measured in a short run first; `count_evaluations.py` says what is counted). All students are then scored on the same
+(measured in a short run first; `count_evaluations.py` says what is counted). `--jobs` trains so many rows at once; each
+computes in one thread whatever their number, so that it changes no figure. All students are then scored on the same
 prompts and noise as the teacher. What has finished is taken as it is, so a run that was stopped goes on. Writes
 methods.json, methods.md and methods.png.
 """
@@ -12,10 +13,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,7 +72,9 @@ def run(name: str, output: Path, *, seed: int, steps: int) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     with (output.parent / f"{output.name}.log").open("w") as log:
-        subprocess.run(command(name, output, seed=seed, steps=steps), check=True, stdout=log, stderr=log)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        words = command(name, output, seed=seed, steps=steps)
+        subprocess.run(words, check=True, stdout=log, stderr=log, env=environment)
     print(f"{output.name}: {steps} steps in {time.monotonic() - started:.0f} s", flush=True)
 
 
@@ -79,6 +84,19 @@ def steps_for(name: str, budget: float, folder: Path) -> int:
     run(name, probe, seed=0, steps=PROBE_STEPS)
     found = json.loads((probe / "evaluations.json").read_text())
     return max(PROBE_STEPS, round(budget * found["steps"] / found["evaluations"]))
+
+
+def train(
+    names: Sequence[str], seeds: Sequence[str], *, budget: float, folder: Path, jobs: int
+) -> tuple[dict[str, int], dict[str, Path]]:
+    """Every row's student for every seed: the steps of each row, and the folder of each student."""
+    cells = [(name, seed) for seed in seeds for name in names]
+    with ThreadPoolExecutor(jobs) as pool:
+        found = pool.map(lambda name: steps_for(name, budget, folder), names)
+        steps = dict(zip(names, found, strict=True))
+        trained = pool.map(lambda at: run(at[0], folder / "-".join(at), seed=int(at[1]), steps=steps[at[0]]), cells)
+        list(trained)
+    return steps, {"-".join(at): folder / "-".join(at) for at in cells}
 
 
 def score(folders: Mapping[str, Path], *, num_samples: int, per_prompt: int, pictures: Path) -> list[dict[str, Any]]:
@@ -190,14 +208,12 @@ def main() -> None:
     parser.add_argument("--num-samples", type=int, default=500)
     parser.add_argument("--per-prompt", type=int, default=4, help="samples of each prompt, for the diversity")
     parser.add_argument("--output", type=Path, default=Path("output/methods"))
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once, of one thread each")
     parser.add_argument("--train-only", action="store_true", help="stop after the runs")
     arguments = parser.parse_args()
     names, seeds = arguments.methods.split(","), arguments.seeds.split(",")
-    steps = {name: steps_for(name, arguments.budget, arguments.output / "runs") for name in names}
-    folders = {f"{name}-{seed}": arguments.output / "runs" / f"{name}-{seed}" for seed in seeds for name in names}
-    for row, folder in folders.items():
-        name, _, seed = row.rpartition("-")
-        run(name, folder, seed=int(seed), steps=steps[name])
+    runs = arguments.output / "runs"
+    steps, folders = train(names, seeds, budget=arguments.budget, folder=runs, jobs=arguments.jobs)
     if arguments.train_only:
         return
     pictures = arguments.output / "pictures"
