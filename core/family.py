@@ -189,7 +189,7 @@ class ModelFamily(ABC):
 
     @abstractmethod
     def attach_adapter(self, network: nn.Module, path: str, adapter: str) -> None:
-        """Put the LoRA at `path` (file, folder or hub id) onto `network` under the name `adapter`.
+        """Put the LoRA at `path` (file, folder or hub id), and a second time beside it, onto `network` as `adapter`.
 
         Raises UserError when it does not fit.
         """

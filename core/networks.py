@@ -221,9 +221,9 @@ class Networks:
 
     @torch.no_grad()
     def start_from(self, role: str, path: str) -> None:
-        """Give the role's adapter the weights of the LoRA at `path`, its scale folded in.
+        """Give the role's adapter the weights of the LoRA at `path`, its scale folded in, and its second time.
 
-        Raises UserError when that LoRA has another rank or adapts other modules.
+        Raises UserError when that LoRA has another rank, other modules, or a second time that the role lacks.
         """
         assert self._switch is not None
         assert self._lora is not None
@@ -231,6 +231,7 @@ class Networks:
             self._family.attach_adapter(self.base, path, "init")
             for name, layer in _tuner_layers(self.base):
                 _copy_adapter(layer, "init", role, name=name, path=path, rank=self._lora.rank)
+            self._move_second_time("init", role, path=path)
             self.base.delete_adapters("init")  # type: ignore[operator]
         finally:
             # attaching makes the new adapter active and freezes the others
@@ -240,6 +241,19 @@ class Networks:
         for each in self.roles.values():
             if each.source == role:
                 self.copy(each.name, role)
+
+    def _move_second_time(self, source: str, target: str, *, path: str) -> None:
+        """Give `target` the second time of `source`, which loses it; one without leaves the start at zero."""
+        times: Any = getattr(self.base, "second_time", {})
+        if source not in times:
+            return
+        if target not in times:
+            raise UserError(
+                f"init_lora = {path}: a second time lies beside it, which the {target} of this run does not take",
+                "start from a student of a method without a second time, or copy the LoRA's file into a folder of its "
+                "own to start from that alone",
+            )
+        times[target].load_state_dict(times.pop(source).state_dict())
 
     def _enable_checkpointing(self) -> None:
         for name, role in self.roles.items():

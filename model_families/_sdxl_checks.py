@@ -56,6 +56,14 @@ def check_unet(name: str, unet: Mapping[str, Any], vae: Mapping[str, Any]) -> No
             "inpainting and other models with extra input channels cannot be distilled by this family",
         )
 
+    if unet.get("time_cond_proj_dim") is not None:
+        raise UserError(
+            f"model {name!r} takes the guidance scale as an input (unet/config.json: time_cond_proj_dim = "
+            f"{unet['time_cond_proj_dim']!r}), as a fully trained student does: it cannot teach",
+            "name the model that it was made from; a guided teacher of one call is a LoRA from guidance distillation "
+            "under teacher_lora",
+        )
+
 
 def check_original_keys(name: str, header: Mapping[str, Any]) -> None:
     """Raise UserError unless the tensors' names are those of a whole SDXL in the original layout."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,6 +51,14 @@ def lora_file(name: str) -> Path:
     if path.is_dir():
         return _only_weights(path)
     return _hub_file(name)
+
+
+def student_folder(name: str) -> Path:
+    """Where the LoRA `name` lies, with the second time beside it if it has one."""
+    file = lora_file(name)
+    if not Path(name).expanduser().exists():
+        _download_second_time(name)
+    return file.parent
 
 
 def read_lora(name: str, weight: float, unet_config: Mapping[str, Any]) -> Lora:
@@ -154,3 +163,14 @@ def _hub_file(name: str) -> Path:
             f"LoRA {name!r} is no local file or folder, and the hub did not give it ({type(error).__name__})",
             f"check the spelling; without a {WEIGHTS} in the repository name its file: owner/name/file.safetensors",
         ) from error
+
+
+def _download_second_time(name: str) -> None:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    from ..core.flow_map import WEIGHTS as SECOND_TIME
+
+    owner, repository, *file = name.split("/")
+    with suppress(EntryNotFoundError):  # a student without
+        hf_hub_download(f"{owner}/{repository}", "/".join([*file[:-1], SECOND_TIME]))

@@ -30,7 +30,7 @@ from ..core.second_time import differentiable_forward, load_second_time, sampled
 from . import _sdxl_export as exporting
 from ._sdxl_encoders import decode, encode_pixels, encode_text
 from ._sdxl_files import hash_files, quiet_libraries
-from ._sdxl_lora import TEXT_PREFIXES, Lora, attach, fuse, lora_file, read_lora
+from ._sdxl_lora import TEXT_PREFIXES, Lora, attach, fuse, lora_file, read_lora, student_folder
 from ._sdxl_network import call_unet, copy_unet, unet_feature_channels, unet_features, unet_second_time
 from ._sdxl_pictures import build_pipeline, build_scheduler, call_arguments, evaluating, sample_latents
 from ._sdxl_source import Source, TextEncoders, empty_unet, open_source
@@ -260,6 +260,7 @@ class SDXL(ModelFamily):
 
     def attach_adapter(self, network: nn.Module, path: str, adapter: str) -> None:
         attach({"unet": network}, {adapter: self._loras([(path, 1.0)])[0]})
+        load_second_time(network, student_folder(path), name=adapter)
 
     def student_network(self, teacher: nn.Module, *, guidance_embedding: bool, second_time: bool = False) -> nn.Module:
         return copy_unet(teacher, guidance_embedding=guidance_embedding, second_time=second_time)

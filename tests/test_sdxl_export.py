@@ -298,7 +298,19 @@ def test_a_full_student_with_a_guidance_embedding_reloads_and_equals(tiny, tmp_p
     ours = again.generate(reloaded, again.encode_prompts(PROMPTS), sampler=sampler, seeds=SEEDS, **SIZE)
     torch.testing.assert_close(ours, expected, rtol=0, atol=2e-5)
     assert (tmp_path / "metadata.json").is_file()
-    make(tmp_path).check_source()
+
+
+@pytest.mark.parametrize("embedded", [True, False])
+def test_a_full_student_teaches_unless_it_takes_the_guidance_scale(tiny, tmp_path, embedded):
+    family = make(tiny)
+    student = family.student_network(family.load_network(), guidance_embedding=embedded)
+    family.export(student, tmp_path, ExportInfo(Sampler("LCMScheduler", {}, 3, 8.0 if embedded else 0.0), "full"))
+    if not embedded:
+        make(tmp_path).check_source()
+        return
+    with pytest.raises(UserError, match=r"time_cond_proj_dim = 256(?s:.)*cannot teach(?s:.)*made from") as caught:
+        make(tmp_path).check_source()
+    assert str(tmp_path) in str(caught.value)
 
 
 # -- the lines that people paste --------------------------------------------------------------------------------------
