@@ -9,9 +9,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .core.backend import DataBackend, Entry
+    from .core.backend import DataBackend, Entry, SampleBackend, SampleChunk
     from .core.batch import Batch, Conditioning
-    from .core.errors import ConfigError, DistillError, Finding, PluginError, UserError
+    from .core.errors import BadValue, ConfigError, DistillError, Finding, OutOfReach, PluginError, UserError
     from .core.evaluator import EvaluationSetting, Evaluator, Samples
     from .core.family import (
         Capabilities,
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "BadValue",
     "Batch",
     "Capabilities",
     "Conditioning",
@@ -52,11 +53,14 @@ __all__ = [
     "ModelSettings",
     "OptimizerPlugin",
     "OptimizerSettings",
+    "OutOfReach",
     "PluginError",
     "Publisher",
     "Requirements",
     "Role",
     "RunInfo",
+    "SampleBackend",
+    "SampleChunk",
     "Sampler",
     "Samples",
     "Stage",
@@ -68,9 +72,9 @@ __all__ = [
 ]
 
 _HOMES = {
-    "backend": "DataBackend Entry",
+    "backend": "DataBackend Entry SampleBackend SampleChunk",
     "batch": "Batch Conditioning",
-    "errors": "ConfigError DistillError Finding PluginError UserError",
+    "errors": "BadValue ConfigError DistillError Finding OutOfReach PluginError UserError",
     "evaluator": "EvaluationSetting Evaluator Samples",
     "family": "Capabilities ExportInfo ExtraLora LoraSettings MicroConditioning ModelFamily ModelSettings",
     "hookspecs": "hookimpl",

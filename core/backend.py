@@ -1,13 +1,21 @@
-"""The contract of a data backend: where samples and caches live."""
+"""The contract of a data backend: where samples and caches live.
+
+There are two kinds. A :class:`DataBackend` keeps files under keys (a folder, a bucket): a picture is a file, and its
+caption stands in a file beside it. A :class:`SampleBackend` keeps samples (rows of a table, members of an archive),
+each with its captions. Keys are names of samples: they do not depend on where the data lives, so that the same pictures
+give the same batches from every source.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO, ClassVar
 
 from pydantic import BaseModel, ConfigDict
+
+from .errors import UserError
 
 
 @dataclass(frozen=True)
@@ -26,7 +34,12 @@ class Entry:
 
 
 class DataBackend(ABC):
-    """List, open, test and write keys under one root."""
+    """List, open, test and write keys under one root.
+
+    What is not there raises FileNotFoundError, what may not be read PermissionError: the picture is set aside and the
+    run goes on. A place that does not answer after its retries raises :class:`distill.core.errors.OutOfReach`, and the
+    run ends resumable.
+    """
 
     name: ClassVar[str]
     aliases: ClassVar[tuple[str, ...]] = ()
@@ -38,6 +51,14 @@ class DataBackend(ABC):
 
     def __init__(self, config: Any) -> None:
         self.config = config
+
+    def check(self) -> None:
+        """Look whether the place can be there, without the network: called before anything loads.
+
+        Raises:
+            distill.core.errors.BadValue: A key of the entry cannot be used.
+        """
+        return
 
     @property
     @abstractmethod
@@ -71,3 +92,69 @@ class DataBackend(ABC):
     @abstractmethod
     def write(self, key: str, data: bytes) -> None:
         """Write the object whole or not at all."""
+
+
+@dataclass(frozen=True)
+class SampleChunk:
+    """Some samples, in columns of one length.
+
+    Attributes:
+        keys: Names of the samples, as ``cats/001.jpg``: the same wherever they live. Each name comes once.
+        places: What :meth:`SampleBackend.open` finds each picture's bytes by.
+        sizes: Bytes of the pictures, 0 where that is not known.
+        versions: Change when the picture does (a hash of its bytes, best).
+        captions: Each sample's texts as they stand there, before the dataset's rules for captions.
+        widths: Upright width in pixels, 0 where the picture itself must be asked.
+        heights: Upright height in pixels, 0 where the picture itself must be asked.
+        problems: Why a sample cannot be used, empty where it can.
+    """
+
+    keys: Sequence[str]
+    places: Sequence[str]
+    sizes: Sequence[int]
+    versions: Sequence[str]
+    captions: Sequence[Sequence[str]]
+    widths: Sequence[int]
+    heights: Sequence[int]
+    problems: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+class SampleBackend(DataBackend):
+    """Samples that are not files of their own: rows of a table, members of an archive. Read only."""
+
+    @abstractmethod
+    def identity(self) -> str:
+        """A text that changes whenever the samples may have; cheap, for it is asked for at every start."""
+
+    @abstractmethod
+    def samples(self, *, pictures: bool = True) -> Iterator[SampleChunk]:
+        """All samples, in any order, some thousand at a time.
+
+        Args:
+            pictures: Whether pictures are wanted; without, captions are enough, and a source may hold nothing else.
+
+        Raises:
+            distill.core.errors.BadValue: The source cannot be read as it is: a missing column, a broken file.
+        """
+
+    @abstractmethod
+    def open(self, key: str) -> BinaryIO:
+        """A binary stream of one picture's bytes, by its place. Raises FileNotFoundError."""
+
+    def list(self) -> Iterator[Entry]:
+        """Every sample with its size and version, in the order of :meth:`samples`."""
+        for chunk in self.samples():
+            yield from map(Entry, chunk.keys, chunk.sizes, chunk.versions)
+
+    def exists(self, key: str) -> bool:
+        """Whether there is a sample of this name."""
+        return any(entry.key == key for entry in self.list())
+
+    def write(self, key: str, data: bytes) -> None:
+        """Refused: such a source is only read."""
+        raise UserError(
+            f"{self.location} is only read", "keep caches in a folder or a bucket: cache_dir_vae, cache_dir"
+        )

@@ -28,6 +28,21 @@ class UserError(DistillError):
         self.remedy = remedy
 
 
+class BadValue(Exception):
+    """A key of a data-file entry whose value cannot be used as it is.
+
+    Args:
+        key: The entry's key at fault.
+        value: Its value.
+        problem: What is wrong with it, with the line where there is one.
+        remedy: How to mend it.
+    """
+
+    def __init__(self, key: str, value: object, problem: str, remedy: str) -> None:
+        super().__init__(f"{key} = {value!r}: {problem}")
+        self.key, self.value, self.problem, self.remedy = key, value, problem, remedy
+
+
 @dataclass(frozen=True)
 class Finding:
     """One thing that is wrong in a configuration."""
@@ -57,6 +72,22 @@ class ConfigError(UserError):
         count = len(self.findings)
         head = f"the configuration has {count} problem{'s' if count != 1 else ''}:"
         super().__init__("\n".join([head, *(f"  {finding}" for finding in self.findings)]))
+
+
+class OutOfReach(DistillError):
+    """A place where data or caches live does not answer, after all retries: the run ends resumable (exit code 1).
+
+    Args:
+        place: What was being read or written, as people know it.
+        reason: What the last attempt said.
+    """
+
+    def __init__(self, place: str, reason: str) -> None:
+        super().__init__(
+            f"{place} cannot be reached: {reason}\n"
+            "  Nothing is lost: when it answers again, start the run again with resume_from_checkpoint=latest."
+        )
+        self.place, self.reason = place, reason
 
 
 class PluginError(DistillError):

@@ -9,6 +9,9 @@ from pydantic import BaseModel, Field, SerializeAsAny
 from .run_settings import ResolutionType
 from .types import LocalPath, Settings
 
+CaptionStrategy = Literal[
+    "textfile", "filename", "instanceprompt", "csv", "jsonl", "parquet", "webdataset", "huggingface"
+]
 PIXEL_LIMIT = 8
 """Sizes below this many "pixels" are megapixels (the unit trap of ``resolution_type: pixel``)."""
 
@@ -75,8 +78,9 @@ class DatasetSettings(Settings):
     """Pictures per autoencoder call while the latent cache is built; absent: the run's."""
     write_batch_size: int = Field(default=128, ge=1)
     """Entries per file of a cache."""
-    caption_strategy: Literal["textfile", "filename", "instanceprompt"] = "textfile"
-    """Where captions are: a .txt beside the picture, its file name, or instance_prompt for all."""
+    caption_strategy: CaptionStrategy = "textfile"
+    """Where captions are: a .txt beside the picture (for sources that come with captions: theirs), its file name, or
+    instance_prompt for all."""
     instance_prompt: str | None = None
     """The one caption of `instanceprompt`, and what prepend_instance_prompt puts in front."""
     prepend_instance_prompt: bool = False

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
-from ..errors import Finding
+from ..errors import BadValue, Finding
 from ..names import nearest
 from .checks import check_dataset, check_folder, check_weights
 from .coercion import absolute
 from .dataset_settings import DatasetSettings
 from .findings import PartCheck
 from .normalise import SIZES, align_rounding, convert_size, megapixel_notices, rename_dataset_values
-from .prompt_entries import check_kind, check_prompts, without_pictures
+from .prompt_entries import Refuse, check_kind, check_prompts, without_pictures
 from .reading import COMMAND_LINE, SUFFIXES, Layers, Origin, fill_environment, read_file, strip_dashes
 from .run_settings import RunSettings
 
@@ -180,8 +180,16 @@ class DatasetsCheck:
         check_kind(entry, refuse)
         if self.to_train:
             check_folder(entry, refuse)
+            self._check_place(entry, refuse)
             if not entry.has_pictures and len(self.findings) == before:
                 check_prompts(entry, self.registry, refuse)
+
+    def _check_place(self, entry: DatasetSettings, refuse: Refuse) -> None:
+        """The backend finds its place usable, as far as that can be seen without the network."""
+        try:
+            self.registry.get("data_backend", entry.type)(entry.backend).check()
+        except BadValue as error:
+            refuse(f"data.{entry.id}.{error.key}", error.value, error.problem, error.remedy)
 
     def _refuse(self, raw: RawEntry, key: str, value: object, problem: str, remedy: str) -> None:
         file = raw.layers.origin(key.removeprefix(raw.prefix)).file

@@ -60,12 +60,13 @@ def check_kind(entry: DatasetSettings, refuse: Refuse) -> None:
 
 def check_prompts(entry: DatasetSettings, registry: Registry, refuse: Refuse) -> None:
     """The first prompts of a dataset can be read: file, suffix, column, encoding."""
-    from ..data.prompt_files import BadPrompts, open_source
+    from ..data.prompt_files import open_source
+    from ..errors import BadValue
 
     backend = registry.get("data_backend", entry.type)(entry.backend)
     source = open_source(backend, entry)
     try:
         source.identity()
         next((chunk for chunk in source.chunks() if chunk.keys), None)
-    except BadPrompts as error:
+    except BadValue as error:
         refuse(f"data.{entry.id}.{error.key}", error.value, error.problem, error.remedy)

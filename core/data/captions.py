@@ -96,6 +96,12 @@ class CaptionRules:
             found = self._split(text or "")
         return self._variants_of(found)
 
+    def of_sample(self, key: str, texts: Sequence[str]) -> list[str]:
+        """All captions of a picture that comes with its texts; empty when it has none."""
+        if self.settings.only_instance_prompt or self.settings.caption_strategy in ("instanceprompt", "filename"):
+            return self.captions(key, None)
+        return self._variants_of([line for text in texts for line in self._split(text)])
+
     def of_prompt(self, text: str) -> list[str]:
         """The captions of a prompt that has no picture; empty when nothing is left of it."""
         settings = self.settings

@@ -146,7 +146,7 @@ class Dataset:
 
     def picture(self, row: int) -> Image.Image:
         """The decoded picture. Raises BrokenImage; FileNotFoundError or PermissionError when it cannot be opened."""
-        with self.backend.open(self.index.key(row)) as stream:
+        with self.backend.open(self.index.place(row)) as stream:
             image = decode(stream.read())
         expected = int(self.index.width[row]), int(self.index.height[row])
         if image.size != expected:

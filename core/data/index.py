@@ -8,6 +8,7 @@ index that was there.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,14 +16,15 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from ..backend import DataBackend, Entry
+from ..backend import DataBackend, Entry, SampleBackend, SampleChunk
+from ..errors import BadValue, UserError
 from ..files import sync_folder
 from .captions import CaptionRules, caption_key, read_text
 from .hashing import UInt64s
@@ -31,17 +33,31 @@ from .progress import Progress
 from .storage import partial_of
 
 T = TypeVar("T")
-FORMAT = 1
+FORMAT = 2
 CHUNK = 8192
 
 DIGEST = pa.binary(16)
-LISTING = pa.schema([("key", pa.large_string()), ("size", pa.int64()), ("version", pa.large_string())])
+FILES = pa.schema([("key", pa.large_string()), ("size", pa.int64()), ("version", pa.large_string())])
+"""Files of a backend, as they are listed."""
+LISTING = pa.schema(
+    [
+        *FILES,
+        ("caption_version", pa.large_string()),
+        ("place", pa.large_string()),
+        ("texts", pa.large_list(pa.large_string())),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("problem", pa.large_string()),
+    ]
+)
+"""Samples before their files are read: ``texts`` is null where captions stand in files, sizes are 0 where unknown."""
 SCHEMA = pa.schema(
     [
         ("key", pa.large_string()),
         ("size", pa.int64()),
         ("version", pa.large_string()),
         ("caption_version", pa.large_string()),
+        ("place", pa.large_string()),
         ("width", pa.int32()),
         ("height", pa.int32()),
         ("draw", pa.uint64()),
@@ -52,6 +68,7 @@ SCHEMA = pa.schema(
     ]
 )
 NO_CAPTION = "it has no caption"
+SAME_NAME = "another sample has the same name"
 
 
 def digest(text: str) -> bytes:
@@ -104,7 +121,7 @@ class Index:
             self.table = pa.ipc.open_file(source).read_all()
         columns = {name: _one_chunk(self.table.column(name)) for name in SCHEMA.names}
         self._keys, self._captions = columns["key"], columns["captions"]
-        self._problems = columns["problem"]
+        self._problems, self._places = columns["problem"], columns["place"]
         self.width: NDArray[np.int32] = columns["width"].to_numpy()
         self.height: NDArray[np.int32] = columns["height"].to_numpy()
         self.draw: UInt64s = columns["draw"].to_numpy()
@@ -120,6 +137,10 @@ class Index:
         """The picture's key in its backend."""
         return self._keys[int(row)].as_py()
 
+    def place(self, row: int | np.integer) -> str:
+        """What the backend opens the picture by: its key, unless the backend says otherwise."""
+        return self._places[int(row)].as_py() or self.key(row)
+
     def problem(self, row: int) -> str:
         """Why the row cannot be used; empty when it can."""
         return self._problems[int(row)].as_py()
@@ -132,6 +153,11 @@ class Index:
         """Which rows have this problem (empty: none at all), shape (n,)."""
         return pc.equal(self._problems, problem).to_numpy(zero_copy_only=False)
 
+    def has_unread(self) -> bool:
+        """Whether there are files that could not be read, which may have been out of reach only."""
+        settled = pa.array(["", NO_CAPTION, SAME_NAME], pa.large_string())
+        return not pc.all(pc.is_in(self._problems, value_set=settled)).as_py() if len(self) else False
+
     def matches(self, rules: str) -> bool:
         """Whether the captions were made by the same rules."""
         meta = self.table.schema.metadata or {}
@@ -143,7 +169,7 @@ def has_name(entry: Entry) -> bool:
     return entry.key.isprintable() or not any("\ud800" <= letter <= "\udfff" for letter in entry.key)
 
 
-def _list(backend: DataBackend) -> tuple[pa.Table, pa.Table, int]:
+def _list_files(backend: DataBackend) -> tuple[pa.Table, pa.Table, int]:
     """Pictures and caption files of a backend, as columns key, size, version; and how many names are no text."""
     pictures, texts, nameless = [], [], 0
     suffixes = "|".join(SUFFIXES)
@@ -156,23 +182,48 @@ def _list(backend: DataBackend) -> tuple[pa.Table, pa.Table, int]:
                 pa.array([entry.size for entry in named], pa.int64()),
                 pa.array([entry.version for entry in named], pa.large_string()),
             ],
-            schema=LISTING,
+            schema=FILES,
         )
         is_picture = pc.match_substring_regex(batch["key"], rf"(?i)\.({suffixes})$")
         pictures.append(batch.filter(is_picture))
         texts.append(batch.filter(pc.ends_with(batch["key"], ".txt")))
-    return pa.Table.from_batches(pictures, LISTING), pa.Table.from_batches(texts, LISTING), nameless
+    return pa.Table.from_batches(pictures, FILES), pa.Table.from_batches(texts, FILES), nameless
 
 
-def _with_caption_versions(pictures: pa.Table, texts: pa.Table, rules: CaptionRules) -> pa.Table:
-    """Adds the version of each picture's caption file, empty where there is none."""
+def _with_captions(pictures: pa.Table, texts: pa.Table, rules: CaptionRules) -> pa.Table:
+    """The listing of picture files: the version of each one's caption file, empty where there is none."""
+    count = len(pictures)
     if rules.reads_files:
         keys = pc.replace_substring_regex(pictures["key"], r"\.[^./]*$", ".txt")
         found = pc.index_in(keys, value_set=texts["key"].combine_chunks())
         versions = pc.fill_null(texts["version"].take(found), "")
     else:
-        versions = pa.array(np.full(len(pictures), ""), pa.large_string())
-    return pictures.append_column("caption_version", versions)
+        versions = pa.repeat(pa.scalar("", pa.large_string()), count)
+    empty, zeros = pa.repeat(pa.scalar("", pa.large_string()), count), pa.repeat(pa.scalar(0, pa.int32()), count)
+    columns = {
+        **{name: pictures[name] for name in FILES.names}, "caption_version": versions, "place": empty,
+        "texts": pa.nulls(count, LISTING.field("texts").type), "width": zeros, "height": zeros, "problem": empty,
+    }  # fmt: skip
+    return pa.table(columns, schema=LISTING)
+
+
+def _listed(chunk: SampleChunk) -> pa.RecordBatch:
+    columns = {
+        "key": chunk.keys, "size": chunk.sizes, "version": chunk.versions, "caption_version": [""] * len(chunk),
+        "place": chunk.places, "texts": chunk.captions, "width": chunk.widths, "height": chunk.heights,
+        "problem": chunk.problems,
+    }  # fmt: skip
+    return pa.RecordBatch.from_pydict(columns, schema=LISTING)
+
+
+def _list_samples(backend: SampleBackend) -> pa.Table:
+    """The listing of a backend that knows its samples, in sorted key order; names that come again are marked."""
+    batches = map(_listed, backend.samples())
+    table = pa.Table.from_batches(batches, LISTING).sort_by([("key", "ascending"), ("place", "ascending")])
+    keys = table["key"].combine_chunks()
+    again = pa.concat_arrays([pa.array([False] * min(1, len(keys))), pc.equal(keys[1:], keys[:-1])])
+    problems = pc.if_else(again, SAME_NAME, table["problem"].combine_chunks())
+    return table.set_column(table.schema.get_field_index("problem"), "problem", problems)
 
 
 class IndexBuilder:
@@ -194,9 +245,32 @@ class IndexBuilder:
         self.num_read = self.num_nameless = 0
 
     def build(self, path: Path) -> Index:
-        """Write the index to `path`, reading only files that are new or have changed."""
-        pictures, texts, self.num_nameless = _list(self.backend)
-        listing = _with_caption_versions(pictures, texts, self.rules)
+        """Write the index to `path`, reading only files that are new or have changed.
+
+        Raises:
+            UserError: The samples cannot be read.
+        """
+        try:
+            if isinstance(self.backend, SampleBackend):
+                return self._build_samples(self.backend, path)
+            return self._build_files(path)
+        except BadValue as error:
+            raise UserError(f"data.{self.dataset}.{error}", error.remedy) from error
+
+    def _build_samples(self, backend: SampleBackend, path: Path) -> Index:
+        rules = json.dumps([self.rules.identity(), backend.identity()])
+        old = open_index(path)
+        if old is not None and old.matches(rules) and not old.has_unread():
+            return old
+        listing = _list_samples(backend)
+        if old is not None:
+            listing = _with_known_sizes(listing, old.table)
+        self.num_read = len(listing)
+        return write_index(pa.Table.from_batches(self._read(listing), SCHEMA).combine_chunks(), path, rules)
+
+    def _build_files(self, path: Path) -> Index:
+        pictures, texts, self.num_nameless = _list_files(self.backend)
+        listing = _with_captions(pictures, texts, self.rules)
         reused, fresh = self._split(path, listing)
         if reused is not None and not len(fresh) and len(reused) == len(Index(path)):
             return Index(path)
@@ -237,17 +311,26 @@ class IndexBuilder:
                 read = [result for result in pool.map(self._read_one, rows) if advance(1) is None]
                 yield self._to_batch(rows, read)
 
-    def _read_one(self, row: dict[str, object]) -> Read:
-        key, has_caption_file = str(row["key"]), bool(row["caption_version"])
+    def _read_one(self, row: dict[str, Any]) -> Read:
+        if row["problem"]:
+            return Read(problem=row["problem"])
         try:
-            with self.backend.open(key) as stream:
-                width, height = probe(stream)
-            captions = self.rules.captions(key, self._caption_text(key) if has_caption_file else None)
+            width, height = row["width"], row["height"]
+            if not width or not height:
+                with self.backend.open(row["place"] or row["key"]) as stream:
+                    width, height = probe(stream)
+            captions = self._captions(row)
         except (BrokenImage, ValueError) as error:
             return Read(problem=str(error))
         except (FileNotFoundError, PermissionError) as error:
             return Read(problem=error.strerror or str(error))
         return Read(width, height, captions) if captions else Read(problem=NO_CAPTION)
+
+    def _captions(self, row: dict[str, Any]) -> list[str]:
+        key = row["key"]
+        if row["texts"] is not None:
+            return self.rules.of_sample(key, row["texts"])
+        return self.rules.captions(key, self._caption_text(key) if row["caption_version"] else None)
 
     def _caption_text(self, key: str) -> str:
         with self.backend.open(caption_key(key)) as stream:
@@ -260,7 +343,7 @@ class IndexBuilder:
             digest(f"{name}\x1f{row['size']}\x1f{row['version']}") for name, row in zip(names, rows, strict=True)
         ]
         columns = {
-            **{name: [row[name] for row in rows] for name in ("key", "size", "version", "caption_version")},
+            **{name: [row[name] for row in rows] for name in ("key", "size", "version", "caption_version", "place")},
             "width": [each.width for each in read],
             "height": [each.height for each in read],
             "draw": draws,
@@ -270,6 +353,17 @@ class IndexBuilder:
             "problem": [each.problem for each in read],
         }
         return pa.RecordBatch.from_pydict(columns, schema=SCHEMA)
+
+
+def _with_known_sizes(listing: pa.Table, old: pa.Table) -> pa.Table:
+    """The listing with widths and heights of pictures that have not changed since the old index was made."""
+    places = pc.index_in(listing["key"].combine_chunks(), value_set=old["key"].combine_chunks())
+    same = pc.equal(old["version"].take(places), listing["version"])
+    for name in ("width", "height"):
+        known = pc.fill_null(pc.if_else(same, old[name].take(places), 0), 0)
+        given = pc.if_else(pc.equal(listing[name], 0), known, listing[name])
+        listing = listing.set_column(listing.schema.get_field_index(name), LISTING.field(name), given.cast(pa.int32()))
+    return listing
 
 
 def open_index(path: Path) -> Index | None:

@@ -21,7 +21,8 @@ import pyarrow as pa
 from pyarrow import csv as arrow_csv
 from pyarrow import json as arrow_json
 
-from ..backend import DataBackend, Entry
+from ..backend import DataBackend, Entry, SampleBackend
+from ..errors import BadValue
 from ..names import nearest
 from ..prompts import json_texts, shortened
 from .captions import read_text
@@ -35,21 +36,6 @@ COLUMNS = ("caption", "text")
 JSONL_BLOCK_BYTES = 16 * 2**20
 """Longest line of a .jsonl file."""
 FILES_AT_ONCE = 256
-
-
-class BadPrompts(Exception):
-    """Prompts that cannot be read as they are.
-
-    Args:
-        key: The dataset's key at fault.
-        value: Its value.
-        problem: What is wrong, with the line where there is one.
-        remedy: How to mend it.
-    """
-
-    def __init__(self, key: str, value: object, problem: str, remedy: str) -> None:
-        super().__init__(f"{key} = {value!r}: {problem}")
-        self.key, self.value, self.problem, self.remedy = key, value, problem, remedy
 
 
 @dataclass(frozen=True)
@@ -75,12 +61,14 @@ class PromptSource(Protocol):
         ...
 
     def chunks(self) -> Iterator[Chunk]:
-        """All prompts in order. Raises BadPrompts."""
+        """All prompts in order. Raises BadValue."""
         ...
 
 
 def open_source(backend: DataBackend, settings: DatasetSettings, *, workers: int = 1) -> PromptSource:
-    """The prompts of a dataset: of its one file, or of the .txt files of its folder."""
+    """The prompts of a dataset: of its samples, of its one file, or of the .txt files of its folder."""
+    if isinstance(backend, SampleBackend):
+        return SampleCaptions(backend)
     if backend.prompts_key is not None:
         return FileSource(backend, backend.prompts_key, settings.caption_column)
     return FolderSource(backend, whole_files=settings.disable_multiline_split, workers=workers)
@@ -91,6 +79,36 @@ def _version(entries: Sequence[Entry], *more: object) -> str:
     for entry in entries:
         hasher.update(json.dumps([entry.key, entry.size, entry.version]).encode())
     return hasher.hexdigest()
+
+
+# -- samples ----------------------------------------------------------------------------------------------------------
+
+
+class SampleCaptions:
+    """The captions of a backend that knows its samples: a prompt for each text."""
+
+    def __init__(self, backend: SampleBackend) -> None:
+        self.backend = backend
+
+    def identity(self) -> str:
+        """What the backend says of its samples."""
+        return self.backend.identity()
+
+    def chunks(self) -> Iterator[Chunk]:
+        """Keys are the samples' names, with a number where a sample has several texts."""
+        for samples in self.backend.samples(pictures=False):
+            rows = [
+                row
+                for each in zip(samples.keys, samples.captions, samples.problems, strict=True)
+                for row in _texts(*each)
+            ]
+            yield Chunk([key for key, _, _ in rows], [text for _, text, _ in rows], [why for _, _, why in rows])
+
+
+def _texts(key: str, texts: Sequence[str], problem: str) -> list[tuple[str, str | None, str]]:
+    if len(texts) < 2 or problem:
+        return [(key, texts[0] if texts else None, problem)]
+    return [(f"{key}#{number}", text, "") for number, text in enumerate(texts)]
 
 
 # -- a folder ---------------------------------------------------------------------------------------------------------
@@ -123,7 +141,7 @@ class FolderSource:
         files = self._files()
         if not files:
             remedy = "give the folder with the .txt files, or one file as prompts_file"
-            raise BadPrompts("instance_data_dir", self.backend.location, "holds no .txt file", remedy)
+            raise BadValue("instance_data_dir", self.backend.location, "holds no .txt file", remedy)
         with ThreadPoolExecutor(self.workers) as pool:
             for part in in_chunks(iter(files), FILES_AT_ONCE):
                 rows = [row for rows in pool.map(self._read, part) for row in rows]
@@ -176,7 +194,7 @@ class FileSource:
             raise self._bad(f"has the suffix {self.suffix!r}; {', '.join(READERS)} are read", remedy)
         if self.column is not None and self.suffix not in TABLES:
             problem = f"{self.key} is no table: columns are in {', '.join(TABLES)}"
-            raise BadPrompts("caption_column", self.column, problem, "leave caption_column out")
+            raise BadValue("caption_column", self.column, problem, "leave caption_column out")
         found = False
         try:
             for numbers, texts in READERS[self.suffix](self):
@@ -193,16 +211,16 @@ class FileSource:
         """The file from its beginning."""
         return self.backend.open(self.key)
 
-    def _bad(self, problem: str, remedy: str) -> BadPrompts:
-        return BadPrompts("prompts_file", self.backend.location, problem, remedy)
+    def _bad(self, problem: str, remedy: str) -> BadValue:
+        return BadValue("prompts_file", self.backend.location, problem, remedy)
 
-    def _unreadable(self, error: OSError) -> BadPrompts:
+    def _unreadable(self, error: OSError) -> BadValue:
         if isinstance(error, FileNotFoundError):
             return self._bad("does not exist", "give a file that is there (a relative path is relative to its file)")
         return self._bad(f"cannot be read: {error.strerror or error}", "give a readable file, not a folder")
 
     def choose(self, columns: Sequence[str], where: str) -> str:
-        """The column to read. Raises BadPrompts, with the columns that there are."""
+        """The column to read. Raises BadValue, with the columns that there are."""
         wanted = [self.column] if self.column is not None else list(COLUMNS)
         chosen = next((name for name in wanted if name in columns), None)
         if chosen is not None:
@@ -211,7 +229,7 @@ class FileSource:
         remedy = f"did you mean {close!r}? " if close else ""
         missing = " or ".join(repr(name) for name in wanted)
         problem = f"{where} has no column {missing}; it has {', '.join(map(repr, columns)) or 'none'}"
-        raise BadPrompts("caption_column", self.column, problem, f"{remedy}name one of them as caption_column")
+        raise BadValue("caption_column", self.column, problem, f"{remedy}name one of them as caption_column")
 
 
 def _reason(error: Exception) -> str:
@@ -314,7 +332,7 @@ def _read_parquet(source: FileSource) -> Iterator[Numbered]:
         inner = kind.value_type if pa.types.is_dictionary(kind) else kind
         if not (pa.types.is_string(inner) or pa.types.is_large_string(inner) or pa.types.is_null(inner)):
             problem = f"the column {column!r} of {source.key} holds {kind}, not texts"
-            raise BadPrompts("caption_column", source.column, problem, "name a column of texts as caption_column")
+            raise BadValue("caption_column", source.column, problem, "name a column of texts as caption_column")
         yield from _numbered(file.iter_batches(batch_size=CHUNK, columns=[column]), column)
 
 

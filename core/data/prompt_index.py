@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from ..errors import UserError
+from ..errors import BadValue, UserError
 from .captions import CaptionRules
 from .index import NO_CAPTION, SCHEMA, Index, digest, open_index, write_index
-from .prompt_files import BadPrompts, Chunk, PromptSource
+from .prompt_files import Chunk, PromptSource
 
 
 class PromptIndexBuilder:
@@ -40,7 +40,7 @@ class PromptIndexBuilder:
                 return old
             batches = (self._to_batch(chunk) for chunk in self.source.chunks())
             table = pa.Table.from_batches(batches, SCHEMA).combine_chunks()
-        except BadPrompts as error:
+        except BadValue as error:
             raise UserError(f"data.{self.dataset}.{error}", error.remedy) from error
         return write_index(table, path, rules)
 
@@ -53,6 +53,7 @@ class PromptIndexBuilder:
             "size": [0] * size,
             "version": [""] * size,
             "caption_version": [""] * size,
+            "place": [""] * size,
             "width": [self.edge] * size,
             "height": [self.edge] * size,
             "draw": [int.from_bytes(name[:8], "little") for name in names],
