@@ -15,29 +15,44 @@ if TYPE_CHECKING:
     from .run import Run
 
 
-def export_info(run: Run) -> ExportInfo:
+def export_info(run: Run, *, role: str | None = None) -> ExportInfo:
     """What goes along with the student: its sampler, the shape of its adapter, where it comes from."""
     settings = run.settings
     return ExportInfo(
         sampler=run.sampler(),
         model_type=settings.model_type,
         lora=lora_settings(run.config),
-        adapter=run.method.result_role(),
+        adapter=role or run.method.result_role(),
         metadata={"distillation_method": settings.distillation_method, "steps": str(run.trainer.step)},
     )
 
 
-def export_student(run: Run, student: Path) -> None:
-    """Write ``student/`` aside and move it into place, so that what is there is whole."""
-    aside = student.with_name(".student.partial")
+def export_student(run: Run, student: Path, *, role: str | None = None) -> None:
+    """Write a student aside and move it into place, so that what is there is whole.
+
+    Args:
+        run: The run.
+        student: Where it goes.
+        role: Whose weights; the method's result unless given.
+    """
+    aside = student.with_name(f".{student.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    with run.networks.use(run.method.result_role()) as network:
-        run.family.export(network, aside, export_info(run))
+    with run.networks.use(role or run.method.result_role()) as network:
+        run.family.export(network, aside, export_info(run, role=role))
     if student.exists():
         shutil.rmtree(student)
     aside.rename(student)
     run.say(f"student written to {student}")
+
+
+def export_online(run: Run, folder: Path) -> None:
+    """Write the weights that the optimizer stepped, where the student is an average of them."""
+    result = run.networks.roles[run.method.result_role()]
+    if result.ema_of is None and run.networks.average is None:
+        run.say("export_online_weights has no effect: the student is no average")
+        return
+    export_student(run, folder, role=result.ema_of or result.name)
 
 
 def evaluate_student(run: Run) -> Evaluation:

@@ -193,7 +193,7 @@ class Run(RunParts):
         return folder
 
     def _finish(self) -> RunResult:
-        from .finish import evaluate_student, export_student, last_grid, publish_student
+        from .finish import evaluate_student, export_online, export_student, last_grid, publish_student
 
         student, evaluation = self.settings.output_dir / "student", None
         if self.processes.main:
@@ -201,6 +201,8 @@ class Run(RunParts):
                 export_student(self, student)
                 if self.settings.evaluation_num_samples:
                     evaluation = evaluate_student(self)
+            if self.settings.export_online_weights:
+                export_online(self, self.settings.output_dir / "student-online")
             publish_student(self, student, evaluation)
             self.trackers.finish(evaluation.scalars() if evaluation else None)
         self.registry.hook.on_run_end(state=self.trainer.state)

@@ -144,6 +144,8 @@ class TrainingKeys(Settings):
     """Keep an average of the trained weights; it is what is validated and exported."""
     ema_decay: float = Field(default=0.995, ge=0, lt=1)
     """Decay of that average per optimizer step."""
+    export_online_weights: bool = False
+    """Where an average is exported, also write the weights that the optimizer stepped, as `student-online/`."""
     seed: int = Field(default=42, ge=0, lt=2**63)
     """Fixes data order, noise, timesteps, guidance and dropout, each by a generator of its own."""
     device: str = "auto"
