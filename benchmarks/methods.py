@@ -164,13 +164,13 @@ def students(name: str, folder: Path, family: Any) -> list[Any]:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown: a line for each row and number of steps, students' figures as mean (lowest to highest)."""
+    """Markdown: a line for each number of steps and row, students' figures as mean (lowest to highest)."""
     lines = ["| | steps | " + " | ".join(SCORES.values()) + " |", "| --- " * (2 + len(SCORES)) + "|"]
     groups: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
     for row in rows:
         name = row["name"] if row["row"] == "teacher" else row["row"].rpartition("-")[0]
         groups.setdefault((name, row["steps"]), []).append(row)
-    for (name, steps), found in groups.items():
+    for (name, steps), found in sorted(groups.items(), key=lambda group: group[0][1]):
         cells = [cell([row[key] for row in found if key in row]) for key in SCORES]
         lines.append(f"| {name} | {steps} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -191,6 +191,16 @@ def side_by_side(names: Sequence[str], pictures: Path, *, seed: str, steps: int)
     heads = [f"{who.rpartition('-')[0] or who}\n{count} steps" for who, count in columns]
     footer = "The first prompts of the table's samples, not chosen; all from the same noise."
     return labelled_grid(rows, heads, title="Every method at equal cost", footer=footer, largest_cell=128)
+
+
+def heading(made: Mapping[str, Any]) -> str:
+    """What the table was made with, in a sentence."""
+    trained = ", ".join(f"{name} {count}" for name, count in made["steps"].items())
+    return (
+        f"Commit {made['commit']}: {made['budget']:,.0f} network evaluations a run (optimizer steps: {trained}); "
+        f"seeds {', '.join(made['seeds'])}; {made['num_samples']} samples, {made['per_prompt']} of each prompt; "
+        "the mean of the seeds (lowest to highest)."
+    )
 
 
 def commit() -> str:
@@ -218,11 +228,11 @@ def main() -> None:
         return
     pictures = arguments.output / "pictures"
     rows = score(folders, num_samples=arguments.num_samples, per_prompt=arguments.per_prompt, pictures=pictures)
-    text = table(rows)
     found = {
-        "commit": commit(), "budget": arguments.budget, "steps": steps, "num_samples": arguments.num_samples,
-        "rows": rows,
+        "commit": commit(), "budget": arguments.budget, "steps": steps, "seeds": seeds,
+        "num_samples": arguments.num_samples, "per_prompt": arguments.per_prompt, "rows": rows,
     }  # fmt: skip
+    text = f"{heading(found)}\n\n{table(rows)}"
     (arguments.output / "methods.json").write_text(json.dumps(found, indent=1) + "\n")
     (arguments.output / "methods.md").write_text(text + "\n")
     side_by_side(names, pictures, seed=seeds[0], steps=4).save(arguments.output / "methods.png")
