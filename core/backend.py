@@ -9,7 +9,7 @@ give the same batches from every source.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO, ClassVar
 
@@ -43,6 +43,8 @@ class DataBackend(ABC):
 
     name: ClassVar[str]
     aliases: ClassVar[tuple[str, ...]] = ()
+    packages: ClassVar[Mapping[str, str]] = {}
+    """Import name -> what to pip install, for packages that only this backend needs."""
 
     class Config(BaseModel):
         """The keys that this backend adds to a dataset entry."""
@@ -122,8 +124,37 @@ class SampleChunk:
         return len(self.keys)
 
 
+@dataclass(frozen=True)
+class Passage:
+    """Some pictures of a source that is read in its order, in columns of one length.
+
+    Attributes:
+        places: Where they lie, growing.
+        pictures: Opens each one's bytes. Raises FileNotFoundError or PermissionError.
+        end: Everything that lies before this place has passed by.
+        resume: What :meth:`SampleBackend.passing` goes on behind this passage by.
+    """
+
+    places: Sequence[int]
+    pictures: Sequence[Callable[[], BinaryIO]]
+    end: int
+    resume: str
+
+
 class SampleBackend(DataBackend):
     """Samples that are not files of their own: rows of a table, members of an archive. Read only."""
+
+    @property
+    def in_order(self) -> bool:
+        """Whether pictures are read in the order that they lie in, by :meth:`passing`, and not by :meth:`open`.
+
+        The places of such samples are whole numbers, written in decimals, that grow in that order.
+        """
+        return False
+
+    def passing(self, resume: str = "") -> Generator[Passage, None, None]:
+        """All pictures in their order, or those behind the passage that carried `resume`; only for `in_order`."""
+        raise NotImplementedError(f"{self.name} is in_order and has no `passing`")
 
     @abstractmethod
     def identity(self) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 from .cache import TensorCache, cache_folders
 from .dataset import Dataset
 from .encode import LatentEncoder, Share, encode_captions, missing_captions
+from .encode_passing import PassingEncoder
 from .images import PIXELS_VERSION
 from .progress import Progress
 from .report import DataReport
@@ -145,12 +146,12 @@ class CacheBuilder:
     def _latents(self, dataset: Dataset, report: DataReport) -> TensorCache:
         folder = self.places.latents(dataset.settings)
         cache = self._open(folder, latent_descriptor(self.family, dataset.id), f"latents of {dataset.id!r}", report)
-        encoder = LatentEncoder(dataset, cache, self.family, workers=self.workers)
+        encoder = self._encoder(dataset, cache)
         jobs = encoder.plan()
         missing = sum(len(job.rows) for job in jobs)
         if missing:
             self._explain_latents(dataset, cache, missing)
-            encoder.run(self.share.of(jobs), progress=self.progress)
+            encoder.run(encoder.mine(jobs, self.share), progress=self.progress)
             self.family.release_encoders()
             report.pictures_encoded += missing
             cache = self._reload(cache)
@@ -161,9 +162,13 @@ class CacheBuilder:
             self._remember(dataset)
         return cache
 
+    def _encoder(self, dataset: Dataset, cache: TensorCache) -> LatentEncoder:
+        kind = PassingEncoder if dataset.in_order else LatentEncoder
+        return kind(dataset, cache, self.family, workers=self.workers)
+
     def _after(self, encoder: LatentEncoder, cache: TensorCache) -> LatentEncoder:
         """What is broken as all processes see it: known failures, and whatever is still missing."""
-        final = LatentEncoder(encoder.dataset, cache, self.family, workers=self.workers)
+        final = self._encoder(encoder.dataset, cache)
         left = final.plan()
         for job in left:
             for row in job.rows:

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..backend import DataBackend
+from ..backend import DataBackend, SampleBackend
 from ..errors import UserError
 from .geometry import REASONS, Geometry, Plan, flipped_left
 from .hashing import Int64s, UInt64s, combine, permute
 from .images import BrokenImage, decode, scale_and_crop
 from .index import NO_CAPTION, Index, describe_listing
 from .order import Span, Stream
+from .passing import Opener, places_of, read_in_order
 
 if TYPE_CHECKING:
     from ..config.dataset_settings import DatasetSettings
@@ -144,20 +146,46 @@ class Dataset:
             keys.append(combine(self.index.identity[part], columns))
         return np.concatenate(keys)
 
-    def picture(self, row: int) -> Image.Image:
-        """The decoded picture. Raises BrokenImage; FileNotFoundError or PermissionError when it cannot be opened."""
-        with self.backend.open(self.index.place(row)) as stream:
+    @property
+    def in_order(self) -> bool:
+        """Whether its pictures can only be read in the order that they lie in."""
+        return isinstance(self.backend, SampleBackend) and self.backend.in_order
+
+    def opened(self, rows: Int64s) -> Iterator[tuple[int, Opener]]:
+        """Index rows, each with what opens its picture: in any order at any time, except where a source is read in its
+        order; then they come in that one, and those that do not pass by are left out.
+        """
+        if not (isinstance(self.backend, SampleBackend) and self.in_order):
+            yield from ((row, partial(self._open, row)) for row in rows.tolist())
+            return
+        places = places_of(self.index, rows)
+        order = np.argsort(places)
+        found = dict(zip(places.tolist(), rows.tolist(), strict=True))
+        for place, opener in read_in_order(self.backend, self.index.path, places[order]):
+            yield found[place], opener
+
+    def _open(self, row: int) -> BinaryIO:
+        return self.backend.open(self.index.place(row))
+
+    def picture(self, row: int, opener: Opener | None = None) -> Image.Image:
+        """The decoded picture. Raises BrokenImage; FileNotFoundError or PermissionError when it cannot be opened.
+
+        Args:
+            row: Index row.
+            opener: What opens it, as :meth:`opened` gives it; needed where a source is read in its order.
+        """
+        with self._open(row) if opener is None else opener() as stream:
             image = decode(stream.read())
         expected = int(self.index.width[row]), int(self.index.height[row])
         if image.size != expected:
             raise BrokenImage(f"it is {image.width}x{image.height}, but its header said {expected[0]}x{expected[1]}")
         return image
 
-    def pixels(self, row: int, *, flip: bool) -> NDArray[np.uint8]:
-        """The training picture, shape (H, W, 3). Raises as :meth:`picture`."""
+    def pixels(self, row: int, *, flip: bool, opener: Opener | None = None) -> NDArray[np.uint8]:
+        """The training picture, shape (H, W, 3). Arguments and errors as :meth:`picture`."""
         plan = self.plan(np.array([row]))
         return scale_and_crop(
-            self.picture(row),
+            self.picture(row, opener),
             size=(int(plan.resized_w[0]), int(plan.resized_h[0])),
             left=int(plan.left[0]),
             top=int(plan.top[0]),

@@ -10,8 +10,8 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -122,13 +122,40 @@ def pictures_per_call(dataset: Dataset, bucket: int) -> int:
 
 
 @dataclass(frozen=True)
-class _Job:
+class Job:
     """One shard's worth of pictures of one bucket and one mirroring."""
 
     bucket: int
     flip: int
     rows: Int64s
     keys: UInt64s
+
+
+Picture: TypeAlias = NDArray[np.uint8] | BrokenImage | OSError
+"""The pixels of a training picture, shape (H, W, 3), or why there are none."""
+
+
+@dataclass
+class Filling:
+    """A shard that fills up, picture by picture in the order of its job.
+
+    Attributes:
+        job: What goes into it.
+        batches: Places in the job of each call of the autoencoder.
+        waiting: Pictures of the next call, by place in the job.
+        seen: Places in the job whose pictures have come.
+        latents: What the calls so far have given, each of shape (b, C, h, w).
+        good: Places in the job of those latents.
+        failures: Pictures that will never be read.
+    """
+
+    job: Job
+    batches: deque[Int64s]
+    waiting: dict[int, Picture] = field(default_factory=dict)
+    seen: set[int] = field(default_factory=set)
+    latents: list[torch.Tensor] = field(default_factory=list)
+    good: list[int] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
 
 
 class LatentEncoder:
@@ -140,7 +167,7 @@ class LatentEncoder:
         self.broken: dict[int, str] = {}
         """Rows whose pictures cannot be read, with the reason."""
 
-    def plan(self) -> list[_Job]:
+    def plan(self) -> list[Job]:
         """The shards to make; fills :attr:`broken` with what is known from earlier builds."""
         dataset, jobs = self.dataset, []
         for flip in flips(dataset):
@@ -152,12 +179,20 @@ class LatentEncoder:
                 for place in np.flatnonzero(failed):
                     failure = self.cache.failure(keys[place])
                     self.broken[int(rows[place])] = failure.reason if failure else ""
-                places = np.flatnonzero(missing & ~failed)
+                places = self._in_order(rows, np.flatnonzero(missing & ~failed))
                 for chunk in chunked(places, dataset.settings.write_batch_size):
-                    jobs.append(_Job(bucket, flip, rows[chunk], keys[chunk]))
+                    jobs.append(Job(bucket, flip, rows[chunk], keys[chunk]))
         return jobs
 
-    def run(self, jobs: Sequence[_Job], *, progress: Progress) -> None:
+    def _in_order(self, rows: Int64s, places: Int64s) -> Int64s:
+        """`places` among index `rows` in the order that they are encoded in."""
+        return places
+
+    def mine(self, jobs: Sequence[Job], share: Share) -> list[Job]:
+        """This process's part of the shards."""
+        return share.of(jobs)
+
+    def run(self, jobs: Sequence[Job], *, progress: Progress) -> None:
         """Encode and write; broken pictures are noted in :attr:`broken` and the work goes on."""
         total = sum(len(job.rows) for job in jobs)
         with (
@@ -168,30 +203,40 @@ class LatentEncoder:
             work = ((job, int(row)) for job in jobs for row in job.rows)
             pictures = ahead(pool, self._read, work, depth=max(2 * self.workers, LARGEST_BATCH))
             for job in jobs:
-                self._encode(job, pictures, advance)
+                shard = self._filling(job)
+                for place in range(len(job.rows)):
+                    self._put(shard, place, next(pictures), advance)
 
-    def _read(self, work: tuple[_Job, int]) -> NDArray[np.uint8] | BrokenImage | OSError:
+    def _read(self, work: tuple[Job, int]) -> Picture:
         job, row = work
         try:
             return self.dataset.pixels(row, flip=bool(job.flip))
         except (BrokenImage, FileNotFoundError, PermissionError) as error:
             return error
 
-    def _encode(self, job: _Job, pictures: Iterator[object], advance: Callable[[int], None]) -> None:
-        latents, good, failures = [], [], []
-        for batch in chunked(np.arange(len(job.rows)), pictures_per_call(self.dataset, job.bucket)):
-            read = {int(place): next(pictures) for place in batch}
-            usable = {place: picture for place, picture in read.items() if isinstance(picture, np.ndarray)}
-            for place in read.keys() - usable.keys():
-                failures += self._note(job, place, read[place])
-            if usable:
-                good += usable
-                latents.append(self._latents(job, usable))
-            advance(len(batch))
-        tensors = {LATENTS: torch.cat(latents)} if latents else {}
-        self.cache.write(job.keys[good], tensors, failures)
+    def _filling(self, job: Job) -> Filling:
+        return Filling(job, deque(chunked(np.arange(len(job.rows)), pictures_per_call(self.dataset, job.bucket))))
 
-    def _note(self, job: _Job, place: int, error: object) -> list[Failure]:
+    def _put(self, shard: Filling, place: int, picture: Picture, advance: Callable[[int], None]) -> None:
+        """Take in the next picture of a shard; encode when a batch is complete, write when the shard is."""
+        shard.waiting[place] = picture
+        shard.seen.add(place)
+        if len(shard.waiting) < len(shard.batches[0]):
+            return
+        usable = {place: picture for place, picture in shard.waiting.items() if isinstance(picture, np.ndarray)}
+        for place in shard.waiting.keys() - usable.keys():
+            shard.failures += self._note(shard.job, place, shard.waiting[place])
+        if usable:
+            shard.good += usable
+            shard.latents.append(self._latents(shard.job, usable))
+        advance(len(shard.waiting))
+        shard.waiting = {}
+        shard.batches.popleft()
+        if not shard.batches:
+            tensors = {LATENTS: torch.cat(shard.latents)} if shard.latents else {}
+            self.cache.write(shard.job.keys[shard.good], tensors, shard.failures)
+
+    def _note(self, job: Job, place: int, error: object) -> list[Failure]:
         """Remember a broken picture; for ever only when the file itself is at fault, and not its being out of reach."""
         row = int(job.rows[place])
         self.broken[row] = str(error)
@@ -199,7 +244,7 @@ class LatentEncoder:
             return []
         return [Failure(job.keys[place].tobytes().hex(), self.dataset.index.key(row), str(error))]
 
-    def _latents(self, job: _Job, pictures: dict[int, NDArray[np.uint8]]) -> torch.Tensor:
+    def _latents(self, job: Job, pictures: dict[int, NDArray[np.uint8]]) -> torch.Tensor:
         """A sample of the posterior of each picture, drawn by a generator that depends on its key alone."""
         stacked = torch.from_numpy(np.stack(list(pictures.values()))).permute(0, 3, 1, 2)
         draws = [int(self.dataset.index.draw[job.rows[place]]) for place in pictures]

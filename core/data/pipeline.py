@@ -19,13 +19,14 @@ from ..random import derive_seed
 from .build import CacheBuilder, Caches
 from .captions import CaptionRules
 from .dataset import Dataset
-from .encode import Share, flips
+from .encode import Share, ahead, flips
 from .geometry import Geometry
 from .hashing import permute
 from .images import BrokenImage, fit
 from .index import Index, IndexBuilder
 from .loader import CachedDataset, CachedLatents, Loader, Prefetch, Shape
 from .order import Curriculum
+from .passing import Opener, marks_path
 from .progress import Progress, default_progress
 from .prompt_files import open_source
 from .prompt_index import PromptIndexBuilder
@@ -240,18 +241,28 @@ class DataPipeline:
         Always the same ones for the same data; scaled to cover and cropped in the middle. None for prompts alone.
         """
 
-        def read(chosen: tuple[Dataset, int]) -> np.ndarray | None:
+        def read(opened: tuple[Dataset, int, Opener]) -> tuple[tuple[str, int], np.ndarray | None]:
+            dataset, row, opener = opened
             try:
-                return fit(chosen[0].picture(chosen[1]), width, height)
+                return (dataset.id, row), fit(dataset.picture(row, opener), width, height)
             except (BrokenImage, FileNotFoundError, PermissionError):
-                return None  # named by prepare(), or by the next run's
+                return (dataset.id, row), None  # named by prepare(), or by the next run's
 
         chosen = self._choose(count, [dataset for dataset in self._indexed() if dataset.settings.has_pictures])
-        with ThreadPoolExecutor(max(1, self._config.run.num_workers)) as pool:
-            pictures = [picture for picture in pool.map(read, chosen) if picture is not None]
+        workers = max(1, self._config.run.num_workers)
+        with ThreadPoolExecutor(workers) as pool:
+            found = dict(ahead(pool, read, self._opened(chosen), depth=2 * workers))
+        pictures = [each for dataset, row in chosen if (each := found.get((dataset.id, row))) is not None]
         if not pictures:
             return torch.zeros(0, 3, height, width)
         return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
+
+    @staticmethod
+    def _opened(chosen: Sequence[tuple[Dataset, int]]) -> Iterator[tuple[Dataset, int, Opener]]:
+        """What opens each sample's picture, those of a dataset together."""
+        for dataset in {dataset.id: dataset for dataset, _ in chosen}.values():
+            rows = np.array([row for each, row in chosen if each is dataset])
+            yield from ((dataset, row, opener) for row, opener in dataset.opened(rows))
 
     def captions(self, count: int) -> list[str]:
         """Up to `count` different captions, of different samples, always the same ones for the same data."""
@@ -305,7 +316,8 @@ class CachePlaces:
 
     def side_files(self, settings: DatasetSettings) -> list[Path]:
         """What lies beside a dataset's caches."""
-        return [self.index(settings), self.quarantine(settings), self.remembered(settings)]
+        index = self.index(settings)
+        return [index, marks_path(index), self.quarantine(settings), self.remembered(settings)]
 
     def texts(self, settings: DatasetSettings) -> Path:
         """Folder of the text caches that a dataset uses."""

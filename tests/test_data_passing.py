@@ -1,0 +1,168 @@
+"""Sources that can only be read in their order: the same batches, one pass for the latents, no more after a kill."""
+
+import io
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from distill.core.backend import Passage
+from distill.core.data import passing
+from distill.core.data.build import latent_descriptor
+from distill.core.data.cache import TensorCache
+from distill.core.data.encode import Share
+from distill.core.data.encode_passing import PassingEncoder
+from distill.core.data.images import probe
+from distill.core.data.progress import lines
+from support.data_helpers import FakeFamily, entry, fill, pipeline, take
+from test_data_pipeline import MIXED, by_position
+from test_data_samples import Memory
+
+GROUP = 2
+
+
+class Tape(Memory):
+    """Memory that can only be wound forward; `given` are the places that passed by, over all readers."""
+
+    name = "tape"
+    given: list[int] = []
+    missing: set[int] = set()
+
+    @property
+    def in_order(self):
+        return True
+
+    def samples(self, *, pictures=True):
+        names = list(self.data)
+        for chunk in super().samples(pictures=pictures):
+            columns = {"places": [str(names.index(place.removeprefix("place/"))) for place in chunk.places]}
+            sizes = [probe(io.BytesIO(self.data[key][0])) for key in chunk.keys]
+            columns |= {"widths": [width for width, _ in sizes], "heights": [height for _, height in sizes]}
+            yield replace(chunk, **columns)
+
+    def passing(self, resume=""):
+        names = list(self.data)
+        for start in range(int(resume or 0), len(names), GROUP):
+            places = [place for place in range(start, min(start + GROUP, len(names))) if place not in self.missing]
+            self.given.extend(places)
+            openers = [lambda data=self.data[names[place]][0]: io.BytesIO(data) for place in places]
+            yield Passage(places, openers, start + GROUP, str(start + GROUP))
+
+    def open(self, key):
+        raise AssertionError("a tape is not opened in the middle")
+
+
+@pytest.fixture
+def tape(tmp_path, monkeypatch):
+    """A folder of pictures and a tape of the same in another order, with marks at every place."""
+    folder = fill(tmp_path / "set", MIXED)
+    (folder / "003.txt").write_text("one\ntwo")
+    paths = sorted(folder.glob("*.png"))
+    order = np.random.default_rng(0).permutation(len(paths))
+    data = {
+        paths[i].name: (paths[i].read_bytes(), paths[i].with_suffix(".txt").read_text().splitlines()) for i in order
+    }
+    for name, value in {"data": data, "given": [], "extra": [], "missing": set()}.items():
+        monkeypatch.setattr(Tape, name, value)
+    monkeypatch.setattr(passing, "MARK_EVERY", 1)
+    monkeypatch.setattr(passing, "LEAP", 2)
+    return SimpleNamespace(folder=folder, monkeypatch=monkeypatch)
+
+
+def use_tape(tape) -> None:
+    tape.monkeypatch.setattr("support.data_helpers.REGISTRY", SimpleNamespace(get=lambda kind, name: Tape))
+
+
+def settings(tape, where, **more):
+    return entry(tape.folder, cache_dir_vae=where, write_batch_size=3, **more)
+
+
+def test_a_tape_gives_the_batches_of_files(tape, tmp_path):
+    files, _ = pipeline(settings(tape, tmp_path / "f", random_flip=True), root=tmp_path / "1")
+    expected, images = by_position([take(files, 15)]), files.real_images(7, 16, 16)
+    use_tape(tape)
+    family = FakeFamily()
+    data, _ = pipeline(settings(tape, tmp_path / "t", random_flip=True), root=tmp_path / "2", family=family)
+    assert by_position([take(data, 15)]) == expected
+    assert data.fingerprint() == files.fingerprint()
+    assert Tape.given == sorted(Tape.given) == list(range(len(MIXED))), "one pass for the latents"
+    assert family.num_pictures == 2 * len(MIXED)
+    assert torch.equal(data.real_images(7, 16, 16), images)
+
+
+def test_few_real_images_are_leapt_to(tape, tmp_path):
+    use_tape(tape)
+    data, _ = pipeline(settings(tape, tmp_path / "t"), root=tmp_path)
+    data.prepare()
+    Tape.given.clear()
+    data.real_images(2, 16, 16)
+    assert len(Tape.given) <= 2 * GROUP
+
+
+@pytest.mark.parametrize("calls", [1, 2, 3])
+def test_a_broken_off_build_goes_on_where_it_was(tape, tmp_path, calls):
+    use_tape(tape)
+    whole, _ = pipeline(settings(tape, tmp_path / "w"), root=tmp_path / "1")
+    expected = by_position([take(whole, 15)])
+    Tape.given.clear()
+    broken, _ = pipeline(settings(tape, tmp_path / "b"), root=tmp_path / "2", family=FakeFamily(fail_after=calls))
+    with pytest.raises(KeyboardInterrupt):
+        broken.prepare()
+    Tape.given.clear()
+    family = FakeFamily()
+    again, _ = pipeline(settings(tape, tmp_path / "b"), root=tmp_path / "2", family=family)
+    assert by_position([take(again, 15)]) == expected
+    first = min(Tape.given)
+    assert family.num_pictures < len(MIXED) or calls < 3
+    assert first > 0 or calls < 3, "what is encoded already is not read again"
+
+
+def test_two_processes_encode_each_picture_once(tape, tmp_path):
+    use_tape(tape)
+    data, _ = pipeline(settings(tape, tmp_path / "t", random_flip=True), root=tmp_path, pictures=True)
+    (dataset,) = data._indexed()
+    quiet = lambda title, total: lines(title, total, lambda line: None)  # noqa: E731
+    families = [FakeFamily(), FakeFamily()]
+    caches = [
+        TensorCache(tmp_path / "t", latent_descriptor(family, "set"), label="x", say=print) for family in families
+    ]
+    for cache in caches:
+        cache.load()
+    encoders = [PassingEncoder(dataset, cache, f, workers=1) for cache, f in zip(caches, families, strict=True)]
+    shares = [encoder.mine(encoder.plan(), Share(rank, 2)) for rank, encoder in enumerate(encoders)]
+    for encoder, share in zip(encoders, shares, strict=True):
+        encoder.run(share, progress=quiet)
+    assert sum(family.num_pictures for family in families) == 2 * len(MIXED)
+    assert min(family.num_pictures for family in families) >= len(MIXED) // 2
+    caches[0].load()
+    assert not PassingEncoder(dataset, caches[0], families[0], workers=1).plan()
+
+
+def test_what_does_not_pass_by_is_set_aside(tape, tmp_path):
+    use_tape(tape)
+    names = list(Tape.data)
+    Tape.missing.add(4)
+    Tape.data[names[6]] = (Tape.data[names[6]][0][:100], ["half a picture"])
+    data, _ = pipeline(settings(tape, tmp_path / "t"), root=tmp_path)
+    counts = data.prepare().datasets["set"]
+    assert set(counts.quarantined) == {names[4], names[6]}
+    assert counts.quarantined[names[4]] == "the source did not bring it this time"
+    assert counts.used == len(MIXED) - 2
+    Tape.missing.clear()
+    data, _ = pipeline(settings(tape, tmp_path / "t"), root=tmp_path)
+    assert set(data.prepare().datasets["set"].quarantined) == {names[6]}
+
+
+def test_marks_of_another_source_and_torn_ones_are_of_no_use(tmp_path):
+    path = tmp_path / "marks.jsonl"
+    marks = passing.Marks(path, "one")
+    marks.note(300, "a")
+    marks.note(310, "too near")
+    marks.note(600, "b")
+    with path.open("a") as stream:
+        stream.write('["x", 70')
+    assert passing.Marks(path, "one").before(599) == (300, "a")
+    assert passing.Marks(path, "one").before(600) == (600, "b")
+    assert passing.Marks(path, "one").before(299) == (0, "")
+    assert passing.Marks(path, "two").before(10_000) == (0, "")
