@@ -109,6 +109,7 @@ class SampleChunk:
         widths: Upright width in pixels, 0 where the picture itself must be asked.
         heights: Upright height in pixels, 0 where the picture itself must be asked.
         problems: Why a sample cannot be used, empty where it can.
+        resume: What :meth:`SampleBackend.samples_after` goes on behind this chunk by; empty where it cannot.
     """
 
     keys: Sequence[str]
@@ -119,6 +120,7 @@ class SampleChunk:
     widths: Sequence[int]
     heights: Sequence[int]
     problems: Sequence[str]
+    resume: str = ""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -170,6 +172,12 @@ class SampleBackend(DataBackend):
         Raises:
             distill.core.errors.BadValue: The source cannot be read as it is: a missing column, a broken file.
         """
+
+    def samples_after(self, resume: str) -> Iterator[SampleChunk]:
+        """The rest of :meth:`samples`, with pictures, behind the chunk that carried `resume`: a listing that was
+        broken off goes on. Called only with what chunks carried, while :meth:`identity` is what it was.
+        """
+        raise NotImplementedError(f"{self.name} marks chunks with `resume` and has no `samples_after`")
 
     @abstractmethod
     def open(self, key: str) -> BinaryIO:

@@ -23,7 +23,8 @@ from .encode import Share, ahead, flips
 from .geometry import Geometry
 from .hashing import permute
 from .images import BrokenImage, fit
-from .index import Index, IndexBuilder
+from .index import Index
+from .index_build import IndexBuilder
 from .loader import CachedDataset, CachedLatents, Loader, Prefetch, Shape
 from .order import Curriculum
 from .passing import Opener, marks_path

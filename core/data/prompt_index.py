@@ -12,6 +12,7 @@ from ..errors import BadValue, UserError
 from .captions import CaptionRules
 from .index import NO_CAPTION, SCHEMA, Index, digest, open_index, write_index
 from .prompt_files import Chunk, PromptSource
+from .workshop import Workshop
 
 
 class PromptIndexBuilder:
@@ -38,11 +39,10 @@ class PromptIndexBuilder:
             old = open_index(path)
             if old is not None and old.matches(rules):
                 return old
-            batches = (self._to_batch(chunk) for chunk in self.source.chunks())
-            table = pa.Table.from_batches(batches, SCHEMA).combine_chunks()
+            with Workshop(path) as workshop:
+                return write_index(map(self._to_batch, self.source.chunks()), path, rules, folder=workshop.folder)
         except BadValue as error:
             raise UserError(f"data.{self.dataset}.{error}", error.remedy) from error
-        return write_index(table, path, rules)
 
     def _to_batch(self, chunk: Chunk) -> pa.RecordBatch:
         names = [digest(f"{self.dataset}\x1f{key}") for key in chunk.keys]
