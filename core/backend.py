@@ -26,11 +26,14 @@ class Entry:
         key: POSIX path relative to the backend's root; the same wherever the data lives.
         size: Bytes.
         version: Changes when the content does (modification time, ETag).
+        problem: Why it cannot be read, where the listing tells (a named pipe, a link to nothing); a key with a slash at
+            its end stands for a folder that cannot be listed.
     """
 
     key: str
     size: int
     version: str
+    problem: str = ""
 
 
 class DataBackend(ABC):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from stat import S_ISREG
 from typing import Any, BinaryIO, Self
 
 from pydantic import model_validator
@@ -18,6 +18,11 @@ from ..core.errors import UserError
 from ..core.hookspecs import hookimpl
 
 NAMES_AT_ONCE = 8192
+KINDS = (
+    (stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"), (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)  # fmt: skip
+"""What may bear a picture's name, is no file, and would be waited for without end."""
 
 
 class LocalBackend(DataBackend):
@@ -65,29 +70,38 @@ class LocalBackend(DataBackend):
         return Entry(key, status.st_size, str(status.st_mtime_ns))
 
     def list(self) -> Iterator[Entry]:
-        """Every file, in sorted key order. Links are followed; a link back to a folder above is not."""
+        """Every file, in sorted key order. Links are followed; a link back to a folder above is not.
+
+        What has a name but is no file, or a folder that cannot be listed, comes with its problem.
+        """
         if not self.root.is_dir():
             what = "is a file" if self.root.exists() else "does not exist"
             raise UserError(
                 f"instance_data_dir = {str(self.root)!r} {what}",
                 "give the folder that holds the pictures (a relative path is relative to the file that names it)",
             )
-        yield from self._walk(str(self.root), "", (os.path.realpath(self.root),))
-
-    def _walk(self, folder: str, prefix: str, above: tuple[str, ...]) -> Iterator[Entry]:
-        for name in _sorted_names(folder):
-            path = os.path.join(folder, name)
-            if name.endswith("/"):
-                real = os.path.realpath(path)
-                if real not in above:
-                    yield from self._walk(path[:-1], prefix + name, (*above, real))
-                continue
-            try:
-                status = os.stat(path)
-            except OSError:  # a link to nowhere, or gone since
-                continue
-            if S_ISREG(status.st_mode):
-                yield Entry(prefix + name, status.st_size, str(status.st_mtime_ns))
+        try:
+            above, levels = [_identity(self.root)], [("", _sorted_names(self.root))]
+        except PermissionError as error:
+            raise UserError(f"{self.root} cannot be listed: {error.strerror}", "let this user read it") from error
+        while levels:  # not recursive: folders may lie deeper than calls may
+            prefix, names = levels[-1]
+            name = next(names, "")
+            key, path = prefix + name, f"{self.root}/{prefix}{name}"
+            if not name:
+                levels.pop()
+                above.pop()
+            elif not name.endswith("/"):
+                yield _entry(key, path)
+            else:
+                try:
+                    folder = _identity(path)
+                    inside = iter(()) if folder in above else _sorted_names(path)
+                except OSError as error:
+                    yield Entry(key, 0, "", problem=f"the folder cannot be listed: {error.strerror}")
+                    continue
+                levels.append((key, inside))
+                above.append(folder)
 
     def open(self, key: str) -> BinaryIO:
         """The file's content."""
@@ -102,19 +116,44 @@ class LocalBackend(DataBackend):
         write_whole(self.root / key, data)
 
 
-def _sorted_names(folder: str) -> Iterator[str]:
+def _sorted_names(folder: Path | str) -> Iterator[str]:
     """Names in a folder, those of folders with a slash at the end: as one column, for there may be millions."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
     with os.scandir(folder) as scan:
-        names = (os.fsencode(item.name + "/" * item.is_dir()) for item in scan if not item.name.startswith("."))
+        names = (os.fsencode(item.name + "/" * _is_folder(item)) for item in scan if not item.name.startswith("."))
         chunks = iter(lambda: list(islice(names, NAMES_AT_ONCE)), [])
         column = pa.chunked_array([pa.array(chunk, pa.large_binary()) for chunk in chunks], pa.large_binary())
     order = pc.sort_indices(column)  # pyright: ignore[reportAttributeAccessIssue]
     joined = column.combine_chunks()
-    for start in range(0, len(order), NAMES_AT_ONCE):
-        yield from map(os.fsdecode, joined.take(order.slice(start, NAMES_AT_ONCE)).to_pylist())
+    parts = (joined.take(order.slice(start, NAMES_AT_ONCE)) for start in range(0, len(order), NAMES_AT_ONCE))
+    return (os.fsdecode(name) for part in parts for name in part.to_pylist())
+
+
+def _identity(folder: Path | str) -> tuple[int, int]:
+    """Tells folders apart, by whatever path they are reached."""
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
+
+
+def _is_folder(item: os.DirEntry[str]) -> bool:
+    try:
+        return item.is_dir()
+    except OSError:  # a link in a circle
+        return False
+
+
+def _entry(key: str, path: str) -> Entry:
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        lost = isinstance(error, FileNotFoundError) and os.path.islink(path)
+        return Entry(key, 0, "", problem="it is a link to nothing" if lost else error.strerror or str(error))
+    if stat.S_ISREG(status.st_mode):
+        return Entry(key, status.st_size, str(status.st_mtime_ns))
+    kind = next((name for test, name in KINDS if test(status.st_mode)), "something else")
+    return Entry(key, 0, "", problem=f"it is {kind}, not a file")
 
 
 @hookimpl

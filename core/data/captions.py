@@ -8,7 +8,7 @@ import random
 import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from ..errors import UserError
 from ..random import derive_seed
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 SHUFFLES = 4
 """Orders of a caption's comma-separated parts that are encoded with ``caption_shuffle``, the written one among them."""
+MAX_CAPTION_BYTES = 2**20
+"""Caption files with more bytes are not read."""
 SUBSTITUTION = re.compile(r"s/((?:[^/\\]|\\.)+)/((?:[^/\\]|\\.)*)/")
 
 
@@ -30,9 +32,20 @@ def read_text(data: bytes, *, what: str = "its caption file") -> str:
     """A caption file's text: UTF-8, or UTF-16 with its mark. Raises ValueError that begins with `what`."""
     utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
-        return data.decode("utf-16" if utf16 else "utf-8-sig")
+        text = data.decode("utf-16" if utf16 else "utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{what} is not UTF-8 (byte {error.start})") from error
+        raise ValueError(f"{what} is not {'UTF-16' if utf16 else 'UTF-8'} (byte {error.start})") from error
+    if "\0" in text:
+        raise ValueError(f"{what} holds NUL bytes: it is no text, or UTF-16 without its mark")
+    return text
+
+
+def read_caption(stream: BinaryIO) -> str:
+    """A caption file's text. Raises ValueError when it is none, or too long to be one."""
+    data = stream.read(MAX_CAPTION_BYTES + 1)
+    if len(data) > MAX_CAPTION_BYTES:
+        raise ValueError(f"its caption file has more than {MAX_CAPTION_BYTES // 2**20} MiB")
+    return read_text(data)
 
 
 class CaptionRules:
@@ -91,7 +104,7 @@ class CaptionRules:
         if settings.only_instance_prompt or settings.caption_strategy == "instanceprompt":
             found = [settings.instance_prompt or ""]
         elif settings.caption_strategy == "filename":
-            found = [PurePosixPath(key).stem.replace("_", " ")]
+            found = [_one_line(PurePosixPath(key).stem.replace("_", " "))]
         else:
             found = self._split(text or "")
         return self._variants_of(found)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,7 @@ from ..backend import DataBackend, SampleBackend
 from ..errors import UserError
 from .geometry import REASONS, Geometry, Plan, flipped_left
 from .hashing import Int64s, UInt64s, combine, permute
-from .images import BrokenImage, decode, scale_and_crop
+from .images import BrokenImage, decoded, read_file, scale_and_crop
 from .index import NO_CAPTION, Index, describe_listing
 from .order import Span, Stream
 from .passing import Opener, places_of, read_in_order
@@ -24,6 +24,7 @@ from .passing import Opener, places_of, read_in_order
 if TYPE_CHECKING:
     from ..config.dataset_settings import DatasetSettings
 
+T = TypeVar("T")
 CHUNK = 1 << 20
 """Rows that geometry is worked out for at a time, to bound memory."""
 
@@ -167,31 +168,36 @@ class Dataset:
     def _open(self, row: int) -> BinaryIO:
         return self.backend.open(self.index.place(row))
 
-    def picture(self, row: int, opener: Opener | None = None) -> Image.Image:
-        """The decoded picture. Raises BrokenImage; FileNotFoundError or PermissionError when it cannot be opened.
+    def picture(self, row: int, use: Callable[[Image.Image], T], opener: Opener | None = None) -> T:
+        """What `use` makes of the decoded picture. Raises BrokenImage; OSError when the file cannot be read.
 
         Args:
             row: Index row.
+            use: Called with the picture, which is not to be kept.
             opener: What opens it, as :meth:`opened` gives it; needed where a source is read in its order.
         """
         with self._open(row) if opener is None else opener() as stream:
-            image = decode(stream.read())
+            data = read_file(stream)
         expected = int(self.index.width[row]), int(self.index.height[row])
-        if image.size != expected:
-            raise BrokenImage(f"it is {image.width}x{image.height}, but its header said {expected[0]}x{expected[1]}")
-        return image
+        with decoded(data) as image:
+            if image.size != expected:
+                raise BrokenImage(
+                    f"it is {image.width}x{image.height}, but its header said {expected[0]}x{expected[1]}"
+                )
+            return use(image)
 
     def pixels(self, row: int, *, flip: bool, opener: Opener | None = None) -> NDArray[np.uint8]:
         """The training picture, shape (H, W, 3). Arguments and errors as :meth:`picture`."""
         plan = self.plan(np.array([row]))
-        return scale_and_crop(
-            self.picture(row, opener),
+        cut = partial(
+            scale_and_crop,
             size=(int(plan.resized_w[0]), int(plan.resized_h[0])),
             left=int(plan.left[0]),
             top=int(plan.top[0]),
             bucket=(int(plan.bucket_w[0]), int(plan.bucket_h[0])),
             flip=flip,
         )
+        return self.picture(row, cut, opener)
 
     def crop_left(self, plan: Plan, flip: NDArray[np.bool_]) -> Int64s:
         """The left edge of the crop as the network is told, in pixels of the scaled picture, mirrored or not."""

@@ -211,7 +211,7 @@ class LatentEncoder:
         job, row = work
         try:
             return self.dataset.pixels(row, flip=bool(job.flip))
-        except (BrokenImage, FileNotFoundError, PermissionError) as error:
+        except (BrokenImage, OSError) as error:
             return error
 
     def _filling(self, job: Job) -> Filling:

@@ -96,6 +96,6 @@ class PassingEncoder(LatentEncoder):
         row, opener = opened
         try:
             pixels = self.dataset.pixels(row, flip=False, opener=opener)
-        except (BrokenImage, FileNotFoundError, PermissionError) as error:
+        except (BrokenImage, OSError) as error:
             return row, (error, error)
         return row, (pixels, pixels[:, ::-1])

@@ -24,12 +24,15 @@ MEGAPIXEL = 1e6
 ASPECTS = np.array([1 / 2, 9 / 16, 2 / 3, 3 / 4, 4 / 5, 1, 5 / 4, 4 / 3, 3 / 2, 16 / 9, 2])
 """Width / height of the buckets that ``crop_aspect`` `closest` and `random` choose from."""
 
+LARGEST_BUCKET = 8
+"""Buckets of more pixels than so many square ones are not used: a picture of 60,000x1 must not fill the memory."""
 REASONS = (
     "",
     "smaller than minimum_image_size",
     "narrower than minimum_aspect_ratio",
     "wider than maximum_aspect_ratio",
     "would be scaled up beyond max_upscale_threshold",
+    "too long and narrow for the resolution",
 )
 """Why a filter leaves a picture out, by the code that :meth:`Geometry.filter` returns."""
 
@@ -136,6 +139,7 @@ class Geometry:
         settings, aspect = self.settings, width / height
         width, height = width.astype(np.int64), height.astype(np.int64)
         codes = np.zeros(len(width), dtype=np.int8)
+        codes[plan.bucket_w * plan.bucket_h > LARGEST_BUCKET * self.square() ** 2] = 5
         if settings.max_upscale_threshold is not None:
             growth = np.maximum(plan.bucket_w / width, plan.bucket_h / height) - 1
             codes[growth > settings.max_upscale_threshold + 1e-9] = 4

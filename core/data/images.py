@@ -1,24 +1,43 @@
-"""Pictures of any mode, upright, as RGB on white, scaled and cropped."""
+"""Pictures of any mode, upright, as RGB on white, scaled and cropped; files that are none are refused with a reason.
+
+What a file says of itself is not believed: its header is asked for the number of pixels before anything is decoded, and
+all threads together decode no more than :data:`MAX_PIXELS` at a time.
+"""
 
 from __future__ import annotations
 
 import io
 import struct
+import threading
 import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, TiffImagePlugin
 
 # Pillow warns of odd metadata in files that it reads well; for everybody, since files are read in threads
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
-SUFFIXES = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff", "avif", "ppm", "pgm", "jp2")
-"""Endings of files that are taken for pictures, lower case."""
+SUFFIXES = (
+    "jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff", "avif", "ppm", "pgm", "jp2", "heic",
+    "heif", "jxl",
+)  # fmt: skip
+"""Endings of files that are taken for pictures, lower case; those that cannot be read are named in the report."""
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF", "PPM", "JPEG2000")
+"""What is read, whatever a file is called. Pillow's other readers are kept away: that of EPS starts a program."""
 PIXELS_VERSION = 1
 """Raised whenever this module gives other pixels for the same file, so that latent caches follow."""
+MAX_PIXELS = 128_000_000
+"""Pictures with more pixels are not decoded. A decoded pixel takes 4 bytes, and 4 more while it becomes RGB."""
+MAX_FILE_BYTES = 512 * 2**20
+"""Files with more bytes are not read."""
+EMPTY_FILE = "it is empty (0 bytes)"
+BAND_PIXELS = 2**22
+"""Pixels that are converted at a time, where the conversion needs room."""
 
 ORIENTATION = 0x0112
 TRANSPOSES = {
@@ -32,9 +51,20 @@ TRANSPOSES = {
 }
 DECODE_ERRORS = (
     OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, ArithmeticError, AttributeError,
-    NotImplementedError, struct.error, zlib.error, Image.DecompressionBombError,
+    RuntimeError, struct.error, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
 """What Pillow's readers raise on damaged files."""
+BEGINNINGS = (
+    (0, b"\xff\xd8\xff", "JPEG"), (0, b"\x89PNG", "PNG"), (0, b"GIF8", "GIF"), (8, b"WEBP", "WebP"),
+    (0, b"II*\0", "TIFF"), (0, b"MM\0*", "TIFF"), (4, b"ftypavi", "AVIF"), (4, b"jP  ", "JPEG 2000"), (0, b"BM", "BMP"),
+)  # fmt: skip
+"""Place, bytes there, format."""
+UNREAD = (
+    (4, b"ftyphe", "HEIC"), (4, b"ftypmif1", "HEIC"), (0, b"\xff\x0a", "JPEG XL"), (4, b"JXL ", "JPEG XL"),
+    (0, b"%PDF", "PDF"), (0, b"<svg", "SVG"), (0, b"<!DOCTYPE", "a web page"), (0, b"<html", "a web page"),
+    (0, b"%!PS", "PostScript"), (0, b"PK\3\4", "an archive"), (0, b"version https://git-lfs", "a Git LFS pointer"),
+)  # fmt: skip
+"""The same of what there is no reader for."""
 
 
 class BrokenImage(Exception):
@@ -50,36 +80,115 @@ def _orientation(image: Image.Image) -> int:
     return value if value in TRANSPOSES else 1
 
 
-def probe(stream: BinaryIO) -> tuple[int, int]:
-    """Width and height of a picture when upright, from its header alone. Raises BrokenImage."""
+@contextmanager
+def _opened(stream: BinaryIO) -> Iterator[Image.Image]:
+    """The picture of a stream, not yet decoded, its size believable. Raises BrokenImage, also for errors inside."""
     try:
-        with Image.open(stream) as image:
-            width, height = image.size
-            turned = _orientation(image) >= 5
+        with Image.open(stream, formats=FORMATS) as image:
+            _check_size(image)
+            yield image
+    except Image.UnidentifiedImageError as error:
+        raise BrokenImage(_unidentified(stream)) from error
+    except Image.DecompressionBombError as error:
+        raise BrokenImage(_too_large()) from error
     except DECODE_ERRORS as error:
         raise BrokenImage(_reason(error)) from error
+
+
+def _check_size(image: Image.Image) -> None:
+    width, height = image.size
     if min(width, height) < 1:
         raise BrokenImage(f"it has no pixels ({width}x{height})")
-    return (height, width) if turned else (width, height)
+    if width * height > MAX_PIXELS:
+        raise BrokenImage(f"its header says {width}x{height}: {_too_large()}")
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        tile = [int(image.tag_v2.get(tag, 1)) for tag in (TiffImagePlugin.TILEWIDTH, TiffImagePlugin.TILELENGTH)]
+        if tile[0] * tile[1] > MAX_PIXELS:
+            raise BrokenImage(f"its tiles are {tile[0]}x{tile[1]}: {_too_large()}")
 
 
-def decode(data: bytes) -> Image.Image:
-    """The first frame of a picture, upright, in RGB whatever its mode, transparency on white. Raises BrokenImage."""
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            image.load()
-            transpose = TRANSPOSES.get(_orientation(image))
-            picture = to_rgb(image)
-            return picture if transpose is None else picture.transpose(transpose)
-    except DECODE_ERRORS as error:
-        raise BrokenImage(_reason(error)) from error
+def _too_large() -> str:
+    return f"pictures of more than {MAX_PIXELS // 10**6} million pixels are not decoded"
 
 
 def _reason(error: BaseException) -> str:
     text = " ".join(str(error).split())
-    if isinstance(error, Image.UnidentifiedImageError):
-        return "it is in no picture format that can be read"
     return text[:200] if text else type(error).__name__
+
+
+def _unidentified(stream: BinaryIO) -> str:
+    """What to say of bytes that no reader takes, by how they begin."""
+    stream.seek(0)
+    head = stream.read(64)
+    if not head:
+        return EMPTY_FILE
+    begins = [name for at, what, name in BEGINNINGS if head[at:].startswith(what)]
+    if begins:
+        return f"it begins like a {begins[0]} file and is damaged or cut short"
+    other = [name for at, what, name in UNREAD if head[at:].lower().startswith(what.lower())]
+    if other:
+        return f"it is {other[0]}, for which there is no decoder here: convert it to JPEG, PNG or WebP"
+    return "it is in no picture format that can be read"
+
+
+def probe(stream: BinaryIO) -> tuple[int, int]:
+    """Width and height of a picture when upright, from its header alone. Raises BrokenImage."""
+    with _opened(stream) as image:
+        width, height = image.size
+        return (height, width) if _orientation(image) >= 5 else (width, height)
+
+
+def read_file(stream: BinaryIO) -> bytes:
+    """All bytes of a picture's file. Raises BrokenImage when they are too many."""
+    data = stream.read(MAX_FILE_BYTES + 1)
+    if len(data) > MAX_FILE_BYTES:
+        raise BrokenImage(too_many_bytes())
+    return data
+
+
+def too_many_bytes() -> str:
+    """Why a file is not read."""
+    return f"files of more than {MAX_FILE_BYTES // 2**20} MiB are not read"
+
+
+def decode(data: bytes) -> Image.Image:
+    """The first frame of a picture, upright, in RGB whatever its mode, transparency on white. Raises BrokenImage."""
+    with _opened(io.BytesIO(data)) as image:
+        image.load()
+        transpose = TRANSPOSES.get(_orientation(image))
+        picture = to_rgb(image)
+        return picture if transpose is None else picture.transpose(transpose)
+
+
+class _Budget:
+    """So many pixels at a time over all threads."""
+
+    def __init__(self, pixels: int) -> None:
+        self._free, self._changed = pixels, threading.Condition()
+
+    @contextmanager
+    def of(self, pixels: int) -> Iterator[None]:
+        """Waits until `pixels`, never more than all, are free."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= pixels)
+            self._free -= pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += pixels
+                self._changed.notify_all()
+
+
+_budget = _Budget(MAX_PIXELS)
+
+
+@contextmanager
+def decoded(data: bytes) -> Iterator[Image.Image]:
+    """:func:`decode` for as long as its result is needed: waits while other threads hold too many pixels."""
+    width, height = probe(io.BytesIO(data))
+    with _budget.of(width * height):
+        yield decode(data)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -87,20 +196,39 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         return Image.fromarray(_to_8_bit(image)).convert("RGB")
     if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, "white")
-        return Image.alpha_composite(white, rgba).convert("RGB")
+        return _on_white(image)
     return _to_srgb(image)
+
+
+def _bands(width: int, height: int) -> Iterator[tuple[int, int]]:
+    """Rows [top, bottom) that have :data:`BAND_PIXELS` or so."""
+    rows = max(1, BAND_PIXELS // width)
+    for top in range(0, height, rows):
+        yield top, min(top + rows, height)
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    result = Image.new("RGB", image.size)
+    for top, bottom in _bands(*image.size):
+        rgba = image.crop((0, top, image.width, bottom)).convert("RGBA")
+        white = Image.new("RGBA", rgba.size, "white")
+        result.paste(Image.alpha_composite(white, rgba).convert("RGB"), (0, top))
+    return result
 
 
 def _to_8_bit(image: Image.Image) -> NDArray[np.uint8]:
     """Grey levels of 16 or 32 bits, or floats, as 8 bits: by the range of the type, not of the picture."""
-    levels = np.asarray(image, dtype=np.float64)
+    levels = np.asarray(image)
     if image.mode == "F":
-        full = 1.0 if levels.max() <= 1.0 else 255.0 if levels.max() <= 255.0 else 65535.0
+        highest = levels.max(initial=0, where=np.isfinite(levels))
+        full = 1.0 if highest <= 1.0 else 255.0 if highest <= 255.0 else 65535.0
     else:
         full = 65535.0 if levels.max() <= 65535 else 2.0**31 - 1
-    return np.rint(np.clip(levels / full, 0, 1) * 255).astype(np.uint8)
+    result = np.empty(levels.shape, np.uint8)
+    for top, bottom in _bands(*image.size):
+        share = np.clip(levels[top:bottom].astype(np.float64) / full, 0, 1)
+        result[top:bottom] = np.rint(np.nan_to_num(share) * 255)
+    return result
 
 
 def _to_srgb(image: Image.Image) -> Image.Image:

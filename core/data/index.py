@@ -130,11 +130,6 @@ class Index:
         return same and (not source or meta.get(b"source") == source.encode())
 
 
-def has_name(entry: Entry) -> bool:
-    """Whether the key is text: a file name that is no UTF-8 cannot be written to a table, nor named in a message."""
-    return entry.key.isprintable() or not any("\ud800" <= letter <= "\udfff" for letter in entry.key)
-
-
 def open_index(path: Path) -> Index | None:
     """The index that is there; None when there is none, or when it cannot be used (it is only a cache)."""
     try:

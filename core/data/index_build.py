@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 
 from ..backend import DataBackend, SampleBackend
 from ..errors import BadValue, UserError
-from .captions import CaptionRules, caption_key, read_text
+from .captions import CaptionRules, caption_key, read_caption
 from .images import SUFFIXES, BrokenImage, probe
 from .index import CHUNK, NO_CAPTION, SCHEMA, Index, digest, open_index, write_index
 from .listing import LISTING, FileListing, SampleListing
@@ -143,7 +143,7 @@ class IndexBuilder:
     ) -> None:
         self.dataset, self.backend, self.rules = dataset, backend, rules
         self.workers, self.progress = max(1, workers), progress
-        self.num_read = self.num_nameless = 0
+        self.num_read = 0
 
     def build(self, path: Path) -> Index:
         """Write the index to `path`, reading only files that are new or have changed.
@@ -156,9 +156,7 @@ class IndexBuilder:
             if isinstance(self.backend, SampleBackend):
                 return self._build_samples(self.backend, path)
             with Workshop(path) as workshop:
-                files = FileListing(self.backend, self.rules, workshop.folder)
-                listing = files.table()
-                self.num_nameless = files.num_nameless
+                listing = FileListing(self.backend, self.rules, workshop.folder).table()
                 return self._build(listing, path, "", workshop)
         except BadValue as error:
             raise UserError(f"data.{self.dataset}.{error}", error.remedy) from error
@@ -224,7 +222,7 @@ class IndexBuilder:
             captions = self._captions(row)
         except (BrokenImage, ValueError) as error:
             return Read(problem=str(error))
-        except (FileNotFoundError, PermissionError) as error:
+        except OSError as error:
             return Read(width=-1, problem=error.strerror or str(error))
         return Read(width, height, captions, "" if captions else NO_CAPTION)
 
@@ -236,7 +234,7 @@ class IndexBuilder:
 
     def _caption_text(self, key: str) -> str:
         with self.backend.open(caption_key(key)) as stream:
-            return read_text(stream.read())
+            return read_caption(stream)
 
     def _together(self, listing: pa.Table, rows: Known) -> Iterator[pa.RecordBatch]:
         for batch in listing.to_batches(max_chunksize=CHUNK):

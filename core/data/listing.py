@@ -13,14 +13,17 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..backend import DataBackend, Entry, SampleBackend, SampleChunk
+from ..backend import DataBackend, SampleBackend, SampleChunk
 from .captions import CaptionRules
 from .images import SUFFIXES
-from .index import CHUNK, SAME_NAME, digest, has_name, in_chunks
+from .index import CHUNK, SAME_NAME, digest, in_chunks
 from .spool import RUN_ROWS, Spool, between, joined, merge_table, open_run, sorted_table, write_run
+from .vetting import named, vetted
 from .workshop import Workshop
 
-FILES = pa.schema([("key", pa.large_string()), ("size", pa.int64()), ("version", pa.large_string())])
+FILES = pa.schema(
+    [("key", pa.large_string()), ("size", pa.int64()), ("version", pa.large_string()), ("problem", pa.large_string())]
+)
 """Files of a backend, as they are listed."""
 LISTING = pa.schema(
     [
@@ -30,10 +33,11 @@ LISTING = pa.schema(
         ("texts", pa.large_list(pa.large_string())),
         ("width", pa.int32()),
         ("height", pa.int32()),
-        ("problem", pa.large_string()),
     ]
 )
 """Samples before their files are read: no texts where captions stand in files, sizes are 0 where unknown."""
+PICTURES = rf"(?i:\.({'|'.join(SUFFIXES)})|/)$"
+"""Keys of picture files, and of folders that cannot be listed."""
 BY = ("key", "place")
 """Columns that samples are sorted by."""
 KEPT_SECONDS = 60.0
@@ -41,15 +45,10 @@ KEPT_SECONDS = 60.0
 
 
 class FileListing:
-    """The pictures of a backend of files.
-
-    Attributes:
-        num_nameless: Files left out since their names are no text.
-    """
+    """The pictures of a backend of files, and the folders that cannot be listed."""
 
     def __init__(self, backend: DataBackend, rules: CaptionRules, folder: Path) -> None:
         self.backend, self.rules, self.folder = backend, rules, folder
-        self.num_nameless = 0
 
     def table(self) -> pa.Table:
         """All pictures in key order, of schema :data:`LISTING`, mapped from files in the folder."""
@@ -57,26 +56,15 @@ class FileListing:
         files = sorted_table(self._files(), ["key"], FILES, self.folder)
         is_text = (_of_kind(batch, r"\.txt$") for batch in files.to_batches(max_chunksize=CHUNK))
         captions = texts.extend(is_text if self.rules.reads_files else ()).table()
-        is_picture = rf"(?i)\.({'|'.join(SUFFIXES)})$"
-        pictures = (_of_kind(batch, is_picture) for batch in files.to_batches(max_chunksize=CHUNK))
+        pictures = (vetted(_of_kind(batch, PICTURES)) for batch in files.to_batches(max_chunksize=CHUNK))
         return Spool(LISTING, self.folder).extend(_with_captions(each, captions) for each in pictures).table()
 
     def _files(self) -> Iterator[pa.RecordBatch]:
         """Pictures and caption files, in columns."""
-        wanted = rf"(?i)\.({'|'.join((*SUFFIXES, 'txt'))})$"
-        for chunk in in_chunks(self.backend.list(), CHUNK):
-            named = [entry for entry in chunk if has_name(entry)]
-            self.num_nameless += len(chunk) - len(named)
-            yield _of_kind(_columns(named), wanted)
-
-
-def _columns(entries: Sequence[Entry]) -> pa.RecordBatch:
-    columns = {
-        "key": [entry.key for entry in entries],
-        "size": [entry.size for entry in entries],
-        "version": [entry.version for entry in entries],
-    }
-    return pa.RecordBatch.from_pydict(columns, schema=FILES)
+        for chunk in in_chunks(map(named, self.backend.list()), CHUNK):
+            columns = {name: [getattr(entry, name) for entry in chunk] for name in FILES.names}
+            batch = pa.RecordBatch.from_pydict(columns, schema=FILES)
+            yield _of_kind(batch, rf"{PICTURES}|\.txt$")
 
 
 def _of_kind(batch: pa.RecordBatch, pattern: str) -> pa.RecordBatch:
@@ -87,22 +75,25 @@ def _with_captions(pictures: pa.RecordBatch, texts: pa.Table) -> pa.RecordBatch:
     """The listing of picture files: the version of each one's caption file, empty where there is none."""
     count = len(pictures)
     empty, zeros = pa.repeat(pa.scalar("", pa.large_string()), count), pa.repeat(pa.scalar(0, pa.int32()), count)
+    versions, unread = _beside(pictures["key"], texts)
     columns = {
-        **{name: pictures[name] for name in FILES.names}, "caption_version": _versions(pictures["key"], texts),
-        "place": empty, "texts": pa.array([[]] * count, LISTING.field("texts").type), "width": zeros, "height": zeros,
-        "problem": empty,
+        **{name: pictures[name] for name in FILES.names}, "caption_version": versions, "place": empty,
+        "texts": pa.array([[]] * count, LISTING.field("texts").type), "width": zeros, "height": zeros,
+        "problem": pc.if_else(pc.equal(pictures["problem"], ""), unread, pictures["problem"]),
     }  # fmt: skip
     return pa.RecordBatch.from_arrays([columns[name] for name in LISTING.names], schema=LISTING)
 
 
-def _versions(keys: pa.Array, texts: pa.Table) -> pa.Array:
+def _beside(keys: pa.Array, texts: pa.Table) -> tuple[pa.Array, pa.Array]:
+    """Of the caption file beside each picture its version and why it cannot be read, both empty where there is none."""
     if not len(keys):
-        return pa.array([], pa.large_string())
+        return pa.array([], pa.large_string()), pa.array([], pa.large_string())
     names = pc.replace_substring_regex(keys, r"\.[^./]*$", ".txt")
     ends = pc.min_max(names).as_py()
     near = between(texts, "key", ends["min"], ends["max"]).combine_chunks()
     found = pc.index_in(names, value_set=joined(near["key"]))
-    return pc.fill_null(joined(near["version"]).take(found), "")
+    problems = pc.replace_substring_regex(joined(near["problem"]).take(found), r"\A(.+)", r"its caption file: \1")
+    return pc.fill_null(joined(near["version"]).take(found), ""), pc.fill_null(problems, "")
 
 
 # -- samples ----------------------------------------------------------------------------------------------------------

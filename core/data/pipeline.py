@@ -31,7 +31,7 @@ from .passing import Opener, marks_path
 from .progress import Progress, default_progress
 from .prompt_files import open_source
 from .prompt_index import PromptIndexBuilder
-from .report import DataReport
+from .report import DataReport, named_with_reasons
 from .storage import write_whole
 
 if TYPE_CHECKING:
@@ -147,18 +147,14 @@ class DataPipeline:
         if not settings.has_pictures:
             source = open_source(backend, settings, workers=workers)
             return PromptIndexBuilder(settings.id, source, rules, edge=geometry.square()).build(path)
-        builder = IndexBuilder(settings.id, backend, rules, workers=workers, progress=self._progress)
-        index = builder.build(path)
-        if builder.num_nameless:
-            self._say(f"dataset {settings.id!r}: {builder.num_nameless} files whose names are no UTF-8 are left out")
-        return index
+        return IndexBuilder(settings.id, backend, rules, workers=workers, progress=self._progress).build(path)
 
     def _write_quarantine(self, report: DataReport) -> None:
         for dataset in self._datasets:
             path = self._places.quarantine(dataset.settings)
             broken = report.datasets[dataset.id].quarantined
             if broken:
-                write_whole(path, "".join(f"{key}: {why}\n" for key, why in sorted(broken.items())).encode())
+                write_whole(path, "".join(f"{line}\n" for line in named_with_reasons(broken)).encode())
             else:
                 path.unlink(missing_ok=True)
 
@@ -245,8 +241,8 @@ class DataPipeline:
         def read(opened: tuple[Dataset, int, Opener]) -> tuple[tuple[str, int], np.ndarray | None]:
             dataset, row, opener = opened
             try:
-                return (dataset.id, row), fit(dataset.picture(row, opener), width, height)
-            except (BrokenImage, FileNotFoundError, PermissionError):
+                return (dataset.id, row), dataset.picture(row, lambda picture: fit(picture, width, height), opener)
+            except (BrokenImage, OSError):
                 return (dataset.id, row), None  # named by prepare(), or by the next run's
 
         chosen = self._choose(count, [dataset for dataset in self._indexed() if dataset.settings.has_pictures])

@@ -26,7 +26,8 @@ from ..errors import BadValue
 from ..names import nearest
 from ..prompts import json_texts, shortened
 from .captions import read_text
-from .index import CHUNK, has_name, in_chunks
+from .index import CHUNK, in_chunks
+from .vetting import named
 
 if TYPE_CHECKING:
     from ..config.dataset_settings import DatasetSettings
@@ -129,7 +130,7 @@ class FolderSource:
 
     def _files(self) -> list[Entry]:
         if self._entries is None:
-            self._entries = [entry for entry in self.backend.list() if entry.key.endswith(".txt") and has_name(entry)]
+            self._entries = [entry for entry in map(named, self.backend.list()) if entry.key.endswith(".txt")]
         return self._entries
 
     def identity(self) -> str:
@@ -148,12 +149,14 @@ class FolderSource:
                 yield Chunk([key for key, _, _ in rows], [text for _, text, _ in rows], [why for _, _, why in rows])
 
     def _read(self, entry: Entry) -> list[tuple[str, str | None, str]]:
+        if entry.problem:
+            return [(entry.key, None, entry.problem)]
         try:
             with self.backend.open(entry.key) as stream:
                 text = read_text(stream.read(), what="it")
         except ValueError as error:
             return [(entry.key, None, str(error))]
-        except (FileNotFoundError, PermissionError) as error:
+        except OSError as error:
             return [(entry.key, None, error.strerror or str(error))]
         if self.whole_files or not text.strip():
             return [(entry.key, text, "")]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from .dataset import Counts
+from .vetting import printable
 
 FEW_SAMPLES = 10_000
 NAMED = 5
@@ -62,6 +64,11 @@ class DataReport:
         return lines
 
 
+def named_with_reasons(broken: Mapping[str, str]) -> list[str]:
+    """A line for each broken file, whatever its name, sorted."""
+    return [f"{printable(key)}: {printable(why)}" for key, why in sorted(broken.items())]
+
+
 def describe(name: str, counts: Counts) -> list[str]:
     """Lines on one dataset: what is used, in which buckets, what was left out and what is broken."""
     buckets = sorted(counts.buckets.items(), key=lambda item: -item[1])
@@ -75,7 +82,7 @@ def describe(name: str, counts: Counts) -> list[str]:
     lines += [f"dataset {name!r}: {number:,} left out: {reason}" for reason, number in counts.left_out.items()]
     if counts.quarantined:
         items = list(counts.quarantined.items())
-        listed = "; ".join(f"{key}: {reason}" for key, reason in items[:NAMED])
+        listed = "; ".join(named_with_reasons(dict(items[:NAMED])))
         rest = f"; and {len(items) - NAMED} more, in quarantine.txt" if len(items) > NAMED else ""
         lines.append(f"dataset {name!r}: {len(items):,} broken and set aside: {listed}{rest}")
     return lines
