@@ -23,7 +23,7 @@ def memory_settings(run: Run) -> MemorySettings:
         base_parameters=sum(p.numel() for p in frozen),
         trained_parameters=sum(p.numel() for p in trained),
         latent_pixels=(width // scale) * (height // scale),
-        batch=settings.train_batch_size,
+        batch=run.config.largest_batch,
         base_bytes=frozen[0].element_size(),
         compute_bytes=4 if settings.mixed_precision == "no" else 2,
         trained_bytes=item,

@@ -99,14 +99,14 @@ class Run(RunParts):
         folder = self.settings.output_dir
         if self.config.miniature:
             self.say(MINIATURE)
-        if self.processes.main:
-            state = check_output_dir(self.config)
-            if state.clear:
-                clear_output_dir(folder)
-            folder.mkdir(parents=True, exist_ok=True)
-            for notice in (*self.config.notices, *state.notices):
-                self.say(notice)
-        self.processes.barrier()
+        with self.processes.together():
+            if self.processes.main:
+                state = check_output_dir(self.config)
+                if state.clear:
+                    clear_output_dir(folder)
+                folder.mkdir(parents=True, exist_ok=True)
+                for notice in (*self.config.notices, *state.notices):
+                    self.say(notice)
         self.publishers.check()
 
     def _check_model(self) -> None:
@@ -123,18 +123,20 @@ class Run(RunParts):
     def _prepare_validation(self) -> None:
         for notice in self.method.notices():
             self.say(notice)
-        if self.validator and self.processes.main:
-            from .validation import describe
+        validator = self.validator
+        with self.processes.together():
+            if validator and self.processes.main:
+                from .validation import describe
 
-            self.say(describe(self.validator.plan))
-            self.validator.prepare()
-            self.family.release_encoders()
+                self.say(describe(validator.plan))
+                validator.prepare()
+                self.family.release_encoders()
 
     def _resume(self) -> None:
         wanted = self.settings.resume_from_checkpoint
-        if self.processes.main:
-            _ = self.trainer.store  # it mends what a killed save left; the others look after that
-        self.processes.barrier()
+        with self.processes.together():
+            if self.processes.main:
+                _ = self.trainer.store  # it mends what a killed save left; the others look after that
         trainer = self.trainer
         if wanted == "latest":
             path = trainer.store.latest()
@@ -166,7 +168,7 @@ class Run(RunParts):
         from .engine.progress import make_progress
 
         progress = make_progress(
-            self.total_steps, start_step=self.trainer.step, samples_per_step=self.data.global_batch
+            self.total_steps, start_step=self.trainer.step, samples_per_step=self.data.samples_per_step
         )
         if self.processes.main:
             self._progress = progress
@@ -184,11 +186,11 @@ class Run(RunParts):
 
     def _validate(self, step: int) -> Path:
         folder = self.settings.output_dir / "validation"
-        if self.validator is not None and self.processes.main:
-            with self.networks.averaged():
-                folder = self.validator.run(step, self.networks, self.trackers)
-            self.family.release_encoders()  # the autoencoder's memory is the training's
-        self.processes.barrier()
+        with self.processes.together():
+            if self.validator is not None and self.processes.main:
+                with self.networks.averaged():
+                    folder = self.validator.run(step, self.networks, self.trackers)
+                self.family.release_encoders()  # the autoencoder's memory is the training's
         self.registry.hook.on_validation_end(state=self.trainer.state, folder=folder, step=step)
         return folder
 
@@ -196,15 +198,16 @@ class Run(RunParts):
         from .finish import evaluate_student, export_online, export_student, last_grid, publish_student
 
         student, evaluation = self.settings.output_dir / "student", None
-        if self.processes.main:
-            with self.networks.averaged():
-                export_student(self, student)
-                if self.settings.evaluation_num_samples:
-                    evaluation = evaluate_student(self)
-            if self.settings.export_online_weights:
-                export_online(self, self.settings.output_dir / "student-online")
-            publish_student(self, student, evaluation)
-            self.trackers.finish(evaluation.scalars() if evaluation else None)
+        with self.processes.together():
+            if self.processes.main:
+                with self.networks.averaged():
+                    export_student(self, student)
+                    if self.settings.evaluation_num_samples:
+                        evaluation = evaluate_student(self)
+                if self.settings.export_online_weights:
+                    export_online(self, self.settings.output_dir / "student-online")
+                publish_student(self, student, evaluation)
+                self.trackers.finish(evaluation.scalars() if evaluation else None)
         self.registry.hook.on_run_end(state=self.trainer.state)
         self.data.close()
         self.processes.barrier()

@@ -235,7 +235,8 @@ class RunParts:
         optimizers = {role: self._optimizer(role) for role in self.networks.trained_roles()}
         loop = Loop(
             self.method, context, self.networks, optimizers,
-            health=HealthMonitor(settings.max_bad_steps), reduce=processes.average, stages=self.stages,
+            health=HealthMonitor(settings.max_bad_steps, gather=processes.gather), reduce=processes.average,
+            stages=self.stages,
         )  # fmt: skip
         networks = {role: self.networks.module(role) for role in self.networks.roles}
         return Trainer(
@@ -248,8 +249,7 @@ class RunParts:
             registry=self.registry, processes=processes, stop=self._stop, validate=self._validate,
             identity={"method": settings.distillation_method, "family": settings.model_family,
                       "model": self.family.fingerprint("denoiser"), "data": self.data.fingerprint()},
-            total_steps=self.total_steps, samples_per_step=self.data.global_batch, on_step=self._on_step,
-            say=self.say, pause=self._pause,
+            total_steps=self.total_steps, on_step=self._on_step, say=self.say, pause=self._pause,
         )  # fmt: skip
 
     # -- what the flow adds -------------------------------------------------------------------------------------------

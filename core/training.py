@@ -81,7 +81,6 @@ class Trainer:
         validate: Makes validation pictures of a step.
         identity: What must be the same when a checkpoint is resumed, by name.
         total_steps: The last step.
-        samples_per_step: Samples of one optimizer step over all processes.
         on_step: Told (step, metrics or None) after every step, for progress displays.
         say: Takes lines for people.
         pause: A context whose time does not count in the progress display's estimate.
@@ -99,14 +98,16 @@ class Trainer:
     validate: Validate
     identity: Mapping[str, Any]
     total_steps: int
-    samples_per_step: int
     on_step: Callable[[int, Mapping[str, float] | None], None]
     say: Callable[[str], None]
     pause: Callable[[], AbstractContextManager[None]] = nullcontext
     step: int = 0
     _buffer: MetricBuffer = field(default_factory=MetricBuffer)
     _bins: TimeBins = field(default_factory=TimeBins)
-    _flushed: tuple[float, int] = (0.0, 0)
+    _flushed: float = 0.0
+    """When figures were last read."""
+    _samples: int = 0
+    """Samples of all processes since then."""
     _saved: int = -1
     _whole: bool = True
     """Whether weights, counter and figures are of one step."""
@@ -154,8 +155,8 @@ class Trainer:
         """Write a checkpoint of the present step, unless there is one. Every process must call it."""
         if self._saved == self.step:
             return
-        self._write()
-        self.processes.barrier()
+        with self.processes.together():
+            self._write()
         folder = self.store.output_dir / f"checkpoint-{self.step}"
         self.registry.hook.on_checkpoint_saved(state=self.state, folder=folder, step=self.step)
 
@@ -194,7 +195,7 @@ class Trainer:
             Interrupted: Ctrl-C or SIGTERM, after a checkpoint.
             DistillError: The loss was not finite too often; the state before is saved.
         """
-        self._flushed = (time.perf_counter(), self.step)
+        self._flushed, self._samples = time.perf_counter(), 0
         with self.stop.deferred():
             while self.step < self.total_steps:
                 self._step([batch.to(str(self.processes.device)) for batch in next(steps)])
@@ -208,6 +209,7 @@ class Trainer:
         result = self.loop.step(self.step, batches)
         self.step += 1
         self.state.step = self.step
+        self._samples += sum(map(len, batches)) * self.processes.world_size
         self._buffer.add(self.step, result.metrics)
         self._bins.add(result)
         self._whole = True
@@ -233,8 +235,7 @@ class Trainer:
         start = time.perf_counter()
         with self.pause():
             yield
-        since, step = self._flushed
-        self._flushed = (since + time.perf_counter() - start, step)
+        self._flushed += time.perf_counter() - start
 
     def _due(self, interval: int) -> bool:
         return interval > 0 and self.step % interval == 0
@@ -242,12 +243,11 @@ class Trainer:
     def flush(self) -> None:
         """Read the figures since the last flush from the device and hand them on; the one place that waits for it."""
         now = time.perf_counter()
-        started, first = self._flushed
         rows = self._buffer.flush()
         if not rows:
             return
-        rate = (self.step - first) * self.samples_per_step / max(now - started, 1e-9)
-        self._flushed = (time.perf_counter(), self.step)
+        rate = self._samples / max(now - self._flushed, 1e-9)
+        self._flushed, self._samples = time.perf_counter(), 0
         rows = [(step, {**values, "samples_per_second": rate}) for step, values in rows]
         if self.processes.main:
             self.metrics_file.append(rows)

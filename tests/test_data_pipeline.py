@@ -1,5 +1,6 @@
 """From a folder to batches: counts, caches, order, time ids, hostile files."""
 
+import contextlib
 import itertools
 import os
 import signal
@@ -456,12 +457,17 @@ def test_two_processes_share_the_work(tmp_path):
     opened._indexed()
     places = CachePlaces(opened._config, tmp_path / "cache")
 
+    @contextlib.contextmanager
+    def together():
+        yield
+        barrier.wait()
+
     def work(rank: int) -> None:
         own, _ = pipeline(settings, root=tmp_path)
         datasets = own._indexed()
         builder = CacheBuilder(
             families[rank], places, share=Share(rank, 2), workers=1, progress=default_progress(print), say=print,
-            wait=barrier.wait,
+            together=together,
         )  # fmt: skip
         builder.build(datasets, DataReport())
         used[rank] = datasets[0].rows.tolist()

@@ -19,6 +19,27 @@ processes.average(tensors)
 assert torch.equal(tensors[0], torch.full((3,), 0.5)), tensors
 assert torch.equal(tensors[1], torch.full((2, 2), 5.0, dtype=torch.float64)), tensors
 assert processes.any(processes.rank == 1) and not processes.any(False)
+from distill.core.errors import DistillError, UserError
+for error, kind in ((UserError("no such folder", "make it"), UserError), (OSError("disk full"), DistillError)):
+    try:
+        with processes.together():
+            if processes.rank == 1:
+                raise error
+    except (DistillError, OSError) as found:
+        assert "no such folder\\n  make it" in str(found) or "disk full" in str(found), found
+        assert isinstance(found, kind if processes.rank == 0 else type(error)), type(found)
+    else:
+        raise AssertionError("only one process ended")
+with processes.together():
+    pass
+assert processes.gather({"rank": processes.rank}) == [{"rank": 0}, {"rank": 1}]
+from distill.core.engine.health import HealthMonitor
+monitor = HealthMonitor(1, gather=processes.gather)
+monitor.record("student", 0, torch.tensor(False), torch.tensor([True, False]), [f"bad-{processes.rank}", "good"])
+try:
+    monitor.check()
+except DistillError as found:
+    assert "bad-0, bad-1" in str(found) and "good" not in str(found), found
 print("ok", processes.rank, flush=True)
 processes.close()
 """

@@ -170,7 +170,7 @@ def memory_settings(configuration: Configuration, registry: Registry) -> MemoryS
         base_parameters=base,
         trained_parameters=per_role * sum(role.trains != "none" for role in roles),
         latent_pixels=math.prod(edge // family.scale_factor for edge in (width, height)),
-        batch=run.train_batch_size,
+        batch=configuration.largest_batch,
         base_bytes=4 if run.mixed_precision == "no" else 2,
         compute_bytes=4 if run.mixed_precision == "no" else 2,
         trained_bytes=trained_bytes,

@@ -42,7 +42,8 @@ def plan(configuration: Configuration, registry: Registry) -> Iterator[tuple[str
         size = f"{entry.resolution:g} ({entry.resolution_type})"
         kind = "" if entry.has_pictures else "captions alone of "
         where = registry.get("data_backend", entry.type)(entry.backend).location
-        yield "data", f"{entry.id}: {kind}{where}, resolution {size}"
+        own = f", {entry.train_batch_size} samples per micro-batch" if entry.train_batch_size else ""
+        yield "data", f"{entry.id}: {kind}{where}, resolution {size}{own}"
     ends = [f"{run.max_train_steps} steps"] if run.max_train_steps else []
     ends += [f"{run.num_train_epochs} epochs"] if run.num_train_epochs else []
     batch = f"{run.train_batch_size} x {run.gradient_accumulation_steps} samples per step and process"

@@ -67,6 +67,12 @@ class Configuration:
     plugin_files: tuple[Path, ...] = ()
 
     @property
+    def largest_batch(self) -> int:
+        """Samples of the largest micro-batch that any dataset gives a process."""
+        sizes = [entry.train_batch_size or self.run.train_batch_size for entry in self.datasets]
+        return max(sizes, default=self.run.train_batch_size)
+
+    @property
     def validation_prompts(self) -> tuple[str, ...]:
         """Prompts of ``validation_prompt``, then those of the library file, each once."""
         library = self.run.validation_prompt_library

@@ -95,6 +95,8 @@ class DatasetSettings(Settings):
     """Shuffle the comma-separated parts of captions."""
     metadata_backend: Literal["discovery"] = "discovery"
     """How pictures and their sizes are found: `discovery` reads the files."""
+    train_batch_size: int | None = Field(default=None, ge=1)
+    """Samples of this dataset per micro-batch and process; absent: the run's."""
     repeats: int = Field(default=0, ge=0)
     """Extra passes over the dataset per epoch; 0 = one pass."""
     probability: float = Field(default=1.0, ge=0)

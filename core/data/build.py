@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -80,7 +81,7 @@ class CacheBuilder:
         workers: Threads that decode pictures.
         progress: Told of every entry.
         say: Takes lines for people.
-        wait: Waits until all processes are here.
+        together: A block that all processes leave together, or with the error of the one that failed in it.
     """
 
     def __init__(
@@ -92,10 +93,10 @@ class CacheBuilder:
         workers: int,
         progress: Progress,
         say: Callable[[str], None],
-        wait: Callable[[], None],
+        together: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self.family, self.places, self.share, self.workers = family, places, share, workers
-        self.progress, self.say, self.wait = progress, say, wait
+        self.progress, self.say, self.together = progress, say, together
 
     def build(self, datasets: Sequence[Dataset], report: DataReport, *, pictures: bool = True) -> Caches:
         """All caches, complete; broken pictures are dropped from their datasets, and counts go into `report`.
@@ -127,10 +128,11 @@ class CacheBuilder:
         if not missing:
             return cache
         self._explain_texts(folder, cache, missing)
-        encode_captions(
-            cache, todo, self.family, shard_size=self.places.text_shard_size(datasets[0].settings),
-            progress=self.progress, share=self.share,
-        )  # fmt: skip
+        with self.together():
+            encode_captions(
+                cache, todo, self.family, shard_size=self.places.text_shard_size(datasets[0].settings),
+                progress=self.progress, share=self.share,
+            )  # fmt: skip
         self.family.release_encoders()
         report.captions_encoded += missing
         return self._reload(cache)
@@ -151,15 +153,17 @@ class CacheBuilder:
         missing = sum(len(job.rows) for job in jobs)
         if missing:
             self._explain_latents(dataset, cache, missing)
-            encoder.run(encoder.mine(jobs, self.share), progress=self.progress)
+            with self.together():
+                encoder.run(encoder.mine(jobs, self.share), progress=self.progress)
             self.family.release_encoders()
             report.pictures_encoded += missing
             cache = self._reload(cache)
             encoder = self._after(encoder, cache)
         if encoder.broken:
             dataset.drop(encoder.broken)
-        if self.share.rank == 0:
-            self._remember(dataset)
+        with self.together():
+            if self.share.rank == 0:
+                self._remember(dataset)
         return cache
 
     def _encoder(self, dataset: Dataset, cache: TensorCache) -> LatentEncoder:
@@ -197,19 +201,18 @@ class CacheBuilder:
     def _open(self, folder: Path, descriptor: Mapping[str, Any], label: str, report: DataReport) -> TensorCache:
         """The cache, checked by the first process before the others read it."""
         cache = TensorCache(folder, descriptor, label=label, say=self.say)
-        if self.share.rank == 0:
-            report.damaged_shards += len(cache.load())
-        self.wait()
-        if self.share.rank != 0:
-            cache.load()
-        self.wait()  # nobody writes before all have seen the same
+        with self.together():
+            if self.share.rank == 0:
+                report.damaged_shards += len(cache.load())
+        with self.together():  # nobody writes before all have seen the same
+            if self.share.rank != 0:
+                cache.load()
         return cache
 
     def _reload(self, cache: TensorCache) -> TensorCache:
         """The same cache with what every process has added."""
-        self.wait()
-        cache.load()
-        self.wait()
+        with self.together():
+            cache.load()
         return cache
 
 

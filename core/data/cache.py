@@ -212,7 +212,7 @@ class TensorCache:
         self._checked.clear()
         keys = [self._tensors(number)[KEYS].numpy() for number in range(len(shards))]
         joined = np.concatenate(keys) if keys else np.zeros((0, 16), np.uint8)
-        self._keys = _as_binary(joined)
+        self._keys = as_binary(joined)
         self._starts = np.cumsum([0, *(shard.count for shard in shards)])
 
     def __len__(self) -> int:
@@ -231,7 +231,7 @@ class TensorCache:
         """
         if not len(keys):
             return np.zeros(0, np.int64)
-        found = pc.index_in(_as_binary(keys), value_set=self._keys)
+        found = pc.index_in(as_binary(keys), value_set=self._keys)
         places = pc.fill_null(found, -1).to_numpy(zero_copy_only=False).astype(np.int64)
         shard = np.searchsorted(self._starts, places, side="right") - 1
         return np.where(places < 0, -1, (shard << ROW_BITS) | (places - self._starts[np.maximum(shard, 0)]))
@@ -245,7 +245,7 @@ class TensorCache:
         if not self._failures or not len(keys):
             return np.zeros(len(keys), np.bool_)
         known = pa.array([bytes.fromhex(key) for key in self._failures], pa.binary(16))
-        return pc.is_in(_as_binary(keys), value_set=known).to_numpy(zero_copy_only=False)
+        return pc.is_in(as_binary(keys), value_set=known).to_numpy(zero_copy_only=False)
 
     # -- reading ----------------------------------------------------------------------------------------------------
 
@@ -327,7 +327,7 @@ class TensorCache:
         return Shard(name, len(keys), len(data), sha256(data).hexdigest(), status.st_mtime_ns)
 
 
-def _as_binary(keys: NDArray[Any]) -> pa.Array:
+def as_binary(keys: NDArray[Any]) -> pa.Array:
     """Hashes of 16 bytes each as an Arrow column."""
     data = np.ascontiguousarray(keys)
     return pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), data.nbytes // 16, [None, pa.py_buffer(data)])

@@ -205,13 +205,18 @@ class Dataset:
 
     # -- order ------------------------------------------------------------------------------------------------------
 
-    def streams(self, heaviest: float) -> list[Stream]:
-        """A stream for each bucket; `heaviest` is the largest probability of all datasets."""
+    def streams(self, heaviest: float, global_batch: int | None = None) -> list[Stream]:
+        """A stream for each bucket.
+
+        Args:
+            heaviest: The largest probability of all datasets.
+            global_batch: Samples per optimizer step where the dataset has a number of its own.
+        """
         weight = Fraction(str(self.settings.probability)) / Fraction(str(heaviest))
         rate = weight * (1 + self.settings.repeats)
         sizes = np.diff(self.starts)
         return [
-            Stream(f"{self.id}/{width}x{height}", int(size), rate)
+            Stream(f"{self.id}/{width}x{height}", int(size), rate, global_batch)
             for (width, height), size in zip(self.shapes, sizes, strict=True)
         ]
 

@@ -127,6 +127,11 @@ def _opened(paths: Iterable[Path]) -> Iterator[pa.Table]:
             yield open_run(path)
 
 
+def source_of(backend: SampleBackend) -> str:
+    """What an index says it was made of: the samples, and what could read their pictures."""
+    return json.dumps([backend.identity(), PIL.__version__, SUFFIXES])
+
+
 class IndexBuilder:
     """Brings a dataset's index up to date.
 
@@ -162,7 +167,7 @@ class IndexBuilder:
             raise UserError(f"data.{self.dataset}.{error}", error.remedy) from error
 
     def _build_samples(self, backend: SampleBackend, path: Path) -> Index:
-        source = json.dumps([backend.identity(), PIL.__version__, SUFFIXES])
+        source = source_of(backend)
         old = open_index(path)
         if old is not None and old.matches(self.rules.identity(), source) and not old.has_unread():
             return old

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -66,6 +66,10 @@ class Shape:
     rank: int = 0
     world_size: int = 1
 
+    def of(self, dataset: Dataset) -> Shape:
+        """How a global batch of this dataset is cut: it may have a micro-batch size of its own."""
+        return replace(self, micro_batch_size=dataset.settings.train_batch_size or self.micro_batch_size)
+
     @property
     def global_batch(self) -> int:
         """Samples per optimizer step over all processes."""
@@ -84,7 +88,7 @@ class Loader:
         datasets: All datasets, in the order of the streams.
         order: Which samples a step has.
         family: Turns embeddings and sizes into conditioning.
-        shape: How the global batch is cut.
+        shape: How the global batch is cut, of datasets that say nothing else.
         seed: The run's seed.
     """
 
@@ -105,10 +109,10 @@ class Loader:
         """This rank's micro-batches of optimizer step `step`."""
         chosen = self.order.at(step)
         source = self.datasets[int(np.searchsorted(self._firsts, chosen.stream, side="right")) - 1]
-        start = source.dataset.starts[chosen.stream - source.first_stream]
+        start, shape = source.dataset.starts[chosen.stream - source.first_stream], self.shape.of(source.dataset)
         return [
             self._batch(source, start + chosen.indices[positions], step, positions)
-            for positions in map(self.shape.positions, range(self.shape.accumulation))
+            for positions in map(shape.positions, range(shape.accumulation))
         ]
 
     def _batch(self, source: CachedDataset, places: Int64s, step: int, positions: np.ndarray) -> Batch:

@@ -1,7 +1,7 @@
 """The order of training samples as a pure function of (seed, step): nothing to save, random access to any step.
 
 Every stream (one bucket of one dataset) is an endless sequence of permutations of its samples, cut into global batches.
-In epoch e a stream gives floor((e + 1) q / G) - floor(e q / G) batches, with q its samples per epoch and G the global
+In epoch e a stream gives floor((e + 1) q / G) - floor(e q / G) batches, with q its samples per epoch and G its global
 batch: what does not fill a batch is carried over, so nothing is dropped and every sample comes exactly as often as
 asked. All batches of an epoch are shuffled.
 """
@@ -27,11 +27,13 @@ class Stream:
         name: Tells the stream apart for the random draws; independent of where data lives.
         size: Number of samples.
         rate: Passes over the samples per epoch, exact.
+        global_batch: Samples per optimizer step; None for the order's own.
     """
 
     name: str
     size: int
     rate: Fraction = Fraction(1)
+    global_batch: int | None = None
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,13 @@ class Order:
     """The endless sequence of global batches over `streams`."""
 
     def __init__(self, streams: Sequence[Stream], *, global_batch: int, seed: int) -> None:
-        self.streams, self.global_batch, self.seed = tuple(streams), global_batch, seed
+        self.streams, self.seed = tuple(streams), seed
+        self._batches = [stream.global_batch or global_batch for stream in streams]
         quotas = [stream.size * stream.rate for stream in streams]
         self._numerators = [quota.numerator for quota in quotas]
-        self._denominators = [quota.denominator * global_batch for quota in quotas]
-        self.steps_per_epoch = float(sum(quotas) / global_batch)
+        self._denominators = [quota.denominator * batch for quota, batch in zip(quotas, self._batches, strict=True)]
+        self.samples_per_epoch = float(sum(quotas))
+        self.steps_per_epoch = float(sum(map(Fraction, self._numerators, self._denominators)))
         if self.steps_per_epoch <= 0:
             raise ValueError("an order needs at least one sample")
         self._epoch = (-1, np.zeros(0, np.int64), 0, 0)  # epoch, first batch of each stream, first step, end
@@ -91,8 +95,8 @@ class Order:
 
     def _samples(self, number: int, ordinal: int) -> Int64s:
         """Batch `ordinal` of a stream: positions of its endless sequence, each looked up in its own permutation."""
-        stream = self.streams[number]
-        positions = np.arange(ordinal * self.global_batch, (ordinal + 1) * self.global_batch)
+        stream, batch = self.streams[number], self._batches[number]
+        positions = np.arange(ordinal * batch, (ordinal + 1) * batch)
         passes, offsets = positions // stream.size, positions % stream.size
         chosen = np.empty_like(positions)
         for each in range(int(passes[0]), int(passes[-1]) + 1):
@@ -134,6 +138,12 @@ class Curriculum:
     def steps_per_epoch(self) -> float:
         """Optimizer steps per epoch while the first datasets are in use."""
         return next((order.steps_per_epoch for order in self._orders if order is not None), 0.0)
+
+    @property
+    def samples_per_step(self) -> float:
+        """Mean samples per optimizer step while the first datasets are in use."""
+        first = next((order for order in self._orders if order is not None), None)
+        return first.samples_per_epoch / first.steps_per_epoch if first else 0.0
 
     def at(self, step: int) -> GlobalBatch:
         """The samples of optimizer step `step`; UserError where no dataset is active."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..batch import Batch
+from ..engine.processes import in_group, together
 from ..random import derive_seed
 from .build import CacheBuilder, Caches
 from .captions import CaptionRules
@@ -26,7 +27,7 @@ from .images import BrokenImage, fit
 from .index import Index
 from .index_build import IndexBuilder
 from .loader import CachedDataset, CachedLatents, Loader, Prefetch, Shape
-from .order import Curriculum
+from .order import Curriculum, Stream
 from .passing import Opener, marks_path
 from .progress import Progress, default_progress
 from .prompt_files import open_source
@@ -99,7 +100,7 @@ class DataPipeline:
         self._indexed()
         builder = CacheBuilder(
             self._family, self._places, share=share, workers=self._config.run.num_workers,
-            progress=self._progress, say=self._say, wait=_wait_for_all,
+            progress=self._progress, say=self._say, together=together,
         )  # fmt: skip
         caches = builder.build(self._datasets, report, pictures=self._pictures)
         for dataset in self._datasets:
@@ -123,7 +124,7 @@ class DataPipeline:
         return self._datasets
 
     def _share(self) -> Share:
-        if _distributed():
+        if in_group():
             return Share(self._shape.rank, self._shape.world_size)
         return Share()
 
@@ -132,13 +133,9 @@ class DataPipeline:
         path = self._places.index(settings)
         rules = CaptionRules(settings)
         geometry = Geometry(settings, multiple=self._family.pixel_multiple)
-        if share.rank == 0:
-            index = self._build_index(settings, backend, rules, geometry)
-            _wait_for_all()
-        else:
-            _wait_for_all()
-            index = Index(path)
-        return Dataset(settings, backend, index, geometry)
+        with together():
+            index = self._build_index(settings, backend, rules, geometry) if share.rank == 0 else None
+        return Dataset(settings, backend, index or Index(path), geometry)
 
     def _build_index(
         self, settings: DatasetSettings, backend: DataBackend, rules: CaptionRules, geometry: Geometry
@@ -165,7 +162,8 @@ class DataPipeline:
             latents, texts = _locate(dataset, caches), caches.texts[dataset.id]
             captions = texts.locate(dataset.index.caption_digests)
             cached.append(CachedDataset(dataset, latents, texts, captions, len(streams)))
-            own = dataset.streams(heaviest or 1.0)
+            global_batch = self._shape.of(dataset).global_batch
+            own = dataset.streams(heaviest or 1.0, None if global_batch == self.global_batch else global_batch)
             streams += own
             spans += [dataset.span] * len(own)
         order = Curriculum(streams, spans, global_batch=self._shape.global_batch, seed=self._seed)
@@ -186,8 +184,13 @@ class DataPipeline:
 
     @property
     def global_batch(self) -> int:
-        """Samples per optimizer step over all processes."""
+        """Samples per optimizer step over all processes, of datasets that have no ``train_batch_size`` of their own."""
         return self._shape.global_batch
+
+    @property
+    def samples_per_step(self) -> float:
+        """Mean samples per optimizer step over all processes."""
+        return self._ready().order.samples_per_step
 
     @property
     def resolution(self) -> tuple[int, int]:
@@ -219,7 +222,7 @@ class DataPipeline:
         """Hash of the sample set and its order, kept in checkpoints: a resumed run must find the same."""
         hasher = blake2b(f"1 {self._seed} {self.global_batch}".encode(), digest_size=16)
         streams = self._ready().order.streams
-        hasher.update(json.dumps([(each.name, each.size, str(each.rate)) for each in streams]).encode())
+        hasher.update(json.dumps([_named(each) for each in streams]).encode())
         for dataset in self._datasets:
             settings, index = dataset.settings, dataset.index
             choices = [settings.random_flip, settings.caption_dropout_probability, str(dataset.span)]
@@ -339,13 +342,9 @@ def _locate(dataset: Dataset, caches: Caches) -> CachedLatents | None:
     return CachedLatents(cache, np.stack(places))
 
 
-def _distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _wait_for_all() -> None:
-    if _distributed():
-        torch.distributed.barrier()
+def _named(stream: Stream) -> list[object]:
+    own = [] if stream.global_batch is None else [stream.global_batch]
+    return [stream.name, stream.size, str(stream.rate), *own]
 
 
 def dataset_folders(places: CachePlaces, datasets: Sequence[DatasetSettings]) -> list[Path]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,10 +28,11 @@ class HealthMonitor:
 
     Args:
         max_bad_steps: Consecutive withheld updates after which the run stops.
+        gather: What every process gives, from all of them: all withhold the same updates, of samples of their own.
     """
 
-    def __init__(self, max_bad_steps: int) -> None:
-        self._max = max_bad_steps
+    def __init__(self, max_bad_steps: int, *, gather: Callable[[Any], list[Any]] = lambda own: [own]) -> None:
+        self._max, self._gather = max_bad_steps, gather
         self._pending: list[_Pending] = []
         self._names: Counter[str] = Counter()
         self.consecutive: dict[str, int] = {}
@@ -73,7 +75,8 @@ class HealthMonitor:
             raise DistillError(self._message(pending.role, pending.step))
 
     def _message(self, role: str, step: int) -> str:
-        names = ", ".join(key for key, _ in self._names.most_common(10))
+        every = sum(self._gather(self._names), Counter[str]())
+        names = ", ".join(key for key, _ in every.most_common(10))
         return (
             f"the {role}'s loss or gradient was not finite {self.consecutive[role]} times in a row (the last is step "
             f"{step}); no such update was taken. Samples involved: {names}\n"

@@ -6,14 +6,16 @@ than a DDP reducer or a DeepSpeed engine expects.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from ..errors import UserError
+from ..errors import DistillError, Interrupted, UserError
 
 BUCKET_BYTES = 64 * 2**20
 _REFUSED = {
@@ -62,6 +64,14 @@ class Processes:
         """Wait for all processes."""
         self._state.wait_for_everyone()
 
+    def together(self) -> AbstractContextManager[None]:
+        """A block that all processes leave together, or with the error of the one that failed in it."""
+        return together()
+
+    def gather(self, own: Any) -> list[Any]:
+        """What each process gives, by rank; every process must call it."""
+        return gathered(own) if self.world_size > 1 else [own]
+
     def average(self, tensors: Sequence[Tensor]) -> None:
         """Average `tensors` over the processes, in place, in buckets of one type."""
         if self.world_size == 1:
@@ -93,6 +103,51 @@ class Processes:
         torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
         self._earlier = tensor.to("cpu", non_blocking=True)
         return found
+
+
+def in_group() -> bool:
+    """Whether this process is one of several that talk to each other."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def gathered(own: Any) -> list[Any]:
+    """What each process of the group gives, by rank."""
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, own)
+    return found
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """All processes leave the block together; what ends it in one ends it in all, with the same message.
+
+    Without it, a failure of one process leaves the others waiting for it at their next exchange. Inside the block no
+    process may wait for another; every process must come here.
+    """
+    own: BaseException | None = None
+    try:
+        yield
+    except BaseException as error:  # raised below, once the others know
+        own = error
+    failures = [] if not in_group() else [each for each in gathered(None if own is None else _told(own)) if each]
+    if own is not None:
+        raise own
+    if failures:
+        raise _retold(*failures[0])
+
+
+def _told(error: BaseException) -> tuple[int, str]:
+    """Exit code and text of an error: errors themselves may not be fit for sending."""
+    if isinstance(error, DistillError):
+        return error.exit_code, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return Interrupted.exit_code, "interrupted"
+    return DistillError.exit_code, f"another process failed: {type(error).__name__}: {error}"
+
+
+def _retold(exit_code: int, text: str) -> DistillError:
+    kinds = {kind.exit_code: kind for kind in (DistillError, UserError, Interrupted)}
+    return kinds[exit_code](text)
 
 
 def _has_accelerator() -> bool:

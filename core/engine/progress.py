@@ -64,7 +64,7 @@ class Progress:
     Args:
         total_steps: Optimizer steps of the run, or None when it is not known.
         start_step: Steps taken before (a resumed run).
-        samples_per_step: Samples of one optimizer step, over all processes.
+        samples_per_step: Samples of one optimizer step, over all processes; the mean where datasets differ.
         stream: Where the lines go.
         clock: Seconds, monotonic.
     """
@@ -74,7 +74,7 @@ class Progress:
         total_steps: int | None,
         *,
         start_step: int = 0,
-        samples_per_step: int,
+        samples_per_step: float,
         stream: IO[str] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -189,7 +189,7 @@ def make_progress(
     total_steps: int | None,
     *,
     start_step: int = 0,
-    samples_per_step: int,
+    samples_per_step: float,
     stream: IO[str] | None = None,
 ) -> Progress:
     """A bar where `stream` (stderr unless given) is a terminal, plain lines elsewhere."""

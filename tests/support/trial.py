@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -92,11 +93,11 @@ class Trial:
 
     def trainer(self, folder: Path) -> Trainer:
         """Saves and resumes as a run does."""
-        nothing = SimpleNamespace(main=True, barrier=lambda: None, step=0)
+        nothing = SimpleNamespace(main=True, together=nullcontext, step=0)
         return Trainer(
             settings=nothing, loop=self.loop, store=CheckpointStore(folder, limit=None),
             metrics_file=MetricsFile(folder / "metrics.jsonl"), trackers=nothing, state=nothing, registry=Registry(),
-            processes=nothing, stop=nothing, validate=nothing, identity={}, total_steps=0, samples_per_step=SIZE,
+            processes=nothing, stop=nothing, validate=nothing, identity={}, total_steps=0,
             on_step=nothing, say=lambda line: None,
         )  # type: ignore[arg-type]  # fmt: skip
 
