@@ -57,7 +57,7 @@ class Students:
 
 def score(folders: dict[str, Path], *, num_samples: int) -> dict[str, Any]:
     """Scores by recipe; `folders` are output folders of finished runs by name."""
-    from distill.core.assemble import build_family, build_method, evaluation_setting, needs_pictures, open_run
+    from distill.core.assemble import build_family, build_method, evaluation_setting, method_needs, open_run
     from distill.core.data.pipeline import DataPipeline
     from distill.core.evaluation import build_evaluators, evaluate, plan_evaluation
 
@@ -74,7 +74,7 @@ def score(folders: dict[str, Path], *, num_samples: int) -> dict[str, Any]:
         seed=0,
         cache_root=first / "cache",
         say=print,
-        pictures=needs_pictures(configuration, registry, family),
+        pictures=method_needs(configuration, registry, family).pictures,
     )
     data.prepare()
     plan = plan_evaluation(

@@ -13,7 +13,7 @@ from .config.output import RESOLVED
 from .errors import UserError
 from .evaluator import EvaluationSetting
 from .family import ExtraLora, LoraSettings, ModelFamily, ModelSettings, Precision
-from .method import Method, MethodSetup
+from .method import Method, MethodSetup, Requirements
 
 if TYPE_CHECKING:
     from torch import nn
@@ -94,10 +94,10 @@ def build_method(configuration: Configuration, registry: Registry, family: Model
     return registry.get("method", run.distillation_method)(configuration.method, setup)
 
 
-def needs_pictures(configuration: Configuration, registry: Registry, family: ModelFamily) -> bool:
-    """Whether the run's method trains on latents of pictures rather than on captions alone; loads no weights."""
+def method_needs(configuration: Configuration, registry: Registry, family: ModelFamily) -> Requirements:
+    """What the run's method needs, of its data too; loads no weights."""
     method = build_method(configuration, registry, family)
-    return method.requires(configuration.method, method.setup).pictures
+    return method.requires(configuration.method, method.setup)
 
 
 def default_resolution(configuration: Configuration) -> tuple[int, int]:

@@ -4,10 +4,38 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 Conditioning = dict[str, Tensor]
 """Tensors with the batch in front, as the family's network takes them: text embeddings and micro-conditioning."""
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Where the teacher's sampler began, stopped over and ended: one path per sample of a batch.
+
+    Attributes:
+        path: Points of the path in the schedule's scaling, shape (B, P, C, h, w); the first is the noise it began from.
+        times: Their times in the schedule's units, falling, shape (P,): where P even steps of a sampler begin.
+        data: The scaled latents that it ended at, shape (B, C, h, w).
+        cond: What the teacher was told: the prompt, which is never dropped, and a plain picture of that size.
+    """
+
+    path: Tensor
+    times: Tensor
+    data: Tensor
+    cond: Conditioning
+
+    @property
+    def noise(self) -> Tensor:
+        """What the sampler began from, shape (B, C, h, w)."""
+        return self.path[:, 0]
+
+    def at(self, point: Tensor) -> tuple[Tensor, Tensor]:
+        """The points of these numbers (B,), counted from 0 at the noise: (B, C, h, w), and their times (B,)."""
+        rows = torch.arange(len(point), device=point.device)
+        return self.path[rows, point], self.times[point]
 
 
 @dataclass(frozen=True)
@@ -21,6 +49,7 @@ class Batch:
         positions: Position of each sample in the global batch of this optimizer step; random draws depend on it.
         captions: The captions that ``cond`` was made from, for logs and error messages.
         latent_shape: (C, h, w) of one sample's latents, whether they are there or not.
+        pairs: Paths of the teacher for the same captions, or None for methods that need none.
     """
 
     latents: Tensor | None
@@ -29,17 +58,26 @@ class Batch:
     positions: tuple[int, ...]
     captions: tuple[str, ...] = field(default=())
     latent_shape: tuple[int, ...] = ()
+    pairs: Pairs | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def to(self, device: str, *, non_blocking: bool = True) -> Batch:
-        """The same batch with every tensor on `device`."""
+        """The same batch with every tensor on `device`; what stands in it twice is sent once."""
+        sent: dict[int, Tensor] = {}
 
         def send(tensor: Tensor) -> Tensor:
-            # a copy from memory that is not pinned waits for the device
-            source = tensor.pin_memory() if device.startswith("cuda") and tensor.device.type == "cpu" else tensor
-            return source.to(device, non_blocking=non_blocking)
+            if id(tensor) not in sent:
+                # a copy from memory that is not pinned waits for the device
+                source = tensor.pin_memory() if device.startswith("cuda") and tensor.device.type == "cpu" else tensor
+                sent[id(tensor)] = source.to(device, non_blocking=non_blocking)
+            return sent[id(tensor)]
 
-        latents = None if self.latents is None else send(self.latents)
-        return replace(self, latents=latents, cond={name: send(value) for name, value in self.cond.items()})
+        def send_all(cond: Conditioning) -> Conditioning:
+            return {name: send(value) for name, value in cond.items()}
+
+        pairs, latents = self.pairs, None if self.latents is None else send(self.latents)
+        if pairs is not None:
+            pairs = Pairs(send(pairs.path), send(pairs.times), send(pairs.data), send_all(pairs.cond))
+        return replace(self, latents=latents, cond=send_all(self.cond), pairs=pairs)

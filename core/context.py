@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .diffusion.schedule import Grid, Schedule
     from .family import ModelFamily
     from .method import Stage
-    from .networks import Networks
+    from .sampling import NetworksByRole
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Runtime:
     """What stays the same over a run."""
 
     family: ModelFamily
-    networks: Networks
+    networks: NetworksByRole
     seed: int
     device: torch.device
     autocast_dtype: torch.dtype | None = None

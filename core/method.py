@@ -7,6 +7,7 @@ backward, clipping, stepping, EMA, random generators, checkpoints.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -83,6 +84,9 @@ class Requirements:
 
     pictures: bool = True
     """Whether batches carry latents of pictures; without, captions are enough."""
+    trajectory_points: int = 0
+    """Points of the teacher's path that batches carry (``Batch.pairs``) beside its end: 0 for no path at all, 1 for its
+    noise, k for the points where k even steps begin. A cache with a multiple of k serves too."""
     guidance_embedding: bool = False
     second_time: bool = False
     features: bool = False
@@ -98,7 +102,9 @@ class Requirements:
         """What is needed by any of `needs`; grids are left out, since each is compared by itself."""
         switches = [field.name for field in fields(cls) if field.type == "bool"]
         given = list(needs)
-        return cls(**{name: any(getattr(need, name) for need in given) for name in switches})
+        points = [need.trajectory_points for need in given if need.trajectory_points]
+        united = {name: any(getattr(need, name) for need in given) for name in switches}
+        return cls(**united, trajectory_points=math.lcm(*points) if points else 0)
 
 
 @dataclass(frozen=True)

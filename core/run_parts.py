@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .assemble import build_family, build_method, lora_settings, needs_pictures
+from .assemble import build_family, build_method, lora_settings, method_needs
 
 if TYPE_CHECKING:
     from .config import Configuration
@@ -79,11 +79,12 @@ class RunParts:
         from .data.pipeline import DataPipeline
 
         settings, processes = self.settings, self.processes
+        needs = method_needs(self.config, self.registry, self.family)
         return DataPipeline(
             self.config, self.registry, self.family, micro_batch_size=settings.train_batch_size,
             accumulation=settings.gradient_accumulation_steps, rank=processes.rank, world_size=processes.world_size,
             seed=settings.seed, cache_root=settings.output_dir / "cache", say=self.say,
-            pictures=needs_pictures(self.config, self.registry, self.family),
+            pictures=needs.pictures, pairs=needs.trajectory_points > 0,
         )  # fmt: skip
 
     @cached_property

@@ -54,7 +54,6 @@ from torch import Tensor
 from ..core.batch import Batch
 from ..core.context import Context
 from ..core.diffusion import FlowSchedule, Prediction, Schedule, append_dims, guide
-from ..core.errors import UserError
 from ..core.hookspecs import hookimpl
 from ..core.method import Method, MethodSetup, Requirements, Role, Sampler, Update
 from ..core.terms.adversarial import discriminator_loss, generator_loss
@@ -68,11 +67,9 @@ from ..core.terms.matching import (
     matching_loss,
     sid_loss,
 )
+from ..core.terms.multistep import multistep_sampler, told_time
 from ..core.terms.regression import distance
 from ..core.terms.weights import Weight, ever_positive, weight_at
-
-ONE_STEP_SHARE = 0.4
-"""A student of one step is told timestep 399: at 999 the x_0 of an epsilon network is its output times 14.6."""
 
 
 class DMD2(Method):
@@ -300,15 +297,7 @@ class DMD2(Method):
         """The times of `num_steps` calls, falling: evenly spaced, or where a student of one step is told it is."""
         if num_steps > 1 or self.config.num_inference_steps > 1:
             return trailing_walk(schedule, num_steps).times.tolist()
-        asked, total = self.config.one_step_time, schedule.num_train_timesteps
-        if asked is not None and asked >= total:
-            raise UserError(
-                f"distillation_config.dmd2.one_step_time = {asked}, but the model has {total} training timesteps",
-                f"choose 1 to {total - 1}, or leave it out",
-            )
-        if schedule.clean_at_zero:
-            return [schedule.t_max if asked is None else asked / total]
-        return [round(ONE_STEP_SHARE * total) - 1 if asked is None else asked]
+        return [told_time(schedule, self.config.one_step_time, key="distillation_config.dmd2.one_step_time")]
 
     def sampler(
         self, schedule: Schedule, *, num_inference_steps: int | None = None, guidance_scale: float | None = None
@@ -318,14 +307,7 @@ class DMD2(Method):
         Another number of steps than that of training is spaced by the same rule; the student has not seen those times.
         """
         steps = num_inference_steps or self.config.num_inference_steps
-        times, guidance = self._times(schedule, steps), guidance_scale or 0.0
-        if schedule.clean_at_zero:
-            # the times are shifted already: the scheduler must not do it again
-            config = {"shift": 1.0, "use_dynamic_shifting": False}
-            return Sampler("FlowMatchLCMScheduler", config, steps, guidance, {"sigmas": times})
-        # every timestep may be asked for by name
-        config = {"original_inference_steps": schedule.num_train_timesteps}
-        return Sampler("LCMScheduler", config, steps, guidance, {"timesteps": [int(time) for time in times]})
+        return multistep_sampler(schedule, self._times(schedule, steps), guidance_scale or 0.0)
 
     def notices(self) -> list[str]:
         """What a step is, and what a student of one step lacks."""

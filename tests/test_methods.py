@@ -36,6 +36,7 @@ SETTINGS = {
     "guidance": {"w_min": 2.0, "w_max": 6.0},
     "meanflow": {"w_min": 2.0, "w_max": 6.0},
     "meanflow/difference": {"derivative": "difference"},
+    "kd": {"num_inference_steps": 2, "loss_type": "huber"},
 }
 """Method, and a variant's name where there are several -> settings."""
 TERMS = (term("pcm", 1.0, adversarial_weight=0.0), term("dmd2", {0: 0.0, 2: 0.5}, **SHORT_DMD2))
@@ -235,6 +236,7 @@ def test_plugins_show_says_what_it_is_what_it_takes_and_what_it_needs(name):
         needs = found.requires(found.Config(), MethodSetup(model_type))
         own = text.partition(f"model_type {model_type}: ")[2].partition("model_type")[0]
         assert own.startswith("pictures with captions" if needs.pictures else "captions alone, no pictures")
+        assert ("distillation cache" in own) == (needs.trajectory_points > 0)
         assert ("second time" in own.partition("networks:")[0]) == needs.second_time
         assert ("features from inside" in own) == needs.features
         assert ("guidance scale as an input" in own) == needs.guidance_embedding

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Build, verify or clear the text and latent caches.", no_args_is_help=True)
 
-OnlyDataset = Annotated[str | None, typer.Option("--dataset", help="Only the latents of this dataset id.")]
+OnlyDataset = Annotated[str | None, typer.Option("--dataset", help="Only the latents, or pairs, of this entry's id.")]
 
 
 @app.command()
@@ -32,7 +32,7 @@ def build(
     configuration, registry = options.load(
         family=family, config=config, data=data, model=model, output_dir=output_dir, overrides=set_, plugins=plugin
     )
-    from ..assemble import CACHE_FOLDER, build_family, needs_pictures
+    from ..assemble import CACHE_FOLDER, build_family, method_needs
     from ..data.pipeline import DataPipeline
 
     teacher = build_family(configuration, registry)
@@ -47,7 +47,8 @@ def build(
         seed=run.seed,
         cache_root=run.output_dir / CACHE_FOLDER,
         say=options.say,
-        pictures=needs_pictures(configuration, registry, teacher),
+        pictures=method_needs(configuration, registry, teacher).pictures,
+        pairs=bool(configuration.distillation_caches),
     )
     pipeline.prepare()
 
@@ -113,17 +114,18 @@ def clear(
 
 
 def _folders(configuration: Configuration, dataset: str | None) -> list[tuple[Path, dict[str, object]]]:
-    """Folders and descriptors of all caches of the configuration's datasets, or of one dataset's latents."""
+    """Folders and descriptors of all caches of the configuration's datasets, or of one dataset's or entry's alone."""
     from ..assemble import CACHE_FOLDER
     from ..data.cache import cache_folders
     from ..data.pipeline import CachePlaces, dataset_folders
 
     places = CachePlaces(configuration, configuration.run.output_dir / CACHE_FOLDER)
+    pairs = {places.pairs(entry) for entry in configuration.distillation_caches if entry.id == dataset}
     found = {
         folder: descriptor
         for parent in dataset_folders(places, configuration.datasets)
         for folder, descriptor in cache_folders(parent)
-        if dataset is None or descriptor.get("dataset") == dataset
+        if dataset in (None, descriptor.get("dataset")) or (parent in pairs and descriptor["kind"] == "pairs")
     }
     return sorted(found.items())
 

@@ -91,7 +91,7 @@ def _data(
     configuration: Configuration, registry: Registry, family: ModelFamily, count: int
 ) -> tuple[Sequence[str], RealImages | None]:
     """Captions and pictures of the run's data; the validation prompts and no pictures where it cannot be read."""
-    from ..assemble import CACHE_FOLDER, needs_pictures
+    from ..assemble import CACHE_FOLDER, method_needs
     from ..data.pipeline import DataPipeline
 
     run = configuration.run
@@ -104,7 +104,7 @@ def _data(
         seed=run.seed,
         cache_root=run.output_dir / CACHE_FOLDER,
         say=_say,
-        pictures=needs_pictures(configuration, registry, family),
+        pictures=method_needs(configuration, registry, family).pictures,
     )
     try:
         pipeline.prepare()

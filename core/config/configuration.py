@@ -73,6 +73,12 @@ class Configuration:
         return max(sizes, default=self.run.train_batch_size)
 
     @property
+    def distillation_caches(self) -> tuple[DatasetSettings, ...]:
+        """The entries that hold what the teacher makes of captions; datasets name them."""
+        named = {entry.distillation_cache for entry in self.datasets}
+        return tuple(entry for entry in self.caches if entry.id in named)
+
+    @property
     def validation_prompts(self) -> tuple[str, ...]:
         """Prompts of ``validation_prompt``, then those of the library file, each once."""
         library = self.run.validation_prompt_library

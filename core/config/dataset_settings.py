@@ -25,11 +25,11 @@ class DatasetSettings(Settings):
     """A registered data backend (`distill plugins list`)."""
     dataset_type: Literal["image", "text_embeds", "vae_embeds", "eval", "prompts", "distillation_cache"] = "image"
     """What the entry holds: `image` or `prompts` (captions alone) to train on, `text_embeds` or `vae_embeds` for a
-    cache's place."""
+    cache's place, `distillation_cache` for what the teacher makes of the captions."""
     disabled: bool = False
     """Leave the entry out."""
     default: bool = False
-    """For a text_embeds entry: the cache of all datasets that name none."""
+    """For a text_embeds or distillation_cache entry: the cache of all datasets that name none."""
     crop: bool = False
     """Crop to crop_aspect; off keeps the aspect ratio and sorts into buckets."""
     crop_aspect: Literal["square", "preserve", "closest", "random"] = "square"
@@ -71,9 +71,27 @@ class DatasetSettings(Settings):
     cache_dir_vae: LocalPath | None = None
     """Folder of the latent cache; absent: under output_dir."""
     cache_dir: LocalPath | None = None
-    """Folder of a text_embeds or vae_embeds entry's cache; absent: under output_dir."""
+    """Folder of a text_embeds, vae_embeds or distillation_cache entry's cache; absent: under output_dir."""
     text_embeds: str | None = None
     """Id of the text_embeds entry whose cache this dataset uses; absent: the default one."""
+    distillation_cache: str | None = None
+    """Id of the distillation_cache entry whose pairs this dataset's captions have; absent: the default one."""
+    num_pairs_per_prompt: int = Field(default=1, ge=1, le=10_000)
+    """For a distillation_cache: paths of each caption and size, from as many noises."""
+    num_inference_steps: int | None = Field(default=None, ge=1, le=1000)
+    """For a distillation_cache: the teacher's steps; absent: 50, or the next multiple of trajectory_points."""
+    guidance_scale: float | None = Field(default=None, ge=0, le=100)
+    """For a distillation_cache: the teacher's guidance scale, 0 and 1 for none; absent: the family's usual one."""
+    solver: Literal["ddim", "dpm++"] = "ddim"
+    """For a distillation_cache: how the teacher steps: `ddim` (Euler on a flow) or `dpm++` (DPM-Solver++ 2M, as exact
+    in half the steps)."""
+    trajectory_points: int | None = Field(default=None, ge=1, le=1000)
+    """For a distillation_cache: points of each path that are kept beside its end, the noise included; they divide
+    num_inference_steps. Absent: as many as the method needs."""
+    noise_seed: int = Field(default=0, ge=0)
+    """For a distillation_cache: seed of the noise that paths begin at."""
+    pair_batch_size: int = Field(default=4, ge=1)
+    """For a distillation_cache: paths of a megapixel that are made at once; of smaller pictures more, up to 64."""
     vae_batch_size: int = Field(default=4, ge=1)
     """Pictures per autoencoder call while the latent cache is built; absent: the run's."""
     write_batch_size: int = Field(default=128, ge=1)

@@ -17,6 +17,7 @@ from .coercion import absolute
 from .dataset_settings import DatasetSettings
 from .findings import PartCheck
 from .normalise import SIZES, align_rounding, convert_size, megapixel_notices, rename_dataset_values
+from .pair_entries import check_pair_keys
 from .prompt_entries import Refuse, check_kind, check_prompts, without_pictures
 from .reading import COMMAND_LINE, SUFFIXES, Layers, Origin, fill_environment, read_file, strip_dashes
 from .run_settings import RunSettings
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 DATA_FILE_STEM = "multidatabackend"
 TRAINED_ON = ("image", "prompts")
 """Values of ``dataset_type`` whose entries hold samples."""
+NAMED_CACHES = ("text_embeds", "distillation_cache")
+"""Values of ``dataset_type`` of caches that a dataset may name, by a key that is called the same."""
 INHERITED = (
     "aspect_bucket_alignment",
     "aspect_bucket_rounding",
@@ -225,6 +228,7 @@ class DatasetsCheck:
         if not isinstance(entry, DatasetSettings) or backend is None:
             return None
         ours = {key: value for key, value in values.items() if key in own}
+        entry = check_pair_keys(entry, set(settings), partial(self._refuse, raw))
         if entry.dataset_type not in TRAINED_ON:
             return self._writable(entry)
         part = check.validate(backend, ours, raw.prefix, origin)
@@ -271,19 +275,19 @@ class DatasetsCheck:
         return entry
 
     def _check_caches(self, entries: Sequence[RawEntry], result: Datasets) -> None:
-        caches = [entry for entry in result.caches if entry.dataset_type == "text_embeds"]
-        defaults = [entry.id for entry in caches if entry.default]
-        if len(defaults) > 1:
-            raw = next(raw for raw in entries if raw.id == defaults[1])
-            problem = f"is set for {', '.join(defaults)}, and only one text cache can be the default"
-            self._refuse(raw, f"{raw.prefix}default", True, problem, "keep it on one of them")
-        for entry in result.training:
-            if entry.text_embeds is not None and entry.text_embeds not in [cache.id for cache in caches]:
-                raw = next(raw for raw in entries if raw.id == entry.id)
-                remedy = f"text_embeds entries: {', '.join(cache.id for cache in caches) or 'none'}"
-                self._refuse(
-                    raw, f"{raw.prefix}text_embeds", entry.text_embeds, "is not the id of a text_embeds entry", remedy
-                )
+        for kind in NAMED_CACHES:
+            caches = [entry for entry in result.caches if entry.dataset_type == kind]
+            defaults = [entry.id for entry in caches if entry.default]
+            if len(defaults) > 1:
+                raw = next(raw for raw in entries if raw.id == defaults[1])
+                problem = f"is set for {', '.join(defaults)}, and only one {kind} entry can be the default"
+                self._refuse(raw, f"{raw.prefix}default", True, problem, "keep it on one of them")
+            for entry in result.training:
+                named = getattr(entry, kind)
+                if named is not None and named not in [cache.id for cache in caches]:
+                    raw = next(raw for raw in entries if raw.id == entry.id)
+                    remedy = f"{kind} entries: {', '.join(cache.id for cache in caches) or 'none'}"
+                    self._refuse(raw, f"{raw.prefix}{kind}", named, f"is not the id of a {kind} entry", remedy)
 
 
 def can_be_made(folder: Path) -> bool:

@@ -14,9 +14,10 @@ from .configuration import PARTS, Configuration
 from .datasets import Datasets, DatasetsCheck, RawEntry, apply_overrides, find_data_file, read_data_file, read_entries
 from .findings import PartCheck
 from .normalise import align_rounding, megapixel_notices, refuse_not_yet, rename_run_keys
+from .pair_entries import PairNeeds, PairsCheck
 from .parts import Parts, PartsCheck
 from .reading import COMMAND_LINE, Layers, Origin, fill_environment, nested, parse_override, read_file, strip_dashes
-from .requirements import check_pictures, check_requirements
+from .requirements import check_pictures, check_requirements, trajectory_points
 from .run_settings import RunSettings
 
 if TYPE_CHECKING:
@@ -96,6 +97,7 @@ class Loader:
         datasets = self._datasets(run or RunSettings(), entries, data_overrides)
         if run is not None:
             self._compare_data(run, parts, check, entries or [], datasets)
+            self._give_pairs(run, parts, check, entries or [], datasets)
         if run is not None and self.to_train:
             check.check_optimizer(run)
         if run is None or self.findings:
@@ -166,9 +168,9 @@ class Loader:
     def _lay_under(self, recipe_file: Path, folder: Path, check: PartsCheck) -> list[RawEntry]:
         recipe = json.loads(recipe_file.read_text(encoding="utf-8"))
         origin = Origin(str(recipe_file), recipe_file.parent)
-        data = recipe.pop("data", [])
         method = check.classes.get("method")
         own = recipe.pop("methods", {}).get(method.name, {}) if method else {}
+        data = [*recipe.pop("data", []), *own.pop("data", [])]
         recipe = {MODEL: str(folder), **recipe, **own}
         if self.layers.given("num_train_epochs") or self.layers.given("max_train_steps"):
             recipe.pop("max_train_steps", None)
@@ -215,6 +217,20 @@ class Loader:
             return
         files = {entry.id: entry.layers.origin("dataset_type").file for entry in entries}
         self.findings.extend(check_pictures(method, config, run, datasets.training, files=files))
+
+    def _give_pairs(
+        self, run: RunSettings, parts: Parts, check: PartsCheck, entries: list[RawEntry], datasets: Datasets
+    ) -> None:
+        """Each dataset its distillation cache, where there is one or the method needs one."""
+        method, family = check.classes.get("method"), check.classes.get("family")
+        config = parts["distillation_config"].get(method.name) if method else None
+        if method is None or family is None or config is None or self.findings:
+            return
+        points, place = trajectory_points(method, config, run), f"{run.output_dir}/cache/pairs"
+        needs = PairNeeds(method.name, points, family.default_guidance, place)
+        files = {entry.id: entry.layers.fallback.file for entry in entries}
+        pairs = PairsCheck(needs, files, self.findings, self.notices)
+        datasets.training, datasets.caches = pairs.resolve(datasets.training, datasets.caches)
 
     def _entries(
         self, run: RunSettings | None, data_file: Path | None, inline: Any, recipe: list[RawEntry] | None

@@ -143,6 +143,13 @@ def check_pictures(
     ]
 
 
+def trajectory_points(method: type[Method], method_config: Any, run: RunSettings) -> int:
+    """Points of the teacher's path that the method needs with this configuration; 0 for no path at all."""
+    from ..method import MethodSetup
+
+    return method.requires(method_config, MethodSetup(run.model_type, use_ema=run.use_ema)).trajectory_points
+
+
 def _short_grid(key: str, points: int, num_timesteps: int) -> str:
     divisors = [number for number in range(1, num_timesteps + 1) if num_timesteps % number == 0]
     near = sorted(sorted(divisors, key=lambda divisor: abs(divisor - points))[:2])

@@ -16,6 +16,7 @@ from .dataset import Dataset
 from .encode import LatentEncoder, Share, encode_captions, missing_captions
 from .encode_passing import PassingEncoder
 from .images import PIXELS_VERSION
+from .pairs import CachedPairs, PairMaker, WantedPairs, cost, pair_descriptor
 from .progress import Progress
 from .report import DataReport
 from .storage import write_whole
@@ -30,6 +31,7 @@ PREPROCESSING = (
     "target_downsample_size", "aspect_bucket_alignment", "aspect_bucket_rounding", "random_flip",
 )  # fmt: skip
 """Settings that decide a picture's pixels: what is compared to say why latents are made anew."""
+MODEL_PARTS = {"vae": "autoencoder is", "denoiser": "teacher is", "text": "text encoders are"}
 
 
 class Places(Protocol):
@@ -51,13 +53,22 @@ class Places(Protocol):
         """Captions per file of that text cache."""
         ...
 
+    def pair_entry(self, settings: DatasetSettings) -> DatasetSettings:
+        """The distillation cache that a dataset uses."""
+        ...
+
+    def pairs(self, entry: DatasetSettings) -> Path:
+        """Folder of a distillation cache."""
+        ...
+
 
 @dataclass
 class Caches:
-    """The caches of each dataset, by its id; datasets may share a text cache, and those of prompts have no latents."""
+    """The caches of each dataset, by its id; datasets may share text caches and pairs, and prompts have no latents."""
 
     latents: dict[str, TensorCache] = field(default_factory=dict)
     texts: dict[str, TensorCache] = field(default_factory=dict)
+    pairs: dict[str, CachedPairs] = field(default_factory=dict)
 
 
 def text_descriptor(family: ModelFamily) -> dict[str, Any]:
@@ -98,13 +109,16 @@ class CacheBuilder:
         self.family, self.places, self.share, self.workers = family, places, share, workers
         self.progress, self.say, self.together = progress, say, together
 
-    def build(self, datasets: Sequence[Dataset], report: DataReport, *, pictures: bool = True) -> Caches:
+    def build(
+        self, datasets: Sequence[Dataset], report: DataReport, *, pictures: bool = True, pairs: bool = False
+    ) -> Caches:
         """All caches, complete; broken pictures are dropped from their datasets, and counts go into `report`.
 
         Args:
             datasets: What is trained on.
             report: Filled in.
             pictures: Whether latents are made; without, the autoencoder is not loaded.
+            pairs: Whether the teacher makes paths of the captions; without, it is not loaded.
         """
         caches = Caches()
         groups: dict[Path, list[Dataset]] = {}
@@ -115,6 +129,9 @@ class CacheBuilder:
             caches.texts |= {dataset.id: cache for dataset in group}
         for dataset in datasets if pictures else ():
             caches.latents[dataset.id] = self._latents(dataset, report)
+        maker = PairMaker(self.family, progress=self.progress)
+        for dataset in datasets if pairs else ():
+            caches.pairs[dataset.id] = self._pairs(dataset, caches.texts[dataset.id], maker, report)
         return caches
 
     # -- captions ---------------------------------------------------------------------------------------------------
@@ -196,7 +213,32 @@ class CacheBuilder:
         elif len(cache):
             self.say(f"{cache.label}: {len(cache):,} are there, {missing:,} new, changed or missing ones are encoded")
 
-    # -- both -------------------------------------------------------------------------------------------------------
+    # -- paths of the teacher ---------------------------------------------------------------------------------------
+
+    def _pairs(self, dataset: Dataset, texts: TensorCache, maker: PairMaker, report: DataReport) -> CachedPairs:
+        settings = self.places.pair_entry(dataset.settings)
+        folder, descriptor = self.places.pairs(settings), pair_descriptor(self.family, settings)
+        cache = self._open(folder, descriptor, f"pairs of {settings.id!r}", report)
+        wanted = WantedPairs(dataset, settings)
+        jobs = wanted.missing(cache)
+        missing = sum(len(job.keys) for job in jobs)
+        if missing:
+            self._explain_pairs(cache)
+            self.say(cost(settings, missing, wanted.num_pairs))
+            maker.run(wanted, self.share.of(jobs), cache, texts)
+            maker.release()
+            self.family.release_encoders()
+            report.pairs_made += missing
+            cache = self._reload(cache)
+        return wanted.cached(cache, self.family)
+
+    def _explain_pairs(self, cache: TensorCache) -> None:
+        others = [found for _, found in cache_folders(cache.parent) if found["kind"] == cache.descriptor["kind"]]
+        if not len(cache) and others:
+            differences = min((changed(other, cache.descriptor) for other in others), key=len)
+            self.say(f"{cache.label}: {', '.join(differences)}, so they are made anew")
+
+    # -- all of them --------------------------------------------------------------------------------------------------
 
     def _open(self, folder: Path, descriptor: Mapping[str, Any], label: str, report: DataReport) -> TensorCache:
         """The cache, checked by the first process before the others read it."""
@@ -220,6 +262,6 @@ def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Settings that differ, as ``resolution 512 -> 1024``."""
     different = [name for name in now if before.get(name) != now[name]]
     return [
-        "the autoencoder is another one" if name == "vae" else f"{name} {before.get(name)} -> {now[name]}"
+        f"the {MODEL_PARTS[name]} another one" if name in MODEL_PARTS else f"{name} {before.get(name)} -> {now[name]}"
         for name in different
     ]

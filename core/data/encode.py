@@ -71,16 +71,17 @@ def missing_captions(cache: TensorCache, datasets: Sequence[Dataset]) -> list[tu
     todo, seen = [], np.zeros((0, 2), np.uint64)
     for dataset in datasets:
         digests = dataset.index.caption_digests
-        _, first = np.unique(_as_void(digests), return_index=True)
+        _, first = np.unique(as_void(digests), return_index=True)
         first = np.sort(first)  # in the order of the pictures, which survives a restart
         first = first[cache.locate(digests[first]) < 0]
-        first = first[~np.isin(_as_void(digests[first]), _as_void(seen))]
+        first = first[~np.isin(as_void(digests[first]), as_void(seen))]
         seen = np.concatenate([seen, digests[first]])
         todo.append((dataset, first.astype(np.int64)))
     return todo
 
 
-def _as_void(keys: UInt64s) -> NDArray[np.void]:
+def as_void(keys: UInt64s) -> NDArray[np.void]:
+    """128-bit keys (n, 2) as single values (n,), which can be compared."""
     return np.ascontiguousarray(keys).view(np.dtype((np.void, 16))).reshape(-1)
 
 
@@ -115,9 +116,12 @@ def flips(dataset: Dataset) -> tuple[int, ...]:
 
 
 def pictures_per_call(dataset: Dataset, bucket: int) -> int:
-    """``vae_batch_size`` pictures, and of pictures below a megapixel as many more as have the same pixels in all."""
-    width, height = dataset.shapes[bucket]
-    asked = dataset.settings.vae_batch_size
+    """``vae_batch_size`` pictures, and more of small ones."""
+    return per_call(dataset.settings.vae_batch_size, *dataset.shapes[bucket])
+
+
+def per_call(asked: int, width: int, height: int) -> int:
+    """`asked` pictures, and of pictures below a megapixel as many more as have the same pixels in all."""
     return max(asked, min(LARGEST_BATCH, int(asked * MEGAPIXEL / (width * height))))
 
 

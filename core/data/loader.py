@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 import torch
 
-from ..batch import Batch, Conditioning
+from ..batch import Batch, Conditioning, Pairs
 from ..family import MicroConditioning
 from ..random import Draws
 from .cache import TensorCache
@@ -19,6 +19,7 @@ from .dataset import Dataset
 from .encode import LATENTS
 from .hashing import Int64s
 from .order import Curriculum
+from .pairs import CachedPairs, plain_picture
 
 if TYPE_CHECKING:
     from ..family import ModelFamily
@@ -48,6 +49,7 @@ class CachedDataset:
         texts: The embeddings of its captions.
         captions: Where each caption's embeddings are, as ``dataset.index.caption_digests``.
         first_stream: Number of its first bucket among the streams of all datasets.
+        pairs: Paths of the teacher for its captions, or None for a method that needs none.
     """
 
     dataset: Dataset
@@ -55,6 +57,7 @@ class CachedDataset:
     texts: TensorCache
     captions: Int64s
     first_stream: int
+    pairs: CachedPairs | None = None
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,19 @@ class Loader:
             positions=tuple(positions.tolist()),
             captions=tuple(index.caption(place) for place in captions),
             latent_shape=self._latent_shape(dataset, rows) if latents is None else tuple(latents.shape[1:]),
+            pairs=self._pairs(source, rows, captions, embeds, draws),
         )
+
+    def _pairs(
+        self, source: CachedDataset, rows: Int64s, captions: Int64s, embeds: Conditioning, draws: Draws
+    ) -> Pairs | None:
+        """One path of each caption, of a noise that is drawn."""
+        if source.pairs is None:
+            return None
+        plan = source.dataset.plan(rows[:1])
+        micro = plain_picture(int(plan.bucket_w[0]), int(plan.bucket_h[0]), len(rows))
+        numbers = draws.integers("pair", len(source.pairs.places)).numpy()
+        return source.pairs.read(numbers, captions, self.family.condition(embeds, micro))
 
     @staticmethod
     def _latents(source: CachedDataset, places: Int64s, flip: np.ndarray) -> torch.Tensor | None:

@@ -28,6 +28,7 @@ from .index import Index
 from .index_build import IndexBuilder
 from .loader import CachedDataset, CachedLatents, Loader, Prefetch, Shape
 from .order import Curriculum, Stream
+from .pairs import pair_descriptor
 from .passing import Opener, marks_path
 from .progress import Progress, default_progress
 from .prompt_files import open_source
@@ -59,6 +60,7 @@ class DataPipeline:
         say: Takes lines for people.
         progress: How long work tells of itself; by default a bar in a terminal, plain lines elsewhere.
         pictures: Whether batches carry latents; without, captions are enough and the autoencoder is not loaded.
+        pairs: Whether batches carry paths of the teacher, from the distillation cache that each dataset names.
     """
 
     def __init__(
@@ -76,9 +78,10 @@ class DataPipeline:
         say: Callable[[str], None],
         progress: Progress | None = None,
         pictures: bool = True,
+        pairs: bool = False,
     ) -> None:
         assert not pictures or all(each.has_pictures for each in config.datasets)  # refused with the configuration
-        self._pictures = pictures
+        self._pictures, self._pairs = pictures, pairs
         self._config, self._registry, self._family, self._say = config, registry, family, say
         self._shape = Shape(micro_batch_size, accumulation, rank, world_size)
         self._seed, self._places = seed, CachePlaces(config, cache_root)
@@ -102,7 +105,7 @@ class DataPipeline:
             self._family, self._places, share=share, workers=self._config.run.num_workers,
             progress=self._progress, say=self._say, together=together,
         )  # fmt: skip
-        caches = builder.build(self._datasets, report, pictures=self._pictures)
+        caches = builder.build(self._datasets, report, pictures=self._pictures, pairs=self._pairs)
         for dataset in self._datasets:
             dataset.check_not_empty()
         self._loader = self._make_loader(caches)
@@ -161,7 +164,8 @@ class DataPipeline:
         for dataset in self._datasets:
             latents, texts = _locate(dataset, caches), caches.texts[dataset.id]
             captions = texts.locate(dataset.index.caption_digests)
-            cached.append(CachedDataset(dataset, latents, texts, captions, len(streams)))
+            pairs = caches.pairs.get(dataset.id)
+            cached.append(CachedDataset(dataset, latents, texts, captions, len(streams), pairs))
             global_batch = self._shape.of(dataset).global_batch
             own = dataset.streams(heaviest or 1.0, None if global_batch == self.global_batch else global_batch)
             streams += own
@@ -231,6 +235,10 @@ class DataPipeline:
             hasher.update(index.caption_digests.tobytes())
             for column in dataset.plan(dataset.rows).columns():
                 hasher.update(column.astype(np.int32).tobytes())
+            if self._pairs:
+                entry = self._places.pair_entry(settings)
+                made = [pair_descriptor(self._family, entry), entry.num_pairs_per_prompt, entry.noise_seed]
+                hasher.update(json.dumps(made).encode())
         return hasher.hexdigest()
 
     # -- looking at the data ----------------------------------------------------------------------------------------
@@ -328,6 +336,15 @@ class CachePlaces:
         """The text_embeds entry that a dataset uses."""
         return self._caches[settings.text_embeds] if settings.text_embeds else self._config.text_cache
 
+    def pair_entry(self, settings: DatasetSettings) -> DatasetSettings:
+        """The distillation cache that a dataset uses; the configuration gives it one where a method needs it."""
+        assert settings.distillation_cache is not None, f"dataset {settings.id!r} has no distillation cache"
+        return self._caches[settings.distillation_cache]
+
+    def pairs(self, entry: DatasetSettings) -> Path:
+        """Folder of a distillation cache."""
+        return Path(entry.cache_dir) if entry.cache_dir is not None else self._root / "pairs" / entry.id
+
     def text_shard_size(self, settings: DatasetSettings) -> int:
         """Captions per file of the text cache that a dataset uses."""
         return (self.text_entry(settings) or settings).write_batch_size
@@ -350,4 +367,5 @@ def _named(stream: Stream) -> list[object]:
 def dataset_folders(places: CachePlaces, datasets: Sequence[DatasetSettings]) -> list[Path]:
     """Every folder that may hold caches of `datasets`, each once."""
     folders = [place(settings) for settings in datasets for place in (places.latents, places.texts)]
+    folders += [places.pairs(places.pair_entry(each)) for each in datasets if each.distillation_cache is not None]
     return list(dict.fromkeys(folders))

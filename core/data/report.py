@@ -21,6 +21,7 @@ class DataReport:
         datasets: Counts by dataset id.
         captions_encoded: Captions that went through the text encoders now.
         pictures_encoded: Pictures that went through the autoencoder now.
+        pairs_made: Paths that the teacher made now.
         damaged_shards: Cache files that failed their check and were made anew.
         seconds: How long all of it took.
         pictures: Whether latents were asked for.
@@ -29,6 +30,7 @@ class DataReport:
     datasets: dict[str, Counts] = field(default_factory=dict)
     captions_encoded: int = 0
     pictures_encoded: int = 0
+    pairs_made: int = 0
     damaged_shards: int = 0
     seconds: float = 0.0
     pictures: bool = True
@@ -52,7 +54,9 @@ class DataReport:
         lines = [line for name, counts in self.datasets.items() for line in describe(name, counts)]
         latents = f" and {self.pictures_encoded:,} pictures" if self.pictures else ""
         made = f"{self.captions_encoded:,} captions{latents} encoded"
-        cached = "everything was cached" if not self.captions_encoded + self.pictures_encoded else made
+        made += f", {self.pairs_made:,} pairs made" if self.pairs_made else ""
+        nothing = not self.captions_encoded + self.pictures_encoded + self.pairs_made
+        cached = "everything was cached" if nothing else made
         lines.append(f"data ready in {self.seconds:.1f} s: {cached}")
         if self.num_samples < FEW_SAMPLES:
             noun = "pictures" if self.pictures else "prompts"

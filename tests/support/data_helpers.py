@@ -107,12 +107,13 @@ def configuration(*datasets: DatasetSettings, caches=(), text_cache=None):
 
 
 def pipeline(
-    *datasets: DatasetSettings, root: Path, family=None, micro=2, accumulation=1, rank=0, world=1, seed=1, pictures=True
-):
+    *datasets: DatasetSettings, root: Path, family=None, micro=2, accumulation=1, rank=0, world=1, seed=1,
+    pictures=True, pairs=False, config=None,
+):  # fmt: skip
     """A pipeline and the lines that it says."""
     lines: list[str] = []
     data = DataPipeline(
-        configuration(*datasets),
+        config or configuration(*datasets),
         REGISTRY,
         family or FakeFamily(),
         micro_batch_size=micro,
@@ -123,6 +124,7 @@ def pipeline(
         cache_root=root / "cache",
         say=lines.append,
         pictures=pictures,
+        pairs=pairs,
     )
     return data, lines
 

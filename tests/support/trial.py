@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from distill.core.batch import Batch
+from distill.core.batch import Batch, Pairs
 from distill.core.context import Context, Runtime
 from distill.core.engine.checkpoint import CheckpointStore
 from distill.core.engine.health import HealthMonitor
@@ -22,6 +22,7 @@ from distill.core.family import LoraSettings, MicroConditioning, ModelSettings
 from distill.core.method import MethodSetup
 from distill.core.networks import Networks
 from distill.core.plugins import Registry
+from distill.core.terms.ddim import trailing_walk
 from distill.core.training import Trainer
 from distill.model_families.sdxl import SDXL
 from torch import Tensor
@@ -81,10 +82,9 @@ class Trial:
     """The base's own weights as they were loaded."""
 
     def batch(self, step: int) -> Batch:
-        """The batch of a step, without pictures if the method needs none."""
-        return make_batch(
-            self.family, step, pictures=self.method.requires(self.method.config, self.method.setup).pictures
-        )
+        """The batch of a step, with what the method needs: pictures, paths of the teacher."""
+        needs = self.method.requires(self.method.config, self.method.setup)
+        return make_batch(self.family, step, pictures=needs.pictures, points=needs.trajectory_points)
 
     def run(self, start: int, end: int, *, parts: int = 1) -> None:
         """Optimizer steps `start` to `end`, each over `parts` micro-batches."""
@@ -143,15 +143,24 @@ def _shake(parameters: dict[str, Any], *, seed: int) -> None:
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=g))
 
 
-def make_batch(family: SDXL, step: int, *, pictures: bool) -> Batch:
-    """Four samples with prompts of their own; without latents where there are no pictures."""
+def make_batch(family: SDXL, step: int, *, pictures: bool, points: int = 0) -> Batch:
+    """Four samples with prompts of their own; without latents where there are no pictures, with paths where asked."""
     g = torch.Generator().manual_seed(step)
     embeds = family.encode_prompts([f"a red thing number {i + SIZE * step}" for i in range(SIZE)])
     sizes = [(64 + i, 48) for i in range(SIZE)]
     micro = MicroConditioning(sizes, [(i, 0) for i in range(SIZE)], [(8, 8)] * SIZE)
     cond = {name: value.double() for name, value in family.condition(embeds, micro).items()}
     latents = torch.randn(SIZE, *LATENT, generator=g).double() if pictures else None
-    return Batch(latents, cond, tuple(f"set/{i}" for i in range(SIZE)), tuple(range(SIZE)), latent_shape=LATENT)
+    keys, positions = tuple(f"set/{i}" for i in range(SIZE)), tuple(range(SIZE))
+    return Batch(latents, cond, keys, positions, latent_shape=LATENT, pairs=_paths(family, cond, points, g))
+
+
+def _paths(family: SDXL, cond: Any, points: int, g: torch.Generator) -> Pairs | None:
+    """Paths of nobody's: twice as many points as are needed, so that a method must take its own."""
+    if not points:
+        return None
+    path, data = torch.randn(SIZE, 2 * points + 1, *LATENT, generator=g).double().split([2 * points, 1], 1)
+    return Pairs(path, trailing_walk(family.schedule, 2 * points).times, data[:, 0], cond)
 
 
 def split(batch: Batch, parts: int) -> list[Batch]:
@@ -160,10 +169,20 @@ def split(batch: Batch, parts: int) -> list[Batch]:
     return [
         replace(
             batch, latents=None if batch.latents is None else batch.latents[rows], keys=batch.keys[rows],
-            cond={name: value[rows] for name, value in batch.cond.items()}, positions=batch.positions[rows],
+            cond=_rows(batch.cond, rows), positions=batch.positions[rows], pairs=_pairs_of(batch.pairs, rows),
         )
         for rows in (slice(i * size, (i + 1) * size) for i in range(parts))
     ]  # fmt: skip
+
+
+def _rows(cond: Any, rows: slice) -> Any:
+    return {name: value[rows] for name, value in cond.items()}
+
+
+def _pairs_of(pairs: Pairs | None, rows: slice) -> Pairs | None:
+    if pairs is None:
+        return None
+    return Pairs(pairs.path[rows], pairs.times, pairs.data[rows], _rows(pairs.cond, rows))
 
 
 def own_weights(networks: Networks) -> dict[str, list[Tensor]]:

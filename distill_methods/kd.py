@@ -1,0 +1,120 @@
+r"""Knowledge distillation: the student learns where the teacher's sampler ends from each noise it begins with.
+
+A deterministic sampler is a function of its noise. Its pairs (z, x(z)) are made once, before training
+(``dataset_type: distillation_cache``), and one step regresses on them:
+
+    L = || D_theta(z, T) - x(z) ||^2                                                          one step
+
+With N steps the student also learns from the points that N even steps of the teacher's path begin at,
+
+    i ~ U{0 .. N-1},   L = || D_theta(x_{t_i}, t_i) - x(z) ||^2,   x_{t_0} = z                N steps
+
+and is then run with fresh noise between its steps: each denoises to the end of the path through the point it sees. D is
+the network's x_0. No teacher is called in training, and no picture is needed.
+
+A regression on one noise has one answer, so nothing is averaged but what the student cannot tell apart: unlike a
+regression on data, its minimum is the exact flow map, at the times it is trained at. What a network of finite size
+cannot express comes out blurred, which is why this is a warm-up, or a term beside distribution matching, more often
+than a method by itself.
+
+References:
+    Luhman and Luhman, Knowledge Distillation in Iterative Generative Models for Improved Sampling Speed,
+        arXiv 2101.02388.
+    Yin et al., One-step Diffusion with Distribution Matching Distillation (its regression term), arXiv 2311.18828.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from ..core.batch import Batch
+from ..core.context import Context
+from ..core.diffusion import Schedule
+from ..core.errors import UserError
+from ..core.hookspecs import hookimpl
+from ..core.method import Method, MethodSetup, Requirements, Role, Sampler, Update
+from ..core.terms.ddim import trailing_walk
+from ..core.terms.multistep import multistep_sampler, told_time
+from ..core.terms.regression import LossType, distance
+
+
+class KD(Method):
+    """Knowledge distillation on pairs of noise and the teacher's latents: 1 or a few steps, a warm-up for others."""
+
+    name = "kd"
+
+    class Config(BaseModel):
+        """Settings of knowledge distillation."""
+
+        model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+        num_inference_steps: int = Field(1, ge=1, le=16)
+        """N, the steps of the student: 1 learns from noise alone, more from as many points of the teacher's path."""
+        one_step_time: int | None = Field(None, ge=1)
+        """Timestep (of the model's training timesteps) that a student of one step is told; None: 399, on a flow 1."""
+        loss_type: LossType = "l2"
+        """l2: squared difference; huber: sqrt(d^2 + huber_c^2) - huber_c, robust to outliers."""
+        huber_c: float = Field(0.001, gt=0)
+        """c of the huber loss, in latent units."""
+
+        @model_validator(mode="after")
+        def _one_step(self) -> KD.Config:
+            if self.one_step_time is not None and self.num_inference_steps > 1:
+                raise ValueError(
+                    f"one_step_time = {self.one_step_time} is for num_inference_steps = 1, which is "
+                    f"{self.num_inference_steps}: leave one_step_time out"
+                )
+            return self
+
+    @classmethod
+    def roles(cls, config: Any, setup: MethodSetup) -> Sequence[Role]:
+        """The teacher, which is not called in training, and the student."""
+        return [Role("teacher"), Role("student", trains=setup.model_type)]
+
+    @classmethod
+    def requires(cls, config: Any, setup: MethodSetup) -> Requirements:
+        """Paths of the teacher instead of pictures; a finite x0 everywhere."""
+        return Requirements(pictures=False, trajectory_points=config.num_inference_steps, finite_snr=True)
+
+    def updates(self, context: Context, batch: Batch, step: int) -> Iterator[Update]:
+        """Regress on the path's end from one of its points."""
+        assert batch.pairs is not None
+        config, pairs = self.config, batch.pairs
+        stride = len(pairs.times) // config.num_inference_steps
+        x_t, t = pairs.at(stride * context.draws.integers("point", config.num_inference_steps))
+        if config.num_inference_steps == 1:
+            t = torch.full_like(t, self._times(context.schedule, 1)[0])
+        output = context.predict("student", x_t, t, pairs.cond).x0
+        losses = distance(output, pairs.data, loss_type=config.loss_type, huber_c=config.huber_c)
+        yield Update("student", losses.mean(), per_sample=losses.detach(), t=t)
+
+    def _times(self, schedule: Schedule, num_steps: int) -> list[float]:
+        """The times of `num_steps` calls, falling: of the teacher's path, or what a student of one step is told."""
+        if self.config.num_inference_steps > 1:
+            return trailing_walk(schedule, num_steps).times.tolist()
+        return [told_time(schedule, self.config.one_step_time, key="distillation_config.kd.one_step_time")]
+
+    def sampler(
+        self, schedule: Schedule, *, num_inference_steps: int | None = None, guidance_scale: float | None = None
+    ) -> Sampler:
+        """Multistep sampling at times of training, guidance off: it is built in."""
+        trained = self.config.num_inference_steps
+        steps = num_inference_steps or trained
+        if trained % steps:
+            known = [str(count) for count in range(1, trained + 1) if trained % count == 0]
+            raise UserError(
+                f"{steps} inference steps: this student is trained at {trained} "
+                f"time{'s' if trained > 1 else ''} of the path, which {steps} even steps do not visit",
+                f"sample with {' or '.join(known)}, or set distillation_config.kd.num_inference_steps to {steps}",
+            )
+        return multistep_sampler(schedule, self._times(schedule, steps), guidance_scale or 0.0)
+
+
+@hookimpl
+def register_methods() -> list[type[Method]]:
+    """Knowledge distillation."""
+    return [KD]
