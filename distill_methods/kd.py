@@ -52,7 +52,7 @@ class KD(Method):
 
         model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
-        num_inference_steps: int = Field(1, ge=1, le=16)
+        num_inference_steps: int = Field(4, ge=1, le=16)
         """N, the steps of the student: 1 learns from noise alone, more from as many points of the teacher's path."""
         one_step_time: int | None = Field(None, ge=1)
         """Timestep (of the model's training timesteps) that a student of one step is told; None: 399, on a flow 1."""

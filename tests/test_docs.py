@@ -28,7 +28,7 @@ from support.quickstart import (
 from support.tiny_sdxl import EDGE, write_tiny_sdxl
 
 ROOT = FILES.parents[1]
-METHODS = ("pcm", "tcd", "dmd2", "progressive", "guidance", "meanflow")
+METHODS = ("pcm", "tcd", "dmd2", "progressive", "guidance", "meanflow", "kd")
 DOCS = ("quickstart", "lcm", "troubleshooting", "design", "data", "methods", *METHODS)
 PAGES = ("README.md", "CONTRIBUTING.md", *(f"docs/{name}.md" for name in DOCS))
 EXECUTED = ("docs/quickstart.md", "docs/lcm.md", "CONTRIBUTING.md", *(f"docs/{name}.md" for name in METHODS))
@@ -43,6 +43,7 @@ BLOCK = re.compile(r"^```(\w+)(?: (\S+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL
 TINY_ENTRIES = {
     "domain.json": ("data.my-domain.resolution=0.001024", "data.my-domain.minimum_image_size=0"),
     "prompts.json": ("data.prompts.resolution=0.001024",),
+    "prompts-and-pairs.json": ("data.prompts.resolution=0.001024", "data.pairs.num_inference_steps=4"),
     "zipped.json": ("data.zipped.resolution=0.001024", "data.zipped.minimum_image_size=0"),
 }
 
