@@ -61,7 +61,8 @@ class DataBackend(ABC):
         """Look whether the place can be there, without the network: called before anything loads.
 
         Raises:
-            distill.core.errors.BadValue: A key of the entry cannot be used.
+            distill.core.errors.BadValue: A key of the entry cannot be used. A remedy may say ``data.<id>.``: the
+                entry's own id is put there.
         """
         return
 

@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
+from ..backend import SampleBackend
 from ..errors import BadValue, Finding
 from ..names import nearest
-from .checks import check_dataset, check_folder, check_weights
+from .checks import check_dataset, check_weights
 from .coercion import absolute
 from .dataset_settings import DatasetSettings
 from .findings import PartCheck
 from .normalise import SIZES, align_rounding, convert_size, megapixel_notices, rename_dataset_values
-from .prompt_entries import Refuse, check_kind, check_prompts, without_pictures
+from .prompt_entries import Refuse, check_captions, check_kind, check_prompts, without_pictures
 from .reading import COMMAND_LINE, SUFFIXES, Layers, Origin, fill_environment, read_file, strip_dashes
 from .run_settings import RunSettings
 
@@ -178,8 +179,9 @@ class DatasetsCheck:
         megapixel_notices(entry, f"data.{entry.id}: ", self.notices)
         check_dataset(entry, refuse)
         check_kind(entry, refuse)
+        backend = self.registry.get("data_backend", entry.type)
+        check_captions(entry, refuse, with_samples=issubclass(backend, SampleBackend))
         if self.to_train:
-            check_folder(entry, refuse)
             self._check_place(entry, refuse)
             if not entry.has_pictures and len(self.findings) == before:
                 check_prompts(entry, self.registry, refuse)
@@ -189,7 +191,8 @@ class DatasetsCheck:
         try:
             self.registry.get("data_backend", entry.type)(entry.backend).check()
         except BadValue as error:
-            refuse(f"data.{entry.id}.{error.key}", error.value, error.problem, error.remedy)
+            remedy = error.remedy.replace("data.<id>.", f"data.{entry.id}.")
+            refuse(f"data.{entry.id}.{error.key}", error.value, error.problem, remedy)
 
     def _refuse(self, raw: RawEntry, key: str, value: object, problem: str, remedy: str) -> None:
         file = raw.layers.origin(key.removeprefix(raw.prefix)).file
