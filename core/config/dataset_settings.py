@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, Field, SerializeAsAny
 
 from .run_settings import ResolutionType
-from .types import HubOrPath, LocalPath, PathOrUrl, Settings, Texts
+from .types import HubOrPath, LocalPath, PathOrUrl, Settings, Texts, is_url
 
 CaptionStrategy = Literal[
     "textfile", "filename", "instanceprompt", "csv", "jsonl", "parquet", "webdataset", "huggingface"
@@ -131,6 +132,19 @@ class DatasetSettings(ColumnSettings):
     """Optimizer step up to which the dataset is used."""
     backend: SerializeAsAny[BaseModel] | None = Field(default=None, exclude=True)
     """The backend's own validated keys."""
+
+    @property
+    def needs_captions(self) -> bool:
+        """Whether samples must come with captions."""
+        return not self.only_instance_prompt and self.caption_strategy in ("textfile", *OF_THE_SOURCE)
+
+    @property
+    def metadata_is_here(self) -> bool:
+        """Whether metadata_file can be looked at without the network."""
+        if self.metadata_file is None or is_url(self.metadata_file):
+            return False
+        beside = self.instance_data_dir is not None and not is_url(self.instance_data_dir)
+        return beside or Path(self.metadata_file).is_absolute()
 
     @property
     def captions_in_table(self) -> bool:

@@ -17,7 +17,14 @@ from .checks import check_dataset, check_weights
 from .coercion import absolute
 from .dataset_settings import DatasetSettings
 from .findings import PartCheck
-from .normalise import SIZES, align_rounding, convert_size, megapixel_notices, rename_dataset_values
+from .normalise import (
+    SIZES,
+    align_rounding,
+    convert_size,
+    megapixel_notices,
+    rename_dataset_keys,
+    rename_dataset_values,
+)
 from .prompt_entries import Refuse, check_captions, check_kind, check_prompts, without_pictures
 from .reading import COMMAND_LINE, SUFFIXES, Layers, Origin, fill_environment, read_file, strip_dashes
 from .run_settings import RunSettings
@@ -189,7 +196,14 @@ class DatasetsCheck:
     def _check_place(self, entry: DatasetSettings, refuse: Refuse) -> None:
         """The backend finds its place usable, as far as that can be seen without the network."""
         try:
-            self.registry.get("data_backend", entry.type)(entry.backend).check()
+            backend = self.registry.get("data_backend", entry.type)(entry.backend)
+            backend.check()
+            if isinstance(backend, SampleBackend):
+                backend.check_samples(pictures=entry.has_pictures, captions=entry.needs_captions)
+            elif entry.metadata_is_here:
+                from ..data.metadata_table import MetadataTable
+
+                MetadataTable(entry, backend).check()
         except BadValue as error:
             remedy = error.remedy.replace("data.<id>.", f"data.{entry.id}.")
             refuse(f"data.{entry.id}.{error.key}", error.value, error.problem, remedy)
@@ -212,6 +226,8 @@ class DatasetsCheck:
         align_rounding(values, raw.prefix, file, self.notices, self.findings)
         rename_dataset_values(values, raw.prefix, self.notices)
         backend = self._backend(raw)
+        aliases = self.registry.get("data_backend", values.get("type", "local")).key_aliases if backend else {}
+        rename_dataset_keys(values, aliases, raw.prefix, file, self.notices, self.findings)
         own = set(backend.model_fields) if backend else set()
         settings = {
             key: value for key, value in values.items() if key in DatasetSettings.model_fields or key not in own

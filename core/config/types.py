@@ -100,7 +100,7 @@ def one_or_many(value: Any) -> Any:
     """A single text as a tuple of one."""
     if value is None:
         return ()
-    return (value,) if isinstance(value, str) else value
+    return (value,) if isinstance(value, str | Path) else value
 
 
 Texts = Annotated[tuple[str, ...], BeforeValidator(one_or_many)]

@@ -38,8 +38,9 @@ class Columns:
         return name in self.names
 
     def usual(self, names: Sequence[str]) -> str | None:
-        """The first of `names` that is there."""
-        return next((name for name in names if self.has(name)), None)
+        """The first of `names` that is there, whatever the case of its letters."""
+        folded = {name.lower(): name for name in reversed(self.names)}
+        return next((name if self.has(name) else folded[name] for name in names if name in folded), None)
 
     def wanted(self, key: str, given: Sequence[str]) -> list[str]:
         """The columns that the entry's `key` names.
@@ -108,6 +109,15 @@ def texts_of(value: object) -> list[str]:
         return [text for item in value for text in texts_of(item)]
     kind = "bytes" if isinstance(value, bytes) else shortened(value)
     raise ValueError(f"is {kind}, not a text")
+
+
+def edge_of(value: Any) -> int:
+    """Pixels of a cell, 0 where there is no such number."""
+    try:
+        number = float(value or 0)
+    except (TypeError, ValueError):
+        return 0
+    return int(number) if 0 < number < 2**31 and number == int(number) else 0
 
 
 @dataclass(frozen=True)

@@ -113,6 +113,15 @@ class Table(ABC):
         with self.file.reading(self.remedy):
             yield from self._rows(columns)
 
+    def empty(self) -> BadValue:
+        """The error that there is nothing in it."""
+        return self.file.bad("is empty", self.remedy)
+
+    def holds_bytes(self, column: str) -> bool:
+        """Whether a column holds bytes, or structs with bytes, rather than texts."""
+        del column
+        return False
+
     @abstractmethod
     def _columns(self) -> Columns: ...
 
@@ -217,6 +226,13 @@ class ParquetTable(Table):
         names = [name for field in schema for name in (field.name, *_nested(field.type, f"{field.name}."))]
         return Columns(names, self._name)
 
+    def holds_bytes(self, column: str) -> bool:
+        """Whether a column holds bytes, or structs with bytes, rather than texts."""
+        from pyarrow.parquet import read_schema
+
+        with self.file.reading(self.remedy), self.file.open() as stream:
+            return bytes_inside(read_schema(stream), column) is not None
+
     def _rows(self, columns: Sequence[str]) -> Iterator[Rows]:
         from pyarrow.parquet import ParquetFile
 
@@ -253,6 +269,26 @@ def readable(schema: pa.Schema, name: str) -> str:
             break
         kind, reached = kind.field(part).type, [*reached, part]
     return ".".join(reached)
+
+
+def bytes_inside(schema: pa.Schema, name: str) -> str | None:
+    """The column of bytes: itself, or ``bytes`` inside its structs; None where it holds something else."""
+    kind = schema.field(name).type if name in schema.names else _kind(schema, name.split("."))
+    if kind is not None and pa.types.is_struct(kind):
+        name, kind = f"{name}.bytes", _kind(kind, ["bytes"])
+    if kind is not None and pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    is_bytes = kind is not None and (pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+    return name if is_bytes else None
+
+
+def _kind(outer: Any, path: Sequence[str]) -> pa.DataType | None:
+    """The type of what structs hold under names; None where there is no such thing."""
+    for name in path:
+        if not (isinstance(outer, pa.Schema) or pa.types.is_struct(outer)) or name not in {each.name for each in outer}:
+            return None
+        outer = outer.field(name).type
+    return outer
 
 
 def _batch_size(group: Any) -> int:
