@@ -46,6 +46,8 @@ class DataBackend(ABC):
 
     name: ClassVar[str]
     aliases: ClassVar[tuple[str, ...]] = ()
+    key_aliases: ClassVar[Mapping[str, str]] = {}
+    """Other names of its keys, from other tools -> the key."""
     packages: ClassVar[Mapping[str, str]] = {}
     """Import name -> what to pip install, for packages that only this backend needs."""
 
@@ -61,7 +63,8 @@ class DataBackend(ABC):
         """Look whether the place can be there, without the network: called before anything loads.
 
         Raises:
-            distill.core.errors.BadValue: A key of the entry cannot be used.
+            distill.core.errors.BadValue: A key of the entry cannot be used. A remedy may say ``data.<id>.``: the
+                entry's own id is put there.
         """
         return
 
@@ -160,6 +163,14 @@ class SampleBackend(DataBackend):
     def passing(self, resume: str = "") -> Generator[Passage, None, None]:
         """All pictures in their order, or those behind the passage that carried `resume`; only for `in_order`."""
         raise NotImplementedError(f"{self.name} is in_order and has no `passing`")
+
+    def check_samples(self, *, pictures: bool, captions: bool) -> None:
+        """Look whether the source has pictures and captions where they are asked for, without the network.
+
+        Raises:
+            distill.core.errors.BadValue: It has not.
+        """
+        return
 
     @abstractmethod
     def identity(self) -> str:

@@ -45,6 +45,6 @@ def json_texts(text: str) -> list[str]:
 
 
 def shortened(value: object) -> str:
-    """A JSON value as messages show it."""
-    text = json.dumps(value, ensure_ascii=False)
+    """A value as messages show it: as JSON, where it has a form there."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -12,9 +12,9 @@ from typing import Any, BinaryIO, Self
 from pydantic import model_validator
 
 from ..core.backend import DataBackend, Entry
-from ..core.config.types import LocalPath, Settings
+from ..core.config.types import LocalPath, PathOrUrl, Settings, is_url
 from ..core.data.storage import write_whole
-from ..core.errors import UserError
+from ..core.errors import BadValue, UserError
 from ..core.hookspecs import hookimpl
 
 NAMES_AT_ONCE = 8192
@@ -36,7 +36,7 @@ class LocalBackend(DataBackend):
     class Config(Settings):
         """Where the folder or the file is."""
 
-        instance_data_dir: LocalPath | None = None
+        instance_data_dir: PathOrUrl | None = None
         """The folder with the pictures (a relative path is relative to the file that names it)."""
         prompts_file: LocalPath | None = None
         """For `prompts`, instead of a folder of .txt files: one .txt, .json, .jsonl, .csv or .parquet file."""
@@ -53,6 +53,17 @@ class LocalBackend(DataBackend):
         super().__init__(config)
         self.file = None if config.prompts_file is None else Path(config.prompts_file).expanduser()
         self.root = self.file.parent if self.file else Path(config.instance_data_dir).expanduser()
+
+    def check(self) -> None:
+        """The folder is there."""
+        if self.file is None and not self.root.is_dir():
+            place = str(self.config.instance_data_dir)
+            if is_url(place):
+                remedy = "set type to the kind of place that it is (s3), or keep a table of URLs (type csv)"
+                raise BadValue("instance_data_dir", place, "is a URL, and type local reads folders", remedy)
+            problem = "is a file, not a folder" if self.root.exists() else "does not exist"
+            remedy = "give the folder of the pictures (of prompts, .txt files): --set data.<id>.instance_data_dir=DIR"
+            raise BadValue("instance_data_dir", place, problem, remedy)
 
     @property
     def location(self) -> str:

@@ -271,8 +271,8 @@ def test_relative_paths_are_relative_to_their_file(tmp_path, registry, monkeypat
     found = load_configuration(registry, config_file=pair.config_file)
     assert found.run.pretrained_model_name_or_path == str(tmp_path / "a" / "model")
     assert found.run.output_dir == tmp_path / "a" / "out"
-    assert found.datasets[0].instance_data_dir == tmp_path / "b" / "pictures"
-    assert found.datasets[0].backend.instance_data_dir == tmp_path / "b" / "pictures"
+    assert found.datasets[0].instance_data_dir == str(tmp_path / "b" / "pictures")
+    assert found.datasets[0].backend.instance_data_dir == str(tmp_path / "b" / "pictures")
     assert found.datasets[0].cache_dir_vae == tmp_path / "b" / "cache"
     assert found.validation_prompts == ("one", "two")
     flags = load_configuration(registry, config_file=pair.config_file, flags={"output_dir": "mine"})
@@ -475,7 +475,7 @@ def test_without_a_model_the_miniature_and_its_recipe_are_used(miniature, regist
     assert found.run.pretrained_model_name_or_path == str(miniature)
     assert (found.run.max_train_steps, found.run.learning_rate) == (300, 3e-4)
     assert (found.method.w_min, found.method.w_max) == (2, 6)
-    assert found.datasets[0].instance_data_dir == miniature / "pictures"
+    assert found.datasets[0].instance_data_dir == str(miniature / "pictures")
     assert found.datasets[0].resolution == 32
     assert found.notices == ()
 

@@ -134,6 +134,26 @@ def test_what_is_empty_or_broken_is_left_out_and_counted(tmp_path):
         pipeline(empty, root=tmp_path, pictures=False)[0].prepare()
 
 
+def test_several_nested_and_fallback_columns(tmp_path):
+    rows = [
+        {"a": "one", "m": {"c": ["two", "three"], "t": [{"v": "four"}, {"v": None}]}, "back": "never"},
+        {"a": None, "m": {"c": [], "t": []}, "back": "five"},
+        {"a": " ", "m": None, "back": None},
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "p.parquet")
+    (tmp_path / "p.jsonl").write_text("\n\n".join(json.dumps(row) for row in rows))
+    for file in ("p.parquet", "p.jsonl"):
+        columns = {"caption_column": ("a", "m.c", "m.t.v"), "fallback_caption_column": ("back",)}
+        entry = prompts("p", prompts_file=tmp_path / file, **columns)
+        data, _ = pipeline(entry, root=tmp_path / file.replace(".", "-"), pictures=False)
+        assert data.prepare().datasets["p"].left_out == {"no caption": 1}
+        found = {}
+        for (batch,) in take(data, 5):
+            found |= dict(zip(batch.keys, batch.captions, strict=True))
+        second = "p/2" if file == "p.parquet" else "p/3"
+        assert found == {"p/1#0": "one", "p/1#1": "two", "p/1#2": "three", "p/1#3": "four", second: "five"}
+
+
 def test_a_mistake_far_into_a_file_names_its_line(tmp_path):
     far = b"".join(b"prompt %d\n" % number for number in range(20_000))
     (tmp_path / "p.txt").write_bytes(far + b"caf\xe9\n")

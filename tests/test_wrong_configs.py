@@ -55,6 +55,18 @@ def alone(text=None, *, name="p.txt", needs_pictures=False, **values):
     return spoil
 
 
+def table(text=None, *, type="csv", **values):
+    """One dataset that is a table, with this text."""
+
+    def spoil(pair):
+        if text is not None:
+            (pair.folder / "pets.csv").write_text(text)
+        pair.data = [{"id": "pets", "type": type, "csv_file": "pets.csv", **values}]
+        pair.data = [{key: value for key, value in pair.data[0].items() if value is not None}]
+
+    return spoil
+
+
 def without(*keys):
     return lambda pair: [pair.config.pop(key) for key in keys]
 
@@ -231,7 +243,30 @@ WRONG = [
     Wrong("aspect of prompts", alone("a", crop_aspect="closest"), DATA, "data.alone.crop_aspect", "'closest'", "other resolutions"),
     Wrong("strategy of prompts", alone("a", caption_strategy="filename"), DATA, "data.alone.caption_strategy", "'filename'", "prepend_instance_prompt"),
     Wrong("prompts of pictures", pets(instance_data_dir=None, prompts_file="p.txt"), DATA, "data.pets.prompts_file", "p.txt", '"dataset_type": "prompts"'),
-    Wrong("column of pictures", pets(caption_column="text"), DATA, "data.pets.caption_column", "'text'", '"dataset_type": "prompts"'),
+    Wrong("column of pictures", pets(caption_column="text"), DATA, "data.pets.caption_column", "['text']", '"dataset_type": "prompts"'),
+    Wrong("fallback of lines", alone("a", fallback_caption_column="a"), DATA, "data.alone.fallback_caption_column", "['a']", "leave fallback_caption_column out"),
+    Wrong("second column", alone("caption,n\na,1\n", name="p.csv", caption_column=["caption", "tag"]), DATA, "data.alone.caption_column", "no column 'tag'", "name one of them"),
+    Wrong("nested column", alone('{"meta": {"caption": "a"}}', name="p.jsonl"), DATA, "data.alone.caption_column", "it has 'meta', 'meta.caption'", "name one of them"),
+    Wrong("half a letter", alone('{"text": "\\ud800"}', name="p.jsonl"), DATA, "data.alone.prompts_file", "line 1 has half of a surrogate pair", "as UTF-8"),
+    Wrong("captions of no table", pets(caption_strategy="jsonl"), DATA, "data.pets.caption_strategy", "'jsonl'", '"metadata_file": "metadata.jsonl"'),
+    Wrong("captions of no samples", pets(caption_strategy="webdataset"), DATA, "data.pets.caption_strategy", "'webdataset'", "caption_strategy to textfile"),
+    Wrong("sizes of no table", pets(metadata_backend="parquet"), DATA, "data.pets.metadata_backend", "'parquet'", '"metadata_file": "metadata.parquet"'),
+    Wrong("table of prompts", alone("a", metadata_file="m.csv"), DATA, "data.alone.metadata_file", "m.csv", "leave it out"),
+    Wrong("no table", table(None), DATA, "data.pets.csv_file", "pets.csv", "give files that are there"),
+    Wrong("no key of a table", table(None, csv_file=None), DATA, "data.pets.csv_file", "None", "a folder of them"),
+    Wrong("empty table", table(""), DATA, "data.pets.csv_file", "pets.csv", "first line with the columns' names"),
+    Wrong("no column of pictures", table("pitcure,caption\n"), DATA, "data.pets.image_column", "it has 'pitcure', 'caption'", "name one of them"),
+    Wrong("wrong column of pictures", table("image,caption\n", image_column="imag"), DATA, "data.pets.image_column", "'imag'", "did you mean 'image'"),
+    Wrong("no column of captions", table("image,prompt\n"), DATA, "data.pets.caption_column", "it has 'image', 'prompt'", "name one of them"),
+    Wrong("wrong name column", table("image,caption\n", filename_column="name"), DATA, "data.pets.filename_column", "'name'", "name one of them"),
+    Wrong("width alone", table("image,caption,w\n", width_column="w"), DATA, "data.pets.height_column", "None", "both or neither"),
+    Wrong("key twice", table("image,caption\n", csv_url_column="caption", image_column="image"), DATA, "data.pets.image_column", "'caption'", "keep one of them"),
+    Wrong("range of tables", table("", csv_file="pets-{9..1}.csv"), DATA, "data.pets.csv_file", "{9..1}", "{000..012}"),
+    Wrong("folder without tables", table(None, csv_file="pictures"), DATA, "data.pets.csv_file", "holds no .csv or .tsv file", "a folder of"),
+    Wrong("shards of text", table("a cat", type="webdataset", csv_file=None, shards="pets.csv"), DATA, "data.pets.shards", "no tar archive", "side by side"),
+    Wrong("kind of metadata", pets(metadata_file="m.tsv", caption_strategy="csv"), DATA, "data.pets.metadata_file", ".tsv", "one of these formats"),
+    Wrong("no metadata", pets(metadata_file="m.csv", caption_strategy="csv"), DATA, "data.pets.metadata_file", "does not exist", "that is there"),
+    Wrong("URL as folder", pets(instance_data_dir="s3://bucket/pets"), DATA, "data.pets.instance_data_dir", "s3://bucket/pets", "type csv"),
     Wrong("pictures needed", alone("a", needs_pictures=True), DATA, "data.alone.dataset_type", "the method 'needy' needs pictures", "or choose a method that needs none"),
     Wrong("pictures needed of all", both(alone("a", needs_pictures=True), entry(id="pets", instance_data_dir="pictures")), DATA, "data.alone.dataset_type", "'prompts'", "leave the entry out"),
     # what a method needs and a family cannot do

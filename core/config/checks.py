@@ -209,16 +209,6 @@ def check_dataset(entry: DatasetSettings, refuse: Refuse) -> None:
         refuse(f"{prefix}caption_filter_list", path, "does not exist", "give a list of texts, or a file that is there")
 
 
-def check_folder(entry: DatasetSettings, refuse: Refuse) -> None:
-    """The folder of an enabled dataset is there."""
-    folder = entry.instance_data_dir
-    if folder is not None and not folder.is_dir():
-        problem = "is a file, not a folder" if folder.exists() else "does not exist"
-        what = "pictures" if entry.has_pictures else ".txt files"
-        remedy = f"give the folder with the {what}: --set data.{entry.id}.instance_data_dir=DIR"
-        refuse(f"data.{entry.id}.instance_data_dir", str(folder), problem, remedy)
-
-
 def check_weights(entries: Iterable[DatasetSettings], file: str, findings: list[Finding]) -> None:
     """Datasets' probabilities must leave something to draw from."""
     entries = list(entries)

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
-from .types import Relative
+from .types import Anywhere, Relative, is_url
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,8 @@ class Leaf:
     """A scalar type, literal value or model that an annotation admits."""
 
     part: Any
-    marked: bool = False
-    """Whether it is marked as a path or hub id."""
+    marked: Relative | None = None
+    """How it is marked as a path or hub id, or as a path or URL."""
     inside: bool = False
     """Whether it is admitted as an element of a list rather than as the value itself."""
 
@@ -41,7 +41,7 @@ def leaves(annotation: Any, metadata: tuple[Any, ...] = (), *, inside: bool = Fa
             if part is not Ellipsis:
                 yield from leaves(part, inside=True)
     else:
-        yield Leaf(annotation, any(isinstance(item, Relative) for item in metadata), inside)
+        yield Leaf(annotation, next((item for item in metadata if isinstance(item, Relative)), None), inside)
 
 
 def is_local(text: str) -> bool:
@@ -54,8 +54,10 @@ def absolute(text: str, base: Path) -> Path:
     return Path(os.path.normpath(Path(base, Path(text).expanduser())))
 
 
-def adapt_text(text: str, admitted: set[Any], *, marked: bool, base: Path) -> Any:
+def adapt_text(text: str, admitted: set[Any], *, marked: Relative | None, base: Path) -> Any:
     """A text for a field that may want a path, a number, a truth value or nothing."""
+    if isinstance(marked, Anywhere):
+        return text if is_url(text) else str(absolute(text, base))
     if marked:
         path = absolute(text, base)
         return str(path) if is_local(text) or path.exists() else text
@@ -146,5 +148,6 @@ def _adapt(value: Any, parts: Sequence[Leaf], base: Path) -> Any:
     if isinstance(value, str):
         outside = [leaf for leaf in parts if not leaf.inside and leaf.part is not type(None)] or parts
         optional = {type(None)} & admitted
-        return adapt_text(value, _admitted(outside) | optional, marked=any(leaf.marked for leaf in outside), base=base)
+        marked = next((leaf.marked for leaf in outside if leaf.marked), None)
+        return adapt_text(value, _admitted(outside) | optional, marked=marked, base=base)
     return value

@@ -2,21 +2,46 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, Field, SerializeAsAny
 
 from .run_settings import ResolutionType
-from .types import LocalPath, Settings
+from .types import HubOrPath, LocalPath, PathOrUrl, Settings, Texts, is_url
 
 CaptionStrategy = Literal[
     "textfile", "filename", "instanceprompt", "csv", "jsonl", "parquet", "webdataset", "huggingface"
 ]
+OF_THE_SOURCE = ("csv", "jsonl", "parquet", "webdataset", "huggingface")
+"""Values of ``caption_strategy`` that all mean the captions that the samples come with."""
+OF_A_TABLE = ("csv", "jsonl", "parquet")
+"""Values of ``caption_strategy`` and ``metadata_backend`` that can mean the metadata_file beside pictures."""
 PIXEL_LIMIT = 8
 """Sizes below this many "pixels" are megapixels (the unit trap of ``resolution_type: pixel``)."""
 
 
-class DatasetSettings(Settings):
+class ColumnSettings(Settings):
+    """Columns of a table, where one comes with the samples: keys of datasets and of the backends that read tables."""
+
+    caption_column: Texts = ()
+    """Columns of captions, one or several, with dots into what is nested; all of their texts are captions of the
+    sample. Absent: `caption`, else `text`."""
+    fallback_caption_column: Texts = ()
+    """Columns that are asked where the caption columns are empty."""
+    filename_column: str | None = None
+    """Column of the samples' names, which stand for them in the data's order and random draws. Absent: the path of the
+    picture (beside `metadata_file`: `file_name`, `filename`, `path`, `key`, else `id`)."""
+    width_column: str | None = None
+    """Column of the upright width in pixels, taken in place of the picture's header."""
+    height_column: str | None = None
+    """Column of the upright height in pixels."""
+
+
+COLUMN_KEYS = tuple(ColumnSettings.model_fields)
+
+
+class DatasetSettings(ColumnSettings):
     """One dataset or cache, with the run's defaults applied."""
 
     id: str = Field(min_length=1, pattern=r"^[^/\\]+$")
@@ -62,12 +87,13 @@ class DatasetSettings(Settings):
     """Mirror pictures left to right at random; absent: the run's."""
     caption_dropout_probability: float = Field(default=0.0, ge=0, le=1)
     """Share of samples trained with the unconditional prompt (0-1); absent: the run's."""
-    instance_data_dir: LocalPath | None = None
+    instance_data_dir: PathOrUrl | None = None
     """Folder with the pictures, for backends that read one; for `prompts`, the folder whose .txt files are read."""
     prompts_file: LocalPath | None = None
     """For `prompts`: a .txt file with one per line, a .json list or object, or a .jsonl, .csv or .parquet table."""
-    caption_column: str | None = None
-    """For `prompts` in a table: the column that holds them; absent: `caption`, else `text`."""
+    metadata_file: HubOrPath | None = None
+    """A .csv, .jsonl or .parquet table of captions and sizes of pictures in a folder or bucket: its path, its URL, or
+    its name there. caption_strategy and metadata_backend say what is taken from it."""
     cache_dir_vae: LocalPath | None = None
     """Folder of the latent cache; absent: under output_dir."""
     cache_dir: LocalPath | None = None
@@ -97,8 +123,8 @@ class DatasetSettings(Settings):
     write_batch_size: int = Field(default=128, ge=1)
     """Entries per file of a cache."""
     caption_strategy: CaptionStrategy = "textfile"
-    """Where captions are: a .txt beside the picture (for sources that come with captions: theirs), its file name, or
-    instance_prompt for all."""
+    """Where captions are: a .txt beside the picture (for sources that come with captions: theirs), its file name,
+    instance_prompt for all, or (csv, jsonl, parquet) metadata_file."""
     instance_prompt: str | None = None
     """The one caption of `instanceprompt`, and what prepend_instance_prompt puts in front."""
     prepend_instance_prompt: bool = False
@@ -111,8 +137,9 @@ class DatasetSettings(Settings):
     """Texts that are removed from captions: a list, or a file with one per line."""
     caption_shuffle: bool = False
     """Shuffle the comma-separated parts of captions."""
-    metadata_backend: Literal["discovery"] = "discovery"
-    """How pictures and their sizes are found: `discovery` reads the files."""
+    metadata_backend: Literal["discovery", "csv", "jsonl", "parquet", "huggingface"] = "discovery"
+    """Where pictures' sizes are: `discovery` reads the files' headers, `csv`, `jsonl` and `parquet` take them from
+    metadata_file; sources that come with sizes need neither."""
     train_batch_size: int | None = Field(default=None, ge=1)
     """Samples of this dataset per micro-batch and process; absent: the run's."""
     repeats: int = Field(default=0, ge=0)
@@ -125,6 +152,30 @@ class DatasetSettings(Settings):
     """Optimizer step up to which the dataset is used."""
     backend: SerializeAsAny[BaseModel] | None = Field(default=None, exclude=True)
     """The backend's own validated keys."""
+
+    @property
+    def needs_captions(self) -> bool:
+        """Whether samples must come with captions."""
+        return not self.only_instance_prompt and self.caption_strategy in ("textfile", *OF_THE_SOURCE)
+
+    @property
+    def metadata_is_here(self) -> bool:
+        """Whether metadata_file can be looked at without the network."""
+        if self.metadata_file is None or is_url(self.metadata_file):
+            return False
+        beside = self.instance_data_dir is not None and not is_url(self.instance_data_dir)
+        return beside or Path(self.metadata_file).is_absolute()
+
+    @property
+    def captions_in_table(self) -> bool:
+        """Whether captions of picture files stand in metadata_file."""
+        return self.metadata_file is not None and self.caption_strategy in OF_A_TABLE
+
+    @property
+    def sizes_in_table(self) -> bool:
+        """Whether sizes of picture files stand in metadata_file."""
+        named = self.width_column is not None or self.height_column is not None
+        return self.metadata_file is not None and (self.metadata_backend in OF_A_TABLE or named)
 
     @property
     def has_pictures(self) -> bool:

@@ -10,15 +10,23 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
+from ..backend import SampleBackend
 from ..errors import BadValue, Finding
 from ..names import nearest
-from .checks import check_dataset, check_folder, check_weights
+from .checks import check_dataset, check_weights
 from .coercion import absolute
 from .dataset_settings import DatasetSettings
 from .findings import PartCheck
-from .normalise import SIZES, align_rounding, convert_size, megapixel_notices, rename_dataset_values
+from .normalise import (
+    SIZES,
+    align_rounding,
+    convert_size,
+    megapixel_notices,
+    rename_dataset_keys,
+    rename_dataset_values,
+)
 from .pair_entries import check_pair_keys
-from .prompt_entries import Refuse, check_kind, check_prompts, without_pictures
+from .prompt_entries import Refuse, check_captions, check_kind, check_prompts, without_pictures
 from .reading import COMMAND_LINE, SUFFIXES, Layers, Origin, fill_environment, read_file, strip_dashes
 from .run_settings import RunSettings
 
@@ -181,8 +189,9 @@ class DatasetsCheck:
         megapixel_notices(entry, f"data.{entry.id}: ", self.notices)
         check_dataset(entry, refuse)
         check_kind(entry, refuse)
+        backend = self.registry.get("data_backend", entry.type)
+        check_captions(entry, refuse, with_samples=issubclass(backend, SampleBackend))
         if self.to_train:
-            check_folder(entry, refuse)
             self._check_place(entry, refuse)
             if not entry.has_pictures and len(self.findings) == before:
                 check_prompts(entry, self.registry, refuse)
@@ -190,9 +199,17 @@ class DatasetsCheck:
     def _check_place(self, entry: DatasetSettings, refuse: Refuse) -> None:
         """The backend finds its place usable, as far as that can be seen without the network."""
         try:
-            self.registry.get("data_backend", entry.type)(entry.backend).check()
+            backend = self.registry.get("data_backend", entry.type)(entry.backend)
+            backend.check()
+            if isinstance(backend, SampleBackend):
+                backend.check_samples(pictures=entry.has_pictures, captions=entry.needs_captions)
+            elif entry.metadata_is_here:
+                from ..data.metadata_table import MetadataTable
+
+                MetadataTable(entry, backend).check()
         except BadValue as error:
-            refuse(f"data.{entry.id}.{error.key}", error.value, error.problem, error.remedy)
+            remedy = error.remedy.replace("data.<id>.", f"data.{entry.id}.")
+            refuse(f"data.{entry.id}.{error.key}", error.value, error.problem, remedy)
 
     def _refuse(self, raw: RawEntry, key: str, value: object, problem: str, remedy: str) -> None:
         file = raw.layers.origin(key.removeprefix(raw.prefix)).file
@@ -212,6 +229,8 @@ class DatasetsCheck:
         align_rounding(values, raw.prefix, file, self.notices, self.findings)
         rename_dataset_values(values, raw.prefix, self.notices)
         backend = self._backend(raw)
+        aliases = self.registry.get("data_backend", values.get("type", "local")).key_aliases if backend else {}
+        rename_dataset_keys(values, aliases, raw.prefix, file, self.notices, self.findings)
         own = set(backend.model_fields) if backend else set()
         settings = {
             key: value for key, value in values.items() if key in DatasetSettings.model_fields or key not in own

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel
 
-from .dataset_settings import DatasetSettings
+from .dataset_settings import COLUMN_KEYS, DatasetSettings
 from .findings import expectation
 from .normalise import NOT_YET, RUN_ALIASES
 from .run_settings import DataKeys, ModelKeys, OutputKeys, TrainingKeys
@@ -64,7 +64,10 @@ def config_page() -> str:
         "## Datasets",
         "A list, in the file of `--data`, of `data_backend_config`, or in `multidatabackend.json` (`.yaml`, `.toml`) beside "
         "the configuration, in `output_dir` or in the working directory.",
-        table(DatasetSettings, [key for key in DatasetSettings.model_fields if key != "backend"]),
+        table(DatasetSettings, [key for key in DatasetSettings.model_fields if key not in ("backend", *COLUMN_KEYS)]),
+        "### Columns",
+        "Of tables: `prompts_file`, `metadata_file`, and what backends read ([plugins.md](plugins.md#data-backend)).",
+        table(DatasetSettings, COLUMN_KEYS),
     ]
     return "\n\n".join(parts) + "\n"
 

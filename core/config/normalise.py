@@ -18,6 +18,10 @@ DATASET_VALUES = {
     ("caption_strategy", "instance_prompt"): "instanceprompt",
     ("crop_style", "centre"): "center",
 }
+METADATA_OBJECT = "parquet"
+"""Key of an object about a table beside the pictures, in the established trainer."""
+METADATA_KEYS = {"path": "metadata_file", "identifier_includes_extension": ""}
+"""Its keys that have another name here, or are not needed: names match with and without their suffix."""
 NOT_YET = {
     "deepspeed_config": "one process, or several with DDP through accelerate, are what this version has",
     "fsdp_enable": "one process, or several with DDP through accelerate, are what this version has",
@@ -98,6 +102,37 @@ def align_rounding(values: dict[str, Any], prefix: str, file: str, notices: list
         f"{prefix}aspect_bucket_rounding = {rounding} is above 9 decimals: "
         f"read as aspect_bucket_alignment = {rounding} px"
     )
+
+
+def rename_dataset_keys(
+    values: dict[str, Any],
+    aliases: Mapping[str, str],
+    prefix: str,
+    file: str,
+    notices: list[str],
+    findings: list[Finding],
+) -> None:
+    """A backend's keys under other names, and the established trainer's object about a table beside the pictures."""
+    table = values.get(METADATA_OBJECT)
+    if isinstance(table, Mapping):
+        del values[METADATA_OBJECT]
+        given = {METADATA_KEYS.get(key, key): value for key, value in table.items()}
+        unfolded = {key: value for key, value in given.items() if key}
+        _merge(values, unfolded, f"{prefix}{METADATA_OBJECT}.", prefix, file, findings)
+        notices.append(f"{prefix}{METADATA_OBJECT} is read as {', '.join(sorted(unfolded)) or 'nothing'}")
+    for alias, key in aliases.items():
+        if alias in values:
+            _merge(values, {key: values.pop(alias)}, prefix, prefix, file, findings)
+            notices.append(f"{prefix}{alias} is read as {key}")
+
+
+def _merge(
+    values: dict[str, Any], more: Mapping[str, Any], where: str, prefix: str, file: str, findings: list[Finding]
+) -> None:
+    for key, value in more.items():
+        if values.setdefault(key, value) != value:
+            problem = f"contradicts {prefix}{key} = {values[key]!r}, which is the same key"
+            findings.append(Finding(file, f"{where}{key}", value, problem, "keep one of them"))
 
 
 def rename_dataset_values(values: dict[str, Any], prefix: str, notices: list[str]) -> None:

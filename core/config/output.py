@@ -56,7 +56,19 @@ MAY_CHANGE_PREFIXES = (
     "checkpoint",
 )
 DATA_MAY_CHANGE = frozenset(
-    {"cache_dir_vae", "cache_dir", "vae_batch_size", "write_batch_size", "instance_data_dir", "root"}
+    {
+        "cache_dir_vae",
+        "cache_dir",
+        "vae_batch_size",
+        "write_batch_size",
+        "instance_data_dir",
+        "root",
+        "csv_file",
+        "jsonl_file",
+        "parquet_file",
+        "shards",
+        "metadata_file",
+    }
 )
 """Keys of a dataset that a resumed run may change: where things lie, and how caches are written."""
 

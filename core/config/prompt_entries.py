@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
-from .dataset_settings import DatasetSettings
+from .dataset_settings import COLUMN_KEYS, OF_A_TABLE, OF_THE_SOURCE, DatasetSettings
 
 if TYPE_CHECKING:
     from ..plugins import Registry
@@ -38,11 +38,10 @@ def check_kind(entry: DatasetSettings, refuse: Refuse) -> None:
     """Keys that fit the one kind of dataset only."""
     prefix = f"data.{entry.id}."
     if entry.has_pictures:
-        for key in ("prompts_file", "caption_column"):
-            value = getattr(entry, key)
-            if value is not None:
-                problem = "is for captions alone, and this entry is of dataset_type image"
-                refuse(f"{prefix}{key}", str(value), problem, 'add "dataset_type": "prompts", or leave it out')
+        if entry.prompts_file is not None:
+            problem = "is for captions alone, and this entry is of dataset_type image"
+            remedy = 'add "dataset_type": "prompts", or leave it out'
+            refuse(f"{prefix}prompts_file", str(entry.prompts_file), problem, remedy)
         return
     assert entry.backend is not None
     if entry.prompts_file is not None and "prompts_file" not in type(entry.backend).model_fields:
@@ -52,10 +51,67 @@ def check_kind(entry: DatasetSettings, refuse: Refuse) -> None:
     if entry.crop_aspect != "square":
         remedy = "leave it out; for other sizes make entries with other resolutions"
         refuse(f"{prefix}crop_aspect", entry.crop_aspect, "prompts have no aspect ratio: must be 'square'", remedy)
-    if entry.caption_strategy != "textfile":
-        problem = "prompts stand in prompts_file or in the .txt files of instance_data_dir: must be 'textfile'"
+
+
+def check_captions(entry: DatasetSettings, refuse: Refuse, *, with_samples: bool) -> None:
+    """Where captions, sizes and columns are said to be, there can be some.
+
+    Args:
+        entry: One enabled dataset.
+        refuse: Takes findings.
+        with_samples: Whether its backend's samples come with their captions.
+    """
+    prefix = f"data.{entry.id}."
+    table = entry.has_pictures and not with_samples
+    if entry.metadata_file is not None and not table:
+        problem = "is a table beside picture files, and this entry has none"
+        refuse(f"{prefix}metadata_file", entry.metadata_file, problem, "leave it out: captions come with the samples")
+    if entry.caption_strategy not in _strategies(entry, with_samples=with_samples):
+        _refuse_strategy(entry, refuse, with_samples=with_samples)
+    if table and entry.metadata_backend != "discovery" and not entry.sizes_in_table:
+        problem = "takes sizes from a table, and none is named"
+        remedy = 'add "metadata_file": "metadata.parquet", or leave it out: sizes are then read from the pictures'
+        refuse(f"{prefix}metadata_backend", entry.metadata_backend, problem, remedy)
+    if entry.metadata_file is None:
+        _check_columns(entry, refuse)
+
+
+def _strategies(entry: DatasetSettings, *, with_samples: bool) -> Collection[str]:
+    if with_samples:
+        return ("textfile", *OF_THE_SOURCE, *(("filename", "instanceprompt") if entry.has_pictures else ()))
+    if not entry.has_pictures:
+        return ("textfile",)
+    return ("textfile", "filename", "instanceprompt", *(OF_A_TABLE if entry.metadata_file is not None else ()))
+
+
+def _refuse_strategy(entry: DatasetSettings, refuse: Refuse, *, with_samples: bool) -> None:
+    if not entry.has_pictures:
+        where = "with the samples" if with_samples else "in prompts_file or in the .txt files of instance_data_dir"
+        problem = f"prompts stand {where}: must be 'textfile'"
         remedy = "leave it out; instance_prompt goes in front of all with prepend_instance_prompt"
-        refuse(f"{prefix}caption_strategy", entry.caption_strategy, problem, remedy)
+    elif entry.caption_strategy in OF_A_TABLE:
+        problem = f"takes captions from a table, and {entry.type!r} has picture files and no table"
+        remedy = (
+            'name the table that lies beside them, as "metadata_file": "metadata.jsonl"; or set type to the table\'s'
+        )
+    else:
+        problem = f"takes captions from samples that come with them, and those of {entry.type!r} do not"
+        remedy = "set type to it as well, or caption_strategy to textfile"
+    refuse(f"data.{entry.id}.caption_strategy", entry.caption_strategy, problem, remedy)
+
+
+def _check_columns(entry: DatasetSettings, refuse: Refuse) -> None:
+    """Columns are named only where there is a table."""
+    known = type(entry.backend).model_fields if entry.backend is not None else {}
+    of_prompts = ("caption_column", "fallback_caption_column") if entry.prompts_file is not None else ()
+    for key in COLUMN_KEYS:
+        value = getattr(entry, key)
+        if value and key not in known and key not in of_prompts:
+            problem = "names a column, and this entry has no table"
+            remedy = (
+                'name the table as metadata_file, add "dataset_type": "prompts" with a prompts_file, or leave it out'
+            )
+            refuse(f"data.{entry.id}.{key}", list(value) if isinstance(value, tuple) else value, problem, remedy)
 
 
 def check_prompts(entry: DatasetSettings, registry: Registry, refuse: Refuse) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
 
 class Settings(BaseModel):
@@ -17,8 +20,17 @@ class Settings(BaseModel):
     )
 
 
+def is_url(text: str) -> bool:
+    """Whether a place is a URL rather than a path."""
+    return bool(_URL.match(text))
+
+
 class Relative:
     """Marks a text that may be a path relative to its file, or a hub id when nothing lies there."""
+
+
+class Anywhere(Relative):
+    """Marks a text that is a path relative to its file, or a URL."""
 
 
 class LocalRelative:
@@ -29,6 +41,8 @@ HubOrPath = Annotated[str, Relative()]
 """Hub id, or a path relative to the file that names it."""
 LocalPath = Annotated[Path, LocalRelative()]
 """Path relative to the file that names it."""
+PathOrUrl = Annotated[str, Anywhere(), BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
+"""Path relative to the file that names it, or a URL (``s3://bucket/folder``)."""
 
 
 def split_names(value: Any) -> Any:
@@ -86,7 +100,7 @@ def one_or_many(value: Any) -> Any:
     """A single text as a tuple of one."""
     if value is None:
         return ()
-    return (value,) if isinstance(value, str) else value
+    return (value,) if isinstance(value, str | Path) else value
 
 
 Texts = Annotated[tuple[str, ...], BeforeValidator(one_or_many)]

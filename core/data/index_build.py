@@ -148,7 +148,7 @@ class IndexBuilder:
     ) -> None:
         self.dataset, self.backend, self.rules = dataset, backend, rules
         self.workers, self.progress = max(1, workers), progress
-        self.num_read = 0
+        self.num_read = self.num_unmatched = 0
 
     def build(self, path: Path) -> Index:
         """Write the index to `path`, reading only files that are new or have changed.
@@ -161,7 +161,9 @@ class IndexBuilder:
             if isinstance(self.backend, SampleBackend):
                 return self._build_samples(self.backend, path)
             with Workshop(path) as workshop:
-                listing = FileListing(self.backend, self.rules, workshop.folder).table()
+                files = FileListing(self.backend, self.rules, workshop.folder)
+                listing = files.table()
+                self.num_unmatched = files.num_unmatched
                 return self._build(listing, path, "", workshop)
         except BadValue as error:
             raise UserError(f"data.{self.dataset}.{error}", error.remedy) from error
@@ -233,7 +235,7 @@ class IndexBuilder:
 
     def _captions(self, row: dict[str, Any]) -> list[str]:
         key = row["key"]
-        if isinstance(self.backend, SampleBackend):
+        if isinstance(self.backend, SampleBackend) or self.rules.settings.captions_in_table:
             return self.rules.of_sample(key, row["texts"])
         return self.rules.captions(key, self._caption_text(key) if row["caption_version"] else None)
 

@@ -17,6 +17,7 @@ from ..backend import DataBackend, SampleBackend, SampleChunk
 from .captions import CaptionRules
 from .images import SUFFIXES
 from .index import CHUNK, SAME_NAME, digest, in_chunks
+from .metadata_table import MetadataTable
 from .spool import RUN_ROWS, Spool, between, joined, merge_table, open_run, sorted_table, write_run
 from .vetting import named, vetted
 from .workshop import Workshop
@@ -48,7 +49,7 @@ class FileListing:
     """The pictures of a backend of files, and the folders that cannot be listed."""
 
     def __init__(self, backend: DataBackend, rules: CaptionRules, folder: Path) -> None:
-        self.backend, self.rules, self.folder = backend, rules, folder
+        self.backend, self.rules, self.folder, self.num_unmatched = backend, rules, folder, 0
 
     def table(self) -> pa.Table:
         """All pictures in key order, of schema :data:`LISTING`, mapped from files in the folder."""
@@ -57,7 +58,11 @@ class FileListing:
         is_text = (_of_kind(batch, r"\.txt$") for batch in files.to_batches(max_chunksize=CHUNK))
         captions = texts.extend(is_text if self.rules.reads_files else ()).table()
         pictures = (vetted(_of_kind(batch, PICTURES)) for batch in files.to_batches(max_chunksize=CHUNK))
-        return Spool(LISTING, self.folder).extend(_with_captions(each, captions) for each in pictures).table()
+        listed, settings = (_with_captions(each, captions) for each in pictures), self.rules.settings
+        beside = MetadataTable(settings, self.backend) if settings.metadata_file is not None else None
+        table = Spool(LISTING, self.folder).extend(map(beside.joined, listed) if beside else listed).table()
+        self.num_unmatched = beside.num_unmatched if beside else 0
+        return table
 
     def _files(self) -> Iterator[pa.RecordBatch]:
         """Pictures and caption files, in columns."""

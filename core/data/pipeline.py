@@ -147,7 +147,12 @@ class DataPipeline:
         if not settings.has_pictures:
             source = open_source(backend, settings, workers=workers)
             return PromptIndexBuilder(settings.id, source, rules, edge=geometry.square()).build(path)
-        return IndexBuilder(settings.id, backend, rules, workers=workers, progress=self._progress).build(path)
+        builder = IndexBuilder(settings.id, backend, rules, workers=workers, progress=self._progress)
+        index = builder.build(path)
+        if builder.num_unmatched:
+            table = settings.metadata_file
+            self._say(f"dataset {settings.id!r}: {builder.num_unmatched:,} rows of {table} are of no picture there")
+        return index
 
     def _write_quarantine(self, report: DataReport) -> None:
         for dataset in self._datasets:

@@ -1,4 +1,3 @@
-# pyright: reportAttributeAccessIssue=false
 """Prompts without pictures, read in columns from one file or from a folder of .txt files.
 
 A :class:`PromptSource` is all that the rest of the data path knows of where prompts come from.
@@ -6,36 +5,26 @@ A :class:`PromptSource` is all that the rest of the data path knows of where pro
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import blake2b
-from itertools import count
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, BinaryIO, Protocol
-
-import pyarrow as pa
-from pyarrow import csv as arrow_csv
-from pyarrow import json as arrow_json
+from typing import TYPE_CHECKING, Protocol
 
 from ..backend import DataBackend, Entry, SampleBackend
 from ..errors import BadValue
-from ..names import nearest
-from ..prompts import json_texts, shortened
+from ..prompts import json_texts
 from .captions import read_text
+from .columns import CaptionColumns, Row
 from .index import CHUNK, in_chunks
+from .tables import TABLES, Table, TableFile, decoded_line
 from .vetting import named
 
 if TYPE_CHECKING:
     from ..config.dataset_settings import DatasetSettings
 
-COLUMNS = ("caption", "text")
-"""Columns that are looked for where ``caption_column`` names none."""
-JSONL_BLOCK_BYTES = 16 * 2**20
-"""Longest line of a .jsonl file."""
 FILES_AT_ONCE = 256
 
 
@@ -71,7 +60,7 @@ def open_source(backend: DataBackend, settings: DatasetSettings, *, workers: int
     if isinstance(backend, SampleBackend):
         return SampleCaptions(backend)
     if backend.prompts_key is not None:
-        return FileSource(backend, backend.prompts_key, settings.caption_column)
+        return FileSource(backend, backend.prompts_key, (settings.caption_column, settings.fallback_caption_column))
     return FolderSource(backend, whole_files=settings.disable_multiline_split, workers=workers)
 
 
@@ -103,7 +92,11 @@ class SampleCaptions:
                 for each in zip(samples.keys, samples.captions, samples.problems, strict=True)
                 for row in _texts(*each)
             ]
-            yield Chunk([key for key, _, _ in rows], [text for _, text, _ in rows], [why for _, _, why in rows])
+            yield _chunk(rows)
+
+
+def _chunk(rows: Sequence[tuple[str, str | None, str]]) -> Chunk:
+    return Chunk([key for key, _, _ in rows], [text for _, text, _ in rows], [why for _, _, why in rows])
 
 
 def _texts(key: str, texts: Sequence[str], problem: str) -> list[tuple[str, str | None, str]]:
@@ -146,7 +139,7 @@ class FolderSource:
         with ThreadPoolExecutor(self.workers) as pool:
             for part in in_chunks(iter(files), FILES_AT_ONCE):
                 rows = [row for rows in pool.map(self._read, part) for row in rows]
-                yield Chunk([key for key, _, _ in rows], [text for _, text, _ in rows], [why for _, _, why in rows])
+                yield _chunk(rows)
 
     def _read(self, entry: Entry) -> list[tuple[str, str | None, str]]:
         if entry.problem:
@@ -166,7 +159,7 @@ class FolderSource:
 
 # -- one file ---------------------------------------------------------------------------------------------------------
 
-Numbered = tuple[list[int], list[str | None]]
+Numbered = tuple[Sequence[int], Sequence[list[str]]]
 """Line or row numbers, counted from 1, and the texts there."""
 
 
@@ -176,181 +169,77 @@ class FileSource:
     Args:
         backend: Where it is.
         key: Its key.
-        column: The column of a table; None for the usual ones.
+        columns: The columns of a table that hold prompts, and those that do where these are empty; none for the usual.
     """
 
-    def __init__(self, backend: DataBackend, key: str, column: str | None) -> None:
-        self.backend, self.key, self.column = backend, key, column
+    def __init__(self, backend: DataBackend, key: str, columns: tuple[Sequence[str], Sequence[str]] = ((), ())) -> None:
+        self.backend, self.key, self.columns = backend, key, columns
         self.suffix = PurePosixPath(key).suffix.lower()
+        self.file = TableFile("prompts_file", backend.location, lambda: backend.open(key))
 
     def identity(self) -> str:
         """Name, size and version of the file."""
-        try:
-            return _version([self.backend.entry(self.key)], self.column)
-        except OSError as error:
-            raise self._unreadable(error) from error
+        with self.file.reading(""):
+            return _version([self.backend.entry(self.key)], self.columns)
 
     def chunks(self) -> Iterator[Chunk]:
         """Keys are line or row numbers, counted from 1."""
-        if self.suffix not in READERS:
-            remedy = "write one prompt per line into a .txt file"
-            raise self._bad(f"has the suffix {self.suffix!r}; {', '.join(READERS)} are read", remedy)
-        if self.column is not None and self.suffix not in TABLES:
-            problem = f"{self.key} is no table: columns are in {', '.join(TABLES)}"
-            raise BadValue("caption_column", self.column, problem, "leave caption_column out")
+        if self.suffix not in (*READERS, *TABLES):
+            problem = f"has the suffix {self.suffix!r}; {', '.join((*READERS, *TABLES))} are read"
+            raise self.file.bad(problem, "write one prompt per line into a .txt file")
+        table = TABLES[self.suffix](self.file) if self.suffix in TABLES else None
+        if table is None:
+            self._check_no_columns()
+        remedy = table.remedy if table else _REMEDIES[self.suffix]
         found = False
-        try:
-            for numbers, texts in READERS[self.suffix](self):
+        with self.file.reading(remedy):
+            for numbers, texts in self._read_table(table) if table else READERS[self.suffix](self.file):
                 found = found or bool(numbers)
-                yield Chunk([str(number) for number in numbers], texts, [""] * len(numbers))
-        except OSError as error:
-            raise self._unreadable(error) from error
-        except (ValueError, pa.ArrowException) as error:
-            raise self._bad(_reason(error), _REMEDIES[self.suffix]) from error
+                rows = [
+                    row for number, each in zip(numbers, texts, strict=True) for row in _texts(str(number), each, "")
+                ]
+                yield _chunk(rows)
         if not found:
-            raise self._bad("is empty: there is no prompt in it", _REMEDIES[self.suffix])
+            raise self.file.bad("is empty: there is no prompt in it", remedy)
 
-    def open(self) -> BinaryIO:
-        """The file from its beginning."""
-        return self.backend.open(self.key)
+    def _check_no_columns(self) -> None:
+        for key, names in zip(("caption_column", "fallback_caption_column"), self.columns, strict=True):
+            if names:
+                problem = f"{self.key} is no table: columns are in {', '.join(TABLES)}"
+                raise BadValue(key, list(names), problem, f"leave {key} out")
 
-    def _bad(self, problem: str, remedy: str) -> BadValue:
-        return BadValue("prompts_file", self.backend.location, problem, remedy)
-
-    def _unreadable(self, error: OSError) -> BadValue:
-        if isinstance(error, FileNotFoundError):
-            return self._bad("does not exist", "give a file that is there (a relative path is relative to its file)")
-        return self._bad(f"cannot be read: {error.strerror or error}", "give a readable file, not a folder")
-
-    def choose(self, columns: Sequence[str], where: str) -> str:
-        """The column to read. Raises BadValue, with the columns that there are."""
-        wanted = [self.column] if self.column is not None else list(COLUMNS)
-        chosen = next((name for name in wanted if name in columns), None)
-        if chosen is not None:
-            return chosen
-        close = next((match for name in wanted if (match := nearest(name, columns))), None)
-        remedy = f"did you mean {close!r}? " if close else ""
-        missing = " or ".join(repr(name) for name in wanted)
-        problem = f"{where} has no column {missing}; it has {', '.join(map(repr, columns)) or 'none'}"
-        raise BadValue("caption_column", self.column, problem, f"{remedy}name one of them as caption_column")
+    def _read_table(self, table: Table) -> Iterator[Numbered]:
+        there = table.columns()
+        if not there.names:
+            return
+        captions = CaptionColumns.of(there, *self.columns)
+        for part in table.rows(captions.names):
+            yield part.numbers, [_captions(table, captions, *row) for row in zip(part.numbers, part.rows, strict=True)]
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, UnicodeDecodeError):
-        return f"is not UTF-8 (byte {error.start})"
-    return " ".join(str(error).split())[:300]
+def _captions(table: Table, captions: CaptionColumns, number: int, row: Row) -> list[str]:
+    try:
+        return captions.texts(row)
+    except ValueError as error:
+        raise ValueError(f"{table.noun} {number}: {error}") from error
 
 
-def _read_lines(source: FileSource) -> Iterator[Numbered]:
-    with source.open() as stream:
+def _read_lines(file: TableFile) -> Iterator[Numbered]:
+    with file.open() as stream:
         for chunk in in_chunks(enumerate(stream, 1), CHUNK):
-            kept = [(number, text) for number, line in chunk if (text := _decoded(line, number).strip())]
-            yield [number for number, _ in kept], [text for _, text in kept]
+            kept = [(number, text) for number, line in chunk if (text := decoded_line(line, number).strip())]
+            yield [number for number, _ in kept], [[text] for _, text in kept]
 
 
-def _decoded(line: bytes, number: int) -> str:
-    try:
-        return line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"line {number} is not UTF-8 (byte {error.start})") from error
+def _read_json(file: TableFile) -> Iterator[Numbered]:
+    with file.open() as stream:
+        texts = [[text] for text in json_texts(stream.read().decode("utf-8-sig"))]
+    yield range(1, len(texts) + 1), texts
 
 
-def _read_json(source: FileSource) -> Iterator[Numbered]:
-    with source.open() as stream:
-        texts: list[str | None] = [*json_texts(stream.read().decode("utf-8-sig"))]
-    yield list(range(1, len(texts) + 1)), texts
-
-
-def _numbered(batches: Iterator[pa.RecordBatch], column: str) -> Iterator[Numbered]:
-    """Rows of a table by number, one column of it."""
-    first = count(1)
-    for batch in batches:
-        texts: list[str | None] = batch.column(column).to_pylist()
-        yield [next(first) for _ in texts], texts
-
-
-def _read_csv(source: FileSource) -> Iterator[Numbered]:
-    with source.open() as stream, io.TextIOWrapper(stream, "utf-8-sig", "replace", "") as text:
-        header = next(csv.reader(text), [])
-    if not header:
-        return
-    column = source.choose(header, f"the first line of {source.key}")
-    convert = arrow_csv.ConvertOptions(column_types={column: pa.large_string()}, include_columns=[column])
-    parse = arrow_csv.ParseOptions(newlines_in_values=True)
-    read = arrow_csv.ReadOptions(use_threads=False)  # with threads, errors do not name the row
-    with (
-        source.open() as stream,
-        arrow_csv.open_csv(stream, read_options=read, parse_options=parse, convert_options=convert) as reader,
-    ):
-        yield from _numbered(iter(reader), column)
-
-
-def _read_jsonl(source: FileSource) -> Iterator[Numbered]:
-    with source.open() as stream:
-        first = next(((number, line) for number, line in enumerate(stream, 1) if line.strip()), None)
-    if first is None:
-        return
-    column = source.choose(list(_object(_decoded(first[1], first[0]), first[0])), f"line {first[0]} of {source.key}")
-    parse = arrow_json.ParseOptions(
-        explicit_schema=pa.schema([(column, pa.large_string())]), unexpected_field_behavior="ignore"
-    )
-    read = arrow_json.ReadOptions(block_size=JSONL_BLOCK_BYTES)
-    try:
-        with source.open() as stream:
-            table = arrow_json.read_json(stream, parse_options=parse, read_options=read)
-        table.validate(full=True)  # texts that are no UTF-8
-    except pa.ArrowInvalid:
-        _explain_jsonl(source, column)
-        raise
-    yield from _numbered(iter(table.to_batches(max_chunksize=CHUNK)), column)
-
-
-def _object(line: str, number: int) -> dict[str, object]:
-    try:
-        found = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"line {number}, column {error.colno} is not JSON: {error.msg}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"line {number} is {shortened(found)}, not an object")
-    return found
-
-
-def _explain_jsonl(source: FileSource, column: str) -> None:
-    """Raise ValueError for the first line that cannot be used: Arrow counts rows of a block, not lines."""
-    with source.open() as stream:
-        for number, line in enumerate(stream, 1):
-            text = _decoded(line, number)
-            value = _object(text, number).get(column) if text.strip() else None
-            if not isinstance(value, str | None):
-                raise ValueError(f"line {number}: {column!r} is {shortened(value)}, not a text")
-
-
-def _read_parquet(source: FileSource) -> Iterator[Numbered]:
-    from pyarrow.parquet import ParquetFile
-
-    with source.open() as stream:
-        file = ParquetFile(stream)
-        column = source.choose(file.schema_arrow.names, source.key)
-        kind = file.schema_arrow.field(column).type
-        inner = kind.value_type if pa.types.is_dictionary(kind) else kind
-        if not (pa.types.is_string(inner) or pa.types.is_large_string(inner) or pa.types.is_null(inner)):
-            problem = f"the column {column!r} of {source.key} holds {kind}, not texts"
-            raise BadValue("caption_column", source.column, problem, "name a column of texts as caption_column")
-        yield from _numbered(file.iter_batches(batch_size=CHUNK, columns=[column]), column)
-
-
-READERS: dict[str, Callable[[FileSource], Iterator[Numbered]]] = {
-    ".txt": _read_lines,
-    ".json": _read_json,
-    ".jsonl": _read_jsonl,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-}
-TABLES = (".jsonl", ".csv", ".parquet")
+READERS: dict[str, Callable[[TableFile], Iterator[Numbered]]] = {".txt": _read_lines, ".json": _read_json}
+"""What is no table, by suffix."""
 _REMEDIES = {
     ".txt": "write one prompt per line, as UTF-8",
     ".json": 'write a list, as ["a cat", "a dog"], or an object {"name": "a cat"}; a list of objects goes into .jsonl',
-    ".jsonl": 'write one object per line, as {"caption": "a cat"}, as UTF-8',
-    ".csv": "write a first line with the columns' names, texts with commas in double quotes, as UTF-8",
-    ".parquet": "write the table again, with a column of texts",
 }

@@ -10,6 +10,8 @@ import torch
 from distill.core.config.dataset_settings import DatasetSettings
 from distill.core.data.pipeline import DataPipeline
 from distill.data_backends.local import LocalBackend
+from distill.data_backends.tables import CsvBackend, JsonLinesBackend, ParquetBackend
+from distill.data_backends.webdataset import WebDatasetBackend
 from PIL import Image
 
 
@@ -63,7 +65,8 @@ class FakeFamily:
         return sum(shape[0] for shape in self.batches)
 
 
-REGISTRY = SimpleNamespace(get=lambda kind, name: {"local": LocalBackend}[name])
+BACKENDS = {each.name: each for each in (LocalBackend, CsvBackend, JsonLinesBackend, ParquetBackend, WebDatasetBackend)}
+REGISTRY = SimpleNamespace(get=lambda kind, name: BACKENDS[name])
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -99,6 +102,18 @@ def prompts(id: str, **settings) -> DatasetSettings:
     places = {key: settings[key] for key in ("prompts_file", "instance_data_dir") if key in settings}
     given = {"id": id, "dataset_type": "prompts", "resolution": 32, "aspect_bucket_alignment": 8, **settings}
     return DatasetSettings(**given).model_copy(update={"backend": LocalBackend.Config(**places)})
+
+
+def source(id: str, type: str, cache: Path, **settings) -> DatasetSettings:
+    """A dataset of any backend: its own keys and those of all entries together, as in a data file."""
+    own = BACKENDS[type].Config.model_fields
+    given = {
+        "id": id, "type": type, "resolution": 32, "aspect_bucket_alignment": 8, "crop_style": "center",
+        "cache_dir_vae": cache,
+    }  # fmt: skip
+    given |= {key: value for key, value in settings.items() if key in DatasetSettings.model_fields}
+    backend = BACKENDS[type].Config(**{key: value for key, value in settings.items() if key in own})
+    return DatasetSettings(**given).model_copy(update={"backend": backend})
 
 
 def configuration(*datasets: DatasetSettings, caches=(), text_cache=None):

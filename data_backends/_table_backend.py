@@ -1,0 +1,100 @@
+"""What backends of tables have in common: a picture in each row, inside the table, in a file or behind a URL."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from typing import BinaryIO, ClassVar
+
+from ..core.backend import SampleBackend, SampleChunk
+from ..core.config.dataset_settings import ColumnSettings
+from ..core.config.types import PathOrUrl
+from ..core.data.columns import Columns
+from ..core.data.located import Located, at, identity_of, locate
+from ..core.data.tables import Rows, Table, TableFile
+from ..core.remote import is_remote
+from ._rows import AT, Layout, Reader, chunk_of, resolved, root_of
+
+THREADS = 8
+"""Pictures that are looked at together."""
+
+
+class TableSettings(ColumnSettings):
+    """Keys of all tables."""
+
+    instance_data_dir: PathOrUrl | None = None
+    """Folder or URL that pictures' paths are relative to; absent: the folder of the table."""
+    image_column: str | None = None
+    """Column of pictures: paths, URLs, bytes, or structs of bytes and path. Absent: `image`, `file_name`, `filename`,
+    `path`, `image_path`, `url`, else `image_url`."""
+
+
+class TableBackend(SampleBackend):
+    """Rows of tables of one kind. A row's name is the path of its picture, unless a column of names is given."""
+
+    table: ClassVar[type[Table]]
+    suffixes: ClassVar[Sequence[str]]
+    file_key: ClassVar[str]
+    """The key that says where the tables are."""
+
+    Config: ClassVar[type[TableSettings]]
+
+    @property
+    @abstractmethod
+    def given(self) -> Sequence[str]:
+        """Where the tables are, as the entry says."""
+
+    @property
+    def location(self) -> str:
+        """What the entry says."""
+        return ", ".join(self.given)
+
+    @cached_property
+    def files(self) -> Sequence[Located]:
+        """The tables. Raises BadValue where there is none."""
+        return locate(self.file_key, self.given, self.suffixes)
+
+    def identity(self) -> str:
+        """Names, sizes and versions of the tables, and which of their columns are read."""
+        return identity_of(self.files, self.config.model_dump(mode="json", exclude={self.file_key}))
+
+    def check_samples(self, *, pictures: bool, captions: bool) -> None:
+        """The first table is there and has the columns that are needed, unless only the network could say so."""
+        if not any(map(is_remote, self.given)):
+            Layout.of(self._there(self._table(self.files[0])), self.config, pictures=pictures, captions=captions)
+
+    def samples(self, *, pictures: bool = True) -> Iterator[SampleChunk]:
+        """Every row of every table, the bytes of pictures inside them hashed and their headers read."""
+        number = 0
+        with ThreadPoolExecutor(THREADS) as pool:
+            for table, file in enumerate(self.files):
+                for part, reader in self._rows(table, file, pictures=pictures):
+                    read = reader.sample if pictures else reader.prompt
+                    numbers = range(number, number + len(part.rows))
+                    yield chunk_of(list(pool.map(read, numbers, part.rows)))
+                    number = numbers.stop
+
+    def _rows(self, number: int, file: Located, *, pictures: bool) -> Iterator[tuple[Rows, Reader]]:
+        table = self._table(file)
+        there = self._there(table)
+        reader = Reader(Layout.of(there, self.config, pictures=pictures), root_of(self.config, file), number)
+        inside = reader.layout.picture is not None and table.holds_bytes(reader.layout.picture)
+        for part in table.rows(reader.columns(there, pictures=pictures, inside=inside)):
+            yield part, reader
+
+    @staticmethod
+    def _there(table: Table) -> Columns:
+        columns = table.columns()
+        if not columns.names:
+            raise table.empty()
+        return columns
+
+    def _table(self, file: Located) -> Table:
+        return self.table(TableFile(self.file_key, file.place, file.open))
+
+    def open(self, key: str) -> BinaryIO:
+        """A picture that is a file."""
+        table, _, path = key.removeprefix(AT).partition(":")
+        return at(resolved(path, root_of(self.config, self.files[int(table)]))).open()

@@ -1,0 +1,118 @@
+"""Tables with a picture in each row: comma separated values, JSON lines, Parquet."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Annotated, BinaryIO
+
+from pydantic import BeforeValidator, Field
+
+from ..core.backend import DataBackend, Passage, SampleChunk
+from ..core.config.types import PathOrUrl, one_or_many
+from ..core.data.tables import CsvTable, JsonLinesTable, ParquetTable
+from ..core.hookspecs import hookimpl
+from ._row_groups import KEPT_BYTES, RowGroups
+from ._rows import Layout
+from ._table_backend import TableBackend, TableSettings
+
+Places = Annotated[tuple[PathOrUrl, ...], Field(min_length=1), BeforeValidator(one_or_many)]
+
+
+def _aliases(kind: str) -> Mapping[str, str]:
+    """``csv_url_column`` and its like."""
+    return {f"{kind}_url_column": "image_column", f"{kind}_caption_column": "caption_column"}
+
+
+class CsvBackend(TableBackend):
+    """Rows of .csv (or .tsv) tables, with the path or URL of a picture in each."""
+
+    name = "csv"
+    table, suffixes, file_key = CsvTable, (".csv", ".tsv"), "csv_file"
+    key_aliases = _aliases("csv")
+
+    class Config(TableSettings):
+        """Where the tables are, and what stands in which column."""
+
+        csv_file: Places
+        """One or several: a file, a folder of them, a glob or a brace range `{000..012}`, here or as a URL."""
+
+    @property
+    def given(self) -> Sequence[str]:
+        """``csv_file``."""
+        return self.config.csv_file
+
+
+class JsonLinesBackend(TableBackend):
+    """Rows of .jsonl tables, an object on each line, with the path or URL of a picture in each."""
+
+    name = "jsonl"
+    table, suffixes, file_key = JsonLinesTable, (".jsonl", ".ndjson"), "jsonl_file"
+    key_aliases = _aliases("jsonl")
+
+    class Config(TableSettings):
+        """Where the tables are, and what stands in which column."""
+
+        jsonl_file: Places
+        """One or several: a file, a folder of them, a glob or a brace range `{000..012}`, here or as a URL."""
+
+    @property
+    def given(self) -> Sequence[str]:
+        """``jsonl_file``."""
+        return self.config.jsonl_file
+
+
+class ParquetBackend(TableBackend):
+    """Rows of .parquet tables, with a picture, or the path or URL of one, in each."""
+
+    name = "parquet"
+    table, suffixes, file_key = ParquetTable, (".parquet",), "parquet_file"
+    key_aliases = _aliases("parquet")
+
+    class Config(TableSettings):
+        """Where the tables are, and what stands in which column."""
+
+        parquet_file: Places
+        """One or several: a file, a folder of them, a glob or a brace range `{000..012}`, here or as a URL."""
+
+    @property
+    def given(self) -> Sequence[str]:
+        """``parquet_file``."""
+        return self.config.parquet_file
+
+    @cached_property
+    def _groups(self) -> RowGroups | None:
+        """Where pictures lie inside the tables; None where they are files."""
+        table = self._table(self.files[0])
+        column = Layout.of(table.columns(), self.config, pictures=True).picture
+        assert column is not None
+        return RowGroups(self.file_key, self.files, column) if table.holds_bytes(column) else None
+
+    @property
+    def in_order(self) -> bool:
+        """Whether there are more pictures inside the tables than fit into memory."""
+        return self._groups is not None and self._groups.num_bytes > KEPT_BYTES
+
+    def samples(self, *, pictures: bool = True) -> Iterator[SampleChunk]:
+        """Every row of every table. Raises BadValue where row groups are too large to be read again."""
+        if pictures:
+            _ = self._groups
+        yield from super().samples(pictures=pictures)
+
+    def passing(self, resume: str = "") -> Generator[Passage, None, None]:
+        """All pictures inside the tables, a row group at a time."""
+        assert self._groups is not None
+        yield from self._groups.passing(resume)
+
+    def open(self, key: str) -> BinaryIO:
+        """A picture inside a table by its row, or one that is a file."""
+        if key.isdecimal():
+            assert self._groups is not None
+            return self._groups.open(int(key))
+        return super().open(key)
+
+
+@hookimpl
+def register_data_backends() -> list[type[DataBackend]]:
+    """The three kinds of tables."""
+    return [CsvBackend, JsonLinesBackend, ParquetBackend]
