@@ -17,7 +17,7 @@ from ..errors import UserError
 from .geometry import REASONS, Geometry, Plan, flipped_left
 from .hashing import Int64s, UInt64s, combine, permute
 from .images import BrokenImage, decoded, read_file, scale_and_crop
-from .index import NO_CAPTION, Index, describe_listing
+from .index import FILTERED, NO_CAPTION, Index, describe_listing
 from .order import Span, Stream
 from .passing import Opener, places_of, read_in_order
 
@@ -82,7 +82,10 @@ class Dataset:
         if len(without):
             self.counts.left_out["no caption"] = len(without)
             self.counts.without_caption = self.index.key(without[0])
-        broken = ~(self.index.having("") | self.index.having(NO_CAPTION))
+        filtered = self.index.having(FILTERED)
+        if filtered.any():
+            self.counts.left_out["not meeting the conditions"] = int(filtered.sum())
+        broken = ~(self.index.having("") | self.index.having(NO_CAPTION) | filtered)
         for row in np.flatnonzero(broken).tolist():
             self.counts.quarantined[self.index.key(row)] = self.index.problem(row)
 
@@ -232,6 +235,9 @@ def _nothing_left(dataset: Dataset) -> tuple[str, str]:
     head = f"dataset {settings.id!r} has no {counts.noun} to train on: "
     if not settings.has_pictures:
         return _no_prompt_left(head, dataset)
+    if isinstance(dataset.backend, SampleBackend) and counts.left_out.get("no caption", 0) == counts.found:
+        seen = f"none of its {counts.found:,} samples has a caption" if counts.found else "it has no samples"
+        return f"{head}{where}: {seen}", "name the column of captions, or set caption_strategy to filename"
     if not counts.found:
         total, sample = describe_listing(dataset.backend)
         seen = f"it holds {total} other files ({', '.join(sample)}, ...)" if total else "it is empty"

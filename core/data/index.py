@@ -48,6 +48,8 @@ SCHEMA = pa.schema(
     ]
 )
 NO_CAPTION = "it has no caption"
+FILTERED = "it does not meet the dataset's conditions"
+"""Said by sources that choose among their samples; such ones are left out on purpose."""
 SAME_NAME = "another sample has the same name"
 
 
