@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from torch import nn
 
     from .config import Configuration
+    from .data.pipeline import DataPipeline
     from .plugins import Registry
 
 STUDENT_FOLDER = "student"
 CACHE_FOLDER = "cache"
+REPORTS_FOLDER = "data"
 _WEIGHT_DTYPES: dict[str, Precision] = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -98,6 +100,19 @@ def method_needs(configuration: Configuration, registry: Registry, family: Model
     """What the run's method needs, of its data too; loads no weights."""
     method = build_method(configuration, registry, family)
     return method.requires(configuration.method, method.setup)
+
+
+def build_pipeline(configuration: Configuration, registry: Registry, *, say: Callable[[str], None]) -> DataPipeline:
+    """The data path of a run, outside of one: for one process, with the caches where the run would have them."""
+    from .data.pipeline import DataPipeline
+
+    run, family = configuration.run, build_family(configuration, registry)
+    family.check_source()
+    return DataPipeline(
+        configuration, registry, family, micro_batch_size=run.train_batch_size,
+        accumulation=run.gradient_accumulation_steps, seed=run.seed, cache_root=run.output_dir / CACHE_FOLDER, say=say,
+        pictures=method_needs(configuration, registry, family).pictures, pairs=bool(configuration.distillation_caches),
+    )  # fmt: skip
 
 
 def default_resolution(configuration: Configuration) -> tuple[int, int]:

@@ -112,7 +112,7 @@ class _Layout:
         ]
         self.heights = [max((cell.height for cell in row if cell is not None), default=SMALLEST_CELL) for row in cells]
         scale = 1.0 if max(self.widths) < 256 else 1.35
-        self.font, self.small, self.large = (_font(round(size * scale)) for size in (14, 12, 18))
+        self.font, self.small, self.large = (font(round(size * scale)) for size in (14, 12, 18))
         self.label_width = round(150 * scale) + (50 if max(self.widths) >= 256 else 0)
         headers = [column.partition("\n") for column in columns]
         self.heads = [
@@ -126,16 +126,16 @@ class _Layout:
     def draw(self) -> Image:
         from PIL import Image, ImageDraw
 
-        head_height = max(sum(_line_height(font) for _, font, _ in head) for head in self.heads) + GAP
-        title_height = _line_height(self.large) + GAP if self.title else 0
+        head_height = max(sum(line_height(font) for _, font, _ in head) for head in self.heads) + GAP
+        title_height = line_height(self.large) + GAP if self.title else 0
         width = 2 * MARGIN + self.label_width + sum(self.widths) + GAP * len(self.widths)
         footer = wrap(self.footer, self.small, width - 2 * MARGIN)
         height = 2 * MARGIN + title_height + head_height + sum(self.heights) + GAP * (len(self.heights) - 1)
-        height += (GAP + _line_height(self.small) * len(footer)) if footer else 0
+        height += (GAP + line_height(self.small) * len(footer)) if footer else 0
         sheet = Image.new("RGB", (width, height), BACKGROUND)
         pen = ImageDraw.Draw(sheet)
         if self.title:
-            pen.text((MARGIN, MARGIN), _shorten(self.title, self.large, width - 2 * MARGIN), INK, self.large)
+            pen.text((MARGIN, MARGIN), shorten(self.title, self.large, width - 2 * MARGIN), INK, self.large)
         top = MARGIN + title_height
         self._heads(pen, top, head_height)
         top += head_height
@@ -143,7 +143,7 @@ class _Layout:
             self._row(sheet, pen, row, cells, top, row_height)
             top += row_height + GAP
         for index, line in enumerate(footer):
-            pen.text((MARGIN, top + index * _line_height(self.small)), line, FAINT, self.small)
+            pen.text((MARGIN, top + index * line_height(self.small)), line, FAINT, self.small)
         return sheet
 
     def _lefts(self) -> list[int]:
@@ -152,10 +152,10 @@ class _Layout:
 
     def _heads(self, pen: ImageDraw, top: int, height: int) -> None:
         for left, head in zip(self._lefts(), self.heads, strict=True):
-            y = top + height - GAP - sum(_line_height(font) for _, font, _ in head)
+            y = top + height - GAP - sum(line_height(font) for _, font, _ in head)
             for line, font, colour in head:
                 pen.text((left, y), line, colour, font)
-                y += _line_height(font)
+                y += line_height(font)
 
     def _row(
         self, sheet: Image, pen: ImageDraw, row: GridRow, cells: Sequence[Image | None], top: int, height: int
@@ -166,15 +166,15 @@ class _Layout:
             else:
                 sheet.paste(cell, (left + (width - cell.width) // 2, top + (height - cell.height) // 2))
         detail = wrap(row.detail, self.small, self.label_width)
-        room = (height - len(detail) * _line_height(self.small)) // _line_height(self.font)
+        room = (height - len(detail) * line_height(self.small)) // line_height(self.font)
         label = wrap(row.label, self.font, self.label_width)
         if len(label) > room:
             label = label[: max(room, 1)]
-            label[-1] = _shorten(label[-1] + " …", self.font, self.label_width)
+            label[-1] = shorten(label[-1] + " …", self.font, self.label_width)
         y = top
         for line, font, colour in [*((x, self.font, INK) for x in label), *((x, self.small, FAINT) for x in detail)]:
             pen.text((MARGIN, y), line, colour, font)
-            y += _line_height(font)
+            y += line_height(font)
 
 
 def wrap(text: str, font: FreeTypeFont | ImageFont, width: int) -> list[str]:
@@ -184,11 +184,12 @@ def wrap(text: str, font: FreeTypeFont | ImageFont, width: int) -> list[str]:
         if lines and font.getlength(f"{lines[-1]} {word}") <= width:
             lines[-1] = f"{lines[-1]} {word}"
         else:
-            lines.append(_shorten(word, font, width))
+            lines.append(shorten(word, font, width))
     return lines
 
 
-def _shorten(text: str, font: FreeTypeFont | ImageFont, width: int) -> str:
+def shorten(text: str, font: FreeTypeFont | ImageFont, width: int) -> str:
+    """The text, cut with an ellipsis where it is wider than `width` pixels."""
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "…") > width:
@@ -196,11 +197,13 @@ def _shorten(text: str, font: FreeTypeFont | ImageFont, width: int) -> str:
     return text.rstrip() + "…"
 
 
-def _font(size: int) -> FreeTypeFont | ImageFont:
+def font(size: int) -> FreeTypeFont | ImageFont:
+    """Pillow's own, at `size` pixels."""
     from PIL import ImageFont
 
     return ImageFont.load_default(size)
 
 
-def _line_height(font: FreeTypeFont | ImageFont) -> int:
+def line_height(font: FreeTypeFont | ImageFont) -> int:
+    """Pixels from one line to the next."""
     return round(1.3 * getattr(font, "size", 11))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .assemble import REPORTS_FOLDER
 from .config.output import RESOLVED, check_output_dir, clear_output_dir
 from .engine.signals import StopRequest
 from .errors import DistillError, Interrupted, UserError
@@ -80,6 +81,7 @@ class Run(RunParts):
         self.family.check_source()
         self._check_model()
         self.data.prepare()
+        self._report_data()
         _ = self.stages  # a method may refuse this number of steps, and does so before weights load
         self._prepare_validation()
         self._resume()
@@ -119,6 +121,12 @@ class Run(RunParts):
                 f"no picture can be computed at the last timestep; {self.settings.distillation_method} needs it there",
                 "use the model's v_prediction version, or a scheduler config without rescale_betas_zero_snr",
             )
+
+    def _report_data(self) -> None:
+        with self.processes.together():
+            self._data_reports = self.data.write_reports(self.settings.output_dir / REPORTS_FOLDER)
+        for report in self._data_reports:
+            self.say(f"report on dataset {report.id!r}: {report.folder / 'report.md'}")
 
     def _prepare_validation(self) -> None:
         for notice in self.method.notices():
@@ -163,6 +171,9 @@ class Run(RunParts):
         self.trackers.start(info)
         text = json.dumps(resolved, indent=2)
         self.trackers.text("config", f"```json\n{text}\n```", self.trainer.step)
+        for report in self._data_reports:
+            self.trackers.text(f"data/{report.id}", report.text, self.trainer.step)
+            self.trackers.images(f"data/{report.id}", report.pictures, self.trainer.step)
 
     def _make_progress(self) -> Progress:
         from .engine.progress import make_progress

@@ -109,6 +109,8 @@ class Trainer:
     _samples: int = 0
     """Samples of all processes since then."""
     _saved: int = -1
+    _waited: float = 0.0
+    """Seconds that the host has waited for batches since the last flush."""
     _whole: bool = True
     """Whether weights, counter and figures are of one step."""
 
@@ -198,10 +200,17 @@ class Trainer:
         self._flushed, self._samples = time.perf_counter(), 0
         with self.stop.deferred():
             while self.step < self.total_steps:
-                self._step([batch.to(str(self.processes.device)) for batch in next(steps)])
+                self._step([batch.to(str(self.processes.device)) for batch in self._next(steps)])
                 self._after_step()
         self.loop.health.check()
         self.flush()
+
+    def _next(self, steps: Iterator[list[Batch]]) -> list[Batch]:
+        """The next step's micro-batches; what was waited for them is counted by the host's clock alone."""
+        start = time.perf_counter()
+        batches = next(steps)
+        self._waited += time.perf_counter() - start
+        return batches
 
     def _step(self, batches: list[Batch]) -> None:
         self.loop.health.check()  # of the step before, while nothing of this one has happened
@@ -246,9 +255,10 @@ class Trainer:
         rows = self._buffer.flush()
         if not rows:
             return
-        rate = self._samples / max(now - self._flushed, 1e-9)
-        self._flushed, self._samples = time.perf_counter(), 0
-        rows = [(step, {**values, "samples_per_second": rate}) for step, values in rows]
+        elapsed = max(now - self._flushed, 1e-9)
+        rate, share = self._samples / elapsed, min(1.0, self._waited / elapsed)
+        self._flushed, self._samples, self._waited = time.perf_counter(), 0, 0.0
+        rows = [(step, {**values, "samples_per_second": rate, "data_wait_share": share}) for step, values in rows]
         if self.processes.main:
             self.metrics_file.append(rows)
         for step, values in rows[:-1]:

@@ -19,6 +19,7 @@ COMMANDS = {
     "generate": "Make pictures with a student.",
     "config": "Check, show or start a configuration.",
     "plugins": "What is there, and from where.",
+    "data": "What the datasets hold.",
     "cache": "Build, verify or clear the text and latent caches.",
     "doctor": "What this machine has and lacks for a configuration.",
 }

@@ -32,25 +32,12 @@ def build(
     configuration, registry = options.load(
         family=family, config=config, data=data, model=model, output_dir=output_dir, overrides=set_, plugins=plugin
     )
-    from ..assemble import CACHE_FOLDER, build_family, method_needs
-    from ..data.pipeline import DataPipeline
+    from ..assemble import REPORTS_FOLDER, build_pipeline
 
-    teacher = build_family(configuration, registry)
-    teacher.check_source()
-    run = configuration.run
-    pipeline = DataPipeline(
-        configuration,
-        registry,
-        teacher,
-        micro_batch_size=run.train_batch_size,
-        accumulation=run.gradient_accumulation_steps,
-        seed=run.seed,
-        cache_root=run.output_dir / CACHE_FOLDER,
-        say=options.say,
-        pictures=method_needs(configuration, registry, teacher).pictures,
-        pairs=bool(configuration.distillation_caches),
-    )
+    pipeline = build_pipeline(configuration, registry, say=options.say)
     pipeline.prepare()
+    for report in pipeline.write_reports(configuration.run.output_dir / REPORTS_FOLDER):
+        options.say(f"report on dataset {report.id!r}: {report.folder / 'report.md'}")
 
 
 @app.command()

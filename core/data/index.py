@@ -80,6 +80,7 @@ class Index:
         identity: Hash of dataset id, key, size and version of the file; shape (n, 2).
         caption_offsets: Captions of row i are [caption_offsets[i], caption_offsets[i + 1]); shape (n + 1,).
         caption_digests: Hashes of all captions; shape (m, 2).
+        caption_texts: All captions, an Arrow column.
     """
 
     def __init__(self, path: Path) -> None:
@@ -94,7 +95,7 @@ class Index:
         self.draw: UInt64s = columns["draw"].to_numpy()
         self.identity = as_keys(columns["identity"])
         self.caption_offsets: NDArray[np.int64] = self._captions.offsets.to_numpy()
-        self._caption_texts = self._captions.values
+        self.caption_texts = self._captions.values
         self.caption_digests = as_keys(columns["digests"].values)
 
     def __len__(self) -> int:
@@ -114,7 +115,7 @@ class Index:
 
     def caption(self, place: int) -> str:
         """A caption by its place among all captions."""
-        return self._caption_texts[int(place)].as_py()
+        return self.caption_texts[int(place)].as_py()
 
     def having(self, problem: str) -> NDArray[np.bool_]:
         """Which rows have this problem (empty: none at all), shape (n,)."""

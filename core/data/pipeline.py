@@ -20,6 +20,7 @@ from ..random import derive_seed
 from .build import CacheBuilder, Caches
 from .captions import CaptionRules
 from .dataset import Dataset
+from .dataset_report import DatasetReport, write_reports
 from .encode import Share, ahead, flips
 from .geometry import Geometry
 from .hashing import permute
@@ -33,7 +34,7 @@ from .passing import Opener, marks_path
 from .progress import Progress, default_progress
 from .prompt_files import open_source
 from .prompt_index import PromptIndexBuilder
-from .report import DataReport, named_with_reasons
+from .report import DataReport, describe, named_with_reasons
 from .storage import write_whole
 
 if TYPE_CHECKING:
@@ -247,6 +248,15 @@ class DataPipeline:
         return hasher.hexdigest()
 
     # -- looking at the data ----------------------------------------------------------------------------------------
+
+    def describe(self) -> list[str]:
+        """Lines on each dataset: what is used, in which buckets, what is left out and what is broken."""
+        return [line for dataset in self._indexed() for line in describe(dataset.id, dataset.counts)]
+
+    def write_reports(self, folder: Path) -> list[DatasetReport]:
+        """A report of each dataset below `folder`, by the first process; returns those that are new or have changed."""
+        datasets = [(dataset, self._shape.of(dataset).global_batch) for dataset in self._indexed()]
+        return write_reports(datasets, folder) if self._shape.rank == 0 else []
 
     def real_images(self, count: int, width: int, height: int) -> Tensor:
         """Up to `count` pictures of all datasets, fitted to width x height, shape (M, 3, H, W), float32 in [0, 1].
