@@ -225,7 +225,8 @@ class CacheBuilder:
         if missing:
             self._explain_pairs(cache)
             self.say(cost(settings, missing, wanted.num_pairs))
-            maker.run(wanted, self.share.of(jobs), cache, texts)
+            with self.together():
+                maker.run(wanted, self.share.of(jobs), cache, texts)
             maker.release()
             self.family.release_encoders()
             report.pairs_made += missing
