@@ -212,7 +212,12 @@ def check_dataset(entry: DatasetSettings, refuse: Refuse) -> None:
 def check_folder(entry: DatasetSettings, refuse: Refuse) -> None:
     """The folder of an enabled dataset is there."""
     folder = entry.instance_data_dir
-    if folder is not None and not folder.is_dir():
+    own = type(entry.backend).model_fields if entry.backend is not None else {}
+    if folder is not None and "instance_data_dir" not in own:
+        problem = f"is not read by the data backend {entry.type!r}"
+        remedy = f"leave it out; its own keys: {', '.join(own) or 'none'}"
+        refuse(f"data.{entry.id}.instance_data_dir", str(folder), problem, remedy)
+    elif folder is not None and not folder.is_dir():
         problem = "is a file, not a folder" if folder.exists() else "does not exist"
         what = "pictures" if entry.has_pictures else ".txt files"
         remedy = f"give the folder with the {what}: --set data.{entry.id}.instance_data_dir=DIR"

@@ -56,9 +56,11 @@ MAY_CHANGE_PREFIXES = (
     "checkpoint",
 )
 DATA_MAY_CHANGE = frozenset(
-    {"cache_dir_vae", "cache_dir", "vae_batch_size", "write_batch_size", "instance_data_dir", "root"}
+    {"type", "cache_dir_vae", "cache_dir", "vae_batch_size", "write_batch_size", "instance_data_dir", "root"}
 )
-"""Keys of a dataset that a resumed run may change: where things lie, and how caches are written."""
+"""Keys of a dataset that a resumed run may change: where things lie, and how caches are written. That the samples are
+the same is told by their fingerprint, not by these."""
+DATA_MAY_CHANGE_PREFIXES = ("aws_",)
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,8 @@ def changes(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tupl
 def _may_change(key: str) -> bool:
     top, _, rest = key.partition(".")
     if top == "data":
-        return rest.rsplit(".", 1)[-1] in DATA_MAY_CHANGE
+        name = rest.rsplit(".", 1)[-1]
+        return name in DATA_MAY_CHANGE or name.startswith(DATA_MAY_CHANGE_PREFIXES)
     return top in MAY_CHANGE or top.startswith(MAY_CHANGE_PREFIXES)
 
 

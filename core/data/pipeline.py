@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,6 +33,7 @@ from .prompt_files import open_source
 from .prompt_index import PromptIndexBuilder
 from .report import DataReport, named_with_reasons
 from .storage import write_whole
+from .threads import threads
 
 if TYPE_CHECKING:
     from ..backend import DataBackend
@@ -250,7 +250,7 @@ class DataPipeline:
 
         chosen = self._choose(count, [dataset for dataset in self._indexed() if dataset.settings.has_pictures])
         workers = max(1, self._config.run.num_workers)
-        with ThreadPoolExecutor(workers) as pool:
+        with threads(workers) as pool:
             found = dict(ahead(pool, read, self._opened(chosen), depth=2 * workers))
         pictures = [each for dataset, row in chosen if (each := found.get((dataset.id, row))) is not None]
         if not pictures:

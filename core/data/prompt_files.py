@@ -10,7 +10,6 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import count
@@ -27,6 +26,7 @@ from ..names import nearest
 from ..prompts import json_texts, shortened
 from .captions import read_text
 from .index import CHUNK, in_chunks
+from .threads import threads
 from .vetting import named
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ class FolderSource:
     """
 
     def __init__(self, backend: DataBackend, *, whole_files: bool, workers: int) -> None:
-        self.backend, self.whole_files, self.workers = backend, whole_files, max(1, workers)
+        self.backend, self.whole_files, self.workers = backend, whole_files, max(1, workers, backend.parallel_reads)
         self._entries: list[Entry] | None = None
 
     def _files(self) -> list[Entry]:
@@ -141,9 +141,10 @@ class FolderSource:
         """Keys are ``a/b.txt:3``, or ``a/b.txt`` where files are prompts."""
         files = self._files()
         if not files:
-            remedy = "give the folder with the .txt files, or one file as prompts_file"
-            raise BadValue("instance_data_dir", self.backend.location, "holds no .txt file", remedy)
-        with ThreadPoolExecutor(self.workers) as pool:
+            folder, file = self.backend.place_keys
+            remedy = f"give the folder with the .txt files, or one file as {file}"
+            raise BadValue(folder, self.backend.location, "holds no .txt file", remedy)
+        with threads(self.workers) as pool:
             for part in in_chunks(iter(files), FILES_AT_ONCE):
                 rows = [row for rows in pool.map(self._read, part) for row in rows]
                 yield Chunk([key for key, _, _ in rows], [text for _, text, _ in rows], [why for _, _, why in rows])
@@ -215,7 +216,7 @@ class FileSource:
         return self.backend.open(self.key)
 
     def _bad(self, problem: str, remedy: str) -> BadValue:
-        return BadValue("prompts_file", self.backend.location, problem, remedy)
+        return BadValue(self.backend.place_keys[1], self.backend.location, problem, remedy)
 
     def _unreadable(self, error: OSError) -> BadValue:
         if isinstance(error, FileNotFoundError):

@@ -10,6 +10,7 @@ import torch
 from distill.core.config.dataset_settings import DatasetSettings
 from distill.core.data.pipeline import DataPipeline
 from distill.data_backends.local import LocalBackend
+from distill.data_backends.s3 import S3Backend
 from PIL import Image
 
 
@@ -63,7 +64,7 @@ class FakeFamily:
         return sum(shape[0] for shape in self.batches)
 
 
-REGISTRY = SimpleNamespace(get=lambda kind, name: {"local": LocalBackend}[name])
+REGISTRY = SimpleNamespace(get=lambda kind, name: {"local": LocalBackend, "s3": S3Backend}[name])
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:

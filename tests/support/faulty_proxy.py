@@ -52,7 +52,7 @@ class FaultyProxy:
 
     def __init__(self, port: int) -> None:
         self.upstream, self.rules, self.seen = port, [], []
-        self._lock, self.num_connections = threading.Lock(), 0
+        self._lock, self.num_connections, self.num_bytes = threading.Lock(), 0, 0
         proxy = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -148,6 +148,8 @@ class FaultyProxy:
             connection.request(handler.command, handler.path, body or None, headers)
             response = connection.getresponse()
             data = response.read()
+            with self._lock:
+                self.num_bytes += len(data)
             kept = {name: value for name, value in response.getheaders() if name.lower() not in HOP}
             return response.status, kept, data
         finally:
