@@ -85,6 +85,11 @@ class DataBackend(ABC):
         return 0
 
     @property
+    def account(self) -> str:
+        """Whose credentials are used, in words and without them, for `distill doctor`; empty where none are needed."""
+        return ""
+
+    @property
     def prompts_key(self) -> str | None:
         """For ``dataset_type: prompts``: the one object that holds them; None for the .txt files under the root."""
         return None

@@ -17,7 +17,7 @@ from ..core.config.types import Settings
 from ..core.errors import BadValue
 from ..core.hookspecs import hookimpl
 from ..core.remote import RetryPolicy, open_store
-from ..core.remote.s3 import CredentialsRejected, S3Access, S3Store
+from ..core.remote.s3 import CredentialsRejected, S3Access, S3Store, account
 
 
 class S3Backend(DataBackend):
@@ -86,6 +86,13 @@ class S3Backend(DataBackend):
     def parallel_reads(self) -> int:
         """As many as connections: threads that read a bucket mostly wait."""
         return self.config.aws_max_pool_connections
+
+    @property
+    def account(self) -> str:
+        """Where the credentials come from."""
+        if self.config.aws_access_key_id is not None:
+            return "a key in the data file"
+        return account(self.config.aws_profile)
 
     def check(self) -> None:
         """The package is there, and the names can be those of a bucket and an address."""

@@ -63,7 +63,7 @@ def test_a_bucket_gives_the_batches_of_the_folder(tmp_path, s3, bucket):  # noqa
 
 def test_only_headers_are_read_for_the_index(tmp_path, s3, bucket):  # noqa: F811
     from distill.core.data.captions import CaptionRules
-    from distill.core.data.index import IndexBuilder
+    from distill.core.data.index_build import IndexBuilder
     from distill.core.data.progress import default_progress
     from PIL import Image
 
@@ -198,6 +198,11 @@ def test_secrets_are_never_written(tmp_path, s3, monkeypatch):  # noqa: F811
     shown = command("config", "show", "--config", str(tmp_path / "out.json"))
     assert shown.code == 0
     assert SECRET not in shown.out + shown.err
+    doctor = command("doctor", "--config", str(tmp_path / "out.json"))
+    assert doctor.code == 0, doctor.err
+    assert "data.set  a key in the data file" in doctor.out
+    assert "none in the environment or the shared files" in doctor.out
+    assert SECRET not in doctor.out + doctor.err
 
 
 def test_a_resolved_configuration_runs_again(tmp_path, s3, bucket, monkeypatch):  # noqa: F811

@@ -12,6 +12,7 @@ from .types import LocalPath, Settings
 CaptionStrategy = Literal[
     "textfile", "filename", "instanceprompt", "csv", "jsonl", "parquet", "webdataset", "huggingface"
 ]
+DatasetType = Literal["image", "text_embeds", "vae_embeds", "eval", "prompts", "distillation_cache", "checkpoints"]
 PIXEL_LIMIT = 8
 """Sizes below this many "pixels" are megapixels (the unit trap of ``resolution_type: pixel``)."""
 
@@ -23,9 +24,11 @@ class DatasetSettings(Settings):
     """Unique name; names caches and state."""
     type: str = "local"
     """A registered data backend (`distill plugins list`)."""
-    dataset_type: Literal["image", "text_embeds", "vae_embeds", "eval", "prompts", "distillation_cache"] = "image"
+    dataset_type: Literal[
+        "image", "text_embeds", "vae_embeds", "eval", "prompts", "distillation_cache", "checkpoints"
+    ] = "image"
     """What the entry holds: `image` or `prompts` (captions alone) to train on, `text_embeds` or `vae_embeds` for a
-    cache's place."""
+    cache's place, `checkpoints` for a second place of the run's checkpoints."""
     disabled: bool = False
     """Leave the entry out."""
     default: bool = False

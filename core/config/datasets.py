@@ -237,7 +237,7 @@ class DatasetsCheck:
             return None
         ours = {key: value for key, value in values.items() if key in own}
         kind = self.registry.get("data_backend", entry.type)
-        if entry.dataset_type not in TRAINED_ON and kind.on_this_machine:
+        if entry.dataset_type not in (*TRAINED_ON, "checkpoints") and kind.on_this_machine:
             return self._writable(entry)  # a cache on this machine lies in its cache_dir
         part = check.validate(backend, ours, raw.prefix, origin)
         if part is None:

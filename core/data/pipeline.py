@@ -26,6 +26,7 @@ from .images import BrokenImage, fit
 from .index import Index
 from .index_build import IndexBuilder
 from .loader import CachedDataset, CachedLatents, Loader, Prefetch, Shape
+from .mirror import CachePlace
 from .order import Curriculum, Stream
 from .passing import Opener, marks_path
 from .progress import Progress, default_progress
@@ -81,7 +82,7 @@ class DataPipeline:
         self._pictures = pictures
         self._config, self._registry, self._family, self._say = config, registry, family, say
         self._shape = Shape(micro_batch_size, accumulation, rank, world_size)
-        self._seed, self._places = seed, CachePlaces(config, cache_root)
+        self._seed, self._places = seed, CachePlaces(config, cache_root, registry)
         self._progress = progress or default_progress(say)
         self._datasets: list[Dataset] = []
         self._loader: Loader | None = None
@@ -288,15 +289,16 @@ class DataPipeline:
 class CachePlaces:
     """Where indexes and caches lie: as the data file says, else below `root`."""
 
-    def __init__(self, config: Configuration, root: Path) -> None:
-        self._config, self._root = config, root
+    def __init__(self, config: Configuration, root: Path, registry: Registry | None = None) -> None:
+        self._config, self._root, self._registry = config, root, registry
+        self._there: dict[str, CachePlace] = {}
         self._caches: dict[str, DatasetSettings] = {entry.id: entry for entry in config.caches}
 
     def latents(self, settings: DatasetSettings) -> Path:
         """Folder of a dataset's latent caches."""
         if settings.cache_dir_vae is not None:
             return Path(settings.cache_dir_vae)
-        shared = next((entry for entry in self._caches.values() if entry.dataset_type == "vae_embeds"), None)
+        shared = self._latents_entry()
         if shared is not None and shared.cache_dir is not None:
             return Path(shared.cache_dir) / settings.id
         return self._root / "vae" / settings.id
@@ -322,7 +324,30 @@ class CachePlaces:
     def texts(self, settings: DatasetSettings) -> Path:
         """Folder of the text caches that a dataset uses."""
         entry = self.text_entry(settings)
-        return Path(entry.cache_dir) if entry is not None and entry.cache_dir is not None else self._root / "text"
+        if entry is not None and entry.cache_dir is not None:
+            return Path(entry.cache_dir)
+        return self._root / "text" / (entry.id if entry is not None and entry.backend is not None else "")
+
+    def _latents_entry(self) -> DatasetSettings | None:
+        return next((entry for entry in self._caches.values() if entry.dataset_type == "vae_embeds"), None)
+
+    def _place(self, entry: DatasetSettings | None) -> CachePlace | None:
+        """The other place that an entry names; one with a backend of its own does."""
+        if entry is None or entry.backend is None or self._registry is None:
+            return None
+        if entry.id not in self._there:
+            backend = self._registry.get("data_backend", entry.type)(entry.backend)
+            self._there[entry.id] = CachePlace(entry.id, backend)
+        return self._there[entry.id]
+
+    def latents_there(self, settings: DatasetSettings) -> CachePlace | None:
+        """The other place that a dataset's latents are kept in too, if there is one."""
+        place = self._place(self._latents_entry())
+        return place.within(settings.id) if place is not None else None
+
+    def texts_there(self, settings: DatasetSettings) -> CachePlace | None:
+        """The same of its text cache."""
+        return self._place(self.text_entry(settings))
 
     def text_entry(self, settings: DatasetSettings) -> DatasetSettings | None:
         """The text_embeds entry that a dataset uses."""

@@ -343,6 +343,29 @@ def find_access(access: S3Access) -> tuple[Credentials | None, str | None, str |
     return credentials, region, endpoint
 
 
+def account(profile: str | None = None) -> str:
+    """Where credentials are found on this machine, never what they are; containers and instances are not asked."""
+    try:
+        import botocore.session
+        from botocore import exceptions
+    except ImportError:
+        return f"not known without botocore ({INSTALL})"
+
+    session = botocore.session.Session(profile=profile)
+    try:
+        resolver = session.get_component("credential_provider")
+        for asked in ("container-role", "iam-role"):
+            resolver.remove(asked)
+        found = resolver.load_credentials()
+    except exceptions.ProfileNotFound:
+        return f"there is no profile {profile!r}"
+    except exceptions.BotoCoreError as error:
+        return f"cannot be read: {type(error).__name__}"
+    if found is None:
+        return "none in the environment or the shared files (a container's or an instance's are asked for when needed)"
+    return f"found ({found.method})"
+
+
 def _configured_endpoint(session: Any) -> str | None:
     """AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL or ``endpoint_url`` of the profile."""
     import os

@@ -22,10 +22,10 @@ class Fault:
     """What goes wrong.
 
     Attributes:
-        kind: `status` answers with one; `truncate` says the full length and closes after `keep` bytes; `shorten` sends
-            `keep` bytes as if they were all; `damage` flips a byte; `slow` waits before it answers; `drop` closes the
-            connection without an answer; `retag` gives another ETag; `ignore-range` answers ranged reads
-            with the whole object.
+        kind: `none` does nothing; `status` answers with one; `truncate` says the full length and closes after `keep`
+            bytes; `shorten` sends `keep` bytes as if they were all; `damage` flips a byte; `slow` waits before it
+            answers; `drop` closes the connection without an answer; `retag` gives another ETag; `ignore-range` answers
+            ranged reads with the whole object.
         after: For `drop`: whether the server gets the request (and the client no answer).
     """
 
