@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
 
 from pydantic import BaseModel, ConfigDict
@@ -50,6 +51,10 @@ class DataBackend(ABC):
     """Other names of its keys, from other tools -> the key."""
     packages: ClassVar[Mapping[str, str]] = {}
     """Import name -> what to pip install, for packages that only this backend needs."""
+    on_this_machine: ClassVar[bool] = False
+    """Whether caches and checkpoints can be used where they lie, rather than through a copy on this machine."""
+    place_keys: ClassVar[tuple[str, str]] = ("instance_data_dir", "prompts_file")
+    """The keys that name the folder and, for prompts, the one file: for messages."""
 
     class Config(BaseModel):
         """The keys that this backend adds to a dataset entry."""
@@ -78,6 +83,16 @@ class DataBackend(ABC):
         """Every object under the root, recursively, in sorted key order."""
 
     @property
+    def parallel_reads(self) -> int:
+        """Reads at the same time that are worth their threads, because they wait for another machine; 0: few."""
+        return 0
+
+    @property
+    def account(self) -> str:
+        """Whose credentials are used, in words and without them, for `distill doctor`; empty where none are needed."""
+        return ""
+
+    @property
     def prompts_key(self) -> str | None:
         """For ``dataset_type: prompts``: the one object that holds them; None for the .txt files under the root."""
         return None
@@ -100,6 +115,14 @@ class DataBackend(ABC):
     @abstractmethod
     def write(self, key: str, data: bytes) -> None:
         """Write the object whole or not at all."""
+
+    def upload(self, key: str, path: Path) -> None:
+        """Write a file of this machine as an object, whole or not at all."""
+        self.write(key, path.read_bytes())
+
+    def delete(self, key: str) -> None:
+        """Remove an object, which may be gone already."""
+        raise UserError(f"from {self.location} nothing can be removed", "remove what is too much by hand")
 
 
 @dataclass(frozen=True)

@@ -104,6 +104,8 @@ class Run(RunParts):
         with self.processes.together():
             if self.processes.main:
                 state = check_output_dir(self.config)
+                if self.checkpoints_there and (self.settings.overwrite or not self.settings.resume_from_checkpoint):
+                    self.checkpoints_there.begin_afresh(overwrite=self.settings.overwrite)
                 if state.clear:
                     clear_output_dir(folder)
                 folder.mkdir(parents=True, exist_ok=True)
@@ -144,7 +146,9 @@ class Run(RunParts):
         wanted = self.settings.resume_from_checkpoint
         with self.processes.together():
             if self.processes.main:
-                _ = self.trainer.store  # it mends what a killed save left; the others look after that
+                store = self.trainer.store  # it mends what a killed save left; the others look after that
+                if wanted == "latest":
+                    store.bring()
         trainer = self.trainer
         if wanted == "latest":
             path = trainer.store.latest()
@@ -220,6 +224,7 @@ class Run(RunParts):
                 publish_student(self, student, evaluation)
                 self.trackers.finish(evaluation.scalars() if evaluation else None)
         self.registry.hook.on_run_end(state=self.trainer.state)
+        self.trainer.store.settle()
         self.data.close()
         self.processes.barrier()
         prompt = self.prompts[0] if self.prompts else ""
@@ -236,6 +241,7 @@ class Run(RunParts):
         saved = self.trainer.save_after_failure(error)
         self.registry.hook.on_exception(state=self.trainer.state, error=error)
         self.trackers.finish()
+        self.trainer.store.settle()
         self.data.close()
         if saved is not None:
             self.say(f"saved: {saved}. To go on: {_resume_command(self.settings.output_dir)}")

@@ -14,9 +14,11 @@ from .assemble import build_family, build_method, lora_settings, method_needs
 if TYPE_CHECKING:
     from .config import Configuration
     from .data.pipeline import DataPipeline
+    from .engine.checkpoint import CheckpointStore
     from .engine.optimize import RoleOptimizer
     from .engine.processes import Processes
     from .engine.progress import Progress
+    from .engine.remote_checkpoints import RemoteCheckpoints
     from .engine.signals import StopRequest
     from .method import Sampler, Stage
     from .networks import Networks
@@ -213,12 +215,31 @@ class RunParts:
         return stages
 
     @cached_property
+    def checkpoints_there(self) -> RemoteCheckpoints | None:
+        """The other place that checkpoints are kept in too, if the data file names one; for the main process."""
+        from .engine.remote_checkpoints import RemoteCheckpoints
+
+        entry = next((entry for entry in self.config.caches if entry.dataset_type == "checkpoints"), None)
+        if entry is None or not self.processes.main:
+            return None
+        backend = self.registry.get("data_backend", entry.type)(entry.backend)
+        return RemoteCheckpoints(entry.id, backend, limit=self.settings.checkpoints_total_limit, say=self.say)
+
+    def _store(self) -> CheckpointStore:
+        from .engine.checkpoint import CheckpointStore
+        from .engine.remote_checkpoints import MirroredStore
+
+        folder, limit, there = self.settings.output_dir, self.settings.checkpoints_total_limit, self.checkpoints_there
+        if there is not None:
+            return MirroredStore(folder, limit=limit, there=there, say=self.say)
+        return CheckpointStore(folder, limit=limit, read_only=not self.processes.main)
+
+    @cached_property
     def trainer(self) -> Trainer:
         """The loop with everything it needs."""
         import torch
 
         from .context import Context, Runtime
-        from .engine.checkpoint import CheckpointStore
         from .engine.health import HealthMonitor
         from .engine.loop import Loop
         from .engine.metrics import MetricsFile
@@ -242,9 +263,7 @@ class RunParts:
         networks = {role: self.networks.module(role) for role in self.networks.roles}
         return Trainer(
             settings=settings, loop=loop,
-            store=CheckpointStore(
-                settings.output_dir, limit=settings.checkpoints_total_limit, read_only=not processes.main
-            ),
+            store=self._store(),
             metrics_file=MetricsFile(settings.output_dir / "metrics.jsonl"), trackers=self.trackers,
             state=RunState(self.config, settings.output_dir, self.method, self.family, context, networks),
             registry=self.registry, processes=processes, stop=self._stop, validate=self._validate,

@@ -32,6 +32,7 @@ class LocalBackend(DataBackend):
     """
 
     name = "local"
+    on_this_machine = True
 
     class Config(Settings):
         """Where the folder or the file is."""
@@ -125,6 +126,10 @@ class LocalBackend(DataBackend):
     def write(self, key: str, data: bytes) -> None:
         """Write the file whole or not at all."""
         write_whole(self.root / key, data)
+
+    def delete(self, key: str) -> None:
+        """Remove the file."""
+        (self.root / key).unlink(missing_ok=True)
 
 
 def _sorted_names(folder: Path | str) -> Iterator[str]:

@@ -71,7 +71,7 @@ def test_versions_change_with_the_content(store):
     assert store.stat("a").version not in ("", before)
 
 
-def test_large_objects_go_in_parts(s3, store, monkeypatch):  # noqa: F811
+def test_large_objects_go_in_parts(s3, store, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(s3_module, "PART_BYTES", 5 << 20)
     data = os.urandom((12 << 20) + 17)
     store.write("big", data)
@@ -81,6 +81,9 @@ def test_large_objects_go_in_parts(s3, store, monkeypatch):  # noqa: F811
     assert store.read_range("big", 3, len(data)) == data[3:]
     with store.open("big") as stream:
         assert stream.read() == data
+    (tmp_path / "file").write_bytes(data)
+    store.upload("uploaded", tmp_path / "file")
+    assert s3.get("remote", "pre/uploaded") == data
 
 
 def test_a_stream_fetches_what_is_read_of_it(s3, through, proxy):  # noqa: F811
@@ -316,7 +319,7 @@ def test_rejected_credentials_end_the_run_rather_than_every_picture(through, pro
 
 
 def test_a_bucket_that_is_not_there(s3):  # noqa: F811
-    with pytest.raises(UserError, match="'nowhere' does not exist"):
+    with pytest.raises(FileNotFoundError, match="'nowhere' does not exist"):
         list(open_store("s3://nowhere", access=s3.access(), retry=QUICK).list())
 
 

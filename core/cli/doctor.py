@@ -67,6 +67,7 @@ def doctor(
     )
     notices = (*configuration.notices, *options.service_notices(configuration, registry))
     _section("configuration", (("notice", line) for line in notices or ("nothing to be said",)))
+    _section("accounts", accounts(configuration, registry))
     _section("memory", memory(configuration, registry))
 
 
@@ -123,7 +124,18 @@ def credentials() -> Rows:
     """Which accounts are known; nothing requires one, and no secret is shown."""
     from huggingface_hub import get_token
 
+    from ..remote.s3 import account
+
+    yield "AWS", account()
     yield "Hugging Face", "a token is there" if get_token() else "no token (only push_to_hub and gated models need one)"
+
+
+def accounts(configuration: Configuration, registry: Registry) -> Rows:
+    """Whose credentials each entry of the data file uses, in words."""
+    for entry in (*configuration.datasets, *configuration.caches):
+        backend = registry.get("data_backend", entry.type)
+        said = backend(entry.backend).account if entry.backend is not None else ""
+        yield f"data.{entry.id}", said or "none is needed"
 
 
 def memory(configuration: Configuration, registry: Registry) -> Rows:

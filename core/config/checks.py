@@ -209,6 +209,15 @@ def check_dataset(entry: DatasetSettings, refuse: Refuse) -> None:
         refuse(f"{prefix}caption_filter_list", path, "does not exist", "give a list of texts, or a file that is there")
 
 
+def check_folder(entry: DatasetSettings, refuse: Refuse) -> None:
+    """A folder is named only where it is read."""
+    own = type(entry.backend).model_fields if entry.backend is not None else {}
+    if entry.instance_data_dir is not None and "instance_data_dir" not in own:
+        problem = f"is not read by the data backend {entry.type!r}"
+        remedy = f"leave it out; its own keys: {', '.join(own) or 'none'}"
+        refuse(f"data.{entry.id}.instance_data_dir", str(entry.instance_data_dir), problem, remedy)
+
+
 def check_weights(entries: Iterable[DatasetSettings], file: str, findings: list[Finding]) -> None:
     """Datasets' probabilities must leave something to draw from."""
     entries = list(entries)

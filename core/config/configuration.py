@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, SecretStr
+from pydantic import BaseModel
 
 from ..prompts import read_library
 from .dataset_settings import DatasetSettings
 from .run_settings import RunSettings
+from .secrets import without_secrets
 
 PARTS = {
     "distillation_config": "method",
@@ -23,13 +23,6 @@ PARTS = {
     "publisher_config": "publisher",
 }
 """Keys whose values belong to plugins -> the kind of plugin; nested by the plugin's name."""
-
-_SECRET = re.compile(r"(secret|password|api_key|access_key|_token$|^token$|credential)")
-
-
-def is_secret(key: str) -> bool:
-    """Whether a key's name says that its value must not be shown."""
-    return bool(_SECRET.search(key.rsplit(".", 1)[-1].lower()))
 
 
 @dataclass(frozen=True)
@@ -100,18 +93,12 @@ class Configuration:
         resolved["plugins"] = [str(path) for path in self.plugin_files]
         resolved["validation_resolution"] = ",".join(f"{w}x{h}" for w, h in run.validation_resolution) or None
         for key, parts in named.items():
-            resolved[key] = {name: dump(part) for name, part in parts.items()}
+            resolved[key] = {name: without_secrets(part) for name, part in parts.items()}
         resolved["data"] = [dump_dataset(entry) for entry in (*self.datasets, *self.caches)]
         return resolved
 
 
-def dump(model: BaseModel) -> dict[str, Any]:
-    """A model as JSON values, without what is secret by type or by name."""
-    values = model.model_dump(mode="json")
-    secret = {name for name in values if is_secret(name) or isinstance(getattr(model, name, None), SecretStr)}
-    return {name: value for name, value in values.items() if name not in secret}
-
-
 def dump_dataset(entry: DatasetSettings) -> dict[str, Any]:
     """An entry of the data file as it would be written in full."""
-    return {**(dump(entry.backend) if entry.backend is not None else {}), **dump(entry)}
+    own = without_secrets(entry.backend) if entry.backend is not None else {}
+    return {**own, **without_secrets(entry)}

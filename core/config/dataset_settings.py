@@ -17,6 +17,7 @@ OF_THE_SOURCE = ("csv", "jsonl", "parquet", "webdataset", "huggingface")
 """Values of ``caption_strategy`` that all mean the captions that the samples come with."""
 OF_A_TABLE = ("csv", "jsonl", "parquet")
 """Values of ``caption_strategy`` and ``metadata_backend`` that can mean the metadata_file beside pictures."""
+DatasetType = Literal["image", "text_embeds", "vae_embeds", "eval", "prompts", "distillation_cache", "checkpoints"]
 PIXEL_LIMIT = 8
 """Sizes below this many "pixels" are megapixels (the unit trap of ``resolution_type: pixel``)."""
 
@@ -48,9 +49,10 @@ class DatasetSettings(ColumnSettings):
     """Unique name; names caches and state."""
     type: str = "local"
     """A registered data backend (`distill plugins list`)."""
-    dataset_type: Literal["image", "text_embeds", "vae_embeds", "eval", "prompts", "distillation_cache"] = "image"
+    dataset_type: DatasetType = "image"
     """What the entry holds: `image` or `prompts` (captions alone) to train on, `text_embeds` or `vae_embeds` for a
-    cache's place, `distillation_cache` for what the teacher makes of the captions."""
+    cache's place, `distillation_cache` for what the teacher makes of the captions, `checkpoints` for a second place of
+    the run's checkpoints."""
     disabled: bool = False
     """Leave the entry out."""
     default: bool = False

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from ..backend import SampleBackend
 from ..errors import BadValue, Finding
 from ..names import nearest
-from .checks import check_dataset, check_weights
+from .checks import check_dataset, check_folder, check_weights
 from .coercion import absolute
 from .dataset_settings import DatasetSettings
 from .findings import PartCheck
@@ -179,6 +179,7 @@ class DatasetsCheck:
                 self._check_entry(raw, entry)
                 result.training.append(entry)
             else:
+                self._check_cache(raw, entry)
                 result.caches.append(entry)
         self._check_caches(entries, result)
         check_weights(result.training, entries[0].layers.fallback.file if entries else "", self.findings)
@@ -189,12 +190,22 @@ class DatasetsCheck:
         megapixel_notices(entry, f"data.{entry.id}: ", self.notices)
         check_dataset(entry, refuse)
         check_kind(entry, refuse)
+        check_folder(entry, refuse)
         backend = self.registry.get("data_backend", entry.type)
         check_captions(entry, refuse, with_samples=issubclass(backend, SampleBackend))
         if self.to_train:
             self._check_place(entry, refuse)
             if not entry.has_pictures and len(self.findings) == before:
                 check_prompts(entry, self.registry, refuse)
+
+    def _check_cache(self, raw: RawEntry, entry: DatasetSettings) -> None:
+        """A cache's backend can be written, and its place is usable."""
+        kind = self.registry.get("data_backend", entry.type)
+        if issubclass(kind, SampleBackend):
+            remedy = "keep caches in a folder (type local) or a bucket"
+            self._refuse(raw, f"{raw.prefix}type", entry.type, "is only read, so no cache can lie there", remedy)
+        elif not kind.on_this_machine:
+            self._check_place(entry, partial(self._refuse, raw))
 
     def _check_place(self, entry: DatasetSettings, refuse: Refuse) -> None:
         """The backend finds its place usable, as far as that can be seen without the network."""
@@ -248,8 +259,9 @@ class DatasetsCheck:
             return None
         ours = {key: value for key, value in values.items() if key in own}
         entry = check_pair_keys(entry, set(settings), partial(self._refuse, raw))
-        if entry.dataset_type not in TRAINED_ON:
-            return self._writable(entry)
+        kind = self.registry.get("data_backend", entry.type)
+        if entry.dataset_type not in (*TRAINED_ON, "checkpoints") and kind.on_this_machine:
+            return self._writable(entry)  # a cache on this machine lies in its cache_dir
         part = check.validate(backend, ours, raw.prefix, origin)
         if part is None:
             return None

@@ -12,8 +12,8 @@ from pydantic_core import PydanticUndefined
 from ..errors import Finding
 from ..names import nearest
 from .coercion import leaves, prepare
-from .configuration import is_secret
 from .reading import Origin
+from .secrets import shown
 
 _LIMITS = {
     "exclusiveMinimum": "above {}",
@@ -63,11 +63,6 @@ def about(model: type[BaseModel], key: str) -> str:
     if info.default is PydanticUndefined or info.default in (None, ()):
         return f"{key}: {description}"
     return f"{key}: {description} Default: {info.default!r}."
-
-
-def shown(key: str, value: object) -> object:
-    """A value as a finding may show it."""
-    return "***" if is_secret(key) else value
 
 
 class PartCheck:

@@ -57,6 +57,7 @@ MAY_CHANGE_PREFIXES = (
 )
 DATA_MAY_CHANGE = frozenset(
     {
+        "type",
         "cache_dir_vae",
         "cache_dir",
         "vae_batch_size",
@@ -70,7 +71,9 @@ DATA_MAY_CHANGE = frozenset(
         "metadata_file",
     }
 )
-"""Keys of a dataset that a resumed run may change: where things lie, and how caches are written."""
+"""Keys of a dataset that a resumed run may change: where things lie, and how caches are written. That the samples are
+the same is told by their fingerprint, not by these."""
+DATA_MAY_CHANGE_PREFIXES = ("aws_",)
 
 
 @dataclass(frozen=True)
@@ -93,14 +96,15 @@ def check_output_dir(configuration: Configuration) -> OutputState:
     run = configuration.run
     folder = run.output_dir
     resume = run.resume_from_checkpoint
+    elsewhere = any(entry.dataset_type == "checkpoints" for entry in configuration.caches)
     if not folder.is_dir() or not any(folder.iterdir()):
-        return OutputState("start", _nothing_to_resume(resume, folder))
+        return OutputState("start", _nothing_to_resume(resume, folder, elsewhere))
     if run.overwrite:
         return OutputState("start", (f"overwrite: the earlier run in {folder} is replaced",), clear=True)
     earlier = folder / RESOLVED
     if not earlier.is_file():
         _refuse_foreign(folder)
-        return OutputState("start", _nothing_to_resume(resume, folder))
+        return OutputState("start", _nothing_to_resume(resume, folder, elsewhere))
     checkpoints = sorted(folder.glob("checkpoint-*"))
     if not checkpoints and not (folder / "student").exists():
         notice = f"{folder} holds a run that ended before its first checkpoint: it is started afresh"
@@ -113,10 +117,12 @@ def check_output_dir(configuration: Configuration) -> OutputState:
             "or choose another folder: --output-dir DIR.",
         )
     compare_with_earlier(configuration, earlier)
-    return OutputState("resume" if checkpoints else "start", () if checkpoints else _nothing_to_resume(resume, folder))
+    return OutputState(
+        "resume" if checkpoints else "start", () if checkpoints else _nothing_to_resume(resume, folder, elsewhere)
+    )
 
 
-def _nothing_to_resume(resume: str | None, folder: Path) -> tuple[str, ...]:
+def _nothing_to_resume(resume: str | None, folder: Path, elsewhere: bool) -> tuple[str, ...]:
     if resume is None:
         return ()
     if resume != "latest":
@@ -126,6 +132,8 @@ def _nothing_to_resume(resume: str | None, folder: Path) -> tuple[str, ...]:
                 f"resume_from_checkpoint = {resume!r}: there is no checkpoint {path}.",
                 "name a checkpoint-N folder of output_dir, or `latest`.",
             )
+    if elsewhere:
+        return ()  # whether there is one is known when that place was asked
     return (f"resume_from_checkpoint = {resume}: no checkpoint in {folder}, so the run starts afresh",)
 
 
@@ -180,7 +188,8 @@ def changes(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tupl
 def _may_change(key: str) -> bool:
     top, _, rest = key.partition(".")
     if top == "data":
-        return rest.rsplit(".", 1)[-1] in DATA_MAY_CHANGE
+        name = rest.rsplit(".", 1)[-1]
+        return name in DATA_MAY_CHANGE or name.startswith(DATA_MAY_CHANGE_PREFIXES)
     return top in MAY_CHANGE or top.startswith(MAY_CHANGE_PREFIXES)
 
 

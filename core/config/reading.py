@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from ..errors import Finding
+from .secrets import FromEnvironment, is_secret
 
 COMMAND_LINE = "command line"
 SUFFIXES = (".json", ".yaml", ".yml", ".toml")
@@ -156,7 +157,8 @@ def fill_environment(value: Any, file: str, key: str, findings: list[Finding]) -
         if name not in os.environ:
             problem = f"the environment variable {name} is not set"
             findings.append(Finding(file, key, value, problem, f"set it: export {name}=..., or write the value itself"))
-    return _ENVIRONMENT.sub(lambda match: os.environ.get(match.group(1), match.group(0)), value)
+    filled = _ENVIRONMENT.sub(lambda match: os.environ.get(match.group(1), match.group(0)), value)
+    return FromEnvironment.fill(filled, value) if is_secret(key) and filled != value else filled
 
 
 def strip_dashes(values: Mapping[str, Any], file: str, findings: list[Finding]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from .dataset import Dataset
 from .encode import LatentEncoder, Share, encode_captions, missing_captions
 from .encode_passing import PassingEncoder
 from .images import PIXELS_VERSION
+from .mirror import CachePlace, Mirror
 from .pairs import CachedPairs, PairMaker, WantedPairs, cost, pair_descriptor
 from .progress import Progress
 from .report import DataReport
@@ -59,6 +60,18 @@ class Places(Protocol):
 
     def pairs(self, entry: DatasetSettings) -> Path:
         """Folder of a distillation cache."""
+        ...
+
+    def pairs_there(self, entry: DatasetSettings) -> CachePlace | None:
+        """The other place that a distillation cache is kept in too, if there is one."""
+        ...
+
+    def latents_there(self, settings: DatasetSettings) -> CachePlace | None:
+        """The other place that a dataset's latents are kept in too, if there is one."""
+        ...
+
+    def texts_there(self, settings: DatasetSettings) -> CachePlace | None:
+        """The same of its text cache."""
         ...
 
 
@@ -137,7 +150,8 @@ class CacheBuilder:
     # -- captions ---------------------------------------------------------------------------------------------------
 
     def _texts(self, folder: Path, datasets: Sequence[Dataset], report: DataReport) -> TensorCache:
-        cache = self._open(folder, text_descriptor(self.family), "text cache", report)
+        there = self.places.texts_there(datasets[0].settings)
+        cache = self._open(folder, text_descriptor(self.family), "text cache", there, report)
         todo = missing_captions(cache, datasets)
         for dataset in datasets:
             dataset.counts.captions = len(np.unique(dataset.index.caption_digests, axis=0))
@@ -164,7 +178,8 @@ class CacheBuilder:
 
     def _latents(self, dataset: Dataset, report: DataReport) -> TensorCache:
         folder = self.places.latents(dataset.settings)
-        cache = self._open(folder, latent_descriptor(self.family, dataset.id), f"latents of {dataset.id!r}", report)
+        there, label = self.places.latents_there(dataset.settings), f"latents of {dataset.id!r}"
+        cache = self._open(folder, latent_descriptor(self.family, dataset.id), label, there, report)
         encoder = self._encoder(dataset, cache)
         jobs = encoder.plan()
         missing = sum(len(job.rows) for job in jobs)
@@ -218,7 +233,8 @@ class CacheBuilder:
     def _pairs(self, dataset: Dataset, texts: TensorCache, maker: PairMaker, report: DataReport) -> CachedPairs:
         settings = self.places.pair_entry(dataset.settings)
         folder, descriptor = self.places.pairs(settings), pair_descriptor(self.family, settings)
-        cache = self._open(folder, descriptor, f"pairs of {settings.id!r}", report)
+        there = self.places.pairs_there(settings)
+        cache = self._open(folder, descriptor, f"pairs of {settings.id!r}", there, report)
         wanted = WantedPairs(dataset, settings)
         jobs = wanted.missing(cache)
         missing = sum(len(job.keys) for job in jobs)
@@ -241,12 +257,17 @@ class CacheBuilder:
 
     # -- all of them --------------------------------------------------------------------------------------------------
 
-    def _open(self, folder: Path, descriptor: Mapping[str, Any], label: str, report: DataReport) -> TensorCache:
+    def _open(
+        self, folder: Path, descriptor: Mapping[str, Any], label: str, there: CachePlace | None, report: DataReport
+    ) -> TensorCache:
         """The cache, checked by the first process before the others read it."""
         cache = TensorCache(folder, descriptor, label=label, say=self.say)
+        if there is not None:
+            place = there.within(cache.folder.name)
+            cache.mirror = Mirror(place, cache.folder, progress=self.progress)
         with self.together():
             if self.share.rank == 0:
-                report.damaged_shards += len(cache.load())
+                report.damaged_shards += _brought(cache)
         with self.together():  # nobody writes before all have seen the same
             if self.share.rank != 0:
                 cache.load()
@@ -255,8 +276,20 @@ class CacheBuilder:
     def _reload(self, cache: TensorCache) -> TensorCache:
         """The same cache with what every process has added."""
         with self.together():
+            if cache.mirror is not None:
+                cache.mirror.flush()
             cache.load()
         return cache
+
+
+def _brought(cache: TensorCache) -> int:
+    """Read a cache, filled from its other place where it has one; returns how many of its shards were damaged."""
+    if cache.mirror is None:
+        return len(cache.load())
+    cache.mirror.pull()
+    damaged = len(cache.load())
+    cache.mirror.push_missing()
+    return damaged
 
 
 def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -23,7 +23,7 @@ import threading
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from hashlib import blake2b, sha256
 from pathlib import Path
 from typing import Any
@@ -39,32 +39,15 @@ from torch import Tensor
 from ..errors import DistillError
 from ..files import sync_folder
 from .hashing import Int64s, UInt64s
+from .manifests import DESCRIPTOR, Failure, Shard, whole_lines
+from .mirror import Mirror
 from .storage import PARTIAL, append_line, is_stale, write_whole
 
 KEYS, CRCS = "cache.keys", "cache.crc32"
-DESCRIPTOR = "descriptor.json"
 OPEN_SHARDS = 1024
+SHARDS_PER_MANIFEST = 64
+"""Of a cache that is pushed elsewhere: a manifest is pushed whole after each of its shards."""
 ROW_BITS = 32
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A line of a manifest: one shard file."""
-
-    file: str
-    count: int
-    size: int
-    sha256: str
-    mtime_ns: int
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Something that could not be encoded, kept so that it is not tried at every start."""
-
-    key: str
-    name: str
-    reason: str
 
 
 def descriptor_hash(descriptor: Mapping[str, Any]) -> str:
@@ -133,6 +116,7 @@ class TensorCache:
         self._open: OrderedDict[int, dict[str, Tensor]] = OrderedDict()
         self._checked: dict[int, NDArray[np.bool_]] = {}
         self._lock = threading.Lock()
+        self.mirror: Mirror | None = None
         self._writer: str | None = None
         self._num_written = 0
 
@@ -149,6 +133,8 @@ class TensorCache:
         good, dropped = [], []
         for shard in records:
             why = self._damage(shard, thorough=thorough)
+            if why is not None and self.mirror is not None and self.mirror.fetch(shard):
+                why = self._damage(shard, thorough=thorough)
             if why is None:
                 good.append(shard)
             else:
@@ -163,7 +149,7 @@ class TensorCache:
         dropped: set[str] = set()
         self._seen = {}
         for path in sorted(self.folder.glob("*.jsonl")):
-            for line in _whole_lines(path):
+            for line in whole_lines(path):
                 failures.update((each["key"], Failure(**each)) for each in line.get("failures", ()))
                 if "drop" in line:
                     dropped.add(line["drop"])
@@ -275,7 +261,10 @@ class TensorCache:
 
     def _damaged(self, number: int, why: str) -> DistillError:
         file = self._shards[number].file
-        self._drop(file, why)
+        if self.mirror is None:
+            self._drop(file, why)
+        else:  # the next start fetches it again
+            (self.folder / file).unlink(missing_ok=True)
         return DistillError(
             f"{self.label}: {self.folder / file} was damaged while the run was using it ({why}).\n"
             "  It has been removed; start the run again (resume_from_checkpoint=latest) and it is made anew."
@@ -290,15 +279,20 @@ class TensorCache:
 
     def _start_writing(self) -> str:
         """The name that this writer's files begin with; the folder is made on the first call."""
-        if self._writer is None:
+        full = self.mirror is not None and self._num_written >= SHARDS_PER_MANIFEST
+        if self._writer is None or full:
+            self._num_written = 0
             self._writer = uuid4().hex[:12]
             self.folder.mkdir(parents=True, exist_ok=True)
             if not (self.folder / DESCRIPTOR).exists():
                 write_whole(self.folder / DESCRIPTOR, json.dumps(self.descriptor, indent=1).encode())
         return self._writer
 
-    def _record(self, line: Mapping[str, Any]) -> None:
-        append_line(self.folder / f"{self._start_writing()}.jsonl", json.dumps(line))
+    def _record(self, line: Mapping[str, Any], shard: str | None = None) -> None:
+        writer = shard.rpartition("-")[0] if shard else self._start_writing()
+        append_line(self.folder / f"{writer}.jsonl", json.dumps(line))
+        if self.mirror is not None:
+            self.mirror.push(f"{writer}.jsonl", shard)
 
     def write(self, keys: UInt64s, tensors: Mapping[str, Tensor], failures: Sequence[Failure] = ()) -> None:
         """Add one shard, whole or not at all, and with it what could not be encoded among its entries.
@@ -309,10 +303,11 @@ class TensorCache:
             failures: Entries that were tried along with these and could not be encoded.
         """
         line: dict[str, Any] = {"failures": [asdict(failure) for failure in failures]} if failures else {}
-        if len(keys):
-            line["shard"] = asdict(self._write_shard(keys, tensors))
+        shard = self._write_shard(keys, tensors) if len(keys) else None
+        if shard is not None:
+            line["shard"] = asdict(shard)
         if line:
-            self._record(line)
+            self._record(line, shard.file if shard else None)
 
     def _write_shard(self, keys: UInt64s, tensors: Mapping[str, Tensor]) -> Shard:
         from safetensors.torch import save
@@ -331,15 +326,6 @@ def as_binary(keys: NDArray[Any]) -> pa.Array:
     """Hashes of 16 bytes each as an Arrow column."""
     data = np.ascontiguousarray(keys)
     return pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), data.nbytes // 16, [None, pa.py_buffer(data)])
-
-
-def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a manifest; a last one that a crash has torn is skipped, for what it names is not there."""
-    for line in path.read_bytes().splitlines():
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            continue
 
 
 def cache_folders(parent: Path) -> Iterator[tuple[Path, dict[str, Any]]]:

@@ -243,7 +243,7 @@ def _nothing_left(dataset: Dataset) -> tuple[str, str]:
         seen = f"it holds {total} other files ({', '.join(sample)}, ...)" if total else "it is empty"
         return (
             f"{head}looked in {where} and below for .jpg, .png, .webp and other picture files; {seen}",
-            "point instance_data_dir at the folder with the pictures, or set disabled: true",
+            f"point {dataset.backend.place_keys[0]} at the folder with the pictures, or set disabled: true",
         )
     if counts.left_out.get("no caption") == counts.found:
         return (

@@ -24,6 +24,7 @@ from .geometry import MEGAPIXEL
 from .hashing import Int64s, UInt64s
 from .images import BrokenImage
 from .progress import Progress
+from .threads import threads
 
 if TYPE_CHECKING:
     from ..family import ModelFamily
@@ -167,7 +168,7 @@ class LatentEncoder:
 
     def __init__(self, dataset: Dataset, cache: TensorCache, family: ModelFamily, *, workers: int) -> None:
         self.dataset, self.cache, self.family = dataset, cache, family
-        self.workers = max(1, min(workers, os.cpu_count() or 1))
+        self.workers = max(1, min(workers, os.cpu_count() or 1), dataset.backend.parallel_reads)
         self.broken: dict[int, str] = {}
         """Rows whose pictures cannot be read, with the reason."""
 
@@ -201,7 +202,7 @@ class LatentEncoder:
         total = sum(len(job.rows) for job in jobs)
         with (
             progress(f"encoding pictures of {self.dataset.id!r}", total) as advance,
-            ThreadPoolExecutor(self.workers) as pool,
+            threads(self.workers) as pool,
             torch.inference_mode(),
         ):
             work = ((job, int(row)) for job in jobs for row in job.rows)

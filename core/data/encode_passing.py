@@ -9,7 +9,6 @@ same bits.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +19,7 @@ from .hashing import Int64s
 from .images import BrokenImage
 from .passing import Opener, places_of
 from .progress import Progress
+from .threads import threads
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class PassingEncoder(LatentEncoder):
         entries, shards = _Entries.of(jobs), [self._filling(job) for job in jobs]
         with (
             progress(f"encoding pictures of {self.dataset.id!r}", len(entries.rows)) as advance,
-            ThreadPoolExecutor(self.workers) as pool,
+            threads(self.workers) as pool,
             torch.inference_mode(),
         ):
             opened = self.dataset.opened(np.unique(entries.rows))

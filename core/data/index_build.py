@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +26,7 @@ from .index import CHUNK, NO_CAPTION, SCHEMA, Index, digest, open_index, write_i
 from .listing import LISTING, FileListing, SampleListing
 from .progress import Progress
 from .spool import Spool, between, joined, merge_table, open_run, write_run
+from .threads import threads
 from .workshop import Workshop
 
 READ_ROWS = 2048
@@ -147,7 +147,7 @@ class IndexBuilder:
         self, dataset: str, backend: DataBackend, rules: CaptionRules, *, workers: int, progress: Progress
     ) -> None:
         self.dataset, self.backend, self.rules = dataset, backend, rules
-        self.workers, self.progress = max(1, workers), progress
+        self.workers, self.progress = max(1, workers, backend.parallel_reads), progress
         self.num_read = self.num_unmatched = 0
 
     def build(self, path: Path) -> Index:
@@ -208,7 +208,7 @@ class IndexBuilder:
             return
         with (
             self.progress(f"reading the files of {self.dataset!r}", len(unknown)) as advance,
-            ThreadPoolExecutor(self.workers) as pool,
+            threads(self.workers) as pool,
         ):
             for batch in unknown.to_batches(max_chunksize=READ_ROWS):
                 rows, read = _with_known_sizes(batch, sizes).to_pylist(), []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +27,7 @@ from .images import BrokenImage, fit
 from .index import Index
 from .index_build import IndexBuilder
 from .loader import CachedDataset, CachedLatents, Loader, Prefetch, Shape
+from .mirror import CachePlace
 from .order import Curriculum, Stream
 from .pairs import pair_descriptor
 from .passing import Opener, marks_path
@@ -36,6 +36,7 @@ from .prompt_files import open_source
 from .prompt_index import PromptIndexBuilder
 from .report import DataReport, describe, named_with_reasons
 from .storage import write_whole
+from .threads import threads
 
 if TYPE_CHECKING:
     from ..backend import DataBackend
@@ -85,7 +86,7 @@ class DataPipeline:
         self._pictures, self._pairs = pictures, pairs
         self._config, self._registry, self._family, self._say = config, registry, family, say
         self._shape = Shape(micro_batch_size, accumulation, rank, world_size)
-        self._seed, self._places = seed, CachePlaces(config, cache_root)
+        self._seed, self._places = seed, CachePlaces(config, cache_root, registry)
         self._progress = progress or default_progress(say)
         self._datasets: list[Dataset] = []
         self._loader: Loader | None = None
@@ -273,7 +274,7 @@ class DataPipeline:
 
         chosen = self._choose(count, [dataset for dataset in self._indexed() if dataset.settings.has_pictures])
         workers = max(1, self._config.run.num_workers)
-        with ThreadPoolExecutor(workers) as pool:
+        with threads(workers) as pool:
             found = dict(ahead(pool, read, self._opened(chosen), depth=2 * workers))
         pictures = [each for dataset, row in chosen if (each := found.get((dataset.id, row))) is not None]
         if not pictures:
@@ -311,15 +312,16 @@ class DataPipeline:
 class CachePlaces:
     """Where indexes and caches lie: as the data file says, else below `root`."""
 
-    def __init__(self, config: Configuration, root: Path) -> None:
-        self._config, self._root = config, root
+    def __init__(self, config: Configuration, root: Path, registry: Registry | None = None) -> None:
+        self._config, self._root, self._registry = config, root, registry
+        self._there: dict[str, CachePlace] = {}
         self._caches: dict[str, DatasetSettings] = {entry.id: entry for entry in config.caches}
 
     def latents(self, settings: DatasetSettings) -> Path:
         """Folder of a dataset's latent caches."""
         if settings.cache_dir_vae is not None:
             return Path(settings.cache_dir_vae)
-        shared = next((entry for entry in self._caches.values() if entry.dataset_type == "vae_embeds"), None)
+        shared = self._latents_entry()
         if shared is not None and shared.cache_dir is not None:
             return Path(shared.cache_dir) / settings.id
         return self._root / "vae" / settings.id
@@ -345,7 +347,30 @@ class CachePlaces:
     def texts(self, settings: DatasetSettings) -> Path:
         """Folder of the text caches that a dataset uses."""
         entry = self.text_entry(settings)
-        return Path(entry.cache_dir) if entry is not None and entry.cache_dir is not None else self._root / "text"
+        if entry is not None and entry.cache_dir is not None:
+            return Path(entry.cache_dir)
+        return self._root / "text" / (entry.id if entry is not None and entry.backend is not None else "")
+
+    def _latents_entry(self) -> DatasetSettings | None:
+        return next((entry for entry in self._caches.values() if entry.dataset_type == "vae_embeds"), None)
+
+    def _place(self, entry: DatasetSettings | None) -> CachePlace | None:
+        """The other place that an entry names; one with a backend of its own does."""
+        if entry is None or entry.backend is None or self._registry is None:
+            return None
+        if entry.id not in self._there:
+            backend = self._registry.get("data_backend", entry.type)(entry.backend)
+            self._there[entry.id] = CachePlace(entry.id, backend)
+        return self._there[entry.id]
+
+    def latents_there(self, settings: DatasetSettings) -> CachePlace | None:
+        """The other place that a dataset's latents are kept in too, if there is one."""
+        place = self._place(self._latents_entry())
+        return place.within(settings.id) if place is not None else None
+
+    def texts_there(self, settings: DatasetSettings) -> CachePlace | None:
+        """The same of its text cache."""
+        return self._place(self.text_entry(settings))
 
     def text_entry(self, settings: DatasetSettings) -> DatasetSettings | None:
         """The text_embeds entry that a dataset uses."""
@@ -359,6 +384,10 @@ class CachePlaces:
     def pairs(self, entry: DatasetSettings) -> Path:
         """Folder of a distillation cache."""
         return Path(entry.cache_dir) if entry.cache_dir is not None else self._root / "pairs" / entry.id
+
+    def pairs_there(self, entry: DatasetSettings) -> CachePlace | None:
+        """The other place that a distillation cache is kept in too, if there is one."""
+        return self._place(entry)
 
     def text_shard_size(self, settings: DatasetSettings) -> int:
         """Captions per file of the text cache that a dataset uses."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import PurePosixPath
@@ -20,6 +19,7 @@ from .captions import read_text
 from .columns import CaptionColumns, Row
 from .index import CHUNK, in_chunks
 from .tables import TABLES, Table, TableFile, decoded_line
+from .threads import threads
 from .vetting import named
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ class FolderSource:
     """
 
     def __init__(self, backend: DataBackend, *, whole_files: bool, workers: int) -> None:
-        self.backend, self.whole_files, self.workers = backend, whole_files, max(1, workers)
+        self.backend, self.whole_files, self.workers = backend, whole_files, max(1, workers, backend.parallel_reads)
         self._entries: list[Entry] | None = None
 
     def _files(self) -> list[Entry]:
@@ -134,9 +134,10 @@ class FolderSource:
         """Keys are ``a/b.txt:3``, or ``a/b.txt`` where files are prompts."""
         files = self._files()
         if not files:
-            remedy = "give the folder with the .txt files, or one file as prompts_file"
-            raise BadValue("instance_data_dir", self.backend.location, "holds no .txt file", remedy)
-        with ThreadPoolExecutor(self.workers) as pool:
+            folder, file = self.backend.place_keys
+            remedy = f"give the folder with the .txt files, or one file as {file}"
+            raise BadValue(folder, self.backend.location, "holds no .txt file", remedy)
+        with threads(self.workers) as pool:
             for part in in_chunks(iter(files), FILES_AT_ONCE):
                 rows = [row for rows in pool.map(self._read, part) for row in rows]
                 yield _chunk(rows)
@@ -175,7 +176,7 @@ class FileSource:
     def __init__(self, backend: DataBackend, key: str, columns: tuple[Sequence[str], Sequence[str]] = ((), ())) -> None:
         self.backend, self.key, self.columns = backend, key, columns
         self.suffix = PurePosixPath(key).suffix.lower()
-        self.file = TableFile("prompts_file", backend.location, lambda: backend.open(key))
+        self.file = TableFile(backend.place_keys[1], backend.location, lambda: backend.open(key))
 
     def identity(self) -> str:
         """Name, size and version of the file."""

@@ -90,8 +90,7 @@ class CheckpointStore:
             raise ValueError(f"step {step} is not the state's {state.step}")
         self.output_dir.mkdir(parents=True, exist_ok=True)
         final = self.output_dir / f"checkpoint-{state.step}"
-        partial = self._aside(state.step, "partial")
-        _remove(partial)
+        partial = self._fresh(state.step)
         _write(partial, state)
         self._move_into_place(partial, final)
         self._prune(keep=final)
@@ -120,10 +119,22 @@ class CheckpointStore:
             self._delete(path)
         return later
 
+    def bring(self) -> None:
+        """Bring a newer checkpoint here from another place, where they are kept in one."""
+
+    def settle(self) -> None:
+        """Wait until nothing is under way any more; called when the run ends."""
+
     # -- the moves --------------------------------------------------------------------------------------------------
 
     def _aside(self, step: int, suffix: str) -> Path:
         return self.output_dir / f".checkpoint-{step}.{suffix}"
+
+    def _fresh(self, step: int) -> Path:
+        """Where a checkpoint is made before it is moved into its place; nothing is there."""
+        partial = self._aside(step, "partial")
+        _remove(partial)
+        return partial
 
     def _complete(self) -> dict[int, Path]:
         found: dict[int, Path] = {}
@@ -200,6 +211,11 @@ class CheckpointStore:
     def _instead_of(self, path: Path) -> str:
         others = [other.name for other in self.all() if other.resolve() != path.resolve()]
         return f"Remove the folder {path} to resume from " + (f"{others[-1]}." if others else "the start.")
+
+
+def read_manifest(folder: Path, name: str = MANIFEST) -> dict[str, Any]:
+    """The manifest of a complete checkpoint."""
+    return json.loads((folder / name).read_text("utf-8"))
 
 
 def _folders(parent: Path) -> list[Path]:

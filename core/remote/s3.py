@@ -5,12 +5,16 @@ Requests are signed by botocore, which also finds credentials the usual way, and
 
 from __future__ import annotations
 
+import errno
+import mmap
+import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import md5
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -148,7 +152,7 @@ class S3Store(RemoteStore):
         if code in REJECTED:
             raise CredentialsRejected(place, f"the server does not accept the credentials ({answer.status} {code})")
         if code == "NoSuchBucket":
-            raise UserError(f"{self.url}: the bucket {self.bucket!r} does not exist", "correct the bucket's name")
+            raise FileNotFoundError(errno.ENOENT, f"the bucket {self.bucket!r} does not exist", place)
         if answer.status in (301, 307):
             where = answer.header("x-amz-bucket-region") or "another one"
             raise UserError(f"{self.url}: the bucket is not in the region {self._region!r} but in {where}",
@@ -230,7 +234,15 @@ class S3Store(RemoteStore):
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
-    def write(self, key: str, data: bytes) -> None:
+    def upload(self, key: str, path: Path) -> None:
+        """Write a file as an object; of a large one only some parts are in memory at a time."""
+        with path.open("rb") as file:
+            if not os.fstat(file.fileno()).st_size:
+                return self.write(key, b"")
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as view:
+                return self.write(key, view)
+
+    def write(self, key: str, data: bytes | memoryview) -> None:
         """Write the object whole or not at all, in parallel parts where it is large."""
         place = self._place(self.prefix + key)
         if len(data) <= PART_BYTES:
@@ -329,6 +341,29 @@ def find_access(access: S3Access) -> tuple[Credentials | None, str | None, str |
             "correct ~/.aws/config, or give aws_access_key_id and aws_secret_access_key",
         ) from error
     return credentials, region, endpoint
+
+
+def account(profile: str | None = None) -> str:
+    """Where credentials are found on this machine, never what they are; containers and instances are not asked."""
+    try:
+        import botocore.session
+        from botocore import exceptions
+    except ImportError:
+        return f"not known without botocore ({INSTALL})"
+
+    session = botocore.session.Session(profile=profile)
+    try:
+        resolver = session.get_component("credential_provider")
+        for asked in ("container-role", "iam-role"):
+            resolver.remove(asked)
+        found = resolver.load_credentials()
+    except exceptions.ProfileNotFound:
+        return f"there is no profile {profile!r}"
+    except exceptions.BotoCoreError as error:
+        return f"cannot be read: {type(error).__name__}"
+    if found is None:
+        return "none in the environment or the shared files (a container's or an instance's are asked for when needed)"
+    return f"found ({found.method})"
 
 
 def _configured_endpoint(session: Any) -> str | None:

@@ -10,6 +10,7 @@ import torch
 from distill.core.config.dataset_settings import DatasetSettings
 from distill.core.data.pipeline import DataPipeline
 from distill.data_backends.local import LocalBackend
+from distill.data_backends.s3 import S3Backend
 from distill.data_backends.tables import CsvBackend, JsonLinesBackend, ParquetBackend
 from distill.data_backends.webdataset import WebDatasetBackend
 from PIL import Image
@@ -65,7 +66,10 @@ class FakeFamily:
         return sum(shape[0] for shape in self.batches)
 
 
-BACKENDS = {each.name: each for each in (LocalBackend, CsvBackend, JsonLinesBackend, ParquetBackend, WebDatasetBackend)}
+BACKENDS = {
+    each.name: each
+    for each in (LocalBackend, CsvBackend, JsonLinesBackend, ParquetBackend, WebDatasetBackend, S3Backend)
+}
 REGISTRY = SimpleNamespace(get=lambda kind, name: BACKENDS[name])
 
 

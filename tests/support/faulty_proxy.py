@@ -22,10 +22,10 @@ class Fault:
     """What goes wrong.
 
     Attributes:
-        kind: `status` answers with one; `truncate` says the full length and closes after `keep` bytes; `shorten` sends
-            `keep` bytes as if they were all; `damage` flips a byte; `slow` waits before it answers; `drop` closes the
-            connection without an answer; `retag` gives another ETag; `ignore-range` answers ranged reads
-            with the whole object.
+        kind: `none` does nothing; `status` answers with one; `truncate` says the full length and closes after `keep`
+            bytes; `shorten` sends `keep` bytes as if they were all; `damage` flips a byte; `slow` waits before it
+            answers; `drop` closes the connection without an answer; `retag` gives another ETag; `ignore-range` answers
+            ranged reads with the whole object.
         after: For `drop`: whether the server gets the request (and the client no answer).
     """
 
@@ -52,7 +52,7 @@ class FaultyProxy:
 
     def __init__(self, port: int) -> None:
         self.upstream, self.rules, self.seen = port, [], []
-        self._lock, self.num_connections = threading.Lock(), 0
+        self._lock, self.num_connections, self.num_bytes = threading.Lock(), 0, 0
         proxy = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -148,6 +148,8 @@ class FaultyProxy:
             connection.request(handler.command, handler.path, body or None, headers)
             response = connection.getresponse()
             data = response.read()
+            with self._lock:
+                self.num_bytes += len(data)
             kept = {name: value for name, value in response.getheaders() if name.lower() not in HOP}
             return response.status, kept, data
         finally:

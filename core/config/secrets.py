@@ -1,0 +1,71 @@
+"""Values that are never shown: known by the names of their keys or by their type, kept as ``{env:NAME}`` at most."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, SecretStr
+
+_SECRET = re.compile(r"(secret|password|api_key|access_key|_token$|^token$|credential)")
+
+
+def is_secret(key: str) -> bool:
+    """Whether a key's name says that its value must not be shown."""
+    return bool(_SECRET.search(key.rsplit(".", 1)[-1].lower()))
+
+
+def shown(key: str, value: object) -> object:
+    """A value as a message may show it."""
+    if isinstance(value, Mapping):
+        return {name: shown(str(name), inner) for name, inner in value.items()}
+    return "***" if is_secret(key) and value is not None else value
+
+
+class FromEnvironment(str):
+    """A text that was filled in from the environment.
+
+    Attributes:
+        written: As it stands in the file, with ``{env:NAME}``.
+    """
+
+    written: str
+
+    @classmethod
+    def fill(cls, text: str, written: str) -> FromEnvironment:
+        """`text`, which stands in the file as `written`."""
+        filled = cls(text)
+        filled.written = written
+        return filled
+
+
+class NamedSecret(SecretStr):
+    """A secret that came from the environment, and may be written down by its name there."""
+
+    written: str = ""
+
+
+def _remember(value: Any) -> Any:
+    if not isinstance(value, FromEnvironment):
+        return value
+    secret = NamedSecret(str(value))
+    secret.written = value.written
+    return secret
+
+
+Secret = Annotated[SecretStr, BeforeValidator(_remember)]
+"""A value that is never shown; one that came through ``{env:NAME}`` is written down as that."""
+
+
+def without_secrets(model: BaseModel) -> dict[str, Any]:
+    """A model as JSON values: of secrets only the names of the environment's variables that hold them."""
+    values = model.model_dump(mode="json")
+    result = {}
+    for name, value in values.items():
+        held = getattr(model, name, None)
+        if isinstance(held, NamedSecret):
+            result[name] = held.written
+        elif not is_secret(name) and not isinstance(held, SecretStr):
+            result[name] = value
+    return result

@@ -1,0 +1,189 @@
+"""Checkpoints that are also kept in another place, so that a run goes on there after this machine is gone.
+
+A complete checkpoint is uploaded file by file, its manifest last: there, too, a checkpoint is complete or none. What
+cannot be uploaded is a warning and is tried again with the next one; the checkpoint here is never touched by it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from ..backend import DataBackend
+from ..errors import BadValue, DistillError, UserError
+from .checkpoint import MANIFEST, CheckpointState, CheckpointStore, read_manifest
+
+BLOCK = 1 << 24
+_KEY = re.compile(r"checkpoint-(\d+)/([^/]+)")
+
+
+class RemoteCheckpoints:
+    """The checkpoints of one run in another place.
+
+    Args:
+        entry: Id of the data file's entry.
+        backend: The place.
+        limit: How many are kept there, the newest; None keeps all.
+        say: Takes lines for people.
+    """
+
+    def __init__(self, entry: str, backend: DataBackend, *, limit: int | None, say: Callable[[str], None]) -> None:
+        self.entry, self.backend, self.limit, self._say = entry, backend, limit or None, say
+        self._can_remove = True
+
+    def files(self) -> dict[int, set[str]]:
+        """Step -> names of the files that are there. Raises UserError where the place cannot be listed."""
+        found: dict[int, set[str]] = {}
+        try:
+            for entry in self.backend.list():
+                if match := _KEY.fullmatch(entry.key):
+                    found.setdefault(int(match[1]), set()).add(match[2])
+        except BadValue as error:
+            raise UserError(f"data.{self.entry}.{error}", error.remedy) from error
+        return found
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, the oldest first."""
+        return sorted(step for step, names in self.files().items() if MANIFEST in names)
+
+    def upload(self, folder: Path) -> None:
+        """Copy a complete checkpoint there, the manifest last, and remove the oldest beyond the limit."""
+        names = [*read_manifest(folder)["files"], MANIFEST]
+        for name in names:
+            self.backend.upload(f"{folder.name}/{name}", folder / name)
+        self._prune()
+
+    def _prune(self) -> None:
+        if self.limit is not None and self._can_remove:
+            self.remove(self.steps()[: -self.limit])
+
+    def remove(self, steps: list[int]) -> None:
+        """Remove checkpoints, the manifest of each first: a half that is left is none."""
+        files = self.files() if steps else {}
+        for step in steps:
+            try:
+                for name in sorted(files.get(step, ()), key=lambda name: name != MANIFEST):
+                    self.backend.delete(f"checkpoint-{step}/{name}")
+            except UserError as error:
+                self._can_remove = False
+                self._say(f"warning: old checkpoints stay in {self.backend.location}: {error.message}")
+                return
+
+    def begin_afresh(self, *, overwrite: bool) -> None:
+        """Make sure that no other run's checkpoints are there. Raises UserError where there are, unless overwritten."""
+        steps = self.steps()
+        if steps and not overwrite:
+            raise UserError(
+                f"{self.backend.location} holds checkpoints of a run, up to step {steps[-1]}",
+                "continue it: --set resume_from_checkpoint=latest; replace it: --overwrite; or name another place",
+            )
+        self.remove(steps)
+
+    def download(self, step: int, folder: Path) -> None:
+        """Copy a checkpoint into an empty folder, verified, its manifest last. Raises UserError where it is damaged."""
+        folder.mkdir(parents=True)
+        waiting = folder / f"{MANIFEST}.there"
+        self._copy(f"checkpoint-{step}/{MANIFEST}", waiting)
+        for name, expected in read_manifest(folder, waiting.name)["files"].items():
+            key = f"checkpoint-{step}/{name}"
+            if expected["sha256"] not in (self._copy(key, folder / name) for _ in range(2)):
+                raise UserError(
+                    f"{key} in {self.backend.location} is not what was written",
+                    f"remove checkpoint-{step}/{MANIFEST} there to resume from an older one",
+                )
+        waiting.rename(folder / MANIFEST)
+
+    def _copy(self, key: str, path: Path) -> str:
+        """Copy an object into a file; returns the SHA-256 of what came."""
+        digest = hashlib.sha256()
+        try:
+            with self.backend.open(key) as stream, path.open("wb") as file:
+                while block := stream.read(BLOCK):
+                    file.write(block)
+                    digest.update(block)
+                file.flush()
+                os.fsync(file.fileno())
+        except (FileNotFoundError, PermissionError) as error:
+            raise DistillError(f"{self.backend.location}{key} cannot be read: {error.strerror or error}") from error
+        return digest.hexdigest()
+
+
+class MirroredStore(CheckpointStore):
+    """Checkpoints here, each copied to another place after it is complete, while training goes on.
+
+    Args:
+        output_dir: Folder of the run.
+        limit: How many to keep in each place.
+        there: The other place.
+        say: Takes lines for people.
+    """
+
+    def __init__(
+        self, output_dir: Path, *, limit: int | None, there: RemoteCheckpoints, say: Callable[[str], None]
+    ) -> None:
+        super().__init__(output_dir, limit=limit)
+        self._there, self._tell = there, say
+        self._waiting: list[Path] = []
+        self._running: Future[list[Path]] | None = None
+        self._pool = ThreadPoolExecutor(1)
+
+    def save(self, state: CheckpointState, *, step: int | None = None) -> Path:
+        """Write it here, then begin to copy it there."""
+        self._collect()  # a checkpoint that is being copied must not be pruned
+        path = super().save(state, step=step)
+        self._waiting.append(path)
+        self._begin()
+        return path
+
+    def _begin(self) -> None:
+        waiting = [path for path in dict.fromkeys(self._waiting) if path.exists()]
+        self._running, self._waiting = self._pool.submit(self._copy, waiting), []
+
+    def _collect(self) -> None:
+        """Wait for the copies under way; those that failed wait for the next time."""
+        if self._running is not None:
+            self._waiting = self._running.result()
+            self._running = None
+
+    def _copy(self, paths: list[Path]) -> list[Path]:
+        """Copy checkpoints, the newest first; returns those that could not be."""
+        left = list(paths)
+        for path in reversed(paths):
+            try:
+                self._there.upload(path)
+            except (DistillError, OSError) as error:
+                reason = str(error).splitlines()[0]
+                self._tell(f"warning: {path.name} is complete here but could not be copied: {reason}")
+                return left
+            left.remove(path)
+        return left
+
+    def settle(self) -> None:
+        """Wait for the copies, try once more those that failed, and say what is not there in the end."""
+        self._collect()
+        if self._waiting:
+            self._begin()
+            self._collect()
+        missing = [path.name for path in self._waiting if path.exists()]
+        if missing:
+            self._tell(f"warning: not copied to {self._there.backend.location}: {', '.join(missing)}")
+
+    def bring(self) -> None:
+        """Bring the newest checkpoint here if it is only there."""
+        here = self.latest()
+        newest = int(here.name.rpartition("-")[2]) if here else 0
+        step = max(self._there.steps(), default=0)
+        if step > newest:
+            self._tell(f"fetching checkpoint-{step} from {self._there.backend.location}")
+            partial = self._fresh(step)
+            self._there.download(step, partial)
+            self._move_into_place(partial, self.output_dir / f"checkpoint-{step}")
+
+    def discard_after(self, step: int) -> list[Path]:
+        """Remove later checkpoints, here and there."""
+        self._there.remove([later for later in self._there.steps() if later > step])
+        return super().discard_after(step)
