@@ -42,6 +42,7 @@ class HuggingFaceBackend(SampleBackend):
 
     name = "huggingface"
     aliases = ("hf",)
+    key_aliases: ClassVar[Mapping[str, str]] = {"name_column": "filename_column"}
     packages: ClassVar[Mapping[str, str]] = {"datasets": "distill-engine[huggingface]"}
 
     class Config(ColumnSettings):

@@ -18,8 +18,8 @@ DATASET_VALUES = {
     ("caption_strategy", "instance_prompt"): "instanceprompt",
     ("crop_style", "centre"): "center",
 }
-METADATA_OBJECT = "parquet"
-"""Key of an object about a table beside the pictures, in the established trainer."""
+METADATA_OBJECTS = ("parquet", "huggingface")
+"""Keys of objects with an entry's columns, in the established trainer: of a table beside the pictures, of a dataset."""
 METADATA_KEYS = {"path": "metadata_file", "identifier_includes_extension": ""}
 """Its keys that have another name here, or are not needed: names match with and without their suffix."""
 NOT_YET = {
@@ -112,14 +112,16 @@ def rename_dataset_keys(
     notices: list[str],
     findings: list[Finding],
 ) -> None:
-    """A backend's keys under other names, and the established trainer's object about a table beside the pictures."""
-    table = values.get(METADATA_OBJECT)
-    if isinstance(table, Mapping):
-        del values[METADATA_OBJECT]
+    """A backend's keys under other names, and the established trainer's objects with columns."""
+    for name in METADATA_OBJECTS:
+        table = values.get(name)
+        if not isinstance(table, Mapping):
+            continue
+        del values[name]
         given = {METADATA_KEYS.get(key, key): value for key, value in table.items()}
         unfolded = {key: value for key, value in given.items() if key}
-        _merge(values, unfolded, f"{prefix}{METADATA_OBJECT}.", prefix, file, findings)
-        notices.append(f"{prefix}{METADATA_OBJECT} is read as {', '.join(sorted(unfolded)) or 'nothing'}")
+        _merge(values, unfolded, f"{prefix}{name}.", prefix, file, findings)
+        notices.append(f"{prefix}{name} is read as {', '.join(sorted(unfolded)) or 'nothing'}")
     for alias, key in aliases.items():
         if alias in values:
             _merge(values, {key: values.pop(alias)}, prefix, prefix, file, findings)
