@@ -24,6 +24,8 @@ from ..core.names import nearest
 
 READERS = ("parquet", "arrow", "json", "csv", "text", "imagefolder", "webdataset")
 """Formats of the library that are read, and names that stand for them as ``dataset_name``."""
+COLUMNAR = frozenset({"parquet"})
+"""Formats that keep columns apart, so that some are read without the others."""
 CACHED = "cache"
 """The library's reader of what it has downloaded and prepared earlier, without a network."""
 SUFFIXES = {
@@ -157,7 +159,7 @@ class Source:
 
     def _builder_of(self, columns: Sequence[str]) -> Any:
         """The builder that reads these columns alone, where its format keeps columns apart."""
-        apart = self._reader == "parquet" and len(columns) < len(self.features)
+        apart = self._reader in COLUMNAR and len(columns) < len(self.features)
         return self._build(columns=list(columns)) if apart else self._builder
 
     def table(self, columns: Sequence[str], picture: str | None) -> Any:

@@ -1,6 +1,6 @@
+# ruff: noqa: F811 - fixtures of another file
 """Builds of a stream that are killed, hubs that refuse, and entries in the data file."""
 
-import json
 import signal
 import subprocess
 import sys
@@ -12,7 +12,6 @@ from support.hf_sets import FORMS, parquet, rows_of
 from support.pairs import Pair, distill, said
 from test_data_huggingface import folder, hf, library  # noqa: F401 - fixtures
 from test_data_pipeline import MIXED, by_position
-
 
 KILLED = """
 import os, signal, sys
@@ -150,7 +149,7 @@ def test_a_hub_that_does_not_answer_ends_the_run_resumable(tmp_path):
 # -- the data file ----------------------------------------------------------------------------------------------------
 
 
-def check(tmp_path, **values):  # noqa: F811
+def check(tmp_path, **values):
     """`distill config check` on the pair with a dataset of Parquet files."""
     from support.data_helpers import fill
 
@@ -169,13 +168,13 @@ def test_the_established_trainers_entry_is_read(tmp_path):
         name_column="file", cache_dir="downloads",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
-    assert "data.pets.huggingface is read as caption_column, filter_func, width_column" in said(result.stderr)
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"caption_column": "captoin"}, "data.pets.caption_column = 'captoin': the dataset has no column 'captoin'"),
+        ({"huggingface": {"caption_column": "captoin"}}, "data.pets.caption_column = 'captoin': the dataset has no"),
         ({"split": "test"}, "data.pets.split = 'test': the dataset has no split 'test'; it has 'train'"),
         ({"filter_func": {"a": {"~": 1}}}, "'a' has the unknown comparison '~'"),
         ({"dataset_name": "./absent"}, "does not exist remedy: give a folder or file that is there, or a hub id"),
