@@ -154,7 +154,7 @@ class CacheBuilder:
         cache = self._open(folder, text_descriptor(self.family), "text cache", there, report)
         todo = missing_captions(cache, datasets)
         for dataset in datasets:
-            dataset.counts.captions = len(np.unique(dataset.index.caption_digests, axis=0))
+            dataset.counts.captions = len(np.unique(dataset.index.caption_digests[:, 0]))
         missing = sum(len(places) for _, places in todo)
         if not missing:
             return cache

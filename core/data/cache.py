@@ -25,6 +25,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from hashlib import blake2b, sha256
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -38,7 +39,7 @@ from torch import Tensor
 
 from ..errors import DistillError
 from ..files import sync_folder
-from .hashing import Int64s, UInt64s
+from .hashing import LOOKUP_ROWS, Int64s, Lookup, UInt64s
 from .manifests import DESCRIPTOR, Failure, Shard, whole_lines
 from .mirror import Mirror
 from .storage import PARTIAL, append_line, is_stale, write_whole
@@ -111,7 +112,7 @@ class TensorCache:
         self._shards: list[Shard] = []
         self._failures: dict[str, Failure] = {}
         self._seen: dict[str, set[int]] = {}
-        self._keys = pa.array([], pa.binary(16))
+        self._lookup: Lookup | None = None
         self._starts: Int64s = np.zeros(1, np.int64)
         self._open: OrderedDict[int, dict[str, Tensor]] = OrderedDict()
         self._checked: dict[int, NDArray[np.bool_]] = {}
@@ -196,9 +197,7 @@ class TensorCache:
         self._shards = list(shards)
         self._open.clear()
         self._checked.clear()
-        keys = [self._tensors(number)[KEYS].numpy() for number in range(len(shards))]
-        joined = np.concatenate(keys) if keys else np.zeros((0, 16), np.uint8)
-        self._keys = as_binary(joined)
+        self._lookup = None
         self._starts = np.cumsum([0, *(shard.count for shard in shards)])
 
     def __len__(self) -> int:
@@ -217,10 +216,25 @@ class TensorCache:
         """
         if not len(keys):
             return np.zeros(0, np.int64)
-        found = pc.index_in(as_binary(keys), value_set=self._keys)
-        places = pc.fill_null(found, -1).to_numpy(zero_copy_only=False).astype(np.int64)
-        shard = np.searchsorted(self._starts, places, side="right") - 1
-        return np.where(places < 0, -1, (shard << ROW_BITS) | (places - self._starts[np.maximum(shard, 0)]))
+        if self._lookup is None:
+            self._lookup = Lookup(self._keys())
+        places = self._lookup.find(keys)
+        for start in range(0, len(places), LOOKUP_ROWS):
+            part = places[start : start + LOOKUP_ROWS]
+            shard = np.searchsorted(self._starts, part, side="right") - 1
+            part[:] = np.where(part < 0, -1, (shard << ROW_BITS) | (part - self._starts[np.maximum(shard, 0)]))
+        return places
+
+    def _keys(self) -> UInt64s:
+        """The keys of all entries, shape (n, 2)."""
+        keys = np.empty((len(self), 2), np.uint64)
+        for number, (start, end) in enumerate(pairwise(self._starts.tolist())):
+            keys[start:end] = self._tensors(number)[KEYS].numpy().view(np.uint64)
+        return keys
+
+    def release_lookup(self) -> None:
+        """Free what :meth:`locate` needs: it comes back when it is asked again."""
+        self._lookup = None
 
     def failure(self, key: NDArray[np.uint64]) -> Failure | None:
         """Why an entry could not be encoded earlier, if so."""

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
-from typing import TYPE_CHECKING, BinaryIO, TypeVar
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,6 +53,11 @@ class Counts:
     buckets: dict[tuple[int, int], int] = field(default_factory=dict)
     captions: int = 0
     without_caption: str = ""
+
+
+def in_parts(values: NDArray[Any]) -> Iterator[NDArray[Any]]:
+    """Pieces of :data:`CHUNK` rows."""
+    return (values[start : start + CHUNK] for start in range(0, len(values), CHUNK))
 
 
 class Dataset:
@@ -113,8 +119,11 @@ class Dataset:
         return rows[chosen], shapes[chosen]
 
     def _group(self, rows: Int64s, shapes: NDArray[np.int32]) -> None:
-        code = shapes[:, 0].astype(np.int64) << 32 | shapes[:, 1]
-        unique, bucket, counts = np.unique(code, return_inverse=True, return_counts=True)
+        codes = [part[:, 0].astype(np.int64) << 32 | part[:, 1] for part in in_parts(shapes)]
+        unique = np.unique(np.concatenate([np.zeros(0, np.int64), *map(np.unique, codes)]))
+        small = np.uint16 if len(unique) < 2**16 else np.int64  # which is sorted in a pass or two
+        bucket = np.concatenate([np.zeros(0, small), *(np.searchsorted(unique, code).astype(small) for code in codes)])
+        counts = np.bincount(bucket, minlength=len(unique))
         self.rows = rows[np.argsort(bucket, kind="stable")]
         self.starts = np.cumsum([0, *counts])
         self.shapes = [(int(value >> 32), int(value & 0xFFFFFFFF)) for value in unique]
@@ -143,12 +152,12 @@ class Dataset:
 
     def entry_keys(self, rows: Int64s, flip: int) -> UInt64s:
         """Keys of latents: the file and everything that decides its pixels, shape (n, 2)."""
-        keys = [np.zeros((0, 2), np.uint64)]
+        keys = np.empty((len(rows), 2), np.uint64)
         for start in range(0, len(rows), CHUNK):
             part = rows[start : start + CHUNK]
             columns = [*self.plan(part).columns(), np.full(len(part), flip)]
-            keys.append(combine(self.index.identity[part], columns))
-        return np.concatenate(keys)
+            keys[start : start + CHUNK] = combine(self.index.identity[part], columns)
+        return keys
 
     @property
     def in_order(self) -> bool:
@@ -222,6 +231,17 @@ class Dataset:
             Stream(f"{self.id}/{width}x{height}", int(size), rate, global_batch)
             for (width, height), size in zip(self.shapes, sizes, strict=True)
         ]
+
+    def hash_into(self, hasher: blake2b) -> None:
+        """Add what the batches depend on: the samples, their captions and their crops; a part at a time."""
+        for rows in in_parts(self.rows):
+            hasher.update(self.index.draw[rows].data)
+        for digests in in_parts(self.index.caption_digests):
+            hasher.update(np.ascontiguousarray(digests).data)
+        plans = [[column.astype(np.int32) for column in self.plan(rows).columns()] for rows in in_parts(self.rows)]
+        for column in zip(*plans, strict=True):
+            for part in column:
+                hasher.update(part.data)
 
     @property
     def span(self) -> Span:

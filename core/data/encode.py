@@ -72,9 +72,9 @@ def missing_captions(cache: TensorCache, datasets: Sequence[Dataset]) -> list[tu
     todo, seen = [], np.zeros((0, 2), np.uint64)
     for dataset in datasets:
         digests = dataset.index.caption_digests
-        _, first = np.unique(as_void(digests), return_index=True)
-        first = np.sort(first)  # in the order of the pictures, which survives a restart
-        first = first[cache.locate(digests[first]) < 0]
+        missing = np.flatnonzero(cache.locate(digests) < 0)
+        _, first = np.unique(as_void(digests[missing]), return_index=True)
+        first = missing[np.sort(first)]  # in the order of the pictures, which survives a restart
         first = first[~np.isin(as_void(digests[first]), as_void(seen))]
         seen = np.concatenate([seen, digests[first]])
         todo.append((dataset, first.astype(np.int64)))

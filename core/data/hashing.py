@@ -15,6 +15,8 @@ Integers: TypeAlias = NDArray[np.integer]
 SMALL = 4096
 """Up to this many elements a permutation is sorted out at once; above, it is computed for the indices asked for."""
 ROUNDS = 6
+LOOKUP_ROWS = 1 << 20
+"""Keys that are looked up at a time, to bound memory."""
 
 
 def mix(values: UInt64s) -> UInt64s:
@@ -39,6 +41,38 @@ def fractions(values: UInt64s, salt: int) -> NDArray[np.float64]:
     """Numbers in [0, 1), one for each value, independent for different salts."""
     salted = mix(values ^ mix(np.full_like(values, salt)))
     return (salted >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+class Lookup:
+    """Finds 128-bit keys among many, with 24 bytes of memory for each; of equal keys the first.
+
+    Args:
+        keys: Shape (n, 2).
+    """
+
+    def __init__(self, keys: UInt64s) -> None:
+        order = np.argsort(keys[:, 0], kind="stable")
+        self._order = order.astype(np.uint32) if len(keys) < 2**32 else order
+        self._low, self._high = keys[order, 0], keys[order, 1]
+
+    def find(self, wanted: UInt64s) -> Int64s:
+        """Places among the keys, -1 for those that are not there; shape (m,), for `wanted` of shape (m, 2)."""
+        places = np.full(len(wanted), -1, np.int64)
+        for start in range(0, len(wanted), LOOKUP_ROWS):
+            self._find(wanted[start : start + LOOKUP_ROWS], places[start : start + LOOKUP_ROWS])
+        return places
+
+    def _find(self, wanted: UInt64s, places: Int64s) -> None:
+        rows = np.argsort(wanted[:, 0])  # neighbours are found near each other, which the processor's caches like
+        at = np.searchsorted(self._low, wanted[rows, 0])
+        while len(rows):
+            near = at < len(self._low)
+            rows, at = rows[near], at[near]
+            near = self._low[at] == wanted[rows, 0]
+            rows, at = rows[near], at[near]
+            hit = self._high[at] == wanted[rows, 1]
+            places[rows[hit]] = self._order[at[hit]]
+            rows, at = rows[~hit], at[~hit] + 1  # another key with the same first half, once in an age
 
 
 @lru_cache(maxsize=512)

@@ -178,6 +178,8 @@ class DataPipeline:
             streams += own
             spans += [dataset.span] * len(own)
         order = Curriculum(streams, spans, global_batch=self._shape.global_batch, seed=self._seed)
+        for cache in (*caches.latents.values(), *caches.texts.values()):
+            cache.release_lookup()  # places are all that is needed from here on
         return Loader(cached, order, self._family, shape=self._shape, seed=self._seed)
 
     def _ready(self) -> Loader:
@@ -235,13 +237,10 @@ class DataPipeline:
         streams = self._ready().order.streams
         hasher.update(json.dumps([_named(each) for each in streams]).encode())
         for dataset in self._datasets:
-            settings, index = dataset.settings, dataset.index
+            settings = dataset.settings
             choices = [settings.random_flip, settings.caption_dropout_probability, str(dataset.span)]
             hasher.update(json.dumps(choices).encode())
-            hasher.update(index.draw[dataset.rows].tobytes())
-            hasher.update(index.caption_digests.tobytes())
-            for column in dataset.plan(dataset.rows).columns():
-                hasher.update(column.astype(np.int32).tobytes())
+            dataset.hash_into(hasher)
             if self._pairs:
                 entry = self._places.pair_entry(settings)
                 made = [pair_descriptor(self._family, entry), entry.num_pairs_per_prompt, entry.noise_seed]
