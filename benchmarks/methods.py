@@ -1,6 +1,6 @@
 """Every method on the miniature SDXL at an equal budget of network evaluations: one table, one picture.
 
-    python benchmarks/methods.py --budget 60000 --seeds 1,2,3 --num-samples 500 --output output/methods
+    python benchmarks/methods.py --budget 24000 --seeds 1,2,3 --num-samples 400 --jobs 2 --output output/methods
 
 Each method runs as `distill run --method NAME --family sdxl` does by default, for as many steps as the budget pays for
 (measured in a short run first; `count_evaluations.py` says what is counted). `--jobs` trains so many rows at once; each
@@ -213,9 +213,9 @@ def main() -> None:
     """Run, score, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", default=",".join(VARIANTS))
-    parser.add_argument("--budget", type=float, default=60_000, help="network evaluations of each run")
+    parser.add_argument("--budget", type=float, default=24_000, help="network evaluations of each run")
     parser.add_argument("--seeds", default="1,2,3")
-    parser.add_argument("--num-samples", type=int, default=500)
+    parser.add_argument("--num-samples", type=int, default=400)
     parser.add_argument("--per-prompt", type=int, default=4, help="samples of each prompt, for the diversity")
     parser.add_argument("--output", type=Path, default=Path("output/methods"))
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, of one thread each")
