@@ -36,7 +36,8 @@ from distill.core.data.geometry import Geometry
 from distill.core.data.hashing import combine, mix
 from distill.core.data.index import SCHEMA, Index, write_index
 from distill.core.data.index_build import source_of
-from distill.core.data.pipeline import CachePlaces, DataPipeline
+from distill.core.data.pipeline import DataPipeline
+from distill.core.data.places import CachePlaces
 from distill.core.data.workshop import Workshop
 
 CHUNK = 1 << 18

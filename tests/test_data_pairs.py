@@ -10,7 +10,7 @@ from distill.core.cli import app
 from distill.core.config.dataset_settings import DatasetSettings
 from distill.core.data.cache import TensorCache, cache_folders
 from distill.core.data.pairs import noise, noise_seed
-from distill.core.data.pipeline import CachePlaces
+from distill.core.data.places import CachePlaces
 from distill.core.evaluation import fast_solver
 from distill.core.family import ModelSettings
 from distill.core.terms.ddim import deterministic_sampler, trailing_walk

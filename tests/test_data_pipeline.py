@@ -444,7 +444,7 @@ def test_two_processes_share_the_work(tmp_path):
 
     from distill.core.data.build import CacheBuilder
     from distill.core.data.encode import Share
-    from distill.core.data.pipeline import CachePlaces
+    from distill.core.data.places import CachePlaces
     from distill.core.data.progress import default_progress
     from distill.core.data.report import DataReport
 

@@ -104,7 +104,7 @@ def _folders(configuration: Configuration, dataset: str | None) -> list[tuple[Pa
     """Folders and descriptors of all caches of the configuration's datasets, or of one dataset's or entry's alone."""
     from ..assemble import CACHE_FOLDER
     from ..data.cache import cache_folders
-    from ..data.pipeline import CachePlaces, dataset_folders
+    from ..data.places import CachePlaces, dataset_folders
 
     places = CachePlaces(configuration, configuration.run.output_dir / CACHE_FOLDER)
     pairs = {places.pairs(entry) for entry in configuration.distillation_caches if entry.id == dataset}
@@ -120,7 +120,7 @@ def _folders(configuration: Configuration, dataset: str | None) -> list[tuple[Pa
 def _side_files(configuration: Configuration, dataset: str | None) -> list[Path]:
     """Indexes, remembered settings and quarantine lists beside the latents."""
     from ..assemble import CACHE_FOLDER
-    from ..data.pipeline import CachePlaces
+    from ..data.places import CachePlaces
 
     places = CachePlaces(configuration, configuration.run.output_dir / CACHE_FOLDER)
     return [file for each in configuration.datasets if dataset in (None, each.id) for file in places.side_files(each)]
