@@ -1,6 +1,7 @@
 """The distillation cache: made once from captions, keyed by what it is made of, and in every batch that asks for it."""
 
 import json
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,8 @@ import torch
 from distill.core.cli import app
 from distill.core.config.dataset_settings import DatasetSettings
 from distill.core.data.cache import TensorCache, cache_folders
-from distill.core.data.pairs import noise, noise_seed
+from distill.core.data.encode import Share
+from distill.core.data.pairs import PairMaker, WantedPairs, noise, noise_seed, pair_descriptor
 from distill.core.data.places import CachePlaces
 from distill.core.evaluation import fast_solver
 from distill.core.family import ModelSettings
@@ -187,6 +189,29 @@ def test_killed_in_the_middle_it_goes_on_bit_for_bit(tmp_path):
     _, report, _ = build(tmp_path / "cut", **small)
     assert report.pairs_made == 14
     assert same(entries(tmp_path / "cut"), entries(tmp_path / "whole"))
+
+
+def test_processes_that_share_the_work_make_what_one_makes(tmp_path):
+    small = {"write_batch_size": 3, "pair_batch_size": 1, "num_pairs_per_prompt": 2}
+    one = prompts("p", prompts_file=lines_file(tmp_path))
+    data, _ = pair_pipeline(one, entry=cache_entry(**small), root=tmp_path, family=PathFamily())
+    data.prepare()
+    (source,) = data._loader.datasets
+    wanted, made = WantedPairs(source.dataset, cache_entry(**small)), []
+    for rank in range(2):
+        family = PathFamily()
+        descriptor = pair_descriptor(family, wanted.settings)
+        cache = TensorCache(tmp_path / "shared" / "cache" / "pairs" / "pairs", descriptor, label="", say=print)
+        jobs = wanted.missing(cache)  # each sees what was there before any began
+        PairMaker(family, progress=quiet).run(wanted, Share(rank, 2).of(jobs), cache, source.texts)
+        made.append(family.predicted // 20)  # ten steps, twice with guidance
+    assert made == [12, 8], "every second shard of 3, 3, 3 and 1, for two noises"
+    assert same(entries(tmp_path / "shared"), entries(tmp_path))
+
+
+@contextmanager
+def quiet(title, total):
+    yield lambda count: None
 
 
 def test_a_damaged_file_is_dropped_and_made_again(tmp_path):
