@@ -32,7 +32,7 @@ def entries(root: Path) -> dict[bytes, dict[str, torch.Tensor]]:
     for folder, descriptor in cache_folders(root / "cache" / "pairs" / "pairs"):
         cache = TensorCache(folder.parent, descriptor, label="", say=print)
         cache.load(thorough=True)
-        keys = np.frombuffer(b"".join(key.as_py() for key in cache._keys), np.uint64).reshape(-1, 2)
+        keys = cache._keys()
         for key, place in zip(keys, cache.locate(keys), strict=True):
             found[key.tobytes()] = {name: value[0] for name, value in cache.read([place]).items()}
     return found
@@ -284,13 +284,8 @@ def test_paths_end_in_the_pictures_of_the_plain_pipeline(tmp_path, solver):
         cache_root=tmp_path / "out" / "cache", say=print, pictures=False, pairs=True,
     )  # fmt: skip
     ((batch,),) = take(data, 1)
-    by_noise = {noise(np.frombuffer(key.as_py(), np.uint64), (4, 16, 16)): key.as_py() for key in cache._keys}
-    seeds = [
-        noise_seed(np.frombuffer(key, np.uint64))
-        for each in batch.pairs.noise
-        for start, key in by_noise.items()
-        if torch.equal(start, each)
-    ]
+    made = [(noise(key, (4, 16, 16)), noise_seed(key)) for key in cache._keys()]
+    seeds = [seed for each in batch.pairs.noise for start, seed in made if torch.equal(start, each)]
     samplers = {"ddim": deterministic_sampler(family.schedule, 4, 2.0), "dpm++": fast_solver(family, 4, 2.0).sampler}
     asked = {"sampler": samplers[solver], "seeds": seeds, "width": 32, "height": 32}
     embeds = family.encode_prompts(list(batch.captions))
