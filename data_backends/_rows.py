@@ -11,7 +11,6 @@ from typing import Any
 
 from ..core.backend import SampleChunk
 from ..core.data.columns import CAPTIONS, CaptionColumns, Columns, Row, edge_of, value_of
-from ..core.data.images import BrokenImage, probe
 from ..core.data.located import Located, at
 from ..core.errors import BadValue
 from ..core.remote import is_remote
@@ -146,6 +145,8 @@ class Reader:
             number: Of the row among all, from 0.
             row: What stands in it.
         """
+        from ..core.data.images import BrokenImage, probe
+
         data, path = self._picture(row)
         key = self._key(number, row, path)
         try:

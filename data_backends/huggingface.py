@@ -20,7 +20,6 @@ from ..core.backend import DataBackend, Passage, SampleBackend, SampleChunk
 from ..core.config.dataset_settings import ColumnSettings
 from ..core.config.types import HubOrPath, LocalPath
 from ..core.data.columns import Row, value_of
-from ..core.data.images import BrokenImage, probe
 from ..core.data.index import FILTERED
 from ..core.errors import BadValue
 from ..core.hookspecs import hookimpl
@@ -166,6 +165,8 @@ class HuggingFaceBackend(SampleBackend):
             if not sample.width and self.in_order:
                 raise ValueError(f"{' or '.join(layout.sizes or ())} holds no size")
             return
+        from ..core.data.images import BrokenImage, probe
+
         found = self._picture(row[layout.image or ""])
         if isinstance(found, bytes):
             sample.size, sample.version = len(found), blake2b(found, digest_size=16).hexdigest()

@@ -19,7 +19,6 @@ from ..core.config.dataset_settings import ColumnSettings
 from ..core.config.types import PathOrUrl, one_or_many
 from ..core.data.captions import read_text
 from ..core.data.columns import CAPTIONS, CaptionColumns, Columns, Row, edge_of, names_in, value_of
-from ..core.data.images import SUFFIXES, BrokenImage, probe
 from ..core.data.located import Located, identity_of, locate
 from ..core.errors import BadValue
 from ..core.hookspecs import hookimpl
@@ -142,6 +141,8 @@ class Shard:
         return [*(self._captioned(sample, groups) for sample in found), *damage]
 
     def _take(self, member: Member, stream: BinaryIO, found: list[Sample], groups: dict[str, _Group]) -> None:
+        from ..core.data.images import SUFFIXES
+
         path = PurePosixPath(member.name)
         if any(part.startswith(".") for part in path.parts):
             return
@@ -158,6 +159,8 @@ class Shard:
                 group.record = data
 
     def _picture(self, member: Member, stream: BinaryIO) -> Sample:
+        from ..core.data.images import BrokenImage, probe
+
         stream.seek(member.offset)
         data = stream.read(member.size)
         place = f"{self.number}:{member.offset}:{member.size}"
