@@ -1,7 +1,13 @@
 """The same pictures from every kind of place: the same batches, bit for bit, in the same order."""
 
+import json
+
 import pytest
+from distill.core.data import located
+from support import data_helpers
 from support.data_helpers import FakeFamily, pipeline, source, take
+from support.s3_server import KEY_ID, REGION, SECRET, s3, s3_server  # noqa: F401 - fixtures
+from support.small_run import execute, losses, write_run
 from support.sources import write_csv, write_folder, write_jsonl, write_parquet, write_shards
 from test_data_pipeline import by_position
 
@@ -42,7 +48,19 @@ def json_shards_source(folder, root):
     }
 
 
-SOURCES = (csv_source, jsonl_source, parquet_source, parquet_bytes_source, shards_source, json_shards_source)
+def beside_source(folder, root):
+    table = write_jsonl(folder, root / "metadata.jsonl")
+    return "local", {"instance_data_dir": folder, "metadata_file": str(table), "caption_strategy": "jsonl"}
+
+
+def huggingface_source(folder, root):
+    return "huggingface", {"dataset_name": str(write_parquet(folder, root / "t.parquet"))}
+
+
+LOCAL = (
+    csv_source, jsonl_source, parquet_source, parquet_bytes_source, shards_source, json_shards_source, beside_source,
+    huggingface_source,
+)  # fmt: skip
 
 
 def loaded(settings, root):
@@ -57,7 +75,65 @@ def expected(pictures, tmp_path_factory):
     return loaded(settings, root)
 
 
-@pytest.mark.parametrize("make", SOURCES, ids=lambda make: make.__name__.removesuffix("_source"))
+@pytest.fixture(autouse=True)
+def hugging_face(monkeypatch):
+    from distill.data_backends.huggingface import HuggingFaceBackend
+
+    monkeypatch.setitem(data_helpers.BACKENDS, HuggingFaceBackend.name, HuggingFaceBackend)
+
+
+@pytest.mark.parametrize("make", LOCAL, ids=lambda make: make.__name__.removesuffix("_source"))
 def test_the_same_pictures_give_the_same_batches(make, pictures, expected, tmp_path):
     kind, keys = make(pictures, tmp_path)
     assert loaded(source("set", kind, tmp_path / "vae", **keys, **COMMON), tmp_path) == expected
+
+
+@pytest.fixture
+def bucket(s3, pictures, tmp_path, monkeypatch):  # noqa: F811
+    """A bucket with the pictures as objects, in shards and in tables; the usual variables say how it is reached."""
+    s3.bucket("everywhere")
+    write_shards(pictures, tmp_path / "all" / "shards")
+    write_parquet(pictures, tmp_path / "all" / "t.parquet")
+    write_csv(pictures, tmp_path / "all" / "t.csv")
+    s3.fill("everywhere", "pictures", pictures)
+    s3.fill("everywhere", "all", tmp_path / "all")
+    for name, value in (("ENDPOINT_URL", s3.endpoint), ("ACCESS_KEY_ID", KEY_ID), ("SECRET_ACCESS_KEY", SECRET),
+                        ("DEFAULT_REGION", REGION)):  # fmt: skip
+        monkeypatch.setenv(f"AWS_{name}", value)
+    located._store.cache_clear()
+    yield s3
+    located._store.cache_clear()
+
+
+REMOTE = {
+    "bucket": ("s3", {"aws_bucket_name": "everywhere", "aws_data_prefix": "pictures"}),
+    "shards": ("webdataset", {"shards": "s3://everywhere/all/shards/shard-{000..002}.tar"}),
+    "shards-glob": ("webdataset", {"shards": "s3://everywhere/all/shards/*.tar"}),
+    "parquet": ("parquet", {"parquet_file": "s3://everywhere/all"}),
+    "csv": ("csv", {"csv_file": "s3://everywhere/all/t.csv", "instance_data_dir": "s3://everywhere/pictures"}),
+}
+
+
+@pytest.mark.parametrize("name", REMOTE)
+def test_the_same_pictures_from_a_bucket_give_the_same_batches(name, bucket, expected, tmp_path):
+    kind, keys = REMOTE[name]
+    assert loaded(source("set", kind, tmp_path / "vae", **keys, **COMMON), tmp_path) == expected
+
+
+@pytest.mark.slow
+def test_training_needs_another_type_and_place_only(tmp_path, pictures):
+    """A whole run on each; the data file differs in ``type`` and where things lie."""
+    found = {}
+    for make in (None, csv_source, jsonl_source, parquet_source, shards_source):
+        name = make.__name__ if make else "local"
+        (tmp_path / name).mkdir()
+        kind, keys = make(pictures, tmp_path / name) if make else ("local", {"instance_data_dir": pictures})
+        config = write_run(
+            tmp_path, output=name, max_train_steps=3, validation_step_interval=0, checkpoint_step_interval=0
+        )
+        entry = {"id": "set", "type": kind, "caption_strategy": "textfile", **keys}
+        (tmp_path / "multidatabackend.json").write_text(json.dumps([entry], default=str))
+        assert execute(config)[0].steps == 3
+        found[name] = losses(tmp_path / name)
+    assert all(each == found["local"] for each in found.values())
+    assert len(found["local"]) == 3
