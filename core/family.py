@@ -45,6 +45,8 @@ class ModelSettings:
         device: Where the networks run.
         revision: Revision of a hub model.
         config_source: Local folder with configs and tokenizers for a single-file model where there is no hub.
+        resolution: (width, height) in pixels of the run's pictures, for schedules that depend on it; None where the
+            run names none.
     """
 
     source: str
@@ -54,6 +56,7 @@ class ModelSettings:
     device: str = "cpu"
     revision: str | None = None
     config_source: str | None = None
+    resolution: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ import torch
 from distill.core.errors import UserError
 from distill.core.family import ExportInfo, ExtraLora, LoraSettings, ModelSettings
 from distill.core.method import Sampler
-from distill.model_families.sdxl import LCM_TARGETS, SDXL
+from distill.model_families._unet import LORA_TARGETS
+from distill.model_families.sdxl import SDXL
 from support.tiny_sdxl import EDGE, write_tiny_sdxl
 
 PROMPTS = ["a red fox", "two boats"]
@@ -57,7 +58,7 @@ def pictures(pipeline, **arguments):
     return pipeline(PROMPTS, generator=generators, output_type="pt", **settings).images
 
 
-def with_adapter(network, name, *, rank=4, alpha=12.0, targets=LCM_TARGETS, seed=0):
+def with_adapter(network, name, *, rank=4, alpha=12.0, targets=LORA_TARGETS, seed=0):
     """An adapter whose weights are all random, as after training."""
     from peft import LoraConfig
 

@@ -1,0 +1,49 @@
+"""Activations inside a network, and what its calls have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class _FarEnough(Exception):
+    """The last module that was asked for is done: no error, it ends a forward pass."""
+
+
+def outputs_inside(modules: Sequence[nn.Module], call: Callable[[], Any], *, pick: Callable[[Any], Tensor]) -> Any:
+    """What `pick` takes of each module's output during `call`, which ends after the last of them.
+
+    Args:
+        modules: In the order in which they are computed.
+        call: A forward pass of the network that they belong to.
+        pick: Finds the activation in a module's output.
+    """
+    found: list[Tensor] = []
+
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        found.append(pick(output))
+        if module is modules[-1]:
+            raise _FarEnough
+
+    handles = [module.register_forward_hook(keep) for module in modules]
+    try:
+        call()
+    except _FarEnough:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def check_guidance(guidance: Tensor | None, *, taken: bool) -> None:
+    """Raise ValueError unless the guidance scale is given where, and only where, the network takes it."""
+    if (guidance is not None) == taken:
+        return
+    raise ValueError(
+        "this network takes the guidance scale as an input: pass guidance"
+        if taken
+        else "this network has no guidance embedding"
+    )
