@@ -110,8 +110,6 @@ class ModelFamily(ABC):
     """Module names (suffixes) that a LoRA adapts unless the user says otherwise."""
     pixel_multiple: ClassVar[int] = 8
     """Edges of pictures must be multiples of this, for any model of the family (an instance may be laxer)."""
-    default_guidance: ClassVar[float] = 5.0
-    """Guidance scale that its pictures are usually made with; the teacher's, where a run names none."""
     miniature: ClassVar[Path | None] = None
     """Folder of the trained miniature that ships with the package: model, ``recipe.json`` with run defaults."""
 
@@ -153,6 +151,16 @@ class ModelFamily(ABC):
     @abstractmethod
     def scale_factor(self) -> int:
         """Pixels per latent along an edge, of the loaded model (the autoencoder's compression)."""
+
+    @property
+    def default_guidance(self) -> float:
+        """Guidance scale that the model's pictures are usually made with; the teacher's, where a run names none."""
+        return 5.0
+
+    @property
+    def guided_by_input(self) -> bool:
+        """Whether the teacher takes the guidance scale as an input of its own: guided, it is called once."""
+        return False
 
     # -- encoders ---------------------------------------------------------------------------------------------------
 
@@ -234,6 +242,7 @@ class ModelFamily(ABC):
             time: Shape (B,), what the network is fed (:meth:`Schedule.network_time`).
             cond: As :meth:`condition` returned it, B in front.
             guidance: Shape (B,), the paper's w (guidance scale minus one), only for networks with a guidance embedding.
+                A teacher that has one of its own (:attr:`guided_by_input`) may be called without: at its usual scale.
             second_time: Shape (B,), r as the network is fed it (:meth:`Schedule.network_time`), only for networks with
                 a second time (:meth:`add_second_time`). None: no embedding of it is applied.
         """

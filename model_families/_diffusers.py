@@ -32,6 +32,11 @@ class DiffusersFamily(DiffusersModel):
 
     # -- what a family says -------------------------------------------------------------------------------------------
 
+    @property
+    def default_steps(self) -> int:
+        """Steps of the pipeline's own call."""
+        return 50
+
     @abstractmethod
     def input_weight(self, network: nn.Module) -> Tensor:
         """The weight that the latents meet first: its type and device are the network's."""
@@ -205,7 +210,7 @@ class DiffusersFamily(DiffusersModel):
 
     def usage_snippet(self, info: ExportInfo) -> str:
         sampler = info.sampler
-        call = {"num_inference_steps": sampler.num_inference_steps, **self.snippet_guidance(info), **sampler.call}
+        call = {"num_inference_steps": sampler.num_inference_steps, **self.snippet_call(info), **sampler.call}
         return usage_snippet(
             self.architecture,
             self.settings,
@@ -215,6 +220,6 @@ class DiffusersFamily(DiffusersModel):
             call=call,
         )
 
-    def snippet_guidance(self, info: ExportInfo) -> dict[str, Any]:
-        """The guidance arguments of a plain call."""
+    def snippet_call(self, info: ExportInfo) -> dict[str, Any]:
+        """Arguments of a plain call that make the engine's pictures: guidance, and what differs from the defaults."""
         return {"guidance_scale": info.sampler.guidance_scale}

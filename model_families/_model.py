@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -37,8 +37,6 @@ class DiffusersModel(ModelFamily):
     architecture: ClassVar[Architecture]
     embed_keys: ClassVar[tuple[str, ...]] = ("prompt_embeds", "pooled_prompt_embeds")
     """What :meth:`encode_prompts` returns: arguments of the pipeline."""
-    default_steps: ClassVar[int] = 50
-    """Steps of the pipeline's own call."""
     position_edge: ClassVar[int] = 1
     """Latents along an edge of what the network sees as one position."""
     native_edge: ClassVar[int] = 1024
@@ -78,6 +76,11 @@ class DiffusersModel(ModelFamily):
     def scheduler_overrides(self) -> Mapping[str, Any]:
         """What the user says of the noise over the model's scheduler config."""
         return {}
+
+    @property
+    def left_out(self) -> Collection[str]:
+        """Text encoders and tokenizers that the user does without, of those that the model may lack."""
+        return ()
 
     def text_settings(self) -> Sequence[str]:
         """Settings that decide what prompts are encoded to, for the fingerprint."""
@@ -181,7 +184,7 @@ class DiffusersModel(ModelFamily):
     def _text_encoders(self) -> TextEncoders:
         if self._text is None:
             fused = self._loras(self.settings.teacher_lora)
-            text = self._source.load_text(torch.float32 if fused else self._weight_dtype())
+            text = self._source.load_text(torch.float32 if fused else self._weight_dtype(), without=self.left_out)
             own = {name: text.encoders[name] for name in self.architecture.lora_encoders}
             fuse(self.architecture, own, fused)
             extras = self._loras([(extra.path, extra.weight) for extra in self._beside])

@@ -65,7 +65,7 @@ def call_arguments(
     guidance = default_guidance if guidance_scale is None else guidance_scale
     if guidance_embedding and guidance <= 1 < default_guidance:
         warnings.warn(
-            f"this student takes the guidance scale as an input and was not trained at {guidance:g} (off): "
+            f"this network takes the guidance scale as an input and was not trained at {guidance:g} (off): "
             f"its default {default_guidance:g} is used",
             stacklevel=3,
         )

@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,8 +67,8 @@ class Source(ABC):
         """The autoencoder on the CPU."""
 
     @abstractmethod
-    def load_text(self, dtype: torch.dtype) -> TextEncoders:
-        """Tokenizers and text encoders on the CPU."""
+    def load_text(self, dtype: torch.dtype, *, without: Collection[str] = ()) -> TextEncoders:
+        """Tokenizers and text encoders on the CPU, but for those `without` which the user does."""
 
 
 @dataclass
@@ -157,7 +157,7 @@ class FolderSource(Source):
 
         return self._load(AutoencoderKL, "vae", torch_dtype=dtype)
 
-    def load_text(self, dtype: torch.dtype) -> TextEncoders:
+    def load_text(self, dtype: torch.dtype, *, without: Collection[str] = ()) -> TextEncoders:
         import transformers
 
         own = self.architecture
@@ -165,12 +165,12 @@ class FolderSource(Source):
             tokenizers = {
                 part: getattr(transformers, kind).from_pretrained(self.component(part), local_files_only=True)
                 for part, kind in own.tokenizers.items()
-                if self.has(part)
+                if part not in without and self.has(part)
             }
         encoders = {
             part: self._load(getattr(transformers, kind), part).to(dtype)
             for part, kind in own.encoders.items()
-            if self.has(part)
+            if part not in without and self.has(part)
         }
         return TextEncoders(tokenizers, encoders)
 
@@ -287,13 +287,13 @@ class FileSource(Source):
 
         return self._load(AutoencoderKL, subfolder="vae", torch_dtype=dtype)
 
-    def load_text(self, dtype: torch.dtype) -> TextEncoders:
+    def load_text(self, dtype: torch.dtype, *, without: Collection[str] = ()) -> TextEncoders:
         own = self.architecture
         without: dict[str, Any] = {own.denoiser: None, "vae": None, **own.arguments}
         pipeline = self._load(own.pipeline_class(), torch_dtype=dtype, **without)
         return TextEncoders(
-            {part: getattr(pipeline, part) for part in own.tokenizers},
-            {part: getattr(pipeline, part) for part in own.encoders},
+            {part: getattr(pipeline, part) for part in own.tokenizers if part not in without},
+            {part: getattr(pipeline, part) for part in own.encoders if part not in without},
         )
 
     def _load(self, kind: Any, **arguments: Any) -> Any:

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from ..core.batch import Conditioning
 from ..core.errors import UserError
-from ..core.second_time import PREFIX, add_second_time, telling
+from ..core.second_time import add_second_time, telling
 from ._architecture import Architecture
 from ._diffusers import DiffusersFamily
-from ._inside import check_guidance, outputs_inside
+from ._networks import check_guidance, outputs_inside, own_state
 from ._pictures import guidance_scale_embedding
 from ._source import empty_denoiser
 
@@ -110,18 +110,13 @@ class UNetFamily(DiffusersFamily):
             lambda: self.predict(unet, x_t, time, cond),
             # a down block says what skips over to the up blocks as well
             pick=lambda output: output[0] if isinstance(output, tuple) else output,
+            stop=True,
         )
 
     def feature_channels(self, network: nn.Module) -> list[int]:
         unet: Any = network
         widths = list(unet.config.block_out_channels)
         return [*widths, widths[-1]]
-
-
-def own_state(network: nn.Module) -> dict[str, Tensor]:
-    """Copies in fp32 of a network's own weights, without second times."""
-    own = {name: value for name, value in network.state_dict().items() if not name.startswith(PREFIX)}
-    return {name: value.detach().to(torch.float32, copy=True) for name, value in own.items()}
 
 
 def copy_unet(architecture: Architecture, teacher: Any, *, guidance_embedding: bool, second_time: bool) -> Any:
