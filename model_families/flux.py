@@ -216,9 +216,8 @@ def unpack(packed: Tensor, height: int, width: int) -> Tensor:
 
 def patch_ids(height: int, width: int, *, like: Tensor) -> Tensor:
     """(0, row, column) of each patch of latents of `height` and `width`, shape (h/2 w/2, 3)."""
-    rows, columns = torch.arange(height // 2), torch.arange(width // 2)
-    grid = torch.stack(torch.meshgrid(torch.zeros(1), rows, columns, indexing="ij"), dim=-1)
-    return grid.reshape(-1, 3).to(like)
+    axes = (torch.arange(edge, device=like.device) for edge in (1, height // 2, width // 2))
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, 3).to(like)
 
 
 def _without_mu(set_timesteps: Any) -> Any:
