@@ -216,6 +216,7 @@ class DiffusersFamily(DiffusersModel):
             self.settings,
             info,
             variant=self.config.variant,
+            absent=[part for part in self.architecture.optional if part in self.left_out or not self._source.has(part)],
             neutral=self.flow_needs_help,
             call=call,
         )

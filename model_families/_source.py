@@ -55,6 +55,10 @@ class Source(ABC):
         """Raise UserError unless it is a model of the architecture in safetensors; reads no weights."""
 
     @abstractmethod
+    def has(self, part: str) -> bool:
+        """Whether the model has this component; only those that are optional are looked for."""
+
+    @abstractmethod
     def digest(self, part: str) -> str:
         """Hash of what decides the output of ``text``, ``vae`` or ``denoiser``."""
 
@@ -111,7 +115,6 @@ class FolderSource(Source):
         self.architecture.check(self.name, self.config)
 
     def has(self, part: str) -> bool:
-        """Whether the model has this component; only those that are optional are looked for."""
         return part not in self.architecture.optional or has_part(self.config("model_index.json"), part)
 
     def weights_variant(self, part: str) -> str | None:
@@ -242,6 +245,9 @@ class FileSource(Source):
             config |= _scheduler_flags(self.header())
         return config
 
+    def has(self, part: str) -> bool:
+        return self.configs.has(part)
+
     def header(self) -> dict[str, Any]:
         """Names, types and shapes of the tensors, read without the weights."""
         return read_header(Path(self.name))
@@ -289,8 +295,8 @@ class FileSource(Source):
 
     def load_text(self, dtype: torch.dtype, *, without: Collection[str] = ()) -> TextEncoders:
         own = self.architecture
-        without: dict[str, Any] = {own.denoiser: None, "vae": None, **own.arguments}
-        pipeline = self._load(own.pipeline_class(), torch_dtype=dtype, **without)
+        absent: dict[str, Any] = {own.denoiser: None, "vae": None, **own.arguments}
+        pipeline = self._load(own.pipeline_class(), torch_dtype=dtype, **absent)
         return TextEncoders(
             {part: getattr(pipeline, part) for part in own.tokenizers if part not in without},
             {part: getattr(pipeline, part) for part in own.encoders if part not in without},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..core.second_time import SCHEDULER
@@ -18,6 +18,7 @@ def usage_snippet(
     info: ExportInfo,
     *,
     variant: str | None,
+    absent: Sequence[str],
     neutral: bool,
     call: Mapping[str, Any],
 ) -> str:
@@ -28,6 +29,7 @@ def usage_snippet(
         settings: The model that the student was made from.
         info: What was exported.
         variant: Of the model's files.
+        absent: Parts that the pipeline is loaded without.
         neutral: Whether the pipeline asks its scheduler for two attributes that flow schedulers lack.
         call: Arguments of the pipeline's call after the prompt.
     """
@@ -42,7 +44,11 @@ def usage_snippet(
     lines += ['dtype = torch.float16 if device == "cuda" else torch.float32']
     hub = "from the hub: huggingface_hub.snapshot_download(id)" if flow_map else "or its hub id"
     lines += [f'student = "student"  # the folder of this file, {hub}']
-    lines += _load_lora(architecture, settings, info, variant) if lora else _load_full(architecture, flow_map)
+    without = "".join(f", {part}=None" for part in absent)
+    if lora:
+        lines += _load_lora(architecture, settings, info, variant, without)
+    else:
+        lines += _load_full(architecture, flow_map, without)
     if flow_map:
         lines += ['run_path(f"{student}/flow_map.py")["attach"](pipe, student)  # its scheduler, its second time']
     elif neutral:
@@ -51,8 +57,8 @@ def usage_snippet(
     return "\n".join([*lines, *_call(call)]) + "\n"
 
 
-def _load_full(architecture: Architecture, flow_map: bool) -> list[str]:
-    extra = ", scheduler=None" if flow_map else ""
+def _load_full(architecture: Architecture, flow_map: bool, without: str) -> list[str]:
+    extra = without + (", scheduler=None" if flow_map else "")
     return [f"pipe = {architecture.pipeline}.from_pretrained(student, torch_dtype=dtype{extra}).to(device)"]
 
 

