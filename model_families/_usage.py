@@ -62,8 +62,10 @@ def _load_full(architecture: Architecture, flow_map: bool, without: str) -> list
     return [f"pipe = {architecture.pipeline}.from_pretrained(student, torch_dtype=dtype{extra}).to(device)"]
 
 
-def _load_lora(architecture: Architecture, settings: ModelSettings, info: ExportInfo, variant: str | None) -> list[str]:
-    extra = f", variant={variant!r}" if variant else ""
+def _load_lora(
+    architecture: Architecture, settings: ModelSettings, info: ExportInfo, variant: str | None, without: str
+) -> list[str]:
+    extra = without + (f", variant={variant!r}" if variant else "")
     extra += f", config={settings.config_source!r}" if settings.config_source else ""
     lines = []
     if settings.vae:
