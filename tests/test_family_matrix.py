@@ -28,7 +28,7 @@ CHOSEN = {
     "flux without guidance": MODELS["flux-schnell"],
 }
 """A model or two of each family."""
-CHEAPER = {name: SETTINGS[name] for name in ("dmd2", "progressive")}
+CHEAPER = {name: SETTINGS[name] for name in ("dmd2", "kd", "progressive")}
 METHODS = [name for name in registry().names("method") if name != "recipe"]
 EVERY = [(name, method, kind) for name in CHOSEN for method in METHODS for kind in ("lora", "full")]
 CELLS = [cell for cell in EVERY if hole(registry(), cell[1], CHOSEN[cell[0]].family, cell[2]) is None]
