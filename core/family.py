@@ -110,6 +110,8 @@ class ModelFamily(ABC):
     """Module names (suffixes) that a LoRA adapts unless the user says otherwise."""
     pixel_multiple: ClassVar[int] = 8
     """Edges of pictures must be multiples of this, for any model of the family (an instance may be laxer)."""
+    default_guidance: ClassVar[float] = 5.0
+    """Guidance scale that its pictures are usually made with; the teacher's, where a run names none."""
     miniature: ClassVar[Path | None] = None
     """Folder of the trained miniature that ships with the package: model, ``recipe.json`` with run defaults."""
 
@@ -153,9 +155,9 @@ class ModelFamily(ABC):
         """Pixels per latent along an edge, of the loaded model (the autoencoder's compression)."""
 
     @property
-    def default_guidance(self) -> float:
-        """Guidance scale that the model's pictures are usually made with; the teacher's, where a run names none."""
-        return 5.0
+    def usual_guidance(self) -> float:
+        """Guidance scale that pictures of this very model are usually made with."""
+        return self.default_guidance
 
     @property
     def guided_by_input(self) -> bool:

@@ -104,7 +104,7 @@ class DiffusersFamily(DiffusersModel):
         embedded = self.takes_guidance(network)
         call = call_arguments(
             sampler,
-            own=(self.default_steps, self.default_guidance),
+            own=(self.default_steps, self.usual_guidance),
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             guidance_embedding=embedded,

@@ -29,10 +29,7 @@ class StableDiffusion(UNetFamily):
         lora=True, full=True, guidance_embedding=True, second_time=True, features=True
     )
     embed_keys: ClassVar[tuple[str, ...]] = ("prompt_embeds",)
-
-    @property
-    def default_guidance(self) -> float:
-        return 7.5
+    default_guidance: ClassVar[float] = 7.5
 
     def encode(self, text: TextEncoders, prompts: Sequence[str]) -> Conditioning:
         tokenizer, encoder = text.pairs()[0]

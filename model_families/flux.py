@@ -63,6 +63,7 @@ class Flux(TransformerFamily):
         lora=True, full=True, guidance_embedding=True, second_time=True, features=True
     )
     lora_targets: ClassVar[tuple[str, ...]] = (*LORA_TARGETS, "proj_mlp", "proj_out")
+    default_guidance: ClassVar[float] = 3.5
     architecture: ClassVar[Architecture] = Architecture(
         title="a FLUX.1",
         pipeline="FluxPipeline",
@@ -88,7 +89,7 @@ class Flux(TransformerFamily):
         return bool(self.denoiser_config.get("guidance_embeds", False))
 
     @property
-    def default_guidance(self) -> float:
+    def usual_guidance(self) -> float:
         return self.config.embedded_guidance if self.guided_by_input else 1.0
 
     @property

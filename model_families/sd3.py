@@ -48,6 +48,7 @@ class SD3(TransformerFamily):
 
     name: ClassVar[str] = "sd3"
     capabilities: ClassVar[Capabilities] = Capabilities(lora=True, full=True, second_time=True, features=True)
+    default_guidance: ClassVar[float] = 7.0
     architecture: ClassVar[Architecture] = Architecture(
         title="a Stable Diffusion 3",
         pipeline="StableDiffusion3Pipeline",
@@ -74,10 +75,6 @@ class SD3(TransformerFamily):
         half precision, and long prompts are understood less well."""
         max_sequence_length: int = Field(default=PIPELINE_TOKENS, ge=1, le=512)
         """Tokens of a prompt that T5 reads; the rest is cut off. Fewer make smaller caches and faster steps."""
-
-    @property
-    def default_guidance(self) -> float:
-        return 7.0
 
     @property
     def default_steps(self) -> int:

@@ -53,7 +53,7 @@ class FakeFamily(ModelFamily):
     name: ClassVar[str] = "fake"
     capabilities: ClassVar[Capabilities] = Capabilities()
     lora_targets: ClassVar[tuple[str, ...]] = ()
-    default_guidance = 7.0
+    default_guidance: ClassVar[float] = 7.0
     prediction_type = "epsilon"
     schedule: Any = None
     latent_channels = 4
