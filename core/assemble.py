@@ -53,6 +53,7 @@ def model_settings(configuration: Configuration, *, source: str | None = None) -
         device=resolve_device(run.device),
         revision=run.revision,
         config_source=str(run.model_config_source) if run.model_config_source else None,
+        resolution=data_resolution(configuration) if configuration.datasets else None,
     )
 
 
@@ -122,6 +123,11 @@ def default_resolution(configuration: Configuration) -> tuple[int, int]:
         return run.validation_resolution[0]
     if not configuration.datasets:
         raise UserError("there is no dataset to take a resolution from", "set validation_resolution=1024x1024")
+    return data_resolution(configuration)
+
+
+def data_resolution(configuration: Configuration) -> tuple[int, int]:
+    """(width, height) in pixels of a square picture of the first dataset."""
     dataset = configuration.datasets[0]
     multiple = dataset.aspect_bucket_alignment
     edge = max(1, round(dataset.square_edge / multiple)) * multiple

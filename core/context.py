@@ -146,7 +146,7 @@ class Context:
     def teacher_cfg(
         self, x_t: Tensor, t: Tensor, cond: Conditioning, scale: Tensor, *, role: str = "teacher"
     ) -> Prediction:
-        """The teacher with classifier-free guidance, both halves in one batched call.
+        """The guided teacher: classifier-free, both halves in one batched call, or by the input that it has for it.
 
         Args:
             x_t: Noised latents, shape (B, ...).
@@ -155,6 +155,8 @@ class Context:
             scale: g of uncond + g (cond - uncond), shape (B,).
             role: Whose network is guided.
         """
+        if self._runtime.family.guided_by_input:
+            return self.predict(role, x_t, t, cond, guidance=scale - 1)
         return guide(*self.with_and_without(role, x_t, t, cond), scale)
 
     def with_and_without(self, role: str, x_t: Tensor, t: Tensor, cond: Conditioning) -> tuple[Prediction, Prediction]:

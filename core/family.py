@@ -45,6 +45,8 @@ class ModelSettings:
         device: Where the networks run.
         revision: Revision of a hub model.
         config_source: Local folder with configs and tokenizers for a single-file model where there is no hub.
+        resolution: (width, height) in pixels of the run's pictures, for schedules that depend on it; None where the
+            run names none.
     """
 
     source: str
@@ -54,6 +56,7 @@ class ModelSettings:
     device: str = "cpu"
     revision: str | None = None
     config_source: str | None = None
+    resolution: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -151,6 +154,16 @@ class ModelFamily(ABC):
     def scale_factor(self) -> int:
         """Pixels per latent along an edge, of the loaded model (the autoencoder's compression)."""
 
+    @property
+    def usual_guidance(self) -> float:
+        """Guidance scale that pictures of this very model are usually made with."""
+        return self.default_guidance
+
+    @property
+    def guided_by_input(self) -> bool:
+        """Whether the teacher takes the guidance scale as an input of its own: guided, it is called once."""
+        return False
+
     # -- encoders ---------------------------------------------------------------------------------------------------
 
     @abstractmethod
@@ -231,6 +244,7 @@ class ModelFamily(ABC):
             time: Shape (B,), what the network is fed (:meth:`Schedule.network_time`).
             cond: As :meth:`condition` returned it, B in front.
             guidance: Shape (B,), the paper's w (guidance scale minus one), only for networks with a guidance embedding.
+                A teacher that has one of its own (:attr:`guided_by_input`) may be called without: at its usual scale.
             second_time: Shape (B,), r as the network is fed it (:meth:`Schedule.network_time`), only for networks with
                 a second time (:meth:`add_second_time`). None: no embedding of it is applied.
         """

@@ -169,6 +169,7 @@ class FlowMapScheduler(SchedulerMixin, ConfigMixin):
         rescale_betas_zero_snr: Whether the last alpha is 0.
         prediction_type: ``epsilon``, ``v_prediction``, ``sample``, or ``flow`` (eps - x_0, without betas).
         shift: Resolution shift of the grid of a flow.
+        use_flow_sigmas: Asks pipelines that bring times of their own to leave them to the scheduler.
     """
 
     order = 1
@@ -186,6 +187,7 @@ class FlowMapScheduler(SchedulerMixin, ConfigMixin):
         rescale_betas_zero_snr: bool = False,
         prediction_type: str = "epsilon",
         shift: float = 1.0,
+        use_flow_sigmas: bool = True,
     ) -> None:
         self._flow = prediction_type == "flow"
         self._kind, self._T, self._shift = prediction_type, num_train_timesteps, shift
@@ -205,8 +207,12 @@ class FlowMapScheduler(SchedulerMixin, ConfigMixin):
         device: str | torch.device | None = None,
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
+        mu: float | None = None,
     ) -> None:
-        """Choose the times: so many steps, or falling times of the network, or (on a flow) falling sigmas."""
+        """Choose the times: so many steps, or falling times of the network, or (on a flow) falling sigmas.
+
+        `mu`, a shift by the resolution that some pipelines tell every scheduler, has no effect: ``shift`` stands.
+        """
         if sigmas is not None:
             if not self._flow:
                 raise ValueError("sigmas are for flow models; give timesteps")

@@ -134,4 +134,4 @@ def repeat(embeds: Conditioning, count: int) -> Conditioning:
 
 def teacher_recipe(family: ModelFamily, steps: int, guidance: float | None) -> Recipe:
     """The teacher with the model's own scheduler, at the given guidance or the family's usual one."""
-    return Recipe("teacher", "teacher", None, steps, family.default_guidance if guidance is None else guidance)
+    return Recipe("teacher", "teacher", None, steps, family.usual_guidance if guidance is None else guidance)

@@ -233,7 +233,7 @@ def test_the_sampler_has_the_teachers_steps_and_a_guidance_of_the_range(schedule
 
 def test_with_the_models_own_spacing_ddim_is_the_models_own_euler():
     """The student's sampler makes the teacher's picture: SDXL's Euler scheduler, in DDIM's clothes."""
-    from distill.model_families._sdxl_pictures import build_scheduler
+    from distill.model_families._schedulers import build_scheduler
     from support.closed_form import SDXL
 
     model = {

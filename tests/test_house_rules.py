@@ -224,7 +224,7 @@ def test_every_hook_is_described_documented_and_exercised(hook):
     assert any(re.search(rf"\b{name}\b", path.read_text(encoding="utf-8")) for path in tests), f"no test uses {name}"
 
 
-@pytest.mark.parametrize("page", ["config.md", "hooks.md", "plugins.md"])
+@pytest.mark.parametrize("page", ["config.md", "hooks.md", "matrix.md", "plugins.md"])
 def test_generated_pages_are_up_to_date(page):
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
     assert text == docs.pages()[page], "run: python -m distill.core.config.docs docs"

@@ -1,69 +1,28 @@
 """What every registered method promises, on a random tiny SDXL in float64, as a LoRA and in full.
 
-A method that is registered is here by itself, with its defaults; ``SETTINGS`` makes some cheaper and adds variants.
-What a method refuses is said in the summary of warnings, with its reason.
+A method that is registered is here by itself, with its defaults; ``support/cases.py`` makes some cheaper and adds
+variants. What a method refuses is said in the summary of warnings, with its reason.
 """
 
 from __future__ import annotations
 
 import warnings
-from functools import cache
 from types import SimpleNamespace
 
 import pytest
 import torch
 from distill.core.config.requirements import check_requirements
 from distill.core.config.run_settings import RunSettings
-from distill.core.errors import UserError
 from distill.core.family import ExportInfo
 from distill.core.method import MethodSetup
-from distill.core.plugins import Registry
 from distill.model_families.sdxl import SDXL
+from support.cases import SETTINGS, config_of, found_of, refusal, registry
 from support.pairs import distill, said
-from support.recipes import recipe, term
 from support.tiny_sdxl import EDGE, write_tiny_sdxl
 from support.trial import LORA, base_weights, held_bytes, make_trial, own_weights, same
 
 STEPS, HALF = 4, 2
 """Optimizer steps of a trial, and where it is stopped and resumed: inside the second stage of methods with two."""
-SHORT_DMD2 = {"fake_updates_per_student_update": 2, "num_inference_steps": 2}
-SETTINGS = {
-    "tcd/segments": {"segments": [2, 1], "adversarial_weight": [0.0, 0.5], "stage_shares": [1, 3]},
-    "dmd2": SHORT_DMD2,
-    "dmd2/gan": {**SHORT_DMD2, "gan_weight": 0.1, "divergence": "js"},
-    "dmd2/sid": {**SHORT_DMD2, "loss": "sid", "guidance_scale": 2.0},
-    "progressive": {"student_steps": [4, 2], "stage_shares": [1, 3]},
-    "guidance": {"w_min": 2.0, "w_max": 6.0},
-    "meanflow": {"w_min": 2.0, "w_max": 6.0},
-    "meanflow/difference": {"derivative": "difference"},
-    "kd": {"num_inference_steps": 2, "loss_type": "huber"},
-}
-"""Method, and a variant's name where there are several -> settings."""
-TERMS = (term("pcm", 1.0, adversarial_weight=0.0), term("dmd2", {0: 0.0, 2: 0.5}, **SHORT_DMD2))
-
-
-@cache
-def registry():
-    return Registry.load(installed=False)
-
-
-def found_of(case):
-    return registry().get("method", case.partition("/")[0])
-
-
-def config_of(case):
-    return recipe(registry(), *TERMS) if case == "recipe" else found_of(case).Config(**SETTINGS.get(case, {}))
-
-
-def refusal(case, model_type):
-    try:
-        found_of(case).requires(config_of(case), MethodSetup(model_type))
-        found_of(case).roles(config_of(case), MethodSetup(model_type))
-    except UserError as error:
-        return error
-    return None
-
-
 EVERY = [(case, kind) for case in sorted({*registry().names("method"), *SETTINGS}) for kind in ("lora", "full")]
 CELLS = [cell for cell in EVERY if refusal(*cell) is None]
 

@@ -66,7 +66,7 @@ def test_two_equal_steps_are_one():
 @pytest.mark.parametrize("num_steps", [1, 2, 4, 8, 25, 16, 32, 3])
 @pytest.mark.parametrize("schedule", [TABLE, ZERO_SNR], ids=["table", "zero-snr"])
 def test_the_walk_is_that_of_diffusers_ddim(schedule, num_steps):
-    from distill.model_families._sdxl_pictures import build_scheduler
+    from distill.model_families._schedulers import build_scheduler
 
     method = Progressive(settings(4, 2), MethodSetup("lora"))
     sampler = method.sampler(schedule, num_inference_steps=num_steps)
@@ -99,7 +99,7 @@ def test_the_walk_is_that_of_diffusers_ddim(schedule, num_steps):
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_on_a_flow_the_sampler_walks_the_training_times(shift):
-    from distill.model_families._sdxl_pictures import build_scheduler
+    from distill.model_families._schedulers import build_scheduler
 
     schedule = FlowSchedule(shift=shift)
     method = Progressive(settings(4, 2), MethodSetup("lora"))

@@ -8,7 +8,8 @@ import pytest
 import torch
 from distill.core.family import MicroConditioning, ModelSettings
 from distill.core.method import Sampler
-from distill.model_families.sdxl import LCM_TARGETS, SDXL
+from distill.model_families._unet import LORA_TARGETS
+from distill.model_families.sdxl import SDXL
 from support.tiny_sdxl import EDGE, SCALE_FACTOR, write_tiny_sdxl
 
 PROMPTS = ["a red fox", "two blue boats on a lake in the evening sun", ""]
@@ -255,7 +256,7 @@ def test_the_network_is_frozen_in_eval_mode_and_needs_no_encoders(tiny):
 
 def test_every_lcm_target_names_modules_of_the_real_architecture(family):
     names = [name for name, _ in family.load_network().named_modules()]
-    for target in LCM_TARGETS:
+    for target in LORA_TARGETS:
         assert any(name.endswith(f".{target}") for name in names), target
 
 
@@ -296,7 +297,7 @@ def test_guidance_and_its_embedding_go_together(family):
 
 
 def test_guidance_embedding_is_diffusers_own(pipeline):
-    from distill.model_families._sdxl_pictures import guidance_scale_embedding
+    from distill.model_families._pictures import guidance_scale_embedding
 
     w = torch.tensor([0.0, 0.37, 7.5, 14.0])
     expected = pipeline.get_guidance_scale_embedding(w, embedding_dim=256)
@@ -415,7 +416,7 @@ def test_guidance_embedding_is_fed_by_the_pipeline_as_scale_minus_one(family):
     embeds = family.encode_prompts(PROMPTS[:1])
     call = {"sampler": sampler, "seeds": [0], "width": EDGE, "height": EDGE}
     default = family.generate(student, embeds, **call)
-    from distill.model_families._sdxl_pictures import guidance_scale_embedding
+    from distill.model_families._pictures import guidance_scale_embedding
 
     assert len(seen) == 2, "one call each step: no second pass for guidance"
     torch.testing.assert_close(seen[0], guidance_scale_embedding(torch.tensor([7.0]), 256), rtol=0, atol=1e-5)

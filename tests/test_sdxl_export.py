@@ -7,7 +7,8 @@ import torch
 from distill.core.errors import UserError
 from distill.core.family import ExportInfo, ExtraLora, LoraSettings, ModelSettings
 from distill.core.method import Sampler
-from distill.model_families.sdxl import LCM_TARGETS, SDXL
+from distill.model_families._unet import LORA_TARGETS
+from distill.model_families.sdxl import SDXL
 from support.tiny_sdxl import EDGE, write_tiny_sdxl
 
 PROMPTS = ["a red fox", "two boats"]
@@ -57,7 +58,7 @@ def pictures(pipeline, **arguments):
     return pipeline(PROMPTS, generator=generators, output_type="pt", **settings).images
 
 
-def with_adapter(network, name, *, rank=4, alpha=12.0, targets=LCM_TARGETS, seed=0):
+def with_adapter(network, name, *, rank=4, alpha=12.0, targets=LORA_TARGETS, seed=0):
     """An adapter whose weights are all random, as after training."""
     from peft import LoraConfig
 
@@ -250,10 +251,12 @@ def test_teacher_loras_change_the_fingerprints_of_what_they_change(tiny, style):
     assert fused.fingerprint("denoiser") != make(tiny, teacher_lora=((str(style), 0.8),)).fingerprint("denoiser")
 
 
-def test_a_lora_in_kohyas_format_keeps_its_alpha(tiny, tmp_path):
+@pytest.mark.parametrize("block", ["down_blocks_1_attentions_0", "input_blocks_4_1"])
+def test_a_lora_in_kohyas_format_keeps_its_alpha(tiny, tmp_path, block):
+    """Blocks named as diffusers does, or as the original code."""
     from safetensors.torch import save_file
 
-    name = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"
+    name = f"lora_unet_{block}_transformer_blocks_0_attn1_to_q"
     down, up = torch.randn(2, 32), torch.randn(32, 2)
     state = {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(1.0)}
     save_file(state, tmp_path / "kohya.safetensors")

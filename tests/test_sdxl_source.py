@@ -262,7 +262,7 @@ def test_fingerprints_tell_precisions_and_noise_apart(tiny):
 
 
 def test_large_files_are_hashed_by_pieces_over_their_whole_length(tmp_path, monkeypatch):
-    from distill.model_families import _sdxl_files as files
+    from distill.model_families import _files as files
 
     monkeypatch.setattr(files, "WHOLE_BYTES", 1000)
     monkeypatch.setattr(files, "CHUNKS", 8)

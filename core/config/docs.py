@@ -8,14 +8,15 @@ import inspect
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel
 
 from .dataset_settings import COLUMN_KEYS, DatasetSettings
 from .findings import expectation
 from .normalise import NOT_YET, RUN_ALIASES
-from .run_settings import DataKeys, ModelKeys, OutputKeys, TrainingKeys
+from .requirements import check_requirements
+from .run_settings import DataKeys, ModelKeys, OutputKeys, RunSettings, TrainingKeys
 
 if TYPE_CHECKING:
     from ..plugins import Registry
@@ -124,12 +125,52 @@ def hooks_page() -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def matrix_page(registry: Registry) -> str:
+    """``docs/matrix.md``: which method runs on which family, with the reason for every hole."""
+    families, reasons = registry.names("family"), list[str]()
+    lines = [f"| method | trains | {' | '.join(families)} |", "| --- | --- |" + " --- |" * len(families)]
+    made_of_others = []
+    for method in registry.names("method"):
+        if any(info.is_required() for info in registry.get("method", method).Config.model_fields.values()):
+            made_of_others.append(f"`{method}`")
+            continue
+        for model_type in ("lora", "full"):
+            cells = [hole(registry, method, family, model_type) for family in families]
+            reasons += [reason for reason in dict.fromkeys(cells) if reason and reason not in reasons]
+            marks = ["yes" if reason is None else f"no ({reasons.index(reason) + 1})" for reason in cells]
+            lines.append(f"| {method} | {model_type} | {' | '.join(marks)} |")
+    parts = [
+        GENERATED,
+        "# Which method on which family",
+        "With the methods' default settings. What is missing is said before weights load.",
+        "\n".join(lines),
+        "\n".join(f"{number}. {reason}" for number, reason in enumerate(reasons, 1)),
+        f"{', '.join(made_of_others)}: wherever all of its terms run.",
+        "`pytest -m slow tests/test_family_matrix.py` trains each cell on a random tiny model: the student moves, the "
+        "teacher stays bitwise, a checkpoint resumes, pictures are sampled.",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def hole(registry: Registry, method: str, family: str, model_type: Literal["lora", "full"]) -> str | None:
+    """Why `method` cannot run on `family` with its default settings; None where it can."""
+    found = registry.get("method", method)
+    run = RunSettings(model_type=model_type)
+    findings, _ = check_requirements(found, found.Config(), registry.get("family", family), run)
+    return findings[0].problem if findings else None
+
+
 def pages() -> dict[str, str]:
     """File name -> text of every generated page."""
     from ..plugins import Registry
 
     registry = Registry.load(installed=False)
-    return {"config.md": config_page(), "hooks.md": hooks_page(), "plugins.md": plugins_page(registry)}
+    return {
+        "config.md": config_page(),
+        "hooks.md": hooks_page(),
+        "matrix.md": matrix_page(registry),
+        "plugins.md": plugins_page(registry),
+    }
 
 
 def main(folder: str) -> None:

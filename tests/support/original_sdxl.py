@@ -1,9 +1,10 @@
-"""Writes a diffusers-layout SDXL as one file in the original (sgm) layout, as published checkpoints have it."""
+"""Writes a Stable Diffusion (XL, or before) as one file in the original layout, as published checkpoints have it."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -40,21 +41,17 @@ OPEN_CLIP = {
 def write_single_file(folder: Path, path: Path, *, markers: tuple[str, ...] = ()) -> Path:
     """The model in `folder` as one safetensors file; `markers` are empty tensors as ``v_pred``."""
     import torch
-    from diffusers import StableDiffusionXLPipeline
+    from diffusers import DiffusionPipeline
     from safetensors.torch import save_file
 
-    pipeline = StableDiffusionXLPipeline.from_pretrained(folder)
+    pipeline: Any = DiffusionPipeline.from_pretrained(folder)
     blocks = len(pipeline.unet.config.block_out_channels)
     layers = pipeline.unet.config.layers_per_block
     levels = len(pipeline.vae.config.block_out_channels)
-    first = {
-        f"text_model.{key.removeprefix('text_model.')}": v for key, v in pipeline.text_encoder.state_dict().items()
-    }
     parts = {
         "model.diffusion_model.": {unet_key(k, layers, blocks): v for k, v in pipeline.unet.state_dict().items()},
         "first_stage_model.": {vae_key(k, levels): v for k, v in pipeline.vae.state_dict().items()},
-        "conditioner.embedders.0.transformer.": first,
-        "conditioner.embedders.1.model.": open_clip(pipeline.text_encoder_2.state_dict()),
+        **text_parts(pipeline),
     }
     state = {prefix + key: value.contiguous() for prefix, part in parts.items() for key, value in part.items()}
     for key, value in state.items():
@@ -62,6 +59,18 @@ def write_single_file(folder: Path, path: Path, *, markers: tuple[str, ...] = ()
             state[key] = value[:, :, None, None].contiguous()
     save_file({**state, **{marker: torch.zeros(0) for marker in markers}}, path)
     return path
+
+
+def text_parts(pipeline: Any) -> dict[str, dict[str, Tensor]]:
+    """Prefix -> tensors of each text encoder."""
+    state = pipeline.text_encoder.state_dict()
+    first = {f"text_model.{key.removeprefix('text_model.')}": value for key, value in state.items()}
+    if hasattr(pipeline, "text_encoder_2"):
+        second = open_clip(pipeline.text_encoder_2.state_dict())
+        return {"conditioner.embedders.0.transformer.": first, "conditioner.embedders.1.model.": second}
+    if pipeline.unet.config.use_linear_projection:
+        return {"cond_stage_model.model.": open_clip(state)}
+    return {"cond_stage_model.transformer.": first}
 
 
 def unet_key(key: str, layers: int, blocks: int) -> str:
@@ -114,7 +123,8 @@ def open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """OpenCLIP's names: the three projections of an attention in one tensor, the text projection transposed."""
     import torch
 
-    result: dict[str, Tensor] = {"text_projection": state["text_projection.weight"].T}
+    projection = state.get("text_projection.weight")
+    result: dict[str, Tensor] = {} if projection is None else {"text_projection": projection.T}
     for key, value in state.items():
         name = key.removeprefix("text_model.")
         if name.startswith(("text_projection", "embeddings.position_ids")) or re.search(r"self_attn\.[kv]_proj", name):

@@ -15,6 +15,7 @@ class PathFamily(FakeFamily):
     """Counts loads and predictions; `stop_after` predictions it is interrupted."""
 
     schedule, prediction_type, default_guidance = TABLE, "epsilon", 5.0
+    guided_by_input = False
     settings = ModelSettings("paths")
 
     def __init__(self, *, denoiser: str = "d1", stop_after: int | None = None, **prints) -> None:

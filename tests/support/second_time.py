@@ -27,12 +27,12 @@ def trained(module, *, seed=0, std=0.05):
 
 def add_lora(network, name, *, seed=0, std=0.05):
     """An adapter that does something."""
-    from distill.model_families.sdxl import LCM_TARGETS
+    from distill.model_families._unet import LORA_TARGETS
     from peft import LoraConfig
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network.add_adapter(LoraConfig(r=4, lora_alpha=8.0, target_modules=list(LCM_TARGETS)), adapter_name=name)
+        network.add_adapter(LoraConfig(r=4, lora_alpha=8.0, target_modules=list(LORA_TARGETS)), adapter_name=name)
     generator = torch.Generator().manual_seed(seed)
     for key, parameter in network.named_parameters():
         if f".{name}." in key and "lora_" in key:

@@ -1,4 +1,4 @@
-"""Any method at work on a random tiny SDXL in float64: its roles, stages and optimizers, every update watched."""
+"""Any method at work on a random tiny model in float64 (SDXL unless another is named), every update watched."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ from distill.model_families.sdxl import SDXL
 from torch import Tensor
 
 LORA = LoraSettings(rank=4, alpha=8.0)
-LATENT = (4, 4, 4)
+EDGE = 4
+"""Latents along an edge."""
+LATENT = (4, EDGE, EDGE)
+"""Of SDXL."""
 SIZE = 4
 """Samples of a step."""
 
@@ -73,7 +76,7 @@ class WatchedLoop(Loop):
 class Trial:
     """A method at work."""
 
-    family: SDXL
+    family: Any
     method: Any
     networks: Networks
     loop: WatchedLoop
@@ -104,10 +107,10 @@ class Trial:
 
 def make_trial(
     folder: Path, found: Any, config: Any, model_type: Any, *, total_steps: int = 4, checkpointing: bool = False,
-    watching: bool = False,
+    watching: bool = False, family: Any = None,
 ) -> Trial:  # fmt: skip
     """A method with these settings; every role is shaken, so that no two of them agree."""
-    family = SDXL(SDXL.Config(), ModelSettings(str(folder)))
+    family = SDXL(SDXL.Config(), ModelSettings(str(folder))) if family is None else family
     setup = MethodSetup(model_type, prediction_type=family.prediction_type)
     stages = found.stages(config, total_steps=total_steps)
     networks = Networks(
@@ -143,23 +146,25 @@ def _shake(parameters: dict[str, Any], *, seed: int) -> None:
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=g))
 
 
-def make_batch(family: SDXL, step: int, *, pictures: bool, points: int = 0) -> Batch:
+def make_batch(family: Any, step: int, *, pictures: bool, points: int = 0) -> Batch:
     """Four samples with prompts of their own; without latents where there are no pictures, with paths where asked."""
     g = torch.Generator().manual_seed(step)
     embeds = family.encode_prompts([f"a red thing number {i + SIZE * step}" for i in range(SIZE)])
     sizes = [(64 + i, 48) for i in range(SIZE)]
     micro = MicroConditioning(sizes, [(i, 0) for i in range(SIZE)], [(8, 8)] * SIZE)
     cond = {name: value.double() for name, value in family.condition(embeds, micro).items()}
-    latents = torch.randn(SIZE, *LATENT, generator=g).double() if pictures else None
+    shape = (family.latent_channels, EDGE, EDGE)
+    latents = torch.randn(SIZE, *shape, generator=g).double() if pictures else None
     keys, positions = tuple(f"set/{i}" for i in range(SIZE)), tuple(range(SIZE))
-    return Batch(latents, cond, keys, positions, latent_shape=LATENT, pairs=_paths(family, cond, points, g))
+    return Batch(latents, cond, keys, positions, latent_shape=shape, pairs=_paths(family, cond, points, g))
 
 
-def _paths(family: SDXL, cond: Any, points: int, g: torch.Generator) -> Pairs | None:
+def _paths(family: Any, cond: Any, points: int, g: torch.Generator) -> Pairs | None:
     """Paths of nobody's: twice as many points as are needed, so that a method must take its own."""
     if not points:
         return None
-    path, data = torch.randn(SIZE, 2 * points + 1, *LATENT, generator=g).double().split([2 * points, 1], 1)
+    shape = (family.latent_channels, EDGE, EDGE)
+    path, data = torch.randn(SIZE, 2 * points + 1, *shape, generator=g).double().split([2 * points, 1], 1)
     return Pairs(path, trailing_walk(family.schedule, 2 * points).times, data[:, 0], cond)
 
 

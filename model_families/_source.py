@@ -1,4 +1,4 @@
-"""Where an SDXL comes from: a folder in diffusers layout, a hub repository, or a single ``.safetensors`` file."""
+"""Where a model comes from: a folder in diffusers layout, a hub repository, or a single ``.safetensors`` file."""
 
 from __future__ import annotations
 
@@ -7,40 +7,36 @@ import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import UserError
-from ._sdxl_checks import check_index, check_local_folder, check_original_keys, check_unet
-from ._sdxl_files import hash_files, quiet_libraries, read_header
+from ._checks import check_index, check_local_folder, check_original_keys, has_part
+from ._files import hash_files, quiet_libraries, read_header
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers import AutoencoderKL
 
-PARTS: Mapping[str, tuple[str, ...]] = {
-    "text": ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2"),
-    "vae": ("vae",),
-    "denoiser": ("unet",),
-}
-"""Folders of each part of a model."""
-BASE_REPOSITORY = "stabilityai/stable-diffusion-xl-base-1.0"
-"""Where the configs and tokenizers of a single file come from unless a folder is named."""
-CONFIG_REMEDY = (
-    "set model_config_source to a folder in diffusers layout with the configs and tokenizers of an SDXL "
-    "(model_index.json, scheduler/, tokenizer/, tokenizer_2/ and the config.json of each network; no weights needed)"
-)
+    from ._architecture import Architecture
+
+SETTINGS = ("*.json", "*.txt", "*.model")
+"""Files beside the weights that decide what a part computes: configs, vocabularies, sentencepiece models."""
 PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth")
 
 
 @dataclass
 class TextEncoders:
-    """Both tokenizers and both encoders."""
+    """Tokenizers and encoders by the names that the pipeline gives them; those that the model lacks are left out."""
 
-    tokenizers: tuple[Any, Any]
-    encoders: tuple[Any, Any]
+    tokenizers: dict[str, Any]
+    encoders: dict[str, Any]
+
+    def pairs(self) -> list[tuple[Any, Any]]:
+        """(tokenizer, encoder) in order."""
+        return list(zip(self.tokenizers.values(), self.encoders.values(), strict=True))
 
 
 class Source(ABC):
@@ -48,6 +44,7 @@ class Source(ABC):
 
     name: str
     """As the user wrote it."""
+    architecture: Architecture
 
     @abstractmethod
     def config(self, relative: str) -> dict[str, Any]:
@@ -55,14 +52,18 @@ class Source(ABC):
 
     @abstractmethod
     def check(self) -> None:
-        """Raise UserError unless it is an SDXL in safetensors; reads no weights."""
+        """Raise UserError unless it is a model of the architecture in safetensors; reads no weights."""
+
+    @abstractmethod
+    def has(self, part: str) -> bool:
+        """Whether the model has this component; only those that are optional are looked for."""
 
     @abstractmethod
     def digest(self, part: str) -> str:
         """Hash of what decides the output of ``text``, ``vae`` or ``denoiser``."""
 
     @abstractmethod
-    def load_unet(self, dtype: torch.dtype) -> UNet2DConditionModel:
+    def load_denoiser(self, dtype: torch.dtype) -> Any:
         """The denoiser on the CPU."""
 
     @abstractmethod
@@ -70,8 +71,8 @@ class Source(ABC):
         """The autoencoder on the CPU."""
 
     @abstractmethod
-    def load_text(self, dtype: torch.dtype) -> TextEncoders:
-        """Tokenizers and text encoders on the CPU."""
+    def load_text(self, dtype: torch.dtype, *, without: Collection[str] = ()) -> TextEncoders:
+        """Tokenizers and text encoders on the CPU, but for those `without` which the user does."""
 
 
 @dataclass
@@ -79,6 +80,7 @@ class FolderSource(Source):
     """A folder in diffusers layout. Never asks the hub."""
 
     name: str
+    architecture: Architecture
     variant: str | None = None
     """Middle part of the weights' names, as ``fp16``; found by itself when only one variant lies there."""
 
@@ -103,13 +105,17 @@ class FolderSource(Source):
     def check(self) -> None:
         check_local_folder(Path(self.name))
         self.check_configs()
-        for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
-            self.weights_variant(part)
+        for part in self.architecture.networks:
+            if self.has(part):
+                self.weights_variant(part)
 
     def check_configs(self) -> None:
-        """Raise UserError unless the configs describe an SDXL with every component."""
-        check_index(self.name, self.config("model_index.json"))
-        check_unet(self.name, self.config("unet/config.json"), self.config("vae/config.json"))
+        """Raise UserError unless the configs describe a model of the architecture with every component."""
+        check_index(self.name, self.config("model_index.json"), self.architecture)
+        self.architecture.check(self.name, self.config)
+
+    def has(self, part: str) -> bool:
+        return part not in self.architecture.optional or has_part(self.config("model_index.json"), part)
 
     def weights_variant(self, part: str) -> str | None:
         """Which variant of a component's weights to read. Raises UserError without safetensors."""
@@ -136,37 +142,40 @@ class FolderSource(Source):
         )
 
     def digest(self, part: str) -> str:
-        folders = [self.component(folder) for folder in PARTS[part]]
+        folders = [self.component(folder) for folder in self.architecture.folders(part) if self.has(folder)]
         return hash_files(sorted(path for folder in folders for path in self._deciding_files(folder)))
 
     def _deciding_files(self, folder: Path) -> list[Path]:
-        configs = [path for pattern in ("*.json", "*.txt") for path in folder.glob(pattern)]
+        configs = [path for pattern in SETTINGS for path in folder.glob(pattern)]
         if not (weights := sorted(folder.glob("*.safetensors"))):
             return configs
         variant = self.weights_variant(folder.name)
         return [*configs, *(path for path in weights if _variant_of(path.name) == variant)]
 
-    def load_unet(self, dtype: torch.dtype) -> UNet2DConditionModel:
-        from diffusers import UNet2DConditionModel
-
-        return self._load(UNet2DConditionModel, "unet", torch_dtype=dtype)
+    def load_denoiser(self, dtype: torch.dtype) -> Any:
+        return self._load(self.architecture.network_class(), self.architecture.denoiser, torch_dtype=dtype)
 
     def load_vae(self, dtype: torch.dtype) -> AutoencoderKL:
         from diffusers import AutoencoderKL
 
         return self._load(AutoencoderKL, "vae", torch_dtype=dtype)
 
-    def load_text(self, dtype: torch.dtype) -> TextEncoders:
-        from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+    def load_text(self, dtype: torch.dtype, *, without: Collection[str] = ()) -> TextEncoders:
+        import transformers
 
+        own = self.architecture
         with quiet_libraries():
-            tokenizers = [
-                CLIPTokenizer.from_pretrained(self.component(part), local_files_only=True)
-                for part in ("tokenizer", "tokenizer_2")
-            ]
-        first = self._load(CLIPTextModel, "text_encoder").to(dtype)
-        second = self._load(CLIPTextModelWithProjection, "text_encoder_2").to(dtype)
-        return TextEncoders((tokenizers[0], tokenizers[1]), (first, second))
+            tokenizers = {
+                part: getattr(transformers, kind).from_pretrained(self.component(part), local_files_only=True)
+                for part, kind in own.tokenizers.items()
+                if part not in without and self.has(part)
+            }
+        encoders = {
+            part: self._load(getattr(transformers, kind), part).to(dtype)
+            for part, kind in own.encoders.items()
+            if part not in without and self.has(part)
+        }
+        return TextEncoders(tokenizers, encoders)
 
     def _load(self, kind: Any, part: str, **arguments: Any) -> Any:
         folder = self.component(part)
@@ -186,7 +195,7 @@ class HubSource(FolderSource):
         from huggingface_hub import snapshot_download
 
         weights = f"{part}/*.{self.variant}*.safetensors" if self.variant else f"{part}/*.safetensors"
-        patterns = [f"{part}/*.json", f"{part}/*.txt", weights]
+        patterns = [*(f"{part}/{pattern}" for pattern in SETTINGS), weights]
         other_variants = None if self.variant else ["*.fp16.*", "*.bf16.*", "*.non_ema.*", "*openvino*"]
         with self._reachable("download"):
             root = snapshot_download(
@@ -227,6 +236,7 @@ class FileSource(Source):
     """A single ``.safetensors`` file in the original layout; configs and tokenizers come from `configs`."""
 
     name: str
+    architecture: Architecture
     configs: FolderSource
 
     def config(self, relative: str) -> dict[str, Any]:
@@ -235,12 +245,15 @@ class FileSource(Source):
             config |= _scheduler_flags(self.header())
         return config
 
+    def has(self, part: str) -> bool:
+        return self.configs.has(part)
+
     def header(self) -> dict[str, Any]:
         """Names, types and shapes of the tensors, read without the weights."""
         return read_header(Path(self.name))
 
     def check(self) -> None:
-        check_original_keys(self.name, self.header())
+        check_original_keys(self.name, self.header(), self.architecture)
         if isinstance(self.configs, HubSource):
             self._check_hub_configs(self.configs)
         else:
@@ -254,12 +267,12 @@ class FileSource(Source):
             raise UserError(
                 f"single file {self.name!r}: its configs and tokenizers would come from the hub ({configs.name}), "
                 "which cannot be reached",
-                CONFIG_REMEDY,
+                config_remedy(self.architecture),
             ) from error
 
     def digest(self, part: str) -> str:
-        configs = [self.configs.component(folder) for folder in PARTS[part]]
-        settings = [path for folder in configs for pattern in ("*.json", "*.txt") for path in folder.glob(pattern)]
+        configs = [self.configs.component(folder) for folder in self.architecture.folders(part)]
+        settings = [path for folder in configs for pattern in SETTINGS for path in folder.glob(pattern)]
         return hash_files([Path(self.name), *sorted(settings)])
 
     def config_root(self) -> str:
@@ -268,26 +281,25 @@ class FileSource(Source):
             return self.configs.name
         from huggingface_hub import snapshot_download
 
-        patterns = ["*.json", "*/*.json", "*/*.txt"]
+        patterns = ["*.json", *(f"*/{pattern}" for pattern in SETTINGS)]
         return snapshot_download(self.configs.name, revision=self.configs.revision, allow_patterns=patterns)
 
-    def load_unet(self, dtype: torch.dtype) -> UNet2DConditionModel:
-        from diffusers import UNet2DConditionModel
-
-        return self._load(UNet2DConditionModel, subfolder="unet", torch_dtype=dtype)
+    def load_denoiser(self, dtype: torch.dtype) -> Any:
+        kind, part = self.architecture.network_class(), self.architecture.denoiser
+        return self._load(kind, subfolder=part, torch_dtype=dtype)
 
     def load_vae(self, dtype: torch.dtype) -> AutoencoderKL:
         from diffusers import AutoencoderKL
 
         return self._load(AutoencoderKL, subfolder="vae", torch_dtype=dtype)
 
-    def load_text(self, dtype: torch.dtype) -> TextEncoders:
-        with quiet_libraries():
-            from diffusers import StableDiffusionXLPipeline
-
-        pipeline = self._load(StableDiffusionXLPipeline, unet=None, vae=None, torch_dtype=dtype)
+    def load_text(self, dtype: torch.dtype, *, without: Collection[str] = ()) -> TextEncoders:
+        own = self.architecture
+        absent: dict[str, Any] = {own.denoiser: None, "vae": None, **own.arguments}
+        pipeline = self._load(own.pipeline_class(), torch_dtype=dtype, **absent)
         return TextEncoders(
-            (pipeline.tokenizer, pipeline.tokenizer_2), (pipeline.text_encoder, pipeline.text_encoder_2)
+            {part: getattr(pipeline, part) for part in own.tokenizers if part not in without},
+            {part: getattr(pipeline, part) for part in own.encoders if part not in without},
         )
 
     def _load(self, kind: Any, **arguments: Any) -> Any:
@@ -296,50 +308,77 @@ class FileSource(Source):
 
 
 def open_source(
-    name: str, *, revision: str | None = None, variant: str | None = None, config_source: str | None = None
+    name: str,
+    architecture: Architecture,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    config_source: str | None = None,
 ) -> Source:
     """The source that `name` means. Raises UserError when it can be none."""
     path = Path(name).expanduser()
     if path.is_dir():
-        return FolderSource(str(path), variant)
+        return FolderSource(str(path), architecture, variant)
     if path.is_file():
-        if path.suffix != ".safetensors":
-            raise UserError(
-                f"model {name!r} is not a .safetensors file",
-                "pickled checkpoints (.ckpt, .bin, .pt) can run code and are never loaded: convert the file to "
-                "safetensors where you trust it",
-            )
-        return FileSource(str(path), _config_source(config_source, revision))
-    return open_hub(name, revision=revision, variant=variant)
+        return _open_file(path, name, architecture, revision=revision, config_source=config_source)
+    return open_hub(name, architecture, revision=revision, variant=variant)
 
 
-def open_hub(name: str, *, revision: str | None = None, variant: str | None = None) -> HubSource:
+def _open_file(
+    path: Path, name: str, architecture: Architecture, *, revision: str | None, config_source: str | None
+) -> FileSource:
+    if path.suffix != ".safetensors":
+        raise UserError(
+            f"model {name!r} is not a .safetensors file",
+            "pickled checkpoints (.ckpt, .bin, .pt) can run code and are never loaded: convert the file to "
+            "safetensors where you trust it",
+        )
+    if architecture.single_file is None:
+        raise UserError(
+            f"model {name!r} is a single file; of {architecture.title} only whole models in diffusers layout are read",
+            "name a folder in diffusers layout (model_index.json and a folder for each part), or a hub id",
+        )
+    return FileSource(str(path), architecture, _config_source(config_source, architecture, revision))
+
+
+def open_hub(
+    name: str, architecture: Architecture, *, revision: str | None = None, variant: str | None = None
+) -> HubSource:
     """The repository `name`, which is no local path. Raises UserError when it cannot be an id."""
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith((".safetensors", ".ckpt", "/")):
         raise UserError(
             f"model {name!r} does not exist",
             "name an existing folder in diffusers layout, an existing .safetensors file, or a hub id as owner/name",
         )
-    return HubSource(name, variant, revision)
+    return HubSource(name, architecture, variant, revision)
 
 
-def _config_source(name: str | None, revision: str | None) -> FolderSource:
+def config_remedy(architecture: Architecture) -> str:
+    """Where the configs of a single file may come from instead."""
+    tokenizers = ", ".join(f"{part}/" for part in architecture.tokenizers)
+    return (
+        f"set model_config_source to a folder in diffusers layout with the configs and tokenizers of "
+        f"{architecture.title} (model_index.json, scheduler/, {tokenizers} and the config.json of each network; no "
+        "weights needed)"
+    )
+
+
+def _config_source(name: str | None, architecture: Architecture, revision: str | None) -> FolderSource:
+    assert architecture.single_file is not None
     if name is None:
-        return HubSource(BASE_REPOSITORY)
-    source = open_source(name, revision=revision)
+        return HubSource(architecture.single_file.base_repository, architecture)
+    source = open_source(name, architecture, revision=revision)
     if not isinstance(source, FolderSource):
-        raise UserError(f"model_config_source = {name!r} is not a folder or hub id", CONFIG_REMEDY)
+        raise UserError(f"model_config_source = {name!r} is not a folder or hub id", config_remedy(architecture))
     return source
 
 
-def empty_unet(config: Mapping[str, Any]) -> Any:
-    """A UNet on the meta device: shapes without memory."""
+def empty_denoiser(architecture: Architecture, config: Mapping[str, Any]) -> Any:
+    """A denoiser on the meta device: shapes without memory."""
     import torch
 
     with quiet_libraries(), torch.device("meta"):
-        from diffusers import UNet2DConditionModel
-
-        return UNet2DConditionModel.from_config(dict(config))
+        return architecture.network_class().from_config(dict(config))
 
 
 def _variant_of(filename: str) -> str | None:

@@ -6,8 +6,8 @@ import hashlib
 from pathlib import Path
 
 from ..core.errors import UserError
-from ._sdxl_files import read_header
-from ._sdxl_source import FileSource, FolderSource, HubSource, Source, open_hub
+from ._files import read_header
+from ._source import FileSource, FolderSource, HubSource, Source, open_hub
 
 
 def with_vae(vae: str, source: Source) -> Source:
@@ -19,10 +19,11 @@ def with_vae(vae: str, source: Source) -> Source:
         configs = source.configs if isinstance(source, FileSource) else source
         assert isinstance(configs, FolderSource)
         read_header(path)
-        return FileSource(str(path), configs)
+        return FileSource(str(path), source.architecture, configs)
     if path.is_dir():
-        return BareVae(str(path)) if (path / "config.json").is_file() else FolderSource(str(path))
-    return BareHubVae(open_hub(vae).name)
+        kind = BareVae if (path / "config.json").is_file() else FolderSource
+        return kind(str(path), source.architecture)
+    return BareHubVae(open_hub(vae, source.architecture).name, source.architecture)
 
 
 class BareVae(FolderSource):

@@ -1,4 +1,4 @@
-"""LoRAs of an SDXL: finding their files, fusing them into the teacher, putting them beside a student's."""
+"""LoRAs: finding their files, fusing them into the teacher, putting them beside a student's."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import UserError
-from ._sdxl_files import quiet_libraries
+from ._files import quiet_libraries
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from ._architecture import Architecture
+
 WEIGHTS = "pytorch_lora_weights.safetensors"
-TEXT_PREFIXES = ("text_encoder", "text_encoder_2")
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Lora:
     Attributes:
         name: As the user wrote it.
         weight: What its contribution is multiplied by.
-        state: Tensors by name, prefixed with ``unet.``, ``text_encoder.`` or ``text_encoder_2.``.
+        state: Tensors by name, prefixed with the part it changes: ``unet.``, ``text_encoder_2.``.
         alphas: Alphas by tensor name, for files that carry them (kohya), or None.
         metadata: diffusers' adapter metadata of the file (rank, alpha, targets), or None.
     """
@@ -61,28 +63,34 @@ def student_folder(name: str) -> Path:
     return file.parent
 
 
-def read_lora(name: str, weight: float, unet_config: Mapping[str, Any]) -> Lora:
-    """The LoRA `name`, in diffusers' or kohya's format. Raises UserError when it is none for an SDXL."""
-    with quiet_libraries():
-        from diffusers import StableDiffusionXLPipeline
+def read_lora(name: str, weight: float, architecture: Architecture, config: Mapping[str, Any]) -> Lora:
+    """The LoRA `name`, in diffusers' or kohya's format, for a denoiser of `config`.
 
-        read: Any = StableDiffusionXLPipeline.lora_state_dict(
-            str(lora_file(name)), unet_config=unet_config, return_lora_metadata=True, use_safetensors=True
+    Raises UserError when it is none for this architecture.
+    """
+    with quiet_libraries():
+        read: Any = architecture.pipeline_class().lora_state_dict(
+            str(lora_file(name)),
+            unet_config=SimpleNamespace(**config),
+            return_alphas=True,
+            return_lora_metadata=True,
+            use_safetensors=True,
         )
-    state, alphas, metadata = read
-    lora = Lora(name, weight, state, alphas, metadata)
-    if not any(lora.has(prefix) for prefix in ("unet", *TEXT_PREFIXES)):
+    state, *alphas, metadata = read  # some pipelines know no alphas
+    lora = Lora(name, weight, state, alphas[0] if alphas else None, metadata)
+    if not any(lora.has(prefix) for prefix in (architecture.denoiser, *architecture.lora_encoders)):
         raise UserError(
-            f"LoRA {name!r} holds nothing for an SDXL (its first tensor is {next(iter(state), None)!r})",
-            "name a LoRA that was trained for SDXL, in diffusers' or kohya's format",
+            f"LoRA {name!r} holds nothing for {architecture.title} (its first tensor is {next(iter(state), None)!r})",
+            f"name a LoRA that was trained for {architecture.name}, in diffusers' or kohya's format",
         )
     return lora
 
 
-def fuse(components: Mapping[str, nn.Module], loras: Sequence[Lora]) -> None:
+def fuse(architecture: Architecture, components: Mapping[str, nn.Module], loras: Sequence[Lora]) -> None:
     """Add every LoRA, at its weight, to the weights of `components`; no adapter is left behind.
 
     Args:
+        architecture: Whose pipeline reads them.
         components: Networks by pipeline name: ``unet``, ``text_encoder``, ``text_encoder_2``.
         loras: Applied one after the other; the order does not matter but for rounding.
     """
@@ -90,50 +98,44 @@ def fuse(components: Mapping[str, nn.Module], loras: Sequence[Lora]) -> None:
         touched = [name for name in components if lora.has(name)]
         if not touched:
             continue
-        pipeline = _shell(components)
-        _attach(pipeline, lora, "teacher_lora", touched)
+        pipeline = _shell(architecture, components)
+        _attach(pipeline, architecture, lora, "teacher_lora", touched)
         pipeline.set_adapters(["teacher_lora"], [lora.weight])
         pipeline.fuse_lora(components=touched)
         pipeline.unload_lora_weights()
 
 
-def attach(components: Mapping[str, nn.Module], loras: Mapping[str, Lora]) -> None:
+def attach(architecture: Architecture, components: Mapping[str, nn.Module], loras: Mapping[str, Lora]) -> None:
     """Put LoRAs beside each other as adapters by name, all active at their weights."""
-    pipeline = _shell(components)
+    pipeline = _shell(architecture, components)
     for adapter, lora in loras.items():
-        _attach(pipeline, lora, adapter, [name for name in components if lora.has(name)])
+        _attach(pipeline, architecture, lora, adapter, [name for name in components if lora.has(name)])
     used = {adapter: lora for adapter, lora in loras.items() if any(lora.has(name) for name in components)}
     if used:
         pipeline.set_adapters(list(used), [lora.weight for lora in used.values()])
 
 
-def _attach(pipeline: Any, lora: Lora, adapter: str, touched: Sequence[str]) -> None:
+def _attach(pipeline: Any, architecture: Architecture, lora: Lora, adapter: str, touched: Sequence[str]) -> None:
     shared: dict[str, Any] = {"network_alphas": lora.alphas, "adapter_name": adapter, "metadata": lora.metadata}
     try:
         with quiet_libraries():
             for name in touched:
-                component = getattr(pipeline, name)
-                if name == "unet":
-                    pipeline.load_lora_into_unet(dict(lora.state), unet=component, **shared)
+                component, state = getattr(pipeline, name), dict(lora.state)
+                if name == architecture.denoiser:
+                    component.load_lora_adapter(state, prefix=name, **shared)
                 else:
-                    pipeline.load_lora_into_text_encoder(
-                        dict(lora.state), text_encoder=component, prefix=name, **shared
-                    )
+                    pipeline.load_lora_into_text_encoder(state, text_encoder=component, prefix=name, **shared)
     except (RuntimeError, ValueError, KeyError) as error:
         raise UserError(
             f"LoRA {lora.name!r} does not fit this model: {str(error).strip().splitlines()[0]}",
-            "name a LoRA that was trained for SDXL with networks of this size",
+            f"name a LoRA that was trained for {architecture.name} with networks of this size",
         ) from error
 
 
-def _shell(components: Mapping[str, nn.Module]) -> Any:
+def _shell(architecture: Architecture, components: Mapping[str, nn.Module]) -> Any:
     """A pipeline around some networks only, for diffusers' LoRA functions."""
     with quiet_libraries():
-        from diffusers import StableDiffusionXLPipeline
-
-        names = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "scheduler")
-        parts: dict[str, Any] = {name: components.get(name) for name in names}
-        return StableDiffusionXLPipeline(**parts, add_watermarker=False)
+        return architecture.shell(**components)
 
 
 def _only_weights(folder: Path) -> Path:

@@ -1,0 +1,96 @@
+"""What a model in diffusers layout is made of: the facts by which one family's files differ from another's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+ReadConfig = Callable[[str], dict[str, Any]]
+"""Reads a JSON file of a model, as ``vae/config.json``."""
+
+
+@dataclass(frozen=True)
+class SingleFile:
+    """What a checkpoint in one file, in the original layout, is recognised and loaded by.
+
+    Attributes:
+        needed: What it must hold, in words -> what the names of those tensors begin with.
+        base_repository: Where its configs and tokenizers come from unless a folder is named.
+        size: About how large such a file is, in words.
+    """
+
+    needed: Mapping[str, str]
+    base_repository: str
+    size: str
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The parts of a model, by the names that its pipeline gives them.
+
+    Attributes:
+        title: What messages call it, with its article: ``an SDXL``.
+        pipeline: Class of diffusers that makes pictures with it.
+        accepted: Classes that ``model_index.json`` may name.
+        denoiser: Name of the network that is distilled.
+        denoiser_class: Its class in diffusers.
+        tokenizers: Name -> class in transformers.
+        encoders: Name of a text encoder -> class in transformers; as many as tokenizers, in the same order.
+        check: Raises UserError unless the configs are this architecture's; takes the model's name and a reader.
+        made_of: What a complete model has, for the message about one that lacks something.
+        optional: Parts that a model may lack.
+        lora_encoders: Text encoders that a LoRA may change.
+        arguments: Further arguments of the pipeline's constructor.
+        single_file: How it lies in a single file; None where such files are not read.
+    """
+
+    title: str
+    pipeline: str
+    accepted: tuple[str, ...]
+    denoiser: str
+    denoiser_class: str
+    tokenizers: Mapping[str, str]
+    encoders: Mapping[str, str]
+    check: Callable[[str, ReadConfig], None]
+    made_of: str
+    optional: tuple[str, ...] = ()
+    lora_encoders: tuple[str, ...] = ("text_encoder",)
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    single_file: SingleFile | None = None
+
+    @property
+    def name(self) -> str:
+        """The title without its article."""
+        return self.title.partition(" ")[2]
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """Every part, in the order of a model's folder."""
+        return (*self.tokenizers, *self.encoders, "vae", self.denoiser, "scheduler")
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """Parts that have weights."""
+        return (self.denoiser, "vae", *self.encoders)
+
+    def folders(self, part: str) -> tuple[str, ...]:
+        """Folders of ``text``, ``vae`` or ``denoiser``."""
+        own = {"text": (*self.tokenizers, *self.encoders), "vae": ("vae",), "denoiser": (self.denoiser,)}
+        return own[part]
+
+    def pipeline_class(self) -> Any:
+        """The class of diffusers."""
+        import diffusers
+
+        return getattr(diffusers, self.pipeline)
+
+    def network_class(self) -> Any:
+        """The class of the denoiser."""
+        import diffusers
+
+        return getattr(diffusers, self.denoiser_class)
+
+    def shell(self, **parts: Any) -> Any:
+        """A pipeline of these parts alone; the others are absent."""
+        return self.pipeline_class()(**{**dict.fromkeys(self.components), **parts}, **self.arguments)

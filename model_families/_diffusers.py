@@ -1,0 +1,226 @@
+"""What the families have in common that are made of diffusers' models: networks, pictures, students on disk."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.family import ExportInfo, ExtraLora
+from ..core.second_time import differentiable_forward, load_second_time, sampled_by
+from . import _export as exporting
+from ._files import quiet_libraries
+from ._lora import attach, fuse, student_folder
+from ._model import DiffusersModel
+from ._pictures import build_pipeline, call_arguments, evaluating, sample_latents
+from ._schedulers import build_scheduler
+from ._source import empty_denoiser
+from ._usage import usage_snippet
+
+if TYPE_CHECKING:
+    from ..core.batch import Conditioning
+    from ..core.method import Sampler
+
+
+class DiffusersFamily(DiffusersModel):
+    """A model in diffusers layout with a plain text-to-image pipeline. A family says what is special about it."""
+
+    # -- what a family says -------------------------------------------------------------------------------------------
+
+    @property
+    def default_steps(self) -> int:
+        """Steps of the pipeline's own call."""
+        return 50
+
+    @abstractmethod
+    def input_weight(self, network: nn.Module) -> Tensor:
+        """The weight that the latents meet first: its type and device are the network's."""
+
+    @abstractmethod
+    def takes_guidance(self, network: nn.Module) -> bool:
+        """Whether the network takes the guidance scale as an input."""
+
+    def pipeline_arguments(self) -> Mapping[str, Any]:
+        """Arguments of the exported pipeline's constructor, read from the model."""
+        return {}
+
+    def guidance_call(self, network: nn.Module, scale: float) -> dict[str, Any]:
+        """Arguments of the pipeline's call that make it guide `network` by `scale` (0 and 1: off)."""
+        return {"guidance_scale": scale}
+
+    def to_network(self, latents: Tensor) -> Tensor:
+        """Latents (B, C, h, w) as the pipeline hands them to the network."""
+        return latents
+
+    def from_network(self, latents: Tensor, *, size: tuple[int, int]) -> Tensor:
+        """The reverse of :meth:`to_network`, (B, C, h, w) of pictures of `size` (width, height) in pixels."""
+        return latents
+
+    # -- network ----------------------------------------------------------------------------------------------------
+
+    def load_network(self) -> nn.Module:
+        loras = self._loras(self.settings.teacher_lora)
+        dtype = torch.float32 if loras else self._weight_dtype()  # fused in float32, rounded once
+        network: Any = self._source.load_denoiser(dtype)
+        fuse(self.architecture, {self.architecture.denoiser: network}, loras)
+        with quiet_libraries():
+            network = self.on_device(network)
+        return network.requires_grad_(False).eval()
+
+    def on_device(self, network: nn.Module) -> nn.Module:
+        """`network` on the device, in the type of the frozen weights."""
+        return network.to(self.settings.device, self._weight_dtype())
+
+    def empty_network(self) -> nn.Module:
+        return empty_denoiser(self.architecture, self.denoiser_config)
+
+    def attach_adapter(self, network: nn.Module, path: str, adapter: str) -> None:
+        attach(self.architecture, {self.architecture.denoiser: network}, {adapter: self._loras([(path, 1.0)])[0]})
+        load_second_time(network, student_folder(path), name=adapter)
+
+    def forward_ad(self) -> AbstractContextManager[None]:
+        return differentiable_forward()
+
+    # -- pictures and export ----------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        network: nn.Module,
+        embeds: Conditioning,
+        *,
+        sampler: Sampler | None,
+        seeds: Sequence[int],
+        width: int,
+        height: int,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        negative_embeds: Conditioning | None = None,
+    ) -> Tensor:
+        embedded = self.takes_guidance(network)
+        call = call_arguments(
+            sampler,
+            own=(self.default_steps, self.usual_guidance),
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            guidance_embedding=embedded,
+        )
+        scale = call.pop("guidance_scale")
+        call |= self.guidance_call(network, scale)
+        embeds = {key: embeds[key] for key in self.embed_keys}
+        negative = None
+        if scale > 1 and not embedded:
+            negative = self.uncond(embeds) if negative_embeds is None else negative_embeds
+        scheduler = self.scheduler(sampler)
+        pipeline = build_pipeline(self.architecture, network, scheduler, scale_factor=self.scale_factor)
+        at_once = max(1, self.config.latents_at_once * self.scale_factor**2 // (width * height))
+        pictures = []
+        with evaluating(network), sampled_by(network, scheduler):
+            for at in range(0, len(seeds), at_once):
+                chosen = slice(at, at + at_once)
+                latents = self._sample(
+                    pipeline,
+                    {key: value[chosen] for key, value in embeds.items()},
+                    negative and {key: negative[key][chosen] for key in embeds},
+                    seeds=seeds[chosen],
+                    size=(width, height),
+                    call=call,
+                )
+                pictures.append(self.decode_latents(latents).cpu())
+        return torch.cat(pictures)
+
+    def _sample(
+        self,
+        pipeline: Any,
+        embeds: Conditioning,
+        negative: Conditioning | None,
+        *,
+        seeds: Sequence[int],
+        size: tuple[int, int],
+        call: Mapping[str, Any],
+    ) -> Tensor:
+        """Scaled latents (B, C, h, w) by one call of the pipeline, each from the noise of its own CPU generator."""
+        weight = self.input_weight(getattr(pipeline, self.architecture.denoiser))
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        shape = (1, self.latent_channels, size[1] // self.scale_factor, size[0] // self.scale_factor)
+        noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
+        latents = sample_latents(
+            pipeline,
+            embeds,
+            negative,
+            noise=self.to_network(noise.to(weight)),
+            generators=generators,
+            size=size,
+            call=call,
+        )
+        return self.from_network(latents, size=size)
+
+    def scheduler(self, sampler: Sampler | None) -> Any:
+        """The diffusers scheduler of `sampler` over this model's noise process, or the model's own."""
+        return build_scheduler(self.scheduler_config if sampler is None else self.noise_config, sampler)
+
+    def export(self, network: nn.Module, folder: Path, info: ExportInfo) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        scheduler = self.scheduler(info.sampler)
+        if info.model_type == "lora":
+            exporting.export_lora(self.architecture, network, folder, info)
+        else:
+            exporting.export_pipeline(
+                self.architecture,
+                network,
+                folder,
+                scheduler,
+                self._text_encoders(),
+                self._autoencoder(),
+                info=info,
+                arguments=self.pipeline_arguments(),
+            )
+        exporting.export_sampler(self.architecture, network, folder, scheduler, info)
+
+    def load_student(self, folder: Path, *, extra_loras: Sequence[ExtraLora] = ()) -> nn.Module:
+        loras = exporting.student_lora(self.architecture, folder)
+        if loras:
+            network = self.load_network()
+        else:
+            network = exporting.load_denoiser(self.architecture, folder, self._weight_dtype())
+        network = network.to(self.settings.device).eval()
+        self._put_beside(extra_loras)
+        named = [*loras, *((extra.path, extra.weight) for extra in extra_loras)]
+        names = [*("student" for _ in loras), *(f"extra_{n}" for n in range(len(extra_loras)))]
+        adapters = dict(zip(names, self._loras(named), strict=True))
+        attach(self.architecture, {self.architecture.denoiser: network}, adapters)
+        load_second_time(network, folder, name="student")
+        return network.requires_grad_(False)
+
+    def _put_beside(self, extra_loras: Sequence[ExtraLora]) -> None:
+        """Text encoders of these LoRAs from now on; encoded prompts change only where a LoRA has such parts."""
+        if tuple(extra_loras) != self._beside:
+            self._beside = tuple(extra_loras)
+            self._text = None
+            self._empty = None
+
+    @property
+    def flow_needs_help(self) -> bool:
+        """Whether the pipeline asks its scheduler for what flow schedulers lack."""
+        return False
+
+    def usage_snippet(self, info: ExportInfo) -> str:
+        sampler = info.sampler
+        call = {"num_inference_steps": sampler.num_inference_steps, **self.snippet_call(info), **sampler.call}
+        return usage_snippet(
+            self.architecture,
+            self.settings,
+            info,
+            variant=self.config.variant,
+            absent=[part for part in self.architecture.optional if part in self.left_out or not self._source.has(part)],
+            neutral=self.flow_needs_help,
+            call=call,
+        )
+
+    def snippet_call(self, info: ExportInfo) -> dict[str, Any]:
+        """Arguments of a plain call that make the engine's pictures: guidance, and what differs from the defaults."""
+        return {"guidance_scale": info.sampler.guidance_scale}

@@ -1,0 +1,72 @@
+"""What text encoders and autoencoders compute, as the pipelines ask them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def token_ids(tokenizer: Any, prompts: Sequence[str], *, length: int | None = None) -> Any:
+    """Tokens (B, length) padded and cut to `length`, the tokenizer's own where None; with their attention mask."""
+    return tokenizer(
+        list(prompts),
+        padding="max_length",
+        max_length=length or tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    )
+
+
+@torch.no_grad()
+def penultimate(
+    tokenizer: Any, encoder: Any, prompts: Sequence[str], *, length: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """A CLIP text encoder's states (B, T, D) before its last layer, and its first output: the projection (B, P)."""
+    ids = token_ids(tokenizer, prompts, length=length).input_ids
+    output = encoder(ids.to(encoder.device), output_hidden_states=True)
+    return output.hidden_states[-2], output[0]
+
+
+@torch.no_grad()
+def last_states(
+    tokenizer: Any, encoder: Any, prompts: Sequence[str], *, length: int | None = None, masked: bool = False
+) -> Any:
+    """A text encoder's output: states (B, T, D) first; with the attention mask of its padding if `masked`."""
+    tokens = token_ids(tokenizer, prompts, length=length)
+    mask = tokens.attention_mask.to(encoder.device) if masked else None
+    return encoder(tokens.input_ids.to(encoder.device), attention_mask=mask)
+
+
+@torch.no_grad()
+def encode_pixels(vae: Any, pixels: Tensor, generator: Sequence[torch.Generator] | None) -> Tensor:
+    """Scaled latents (B, C, h, w) of `pixels` (B, 3, H, W) in [-1, 1]: (z - shift) scaling_factor / std."""
+    posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+    latents = posterior.mode()
+    if generator is not None:
+        noise = [
+            torch.randn(mean.shape, generator=one, device=one.device).to(mean)
+            for mean, one in zip(latents, generator, strict=True)
+        ]
+        latents = latents + posterior.std * torch.stack(noise)
+    shift, std = _statistics(vae.config, latents)
+    return (latents - shift) * vae.config.scaling_factor / std
+
+
+@torch.no_grad()
+def decode(vae: Any, latents: Tensor) -> Tensor:
+    """Pictures (B, 3, H, W) in [0, 1], float32, of scaled `latents`."""
+    latents = latents.to(vae.device, vae.dtype)
+    shift, std = _statistics(vae.config, latents)
+    pixels = vae.decode(latents * std / vae.config.scaling_factor + shift, return_dict=False)[0]
+    return (pixels.float() * 0.5 + 0.5).clamp(0, 1)
+
+
+def _statistics(config: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
+    """Shift and deviation of the latents by the autoencoder's config, else 0 and 1; shape (1, C or 1, 1, 1)."""
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is None or std is None:
+        mean, std = [config.get("shift_factor") or 0.0], [1.0]
+    return latents.new_tensor(mean).view(1, -1, 1, 1), latents.new_tensor(std).view(1, -1, 1, 1)

@@ -1,0 +1,122 @@
+"""Students on disk: what plain diffusers loads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..core.errors import UserError
+from ..core.second_time import SCHEDULER, active_second_time, export_second_time, put_aside
+from ._files import quiet_libraries
+from ._lora import WEIGHTS
+
+if TYPE_CHECKING:
+    from ..core.family import ExportInfo
+    from ._architecture import Architecture
+    from ._source import TextEncoders
+
+
+def export_lora(architecture: Architecture, network: nn.Module, folder: Path, info: ExportInfo) -> None:
+    """Write the adapter in diffusers' format; rank and alpha go along as adapter metadata.
+
+    ``info.metadata`` is added to the header of the file.
+    """
+    with quiet_libraries():
+        from peft.utils import get_peft_model_state_dict
+
+        denoiser: Any = network
+        layers: Any = get_peft_model_state_dict(denoiser, adapter_name=info.adapter)
+        # peft's own names throughout: diffusers' converter renames those of the attention only, and its loader, which
+        # decides by the first name, then drops them in silence
+        written = {
+            f"{architecture.denoiser}_lora_layers": layers,
+            f"{architecture.denoiser}_lora_adapter_metadata": _in_order(denoiser.peft_config[info.adapter].to_dict()),
+        }
+        architecture.pipeline_class().save_lora_weights(folder, **written)
+    if info.metadata:
+        _add_metadata(folder / WEIGHTS, dict(info.metadata))
+
+
+def _in_order(config: dict[str, Any]) -> dict[str, Any]:
+    """Sets as sorted lists, so that the same student is the same file."""
+    return {key: sorted(value) if isinstance(value, set | frozenset) else value for key, value in config.items()}
+
+
+def _add_metadata(path: Path, metadata: dict[str, str]) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    with safe_open(path, framework="pt") as file:
+        kept = file.metadata() or {}
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - no mapping
+    save_file(tensors, path, metadata={**metadata, **kept})
+
+
+def export_pipeline(
+    architecture: Architecture,
+    network: nn.Module,
+    folder: Path,
+    scheduler: Any,
+    text: TextEncoders,
+    vae: nn.Module,
+    *,
+    info: ExportInfo,
+    arguments: Mapping[str, Any],
+) -> None:
+    """Write the whole pipeline around a fully trained denoiser; ``info.metadata`` lies beside it as ``metadata.json``.
+
+    Args:
+        architecture: Of the pipeline.
+        network: The student.
+        folder: Where it goes.
+        scheduler: The student's.
+        text: Tokenizers and text encoders.
+        vae: The autoencoder.
+        info: What goes along.
+        arguments: Of the pipeline's constructor, in addition to the architecture's.
+    """
+    with quiet_libraries():
+        # a scheduler that plain diffusers lacks stays out: better no picture than one without the second time
+        own = None if info.sampler.scheduler == SCHEDULER else scheduler
+        parts: dict[str, Any] = {architecture.denoiser: network, "vae": vae, "scheduler": own}
+        pipeline = architecture.shell(**parts, **text.tokenizers, **text.encoders, **arguments)
+        with put_aside(network):
+            pipeline.save_pretrained(folder, safe_serialization=True)
+    if info.metadata:
+        (folder / "metadata.json").write_text(json.dumps(dict(info.metadata), indent=2) + "\n", encoding="utf-8")
+
+
+def export_sampler(
+    architecture: Architecture, network: nn.Module, folder: Path, scheduler: Any, info: ExportInfo
+) -> None:
+    """Write ``scheduler/`` and, for a flow map, the code and the embedding that plain diffusers lacks."""
+    if info.sampler.scheduler == SCHEDULER:
+        export_second_time(network, folder, component=architecture.denoiser, name=info.adapter)
+    elif active_second_time(network) is not None:
+        raise ValueError(f"a student with a second time is run with {SCHEDULER}, not {info.sampler.scheduler}")
+    scheduler.save_pretrained(folder / "scheduler")
+
+
+def student_lora(architecture: Architecture, folder: Path) -> list[tuple[str, float]]:
+    """The student's adapter at weight 1, or nothing for a fully trained student. Raises UserError for neither."""
+    if (folder / WEIGHTS).is_file():
+        return [(str(folder / WEIGHTS), 1.0)]
+    if (folder / architecture.denoiser / "config.json").is_file():
+        return []
+    raise UserError(
+        f"{str(folder)!r} holds no student: neither {WEIGHTS} nor {architecture.denoiser}/",
+        "name the folder student/ of a finished run (or the run's output_dir)",
+    )
+
+
+def load_denoiser(architecture: Architecture, folder: Path, dtype: torch.dtype) -> nn.Module:
+    """The denoiser of a fully trained student, on the CPU."""
+    with quiet_libraries():
+        return architecture.network_class().from_pretrained(
+            folder, subfolder=architecture.denoiser, torch_dtype=dtype, use_safetensors=True, local_files_only=True
+        )

@@ -1,0 +1,247 @@
+"""A model in diffusers layout: what its files say of it, its text encoders, its autoencoder, its noise."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+from abc import abstractmethod
+from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ..core.diffusion.schedule import Schedule, from_scheduler_config
+from ..core.errors import UserError
+from ..core.family import ExtraLora, MicroConditioning, ModelFamily, ModelSettings
+from ._encoders import decode, encode_pixels
+from ._files import hash_files
+from ._lora import Lora, attach, fuse, lora_file, read_lora
+from ._schedulers import with_fixed_shift
+from ._source import Source, TextEncoders, open_source
+from ._vae import with_vae
+
+if TYPE_CHECKING:
+    from ..core.batch import Conditioning
+    from ._architecture import Architecture
+
+PROMPTS_AT_ONCE = 32
+"""Prompts in one pass of the text encoders."""
+
+
+class DiffusersModel(ModelFamily):
+    """The part of a family that knows files, text encoders, autoencoder and noise; abstract."""
+
+    architecture: ClassVar[Architecture]
+    embed_keys: ClassVar[tuple[str, ...]] = ("prompt_embeds", "pooled_prompt_embeds")
+    """What :meth:`encode_prompts` returns: arguments of the pipeline."""
+    position_edge: ClassVar[int] = 1
+    """Latents along an edge of what the network sees as one position."""
+    native_edge: ClassVar[int] = 1024
+    """Pixels along an edge of the pictures that the models of the family are made for."""
+    upcasts_vae: ClassVar[bool] = False
+    """Whether the pipeline heeds ``force_upcast`` of the autoencoder."""
+
+    class Config(ModelFamily.Config):
+        """Settings of every family of diffusers' models, under ``family_config``."""
+
+        variant: str | None = None
+        """Variant of the weights' files, as ``fp16`` of ``model.fp16.safetensors``; local folders need none."""
+        vae_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+        """Type of the autoencoder. ``auto``: float32 when its config says force_upcast and the pipeline heeds it
+        (SDXL's own overflows in float16), else the type of the other frozen weights."""
+        vae_tiling: bool = False
+        """Whether large pictures go through the autoencoder in tiles: less memory, faint seams."""
+        latents_at_once: int = Field(default=4 * 128 * 128, ge=1)
+        """Latent positions of the pictures that are generated in one call of the pipeline (the default is four pictures
+        of 1024 x 1024 pixels); fewer need less memory."""
+        decoded_pixels_at_once: int = Field(default=1024 * 1024, ge=1)
+        """Pixels of the pictures that the autoencoder decodes in one go; fewer need less memory."""
+
+    def __init__(self, config: Any, settings: ModelSettings) -> None:
+        super().__init__(config, settings)
+        self._text: TextEncoders | None = None
+        self._vae: Any = None
+        self._empty: Conditioning | None = None
+        self._beside: tuple[ExtraLora, ...] = ()
+
+    # -- what a family says -------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def encode(self, text: TextEncoders, prompts: Sequence[str]) -> Conditioning:
+        """What :meth:`encode_prompts` returns of up to 32 prompts, on any device."""
+
+    def scheduler_overrides(self) -> Mapping[str, Any]:
+        """What the user says of the noise over the model's scheduler config."""
+        return {}
+
+    @property
+    def left_out(self) -> Collection[str]:
+        """Text encoders and tokenizers that the user does without, of those that the model may lack."""
+        return ()
+
+    def text_settings(self) -> Sequence[str]:
+        """Settings that decide what prompts are encoded to, for the fingerprint."""
+        return ()
+
+    # -- identity ---------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _source(self) -> Source:
+        return open_source(
+            self.settings.source,
+            self.architecture,
+            revision=self.settings.revision,
+            variant=self.config.variant,
+            config_source=self.settings.config_source,
+        )
+
+    @cached_property
+    def _vae_source(self) -> Source:
+        if self.settings.vae is None:
+            return self._source
+        return with_vae(self.settings.vae, self._source)
+
+    @cached_property
+    def _vae_config(self) -> dict[str, Any]:
+        return self._vae_source.config("vae/config.json")
+
+    @cached_property
+    def denoiser_config(self) -> dict[str, Any]:
+        """The denoiser's ``config.json``."""
+        return self._source.config(f"{self.architecture.denoiser}/config.json")
+
+    @cached_property
+    def scheduler_config(self) -> dict[str, Any]:
+        """The model's scheduler config, with what the user says of its noise over it."""
+        return {**self._source.config("scheduler/scheduler_config.json"), **self.scheduler_overrides()}
+
+    @cached_property
+    def noise_config(self) -> dict[str, Any]:
+        """The scheduler config of the run: a shift that depends on the resolution is that of the run's."""
+        width, height = self.settings.resolution or (self.native_edge, self.native_edge)
+        edge = self.scale_factor * self.position_edge
+        return with_fixed_shift(self.scheduler_config, num_positions=(width // edge) * (height // edge))
+
+    def check_source(self) -> None:
+        self._source.check()
+        for lora, _ in self.settings.teacher_lora:
+            lora_file(lora)
+        self._check_vae()
+
+    @property
+    def taken_channels(self) -> int:
+        """Channels of the latents that the denoiser is made for."""
+        return int(self.denoiser_config["in_channels"])
+
+    def _check_vae(self) -> None:
+        if self.taken_channels != self.latent_channels:
+            raise UserError(
+                f"vae {self.settings.vae!r} makes {self.latent_channels} channels, the model takes "
+                f"{self.taken_channels}",
+                f"name an autoencoder that was made for {self.architecture.name}",
+            )
+        self._vae_dtype()
+
+    def fingerprint(self, part: Literal["text", "vae", "denoiser"]) -> str:
+        source = self._vae_source if part == "vae" else self._source
+        pieces = [source.digest(part)]
+        dtype = self._vae_dtype() if part == "vae" else self._weight_dtype()
+        pieces += [str(dtype)]
+        loras = [] if part == "vae" else [*self.settings.teacher_lora]
+        loras += [(extra.path, extra.weight) for extra in self._beside] if part == "text" else []
+        pieces += [f"{hash_files([lora_file(lora)])}*{weight}" for lora, weight in loras]
+        pieces += self.text_settings() if part == "text" else []
+        if part == "denoiser":
+            pieces += sorted(f"{key}={value}" for key, value in self.scheduler_config.items() if key[0] != "_")
+        return hashlib.sha256("\n".join(pieces).encode()).hexdigest()[:16]
+
+    @property
+    def prediction_type(self) -> str:
+        return from_scheduler_config(self.scheduler_config)[1]
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        return from_scheduler_config(self.noise_config)[0]
+
+    @property
+    def latent_channels(self) -> int:
+        return int(self._vae_config.get("latent_channels", 4))
+
+    @property
+    def scale_factor(self) -> int:
+        return 2 ** (len(self._vae_config["block_out_channels"]) - 1)
+
+    # -- encoders ---------------------------------------------------------------------------------------------------
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        text, at_once = self._text_encoders(), PROMPTS_AT_ONCE
+        pieces = [self.encode(text, prompts[at : at + at_once]) for at in range(0, len(prompts), at_once)]
+        return {key: torch.cat([piece[key] for piece in pieces]).cpu() for key in pieces[0]}
+
+    def _text_encoders(self) -> TextEncoders:
+        if self._text is None:
+            fused = self._loras(self.settings.teacher_lora)
+            text = self._source.load_text(torch.float32 if fused else self._weight_dtype(), without=self.left_out)
+            own = {name: text.encoders[name] for name in self.architecture.lora_encoders}
+            fuse(self.architecture, own, fused)
+            extras = self._loras([(extra.path, extra.weight) for extra in self._beside])
+            attach(self.architecture, own, {f"extra_{n}": lora for n, lora in enumerate(extras)})
+            for encoder in text.encoders.values():
+                encoder.to(self.settings.device, self._weight_dtype()).requires_grad_(False).eval()
+            self._text = text
+        return self._text
+
+    def _loras(self, named: Sequence[tuple[str, float]]) -> list[Lora]:
+        return [read_lora(name, weight, self.architecture, self.denoiser_config) for name, weight in named]
+
+    def condition(self, embeds: Conditioning, micro: MicroConditioning) -> Conditioning:
+        return dict(embeds)
+
+    def uncond(self, cond: Conditioning) -> Conditioning:
+        """The encoded empty prompt."""
+        if self._empty is None:
+            loaded = self._text is not None
+            self._empty = self.encode_prompts([""])
+            self._text = self._text if loaded else None
+        return {**cond, **{key: value.to(cond[key]).expand_as(cond[key]) for key, value in self._empty.items()}}
+
+    def encode_images(self, pixels: Tensor, generator: Sequence[torch.Generator] | None = None) -> Tensor:
+        return encode_pixels(self._autoencoder(), pixels, generator)
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        at_once = max(1, self.config.decoded_pixels_at_once // (latents[0, 0].numel() * self.scale_factor**2))
+        return torch.cat([decode(self._autoencoder(), piece) for piece in latents.split(at_once)])
+
+    def _autoencoder(self) -> Any:
+        if self._vae is None:
+            vae: Any = self._vae_source.load_vae(self._vae_dtype())
+            if self.config.vae_tiling:
+                vae.enable_tiling()
+            self._vae = vae.requires_grad_(False).eval().to(self.settings.device)
+        return self._vae
+
+    def _vae_dtype(self) -> torch.dtype:
+        upcast = self.upcasts_vae and bool(self._vae_config.get("force_upcast", True))
+        asked = self.config.vae_dtype
+        if asked == "float16" and upcast:
+            raise UserError(
+                "family_config.vae_dtype = 'float16', but this autoencoder overflows in float16 (force_upcast)",
+                "use float32 or bfloat16, or an autoencoder that was fixed for float16 "
+                "(pretrained_vae_model_name_or_path: madebyollin/sdxl-vae-fp16-fix)",
+            )
+        if asked != "auto":
+            return getattr(torch, asked)
+        return torch.float32 if upcast else self._weight_dtype()
+
+    def _weight_dtype(self) -> torch.dtype:
+        return getattr(torch, self.settings.weight_dtype)
+
+    def release_encoders(self) -> None:
+        self._text = None
+        self._vae = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

@@ -1,0 +1,62 @@
+"""What the calls and copies of networks of any kind have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.second_time import PREFIX
+
+
+class _FarEnough(Exception):
+    """The last module that was asked for is done: no error, it ends a forward pass."""
+
+
+def outputs_inside(
+    modules: Sequence[nn.Module], call: Callable[[], Any], *, pick: Callable[[Any], Tensor], stop: bool
+) -> list[Tensor]:
+    """What `pick` takes of each module's output during `call`.
+
+    Args:
+        modules: In the order in which they are computed.
+        call: A forward pass of the network that they belong to.
+        pick: Finds the activation in a module's output.
+        stop: Whether the call ends after the last of them. Modules that are recomputed as a whole in the backward pass
+            must not be stopped in.
+    """
+    found: list[Tensor] = []
+
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        found.append(pick(output))
+        if stop and module is modules[-1]:
+            raise _FarEnough
+
+    handles = [module.register_forward_hook(keep) for module in modules]
+    try:
+        call()
+    except _FarEnough:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def own_state(network: nn.Module) -> dict[str, Tensor]:
+    """Copies in fp32 of a network's own weights, without second times."""
+    own = {name: value for name, value in network.state_dict().items() if not name.startswith(PREFIX)}
+    return {name: value.detach().to(torch.float32, copy=True) for name, value in own.items()}
+
+
+def check_guidance(guidance: Tensor | None, *, taken: bool) -> None:
+    """Raise ValueError unless the guidance scale is given where, and only where, the network takes it."""
+    if (guidance is not None) == taken:
+        return
+    raise ValueError(
+        "this network takes the guidance scale as an input: pass guidance"
+        if taken
+        else "this network has no guidance embedding"
+    )

@@ -1,0 +1,121 @@
+"""Pictures by the plain diffusers pipeline around a network."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ._files import quiet_libraries
+
+if TYPE_CHECKING:
+    from ..core.batch import Conditioning
+    from ..core.method import Sampler
+    from ._architecture import Architecture
+
+
+def guidance_scale_embedding(w: Tensor, dim: int) -> Tensor:
+    """The sinusoid of 1000 w that diffusers' pipelines feed to ``time_cond_proj``.
+
+    Args:
+        w: Guidance scale minus one, shape (B,).
+        dim: Width of the embedding; even.
+
+    Returns:
+        Shape (B, dim), of w's type in at least float32: sines, then cosines, of frequencies 10000^(-k / (dim/2 - 1)).
+    """
+    half, dtype = dim // 2, torch.promote_types(w.dtype, torch.float32)
+    frequency = torch.exp(torch.arange(half, dtype=dtype, device=w.device) * -(math.log(10000.0) / (half - 1)))
+    angle = w.to(dtype)[:, None] * 1000.0 * frequency[None, :]
+    return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+def build_pipeline(architecture: Architecture, network: nn.Module, scheduler: Any, *, scale_factor: int) -> Any:
+    """The plain pipeline without text encoders and autoencoder: embeddings in, latents out."""
+    with quiet_libraries():
+        pipeline = architecture.shell(**{architecture.denoiser: network, "scheduler": scheduler})
+    pipeline.vae_scale_factor = scale_factor
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def call_arguments(
+    sampler: Sampler | None,
+    *,
+    own: tuple[int, float],
+    num_inference_steps: int | None,
+    guidance_scale: float | None,
+    guidance_embedding: bool,
+) -> dict[str, Any]:
+    """Steps, guidance and the sampler's own arguments of the pipeline call; `own` steps and guidance without one."""
+    default_steps = own[0] if sampler is None else sampler.num_inference_steps
+    default_guidance = own[1] if sampler is None else sampler.guidance_scale
+    call = {} if sampler is None else dict(sampler.call)
+    steps = default_steps if num_inference_steps is None else num_inference_steps
+    fixed = {"sigmas", "timesteps"} & set(call)
+    if fixed and steps != default_steps:
+        raise ValueError(
+            f"the sampler's {fixed.pop()} are for {default_steps} steps: ask the method for one of {steps}"
+        )
+    guidance = default_guidance if guidance_scale is None else guidance_scale
+    if guidance_embedding and guidance <= 1 < default_guidance:
+        warnings.warn(
+            f"this network takes the guidance scale as an input and was not trained at {guidance:g} (off): "
+            f"its default {default_guidance:g} is used",
+            stacklevel=3,
+        )
+        guidance = default_guidance
+    return {"num_inference_steps": steps, "guidance_scale": guidance, **call}
+
+
+@torch.no_grad()
+def sample_latents(
+    pipeline: Any,
+    embeds: Conditioning,
+    negative: Conditioning | None,
+    *,
+    noise: Tensor,
+    generators: Sequence[torch.Generator],
+    size: tuple[int, int],
+    call: Mapping[str, Any],
+) -> Tensor:
+    """What one call of the pipeline makes of `noise`, undecoded.
+
+    Args:
+        pipeline: What :func:`build_pipeline` returned.
+        embeds: Arguments of the pipeline, B in front.
+        negative: The same of the negative prompts, or None without guidance.
+        noise: As the pipeline takes it, of the network's type, on its device.
+        generators: B of them, of the noise that schedulers draw between steps.
+        size: (width, height) in pixels.
+        call: Steps, guidance and what else the call takes.
+    """
+    prompts = {key: value.to(noise) for key, value in embeds.items()}
+    prompts |= {f"negative_{key}": value.to(noise) for key, value in (negative or {}).items()}
+    return pipeline(
+        **prompts,
+        latents=noise,
+        generator=list(generators),
+        width=size[0],
+        height=size[1],
+        output_type="latent",
+        return_dict=False,
+        **call,
+    )[0]
+
+
+@contextlib.contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Eval mode (no dropout) for as long as it lasts."""
+    training = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode

@@ -1,0 +1,106 @@
+"""The schedulers of diffusers that pictures are made with.
+
+Where samplers begin and end, for T training timesteps and N steps (a method chooses by its :class:`Sampler`):
+
+    DDIMScheduler, timestep_spacing="trailing"
+        T - 1, T - 1 - T/N, ..., and a last jump to the data; with set_alpha_to_one=False it ends at alpha_0 instead.
+        Where N does not divide T, diffusers' jumps end up to a timestep away from where the next begins, and the
+        last one ends at alpha_0 where T/N has a fraction of one half or more.
+    TCDScheduler, original_inference_steps=M; the call's eta is the paper's gamma (0 where it is not given)
+        N points of the grid (i + 1) T/M - 1, from T - 1 down; the last jump ends at t = 0 of the table, alpha_0.
+    EulerDiscreteScheduler, timestep_spacing="trailing"
+        the times of DDIM and exactly its jumps, to the data; but it begins from sigma_T eps, not eps (sigma_T = 0.998),
+        and with zero terminal SNR from alpha_T = 2^-12 instead of 0.
+    LCMScheduler, the call's ``timesteps`` if named
+        consistency functions with noise between them; ends at the data.
+    FlowMapScheduler (:mod:`..core.flow_map`)
+        the times of DDIM for any N, each jump ending where the next begins, the last at the data; on a flow shift(i/N).
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..core.diffusion.schedule import from_scheduler_config
+from ..core.second_time import SCHEDULER
+from ._files import quiet_libraries
+
+if TYPE_CHECKING:
+    from ..core.method import Sampler
+
+NOISE_KEYS = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+    "prediction_type",
+    "shift",
+)
+"""What belongs to the model, not to its scheduler: kept when another scheduler class takes over."""
+ENDS: Mapping[str, Any] = {"clip_sample": False, "thresholding": False, "set_alpha_to_one": True}
+"""Latents are never clipped, and a last jump ends at the data, unless the sampler says otherwise: never the model's."""
+
+
+def build_scheduler(model_config: Mapping[str, Any], sampler: Sampler | None) -> Any:
+    """The sampler's scheduler over the model's noise process; the model's own scheduler without a sampler."""
+    with quiet_libraries():
+        import diffusers
+
+        own = getattr(diffusers, model_config["_class_name"]).from_config(dict(model_config))
+        if sampler is None:
+            return _for_unets(own)
+        kind = _scheduler_class(sampler.scheduler)
+        accepted = set(inspect.signature(kind.__init__).parameters) - {"self"}
+        if unknown := set(sampler.config) - accepted:
+            raise ValueError(f"{sampler.scheduler} takes no {', '.join(sorted(unknown))}; it has {sorted(accepted)}")
+        given = (set(model_config) | set(NOISE_KEYS)) - set(ENDS)
+        if "timestep_spacing" in sampler.config:
+            given -= {"steps_offset"}  # part of the model's own spacing
+        base = {key: value for key, value in own.config.items() if key in accepted and key in given}
+        base |= {key: value for key, value in ENDS.items() if key in accepted}
+        if sampler.scheduler == SCHEDULER:
+            base["prediction_type"] = from_scheduler_config(model_config)[1]  # flow schedulers have no such key
+        return _for_unets(kind.from_config({**base, **sampler.config}))
+
+
+def _scheduler_class(name: str) -> Any:
+    import diffusers
+
+    if name == SCHEDULER:
+        from ..core.flow_map import FlowMapScheduler
+
+        return FlowMapScheduler
+    kind = getattr(diffusers, name, None)
+    if kind is None:
+        raise ValueError(f"diffusers {diffusers.__version__} has no scheduler {name!r}")
+    return kind
+
+
+def _for_unets(scheduler: Any) -> Any:
+    """Flow schedulers lack two attributes that pipelines with a UNet ask for; their values are the neutral ones."""
+    if not hasattr(scheduler, "init_noise_sigma"):
+        scheduler.init_noise_sigma = 1.0
+    if not hasattr(scheduler, "scale_model_input"):
+        scheduler.scale_model_input = lambda sample, timestep=None: sample
+    return scheduler
+
+
+def with_fixed_shift(config: Mapping[str, Any], *, num_positions: int) -> dict[str, Any]:
+    """A scheduler config whose shift does not depend on the resolution: that of pictures of `num_positions`.
+
+    Pipelines shift s to m s / (1 + (m - 1) s) with m = exp(mu), or mu itself (``time_shift_type`` linear), where mu is
+    linear in the number of positions that the transformer sees: base_shift at base_image_seq_len, max_shift at
+    max_image_seq_len (arXiv 2403.03206). Configs without ``use_dynamic_shifting`` come back as they are.
+    """
+    if not config.get("use_dynamic_shifting"):
+        return dict(config)
+    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    base, top = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    mu = base + (top - base) * (num_positions - low) / (high - low)
+    shift = mu if config.get("time_shift_type", "exponential") == "linear" else math.exp(mu)
+    return {**config, "use_dynamic_shifting": False, "shift": shift}

@@ -1,0 +1,86 @@
+"""Stable Diffusion before XL: a UNet that sees the last states of one CLIP text encoder, (B, 77, D).
+
+References:
+    Rombach et al., High-Resolution Image Synthesis with Latent Diffusion Models, arXiv 2112.10752.
+    Lin et al., Common Diffusion Noise Schedules and Sample Steps are Flawed (zero terminal SNR), arXiv 2305.08891.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+from ..core.errors import UserError
+from ..core.family import Capabilities
+from ._architecture import Architecture, ReadConfig, SingleFile
+from ._checks import check_unet
+from ._encoders import last_states
+from ._unet import UNetFamily
+
+if TYPE_CHECKING:
+    from ..core.batch import Conditioning
+    from ._source import TextEncoders
+
+
+class StableDiffusion(UNetFamily):
+    """What the first and the second generation share; abstract. The unconditional is the encoded empty prompt."""
+
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        lora=True, full=True, guidance_embedding=True, second_time=True, features=True
+    )
+    embed_keys: ClassVar[tuple[str, ...]] = ("prompt_embeds",)
+    default_guidance: ClassVar[float] = 7.5
+
+    def encode(self, text: TextEncoders, prompts: Sequence[str]) -> Conditioning:
+        tokenizer, encoder = text.pairs()[0]
+        masked = bool(getattr(encoder.config, "use_attention_mask", False))
+        return {"prompt_embeds": last_states(tokenizer, encoder, prompts, masked=masked)[0]}
+
+
+def generation(title: str, *, linear: bool, text_prefix: str, base_repository: str, size: str) -> Architecture:
+    """The architecture of one generation.
+
+    Args:
+        title: With its article.
+        linear: ``use_linear_projection`` of its UNets, which tells the generations apart.
+        text_prefix: What names of the text encoder's tensors begin with in a single file.
+        base_repository: Where the configs of a single file come from unless a folder is named.
+        size: About how large such a file is, in words.
+    """
+    name = title.partition(" ")[2]
+
+    def check(model: str, config: ReadConfig) -> None:
+        unet = config("unet/config.json")
+        if bool(unet.get("use_linear_projection")) != linear:
+            raise UserError(
+                f"model {model!r} is not {title} (unet/config.json: use_linear_projection = "
+                f"{unet.get('use_linear_projection')!r}, expected {linear!r})",
+                "choose the model_family that fits",
+            )
+        check_unet(model, unet, config("vae/config.json"))
+
+    return Architecture(
+        title=title,
+        pipeline="StableDiffusionPipeline",
+        accepted=(
+            "StableDiffusionPipeline",
+            "StableDiffusionImg2ImgPipeline",
+            "StableDiffusionControlNetPipeline",
+        ),
+        denoiser="unet",
+        denoiser_class="UNet2DConditionModel",
+        tokenizers={"tokenizer": "CLIPTokenizer"},
+        encoders={"text_encoder": "CLIPTextModel"},
+        check=check,
+        made_of=f"{title} has a tokenizer and a text encoder",
+        arguments={"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
+        single_file=SingleFile(
+            needed={
+                "the UNet": "model.diffusion_model.",
+                "the autoencoder": "first_stage_model.",
+                f"the text encoder of {name}": text_prefix,
+            },
+            base_repository=base_repository,
+            size=size,
+        ),
+    )

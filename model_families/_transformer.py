@@ -1,0 +1,101 @@
+"""Multimodal diffusion transformers trained by flow matching: what the families that have one share."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from ..core.batch import Conditioning
+from ..core.errors import UserError
+from ..core.second_time import add_second_time
+from ._architecture import ReadConfig
+from ._diffusers import DiffusersFamily
+from ._networks import outputs_inside, own_state
+from ._source import empty_denoiser
+
+LORA_TARGETS = (
+    *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
+)
+"""The attention and feed-forward layers of blocks with two streams, of pictures and of text."""
+NUM_FEATURES = 4
+"""At most so many activations are features."""
+SINGLE_STREAM = "single_transformer_blocks"
+"""Name of the blocks that come after those with two streams, in networks that have them."""
+
+
+class TransformerFamily(DiffusersFamily):
+    """A family whose denoiser is a transformer with ``transformer_blocks`` over patches of 2 x 2 latents."""
+
+    lora_targets: ClassVar[tuple[str, ...]] = LORA_TARGETS
+    pixel_multiple: ClassVar[int] = 16
+    position_edge: ClassVar[int] = 2
+
+    def copy_network(self, teacher: Any, **changes: Any) -> Any:
+        """A trainable fp32 copy of `teacher` with `changes` of its config; what it adds to the weights is zero."""
+        student = empty_denoiser(self.architecture, {**teacher.config, **changes})
+        state = own_state(teacher)
+        missing = {name: value for name, value in student.state_dict().items() if name not in state}
+        zeros = {name: teacher.proj_out.weight.new_zeros(value.shape).float() for name, value in missing.items()}
+        student.load_state_dict({**state, **zeros}, assign=True)
+        return student.requires_grad_(True).eval()
+
+    def add_second_time(self, network: nn.Module, *, name: str = "student") -> nn.Module:
+        transformer: Any = network
+        embedder = transformer.time_text_embed.timestep_embedder
+        width = embedder.linear_2.out_features
+        return add_second_time(network, name=name, path="time_text_embed.timestep_embedder", width=width)
+
+    def features(self, network: nn.Module, x_t: Tensor, time: Tensor, cond: Conditioning) -> list[Tensor]:
+        """States of the picture's stream after up to four blocks of the first half, evenly spaced, as (B, D, h, w)."""
+        transformer: Any = network
+        chosen = feature_blocks(transformer)
+        grid = [edge // self.position_edge for edge in x_t.shape[-2:]]
+        with only_first_blocks(transformer, chosen[-1] + 1):
+            return outputs_inside(
+                [transformer.transformer_blocks[index] for index in chosen],
+                lambda: self.predict(transformer, x_t, time, cond),
+                pick=lambda output: output[1].transpose(1, 2).unflatten(2, grid),  # (text's states, picture's)
+                stop=False,
+            )
+
+    def feature_channels(self, network: nn.Module) -> list[int]:
+        transformer: Any = network
+        return [transformer.inner_dim] * len(feature_blocks(transformer))
+
+
+def feature_blocks(transformer: Any) -> list[int]:
+    """Indices of the blocks with two streams whose states are features."""
+    two_streams, one_stream = len(transformer.transformer_blocks), len(getattr(transformer, SINGLE_STREAM, ()))
+    half = min(two_streams, max(1, (two_streams + one_stream) // 2))
+    count = min(NUM_FEATURES, half)
+    return [half * (number + 1) // count - 1 for number in range(count)]
+
+
+@contextlib.contextmanager
+def only_first_blocks(transformer: Any, count: int) -> Iterator[None]:
+    """`transformer` with its first `count` blocks of two streams alone, inside the block; the ends are kept."""
+    whole = {"transformer_blocks": transformer.transformer_blocks}
+    if hasattr(transformer, SINGLE_STREAM):
+        whole[SINGLE_STREAM] = getattr(transformer, SINGLE_STREAM)
+    transformer.transformer_blocks = whole["transformer_blocks"][:count]
+    if SINGLE_STREAM in whole:
+        setattr(transformer, SINGLE_STREAM, nn.ModuleList())
+    try:
+        yield
+    finally:
+        for name, blocks in whole.items():
+            setattr(transformer, name, blocks)
+
+
+def check_flow(name: str, config: ReadConfig) -> None:
+    """Raise UserError unless the model's scheduler is one of flow matching."""
+    kind = str(config("scheduler/scheduler_config.json").get("_class_name"))
+    if "FlowMatch" not in kind:
+        raise UserError(
+            f"model {name!r} has a {kind} (scheduler/scheduler_config.json: _class_name), not one of flow matching",
+            "restore the scheduler of the model's origin, a FlowMatchEulerDiscreteScheduler",
+        )

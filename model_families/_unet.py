@@ -1,0 +1,139 @@
+"""UNets: what the families that have one share. Their calls, inner activations, and copies of them to train."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..core.batch import Conditioning
+from ..core.errors import UserError
+from ..core.second_time import add_second_time, telling
+from ._architecture import Architecture
+from ._diffusers import DiffusersFamily
+from ._networks import check_guidance, outputs_inside, own_state
+from ._pictures import guidance_scale_embedding
+from ._source import empty_denoiser
+
+GUIDANCE_DIM = 256
+"""``time_cond_proj_dim`` of a student with a guidance embedding."""
+LORA_TARGETS = (
+    *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
+    *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
+)
+"""Every attention, feed-forward and convolution of a UNet's blocks."""
+PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow")
+
+
+class UNetFamily(DiffusersFamily):
+    """A family whose denoiser is a ``UNet2DConditionModel``."""
+
+    lora_targets = LORA_TARGETS
+
+    class Config(DiffusersFamily.Config):
+        """Settings of families with a UNet."""
+
+        prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
+        """What the network predicts, for models whose scheduler config does not say so."""
+        rescale_betas_zero_snr: bool | None = None
+        """Whether the model was trained with zero terminal SNR, for models whose scheduler config does not say so."""
+
+    def scheduler_overrides(self) -> dict[str, Any]:
+        said = {key: getattr(self.config, key) for key in ("prediction_type", "rescale_betas_zero_snr")}
+        return {key: value for key, value in said.items() if value is not None}
+
+    def check_source(self) -> None:
+        super().check_source()
+        if self.prediction_type not in PREDICTIONS:
+            raise UserError(
+                f"model {self.settings.source!r} predicts {self.prediction_type!r} (scheduler_config.json)",
+                f"set family_config.prediction_type to {', '.join(PREDICTIONS[:2])} or {PREDICTIONS[2]}",
+            )
+
+    def on_device(self, network: nn.Module) -> nn.Module:
+        return super().on_device(network).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    @property
+    def flow_needs_help(self) -> bool:
+        return self.prediction_type == "flow"
+
+    def takes_guidance(self, network: nn.Module) -> bool:
+        unet: Any = network
+        return unet.config.time_cond_proj_dim is not None
+
+    def input_weight(self, network: nn.Module) -> Tensor:
+        unet: Any = network
+        return unet.conv_in.weight
+
+    def added(self, cond: Conditioning, dtype: torch.dtype) -> dict[str, Tensor] | None:
+        """``added_cond_kwargs`` of the UNet: what it is told beside the prompt's states."""
+        return None
+
+    def student_network(self, teacher: nn.Module, *, guidance_embedding: bool, second_time: bool = False) -> nn.Module:
+        return copy_unet(self.architecture, teacher, guidance_embedding=guidance_embedding, second_time=second_time).to(
+            memory_format=torch.channels_last
+        )
+
+    def add_second_time(self, network: nn.Module, *, name: str = "student") -> nn.Module:
+        return unet_second_time(network, name=name)
+
+    def predict(
+        self,
+        network: nn.Module,
+        x_t: Tensor,
+        time: Tensor,
+        cond: Conditioning,
+        *,
+        guidance: Tensor | None = None,
+        second_time: Tensor | None = None,
+    ) -> Tensor:
+        unet: Any = network
+        dtype = self.input_weight(unet).dtype
+        width = unet.config.time_cond_proj_dim
+        check_guidance(guidance, taken=width is not None)
+        with telling(unet, time, second_time):
+            return unet(
+                x_t.to(dtype),
+                time,
+                encoder_hidden_states=cond["prompt_embeds"].to(dtype),
+                timestep_cond=None if guidance is None else guidance_scale_embedding(guidance, width).to(dtype),
+                added_cond_kwargs=self.added(cond, dtype),
+                return_dict=False,
+            )[0]
+
+    def features(self, network: nn.Module, x_t: Tensor, time: Tensor, cond: Conditioning) -> list[Tensor]:
+        """Outputs of the down blocks and the middle block; the up blocks are not computed."""
+        unet: Any = network
+        return outputs_inside(
+            [*unet.down_blocks, unet.mid_block],
+            lambda: self.predict(unet, x_t, time, cond),
+            # a down block says what skips over to the up blocks as well
+            pick=lambda output: output[0] if isinstance(output, tuple) else output,
+            stop=True,
+        )
+
+    def feature_channels(self, network: nn.Module) -> list[int]:
+        unet: Any = network
+        widths = list(unet.config.block_out_channels)
+        return [*widths, widths[-1]]
+
+
+def copy_unet(architecture: Architecture, teacher: Any, *, guidance_embedding: bool, second_time: bool) -> Any:
+    """A trainable fp32 copy; embeddings that the teacher lacks start at zero."""
+    config, state = dict(teacher.config), own_state(teacher)
+    if guidance_embedding and config.get("time_cond_proj_dim") is None:
+        config["time_cond_proj_dim"] = GUIDANCE_DIM
+        width = teacher.time_embedding.linear_1.in_features
+        state["time_embedding.cond_proj.weight"] = torch.zeros(width, GUIDANCE_DIM, device=teacher.device)
+    student = empty_denoiser(architecture, config)
+    student.load_state_dict(state, assign=True)
+    if second_time:
+        unet_second_time(student, name="student")
+    return student.requires_grad_(True).eval()
+
+
+def unet_second_time(unet: Any, *, name: str) -> nn.Module:
+    """The second time `name` of a UNet, added to the output of its time embedding."""
+    width = unet.time_embedding.linear_2.out_features
+    return add_second_time(unet, name=name, path="time_embedding", width=width)

@@ -1,0 +1,92 @@
+"""The lines of plain diffusers that people paste to use a student."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..core.second_time import SCHEDULER
+
+if TYPE_CHECKING:
+    from ..core.family import ExportInfo, ModelSettings
+    from ._architecture import Architecture
+
+
+def usage_snippet(
+    architecture: Architecture,
+    settings: ModelSettings,
+    info: ExportInfo,
+    *,
+    variant: str | None,
+    absent: Sequence[str],
+    neutral: bool,
+    call: Mapping[str, Any],
+) -> str:
+    """Plain diffusers code that makes a picture with the exported student.
+
+    Args:
+        architecture: Whose pipeline it is.
+        settings: The model that the student was made from.
+        info: What was exported.
+        variant: Of the model's files.
+        absent: Parts that the pipeline is loaded without.
+        neutral: Whether the pipeline asks its scheduler for two attributes that flow schedulers lack.
+        call: Arguments of the pipeline's call after the prompt.
+    """
+    lora, flow_map = info.model_type == "lora", info.sampler.scheduler == SCHEDULER
+    schedulers = {info.sampler.scheduler} if lora and not flow_map else set()
+    imports = sorted({architecture.pipeline, *schedulers})
+    if lora and settings.vae:
+        imports.insert(0, "AutoencoderKL")
+    lines = ["from runpy import run_path", ""] if flow_map else []
+    lines += ["import torch", f"from diffusers import {', '.join(imports)}", ""]
+    lines += ['device = "cuda" if torch.cuda.is_available() else "cpu"']
+    lines += ['dtype = torch.float16 if device == "cuda" else torch.float32']
+    hub = "from the hub: huggingface_hub.snapshot_download(id)" if flow_map else "or its hub id"
+    lines += [f'student = "student"  # the folder of this file, {hub}']
+    without = "".join(f", {part}=None" for part in absent)
+    if lora:
+        lines += _load_lora(architecture, settings, info, variant, without)
+    else:
+        lines += _load_full(architecture, flow_map, without)
+    if flow_map:
+        lines += ['run_path(f"{student}/flow_map.py")["attach"](pipe, student)  # its scheduler, its second time']
+    elif neutral:
+        lines += ["pipe.scheduler.init_noise_sigma = 1.0  # this pipeline asks a flow scheduler for these two"]
+        lines += ["pipe.scheduler.scale_model_input = lambda sample, timestep: sample"]
+    return "\n".join([*lines, *_call(call)]) + "\n"
+
+
+def _load_full(architecture: Architecture, flow_map: bool, without: str) -> list[str]:
+    extra = without + (", scheduler=None" if flow_map else "")
+    return [f"pipe = {architecture.pipeline}.from_pretrained(student, torch_dtype=dtype{extra}).to(device)"]
+
+
+def _load_lora(
+    architecture: Architecture, settings: ModelSettings, info: ExportInfo, variant: str | None, without: str
+) -> list[str]:
+    extra = without + (f", variant={variant!r}" if variant else "")
+    extra += f", config={settings.config_source!r}" if settings.config_source else ""
+    lines = []
+    if settings.vae:
+        lines += [f"vae = AutoencoderKL.from_pretrained({settings.vae!r}, torch_dtype=dtype)"]
+        extra += ", vae=vae"
+    load = "from_single_file" if settings.source.endswith(".safetensors") else "from_pretrained"
+    lines += [f"pipe = {architecture.pipeline}.{load}({settings.source!r}, torch_dtype=dtype{extra}).to(device)"]
+    for path, weight in settings.teacher_lora:
+        lines += [f"pipe.load_lora_weights({path!r})  # part of the teacher", f"pipe.fuse_lora(lora_scale={weight})"]
+        lines += ["pipe.unload_lora_weights()"]
+    lines += ["pipe.load_lora_weights(student)"]
+    scheduler = info.sampler.scheduler
+    if scheduler == SCHEDULER:
+        return lines
+    return [*lines, f'pipe.scheduler = {scheduler}.from_pretrained(student, subfolder="scheduler")']
+
+
+def _call(call: Mapping[str, Any]) -> list[str]:
+    arguments = ", ".join(f"{key}={value!r}" for key, value in call.items())
+    return [
+        'prompt = "a photo of a fox in the snow"',
+        f"image = pipe(prompt, {arguments}).images[0]",
+        'image.save("fox.png")',
+    ]

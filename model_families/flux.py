@@ -1,0 +1,235 @@
+r"""FLUX.1: a transformer over text and packed latents, trained by flow matching.
+
+Latents (B, 16, h, w) are packed into patches of 2 x 2, (B, h/2 w/2, 64), each with its row and column as an id. They
+have four axes everywhere but inside the calls of the network and of the pipeline. The network sees T5's states
+(B, 512, 4096) and CLIP's pooled ones (B, 768).
+
+*dev* takes the guidance scale as an input: its guided prediction is one call, and there is none without guidance. Where
+no scale is asked for, by a method or of a picture, it is told ``embedded_guidance``. *schnell* takes none: guidance is
+the usual one of two calls then (``true_cfg_scale``), against the encoded empty prompt.
+
+The grid of times is shifted by the resolution: m = exp(mu), mu linear in the number of patches. The teacher's own
+scheduler does so for every picture; the schedule of a run, and its students' sampler, have the shift of the run's
+resolution.
+
+References:
+    Black Forest Labs, FLUX.1 (no paper).
+    Esser et al., Scaling Rectified Flow Transformers for High-Resolution Image Synthesis (shift), arXiv 2403.03206.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from ..core.family import Capabilities, ExportInfo, ModelFamily
+from ..core.hookspecs import hookimpl
+from ..core.second_time import telling
+from ._architecture import Architecture, ReadConfig
+from ._checks import check_channels
+from ._encoders import last_states
+from ._networks import check_guidance
+from ._transformer import LORA_TARGETS, TransformerFamily, check_flow
+
+if TYPE_CHECKING:
+    from ..core.batch import Conditioning
+    from ..core.method import Sampler
+    from ._source import TextEncoders
+
+PIPELINE_TOKENS = 512
+"""``max_sequence_length`` of a plain call."""
+PATCH = 4
+"""Latents that are packed into one."""
+GUIDANCE_EMBEDDER = "time_text_embed.guidance_embedder"
+
+
+def check_configs(name: str, config: ReadConfig) -> None:
+    """Raise UserError unless the transformer takes what the model's autoencoder makes, packed, on a flow."""
+    channels = config("transformer/config.json").get("in_channels", 0)
+    check_channels(name, "transformer", channels / PATCH, config("vae/config.json"))
+    check_flow(name, config)
+
+
+class Flux(TransformerFamily):
+    """FLUX.1 dev and schnell, and their fine-tunes."""
+
+    name: ClassVar[str] = "flux"
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        lora=True, full=True, guidance_embedding=True, second_time=True, features=True
+    )
+    lora_targets: ClassVar[tuple[str, ...]] = (*LORA_TARGETS, "proj_mlp", "proj_out")
+    default_guidance: ClassVar[float] = 3.5
+    architecture: ClassVar[Architecture] = Architecture(
+        title="a FLUX.1",
+        pipeline="FluxPipeline",
+        accepted=("FluxPipeline", "FluxImg2ImgPipeline"),
+        denoiser="transformer",
+        denoiser_class="FluxTransformer2DModel",
+        tokenizers={"tokenizer": "CLIPTokenizer", "tokenizer_2": "T5TokenizerFast"},
+        encoders={"text_encoder": "CLIPTextModel", "text_encoder_2": "T5EncoderModel"},
+        check=check_configs,
+        made_of="a FLUX.1 has CLIP and T5 as text encoders",
+    )
+
+    class Config(TransformerFamily.Config):
+        """Settings of the family flux, under ``family_config``."""
+
+        embedded_guidance: float = Field(default=3.5, ge=0, le=100)
+        """Guidance scale that a network which takes it as an input (dev) is told where none is asked for."""
+        max_sequence_length: int = Field(default=PIPELINE_TOKENS, ge=1, le=512)
+        """Tokens of a prompt that T5 reads; the rest is cut off. Schnell was trained with 256."""
+
+    @property
+    def guided_by_input(self) -> bool:
+        return bool(self.denoiser_config.get("guidance_embeds", False))
+
+    @property
+    def usual_guidance(self) -> float:
+        return self.config.embedded_guidance if self.guided_by_input else 1.0
+
+    @property
+    def default_steps(self) -> int:
+        return 28 if self.guided_by_input else 4
+
+    @property
+    def taken_channels(self) -> int:
+        return super().taken_channels // PATCH
+
+    # -- text ---------------------------------------------------------------------------------------------------------
+
+    def text_settings(self) -> Sequence[str]:
+        return (f"max_sequence_length={self.config.max_sequence_length}",)
+
+    def encode(self, text: TextEncoders, prompts: Sequence[str]) -> Conditioning:
+        clip, t5 = text.pairs()
+        return {
+            "prompt_embeds": last_states(*t5, prompts, length=self.config.max_sequence_length)[0],
+            "pooled_prompt_embeds": last_states(*clip, prompts).pooler_output,
+        }
+
+    # -- network ------------------------------------------------------------------------------------------------------
+
+    def input_weight(self, network: nn.Module) -> Tensor:
+        transformer: Any = network
+        return transformer.x_embedder.weight
+
+    def takes_guidance(self, network: nn.Module) -> bool:
+        transformer: Any = network
+        return bool(transformer.config.guidance_embeds)
+
+    def student_network(self, teacher: nn.Module, *, guidance_embedding: bool, second_time: bool = False) -> nn.Module:
+        if guidance_embedding and not self.takes_guidance(teacher):
+            student = self.copy_network(teacher, guidance_embeds=True)
+            transformer: Any = teacher
+            # a sinusoid of its own through the time's first layer; the second is zero
+            first = transformer.time_text_embed.timestep_embedder.linear_1.state_dict()
+            student.get_submodule(GUIDANCE_EMBEDDER).linear_1.load_state_dict(first)
+        else:
+            student = self.copy_network(teacher)
+        if second_time:
+            self.add_second_time(student)
+        return student
+
+    def predict(
+        self,
+        network: nn.Module,
+        x_t: Tensor,
+        time: Tensor,
+        cond: Conditioning,
+        *,
+        guidance: Tensor | None = None,
+        second_time: Tensor | None = None,
+    ) -> Tensor:
+        transformer: Any = network
+        dtype = self.input_weight(transformer).dtype
+        states, (height, width) = cond["prompt_embeds"].to(dtype), x_t.shape[-2:]
+        with telling(transformer, time, second_time):
+            packed = transformer(
+                hidden_states=pack(x_t.to(dtype)),
+                timestep=time.to(dtype) / 1000,
+                guidance=self._told(transformer, guidance, like=time),
+                pooled_projections=cond["pooled_prompt_embeds"].to(dtype),
+                encoder_hidden_states=states,
+                txt_ids=states.new_zeros(states.shape[1], 3),
+                img_ids=patch_ids(height, width, like=states),
+                return_dict=False,
+            )[0]
+        return unpack(packed, height, width)
+
+    def _told(self, network: nn.Module, guidance: Tensor | None, *, like: Tensor) -> Tensor | None:
+        """The guidance scale (B,) that the network is told, of the paper's w; None where it takes none."""
+        if not self.takes_guidance(network):
+            check_guidance(guidance, taken=False)
+            return None
+        if guidance is not None:
+            return guidance + 1
+        return torch.full(like.shape, self.config.embedded_guidance, dtype=torch.float32, device=like.device)
+
+    # -- pictures -----------------------------------------------------------------------------------------------------
+
+    def guidance_call(self, network: nn.Module, scale: float) -> dict[str, Any]:
+        if self.takes_guidance(network):
+            return {"guidance_scale": scale if scale > 1 else self.config.embedded_guidance}
+        return {"true_cfg_scale": scale} if scale > 1 else {}
+
+    def to_network(self, latents: Tensor) -> Tensor:
+        return pack(latents)
+
+    def from_network(self, latents: Tensor, *, size: tuple[int, int]) -> Tensor:
+        return unpack(latents, size[1] // self.scale_factor, size[0] // self.scale_factor)
+
+    def scheduler(self, sampler: Sampler | None) -> Any:
+        """That of the other families; a sampler's heeds no mu, which this pipeline tells every scheduler."""
+        scheduler = super().scheduler(sampler)
+        if sampler is not None:
+            scheduler.set_timesteps = _without_mu(scheduler.set_timesteps)
+        return scheduler
+
+    def snippet_call(self, info: ExportInfo) -> dict[str, Any]:
+        scale, length = info.sampler.guidance_scale, self.config.max_sequence_length
+        told = self.guided_by_input or (scale > 1 and info.model_type == "full")
+        call: dict[str, Any] = {}
+        if told:
+            call["guidance_scale"] = scale if scale > 1 else self.config.embedded_guidance
+        elif scale > 1:
+            call |= {"negative_prompt": "", "true_cfg_scale": scale}
+        return call if length == PIPELINE_TOKENS else {**call, "max_sequence_length": length}
+
+
+def pack(latents: Tensor) -> Tensor:
+    """(B, C, h, w) -> (B, h/2 w/2, 4 C), patches row by row."""
+    batch, channels, height, width = latents.shape
+    patches = latents.reshape(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return patches.reshape(batch, (height // 2) * (width // 2), PATCH * channels)
+
+
+def unpack(packed: Tensor, height: int, width: int) -> Tensor:
+    """(B, h/2 w/2, 4 C) -> (B, C, h, w)."""
+    batch, _, channels = packed.shape
+    patches = packed.reshape(batch, height // 2, width // 2, channels // PATCH, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return patches.reshape(batch, channels // PATCH, height, width)
+
+
+def patch_ids(height: int, width: int, *, like: Tensor) -> Tensor:
+    """(0, row, column) of each patch of latents of `height` and `width`, shape (h/2 w/2, 3)."""
+    axes = (torch.arange(edge, device=like.device) for edge in (1, height // 2, width // 2))
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, 3).to(like)
+
+
+def _without_mu(set_timesteps: Any) -> Any:
+    @functools.wraps(set_timesteps)
+    def called(*args: Any, mu: float | None = None, **kwargs: Any) -> None:
+        set_timesteps(*args, **kwargs)
+
+    return called
+
+
+@hookimpl
+def register_families() -> list[type[ModelFamily]]:
+    """FLUX.1."""
+    return [Flux]

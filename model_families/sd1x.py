@@ -1,0 +1,33 @@
+"""Stable Diffusion 1.x: a UNet of 0.9 billion parameters with the text encoder of CLIP ViT-L/14, for 512 pixels."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from ..core.family import ModelFamily
+from ..core.hookspecs import hookimpl
+from ._architecture import Architecture
+from ._stable_diffusion import StableDiffusion, generation
+
+
+class SD1x(StableDiffusion):
+    """Stable Diffusion 1.x and its fine-tunes, noise- or v-predicting."""
+
+    name: ClassVar[str] = "sd1x"
+    native_edge: ClassVar[int] = 512
+    architecture: ClassVar[Architecture] = generation(
+        "a Stable Diffusion 1.x",
+        linear=False,
+        text_prefix="cond_stage_model.transformer.",
+        base_repository="stable-diffusion-v1-5/stable-diffusion-v1-5",
+        size="about 2 GB in fp16",
+    )
+
+    class Config(StableDiffusion.Config):
+        """Settings of the family sd1x, under ``family_config``."""
+
+
+@hookimpl
+def register_families() -> list[type[ModelFamily]]:
+    """The first generation of Stable Diffusion."""
+    return [SD1x]

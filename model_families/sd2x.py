@@ -1,0 +1,36 @@
+"""Stable Diffusion 2.x: the UNet of 1.x with linear projections and the text encoder of OpenCLIP ViT-H/14.
+
+The base models predict noise at 512 x 512 pixels, the others v at 768 x 768; the scheduler config says which.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from ..core.family import ModelFamily
+from ..core.hookspecs import hookimpl
+from ._architecture import Architecture
+from ._stable_diffusion import StableDiffusion, generation
+
+
+class SD2x(StableDiffusion):
+    """Stable Diffusion 2.x and its fine-tunes, noise- or v-predicting."""
+
+    name: ClassVar[str] = "sd2x"
+    native_edge: ClassVar[int] = 768
+    architecture: ClassVar[Architecture] = generation(
+        "a Stable Diffusion 2.x",
+        linear=True,
+        text_prefix="cond_stage_model.model.",
+        base_repository="stabilityai/stable-diffusion-2-1",
+        size="about 2.5 GB in fp16",
+    )
+
+    class Config(StableDiffusion.Config):
+        """Settings of the family sd2x, under ``family_config``."""
+
+
+@hookimpl
+def register_families() -> list[type[ModelFamily]]:
+    """The second generation of Stable Diffusion."""
+    return [SD2x]
