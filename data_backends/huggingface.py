@@ -137,10 +137,11 @@ class HuggingFaceBackend(SampleBackend):
 
     def _samples(self, layout: Layout, resume: str) -> Iterator[SampleChunk]:
         rows = self.source.walk(layout.columns, layout.image if layout.looks_at_pictures else None, resume)
-        while taken := list(islice(rows, CHUNK)):
-            samples = [self._sample(layout, number, row) for number, row, _ in taken]
-            columns = zip(*(each.columns() for each in samples), strict=True)
-            yield SampleChunk(*map(list, columns), resume=taken[-1][2]())
+        # a row at a time: its picture is let go before the next one comes
+        seen = ((self._sample(layout, number, row), mark) for number, row, mark in rows)
+        while taken := list(islice(seen, CHUNK)):
+            columns = zip(*(sample.columns() for sample, _ in taken), strict=True)
+            yield SampleChunk(*map(list, columns), resume=taken[-1][1]())
 
     def _sample(self, layout: Layout, number: int, row: Row) -> Sample:
         sample = Sample(str(number), self._key(layout, number, row))
