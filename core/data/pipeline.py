@@ -178,7 +178,8 @@ class DataPipeline:
             streams += own
             spans += [dataset.span] * len(own)
         order = Curriculum(streams, spans, global_batch=self._shape.global_batch, seed=self._seed)
-        for cache in (*caches.latents.values(), *caches.texts.values()):
+        pairs_alone = (each.cache for each in caches.pairs.values())
+        for cache in (*caches.latents.values(), *caches.texts.values(), *pairs_alone):
             cache.release_lookup()  # places are all that is needed from here on
         return Loader(cached, order, self._family, shape=self._shape, seed=self._seed)
 
