@@ -36,6 +36,13 @@ HUB_PATH = re.compile(r"hf://datasets/[^@]+@[^/]+/(?P<key>.+)")
 SNAPSHOT = re.compile(r".*/snapshots/[0-9a-f]+/(?P<key>.+)")
 
 
+def probe(stream: BinaryIO) -> tuple[int, int]:
+    """Upright width and height by the header; Pillow is imported when the first picture is looked at."""
+    from ..core.data import images
+
+    return images.probe(stream)
+
+
 class HuggingFaceBackend(SampleBackend):
     """Rows of a dataset that the `datasets` library reads: from the hub, from files, folders, tars, `save_to_disk`."""
 
@@ -166,7 +173,7 @@ class HuggingFaceBackend(SampleBackend):
             if not sample.width and self.in_order:
                 raise ValueError(f"{' or '.join(layout.sizes or ())} holds no size")
             return
-        from ..core.data.images import BrokenImage, probe
+        from ..core.data.images import BrokenImage
 
         found = self._picture(row[layout.image or ""])
         if isinstance(found, bytes):

@@ -88,7 +88,7 @@ def test_sizes_and_names_from_columns_leave_pictures_for_the_latents(folder, tmp
     place = parquet(rows_of(folder), tmp_path / "pq")
     keys = {"width_column": "w", "height_column": "h", "filename_column": "file", "streaming": True}
     looked = []
-    monkeypatch.setattr("distill.core.data.images.probe", looked.append)
+    monkeypatch.setattr("distill.data_backends.huggingface.probe", looked.append)
     data, _ = pipeline(hf(place, **keys), root=tmp_path)
     batches = by_position([take(data, 15)])
     assert not looked
