@@ -103,16 +103,34 @@ def method_needs(configuration: Configuration, registry: Registry, family: Model
     return method.requires(configuration.method, method.setup)
 
 
-def build_pipeline(configuration: Configuration, registry: Registry, *, say: Callable[[str], None]) -> DataPipeline:
-    """The data path of a run, outside of one: for one process, with the caches where the run would have them."""
+def build_pipeline(
+    configuration: Configuration,
+    registry: Registry,
+    *,
+    say: Callable[[str], None],
+    family: ModelFamily | None = None,
+    pairs: bool = True,
+) -> DataPipeline:
+    """The data path of a run, outside of one: for one process, with the caches where the run would have them.
+
+    Args:
+        configuration: The run's.
+        registry: The run's plugins.
+        say: Takes lines for people.
+        family: The run's; built and its files checked unless given.
+        pairs: Whether the distillation caches of the data file are made too.
+    """
     from .data.pipeline import DataPipeline
 
-    run, family = configuration.run, build_family(configuration, registry)
-    family.check_source()
+    run = configuration.run
+    if family is None:
+        family = build_family(configuration, registry)
+        family.check_source()
     return DataPipeline(
         configuration, registry, family, micro_batch_size=run.train_batch_size,
         accumulation=run.gradient_accumulation_steps, seed=run.seed, cache_root=run.output_dir / CACHE_FOLDER, say=say,
-        pictures=method_needs(configuration, registry, family).pictures, pairs=bool(configuration.distillation_caches),
+        pictures=method_needs(configuration, registry, family).pictures,
+        pairs=pairs and bool(configuration.distillation_caches),
     )  # fmt: skip
 
 

@@ -36,6 +36,13 @@ HUB_PATH = re.compile(r"hf://datasets/[^@]+@[^/]+/(?P<key>.+)")
 SNAPSHOT = re.compile(r".*/snapshots/[0-9a-f]+/(?P<key>.+)")
 
 
+def probe(stream: BinaryIO) -> tuple[int, int]:
+    """Upright width and height by the header; Pillow is imported when the first picture is looked at."""
+    from ..core.data import images
+
+    return images.probe(stream)
+
+
 class HuggingFaceBackend(SampleBackend):
     """Rows of a dataset that the `datasets` library reads: from the hub, from files, folders, tars, `save_to_disk`."""
 
@@ -137,10 +144,11 @@ class HuggingFaceBackend(SampleBackend):
 
     def _samples(self, layout: Layout, resume: str) -> Iterator[SampleChunk]:
         rows = self.source.walk(layout.columns, layout.image if layout.looks_at_pictures else None, resume)
-        while taken := list(islice(rows, CHUNK)):
-            samples = [self._sample(layout, number, row) for number, row, _ in taken]
-            columns = zip(*(each.columns() for each in samples), strict=True)
-            yield SampleChunk(*map(list, columns), resume=taken[-1][2]())
+        # a row at a time: its picture is let go before the next one comes
+        seen = ((self._sample(layout, number, row), mark) for number, row, mark in rows)
+        while taken := list(islice(seen, CHUNK)):
+            columns = zip(*(sample.columns() for sample, _ in taken), strict=True)
+            yield SampleChunk(*map(list, columns), resume=taken[-1][1]())
 
     def _sample(self, layout: Layout, number: int, row: Row) -> Sample:
         sample = Sample(str(number), self._key(layout, number, row))
@@ -165,7 +173,7 @@ class HuggingFaceBackend(SampleBackend):
             if not sample.width and self.in_order:
                 raise ValueError(f"{' or '.join(layout.sizes or ())} holds no size")
             return
-        from ..core.data.images import BrokenImage, probe
+        from ..core.data.images import BrokenImage
 
         found = self._picture(row[layout.image or ""])
         if isinstance(found, bytes):

@@ -30,6 +30,12 @@ def test_build_verify_clear(tmp_path):
     assert shard.name in damaged.output
     assert "13 pictures encoded" in cache("build", "--config", str(config)).output
 
+    next(path for path in tmp_path.rglob("*.png") if path.with_suffix(".txt").exists()).unlink()
+    assert cache("verify", "--config", str(config)).output.count("1 orphaned") == 2, "a picture and its caption"
+    assert "freed" in cache("clear", "--orphaned", "--yes", "--config", str(config)).output
+    assert "nothing orphaned" in cache("clear", "--orphaned", "--yes", "--config", str(config)).output
+    assert "everything was cached" in cache("build", "--config", str(config)).output
+
     kept = CliRunner().invoke(app, ["cache", "clear", "--config", str(config)], input="n\n")
     assert kept.exit_code == 1
     assert list((tmp_path / "cache").rglob("*.safetensors"))

@@ -32,7 +32,7 @@ def entries(root: Path) -> dict[bytes, dict[str, torch.Tensor]]:
     for folder, descriptor in cache_folders(root / "cache" / "pairs" / "pairs"):
         cache = TensorCache(folder.parent, descriptor, label="", say=print)
         cache.load(thorough=True)
-        keys = cache._keys()
+        keys = cache.keys()
         for key, place in zip(keys, cache.locate(keys), strict=True):
             found[key.tobytes()] = {name: value[0] for name, value in cache.read([place]).items()}
     return found
@@ -284,7 +284,7 @@ def test_paths_end_in_the_pictures_of_the_plain_pipeline(tmp_path, solver):
         cache_root=tmp_path / "out" / "cache", say=print, pictures=False, pairs=True,
     )  # fmt: skip
     ((batch,),) = take(data, 1)
-    made = [(noise(key, (4, 16, 16)), noise_seed(key)) for key in cache._keys()]
+    made = [(noise(key, (4, 16, 16)), noise_seed(key)) for key in cache.keys()]
     seeds = [seed for each in batch.pairs.noise for start, seed in made if torch.equal(start, each)]
     samplers = {"ddim": deterministic_sampler(family.schedule, 4, 2.0), "dpm++": fast_solver(family, 4, 2.0).sampler}
     asked = {"sampler": samplers[solver], "seeds": seeds, "width": 32, "height": 32}

@@ -25,6 +25,7 @@ def measured(root: Path, count: int) -> dict[str, float]:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_a_sample_costs_the_same_in_a_set_ten_times_as_large(tmp_path):
     small, large = (measured(tmp_path / str(count), count) for count in (10**5, 10**6))
     assert large["order_us_per_sample"] < 3 * small["order_us_per_sample"]  # a scan would cost ten times as much

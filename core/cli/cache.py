@@ -12,6 +12,7 @@ from .options import ConfigOption, DataOption, FamilyOption, ModelOption, Output
 
 if TYPE_CHECKING:
     from ..config import Configuration
+    from ..plugins import Registry
 
 app = typer.Typer(help="Build, verify or clear the text and latent caches.", no_args_is_help=True)
 
@@ -50,22 +51,22 @@ def verify(
     set_: SetOption = None,
     plugin: PluginOption = None,
 ) -> None:
-    """Check every file of the caches against its checksum; damaged ones are removed, and made anew by the next run."""
-    configuration, _ = options.load(
+    """Compare the caches with their checksums and with what the datasets need: damaged, missing, orphaned entries.
+
+    Damaged files are removed, and made anew by the next run; nothing else is.
+    """
+    configuration, registry = options.load(
         family=family, config=config, data=data, model=model, output_dir=output_dir, overrides=set_, plugins=plugin
     )
-    from ..data.cache import TensorCache
+    from ..assemble import build_pipeline
     from ..errors import DistillError
 
-    damaged = checked = 0
-    for folder, descriptor in _folders(configuration, None):
-        cache = TensorCache(folder.parent, descriptor, label=f"{descriptor['kind']} cache {folder}", say=options.say)
-        damaged += len(cache.load(thorough=True))
-        checked += 1
-        options.say(f"{folder}: {len(cache):,} entries, {cache.num_bytes / 2**20:,.1f} MiB")
-    if not checked:
-        options.say("there is no cache yet")
-    if damaged:
+    found = list(build_pipeline(configuration, registry, say=options.say).surveys())
+    for survey in found:
+        options.say(survey.line())
+    if any(survey.num_orphaned for survey in found):
+        options.say("orphaned entries are of use to other configurations only; `distill cache clear --orphaned`")
+    if damaged := sum(len(survey.damaged) for survey in found):
         raise DistillError(f"{damaged} damaged files were removed; `distill cache build` or the next run restores them")
 
 
@@ -79,12 +80,16 @@ def clear(
     set_: SetOption = None,
     plugin: PluginOption = None,
     dataset: OnlyDataset = None,
+    orphaned: Annotated[bool, typer.Option("--orphaned", help="Only what `verify` calls orphaned.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """Remove the caches of this configuration's datasets, those of other models and earlier settings included."""
-    configuration, _ = options.load(
+    configuration, registry = options.load(
         family=family, config=config, data=data, model=model, output_dir=output_dir, overrides=set_, plugins=plugin
     )
+    if orphaned:
+        _clear_orphaned(configuration, registry, dataset, yes=yes)
+        return
     from ..data.cache import remove_cache
 
     folders = _folders(configuration, dataset)
@@ -97,6 +102,21 @@ def clear(
     freed = sum(remove_cache(folder) for folder, _ in folders)
     for file in _side_files(configuration, dataset):
         file.unlink(missing_ok=True)
+    options.say(f"freed {freed / 2**20:,.1f} MiB")
+
+
+def _clear_orphaned(configuration: Configuration, registry: Registry, dataset: str | None, *, yes: bool) -> None:
+    from ..assemble import build_pipeline
+
+    found = list(build_pipeline(configuration, registry, say=options.say).surveys())
+    found = [each for each in found if each.num_orphaned and dataset in (None, each.cache.descriptor.get("dataset"))]
+    for survey in found:
+        options.say(survey.line())
+    if not found:
+        options.say("there is nothing orphaned")
+    elif not yes:
+        typer.confirm(f"Remove {sum(each.num_orphaned for each in found):,} orphaned entries?", abort=True, err=True)
+    freed = sum(survey.remove_orphaned() for survey in found)
     options.say(f"freed {freed / 2**20:,.1f} MiB")
 
 

@@ -91,21 +91,9 @@ def _data(
     configuration: Configuration, registry: Registry, family: ModelFamily, count: int
 ) -> tuple[Sequence[str], RealImages | None]:
     """Captions and pictures of the run's data; the validation prompts and no pictures where it cannot be read."""
-    from ..assemble import CACHE_FOLDER, method_needs
-    from ..data.pipeline import DataPipeline
+    from ..assemble import build_pipeline
 
-    run = configuration.run
-    pipeline = DataPipeline(
-        configuration,
-        registry,
-        family,
-        micro_batch_size=run.train_batch_size,
-        accumulation=run.gradient_accumulation_steps,
-        seed=run.seed,
-        cache_root=run.output_dir / CACHE_FOLDER,
-        say=_say,
-        pictures=method_needs(configuration, registry, family).pictures,
-    )
+    pipeline = build_pipeline(configuration, registry, say=_say, family=family, pairs=False)
     try:
         pipeline.prepare()
     except UserError as error:

@@ -217,7 +217,7 @@ class TensorCache:
         if not len(keys):
             return np.zeros(0, np.int64)
         if self._lookup is None:
-            self._lookup = Lookup(self._keys())
+            self._lookup = Lookup(self.keys())
         places = self._lookup.find(keys)
         for start in range(0, len(places), LOOKUP_ROWS):
             part = places[start : start + LOOKUP_ROWS]
@@ -225,7 +225,7 @@ class TensorCache:
             part[:] = np.where(part < 0, -1, (shard << ROW_BITS) | (part - self._starts[np.maximum(shard, 0)]))
         return places
 
-    def _keys(self) -> UInt64s:
+    def keys(self) -> UInt64s:
         """The keys of all entries, shape (n, 2)."""
         keys = np.empty((len(self), 2), np.uint64)
         for number, (start, end) in enumerate(pairwise(self._starts.tolist())):
@@ -322,6 +322,26 @@ class TensorCache:
             line["shard"] = asdict(shard)
         if line:
             self._record(line, shard.file if shard else None)
+
+    def retain(self, kept: NDArray[np.bool_]) -> int:
+        """Remove the other entries; shards that hold both are written anew. Returns the bytes freed.
+
+        Args:
+            kept: Shape (entries,).
+        """
+        before, shards = self.num_bytes, list(self._shards)
+        for number, (start, end) in enumerate(pairwise(self._starts.tolist())):
+            rows = torch.from_numpy(np.flatnonzero(kept[start:end]))
+            if len(rows) == end - start:
+                continue
+            taken = {name: value[rows] for name, value in self._tensors(number).items()}
+            keys = taken.pop(KEYS).numpy().view(np.uint64)
+            del taken[CRCS]
+            self.write(keys, taken)
+            self._record({"drop": shards[number].file})
+            (self.folder / shards[number].file).unlink()
+        self.load()
+        return before - self.num_bytes
 
     def _write_shard(self, keys: UInt64s, tensors: Mapping[str, Tensor]) -> Shard:
         from safetensors.torch import save

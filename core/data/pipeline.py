@@ -30,13 +30,14 @@ from .loader import CachedDataset, CachedLatents, Loader, Prefetch, Shape
 from .order import Curriculum, Stream
 from .pairs import pair_descriptor
 from .passing import Opener
-from .places import CachePlaces
+from .places import CachePlaces, dataset_folders
 from .progress import Progress, default_progress
 from .prompt_files import open_source
 from .prompt_index import PromptIndexBuilder
 from .report import DataReport, describe, named_with_reasons
 from .storage import write_whole
 from .threads import threads
+from .verify import Survey, folders_beside, needs, surveys
 
 if TYPE_CHECKING:
     from ..backend import DataBackend
@@ -178,7 +179,8 @@ class DataPipeline:
             streams += own
             spans += [dataset.span] * len(own)
         order = Curriculum(streams, spans, global_batch=self._shape.global_batch, seed=self._seed)
-        for cache in (*caches.latents.values(), *caches.texts.values()):
+        pairs_alone = (each.cache for each in caches.pairs.values())
+        for cache in (*caches.latents.values(), *caches.texts.values(), *pairs_alone):
             cache.release_lookup()  # places are all that is needed from here on
         return Loader(cached, order, self._family, shape=self._shape, seed=self._seed)
 
@@ -187,6 +189,14 @@ class DataPipeline:
             self.prepare()
         assert self._loader is not None
         return self._loader
+
+    def surveys(self) -> Iterator[Survey]:
+        """Each cache against what the datasets need of it; indexes are brought up to date, nothing is encoded."""
+        datasets = self._indexed()
+        parents = dataset_folders(self._places, [dataset.settings for dataset in datasets])
+        beside = folders_beside(self._places, parents)
+        needed = needs(self._family, self._places, datasets, pictures=self._pictures)
+        return surveys(needed, [*parents, *beside], self._say)
 
     # -- training ---------------------------------------------------------------------------------------------------
 

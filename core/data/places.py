@@ -27,10 +27,13 @@ class CachePlaces:
         """Folder of a dataset's latent caches."""
         if settings.cache_dir_vae is not None:
             return Path(settings.cache_dir_vae)
+        return self.latents_root / settings.id
+
+    @property
+    def latents_root(self) -> Path:
+        """Folder of the latents of all datasets that are given no place of their own."""
         shared = self._latents_entry()
-        if shared is not None and shared.cache_dir is not None:
-            return Path(shared.cache_dir) / settings.id
-        return self._root / "vae" / settings.id
+        return Path(shared.cache_dir) if shared is not None and shared.cache_dir is not None else self._root / "vae"
 
     def index(self, settings: DatasetSettings) -> Path:
         """File of a dataset's index, beside its latents where it has any."""

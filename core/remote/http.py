@@ -236,14 +236,6 @@ class HttpStore(RemoteStore):
 
         return self._retry.run(self._place(key), attempt)
 
-    def exists(self, key: str) -> bool:
-        """Whether the server has it."""
-        try:
-            self.stat(key)
-        except FileNotFoundError:
-            return False
-        return True
-
     def list(self, prefix: str = "") -> Iterator[Entry]:
         """Refused: a web server does not say what it has."""
         self._refuse("cannot be listed", "name the files in a table: type csv, jsonl or parquet")

@@ -10,7 +10,6 @@ import mmap
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import md5
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from ..backend import Entry
+from ..data.threads import threads
 from ..errors import DistillError, OutOfReach, UserError
 from . import s3_xml as xml
 from .http import Connections, Response, beyond, check, ranged, version_of, whole
@@ -224,14 +224,6 @@ class S3Store(RemoteStore):
         answer = self._retry.run(place, lambda: self._once("HEAD", self.prefix + key))
         return Entry(key, int(answer.header("Content-Length")), version_of(answer))
 
-    def exists(self, key: str) -> bool:
-        """Whether the object is there."""
-        try:
-            self.stat(key)
-        except FileNotFoundError:
-            return False
-        return True
-
     # -- writing ------------------------------------------------------------------------------------------------------
 
     def upload(self, key: str, path: Path) -> None:
@@ -307,11 +299,8 @@ def _together(function: Any, items: Sequence[Any]) -> list[Any]:
     """Results of a few calls at once, in order; the first failure ends the rest."""
     if not items:
         return []
-    pool = ThreadPoolExecutor(min(PARTS_AT_ONCE, len(items)))
-    try:
+    with threads(min(PARTS_AT_ONCE, len(items))) as pool:
         return list(pool.map(function, items))
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def find_access(access: S3Access) -> tuple[Credentials | None, str | None, str | None]:

@@ -79,9 +79,13 @@ class RemoteStore(ABC):
     def write(self, key: str, data: bytes) -> None:
         """Write the object whole or not at all."""
 
-    @abstractmethod
     def exists(self, key: str) -> bool:
         """Whether the object is there."""
+        try:
+            self.stat(key)
+        except FileNotFoundError:
+            return False
+        return True
 
     @abstractmethod
     def stat(self, key: str) -> Entry:

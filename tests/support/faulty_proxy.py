@@ -122,7 +122,12 @@ class FaultyProxy:
         if fault and fault.kind == "status":
             text = f"<Error><Code>{fault.code}</Code></Error>".encode() if fault.code else b""
             return answer(handler, fault.status, fault.headers, b"" if handler.command == "HEAD" else text)
-        status, headers, data = self._forward(handler, body, drop_range=bool(fault and fault.kind == "ignore-range"))
+        try:
+            status, headers, data = self._forward(
+                handler, body, drop_range=bool(fault and fault.kind == "ignore-range")
+            )
+        except OSError:  # the server is gone
+            return hang_up(handler)
         if fault and fault.kind == "drop":
             return hang_up(handler)
         if fault and fault.kind == "truncate":
