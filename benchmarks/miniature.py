@@ -18,13 +18,14 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
 from distill.plugins.judge import Judge
 from PIL import Image
 from torch import Tensor, nn
@@ -40,6 +41,7 @@ TEACHER, PICTURES = ASSETS / "sdxl_miniature", ASSETS / "emoji_scenes"
 POOL_SIZE, SHIPPED_SIZE, HELD_OUT_SIZE = 60_000, 1_200, 4_000
 UNET_STEPS, REFINE_STEPS = 5000, 4500
 SIZE = scenes.RESOLUTION
+Network = TypeVar("Network", bound=nn.Module)
 
 
 def progress(message: str) -> None:
@@ -266,26 +268,51 @@ def refine_unet(work: Path, *, steps: int = REFINE_STEPS) -> None:
 
 
 def fit_teacher(
-    teacher: networks.Teacher,
-    data: Captioned,
+    teacher: networks.Teacher, data: Captioned, *, steps: int, horizon: int, peak: float, seed: int
+) -> None:
+    """:func:`fit` on the loss of noise prediction; the teacher goes to the assets."""
+    alphas_cumprod = networks.new_scheduler().alphas_cumprod
+
+    def loss(index: Tensor) -> Tensor:
+        return teacher_loss(teacher, alphas_cumprod, data.batch(index), 0.12)
+
+    def save(average: networks.Teacher) -> None:
+        networks.save_teacher(average, data.tokenizers, TEACHER)
+
+    fit(teacher, loss, save, steps=steps, horizon=horizon, peak=peak, seed=seed)
+
+
+def fit(
+    teacher: Network,
+    loss_of: Callable[[Tensor], Tensor],
+    save: Callable[[Network], None],
     *,
     steps: int,
     horizon: int,
     peak: float,
     seed: int,
     batch_size: int = 64,
-    dropout: float = 0.12,
 ) -> None:
-    """The first `steps` of a learning rate that decays over `horizon` steps; the EMA of the weights is saved."""
+    """The first `steps` of a learning rate that decays over `horizon` steps; the EMA of the weights is saved.
+
+    Args:
+        teacher: Trained in place, all of it.
+        loss_of: The loss of the samples of the pool with these indices (B,).
+        save: Writes the average; called every 500 steps and at the end.
+        steps: Of the optimizer.
+        horizon: Steps after which the learning rate has fallen to 2 % of its peak.
+        peak: Learning rate after the warm-up.
+        seed: Of the order of samples; noise comes from the global generator.
+        batch_size: Samples of a step.
+    """
     average = deepcopy(teacher).requires_grad_(False)
-    progress(f"unet: {sum(p.numel() for p in teacher.unet.parameters()) / 1e6:.2f}M parameters")
+    progress(f"teacher: {sum(p.numel() for p in teacher.parameters()) / 1e6:.2f}M parameters")
     parameters = list(teacher.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: decayed(s, horizon, warmup=200, decay_from=0.3))
-    alphas_cumprod = networks.new_scheduler().alphas_cumprod
     losses: list[float] = []
     for step, index in enumerate(index_batches(POOL_SIZE, batch_size, steps, seed=seed), start=1):
-        loss = teacher_loss(teacher, alphas_cumprod, data.batch(index), dropout)
+        loss = loss_of(index)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -295,9 +322,9 @@ def fit_teacher(
             torch._foreach_lerp_(list(average.parameters()), parameters, 1 - min(0.999, step / (step + 9)))
         losses.append(loss.item())
         if step % 100 == 0:
-            progress(f"unet step {step} loss {np.mean(losses[-100:]):.4f}")
+            progress(f"step {step} loss {np.mean(losses[-100:]):.4f}")
         if step % 500 == 0 or step == steps:
-            networks.save_teacher(average, data.tokenizers, TEACHER)
+            save(average)
 
 
 # -------------------------------------------------------------------------------------------------------- report
@@ -305,13 +332,14 @@ def fit_teacher(
 
 @torch.no_grad()
 def generate(
-    pipeline: StableDiffusionXLPipeline,
+    pipeline: Any,
     captions: list[str],
     *,
     steps: int,
     guidance: float,
     seed: int,
     batch_size: int = 64,
+    call: Mapping[str, Any] | None = None,
 ) -> Tensor:
     """Pictures in [0, 1], (N, 3, S, S); the noise depends on the seed and the place in the list alone."""
     noise = torch.randn(len(captions), 4, SIZE // 2, SIZE // 2, generator=torch.Generator().manual_seed(seed))
@@ -327,6 +355,7 @@ def generate(
                 guidance_scale=guidance,
                 output_type="pt",
                 generator=torch.Generator().manual_seed(seed + start),
+                **(call or {}),
             ).images
         )
     return torch.cat(pictures)
@@ -349,14 +378,23 @@ def picture_grid(pictures: Tensor, columns: int, enlarge: int = 3) -> Image.Imag
     return image.resize((image.width * enlarge, image.height * enlarge), Image.Resampling.NEAREST)
 
 
-def report(work: Path, *, samples: int, guidance: float, step_counts: list[int]) -> dict[str, float]:
-    """Judge accuracy, reconstruction, and agreement and distance of the teacher at several step counts."""
-    held_out, pipeline = load_pool(work, "held_out"), networks.load_teacher(TEACHER)
-    judge = Judge.from_pretrained(TEACHER / "judge")
+def report(
+    work: Path,
+    folder: Path,
+    *,
+    samples: int,
+    guidance: float,
+    step_counts: list[int],
+    call: Mapping[str, Any] | None = None,
+) -> dict[str, float]:
+    """Judge accuracy, reconstruction, and agreement and distance of the teacher in `folder` at several step counts."""
+    held_out, pipeline = load_pool(work, "held_out"), DiffusionPipeline.from_pretrained(folder).to(torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    judge = Judge.from_pretrained(folder / "judge")
     real, captions = to_images(held_out["pixels"]), held_out["captions"].tolist()
     vae = pipeline.vae
     with torch.no_grad():
-        decoded = vae.decode(encode_pool(vae, held_out["pixels"][:500])).sample / 2 + 0.5
+        decoded = vae.decode(encode_pool(vae, held_out["pixels"][:500])).sample / 2 + 0.5  # shifts cancel out
     real_features = judge.features(real)
     figures = {
         "judge_accuracy": judge.agreement(real, captions).float().mean().item(),
@@ -367,7 +405,7 @@ def report(work: Path, *, samples: int, guidance: float, step_counts: list[int])
     picture_grid(torch.cat([real[:64], decoded[:64]]), 16).save(work / "reconstructions.png")
     for steps in step_counts:
         started = time.perf_counter()
-        pictures = generate(pipeline, captions[:samples], steps=steps, guidance=guidance, seed=0)
+        pictures = generate(pipeline, captions[:samples], steps=steps, guidance=guidance, seed=0, call=call)
         figures[f"agreement_{steps}"] = judge.agreement(pictures, captions[:samples]).float().mean().item()
         figures[f"distance_{steps}"] = frechet(judge.features(pictures), real_features[samples:])
         figures[f"seconds_per_picture_{steps}"] = (time.perf_counter() - started) / samples
@@ -408,7 +446,7 @@ def main() -> None:
             refine_unet(arguments.work, **lengths)
         case _:
             counts = [int(count) for count in arguments.sampler_steps.split(",")]
-            report(arguments.work, samples=arguments.samples, guidance=arguments.guidance, step_counts=counts)
+            report(arguments.work, TEACHER, samples=arguments.samples, guidance=arguments.guidance, step_counts=counts)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import miniature_data as scenes
 import torch
@@ -57,13 +58,13 @@ def new_tokenizer(captions: list[str], pad_token: str) -> CLIPTokenizer:
     )
 
 
-def text_config(tokenizer: CLIPTokenizer, activation: str) -> CLIPTextConfig:
-    """Two layers of width 64."""
+def text_config(tokenizer: CLIPTokenizer, activation: str, *, width: int = 64) -> CLIPTextConfig:
+    """Two layers."""
     return CLIPTextConfig(
         vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=256,
-        projection_dim=64,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        projection_dim=width,
         num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=MAX_TOKENS,
@@ -141,15 +142,21 @@ def save_teacher(teacher: Teacher, tokenizers: tuple[CLIPTokenizer, CLIPTokenize
         force_zeros_for_empty_prompt=True,
         add_watermarker=False,
     )
+    save_pipeline(pipeline, folder)
+
+
+def save_pipeline(pipeline: Any, folder: Path) -> None:
+    """Write a pipeline whose weights are halves; only on disk: what loads it plainly gets float32."""
     pipeline.save_pretrained(folder)
-    for name in ("text_encoder", "text_encoder_2"):  # half on disk alone: diffusers loads the other parts as float32
-        path = folder / name / "config.json"
+    for path in folder.glob("text_encoder*/config.json"):  # diffusers loads the other parts as float32
         path.write_text(path.read_text().replace('"dtype": "float16"', '"dtype": "float32"'), encoding="utf-8")
     vae_config = folder / "vae" / "config.json"
     config = {key: value for key, value in json.loads(vae_config.read_text()).items() if key != "_name_or_path"}
     vae_config.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    for name, tokenizer in zip(("tokenizer", "tokenizer_2"), tokenizers, strict=True):
-        tokenizer.backend_tokenizer.model.save(str(folder / name))  # vocab.json and merges.txt, for older readers
+    for path in folder.glob("tokenizer*"):
+        tokenizer = getattr(pipeline, path.name)
+        if isinstance(tokenizer, CLIPTokenizer):
+            tokenizer.backend_tokenizer.model.save(str(path))  # vocab.json and merges.txt, for older readers
 
 
 def restore_teacher(teacher: Teacher, folder: Path) -> None:

@@ -1,0 +1,301 @@
+"""Train the miniature teachers of sd2x and sd3, on the scenes, the autoencoder and the judge of the miniature SDXL.
+
+    python benchmarks/miniature.py data --assets build/scratch   # the training pool, if it is not there
+    python benchmarks/miniature_families.py sd2x                 # a UNet that predicts v, begun from SDXL's UNet
+    python benchmarks/miniature_families.py sd3                  # a transformer on a flow, from scratch
+    python benchmarks/miniature_families.py report --family sd3  # the figures and picture grids of the model card
+
+Seeds are fixed. Needs what `miniature.py` needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from diffusers import (
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5TokenizerFast
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "benchmarks")]
+
+import miniature  # noqa: E402
+import miniature_networks as networks  # noqa: E402
+
+T5_TOKENS, T5_WIDTH = 16, 160
+CLIP_WIDTH = 64
+FLOW_SHIFT = 3.0
+
+
+class Scenes:
+    """The pool as training sees it: latents, and the number of each sample's caption; the last caption is empty."""
+
+    def __init__(self, work: Path) -> None:
+        pool, stored = miniature.load_pool(work, "pool"), work / "latents.npy"
+        if not stored.is_file():
+            vae = miniature.load_vae()
+            np.save(stored, (miniature.encode_pool(vae, pool["pixels"]) * vae.config.scaling_factor).half().numpy())
+        self.latents = torch.from_numpy(np.load(stored))
+        captions, self.caption_of = np.unique(pool["captions"], return_inverse=True)
+        self.counts = Counter(pool["captions"].tolist())
+        self.captions = [*captions.tolist(), ""]
+
+    def tokens(self, tokenizer: Any, length: int) -> Tensor:
+        """(captions, length) of every caption, padded as the pipelines do."""
+        kinds = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+        return tokenizer(self.captions, max_length=length, **kinds).input_ids
+
+    def batch(self, index: Tensor, dropout: float) -> tuple[Tensor, Tensor]:
+        """Latents (B, 4, S/2, S/2), and the numbers (B,) of their captions, some replaced by the empty one."""
+        chosen = torch.from_numpy(self.caption_of[index.numpy()])
+        dropped = torch.rand(len(index)) < dropout
+        return self.latents[index].float(), chosen.where(~dropped, len(self.captions) - 1)
+
+
+class Teacher(nn.Module):
+    """A text-to-picture model that is trained as a whole, but for its autoencoder."""
+
+    folder: Path
+    call: ClassVar[dict[str, Any]] = {}
+    guidance: ClassVar[float] = 3.0
+
+    @abstractmethod
+    def loss(self, x_0: Tensor, captions: Tensor) -> Tensor:
+        """The mean loss of latents (B, C, h, w) with captions of these numbers (B,)."""
+
+    @abstractmethod
+    def pipeline(self, vae: Any) -> Any:
+        """The diffusers pipeline of these weights."""
+
+    def save(self) -> None:
+        """Write the pipeline in half precision, beside the judge and the prompts of the miniature SDXL."""
+        halved = deepcopy(self).half().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        networks.save_pipeline(halved.pipeline(self.autoencoder().half()), self.folder)
+        shutil.copytree(miniature.TEACHER / "judge", self.folder / "judge", dirs_exist_ok=True)
+        shutil.copy(miniature.TEACHER / "prompts.txt", self.folder / "prompts.txt")
+
+    def autoencoder(self) -> Any:
+        """The miniature SDXL's."""
+        return miniature.load_vae()
+
+
+class SD2Teacher(Teacher):
+    """Stable Diffusion 2.1 in small: v prediction, the last states of one text encoder with OpenCLIP's activation."""
+
+    folder = miniature.ASSETS / "sd2x_miniature"
+
+    def __init__(self, scenes: Scenes) -> None:
+        super().__init__()
+        self.tokenizer = networks.new_tokenizer(scenes.captions[:-1], "!")
+        self.text_encoder = CLIPTextModel(networks.text_config(self.tokenizer, "gelu", width=2 * CLIP_WIDTH))
+        sdxl = networks.load_teacher(miniature.TEACHER).unet
+        config = {**sdxl.config, "addition_embed_type": None, "addition_time_embed_dim": None}
+        config["projection_class_embeddings_input_dim"] = None
+        self.unet = UNet2DConditionModel.from_config(config)
+        self.unet.load_state_dict({k: v for k, v in sdxl.state_dict().items() if not k.startswith("add_embedding")})
+        self.unet.to(memory_format=torch.channels_last)
+        self.tokens = scenes.tokens(self.tokenizer, networks.MAX_TOKENS)
+        self.alphas_cumprod = self.scheduler().alphas_cumprod
+
+    @staticmethod
+    def scheduler() -> DDIMScheduler:
+        """The scheduler of Stable Diffusion 2.1, setting for setting."""
+        return DDIMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            clip_sample=False,
+            set_alpha_to_one=False,
+            steps_offset=1,
+            prediction_type="v_prediction",
+        )
+
+    def loss(self, x_0: Tensor, captions: Tensor) -> Tensor:
+        """|v_hat - v|^2 with v = alpha eps - sigma x_0 (arXiv 2202.00512): SNR + 1 as the weight of x_0."""
+        states = self.text_encoder(self.tokens[captions]).last_hidden_state
+        noise, t = torch.randn(x_0.shape), torch.randint(0, 1000, (len(x_0),))
+        signal = self.alphas_cumprod[t][:, None, None, None]
+        alpha_t, sigma_t = signal.sqrt(), (1 - signal).sqrt()
+        noisy = (alpha_t * x_0 + sigma_t * noise).contiguous(memory_format=torch.channels_last)
+        v = self.unet(noisy, t, encoder_hidden_states=states).sample
+        return (v - (alpha_t * noise - sigma_t * x_0)).square().mean()
+
+    def pipeline(self, vae: Any) -> Any:
+        """The diffusers pipeline of these weights."""
+        return StableDiffusionPipeline(
+            vae=vae,
+            text_encoder=self.text_encoder,
+            tokenizer=self.tokenizer,
+            unet=self.unet,
+            scheduler=self.scheduler(),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+
+
+def new_t5_tokenizer(counts: Counter[str]) -> T5TokenizerFast:
+    """A T5 tokenizer of the captions' words, and letters for every other word."""
+    words = Counter(word for caption, count in counts.items() for word in caption.replace(",", "").split() * count)
+    letters = [chr(code) for code in range(ord("!"), ord("~") + 1)]
+    pieces = {f"\u2581{word}": float(np.log(count / words.total())) for word, count in words.items()}
+    pieces |= {piece: -12.0 for piece in ("\u2581", *letters)}
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0), *pieces.items()]
+    return T5TokenizerFast(vocab=vocabulary, extra_ids=0, model_max_length=512)
+
+
+class SD3Teacher(Teacher):
+    """Stable Diffusion 3.5 in small: joint attention with normed queries, two CLIP encoders and T5, a shifted flow."""
+
+    folder = miniature.ASSETS / "sd3_miniature"
+    call: ClassVar[dict[str, Any]] = {"max_sequence_length": T5_TOKENS}
+
+    def __init__(self, scenes: Scenes, *, depth: int = 6, heads: int = 5) -> None:
+        super().__init__()
+        sdxl = networks.load_teacher(miniature.TEACHER)
+        self.tokenizer, self.tokenizer_2 = sdxl.tokenizer, sdxl.tokenizer_2
+        self.tokenizer_3 = new_t5_tokenizer(scenes.counts)
+        self.text_encoder = CLIPTextModelWithProjection(networks.text_config(self.tokenizer, "quick_gelu"))
+        self.text_encoder.load_state_dict(sdxl.text_encoder.state_dict(), strict=False)  # it has no projection
+        self.text_encoder_2 = sdxl.text_encoder_2
+        self.text_encoder_3 = T5EncoderModel(
+            T5Config(
+                vocab_size=len(self.tokenizer_3), d_model=T5_WIDTH, d_kv=32, d_ff=2 * T5_WIDTH, num_layers=2,
+                num_heads=4, feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False,
+                dropout_rate=0.0,
+            )
+        )  # fmt: skip
+        self.transformer = SD3Transformer2DModel(
+            sample_size=miniature.SIZE // 2,
+            in_channels=4,
+            out_channels=4,
+            num_layers=depth,
+            attention_head_dim=32,
+            num_attention_heads=heads,
+            joint_attention_dim=T5_WIDTH,
+            caption_projection_dim=32 * heads,
+            pooled_projection_dim=2 * CLIP_WIDTH,
+            pos_embed_max_size=miniature.SIZE // 4,
+            qk_norm="rms_norm",
+        )
+        for name, module in self.transformer.named_modules():  # as in the papers on such transformers: begin as nothing
+            if name.endswith((".norm1.linear", ".norm1_context.linear", "norm_out.linear")) or name == "proj_out":
+                nn.init.zeros_(module.weight), nn.init.zeros_(module.bias)
+        self.shift = (scenes.latents.float().mean() / self.autoencoder().config.scaling_factor).item()
+        tokenizers = (self.tokenizer, self.tokenizer_2, self.tokenizer_3)
+        lengths = (networks.MAX_TOKENS, networks.MAX_TOKENS, T5_TOKENS)
+        self.tokens = [scenes.tokens(each, length) for each, length in zip(tokenizers, lengths, strict=True)]
+
+    def embeds(self, captions: Tensor) -> tuple[Tensor, Tensor]:
+        """What the pipeline encodes captions to: states (B, 24 + 16, D), pooled (B, P)."""
+        encoders = (self.text_encoder, self.text_encoder_2)
+        outputs = [
+            encoder(tokens[captions], output_hidden_states=True)
+            for encoder, tokens in zip(encoders, self.tokens[:2], strict=True)
+        ]
+        states = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+        states = nn.functional.pad(states, (0, T5_WIDTH - states.shape[-1]))
+        t5 = self.text_encoder_3(self.tokens[2][captions]).last_hidden_state
+        kept = (torch.rand(len(captions), 1, 1) > 0.2).float()  # it may be left out when pictures are made
+        return torch.cat([states, kept * t5], dim=1), torch.cat([output.text_embeds for output in outputs], dim=-1)
+
+    def loss(self, x_0: Tensor, captions: Tensor) -> Tensor:
+        """|u_hat - (eps - x_0)|^2 at x_t = (1 - t) x_0 + t eps, logit(t) ~ N(0.4, 1.2) (arXiv 2403.03206)."""
+        scale = self.autoencoder_scale
+        x_0 = x_0 - self.shift * scale
+        states, pooled = self.embeds(captions)
+        noise, t = torch.randn(x_0.shape), torch.sigmoid(0.4 + 1.2 * torch.randn(len(x_0)))
+        mixed = t[:, None, None, None]
+        u = self.transformer((1 - mixed) * x_0 + mixed * noise, states, pooled, 1000 * t).sample
+        return (u - (noise - x_0)).square().mean()
+
+    @property
+    def autoencoder_scale(self) -> float:
+        """Of the miniature SDXL's latents."""
+        if not hasattr(self, "_scale"):
+            self._scale = float(super().autoencoder().config.scaling_factor)
+        return self._scale
+
+    def autoencoder(self) -> Any:
+        """The miniature SDXL's, with a shift by the latents' mean as Stable Diffusion 3 has it."""
+        vae = super().autoencoder()
+        if hasattr(self, "shift"):
+            vae.register_to_config(shift_factor=round(self.shift, 5))
+        return vae
+
+    def pipeline(self, vae: Any) -> Any:
+        """The diffusers pipeline of these weights."""
+        parts = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
+        return StableDiffusion3Pipeline(
+            transformer=self.transformer,
+            vae=vae,
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=FLOW_SHIFT),
+            **{name: getattr(self, name) for name in parts},
+        )
+
+
+TEACHERS: dict[str, tuple[type[Teacher], dict[str, Any]]] = {
+    "sd2x": (SD2Teacher, {"steps": 2200, "peak": 8e-4, "seed": 11, "batch_size": 64}),
+    "sd3": (SD3Teacher, {"steps": 8000, "peak": 1e-3, "seed": 12, "batch_size": 32}),
+}
+"""Family -> its teacher, and how it is trained."""
+
+
+def train(family: str, work: Path, *, steps: int | None) -> None:
+    """Train the family's miniature and write it to the assets."""
+    kind, settings = TEACHERS[family]
+    settings = {**settings, "steps": steps or settings["steps"]}
+    torch.manual_seed(settings["seed"])
+    scenes = Scenes(work)
+    teacher = kind(scenes)
+
+    def loss(index: Tensor) -> Tensor:
+        return teacher.loss(*scenes.batch(index, 0.12))
+
+    miniature.fit(teacher, loss, lambda average: average.save(), horizon=settings["steps"], **settings)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=(*TEACHERS, "report"))
+    parser.add_argument("--family", choices=tuple(TEACHERS), default="sd3", help="whose report")
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "miniature", help="folder for what does not ship")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--steps", type=int, help="training steps, in place of the stage's own number")
+    parser.add_argument("--samples", type=int, default=1000, help="pictures per row of the report")
+    parser.add_argument("--guidance", type=float, help="of the report, in place of the miniature's own")
+    parser.add_argument("--sampler-steps", default="1,2,4,8,50", help="rows of the report")
+    given = parser.parse_args(arguments)
+    torch.set_num_threads(given.threads)
+    if given.stage != "report":
+        train(given.stage, given.work, steps=given.steps)
+        return
+    kind, _ = TEACHERS[given.family]
+    counts = [int(count) for count in given.sampler_steps.split(",")]
+    guidance = given.guidance or kind.guidance
+    work = given.work / given.family
+    work.mkdir(parents=True, exist_ok=True)
+    shutil.copy(given.work / "held_out.npz", work / "held_out.npz")
+    miniature.report(work, kind.folder, samples=given.samples, guidance=guidance, step_counts=counts, call=kind.call)
+
+
+if __name__ == "__main__":
+    main()
