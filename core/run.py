@@ -176,8 +176,8 @@ class Run(RunParts):
         text = json.dumps(resolved, indent=2)
         self.trackers.text("config", f"```json\n{text}\n```", self.trainer.step)
         for report in self._data_reports:
-            self.trackers.text(f"data/{report.id}", report.text, self.trainer.step)
-            self.trackers.images(f"data/{report.id}", report.pictures, self.trainer.step)
+            self.trackers.text(f"training_data/{report.id}", report.text, self.trainer.step)
+            self.trackers.images(f"training_data/{report.id}", report.pictures, self.trainer.step)
 
     def _make_progress(self) -> Progress:
         from .engine.progress import make_progress

@@ -258,7 +258,7 @@ class Trainer:
         elapsed = max(now - self._flushed, 1e-9)
         rate, share = self._samples / elapsed, min(1.0, self._waited / elapsed)
         self._flushed, self._samples, self._waited = time.perf_counter(), 0, 0.0
-        rows = [(step, {**values, "samples_per_second": rate, "data_wait_share": share}) for step, values in rows]
+        rows = [(step, {**values, "samples_per_second": rate, "wait_for_data_share": share}) for step, values in rows]
         if self.processes.main:
             self.metrics_file.append(rows)
         for step, values in rows[:-1]:

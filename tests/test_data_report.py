@@ -172,7 +172,7 @@ def test_a_run_reports_its_data_and_hardly_waits_for_it(tmp_path):
     assert any("report on dataset 'noise'" in line for line in lines)
     assert (tmp_path / "out" / "data" / "noise" / "contact-sheet.png").is_file()
     metrics = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
-    shares = [json.loads(line)["data_wait_share"] for line in metrics]
+    shares = [json.loads(line)["wait_for_data_share"] for line in metrics]
     assert len(shares) == 16
     assert np.median(shares[4:]) < 0.01, shares  # the first steps wait for the first batch
 

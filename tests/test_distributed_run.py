@@ -51,5 +51,5 @@ def test_alternate_updates_shared_lengths_and_running_means_are_those_of_one_pro
     assert [row.keys() for row in one] == [row.keys() for row in two]
     assert [("loss" in row, "fake_score/loss" in row) for row in one] == [(False, True), (True, True)] * 2
     for ours, theirs in zip(one, two, strict=True):
-        for key in ours.keys() - {"samples_per_second", "data_wait_share"}:
+        for key in ours.keys() - {"samples_per_second", "wait_for_data_share"}:
             assert ours[key] == pytest.approx(theirs[key], rel=1e-3, abs=1e-6), (ours["step"], key)
