@@ -171,6 +171,12 @@ def settings_named(page: str) -> list[str]:
     return re.findall(r"`((?:[a-z_][\w.-]*)=[\w.,:x-]+)`", re.sub(BLOCK, "", text(page)))
 
 
+def of_family(registry, name: str, setting: str) -> bool:
+    """Whether the setting is one of this family's own."""
+    part, _, key = setting.partition("=")[0].partition(".")
+    return part == "family_config" and key in registry.get("family", name).Config.model_fields
+
+
 def test_every_setting_that_is_advised_is_accepted(workspace):
     from distill.core.config import load_configuration
     from distill.core.plugins import Registry
@@ -178,12 +184,14 @@ def test_every_setting_that_is_advised_is_accepted(workspace):
     advised = list(dict.fromkeys(setting for page in PAGES for setting in settings_named(page)))
     assert len(advised) > 20
     registry = Registry.load(installed=False)
+    flags = {"pretrained_model_name_or_path": str(workspace / "model"), "output_dir": str(workspace / "none")}
     for setting in advised:
+        own = [name for name in registry.names("family") if of_family(registry, name, setting)]
         load_configuration(
             registry,
             config_file=workspace / "config.json",
             data_file=workspace / "multidatabackend.json",
-            flags={"pretrained_model_name_or_path": str(workspace / "model"), "output_dir": str(workspace / "none")},
+            flags=flags if "sdxl" in own or not own else {**flags, "model_family": own[0]},
             overrides=[f"data.your-dataset-name.instance_data_dir={workspace / 'pictures'}", setting],
         )
 
