@@ -59,12 +59,15 @@ class Guidance(Method):
     @classmethod
     def roles(cls, config: Any, setup: MethodSetup) -> Sequence[Role]:
         """The base, and a student that takes w where it is trained in full over a range."""
-        return [Role("teacher"), Role("student", trains=setup.model_type, guidance_embedding=_told(config, setup))]
+        return [
+            Role("teacher"),
+            Role("student", trains=setup.model_type, guidance_embedding=config.is_told(setup.model_type)),
+        ]
 
     @classmethod
     def requires(cls, config: Any, setup: MethodSetup) -> Requirements:
         """Pictures; a finite x0 everywhere; a guidance input for full training over a range."""
-        return Requirements(guidance_embedding=_told(config, setup), finite_snr=True)
+        return Requirements(guidance_embedding=config.is_told(setup.model_type), finite_snr=True)
 
     def updates(self, context: Context, batch: Batch, step: int) -> Iterator[Update]:
         """One step of algorithm 1 of arXiv 2210.03142."""
@@ -74,7 +77,7 @@ class Guidance(Method):
         t = times[draws.integers("index", len(times))]
         eps = draws.randn("noise", x_0.shape[1:]).to(x_0.dtype)
         x_t = schedule.add_noise(x_0, eps, t)
-        told = _told(config, self.setup)
+        told = config.is_told(self.setup.model_type)
         scale = draws.uniform("w", *(config.scales if told else (self._middle, self._middle)))
 
         with torch.no_grad():
@@ -97,7 +100,7 @@ class Guidance(Method):
         A student that takes w gets the middle of its range unless another scale of it is asked for; the others have
         their guidance built in, and theirs is off.
         """
-        told = _told(self.config, self.setup)
+        told = self.config.is_told(self.setup.model_type)
         guidance = embedded_scale(guidance_scale, self.config.scales) if told else guidance_scale or 0.0
         steps = num_inference_steps or self.config.num_inference_steps
         return deterministic_sampler(schedule, steps, guidance, spacing=None)
@@ -105,15 +108,10 @@ class Guidance(Method):
     def notices(self) -> list[str]:
         """Which guidance the student learns."""
         low, high = self.config.scales
-        if _told(self.config, self.setup):
+        if self.config.is_told(self.setup.model_type):
             return [f"guidance: the student takes the guidance scale as an input, {low:g} to {high:g}"]
         line = f"guidance: the student has the guidance scale {self._middle:g} built in"
         return [line + (f", the middle of {low:g} to {high:g}: a LoRA has no input for it" if low < high else "")]
-
-
-def _told(config: Any, setup: MethodSetup) -> bool:
-    """Whether the student takes w: one scale needs no input, and a LoRA has none."""
-    return setup.model_type == "full" and config.is_range
 
 
 @hookimpl

@@ -79,20 +79,20 @@ class LCM(Method):
 
     @classmethod
     def roles(cls, config: Any, setup: MethodSetup) -> Sequence[Role]:
-        """LoRA: student = target = base with the adapter. Full: a copy that takes w, and its EMA as target."""
+        """LoRA: student = target = base with the adapter. Full: a copy that takes w if it is a range, and its EMA."""
         if setup.model_type == "lora":
             return [Role("teacher"), Role("student", trains="lora")]
         return [
             Role("teacher"),
-            Role("student", trains="full", guidance_embedding=True),
+            Role("student", trains="full", guidance_embedding=config.is_told(setup.model_type)),
             Role("target", ema_of="student", ema_decay=0.95),
         ]
 
     @classmethod
     def requires(cls, config: Any, setup: MethodSetup) -> Requirements:
-        """Pictures; equal passes of student and target; a guidance input for full training; a finite x0 everywhere."""
+        """Pictures; equal passes of student and target; a guidance input for a full model's range; a finite x0."""
         return Requirements(
-            guidance_embedding=setup.model_type == "full",
+            guidance_embedding=config.is_told(setup.model_type),
             zero_dropout=True,
             divides_timesteps=config.num_ddim_timesteps,
             finite_snr=True,
@@ -101,6 +101,10 @@ class LCM(Method):
     @property
     def _lora(self) -> bool:
         return self.setup.model_type == "lora"
+
+    @property
+    def _told(self) -> bool:
+        return self.config.is_told(self.setup.model_type)
 
     def result_role(self) -> str:
         """The EMA is what full training exports."""
@@ -116,7 +120,7 @@ class LCM(Method):
         eps = draws.randn("noise", x_0.shape[1:]).to(x_0.dtype)
         x_t = schedule.add_noise(x_0, eps, t)
         scale = draws.uniform("w", *config.scales)
-        w = None if self._lora else scale - 1
+        w = scale - 1 if self._told else None
 
         with torch.no_grad():
             x_prev = context.teacher_cfg(x_t, t, batch.cond, scale).jump(t_prev)
@@ -139,7 +143,7 @@ class LCM(Method):
         """
         steps = num_inference_steps or self.config.num_inference_steps
         check_on_grid(self.name, steps, num_grid_steps=self.config.num_ddim_timesteps)
-        guidance = guidance_scale or 0.0 if self._lora else embedded_scale(guidance_scale, self.config.scales)
+        guidance = embedded_scale(guidance_scale, self.config.scales) if self._told else guidance_scale or 0.0
         if schedule.clean_at_zero:
             sigmas = even_times(schedule, num_steps=steps, num_grid_steps=self.config.num_ddim_timesteps)
             # the grid is shifted already: the scheduler must not do it again

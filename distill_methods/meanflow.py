@@ -119,7 +119,7 @@ class MeanFlow(Method):
     @classmethod
     def roles(cls, config: Any, setup: MethodSetup) -> Sequence[Role]:
         """The student takes a second time; a full one takes w as well where w is a range."""
-        full, embedded = setup.model_type == "full", cls._embedded(config, setup)
+        full, embedded = setup.model_type == "full", config.is_told(setup.model_type)
         trains = "full" if full else "lora"
         return [Role("teacher"), Role("student", trains=trains, guidance_embedding=embedded, second_time=True)]
 
@@ -127,12 +127,8 @@ class MeanFlow(Method):
     def requires(cls, config: Any, setup: MethodSetup) -> Requirements:
         """Pictures; a second time; equal passes for value and derivative; a finite x0 everywhere."""
         return Requirements(
-            guidance_embedding=cls._embedded(config, setup), second_time=True, zero_dropout=True, finite_snr=True
+            guidance_embedding=config.is_told(setup.model_type), second_time=True, zero_dropout=True, finite_snr=True
         )
-
-    @staticmethod
-    def _embedded(config: Any, setup: MethodSetup) -> bool:
-        return setup.model_type == "full" and config.is_range
 
     def updates(self, context: Context, batch: Batch, step: int) -> Iterator[Update]:
         """One step of algorithm 1 of arXiv 2505.13447, with the teacher's guided velocity."""
@@ -142,7 +138,7 @@ class MeanFlow(Method):
         eps = draws.randn("noise", x_0.shape[1:]).to(x_0.dtype)
         x_t = schedule.add_noise(x_0, eps, t)
         scale = draws.uniform("w", *config.scales)
-        w = scale - 1 if self._embedded(config, self.setup) else None
+        w = scale - 1 if config.is_told(self.setup.model_type) else None
 
         def u_theta(x: Tensor, t: Tensor) -> Tensor:
             return context.predict("student", x, t, batch.cond, guidance=w, r=r).as_kind("flow")
@@ -190,7 +186,7 @@ class MeanFlow(Method):
         A student that takes w gets the guidance asked for, or the middle of its range where that lies outside.
         """
         steps = num_inference_steps or self.config.num_inference_steps
-        told = self._embedded(self.config, self.setup)
+        told = self.config.is_told(self.setup.model_type)
         guidance = embedded_scale(guidance_scale, self.config.scales) if told else 0.0
         return Sampler("FlowMapScheduler", {}, steps, guidance)
 
@@ -199,7 +195,7 @@ class MeanFlow(Method):
         low, high = self.config.scales
         if low == high:
             line = f"meanflow: the teacher's guidance scale is {low:g}, and the student has it built in"
-        elif self._embedded(self.config, self.setup):
+        elif self.config.is_told(self.setup.model_type):
             line = f"meanflow: the student takes a guidance scale of {low:g} to {high:g} as an input"
         else:
             line = (

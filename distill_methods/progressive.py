@@ -99,14 +99,14 @@ class Progressive(Method):
     @classmethod
     def roles(cls, config: Any, setup: MethodSetup) -> Sequence[Role]:
         """The base, the student, and the student of the stage before (a frozen adapter or network)."""
-        student = Role("student", trains=setup.model_type, guidance_embedding=_told(config, setup))
+        student = Role("student", trains=setup.model_type, guidance_embedding=config.is_told(setup.model_type))
         before = [Role("stage_teacher", copy_of="student")] if len(config.student_steps) > 1 else []
         return [Role("teacher"), student, *before]
 
     @classmethod
     def requires(cls, config: Any, setup: MethodSetup) -> Requirements:
         """Pictures; a finite x0 everywhere; a guidance input for full training over a range of guidance."""
-        return Requirements(guidance_embedding=_told(config, setup), finite_snr=True)
+        return Requirements(guidance_embedding=config.is_told(setup.model_type), finite_snr=True)
 
     @classmethod
     def stages(cls, config: Any, *, total_steps: int) -> Sequence[Stage]:
@@ -135,7 +135,7 @@ class Progressive(Method):
         eps = draws.randn("noise", x_0.shape[1:]).to(x_0.dtype)
         x_t = context.schedule.add_noise(x_0, eps, t)
         scale = draws.uniform("w", *config.scales)
-        w = scale - 1 if _told(config, self.setup) else None
+        w = scale - 1 if config.is_told(self.setup.model_type) else None
 
         with torch.no_grad():
             target = self._target(context, walk, point, x_t, batch.cond, scale)
@@ -163,7 +163,7 @@ class Progressive(Method):
     def _teacher(self, context: Context, x: Tensor, t: Tensor, cond: Conditioning, scale: Tensor) -> Prediction:
         """The guided base in the first stage, the student of the stage before in the others."""
         if context.stage.index > 0:
-            w = scale - 1 if _told(self.config, self.setup) else None
+            w = scale - 1 if self.config.is_told(self.setup.model_type) else None
             return context.predict("stage_teacher", x, t, cond, guidance=w)
         if self.config.scales == (1.0, 1.0):
             return context.predict("teacher", x, t, cond)
@@ -178,7 +178,7 @@ class Progressive(Method):
         """
         steps = self.config.student_steps
         trailing_walk(schedule, 2 * steps[0])  # refuses a teacher of more steps than the model has timesteps
-        told = _told(self.config, self.setup)
+        told = self.config.is_told(self.setup.model_type)
         guidance = embedded_scale(guidance_scale, self.config.scales) if told else guidance_scale or 0.0
         return deterministic_sampler(schedule, num_inference_steps or steps[-1], guidance)
 
@@ -190,13 +190,8 @@ class Progressive(Method):
         line = f"progressive: {stages} steps, the first teacher at guidance scale {scales}"
         if not self.config.is_range:
             return [line]
-        told = _told(self.config, self.setup)
+        told = self.config.is_told(self.setup.model_type)
         return [f"{line}, {'which the student takes as an input' if told else 'averaged: a LoRA has no input for it'}"]
-
-
-def _told(config: Any, setup: MethodSetup) -> bool:
-    """Whether the student takes w: one scale needs no input, and a LoRA has none."""
-    return setup.model_type == "full" and config.is_range
 
 
 def _halved(steps: int) -> list[int]:

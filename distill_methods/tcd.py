@@ -42,7 +42,7 @@ distillation terms are not part of this method.
 s = (1 - gamma) t_n, then add the noise that leads back up to t_n. gamma (``eta``) 0 is DDIM, 1 is LCM's sampling.
 
 The paper trains LoRAs, with the LCM paper's w in [2, 14]; its training code is not published, and this range is from
-second sources. Full training follows LCM: the student takes w as an input.
+second sources. Full training follows LCM: the student takes w as an input where it is a range.
 
 References:
     Zheng et al., Trajectory Consistency Distillation, arXiv 2402.19159.
@@ -130,11 +130,11 @@ class TCD(Method):
 
     @classmethod
     def roles(cls, config: Any, setup: MethodSetup) -> Sequence[Role]:
-        """LoRA: student = target = base with the adapter. Full: a copy that takes w, and its EMA as target."""
+        """LoRA: student = target = base with the adapter. Full: a copy that takes w if it is a range, and its EMA."""
         if setup.model_type == "lora":
             roles = [Role("teacher"), Role("student", trains="lora")]
         else:
-            student = Role("student", trains="full", guidance_embedding=True)
+            student = Role("student", trains="full", guidance_embedding=config.is_told(setup.model_type))
             roles = [Role("teacher"), student, Role("target", ema_of="student", ema_decay=0.95)]
         if _ever(config.adversarial_weight):
             roles.append(Role("discriminator", trains="head", learning_rate=config.discriminator_learning_rate))
@@ -144,7 +144,7 @@ class TCD(Method):
     def requires(cls, config: Any, setup: MethodSetup) -> Requirements:
         """Pictures; equal passes of student and target; a finite x0; features where there is an adversarial term."""
         return Requirements(
-            guidance_embedding=setup.model_type == "full",
+            guidance_embedding=config.is_told(setup.model_type),
             features=_ever(config.adversarial_weight),
             zero_dropout=True,
             divides_timesteps=config.num_ddim_timesteps,
@@ -167,6 +167,10 @@ class TCD(Method):
     def _lora(self) -> bool:
         return self.setup.model_type == "lora"
 
+    @property
+    def _told(self) -> bool:
+        return self.config.is_told(self.setup.model_type)
+
     def result_role(self) -> str:
         """The EMA is what full training exports."""
         return "student" if self._lora else "target"
@@ -185,7 +189,7 @@ class TCD(Method):
         x_t = schedule.add_noise(x_0, eps, t)
         low, high = config.scales
         scale = draws.uniform("w", low, high)
-        w = None if self._lora else scale - 1
+        w = scale - 1 if self._told else None
 
         with torch.no_grad():
             x_prev = context.teacher_cfg(x_t, t, batch.cond, scale).jump(t_prev)
@@ -231,7 +235,7 @@ class TCD(Method):
         """
         steps, num_grid_steps = num_inference_steps or self.config.num_inference_steps, self.config.num_ddim_timesteps
         check_on_grid(self.name, steps, num_grid_steps=num_grid_steps)
-        guidance = guidance_scale or 0.0 if self._lora else embedded_scale(guidance_scale, self.config.scales)
+        guidance = embedded_scale(guidance_scale, self.config.scales) if self._told else guidance_scale or 0.0
         eta = gamma(self.config.eta, flow=schedule.clean_at_zero)
         if schedule.clean_at_zero:
             # the grid is shifted already: the scheduler must not do it again

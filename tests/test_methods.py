@@ -13,6 +13,7 @@ import pytest
 import torch
 from distill.core.config.requirements import check_requirements
 from distill.core.config.run_settings import RunSettings
+from distill.core.diffusion import FlowSchedule
 from distill.core.family import ExportInfo
 from distill.core.method import MethodSetup
 from distill.model_families.sdxl import SDXL
@@ -201,6 +202,18 @@ def test_plugins_show_says_what_it_is_what_it_takes_and_what_it_needs(name):
         assert ("guidance scale as an input" in own) == needs.guidance_embedding
         for role in found.roles(found.Config(), MethodSetup(model_type)):
             assert f"{role.name} (" in own
+
+
+@pytest.mark.parametrize("name", ["lcm", "tcd", "guidance", "progressive", "meanflow"])
+@pytest.mark.parametrize("model_type", ["lora", "full"])
+def test_only_a_full_student_of_a_range_is_told_the_guidance(name, model_type):
+    found = found_of(name)
+    for high, told in ((3.0, False), (5.0, model_type == "full")):
+        config, setup = found.Config(w_min=3.0, w_max=high), MethodSetup(model_type)
+        assert found.requires(config, setup).guidance_embedding == told
+        assert any(role.guidance_embedding for role in found.roles(config, setup)) == told
+        sampler = found(config, setup).sampler(FlowSchedule(), num_inference_steps=4)
+        assert sampler.guidance_scale == (4.0 if told else 0.0)
 
 
 def test_what_is_refused_has_a_reason():

@@ -142,7 +142,8 @@ def matrix_page(registry: Registry) -> str:
     parts = [
         GENERATED,
         "# Which method on which family",
-        "With the methods' default settings. What is missing is said before weights load.",
+        "With the methods' default settings. What is missing is said before weights load. A family that lacks an input for "
+        "the guidance scale trains in full with one scale (`w_min` equal to `w_max`).",
         "\n".join(lines),
         "\n".join(f"{number}. {reason}" for number, reason in enumerate(reasons, 1)),
         f"{', '.join(made_of_others)}: wherever all of its terms run.",

@@ -63,7 +63,7 @@ def check_requirements(
     for switch, meaning in SWITCHES.items():
         if getattr(needs, switch) and not getattr(able, switch):
             problem = f"the method {method.name!r} (model_type {run.model_type}) needs {meaning} ({switch})"
-            remedy = "choose another family or method" + ("" if run.model_type == "lora" else ", or model_type lora")
+            remedy = _without(switch, method, method_config, run)
             refuse("model_family", f"{problem}, which the family {family.name!r} lacks", remedy)
     if needs.zero_dropout and run.model_type == "lora" and run.lora_dropout > 0:
         problem = f"the method {method.name!r} compares two passes of one network, which dropout makes differ"
@@ -81,6 +81,18 @@ def check_requirements(
         else:
             notices.append(_short_grid(key, points, num_timesteps))
     return findings, notices
+
+
+def _without(switch: str, method: type[Method], config: Any, run: RunSettings) -> str:
+    """What to do where the family lacks `switch`."""
+    from ..terms.guidance import GuidanceRange
+
+    ways = ["choose another family or method"]
+    if run.model_type == "full":
+        ways.append("model_type lora")
+    if switch == "guidance_embedding" and isinstance(config, GuidanceRange):
+        ways.append(f"one guidance scale (distillation_config.{method.name}: w_min equal to w_max)")
+    return ", or ".join(ways)
 
 
 def _own_refusal(method: type[Method], config: Any, setup: MethodSetup, run: RunSettings) -> UserError | None:

@@ -38,6 +38,10 @@ class GuidanceRange(BaseModel):
         """Whether there is more than one scale to tell a student of."""
         return self.w_min < self.w_max
 
+    def is_told(self, model_type: str) -> bool:
+        """Whether a student of this type takes w as an input: one scale needs none, and a LoRA has none."""
+        return model_type == "full" and self.is_range
+
 
 def embedded_scale(asked: float | None, scales: tuple[float, float]) -> float:
     """The guidance scale for a student that takes it as an input: as asked inside its range, else the middle.
