@@ -208,14 +208,23 @@ class ModelFamily(ABC):
         """
 
     @abstractmethod
-    def student_network(self, teacher: nn.Module, *, guidance_embedding: bool, second_time: bool = False) -> nn.Module:
+    def student_network(
+        self, teacher: nn.Module, *, guidance_embedding: bool, second_time: bool = False, smaller: bool = False
+    ) -> nn.Module:
         """A trainable fp32 copy of the teacher for full training.
 
         Args:
             teacher: What :meth:`load_network` returned.
             guidance_embedding: Whether the copy takes the guidance scale as an input; the embedding starts at zero.
             second_time: Whether the copy takes a second time (:meth:`add_second_time`).
+            smaller: Whether it has only the blocks that the settings keep (:meth:`smaller_keys`), which is asked for
+                where there are such settings, of the student alone.
         """
+
+    @classmethod
+    def smaller_keys(cls, config: Any) -> Sequence[str]:
+        """Keys of ``family_config`` that make the student smaller than its teacher, of those given in `config`."""
+        return ()
 
     def add_second_time(self, network: nn.Module, *, name: str = "student") -> nn.Module:
         """Give `network` in place an embedding of a second time r that starts at zero; returns it, trainable, in fp32.

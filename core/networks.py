@@ -149,9 +149,10 @@ class Networks:
         if role.source is not None:
             return copy.deepcopy(self._modules[role.source]).to(self._width_of(role))
         if role.trains == "full":
-            student = self._family.student_network(
-                self.base, guidance_embedding=role.guidance_embedding, second_time=role.second_time
-            )
+            shape = {"guidance_embedding": role.guidance_embedding, "second_time": role.second_time}
+            if role.name == "student" and self._family.smaller_keys(self._family.config):
+                shape["smaller"] = True
+            student = self._family.student_network(self.base, **shape)
             # fp32 masters under autocast, unless the optimizer compensates bf16 rounding itself
             return student.to(self._dtype)
         if role.trains == "head":

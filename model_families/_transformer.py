@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
+from pydantic import Field
 from torch import Tensor, nn
 
 from ..core.batch import Conditioning
@@ -14,6 +15,7 @@ from ..core.second_time import add_second_time
 from ._architecture import ReadConfig
 from ._diffusers import DiffusersFamily
 from ._networks import outputs_inside, own_state
+from ._smaller import evenly, kept_transformer_weights, not_more, smaller_transformer_config
 from ._source import empty_denoiser
 
 LORA_TARGETS = (
@@ -34,10 +36,38 @@ class TransformerFamily(DiffusersFamily):
     pixel_multiple: ClassVar[int] = 16
     position_edge: ClassVar[int] = 2
 
-    def copy_network(self, teacher: Any, **changes: Any) -> Any:
+    class Config(DiffusersFamily.Config):
+        """Settings of families with a transformer."""
+
+        student_num_layers: int | None = Field(default=None, ge=1)
+        """Blocks of two streams that the student has (full training): so many of the teacher's, evenly spaced, with
+        their weights. Absent: all."""
+
+    block_lists: ClassVar[Mapping[str, str]] = {"num_layers": "transformer_blocks"}
+    """Key of the network's config that counts blocks -> the list of them; ``student_<key>`` is the family's setting."""
+
+    @classmethod
+    def smaller_keys(cls, config: Any) -> list[str]:
+        keys = [f"student_{key}" for key in cls.block_lists]
+        return [key for key in keys if getattr(config, key) is not None]
+
+    def kept_blocks(self, teacher: Any) -> dict[str, list[int]]:
+        """Key of the network's config -> indices of the teacher's blocks that a smaller student has."""
+        kept = {}
+        for key in self.block_lists:
+            asked, there = getattr(self.config, f"student_{key}"), teacher.config[key]
+            not_more(f"student_{key}", asked or there, there)
+            kept[key] = evenly(there, asked or there)
+        return kept
+
+    def copy_network(self, teacher: Any, *, smaller: bool = False, **changes: Any) -> Any:
         """A trainable fp32 copy of `teacher` with `changes` of its config; what it adds to the weights is zero."""
-        student = empty_denoiser(self.architecture, {**teacher.config, **changes})
-        state = own_state(teacher)
+        config, state = {**teacher.config, **changes}, own_state(teacher)
+        if smaller:
+            kept = self.kept_blocks(teacher)
+            config = smaller_transformer_config(config, kept)
+            state = kept_transformer_weights(state, {self.block_lists[key]: kept[key] for key in kept})
+        student = empty_denoiser(self.architecture, config)
         missing = {name: value for name, value in student.state_dict().items() if name not in state}
         zeros = {name: teacher.proj_out.weight.new_zeros(value.shape).float() for name, value in missing.items()}
         student.load_state_dict({**state, **zeros}, assign=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from ..core.batch import Conditioning
@@ -14,6 +15,7 @@ from ._architecture import Architecture
 from ._diffusers import DiffusersFamily
 from ._networks import check_guidance, outputs_inside, own_state
 from ._pictures import guidance_scale_embedding
+from ._smaller import kept_unet_weights, smaller_unet_config
 from ._source import empty_denoiser
 
 GUIDANCE_DIM = 256
@@ -23,6 +25,8 @@ LORA_TARGETS = (
     *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj"),
 )
 """Every attention, feed-forward and convolution of a UNet's blocks."""
+Levels = Annotated[int, Field(ge=1)] | list[Annotated[int, Field(ge=1)]]
+Depths = Annotated[int, Field(ge=0)] | list[Annotated[int, Field(ge=0)]]
 PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow")
 
 
@@ -38,6 +42,18 @@ class UNetFamily(DiffusersFamily):
         """What the network predicts, for models whose scheduler config does not say so."""
         rescale_betas_zero_snr: bool | None = None
         """Whether the model was trained with zero terminal SNR, for models whose scheduler config does not say so."""
+        student_layers_per_block: Levels | None = None
+        """Residual layers of the student in each level, one number or one per level (full training); absent: as many
+        as the teacher's. The student begins with the weights of the layers it keeps."""
+        student_transformer_layers: Depths | None = None
+        """Transformer layers in the student's attentions, one number or one per level; 0: no attention there."""
+        student_mid_block: bool = True
+        """Whether the student has a middle block."""
+
+    @classmethod
+    def smaller_keys(cls, config: Any) -> list[str]:
+        keys = ("student_layers_per_block", "student_transformer_layers", "student_mid_block")
+        return [key for key in keys if getattr(config, key) not in (None, True)]
 
     def scheduler_overrides(self) -> dict[str, Any]:
         said = {key: getattr(self.config, key) for key in ("prediction_type", "rescale_betas_zero_snr")}
@@ -70,10 +86,25 @@ class UNetFamily(DiffusersFamily):
         """``added_cond_kwargs`` of the UNet: what it is told beside the prompt's states."""
         return None
 
-    def student_network(self, teacher: nn.Module, *, guidance_embedding: bool, second_time: bool = False) -> nn.Module:
-        return copy_unet(self.architecture, teacher, guidance_embedding=guidance_embedding, second_time=second_time).to(
-            memory_format=torch.channels_last
+    def student_network(
+        self, teacher: nn.Module, *, guidance_embedding: bool, second_time: bool = False, smaller: bool = False
+    ) -> nn.Module:
+        unet: Any = teacher
+        config, state = self._shape(unet) if smaller else (dict(unet.config), own_state(unet))
+        student = copy_unet(self.architecture, config, state, guidance_embedding=guidance_embedding)
+        if second_time:
+            unet_second_time(student, name="student")
+        return student.to(memory_format=torch.channels_last)
+
+    def _shape(self, teacher: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The smaller student's config, and the weights of the teacher that it keeps."""
+        config = smaller_unet_config(
+            teacher.config,
+            layers=self.config.student_layers_per_block,
+            depth=self.config.student_transformer_layers,
+            middle=self.config.student_mid_block,
         )
+        return config, kept_unet_weights(own_state(teacher), teacher.config, config)
 
     def add_second_time(self, network: nn.Module, *, name: str = "student") -> nn.Module:
         return unet_second_time(network, name=name)
@@ -119,17 +150,16 @@ class UNetFamily(DiffusersFamily):
         return [*widths, widths[-1]]
 
 
-def copy_unet(architecture: Architecture, teacher: Any, *, guidance_embedding: bool, second_time: bool) -> Any:
-    """A trainable fp32 copy; embeddings that the teacher lacks start at zero."""
-    config, state = dict(teacher.config), own_state(teacher)
+def copy_unet(
+    architecture: Architecture, config: dict[str, Any], state: dict[str, Tensor], *, guidance_embedding: bool
+) -> Any:
+    """A trainable UNet of this config with these weights; a guidance embedding that they lack starts at zero."""
     if guidance_embedding and config.get("time_cond_proj_dim") is None:
+        first = state["time_embedding.linear_1.weight"]
+        state["time_embedding.cond_proj.weight"] = first.new_zeros(first.shape[1], GUIDANCE_DIM)
         config["time_cond_proj_dim"] = GUIDANCE_DIM
-        width = teacher.time_embedding.linear_1.in_features
-        state["time_embedding.cond_proj.weight"] = torch.zeros(width, GUIDANCE_DIM, device=teacher.device)
     student = empty_denoiser(architecture, config)
     student.load_state_dict(state, assign=True)
-    if second_time:
-        unet_second_time(student, name="student")
     return student.requires_grad_(True).eval()
 
 

@@ -20,7 +20,7 @@ References:
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -64,6 +64,10 @@ class Flux(TransformerFamily):
     )
     lora_targets: ClassVar[tuple[str, ...]] = (*LORA_TARGETS, "proj_mlp", "proj_out")
     default_guidance: ClassVar[float] = 3.5
+    block_lists: ClassVar[Mapping[str, str]] = {
+        **TransformerFamily.block_lists,
+        "num_single_layers": "single_transformer_blocks",
+    }
     architecture: ClassVar[Architecture] = Architecture(
         title="a FLUX.1",
         pipeline="FluxPipeline",
@@ -79,6 +83,8 @@ class Flux(TransformerFamily):
     class Config(TransformerFamily.Config):
         """Settings of the family flux, under ``family_config``."""
 
+        student_num_single_layers: int | None = Field(default=None, ge=1)
+        """Blocks of one stream that the student has (full training): so many of the teacher's, evenly spaced."""
         embedded_guidance: float = Field(default=3.5, ge=0, le=100)
         """Guidance scale that a network which takes it as an input (dev) is told where none is asked for."""
         max_sequence_length: int = Field(default=PIPELINE_TOKENS, ge=1, le=512)
@@ -122,15 +128,17 @@ class Flux(TransformerFamily):
         transformer: Any = network
         return bool(transformer.config.guidance_embeds)
 
-    def student_network(self, teacher: nn.Module, *, guidance_embedding: bool, second_time: bool = False) -> nn.Module:
+    def student_network(
+        self, teacher: nn.Module, *, guidance_embedding: bool, second_time: bool = False, smaller: bool = False
+    ) -> nn.Module:
         if guidance_embedding and not self.takes_guidance(teacher):
-            student = self.copy_network(teacher, guidance_embeds=True)
+            student = self.copy_network(teacher, smaller=smaller, guidance_embeds=True)
             transformer: Any = teacher
             # a sinusoid of its own through the time's first layer; the second is zero
             first = transformer.time_text_embed.timestep_embedder.linear_1.state_dict()
             student.get_submodule(GUIDANCE_EMBEDDER).linear_1.load_state_dict(first)
         else:
-            student = self.copy_network(teacher)
+            student = self.copy_network(teacher, smaller=smaller)
         if second_time:
             self.add_second_time(student)
         return student

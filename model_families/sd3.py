@@ -116,10 +116,12 @@ class SD3(TransformerFamily):
     def takes_guidance(self, network: nn.Module) -> bool:
         return False
 
-    def student_network(self, teacher: nn.Module, *, guidance_embedding: bool, second_time: bool = False) -> nn.Module:
+    def student_network(
+        self, teacher: nn.Module, *, guidance_embedding: bool, second_time: bool = False, smaller: bool = False
+    ) -> nn.Module:
         if guidance_embedding:
             raise ValueError("no pipeline of this family tells its network the guidance scale")
-        student = self.copy_network(teacher)
+        student = self.copy_network(teacher, smaller=smaller)
         if second_time:
             self.add_second_time(student)
         return student

@@ -17,7 +17,7 @@ from .normalise import align_rounding, megapixel_notices, refuse_not_yet, rename
 from .pair_entries import PairNeeds, PairsCheck
 from .parts import Parts, PartsCheck
 from .reading import COMMAND_LINE, Layers, Origin, fill_environment, nested, parse_override, read_file, strip_dashes
-from .requirements import check_pictures, check_requirements, trajectory_points
+from .requirements import check_pictures, check_requirements, check_smaller_student, trajectory_points
 from .run_settings import RunSettings
 
 if TYPE_CHECKING:
@@ -205,6 +205,8 @@ class Loader:
         files = {key[0]: origin.file for key, origin in self.layers.origins.items() if len(key) == 1}
         files[""] = self.layers.fallback.file
         findings, notices = check_requirements(method, config, family, run, files=files)
+        own = parts["family_config"].get(family.name)
+        findings += check_smaller_student(family, own, run, files=files) if own is not None else []
         self.findings.extend(findings)
         self.notices.extend(notices)
 

@@ -83,6 +83,25 @@ def check_requirements(
     return findings, notices
 
 
+def check_smaller_student(
+    family: type[ModelFamily], family_config: Any, run: RunSettings, *, files: Mapping[str, str]
+) -> list[Finding]:
+    """Findings of settings that make the student smaller than its teacher, where it is a LoRA on the teacher itself."""
+    if run.model_type == "full":
+        return []
+    file = files.get("family_config", files.get("", "configuration"))
+    return [
+        Finding(
+            file,
+            f"family_config.{key}",
+            getattr(family_config, key),
+            "makes the student smaller than its teacher, which a LoRA on the teacher's own weights cannot be",
+            "set model_type to full, or leave the key out",
+        )
+        for key in family.smaller_keys(family_config)
+    ]
+
+
 def _without(switch: str, method: type[Method], config: Any, run: RunSettings) -> str:
     """What to do where the family lacks `switch`."""
     from ..terms.guidance import GuidanceRange

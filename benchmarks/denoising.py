@@ -1,0 +1,69 @@
+"""A method without a teacher: the student learns to denoise the pictures, as the teacher itself was trained.
+
+It is what distillation is compared with in `smaller.py`, and a whole method in one file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from distill.core.batch import Batch
+from distill.core.context import Context
+from distill.core.diffusion import Schedule
+from distill.core.hookspecs import hookimpl
+from distill.core.method import Method, MethodSetup, Requirements, Role, Sampler, Update
+from distill.core.terms.ddim import deterministic_sampler
+from distill.core.terms.regression import distance, snr_weight
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Denoising(Method):
+    """x_0 from x_t, with the weight max(SNR, 1); sampled with guidance, for which captions are dropped in training."""
+
+    name = "denoising"
+
+    class Config(BaseModel):
+        """Settings of plain training."""
+
+        model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+        num_inference_steps: int = Field(25, ge=1, le=1000)
+        """Steps of the student's sampler."""
+        guidance_scale: float = Field(3.0, ge=0, le=100)
+        """Guidance that the student is sampled with; each step is two calls of it."""
+
+    @classmethod
+    def roles(cls, config: Any, setup: MethodSetup) -> Sequence[Role]:
+        """The teacher lends its weights at the start, and nothing else."""
+        return [Role("teacher"), Role("student", trains=setup.model_type)]
+
+    @classmethod
+    def requires(cls, config: Any, setup: MethodSetup) -> Requirements:
+        """Pictures, and a finite x_0."""
+        return Requirements(finite_snr=True)
+
+    def updates(self, context: Context, batch: Batch, step: int) -> Iterator[Update]:
+        """One step of arXiv 2006.11239 at a random time of the whole table."""
+        assert batch.latents is not None
+        schedule, draws, x_0 = context.schedule, context.draws, batch.latents
+        times = context.grid(schedule.num_train_timesteps).times
+        t = times[draws.integers("index", len(times))]
+        eps = draws.randn("noise", x_0.shape[1:]).to(x_0.dtype)
+        output = context.predict("student", schedule.add_noise(x_0, eps, t), t, batch.cond).x0
+        weight = snr_weight(schedule.log_snr(t), "truncated_snr").to(output.dtype)
+        losses = weight * distance(output, x_0, loss_type="l2", huber_c=0.0)
+        yield Update("student", losses.mean(), per_sample=losses.detach(), t=t)
+
+    def sampler(
+        self, schedule: Schedule, *, num_inference_steps: int | None = None, guidance_scale: float | None = None
+    ) -> Sampler:
+        """DDIM on the model's own spacing (Euler on a flow), with guidance."""
+        steps = num_inference_steps or self.config.num_inference_steps
+        return deterministic_sampler(schedule, steps, guidance_scale or self.config.guidance_scale, spacing=None)
+
+
+@hookimpl
+def register_methods() -> list[type[Method]]:
+    """Plain training."""
+    return [Denoising]
