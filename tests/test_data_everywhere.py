@@ -120,6 +120,32 @@ def test_the_same_pictures_from_a_bucket_give_the_same_batches(name, bucket, exp
     assert loaded(source("set", kind, tmp_path / "vae", **keys, **COMMON), tmp_path) == expected
 
 
+STRATEGIES = {
+    "filename": {"caption_strategy": "filename"},
+    "instanceprompt": {"caption_strategy": "instanceprompt", "instance_prompt": "sks"},
+    "prepended": {"instance_prompt": "sks", "prepend_instance_prompt": True},
+    "only": {"instance_prompt": "sks", "only_instance_prompt": True},
+    "filtered": {"caption_filter_list": ("s/[aeiou]/o/", "the")},
+    "shuffled": {"caption_shuffle": True},
+    "joined": {"disable_multiline_split": True},
+}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_captions_are_made_in_the_same_way_from_every_source(strategy, pictures, tmp_path):
+    rules = {**STRATEGIES[strategy], "caption_dropout_probability": 0.1}
+    expected = loaded(source("set", "local", tmp_path / "vae", instance_data_dir=pictures, **rules), tmp_path)
+    for make in LOCAL:
+        if make is beside_source and "caption_strategy" in rules:
+            continue  # its strategy says that the captions are in the table
+        if strategy == "joined" and make not in (csv_source, shards_source):
+            continue  # lists of captions have no lines to join
+        (root := tmp_path / make.__name__).mkdir()
+        kind, keys = make(pictures, root)
+        found = loaded(source("set", kind, root / "vae", **{**keys, **rules}), root)
+        assert found == expected, make.__name__
+
+
 @pytest.mark.slow
 def test_training_needs_another_type_and_place_only(tmp_path, pictures):
     """A whole run on each; the data file differs in ``type`` and where things lie."""
