@@ -150,9 +150,9 @@ def save_pipeline(pipeline: Any, folder: Path) -> None:
     pipeline.save_pretrained(folder)
     for path in folder.glob("text_encoder*/config.json"):  # diffusers loads the other parts as float32
         path.write_text(path.read_text().replace('"dtype": "float16"', '"dtype": "float32"'), encoding="utf-8")
-    vae_config = folder / "vae" / "config.json"
-    config = {key: value for key, value in json.loads(vae_config.read_text()).items() if key != "_name_or_path"}
-    vae_config.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    for path in folder.glob("*/config.json"):  # where a part was loaded from is nobody's business
+        config = {key: value for key, value in json.loads(path.read_text()).items() if key != "_name_or_path"}
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for path in folder.glob("tokenizer*"):
         tokenizer = getattr(pipeline, path.name)
         if isinstance(tokenizer, CLIPTokenizer):

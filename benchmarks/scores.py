@@ -1,6 +1,7 @@
 """The README's figures: the default command's own student against its teacher, over several seeds.
 
     python benchmarks/scores.py --seeds 1,2,3 --num-samples 1000 --output output/scores
+    python benchmarks/scores.py --family sd2x --method pcm --seeds 1 --output output/scores-sd2x-pcm
 
 Runs `distill run --method lcm --family sdxl` once for each seed (a finished one is taken as it is), then scores all
 students and the teacher on the same noise and prompts. Writes scores.json, and prints a Markdown table with the mean
@@ -29,11 +30,11 @@ SCORES = {
 }
 
 
-def distil(seed: int, output: Path) -> None:
+def distil(seed: int, output: Path, *, family: str, method: str) -> None:
     """The default command with another seed, unless it has finished before."""
     if (output / "student").exists():
         return
-    command = [sys.executable, "-m", "distill", "run", "--method", "lcm", "--family", "sdxl"]
+    command = [sys.executable, "-m", "distill", "run", "--method", method, "--family", family]
     command += ["--output-dir", str(output), "--set", f"seed={seed}", "--set", "resume_from_checkpoint=latest"]
     subprocess.run(command, check=True)
 
@@ -127,12 +128,14 @@ def main() -> None:
     """Run, score, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", default="1,2,3")
+    parser.add_argument("--family", default="sdxl")
+    parser.add_argument("--method", default="lcm")
     parser.add_argument("--num-samples", type=int, default=1000)
     parser.add_argument("--output", type=Path, default=Path("output/scores"))
     arguments = parser.parse_args()
     folders = {f"seed-{seed}": arguments.output / f"seed-{seed}" for seed in arguments.seeds.split(",")}
     for name, folder in folders.items():
-        distil(int(name.removeprefix("seed-")), folder)
+        distil(int(name.removeprefix("seed-")), folder, family=arguments.family, method=arguments.method)
     result = score(folders, num_samples=arguments.num_samples)
     (arguments.output / "scores.json").write_text(json.dumps(result, indent=2) + "\n")
     print(table(result))

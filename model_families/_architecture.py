@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+MINIATURES = Path(__file__).parent / "assets"
+"""Folder of the trained miniatures that ship, one of each family that has one."""
 ReadConfig = Callable[[str], dict[str, Any]]
 """Reads a JSON file of a model, as ``vae/config.json``."""
 

@@ -5,11 +5,12 @@ The base models predict noise at 512 x 512 pixels, the others v at 768 x 768; th
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import ClassVar
 
 from ..core.family import ModelFamily
 from ..core.hookspecs import hookimpl
-from ._architecture import Architecture
+from ._architecture import MINIATURES, Architecture
 from ._stable_diffusion import StableDiffusion, generation
 
 
@@ -18,6 +19,7 @@ class SD2x(StableDiffusion):
 
     name: ClassVar[str] = "sd2x"
     native_edge: ClassVar[int] = 768
+    miniature: ClassVar[Path | None] = MINIATURES / "sd2x_miniature"
     architecture: ClassVar[Architecture] = generation(
         "a Stable Diffusion 2.x",
         linear=True,

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..core.errors import UserError
 from ..core.family import Capabilities, MicroConditioning, ModelFamily
 from ..core.hookspecs import hookimpl
-from ._architecture import Architecture, ReadConfig, SingleFile
+from ._architecture import MINIATURES, Architecture, ReadConfig, SingleFile
 from ._checks import check_unet
 from ._encoders import penultimate
 from ._unet import UNetFamily
@@ -51,7 +51,7 @@ class SDXL(UNetFamily):
         lora=True, full=True, guidance_embedding=True, second_time=True, features=True
     )
     pixel_multiple: ClassVar[int] = 8
-    miniature: ClassVar[Path | None] = Path(__file__).parent / "assets" / "sdxl_miniature"
+    miniature: ClassVar[Path | None] = MINIATURES / "sdxl_miniature"
     upcasts_vae: ClassVar[bool] = True
     architecture: ClassVar[Architecture] = Architecture(
         title="an SDXL",

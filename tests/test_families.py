@@ -103,7 +103,6 @@ def test_it_is_what_its_files_say(model):
     assert family.prediction_type == ("flow" if flow else config["prediction_type"])
     assert family.schedule.zero_terminal_snr == (flow or config["rescale_betas_zero_snr"])
     assert family.scale_factor == SCALE_FACTOR
-    assert family.miniature is None
 
 
 def test_other_architectures_are_refused_by_name(model, tmp_path):
@@ -127,7 +126,20 @@ def test_the_empty_network_has_the_shapes_of_the_real_one(model):
     assert not any(parameter.requires_grad for parameter in real.parameters())
 
 
+def test_a_miniature_is_a_model_of_its_family(model):
+    folder = type(model.family).miniature
+    if folder is None:
+        pytest.skip("this family ships none")
+    model.tiny.make(folder).check_source()
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 16e6
+    assert {"README.md", "recipe.json", "prompts.txt"} <= {path.name for path in files}
+    assert (folder / "judge").is_dir()
+
+
 def test_without_a_miniature_a_run_asks_for_a_model(model):
+    if model.family.miniature is not None:
+        pytest.skip("this family ships one")
     result = distill("run", "--method", "lcm", "--family", model.tiny.family)
     assert result.exit_code == 2
     assert "ships no trained miniature" in said(result.stderr)

@@ -94,7 +94,7 @@ class FlowMapNetwork(nn.Module):
         self.schedule, self.kind, self.data, self.second_time = schedule, kind, data, second_time
         self.register_buffer("unit", schedule.network_time(torch.ones(1, dtype=torch.float64)))
         if second_time:
-            self.correction = Splines((5, 5), 2) if data == "gaussian" else Splines((40, 6, 6), 1)
+            self.correction = Splines((5, 5), 2) if data == "gaussian" else Splines((40, 8, 8), 1)
 
     def forward(self, x: Tensor, time: Tensor, c: Tensor, r: Tensor | None = None) -> Tensor:
         assert (r is not None) == self.second_time, "told r if and only if there is an input for it"
