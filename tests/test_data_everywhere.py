@@ -1,6 +1,7 @@
 """The same pictures from every kind of place: the same batches, bit for bit, in the same order."""
 
 import json
+import shutil
 
 import pytest
 from distill.core.data import located
@@ -118,6 +119,46 @@ REMOTE = {
 def test_the_same_pictures_from_a_bucket_give_the_same_batches(name, bucket, expected, tmp_path):
     kind, keys = REMOTE[name]
     assert loaded(source("set", kind, tmp_path / "vae", **keys, **COMMON), tmp_path) == expected
+
+
+@pytest.fixture
+def website(pictures, tmp_path):
+    """Address of a plain file server with the pictures, tables and shards."""
+    from functools import partial
+    from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+    from threading import Thread
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *arguments):
+            pass
+
+    site = tmp_path / "site"
+    shutil.copytree(pictures, site / "pictures")
+    write_shards(pictures, site / "shards")
+    write_parquet(pictures, site / "t.parquet")
+    write_csv(pictures, site / "t.csv")
+    write_jsonl(pictures, site / "t.jsonl")
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(site))) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        located._store.cache_clear()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+    located._store.cache_clear()
+
+
+SITE = {
+    "csv": ("csv", {"csv_file": "{}/t.csv", "instance_data_dir": "{}/pictures"}),
+    "jsonl": ("jsonl", {"jsonl_file": "{}/t.jsonl", "instance_data_dir": "{}/pictures"}),
+    "parquet": ("parquet", {"parquet_file": "{}/t.parquet"}),
+    "shards": ("webdataset", {"shards": "{}/shards/shard-{{000..002}}.tar"}),
+}
+
+
+@pytest.mark.parametrize("name", SITE)
+def test_the_same_pictures_from_a_web_server_give_the_same_batches(name, website, expected, tmp_path):
+    kind, keys = SITE[name]
+    places = {key: value.format(website) for key, value in keys.items()}
+    assert loaded(source("set", kind, tmp_path / "vae", **places, **COMMON), tmp_path) == expected
 
 
 STRATEGIES = {
