@@ -284,7 +284,8 @@ def test_paths_end_in_the_pictures_of_the_plain_pipeline(tmp_path, solver):
         cache_root=tmp_path / "out" / "cache", say=print, pictures=False, pairs=True,
     )  # fmt: skip
     ((batch,),) = take(data, 1)
-    made = [(noise(key, (4, 16, 16)), noise_seed(key)) for key in cache.keys()]
+    keys = cache.keys()
+    made = [(noise(key, (4, 16, 16)), noise_seed(key)) for key in keys]
     seeds = [seed for each in batch.pairs.noise for start, seed in made if torch.equal(start, each)]
     samplers = {"ddim": deterministic_sampler(family.schedule, 4, 2.0), "dpm++": fast_solver(family, 4, 2.0).sampler}
     asked = {"sampler": samplers[solver], "seeds": seeds, "width": 32, "height": 32}

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ..config.dataset_settings import DatasetSettings
 
 T = TypeVar("T")
-CHUNK = 1 << 20
+CHUNK = 1 << 18
 """Rows that geometry is worked out for at a time, to bound memory."""
 
 

@@ -171,6 +171,8 @@ class DataPipeline:
         cached, streams, spans = [], [], []
         for dataset in self._datasets:
             latents, texts = _locate(dataset, caches), caches.texts[dataset.id]
+            if latents is not None:
+                latents.cache.release_lookup()  # places are all that is needed from here on
             captions = texts.locate(dataset.index.caption_digests)
             pairs = caches.pairs.get(dataset.id)
             cached.append(CachedDataset(dataset, latents, texts, captions, len(streams), pairs))
@@ -180,8 +182,8 @@ class DataPipeline:
             spans += [dataset.span] * len(own)
         order = Curriculum(streams, spans, global_batch=self._shape.global_batch, seed=self._seed)
         pairs_alone = (each.cache for each in caches.pairs.values())
-        for cache in (*caches.latents.values(), *caches.texts.values(), *pairs_alone):
-            cache.release_lookup()  # places are all that is needed from here on
+        for cache in (*caches.texts.values(), *pairs_alone):
+            cache.release_lookup()
         return Loader(cached, order, self._family, shape=self._shape, seed=self._seed)
 
     def _ready(self) -> Loader:

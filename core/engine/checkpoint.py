@@ -119,8 +119,12 @@ class CheckpointStore:
             self._delete(path)
         return later
 
-    def bring(self) -> None:
-        """Bring a newer checkpoint here from another place, where they are kept in one."""
+    def bring(self, step: int | None = None) -> None:
+        """Bring a checkpoint here from another place, where they are kept in one and it is not here.
+
+        Args:
+            step: Its step; None for the newest.
+        """
 
     def settle(self) -> None:
         """Wait until nothing is under way any more; called when the run ends."""

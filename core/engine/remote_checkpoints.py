@@ -172,18 +172,24 @@ class MirroredStore(CheckpointStore):
         if missing:
             self._tell(f"warning: not copied to {self._there.backend.location}: {', '.join(missing)}")
 
-    def bring(self) -> None:
-        """Bring the newest checkpoint here if it is only there."""
-        here = self.latest()
-        newest = int(here.name.rpartition("-")[2]) if here else 0
-        step = max(self._there.steps(), default=0)
-        if step > newest:
-            self._tell(f"fetching checkpoint-{step} from {self._there.backend.location}")
-            partial = self._fresh(step)
-            self._there.download(step, partial)
-            self._move_into_place(partial, self.output_dir / f"checkpoint-{step}")
+    def bring(self, step: int | None = None) -> None:
+        """Bring the checkpoint of `step`, else the newest, here if it is only there."""
+        here, there = self._complete(), self._there.steps()
+        if step is None:
+            wanted = [newest for newest in there[-1:] if newest > max(here, default=0)]
+        else:
+            wanted = [step] if step in there and step not in here else []
+        for number in wanted:
+            self._tell(f"fetching checkpoint-{number} from {self._there.backend.location}")
+            partial = self._fresh(number)
+            self._there.download(number, partial)
+            self._move_into_place(partial, self.output_dir / f"checkpoint-{number}")
 
     def discard_after(self, step: int) -> list[Path]:
         """Remove later checkpoints, here and there."""
-        self._there.remove([later for later in self._there.steps() if later > step])
+        later = [number for number in self._there.steps() if number > step]
+        if later:
+            names = ", ".join(f"checkpoint-{number}" for number in later)
+            self._tell(f"later checkpoints are removed from {self._there.backend.location}: {names}")
+        self._there.remove(later)
         return super().discard_after(step)
