@@ -179,11 +179,13 @@ def measure(root: Path) -> dict[str, Any]:
     found["peak_mib"], found["own_mib"] = resident("VmHWM"), resident("RssAnon")
     loader, epoch = data._ready(), int(data.steps_per_epoch())
     half, jumps = epoch // 2, np.random.default_rng(0).integers(0, epoch, 400).tolist()
+    batches = range(half, half + min(half, BATCHES))
     return {
         **found,
         "order_us_per_sample": cost(loader.order.at, range(half, half + min(half, WALK))) / 4,
         "jump_us_per_sample": cost(loader.order.at, jumps) / 4,
-        "batch_us_per_sample": cost(loader.at, range(half, half + min(half, BATCHES))) / 4,
+        "batch_us_per_sample": cost(loader.at, batches) / 4,
+        "batch_again_us_per_sample": cost(loader.at, batches) / 4,
         "peak_with_batches_mib": resident("VmHWM"),
     }
 

@@ -30,6 +30,7 @@ def test_a_sample_costs_the_same_in_a_set_ten_times_as_large(tmp_path):
     small, large = (measured(tmp_path / str(count), count) for count in (10**5, 10**6))
     assert large["order_us_per_sample"] < 3 * small["order_us_per_sample"]  # a scan would cost ten times as much
     assert large["batch_us_per_sample"] < 4 * small["batch_us_per_sample"]
+    assert large["batch_again_us_per_sample"] < 2 * small["batch_again_us_per_sample"]
     assert large["open_cpu_s"] < 0.5
     assert large["prepare_cpu_s"] < 25 * small["prepare_cpu_s"] + 1  # in proportion: nothing is quadratic
     assert large["own_peak_mib"] - large["import_own_mib"] < 200
