@@ -1,0 +1,137 @@
+"""A whole run on a bucket whose server's process is killed in its middle, and started again or not."""
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from distill.core.engine.remote_checkpoints import MirroredStore
+from distill.core.errors import OutOfReach
+from support.s3_server import S3Server, without_account
+from support.small_run import execute, losses, write_pictures
+from test_mirror import check_whole
+from test_s3_faults import configure, same_student
+
+pytestmark = pytest.mark.slow
+STEPS = (2, 4, 6)
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    without_account(monkeypatch)
+    (tmp_path / "server").mkdir()
+    server = S3Server(tmp_path / "server")
+    server.fill(server.bucket("data"), "pictures", write_pictures(tmp_path / "pictures"))
+    yield server
+    server.close()
+
+
+class Kills:
+    """Kills the server when the n-th request of a kind comes in, for each (beginning, n) in turn.
+
+    Args:
+        server: The server.
+        moments: Beginning of ``METHOD /bucket/key``, and how many of them to let come.
+        away: Seconds until it is started again; None leaves it dead.
+    """
+
+    def __init__(self, server: S3Server, *moments: tuple[str, int], away: float | None) -> None:
+        self.server, self.moments, self.away = server, moments, away
+        self.done, self._stop, self._since = 0, threading.Event(), len(server.requests())
+        self._thread = threading.Thread(target=self._work, daemon=True)
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _work(self) -> None:
+        for beginning, count in self.moments:
+            while sum(line.startswith(beginning) for line in self.server.requests()[self._since :]) < count:
+                if self._stop.wait(0.002):
+                    return
+            self.server.kill()
+            self.done += 1
+            if self.away is None:
+                return
+            time.sleep(self.away)
+            self.server.revive()
+
+
+def manifests(server: S3Server, prefix: str) -> set[int]:
+    """Steps of the complete checkpoints in the bucket."""
+    keys = server.objects("data", f"{prefix}/checkpoints/")
+    return {int(key.split("/")[2].removeprefix("checkpoint-")) for key in keys if key.endswith("/manifest.json")}
+
+
+def test_a_run_rides_out_a_server_that_is_killed_again_and_again(tmp_path, server):
+    execute(configure(tmp_path, "whole", server, server.endpoint, "whole"))
+    moments = [
+        ("GET /data/pictures", 9),
+        ("PUT /data/ridden/texts", 2),
+        ("PUT /data/ridden/latents", 3),
+        ("PUT /data/ridden/checkpoints/checkpoint-2", 2),
+        ("PUT /data/ridden/checkpoints/checkpoint-6", 1),
+    ]
+    with Kills(server, *moments, away=0.5) as kills:
+        execute(configure(tmp_path, "ridden", server, server.endpoint, "ridden", patience=12))
+    assert kills.done == len(moments)
+    assert losses(tmp_path / "ridden") == losses(tmp_path / "whole")
+    assert same_student(tmp_path / "whole", tmp_path / "ridden")
+    assert check_whole(server, "data") > 0
+    assert manifests(server, "ridden") == set(STEPS)
+
+
+@pytest.mark.parametrize("moment", [("GET /data/pictures", 9), ("PUT /data/cut/latents", 3)])
+def test_a_run_whose_server_stays_dead_while_it_caches_ends_resumable(tmp_path, server, moment):
+    execute(configure(tmp_path, "whole", server, server.endpoint, "whole"))
+    file = configure(tmp_path, "cut", server, server.endpoint, "cut")
+    started = time.monotonic()
+    with Kills(server, moment, away=None) as kills, pytest.raises(OutOfReach) as caught:
+        execute(file)
+    assert kills.done == 1
+    assert time.monotonic() - started < 60
+    assert caught.value.exit_code == 1
+    assert "resume_from_checkpoint=latest" in str(caught.value)
+    server.revive()
+    check_whole(server, "data")
+    execute(file)
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert same_student(tmp_path / "whole", tmp_path / "cut")
+    assert check_whole(server, "data") > 0
+
+
+def test_a_run_whose_server_dies_while_it_trains_goes_on(tmp_path, server, monkeypatch, capsys):
+    execute(configure(tmp_path, "whole", server, server.endpoint, "whole"))
+    copy = MirroredStore._copy
+
+    def copied(self, paths: list[Path]) -> list[Path]:
+        left = copy(self, paths)
+        if left and not server.running:
+            server.revive()
+        return left
+
+    monkeypatch.setattr(MirroredStore, "_copy", copied)
+    with Kills(server, ("PUT /data/cut/checkpoints/checkpoint-2", 2), away=None) as kills:
+        execute(configure(tmp_path, "cut", server, server.endpoint, "cut"))
+    assert kills.done == 1
+    assert "checkpoint-2 is complete here but could not be copied" in capsys.readouterr().err
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert same_student(tmp_path / "whole", tmp_path / "cut")
+    assert manifests(server, "cut") == set(STEPS), "what could not be copied was made up for"
+
+
+def test_a_run_whose_server_never_comes_back_has_all_of_its_results_here(tmp_path, server, capsys):
+    execute(configure(tmp_path, "whole", server, server.endpoint, "whole"))
+    file = configure(tmp_path, "cut", server, server.endpoint, "cut")
+    with Kills(server, ("PUT /data/cut/checkpoints/checkpoint-2", 2), away=None):
+        execute(file)
+    said = capsys.readouterr().err
+    assert "not copied to s3://data/cut/checkpoints/: checkpoint-2, checkpoint-4, checkpoint-6" in said
+    assert same_student(tmp_path / "whole", tmp_path / "cut")
+    server.revive()
+    assert manifests(server, "cut") == set()
+    check_whole(server, "data")
