@@ -17,10 +17,19 @@ pytestmark = pytest.mark.slow
 PARTS = {"texts": "text_embeds", "latents": "vae_embeds", "checkpoints": "checkpoints"}
 
 
-def configure(root: Path, output: str, s3, endpoint: str, prefix: str, *, patience: int = 3) -> Path:  # noqa: F811
+def configure(
+    root: Path,
+    output: str,
+    s3,
+    endpoint: str,
+    prefix: str,
+    *,
+    patience: int = 3,
+    timeout: float = 10,  # noqa: F811
+) -> Path:
     """The small run with everything in the bucket, under a prefix of its own."""
     file = write_run(root, output=output, max_train_steps=6, checkpoint_step_interval=2, validation_step_interval=0)
-    reach = {**s3.keys("data", aws_max_attempts=patience, aws_timeout_seconds=10), "aws_endpoint_url": endpoint}
+    reach = {**s3.keys("data", aws_max_attempts=patience, aws_timeout_seconds=timeout), "aws_endpoint_url": endpoint}
     data = [{"id": "noise", **reach, "aws_data_prefix": "pictures"}]
     data += [
         {"id": id, "dataset_type": kind, **reach, "aws_data_prefix": f"{prefix}/{id}", "write_batch_size": 4}

@@ -26,17 +26,19 @@ def server(tmp_path, monkeypatch):
     server.close()
 
 
-class Kills:
-    """Kills the server when the n-th request of a kind comes in, for each (beginning, n) in turn.
+class Outages:
+    """The server is killed, or frozen, when the n-th request of a kind comes in, for each (beginning, n) in turn.
 
     Args:
         server: The server.
         moments: Beginning of ``METHOD /bucket/key``, and how many of them to let come.
         away: Seconds until it is started again; None leaves it dead.
+        frozen: Stop the process for that time instead of killing it.
     """
 
-    def __init__(self, server: S3Server, *moments: tuple[str, int], away: float | None) -> None:
+    def __init__(self, server: S3Server, *moments: tuple[str, int], away: float | None, frozen: bool = False) -> None:
         self.server, self.moments, self.away = server, moments, away
+        self._begin, self._end = (server.freeze, server.thaw) if frozen else (server.kill, server.revive)
         self.done, self._stop, self._since = 0, threading.Event(), len(server.requests())
         self._thread = threading.Thread(target=self._work, daemon=True)
 
@@ -53,12 +55,12 @@ class Kills:
             while sum(line.startswith(beginning) for line in self.server.requests()[self._since :]) < count:
                 if self._stop.wait(0.002):
                     return
-            self.server.kill()
+            self._begin()
             self.done += 1
             if self.away is None:
                 return
             time.sleep(self.away)
-            self.server.revive()
+            self._end()
 
 
 def manifests(server: S3Server, prefix: str) -> set[int]:
@@ -67,7 +69,8 @@ def manifests(server: S3Server, prefix: str) -> set[int]:
     return {int(key.split("/")[2].removeprefix("checkpoint-")) for key in keys if key.endswith("/manifest.json")}
 
 
-def test_a_run_rides_out_a_server_that_is_killed_again_and_again(tmp_path, server):
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_run_rides_out_a_server_that_is_killed_or_silent_again_and_again(tmp_path, server, frozen):
     execute(configure(tmp_path, "whole", server, server.endpoint, "whole"))
     moments = [
         ("GET /data/pictures", 9),
@@ -76,9 +79,9 @@ def test_a_run_rides_out_a_server_that_is_killed_again_and_again(tmp_path, serve
         ("PUT /data/ridden/checkpoints/checkpoint-2", 2),
         ("PUT /data/ridden/checkpoints/checkpoint-6", 1),
     ]
-    with Kills(server, *moments, away=0.5) as kills:
-        execute(configure(tmp_path, "ridden", server, server.endpoint, "ridden", patience=12))
-    assert kills.done == len(moments)
+    with Outages(server, *moments, away=2 if frozen else 0.5, frozen=frozen) as outages:
+        execute(configure(tmp_path, "ridden", server, server.endpoint, "ridden", patience=12, timeout=0.7))
+    assert outages.done == len(moments)
     assert losses(tmp_path / "ridden") == losses(tmp_path / "whole")
     assert same_student(tmp_path / "whole", tmp_path / "ridden")
     assert check_whole(server, "data") > 0
@@ -90,9 +93,9 @@ def test_a_run_whose_server_stays_dead_while_it_caches_ends_resumable(tmp_path, 
     execute(configure(tmp_path, "whole", server, server.endpoint, "whole"))
     file = configure(tmp_path, "cut", server, server.endpoint, "cut")
     started = time.monotonic()
-    with Kills(server, moment, away=None) as kills, pytest.raises(OutOfReach) as caught:
+    with Outages(server, moment, away=None) as outages, pytest.raises(OutOfReach) as caught:
         execute(file)
-    assert kills.done == 1
+    assert outages.done == 1
     assert time.monotonic() - started < 60
     assert caught.value.exit_code == 1
     assert "resume_from_checkpoint=latest" in str(caught.value)
@@ -115,9 +118,9 @@ def test_a_run_whose_server_dies_while_it_trains_goes_on(tmp_path, server, monke
         return left
 
     monkeypatch.setattr(MirroredStore, "_copy", copied)
-    with Kills(server, ("PUT /data/cut/checkpoints/checkpoint-2", 2), away=None) as kills:
+    with Outages(server, ("PUT /data/cut/checkpoints/checkpoint-2", 2), away=None) as outages:
         execute(configure(tmp_path, "cut", server, server.endpoint, "cut"))
-    assert kills.done == 1
+    assert outages.done == 1
     assert "checkpoint-2 is complete here but could not be copied" in capsys.readouterr().err
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     assert same_student(tmp_path / "whole", tmp_path / "cut")
@@ -127,7 +130,7 @@ def test_a_run_whose_server_dies_while_it_trains_goes_on(tmp_path, server, monke
 def test_a_run_whose_server_never_comes_back_has_all_of_its_results_here(tmp_path, server, capsys):
     execute(configure(tmp_path, "whole", server, server.endpoint, "whole"))
     file = configure(tmp_path, "cut", server, server.endpoint, "cut")
-    with Kills(server, ("PUT /data/cut/checkpoints/checkpoint-2", 2), away=None):
+    with Outages(server, ("PUT /data/cut/checkpoints/checkpoint-2", 2), away=None):
         execute(file)
     said = capsys.readouterr().err
     assert "not copied to s3://data/cut/checkpoints/: checkpoint-2, checkpoint-4, checkpoint-6" in said

@@ -128,25 +128,35 @@ class MirroredStore(CheckpointStore):
         super().__init__(output_dir, limit=limit)
         self._there, self._tell = there, say
         self._waiting: list[Path] = []
+        self._copying: list[Path] = []
         self._running: Future[list[Path]] | None = None
         self._pool = ThreadPoolExecutor(1)
 
     def save(self, state: CheckpointState, *, step: int | None = None) -> Path:
-        """Write it here, then begin to copy it there."""
-        self._collect()  # a checkpoint that is being copied must not be pruned
+        """Write it here, then begin to copy it there; while earlier ones are still being copied, it waits for them."""
         path = super().save(state, step=step)
         self._waiting.append(path)
-        self._begin()
+        if not self._busy:
+            self._begin()
         return path
 
+    @property
+    def _busy(self) -> bool:
+        return self._running is not None and not self._running.done()
+
+    def _kept(self) -> list[Path]:
+        """A checkpoint that is being copied stays until that has ended."""
+        return self._copying if self._busy else []
+
     def _begin(self) -> None:
-        waiting = [path for path in dict.fromkeys(self._waiting) if path.exists()]
-        self._running, self._waiting = self._pool.submit(self._copy, waiting), []
+        self._collect()
+        self._copying = [path for path in dict.fromkeys(self._waiting) if path.exists()]
+        self._running, self._waiting = self._pool.submit(self._copy, self._copying), []
 
     def _collect(self) -> None:
         """Wait for the copies under way; those that failed wait for the next time."""
         if self._running is not None:
-            self._waiting = self._running.result()
+            self._waiting = [*self._running.result(), *self._waiting]
             self._running = None
 
     def _copy(self, paths: list[Path]) -> list[Path]:
@@ -164,10 +174,15 @@ class MirroredStore(CheckpointStore):
 
     def settle(self) -> None:
         """Wait for the copies, try once more those that failed, and say what is not there in the end."""
+        failed = self._running is not None and bool(self._running.result())
         self._collect()
-        if self._waiting:
-            self._begin()
-            self._collect()
+        for _ in range(1 if failed else 2):
+            if self._waiting:
+                self._begin()
+                self._collect()
+        newest = self.latest()
+        if newest is not None:
+            self._prune(keep=newest)
         missing = [path.name for path in self._waiting if path.exists()]
         if missing:
             self._tell(f"warning: not copied to {self._there.backend.location}: {', '.join(missing)}")

@@ -11,6 +11,8 @@ def test_something(s3):
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -57,6 +59,14 @@ class S3Server:
         """Start it again, on the same port and with all that it held."""
         self._launch()
         self.running = True
+
+    def freeze(self) -> None:
+        """Let the process stand still: connections stay, and nothing is answered."""
+        os.kill(self._process.pid, signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let it go on with what came in meanwhile."""
+        os.kill(self._process.pid, signal.SIGCONT)
 
     def requests(self) -> list[str]:
         """``METHOD /bucket/key`` of every request so far, of a server with a folder."""
