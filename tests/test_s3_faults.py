@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from distill.core.errors import OutOfReach, UserError
@@ -115,18 +116,34 @@ def test_objects_that_are_refused_or_gone_are_set_aside_and_places_are_named(tmp
         assert same_student(tmp_path / "cut", tmp_path / "alone")
         proxy.clear()
 
-        # a picture and another one's caption: both are set aside and named, the rest is trained on
-        for match in (r"GET .*pictures/03\.png", r"GET .*pictures/05\.txt"):
+        # a picture, another one's caption, and a picture whose header could be read: set aside and named
+        proxy.fault(Fault("none"), match=r"GET .*pictures/07\.png", times=1)
+        for match in (r"GET .*pictures/03\.png", r"GET .*pictures/05\.txt", r"GET .*pictures/07\.png"):
             proxy.fault(refused, match=match, times=10_000)
         file = configure(tmp_path, "fewer", s3, proxy.endpoint, "fewer")
         _, lines = execute(file)
-        (line,) = [line for line in lines if "set aside" in line]
-        assert "03.png" in line
-        assert "05.png" in line
-        assert f"{status} {code}" in line
+        assert same_names(lines, {"03.png", "05.png", "07.png"}, f"{status} {code}")
+        before = losses(tmp_path / "fewer")
+        assert not np.allclose(before, losses(tmp_path / "cut"), rtol=1e-4)
         proxy.clear()
-        with pytest.raises(UserError, match="some that were out of reach and set aside then can be read now"):
-            execute(file)
+
+        # they can be read again: a run that is resumed keeps to its samples, another one has all
+        _, lines = execute(file, resume_from_checkpoint="checkpoint-2")
+        assert any("resumed from" in line and "at step 2" in line for line in lines)
+        assert same_names(lines, {"03.png", "05.png", "07.png"}, f"{status} {code}")
+        assert losses(tmp_path / "fewer") == before
+        _, lines = execute(file, overwrite=True)
+        assert same_names(lines, set())
+        assert np.allclose(losses(tmp_path / "fewer"), losses(tmp_path / "cut"), rtol=1e-4)  # encoded in other batches
+
+
+def same_names(lines: list[str], names: set[str], reason: str = "") -> bool:
+    """Whether exactly these pictures are said to be set aside, for that reason."""
+    said = [line for line in lines if "set aside" in line]
+    pictures = {f"{number:02d}.png" for number in range(13)}
+    return {name for name in pictures if any(name in line for line in said)} == names and all(
+        reason in line for line in said
+    )
 
 
 def test_a_checkpoint_that_is_named_is_fetched(tmp_path, s3):  # noqa: F811
