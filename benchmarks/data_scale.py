@@ -3,7 +3,9 @@
     python benchmarks/data_scale.py output/scale --counts 10000 100000 1000000 10000000
 
 Each size is measured in a fresh process, on an index and caches of made-up samples that are written here in chunks:
-whole in every column, but there are no pictures. Everything that a start does is measured; `_cpu_s` is processor time.
+whole in every column, but there are no pictures. Everything that a start does is measured; `_cpu_s` is processor time,
+`own_` memory is that of the process itself, without the pages of mapped files, which are given back when others need
+memory.
 """
 
 from __future__ import annotations
@@ -14,8 +16,9 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,7 +36,7 @@ from distill.core.data.cache import TensorCache
 from distill.core.data.captions import CaptionRules
 from distill.core.data.dataset import Dataset
 from distill.core.data.geometry import Geometry
-from distill.core.data.hashing import combine, mix
+from distill.core.data.hashing import mix
 from distill.core.data.index import SCHEMA, Index, write_index
 from distill.core.data.index_build import source_of
 from distill.core.data.pipeline import DataPipeline
@@ -43,7 +46,7 @@ from distill.core.data.workshop import Workshop
 CHUNK = 1 << 18
 SHARD = 1 << 14
 SIZES = [(1024, 1024), (1280, 960), (960, 1280), (1920, 1080), (1500, 1000)]
-STEPS = 400
+BATCHES, WALK = 2000, 10_000
 
 
 class MadeUp(SampleBackend):
@@ -112,7 +115,7 @@ def rows(count: int) -> Iterator[pa.RecordBatch]:
         shapes = np.array(SIZES, np.int32)[(hashes % np.uint64(len(SIZES))).astype(np.int64)]
         empty = pa.repeat(pa.scalar("", pa.large_string()), size)
         ends = pa.array(np.arange(size + 1))
-        digests = cache_module.as_binary(combine(np.stack([hashes, mix(hashes)], 1), [numbers]))
+        digests = cache_module.as_binary(np.stack([mix(~hashes), ~hashes], 1))
         columns = {
             "key": joined(words, ".jpg"), "size": pa.array(numbers + 100_000), "version": empty,
             "caption_version": empty, "place": empty, "width": pa.array(shapes[:, 0]), "height": pa.array(shapes[:, 1]),
@@ -156,8 +159,9 @@ def fill(parent: Path, descriptor: dict[str, Any], keys: np.ndarray, name: str) 
 
 
 def measure(root: Path) -> dict[str, Any]:
-    """Everything that a start does, then batches from all over the first epoch."""
-    found: dict[str, Any] = {"import_mib": resident("VmHWM")}
+    """Everything that a start does, then a walk through the order, jumps in it, and batches one after the other."""
+    found: dict[str, Any] = {"import_mib": resident("VmHWM"), "import_own_mib": resident("RssAnon")}
+    threading.Thread(target=watch, args=(found,), daemon=True).start()
     own, family = settings(root), Nothing()
     places = CachePlaces(configuration(root), root / "cache")
     index = timed(found, "open", lambda: Index(places.index(own)))
@@ -172,12 +176,18 @@ def measure(root: Path) -> dict[str, Any]:
     report = timed(found, "prepare", data.prepare)
     assert report.captions_encoded == report.pictures_encoded == 0
     timed(found, "fingerprint", data.fingerprint)
-    found["peak_mib"], found["anonymous_mib"] = resident("VmHWM"), resident("RssAnon")
+    found["peak_mib"], found["own_mib"] = resident("VmHWM"), resident("RssAnon")
     loader, epoch = data._ready(), int(data.steps_per_epoch())
-    chosen = np.random.default_rng(0).integers(0, epoch, STEPS).tolist()
-    order, batch = cost(loader.order.at, chosen), cost(loader.at, chosen)
-    return {**found, "order_us_per_sample": order / 4, "batch_us_per_sample": batch / 4,
-            "peak_with_batches_mib": resident("VmHWM")}  # fmt: skip
+    half, jumps = epoch // 2, np.random.default_rng(0).integers(0, epoch, 400).tolist()
+    batches = range(half, half + min(half, BATCHES))
+    return {
+        **found,
+        "order_us_per_sample": cost(loader.order.at, range(half, half + min(half, WALK))) / 4,
+        "jump_us_per_sample": cost(loader.order.at, jumps) / 4,
+        "batch_us_per_sample": cost(loader.at, batches) / 4,
+        "batch_again_us_per_sample": cost(loader.at, batches) / 4,
+        "peak_with_batches_mib": resident("VmHWM"),
+    }
 
 
 def timed(found: dict[str, Any], name: str, work: Callable[[], Any]) -> Any:
@@ -188,14 +198,21 @@ def timed(found: dict[str, Any], name: str, work: Callable[[], Any]) -> Any:
     return result
 
 
-def cost(make: Callable[[int], Any], steps: list[int]) -> float:
-    """Median microseconds of processor time per step, after a few to warm up."""
-    taken = []
-    for step in (*steps[:20], *steps):
-        started = time.process_time()
+def cost(make: Callable[[int], Any], steps: Sequence[int]) -> float:
+    """Mean microseconds of processor time per step, after a few to warm up."""
+    for step in steps[:20]:
         make(step)
-        taken.append(time.process_time() - started)
-    return float(np.median(taken[20:]) * 1e6)
+    started = time.process_time()
+    for step in steps:
+        make(step)
+    return (time.process_time() - started) / len(steps) * 1e6
+
+
+def watch(found: dict[str, Any]) -> None:
+    """Note the most memory of its own that the process ever has: the system keeps no such figure."""
+    while True:
+        found["own_peak_mib"] = max(found.get("own_peak_mib", 0.0), resident("RssAnon"))
+        time.sleep(0.02)
 
 
 def resident(name: str) -> float:

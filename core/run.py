@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .assemble import REPORTS_FOLDER
-from .config.output import RESOLVED, check_output_dir, clear_output_dir
+from .config.output import RESOLVED, check_output_dir, clear_output_dir, named_step
 from .engine.signals import StopRequest
 from .errors import DistillError, Interrupted, UserError
 from .files import write_text
@@ -147,13 +147,13 @@ class Run(RunParts):
         with self.processes.together():
             if self.processes.main:
                 store = self.trainer.store  # it mends what a killed save left; the others look after that
+                step = named_step(wanted)
                 if wanted == "latest":
                     store.bring()
+                elif step is not None and not Path(wanted or "").is_dir():
+                    store.bring(step)
         trainer = self.trainer
-        if wanted == "latest":
-            path = trainer.store.latest()
-        else:
-            path = _checkpoint_path(wanted, self.settings.output_dir) if wanted else None
+        path = self._checkpoint(wanted)
         if path is not None:
             trainer.resume(path)
             self.say(f"resumed from {path} at step {trainer.step}")
@@ -164,6 +164,20 @@ class Run(RunParts):
             )
         if self.processes.main:
             write_text(self.settings.output_dir / RESOLVED, json.dumps(self.config.resolved(), indent=2) + "\n")
+
+    def _checkpoint(self, wanted: str | None) -> Path | None:
+        """The checkpoint here that the settings ask for; None to start afresh."""
+        if not wanted or wanted == "latest":
+            return self.trainer.store.latest() if wanted else None
+        for path in (Path(wanted), self.settings.output_dir / wanted):
+            if path.is_dir():
+                return path
+        there = self.checkpoints_there
+        places = f"{self.settings.output_dir} nor in {there.backend.location}" if there else self.settings.output_dir
+        raise UserError(
+            f"resume_from_checkpoint = {wanted!r}: no such checkpoint, neither as a path nor in {places}",
+            "use `latest`, or the name of a checkpoint-N folder there",
+        )
 
     def _start_tracking(self) -> None:
         from .tracker import RunInfo
@@ -254,16 +268,6 @@ class Run(RunParts):
 
         if is_out_of_memory(error):
             self.say(out_of_memory_hint(memory_settings(self)))
-
-
-def _checkpoint_path(wanted: str, output_dir: Path) -> Path:
-    for path in (Path(wanted), output_dir / wanted):
-        if path.is_dir():
-            return path
-    raise UserError(
-        f"resume_from_checkpoint = {wanted!r}: no such checkpoint, neither as a path nor in {output_dir}",
-        "use `latest`, or the name of a checkpoint-N folder in output_dir",
-    )
 
 
 def _resume_command(output_dir: Path) -> str:

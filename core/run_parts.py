@@ -82,11 +82,13 @@ class RunParts:
 
         settings, processes = self.settings, self.processes
         needs = method_needs(self.config, self.registry, self.family)
+        checkpoints = settings.output_dir.glob("checkpoint-*/manifest.json")
+        resumes = settings.resume_from_checkpoint is not None and any(checkpoints)
         return DataPipeline(
             self.config, self.registry, self.family, micro_batch_size=settings.train_batch_size,
             accumulation=settings.gradient_accumulation_steps, rank=processes.rank, world_size=processes.world_size,
             seed=settings.seed, cache_root=settings.output_dir / "cache", say=self.say,
-            pictures=needs.pictures, pairs=needs.trajectory_points > 0,
+            pictures=needs.pictures, pairs=needs.trajectory_points > 0, resumes=resumes,
         )  # fmt: skip
 
     @cached_property

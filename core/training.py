@@ -64,6 +64,12 @@ class TimeBins:
         }
 
 
+OTHER_SAMPLES = (
+    "its samples are not those that the run began with: pictures or captions were added, removed or changed, or some "
+    "that were out of reach and set aside then can be read now"
+)
+
+
 @dataclass
 class Trainer:
     """Takes the run from its first (or resumed) step to its last.
@@ -125,8 +131,11 @@ class Trainer:
             if saved.meta["identity"].get(key) != value
         }
         if differing:
-            lines = "; ".join(f"{key} was {old!r} and is {new!r}" for key, (old, new) in differing.items())
-            raise UserError(f"{path} cannot be resumed: {lines}", "put the old values back, or use a new output_dir")
+            lines = [f"{key} was {old!r} and is {new!r}" for key, (old, new) in differing.items() if key != "data"]
+            if "data" in differing:
+                lines.append(OTHER_SAMPLES)
+            remedy = "put back what was, or use a new output_dir (what is cached stays valid)"
+            raise UserError(f"{path} cannot be resumed: {'; '.join(lines)}", remedy)
         theirs, ours = saved.meta.get("stages", []), self._begun(saved.step)
         if theirs != ours:
             raise UserError(

@@ -66,6 +66,17 @@ def test_random_access_equals_walking():
     assert [Order(STREAMS, global_batch=4, seed=2).at(step).indices.tolist() for step in range(60)] != walked
 
 
+def test_steps_worked_out_together_are_those_worked_out_alone():
+    streams = [Stream("a", 70_000), Stream("b", 5000, Fraction(7, 3), 12), Stream("c", 3, Fraction(3))]
+    order = Order(streams, global_batch=4, seed=2)
+    for start in (0, 17_000, int(2 * order.steps_per_epoch) - 3000):
+        walked = [order.at(step) for step in range(start, start + 6000)]
+        for step in (*range(0, 6000, 97), 5999):
+            alone = Order(streams, global_batch=4, seed=2).at(start + step)
+            assert (alone.stream, alone.epoch) == (walked[step].stream, walked[step].epoch)
+            assert alone.indices.tolist() == walked[step].indices.tolist()
+
+
 def test_epochs_are_shuffled_differently():
     order = Order([Stream("a", 64)], global_batch=4, seed=0)
     epochs = [[order.at(step).indices.tolist() for step in range(16 * e, 16 * e + 16)] for e in range(2)]

@@ -341,6 +341,36 @@ def test_what_was_out_of_reach_is_tried_again(tmp_path, monkeypatch):
     assert data.num_samples == 4
 
 
+def test_a_run_that_goes_on_keeps_to_the_samples_that_it_began_with(tmp_path, monkeypatch):
+    from distill.data_backends.local import LocalBackend
+
+    folder = fill(tmp_path / "set", [(32, 32)] * 6)
+    read, opened = LocalBackend.open, Counter()
+
+    def refuse(self, key):
+        opened[key] += 1
+        if key == "002.png" or (key == "004.png" and opened[key] > 1):  # its header, but not its pixels
+            raise PermissionError(13, "Permission denied")
+        return read(self, key)
+
+    monkeypatch.setattr(LocalBackend, "open", refuse)
+    first, _ = pipeline(entry(folder), root=tmp_path)
+    aside = {"002.png": "Permission denied", "004.png": "[Errno 13] Permission denied"}
+    assert first.prepare().datasets["set"].quarantined == aside
+    monkeypatch.undo()
+    for _ in range(2):
+        again, _ = pipeline(entry(folder), root=tmp_path, resumes=True)
+        report = again.prepare()
+        assert report.datasets["set"].quarantined == aside
+        assert report.pictures_encoded == 0
+        assert again.fingerprint() == first.fingerprint()
+        assert by_position([take(again, 6)]) == by_position([take(first, 6)])
+    other, _ = pipeline(entry(folder), root=tmp_path)
+    assert not other.prepare().datasets["set"].quarantined
+    assert other.num_samples == 6
+    assert other.fingerprint() != first.fingerprint()
+
+
 def test_names_that_are_no_text_are_set_aside(tmp_path):
     folder = fill(tmp_path / "set", [(32, 32)] * 2)
     try:

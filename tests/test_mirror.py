@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -174,6 +175,25 @@ def test_checkpoints_go_there_and_come_back(tmp_path, s3, bucket):  # noqa: F811
     assert s3.objects(bucket) == []
 
 
+def test_a_checkpoint_that_is_named_comes_back_too(tmp_path, s3, bucket):  # noqa: F811
+    lines: list[str] = []
+    here = store(s3, tmp_path / "1", lines, limit=None)
+    for step in (1, 2, 3):
+        here.save(state(step))
+    here.settle()
+    other = store(s3, tmp_path / "2", lines, limit=None)
+    other.bring(7)
+    assert other.all() == []
+    other.bring(2)
+    assert [path.name for path in other.all()] == ["checkpoint-2"]
+    assert torch.equal(other.load(other.all()[0]).tensors["student"]["weight"], torch.full((3, 5), 2.0))
+    other.bring(2)
+    assert sum("fetching checkpoint-2" in line for line in lines) == 1
+    assert other.discard_after(2) == []
+    assert "later checkpoints are removed from s3://data/run/: checkpoint-3" in lines[-1]
+    assert {key.split("/")[1] for key in s3.objects(bucket)} == {"checkpoint-1", "checkpoint-2"}
+
+
 def test_an_upload_that_fails_is_tried_again_and_loses_nothing(tmp_path, s3, bucket):  # noqa: F811
     lines: list[str] = []
     with FaultyProxy(s3.port) as proxy:
@@ -189,6 +209,22 @@ def test_an_upload_that_fails_is_tried_again_and_loses_nothing(tmp_path, s3, buc
         here.settle()
     assert "not copied to s3://data/run/: checkpoint-3" in lines[-1]
     assert CheckpointStore(tmp_path / "1", limit=None).load(tmp_path / "1" / "checkpoint-3").step == 3
+
+
+def test_a_slow_place_does_not_hold_training_up(tmp_path, s3, bucket):  # noqa: F811
+    lines: list[str] = []
+    with FaultyProxy(s3.port) as proxy:
+        here = store(s3, tmp_path / "1", lines, endpoint=proxy.endpoint, limit=1)
+        proxy.fault(Fault("slow", seconds=2), match="PUT .*checkpoint-1/", times=1)
+        started = time.monotonic()
+        for step in (1, 2, 3):
+            here.save(state(step))
+        assert time.monotonic() - started < 1.5
+        assert [path.name for path in here.all()] == ["checkpoint-1", "checkpoint-3"], "the one under way stays"
+        here.settle()
+    assert [path.name for path in here.all()] == ["checkpoint-3"]
+    assert here._there.steps() == [3]
+    assert not any("warning" in line for line in lines)
 
 
 def test_a_half_there_is_none(tmp_path, s3, bucket):  # noqa: F811

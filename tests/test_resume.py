@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -57,6 +58,15 @@ def test_resume_after_the_end_of_a_shorter_run_continues_it(tmp_path):
     assert result.steps == 10
     assert any("resumed" in line for line in lines)
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def test_a_run_with_other_pictures_is_not_resumed(tmp_path):
+    config = write_run(tmp_path, max_train_steps=2, validation_step_interval=0)
+    execute(config)
+    shutil.copy(tmp_path / "pictures" / "00.png", tmp_path / "pictures" / "more.png")
+    (tmp_path / "pictures" / "more.txt").write_text("one more")
+    with pytest.raises(UserError, match="checkpoint-2 cannot be resumed: its samples are not those"):
+        execute(config)
 
 
 def test_same_seed_same_run_and_another_seed_another(tmp_path):

@@ -4,12 +4,13 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from distill.core.errors import OutOfReach
+from distill.core.errors import OutOfReach, UserError
 from safetensors.torch import load_file
 from support.faulty_proxy import Fault, FaultyProxy
-from support.s3_server import s3, s3_server  # noqa: F401
+from support.s3_server import S3Server, s3, s3_server  # noqa: F401
 from support.small_run import execute, losses, write_pictures, write_run
 from test_mirror import check_whole
 
@@ -17,10 +18,15 @@ pytestmark = pytest.mark.slow
 PARTS = {"texts": "text_embeds", "latents": "vae_embeds", "checkpoints": "checkpoints"}
 
 
-def configure(root: Path, output: str, s3, endpoint: str, prefix: str, *, patience: int = 3) -> Path:  # noqa: F811
+def configure(
+    root: Path, output: str, server: S3Server, endpoint: str, prefix: str, *, patience: int = 3, timeout: float = 10
+) -> Path:
     """The small run with everything in the bucket, under a prefix of its own."""
     file = write_run(root, output=output, max_train_steps=6, checkpoint_step_interval=2, validation_step_interval=0)
-    reach = {**s3.keys("data", aws_max_attempts=patience, aws_timeout_seconds=10), "aws_endpoint_url": endpoint}
+    reach = {
+        **server.keys("data", aws_max_attempts=patience, aws_timeout_seconds=timeout),
+        "aws_endpoint_url": endpoint,
+    }
     data = [{"id": "noise", **reach, "aws_data_prefix": "pictures"}]
     data += [
         {"id": id, "dataset_type": kind, **reach, "aws_data_prefix": f"{prefix}/{id}", "write_batch_size": 4}
@@ -54,7 +60,7 @@ def test_a_bucket_that_goes_away_at_any_time_changes_nothing(tmp_path, s3, capsy
             check_whole(s3, bucket)
 
         # while training: the run goes on without its copies and says so; the last one is made up for at the end
-        proxy.fault(Fault("status", status=503), match="PUT .*checkpoint-2/", times=9)
+        proxy.fault(Fault("status", status=503), match="PUT .*checkpoint-2/", times=3)
         execute(configure(tmp_path, "cut", s3, proxy.endpoint, "cut"))
         assert "checkpoint-2 is complete here but could not be copied" in capsys.readouterr().err
         assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
@@ -76,4 +82,80 @@ def test_a_bucket_that_goes_away_at_any_time_changes_nothing(tmp_path, s3, capsy
     _, lines = execute(configure(tmp_path, "elsewhere", s3, s3.endpoint, "cut"))
     assert any("resumed from" in line and "at step 4" in line for line in lines)
     assert any("everything was cached" in line for line in lines)
+    assert same_student(tmp_path / "whole", tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize(("status", "code"), [(403, "AccessDenied"), (404, "NoSuchKey")])
+def test_objects_that_are_refused_or_gone_are_set_aside_and_places_are_named(tmp_path, s3, capsys, status, code):  # noqa: F811
+    bucket = s3.bucket("data")
+    s3.fill(bucket, "pictures", write_pictures(tmp_path / "pictures"))
+    refused = Fault("status", status=status, code=code)
+    with FaultyProxy(s3.port) as proxy:
+        # a place that cannot be written, or not be listed: nothing trains, the entry is named, the next start goes on
+        file = configure(tmp_path, "cut", s3, proxy.endpoint, "cut")
+        for match, named in {
+            r"GET .*data\?.*": "data.noise.aws_bucket_name",
+            "PUT .*texts/": "data.texts: s3://data/cut/texts/ cannot be written",
+            "PUT .*latents/": "data.latents: s3://data/cut/latents/ cannot be written",
+        }.items():
+            proxy.fault(refused, match=match, times=10_000)
+            with pytest.raises(UserError) as caught:
+                execute(file)
+            assert named in str(caught.value)
+            assert caught.value.exit_code == 2
+            proxy.clear()
+            check_whole(s3, bucket)
+        execute(file)
+        check_whole(s3, bucket)
+
+        # checkpoints that cannot be copied: a warning, and the run goes on
+        proxy.fault(refused, match="PUT .*checkpoint-", times=10_000)
+        execute(configure(tmp_path, "alone", s3, proxy.endpoint, "alone"))
+        assert "not copied to s3://data/alone/checkpoints/: checkpoint-2" in capsys.readouterr().err
+        assert losses(tmp_path / "alone") == losses(tmp_path / "cut")
+        assert same_student(tmp_path / "cut", tmp_path / "alone")
+        proxy.clear()
+
+        # a picture, another one's caption, and a picture whose header could be read: set aside and named
+        proxy.fault(Fault("none"), match=r"GET .*pictures/07\.png", times=1)
+        for match in (r"GET .*pictures/03\.png", r"GET .*pictures/05\.txt", r"GET .*pictures/07\.png"):
+            proxy.fault(refused, match=match, times=10_000)
+        file = configure(tmp_path, "fewer", s3, proxy.endpoint, "fewer")
+        _, lines = execute(file)
+        assert same_names(lines, {"03.png", "05.png", "07.png"}, f"{status} {code}")
+        before = losses(tmp_path / "fewer")
+        assert not np.allclose(before, losses(tmp_path / "cut"), rtol=1e-4)
+        proxy.clear()
+
+        # they can be read again: a run that is resumed keeps to its samples, another one has all
+        _, lines = execute(file, resume_from_checkpoint="checkpoint-2")
+        assert any("resumed from" in line and "at step 2" in line for line in lines)
+        assert same_names(lines, {"03.png", "05.png", "07.png"}, f"{status} {code}")
+        assert losses(tmp_path / "fewer") == before
+        _, lines = execute(file, overwrite=True)
+        assert same_names(lines, set())
+        assert np.allclose(losses(tmp_path / "fewer"), losses(tmp_path / "cut"), rtol=1e-4)  # encoded in other batches
+
+
+def same_names(lines: list[str], names: set[str], reason: str = "") -> bool:
+    """Whether exactly these pictures are said to be set aside, for that reason."""
+    said = [line for line in lines if "set aside" in line]
+    pictures = {f"{number:02d}.png" for number in range(13)}
+    return {name for name in pictures if any(name in line for line in said)} == names and all(
+        reason in line for line in said
+    )
+
+
+def test_a_checkpoint_that_is_named_is_fetched(tmp_path, s3):  # noqa: F811
+    bucket = s3.bucket("data")
+    s3.fill(bucket, "pictures", write_pictures(tmp_path / "pictures"))
+    execute(configure(tmp_path, "whole", s3, s3.endpoint, "whole"))
+    with pytest.raises(
+        UserError, match=r"checkpoint-3.*neither as a path nor in .* nor in s3://data/whole/checkpoints/"
+    ):
+        execute(configure(tmp_path, "third", s3, s3.endpoint, "whole"), resume_from_checkpoint="checkpoint-3")
+    file = configure(tmp_path, "elsewhere", s3, s3.endpoint, "whole")
+    _, lines = execute(file, resume_from_checkpoint="checkpoint-2")
+    assert any("fetching checkpoint-2 from" in line or "at step 2" in line for line in lines)
+    assert losses(tmp_path / "elsewhere") == [row for row in losses(tmp_path / "whole") if row[0] > 2]
     assert same_student(tmp_path / "whole", tmp_path / "elsewhere")

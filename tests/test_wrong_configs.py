@@ -203,6 +203,10 @@ WRONG = [
     Wrong("aspects", pets(minimum_aspect_ratio=2, maximum_aspect_ratio=1), DATA, "data.pets.minimum_aspect_ratio", "2.0", "raise the other"),
     Wrong("curriculum", pets(start_step=5, end_step=5), DATA, "data.pets.end_step", "5", "raise end_step"),
     Wrong("twice", entry(id="pets", instance_data_dir="pictures"), DATA, "data.pets.id", "'pets'", "an id of its own"),
+    *[
+        Wrong(f"id {id!r}", entry(id=id, instance_data_dir="pictures"), DATA, f"data.{id}.id", id, "not `.` or `..`")
+        for id in ("..", ".", "a/b", "../up", "/abs", "a\\b")
+    ],
     Wrong("no id", entry(instance_data_dir="pictures"), DATA, "data.[1].id", "None", "Unique name"),
     Wrong("no dataset left", pets(disabled=True), DATA, "data", "['pets']", "set disabled to false"),
     Wrong("no folder", lambda pair: pair.data[0].pop("instance_data_dir"), DATA, "data.pets.instance_data_dir", "None", "The folder with the pictures"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, Field, SerializeAsAny
+from pydantic import BaseModel, Field, SerializeAsAny, field_validator
 
 from .run_settings import ResolutionType
 from .types import HubOrPath, LocalPath, PathOrUrl, Settings, Texts, is_url
@@ -45,8 +45,8 @@ COLUMN_KEYS = tuple(ColumnSettings.model_fields)
 class DatasetSettings(ColumnSettings):
     """One dataset or cache, with the run's defaults applied."""
 
-    id: str = Field(min_length=1, pattern=r"^[^/\\]+$")
-    """Unique name; names caches and state."""
+    id: str = Field(min_length=1)
+    """Unique name; names caches, reports and state on disk: without `/` and `\\`, and not `.` or `..`."""
     type: str = "local"
     """A registered data backend (`distill plugins list`)."""
     dataset_type: DatasetType = "image"
@@ -154,6 +154,13 @@ class DatasetSettings(ColumnSettings):
     """Optimizer step up to which the dataset is used."""
     backend: SerializeAsAny[BaseModel] | None = Field(default=None, exclude=True)
     """The backend's own validated keys."""
+
+    @field_validator("id")
+    @classmethod
+    def _names_a_file(cls, value: str) -> str:
+        if value in (".", "..") or not value.isprintable() or any(mark in value for mark in "/\\"):
+            raise ValueError("is no name of a file, and files are named by it")
+        return value
 
     @property
     def needs_captions(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -122,10 +123,16 @@ def check_output_dir(configuration: Configuration) -> OutputState:
     )
 
 
+def named_step(resume: str | None) -> int | None:
+    """The step of a checkpoint that is named as ``checkpoint-N``, not by a path."""
+    match = re.fullmatch(r"checkpoint-(\d+)", resume or "")
+    return int(match[1]) if match else None
+
+
 def _nothing_to_resume(resume: str | None, folder: Path, elsewhere: bool) -> tuple[str, ...]:
     if resume is None:
         return ()
-    if resume != "latest":
+    if resume != "latest" and not (elsewhere and named_step(resume) is not None):
         path = Path(resume) if Path(resume).is_absolute() else folder / resume
         if not path.is_dir():
             raise UserError(

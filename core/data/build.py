@@ -9,12 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
-
 from .cache import TensorCache, cache_folders
 from .dataset import Dataset
 from .encode import LatentEncoder, Share, encode_captions, missing_captions
 from .encode_passing import PassingEncoder
+from .hashing import count_different
 from .images import PIXELS_VERSION
 from .mirror import CachePlace, Mirror
 from .pairs import CachedPairs, PairMaker, WantedPairs, cost, pair_descriptor
@@ -139,6 +138,7 @@ class CacheBuilder:
             groups.setdefault(self.places.texts(dataset.settings), []).append(dataset)
         for folder, group in groups.items():
             cache = self._texts(folder, group, report)
+            cache.release_lookup()  # before that of the latents is made
             caches.texts |= {dataset.id: cache for dataset in group}
         for dataset in datasets if pictures else ():
             caches.latents[dataset.id] = self._latents(dataset, report)
@@ -154,7 +154,7 @@ class CacheBuilder:
         cache = self._open(folder, text_descriptor(self.family), "text cache", there, report)
         todo = missing_captions(cache, datasets)
         for dataset in datasets:
-            dataset.counts.captions = len(np.unique(dataset.index.caption_digests[:, 0]))
+            dataset.counts.captions = count_different(dataset.index.caption_digests[:, 0])
         missing = sum(len(places) for _, places in todo)
         if not missing:
             return cache

@@ -229,7 +229,8 @@ class TensorCache:
         """The keys of all entries, shape (n, 2)."""
         keys = np.empty((len(self), 2), np.uint64)
         for number, (start, end) in enumerate(pairwise(self._starts.tolist())):
-            keys[start:end] = self._tensors(number)[KEYS].numpy().view(np.uint64)
+            shard = self._shards[number]  # mapped for this alone: of most shards only a few entries are read later
+            keys[start:end] = map_shard(self.folder / shard.file, shard.size)[KEYS].numpy().view(np.uint64)
         return keys
 
     def release_lookup(self) -> None:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ..config.dataset_settings import DatasetSettings
 
 T = TypeVar("T")
-CHUNK = 1 << 20
+CHUNK = 1 << 18
 """Rows that geometry is worked out for at a time, to bound memory."""
 
 
@@ -67,11 +67,13 @@ class Dataset:
         rows: Index rows in use, those of one bucket together; shape (n,).
         starts: Bucket b has rows[starts[b] : starts[b + 1]].
         shapes: (width, height) of each bucket.
+        dropped: Samples that could not be encoded although their index row is good, name -> reason.
     """
 
     def __init__(self, settings: DatasetSettings, backend: DataBackend, index: Index, geometry: Geometry) -> None:
         self.settings, self.backend, self.index, self.geometry = settings, backend, index, geometry
         self.counts = Counts("picture" if settings.has_pictures else "prompt", found=len(index))
+        self.dropped: dict[str, str] = {}
         self._record_problems()
         rows, shapes = self._filter()
         self._group(rows, shapes)
@@ -132,7 +134,9 @@ class Dataset:
 
     def drop(self, broken: Mapping[int, str]) -> None:
         """Leave out rows whose pictures turned out to be broken, row -> reason."""
-        self.counts.quarantined |= {self.index.key(row): reason for row, reason in broken.items()}
+        named = {self.index.key(row): reason for row, reason in broken.items()}
+        self.dropped |= named
+        self.counts.quarantined |= named
         keep = ~np.isin(self.rows, np.fromiter(broken, np.int64, len(broken)))
         sizes = np.diff(self.starts)
         shapes = np.repeat(np.array(self.shapes, np.int32).reshape(-1, 2), sizes, axis=0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,7 @@ Integers: TypeAlias = NDArray[np.integer]
 SMALL = 4096
 """Up to this many elements a permutation is sorted out at once; above, it is computed for the indices asked for."""
 ROUNDS = 6
-LOOKUP_ROWS = 1 << 20
+LOOKUP_ROWS = 1 << 18
 """Keys that are looked up at a time, to bound memory."""
 
 
@@ -41,6 +41,12 @@ def fractions(values: UInt64s, salt: int) -> NDArray[np.float64]:
     """Numbers in [0, 1), one for each value, independent for different salts."""
     salted = mix(values ^ mix(np.full_like(values, salt)))
     return (salted >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def count_different(values: NDArray[Any]) -> int:
+    """Different numbers among `values`, shape (n,), with the memory of one copy."""
+    ordered = np.sort(values)
+    return int(np.count_nonzero(ordered[1:] != ordered[:-1])) + bool(len(ordered))
 
 
 class Lookup:

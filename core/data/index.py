@@ -117,6 +117,11 @@ class Index:
         """A caption by its place among all captions."""
         return self.caption_texts[int(place)].as_py()
 
+    def rows_of(self, keys: Iterable[str]) -> NDArray[np.int64]:
+        """The rows of a few pictures; those that are not there are left out."""
+        named = pa.array(list(keys), pa.large_string())
+        return np.flatnonzero(pc.is_in(self._keys, value_set=named).to_numpy(zero_copy_only=False))
+
     def having(self, problem: str) -> NDArray[np.bool_]:
         """Which rows have this problem (empty: none at all), shape (n,)."""
         return pc.equal(self._problems, problem).to_numpy(zero_copy_only=False)

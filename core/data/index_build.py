@@ -141,12 +141,20 @@ class IndexBuilder:
         rules: How captions are made.
         workers: Threads that read files.
         progress: Told of every file read.
+        again: Whether files that could not be used are tried again although they have not changed.
     """
 
     def __init__(
-        self, dataset: str, backend: DataBackend, rules: CaptionRules, *, workers: int, progress: Progress
+        self,
+        dataset: str,
+        backend: DataBackend,
+        rules: CaptionRules,
+        *,
+        workers: int,
+        progress: Progress,
+        again: bool = True,
     ) -> None:
-        self.dataset, self.backend, self.rules = dataset, backend, rules
+        self.dataset, self.backend, self.rules, self._again = dataset, backend, rules, again
         self.workers, self.progress = max(1, workers, backend.parallel_reads), progress
         self.num_read = self.num_unmatched = 0
 
@@ -171,7 +179,7 @@ class IndexBuilder:
     def _build_samples(self, backend: SampleBackend, path: Path) -> Index:
         source = source_of(backend)
         old = open_index(path)
-        if old is not None and old.matches(self.rules.identity(), source) and not old.has_unread():
+        if old is not None and old.matches(self.rules.identity(), source) and not (self._again and old.has_unread()):
             return old
         with Workshop(path) as workshop:
             return self._build(SampleListing(backend, source, workshop).table(), path, source, workshop)
@@ -183,7 +191,7 @@ class IndexBuilder:
         if old is not None:
             sizes.add(old.table, _measured)
             if old.matches(rules):
-                rows.add(old.table, _settled)
+                rows.add(old.table, _settled if self._again else _all)
         earlier = aside.earlier(same_rules=True)
         rows.add(earlier, _settled)
         sizes.add(earlier, _measured)

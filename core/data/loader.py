@@ -124,7 +124,8 @@ class Loader:
         draws = Draws(self.seed, step, positions.tolist())
         rows = dataset.rows[places]
         flip = self._flip(dataset, draws, len(rows))
-        offsets, counts = index.caption_offsets[rows], np.diff(index.caption_offsets)[rows]
+        offsets = index.caption_offsets[rows]
+        counts = index.caption_offsets[rows + 1] - offsets
         number = (draws.uniform("caption").numpy() * counts).astype(np.int64) if counts.max() > 1 else 0 * counts
         captions = offsets + number
         latents = self._latents(source, places, flip)

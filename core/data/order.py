@@ -18,6 +18,9 @@ from ..errors import UserError
 from ..random import derive_seed
 from .hashing import Int64s, permute
 
+AHEAD = 1 << 14
+"""Samples that are worked out at once where one step follows another, in a fraction of the time of each alone."""
+
 
 @dataclass(frozen=True)
 class Stream:
@@ -45,6 +48,23 @@ class GlobalBatch:
     epoch: int
 
 
+@dataclass(frozen=True)
+class Epoch:
+    """The steps [start, end) of one epoch.
+
+    Attributes:
+        number: Counted from 0.
+        first: Batches that each stream has given before; shape (streams,).
+        ends: Running sum of the batches that each stream gives in it; shape (streams,).
+    """
+
+    number: int
+    first: Int64s
+    ends: Int64s
+    start: int
+    end: int
+
+
 class Order:
     """The endless sequence of global batches over `streams`."""
 
@@ -58,7 +78,8 @@ class Order:
         self.steps_per_epoch = float(sum(map(Fraction, self._numerators, self._denominators)))
         if self.steps_per_epoch <= 0:
             raise ValueError("an order needs at least one sample")
-        self._epoch = (-1, np.zeros(0, np.int64), 0, 0)  # epoch, first batch of each stream, first step, end
+        self._epoch = Epoch(-1, np.zeros(0, np.int64), np.zeros(0, np.int64), 0, 0)
+        self._made: tuple[int, list[GlobalBatch]] = (0, [])  # first step, and batches from there on
 
     def _before(self, epoch: int) -> Int64s:
         """Batches that each stream has given before `epoch`."""
@@ -76,30 +97,44 @@ class Order:
             low, high = (middle, high) if self._before(middle).sum() <= step else (low, middle)
         return low
 
-    def _at_epoch_of(self, step: int) -> tuple[int, Int64s, int, int]:
-        _, _, start, end = self._epoch
-        if not start <= step < end:
-            epoch = self.epoch_of(step)
-            first, after = self._before(epoch), self._before(epoch + 1)
-            self._epoch = (epoch, first, int(first.sum()), int(after.sum()))
+    def _at_epoch_of(self, step: int) -> Epoch:
+        if not self._epoch.start <= step < self._epoch.end:
+            number = self.epoch_of(step)
+            first, after = self._before(number), self._before(number + 1)
+            self._epoch = Epoch(number, first, np.cumsum(after - first), int(first.sum()), int(after.sum()))
         return self._epoch
 
     def at(self, step: int) -> GlobalBatch:
-        """The samples of optimizer step `step`."""
-        epoch, first, start, end = self._at_epoch_of(step)
-        place = permute(np.array([step - start]), end - start, derive_seed(self.seed, "batch_order", epoch))[0]
-        ends = np.cumsum(self._before(epoch + 1) - first)
-        number = int(np.searchsorted(ends, place, side="right"))
-        ordinal = int(first[number] + place - (ends[number - 1] if number else 0))
-        return GlobalBatch(number, self._samples(number, ordinal), epoch)
+        """The samples of optimizer step `step`: a single step is made for itself, steps in a row ever more at once."""
+        first, made = self._made
+        if not first <= step < first + len(made):
+            follows = bool(made) and step == first + len(made)
+            count = min(2 * len(made), max(1, AHEAD // max(self._batches))) if follows else 1
+            first, made = self._made = (step, self._make(step, count))
+        return made[step - first]
 
-    def _samples(self, number: int, ordinal: int) -> Int64s:
-        """Batch `ordinal` of a stream: positions of its endless sequence, each looked up in its own permutation."""
+    def _make(self, step: int, count: int) -> list[GlobalBatch]:
+        """The batches of up to `count` steps from `step` on, within its epoch."""
+        epoch = self._at_epoch_of(step)
+        steps = np.arange(step, min(step + count, epoch.end)) - epoch.start
+        places = permute(steps, epoch.end - epoch.start, derive_seed(self.seed, "batch_order", epoch.number))
+        numbers = np.searchsorted(epoch.ends, places, side="right")
+        begins = epoch.ends - np.diff(epoch.ends, prepend=0)
+        ordinals = epoch.first[numbers] + places - begins[numbers]
+        samples: list[Int64s] = [places] * len(places)
+        for number in np.unique(numbers).tolist():
+            own = np.flatnonzero(numbers == number)
+            for at, indices in zip(own.tolist(), self._samples(number, ordinals[own]), strict=True):
+                samples[at] = indices
+        return [GlobalBatch(*each, epoch.number) for each in zip(numbers.tolist(), samples, strict=True)]
+
+    def _samples(self, number: int, ordinals: Int64s) -> Int64s:
+        """Batches of a stream, shape (n, G): places in its endless sequence, each looked up in its own permutation."""
         stream, batch = self.streams[number], self._batches[number]
-        positions = np.arange(ordinal * batch, (ordinal + 1) * batch)
+        positions = ordinals[:, None] * batch + np.arange(batch)
         passes, offsets = positions // stream.size, positions % stream.size
         chosen = np.empty_like(positions)
-        for each in range(int(passes[0]), int(passes[-1]) + 1):
+        for each in np.unique(passes).tolist():
             here = passes == each
             key = derive_seed(self.seed, "sample_order", stream.name, each)
             chosen[here] = permute(offsets[here], stream.size, key)

@@ -64,6 +64,7 @@ class DataPipeline:
         progress: How long work tells of itself; by default a bar in a terminal, plain lines elsewhere.
         pictures: Whether batches carry latents; without, captions are enough and the autoencoder is not loaded.
         pairs: Whether batches carry paths of the teacher, from the distillation cache that each dataset names.
+        resumes: Whether a run goes on: what was set aside when it began stays so, for its samples are these.
     """
 
     def __init__(
@@ -82,9 +83,10 @@ class DataPipeline:
         progress: Progress | None = None,
         pictures: bool = True,
         pairs: bool = False,
+        resumes: bool = False,
     ) -> None:
         assert not pictures or all(each.has_pictures for each in config.datasets)  # refused with the configuration
-        self._pictures, self._pairs = pictures, pairs
+        self._pictures, self._pairs, self._resumes = pictures, pairs, resumes
         self._config, self._registry, self._family, self._say = config, registry, family, say
         self._shape = Shape(micro_batch_size, accumulation, rank, world_size)
         self._seed, self._places = seed, CachePlaces(config, cache_root, registry)
@@ -141,7 +143,13 @@ class DataPipeline:
         geometry = Geometry(settings, multiple=self._family.pixel_multiple)
         with together():
             index = self._build_index(settings, backend, rules, geometry) if share.rank == 0 else None
-        return Dataset(settings, backend, index or Index(path), geometry)
+        dataset = Dataset(settings, backend, index or Index(path), geometry)
+        aside = self._places.set_aside(settings)
+        if self._resumes and aside.exists():
+            names: dict[str, str] = json.loads(aside.read_bytes())
+            rows = dataset.index.rows_of(names).tolist()
+            dataset.drop({row: names[dataset.index.key(row)] for row in rows})
+        return dataset
 
     def _build_index(
         self, settings: DatasetSettings, backend: DataBackend, rules: CaptionRules, geometry: Geometry
@@ -150,7 +158,9 @@ class DataPipeline:
         if not settings.has_pictures:
             source = open_source(backend, settings, workers=workers)
             return PromptIndexBuilder(settings.id, source, rules, edge=geometry.square()).build(path)
-        builder = IndexBuilder(settings.id, backend, rules, workers=workers, progress=self._progress)
+        builder = IndexBuilder(
+            settings.id, backend, rules, workers=workers, progress=self._progress, again=not self._resumes
+        )
         index = builder.build(path)
         if builder.num_unmatched:
             table = settings.metadata_file
@@ -160,6 +170,11 @@ class DataPipeline:
     def _write_quarantine(self, report: DataReport) -> None:
         for dataset in self._datasets:
             path = self._places.quarantine(dataset.settings)
+            aside = self._places.set_aside(dataset.settings)
+            if dataset.dropped:
+                write_whole(aside, json.dumps(dataset.dropped, indent=1).encode())
+            else:
+                aside.unlink(missing_ok=True)
             broken = report.datasets[dataset.id].quarantined
             if broken:
                 write_whole(path, "".join(f"{line}\n" for line in named_with_reasons(broken)).encode())
@@ -171,6 +186,8 @@ class DataPipeline:
         cached, streams, spans = [], [], []
         for dataset in self._datasets:
             latents, texts = _locate(dataset, caches), caches.texts[dataset.id]
+            if latents is not None:
+                latents.cache.release_lookup()  # places are all that is needed from here on
             captions = texts.locate(dataset.index.caption_digests)
             pairs = caches.pairs.get(dataset.id)
             cached.append(CachedDataset(dataset, latents, texts, captions, len(streams), pairs))
@@ -180,8 +197,8 @@ class DataPipeline:
             spans += [dataset.span] * len(own)
         order = Curriculum(streams, spans, global_batch=self._shape.global_batch, seed=self._seed)
         pairs_alone = (each.cache for each in caches.pairs.values())
-        for cache in (*caches.latents.values(), *caches.texts.values(), *pairs_alone):
-            cache.release_lookup()  # places are all that is needed from here on
+        for cache in (*caches.texts.values(), *pairs_alone):
+            cache.release_lookup()
         return Loader(cached, order, self._family, shape=self._shape, seed=self._seed)
 
     def _ready(self) -> Loader:

@@ -44,6 +44,10 @@ class CachePlaces:
         """File that names a dataset's broken files, with reasons."""
         return self.index(settings).with_name(f"{settings.id}.quarantine.txt")
 
+    def set_aside(self, settings: DatasetSettings) -> Path:
+        """File that remembers which samples could not be encoded, for runs that are resumed."""
+        return self.index(settings).with_name(f"{settings.id}.set-aside.json")
+
     def remembered(self, settings: DatasetSettings) -> Path:
         """File with the settings that a dataset's latents were last made with."""
         return self.latents(settings) / f"{settings.id}.settings.json"
@@ -51,7 +55,8 @@ class CachePlaces:
     def side_files(self, settings: DatasetSettings) -> list[Path]:
         """What lies beside a dataset's caches."""
         index = self.index(settings)
-        return [index, marks_path(index), self.quarantine(settings), self.remembered(settings)]
+        beside = [self.quarantine(settings), self.set_aside(settings), self.remembered(settings)]
+        return [index, marks_path(index), *beside]
 
     def texts(self, settings: DatasetSettings) -> Path:
         """Folder of the text caches that a dataset uses."""

@@ -119,8 +119,12 @@ class CheckpointStore:
             self._delete(path)
         return later
 
-    def bring(self) -> None:
-        """Bring a newer checkpoint here from another place, where they are kept in one."""
+    def bring(self, step: int | None = None) -> None:
+        """Bring a checkpoint here from another place, where they are kept in one and it is not here.
+
+        Args:
+            step: Its step; None for the newest.
+        """
 
     def settle(self) -> None:
         """Wait until nothing is under way any more; called when the run ends."""
@@ -160,9 +164,14 @@ class CheckpointStore:
     def _prune(self, *, keep: Path) -> None:
         if self.limit is None:
             return
-        others = [path for path in self.all() if path != keep]
+        others, kept = [path for path in self.all() if path != keep], self._kept()
         for path in others[: max(len(others) + 1 - self.limit, 0)]:
-            self._delete(path)
+            if path not in kept:
+                self._delete(path)
+
+    def _kept(self) -> list[Path]:
+        """Checkpoints that are not removed now, although they are beyond the limit."""
+        return []
 
     def _delete(self, path: Path) -> None:
         """Out of sight in one move first: a folder that dies half deleted must not bear the name of a checkpoint."""

@@ -128,25 +128,35 @@ class MirroredStore(CheckpointStore):
         super().__init__(output_dir, limit=limit)
         self._there, self._tell = there, say
         self._waiting: list[Path] = []
+        self._copying: list[Path] = []
         self._running: Future[list[Path]] | None = None
         self._pool = ThreadPoolExecutor(1)
 
     def save(self, state: CheckpointState, *, step: int | None = None) -> Path:
-        """Write it here, then begin to copy it there."""
-        self._collect()  # a checkpoint that is being copied must not be pruned
+        """Write it here, then begin to copy it there; while earlier ones are still being copied, it waits for them."""
         path = super().save(state, step=step)
         self._waiting.append(path)
-        self._begin()
+        if not self._busy:
+            self._begin()
         return path
 
+    @property
+    def _busy(self) -> bool:
+        return self._running is not None and not self._running.done()
+
+    def _kept(self) -> list[Path]:
+        """A checkpoint that is being copied stays until that has ended."""
+        return self._copying if self._busy else []
+
     def _begin(self) -> None:
-        waiting = [path for path in dict.fromkeys(self._waiting) if path.exists()]
-        self._running, self._waiting = self._pool.submit(self._copy, waiting), []
+        self._collect()
+        self._copying = [path for path in dict.fromkeys(self._waiting) if path.exists()]
+        self._running, self._waiting = self._pool.submit(self._copy, self._copying), []
 
     def _collect(self) -> None:
         """Wait for the copies under way; those that failed wait for the next time."""
         if self._running is not None:
-            self._waiting = self._running.result()
+            self._waiting = [*self._running.result(), *self._waiting]
             self._running = None
 
     def _copy(self, paths: list[Path]) -> list[Path]:
@@ -164,26 +174,37 @@ class MirroredStore(CheckpointStore):
 
     def settle(self) -> None:
         """Wait for the copies, try once more those that failed, and say what is not there in the end."""
+        failed = self._running is not None and bool(self._running.result())
         self._collect()
-        if self._waiting:
-            self._begin()
-            self._collect()
+        for _ in range(1 if failed else 2):
+            if self._waiting:
+                self._begin()
+                self._collect()
+        newest = self.latest()
+        if newest is not None:
+            self._prune(keep=newest)
         missing = [path.name for path in self._waiting if path.exists()]
         if missing:
             self._tell(f"warning: not copied to {self._there.backend.location}: {', '.join(missing)}")
 
-    def bring(self) -> None:
-        """Bring the newest checkpoint here if it is only there."""
-        here = self.latest()
-        newest = int(here.name.rpartition("-")[2]) if here else 0
-        step = max(self._there.steps(), default=0)
-        if step > newest:
-            self._tell(f"fetching checkpoint-{step} from {self._there.backend.location}")
-            partial = self._fresh(step)
-            self._there.download(step, partial)
-            self._move_into_place(partial, self.output_dir / f"checkpoint-{step}")
+    def bring(self, step: int | None = None) -> None:
+        """Bring the checkpoint of `step`, else the newest, here if it is only there."""
+        here, there = self._complete(), self._there.steps()
+        if step is None:
+            wanted = [newest for newest in there[-1:] if newest > max(here, default=0)]
+        else:
+            wanted = [step] if step in there and step not in here else []
+        for number in wanted:
+            self._tell(f"fetching checkpoint-{number} from {self._there.backend.location}")
+            partial = self._fresh(number)
+            self._there.download(number, partial)
+            self._move_into_place(partial, self.output_dir / f"checkpoint-{number}")
 
     def discard_after(self, step: int) -> list[Path]:
         """Remove later checkpoints, here and there."""
-        self._there.remove([later for later in self._there.steps() if later > step])
+        later = [number for number in self._there.steps() if number > step]
+        if later:
+            names = ", ".join(f"checkpoint-{number}" for number in later)
+            self._tell(f"later checkpoints are removed from {self._there.backend.location}: {names}")
+        self._there.remove(later)
         return super().discard_after(step)

@@ -127,7 +127,7 @@ def configuration(*datasets: DatasetSettings, caches=(), text_cache=None):
 
 def pipeline(
     *datasets: DatasetSettings, root: Path, family=None, micro=2, accumulation=1, rank=0, world=1, seed=1,
-    pictures=True, pairs=False, config=None,
+    pictures=True, pairs=False, resumes=False, config=None,
 ):  # fmt: skip
     """A pipeline and the lines that it says."""
     lines: list[str] = []
@@ -144,6 +144,7 @@ def pipeline(
         say=lines.append,
         pictures=pictures,
         pairs=pairs,
+        resumes=resumes,
     )
     return data, lines
 

@@ -10,6 +10,10 @@ def test_something(s3):
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -24,18 +28,50 @@ QUICK = RetryPolicy(attempts=3, base_seconds=0.01, max_seconds=0.05, timeout_sec
 
 
 class S3Server:
-    """A moto server in a process; `client` is boto's own, so that the code under test is not tested with itself."""
+    """A moto server in a process; `client` is boto's own, so that the code under test is not tested with itself.
 
-    def __init__(self) -> None:
+    Args:
+        folder: Where it keeps what it holds, so that its process can be killed and come back.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder, self.port = folder, quiet_port() if folder else 0
+        self._launch()
+        self.endpoint = f"http://127.0.0.1:{self.port}"
+        self.client = boto_client(self.endpoint)
+        self.running = True
+
+    def _launch(self) -> None:
+        given = [] if self.folder is None else [str(self.port), str(self.folder)]
         self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("s3_process.py"))],
+            [sys.executable, str(Path(__file__).with_name("s3_process.py")), *given],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
         )  # fmt: skip
         assert self._process.stdout is not None
         self.port = int(self._process.stdout.readline())
-        self.endpoint = f"http://127.0.0.1:{self.port}"
-        self.client = boto_client(self.endpoint)
+
+    def kill(self) -> None:
+        """End the process with SIGKILL, in the middle of whatever it does."""
+        self.close()
+        self.running = False
+
+    def revive(self) -> None:
+        """Start it again, on the same port and with all that it held."""
+        self._launch()
         self.running = True
+
+    def freeze(self) -> None:
+        """Let the process stand still: connections stay, and nothing is answered."""
+        os.kill(self._process.pid, signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let it go on with what came in meanwhile."""
+        os.kill(self._process.pid, signal.SIGCONT)
+
+    def requests(self) -> list[str]:
+        """``METHOD /bucket/key`` of every request so far, of a server with a folder."""
+        assert self.folder is not None
+        return (self.folder / "requests.log").read_text().splitlines()
 
     def _tell(self, command: str) -> None:
         assert self._process.stdin is not None
@@ -101,6 +137,19 @@ class S3Server:
         return [item["Key"] for page in pages for item in page.get("Contents", [])]
 
 
+def quiet_port() -> int:
+    """A free port that the system gives to nobody else while the server is away.
+
+    One from the range of outgoing connections may be taken by a client that asks for it in vain: it then reaches
+    itself, and the server cannot come back.
+    """
+    for port in range(21_000, 32_000):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port is free")
+
+
 def boto_client(endpoint: str, *, key_id: str = KEY_ID, secret: str = SECRET):
     """boto's own client of a server."""
     import botocore.session
@@ -119,14 +168,19 @@ def s3_server():
     server.close()
 
 
-@pytest.fixture
-def s3(s3_server, monkeypatch):
-    """The server, running, in an environment without credentials of its own."""
+def without_account(monkeypatch) -> None:
+    """Take credentials out of the environment."""
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE", "AWS_ENDPOINT_URL"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_CONFIG_FILE", "/nonexistent")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
+
+
+@pytest.fixture
+def s3(s3_server, monkeypatch):
+    """The server, running, in an environment without credentials of its own."""
+    without_account(monkeypatch)
     if not s3_server.running:
         s3_server.start()
     return s3_server
