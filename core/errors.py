@@ -60,7 +60,7 @@ class Finding:
 
     def __str__(self) -> str:
         shown = repr(self.value)
-        shown = shown if len(shown) <= 80 else shown[:77] + "..."
+        shown = shown if len(shown) <= 100 else f"{shown[:38]}...{shown[-59:]}"  # a path says most at its end
         return f"{self.file}: {self.key} = {shown}: {self.problem}\n    remedy: {self.remedy}"
 
 

@@ -144,7 +144,7 @@ class as_somebody:
     def __enter__(self) -> None:
         if self.root:
             for path in (self.folder, *self.folder.parents):
-                if path.stat().st_uid == 0 and path.name.startswith(("pytest-", self.folder.name)):
+                if path.stat().st_uid == 0 and path.name.startswith(("pytest-", "popen-", self.folder.name)):
                     path.chmod(0o755)
             os.chown(self.folder, 65534, -1)
             os.seteuid(65534)

@@ -342,7 +342,7 @@ def test_other_prompts_are_not_resumed_on(tmp_path, no_latents):
         stream.write('{"text": "one more"}\n')
     raised = config.read_text().replace('"max_train_steps": 4', '"max_train_steps": 6')
     config.write_text(raised)
-    with pytest.raises((UserError, Interrupted), match="data"):
+    with pytest.raises((UserError, Interrupted), match="its samples are not those"):
         execute(config, plugins=[PLUGIN])
 
 
