@@ -252,9 +252,8 @@ def mixture_errors(path, num_steps, *, scale, trained):
 @pytest.mark.slow
 @pytest.mark.parametrize("path", ["eps", "v-zero-snr", "x0", "flow"])
 def test_students_reach_the_flow_map_of_a_mixture(path):
-    # at 4 steps the wrong one is nearly right; v and x0, whose noise near the data grows most, keep 0.10 and 0.17 of it
-    for num_steps in (1, 2, 4) if path in ("eps", "flow") else (1, 2):
-        right, wrong = mixture_errors(path, num_steps, scale=1.0, trained=2000)
+    for num_steps in (1, 2, 4):  # at 4 the wrong target is nearly right: it takes long training to be so much better
+        right, wrong = mixture_errors(path, num_steps, scale=1.0, trained=5000)
         print(f"mixture {path} steps={num_steps}: right {right:.2e} wrong {wrong:.2e}")
         assert right <= 0.1 * wrong, (num_steps, right, wrong)
 
