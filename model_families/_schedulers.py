@@ -59,8 +59,8 @@ def build_scheduler(model_config: Mapping[str, Any], sampler: Sampler | None) ->
         if unknown := set(sampler.config) - accepted:
             raise ValueError(f"{sampler.scheduler} takes no {', '.join(sorted(unknown))}; it has {sorted(accepted)}")
         given = (set(model_config) | set(NOISE_KEYS)) - set(ENDS)
-        if "timestep_spacing" in sampler.config:
-            given -= {"steps_offset"}  # part of the model's own spacing
+        if sampler.config.get("timestep_spacing") == "leading":
+            given -= {"steps_offset"}  # part of the model's own spacing; others do not read it, and pipelines ask for 1
         base = {key: value for key, value in own.config.items() if key in accepted and key in given}
         base |= {key: value for key, value in ENDS.items() if key in accepted}
         if sampler.scheduler == SCHEDULER:

@@ -141,7 +141,7 @@ def test_the_models_spacing_stays_unless_the_sampler_has_its_own(families):
     leading = family.scheduler(Sampler("DDIMScheduler", {}, 4, 0.0)).config
     assert (leading.timestep_spacing, leading.steps_offset) == ("leading", 1)
     trailing = family.scheduler(DDIM).config
-    assert (trailing.timestep_spacing, trailing.steps_offset) == ("trailing", 0)
+    assert (trailing.timestep_spacing, trailing.steps_offset) == ("trailing", 1)
     assert not family.scheduler(DDIM).config.clip_sample
     own = family.scheduler(Sampler("DDIMScheduler", {"set_alpha_to_one": False}, 4, 0.0)).config
     assert not own.set_alpha_to_one
