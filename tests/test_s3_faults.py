@@ -1,7 +1,9 @@
 """A whole run whose pictures, caches and checkpoints are in a bucket that goes away and comes back."""
 
 import json
+import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from safetensors.torch import load_file
 from support.faulty_proxy import Fault, FaultyProxy
 from support.s3_server import S3Server, s3, s3_server  # noqa: F401
 from support.small_run import execute, losses, write_pictures, write_run
+from test_distributed_run import COMMAND, ENVIRONMENT
 from test_mirror import check_whole
 
 pytestmark = pytest.mark.slow
@@ -159,3 +162,36 @@ def test_a_checkpoint_that_is_named_is_fetched(tmp_path, s3):  # noqa: F811
     assert any("fetching checkpoint-2 from" in line or "at step 2" in line for line in lines)
     assert losses(tmp_path / "elsewhere") == [row for row in losses(tmp_path / "whole") if row[0] > 2]
     assert same_student(tmp_path / "whole", tmp_path / "elsewhere")
+
+
+def test_two_processes_share_a_bucket_and_train_as_one(tmp_path, s3):  # noqa: F811
+    bucket = s3.bucket("data")
+    s3.fill(bucket, "pictures", write_pictures(tmp_path / "pictures"))
+    execute(configure(tmp_path, "one", s3, s3.endpoint, "one"))
+    file = configure(tmp_path, "two", s3, s3.endpoint, "two")
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps({**settings, "gradient_accumulation_steps": 1, "device": "cpu"}))
+    command = [*COMMAND, "run", "--config", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env={**os.environ, **ENVIRONMENT})
+    assert done.returncode == 0, done.stderr[-4000:]
+    for (_, ours, _), (_, theirs, _) in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    assert check_whole(s3, bucket) > 0
+    places = [f"{run}/{part}/" for run in ("one", "two") for part in ("texts", "latents")]
+    entries = [sum(entries_of(s3, bucket, key) for key in s3.objects(bucket, place)) for place in places]
+    assert entries[:2] == entries[2:], "each process pushed what it encoded, and nothing twice"
+    keys = s3.objects(bucket, "two/checkpoints/")
+    assert {f"two/checkpoints/checkpoint-{step}/manifest.json" for step in (2, 4, 6)} <= set(keys)
+
+    # another machine with one process goes on from there, and encodes nothing
+    shutil.rmtree(tmp_path / "two")
+    _, lines = execute(configure(tmp_path, "elsewhere", s3, s3.endpoint, "two"))
+    assert any("everything was cached" in line for line in lines)
+
+
+def entries_of(s3, bucket: str, key: str) -> int:  # noqa: F811
+    """Entries of the shards that a manifest names; 0 of other objects."""
+    if not key.endswith(".jsonl"):
+        return 0
+    records = [json.loads(line) for line in s3.get(bucket, key).splitlines()]
+    return sum(record["shard"]["count"] for record in records if "shard" in record)
