@@ -47,6 +47,11 @@ def not_more(key: str, asked: int, there: int) -> None:
         )
 
 
+def _kinds(kinds: Sequence[str], depth: Sequence[int]) -> tuple[str, ...]:
+    """Types of blocks, without attention where its depth is 0."""
+    return tuple(kind if each else PLAIN.get(kind, kind) for kind, each in zip(kinds, depth, strict=True))
+
+
 def smaller_unet_config(
     config: Mapping[str, Any], *, layers: int | Sequence[int] | None, depth: int | Sequence[int] | None, middle: bool
 ) -> dict[str, Any]:
@@ -78,20 +83,12 @@ def smaller_unet_config(
             "family_config.student_transformer_layers is 0 at the coarsest level, whose depth the middle block shares",
             "keep one layer there, or set family_config.student_mid_block to false",
         )
-    down = [
-        PLAIN[kind] if kind in PLAIN and not each else kind
-        for kind, each in zip(config["down_block_types"], new_depth, strict=True)
-    ]
-    up = [
-        PLAIN[kind] if kind in PLAIN and not each else kind
-        for kind, each in zip(config["up_block_types"], reversed(new_depth), strict=True)
-    ]
     return {
         **config,
         "layers_per_block": new_layers,
         "transformer_layers_per_block": [max(1, each) for each in new_depth],
-        "down_block_types": tuple(down),
-        "up_block_types": tuple(up),
+        "down_block_types": _kinds(config["down_block_types"], new_depth),
+        "up_block_types": _kinds(config["up_block_types"], new_depth[::-1]),
         "mid_block_type": config.get("mid_block_type", "UNetMidBlock2DCrossAttn") if middle else None,
     }
 
