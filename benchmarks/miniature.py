@@ -310,7 +310,7 @@ def fit(
     parameters = list(teacher.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: decayed(s, horizon, warmup=200, decay_from=0.3))
-    losses: list[float] = []
+    losses: list[Tensor] = []
     for step, index in enumerate(index_batches(POOL_SIZE, batch_size, steps, seed=seed), start=1):
         loss = loss_of(index)
         optimizer.zero_grad()
@@ -320,9 +320,9 @@ def fit(
         schedule.step()
         with torch.no_grad():
             torch._foreach_lerp_(list(average.parameters()), parameters, 1 - min(0.999, step / (step + 9)))
-        losses.append(loss.item())
+        losses.append(loss.detach())
         if step % 100 == 0:
-            progress(f"step {step} loss {np.mean(losses[-100:]):.4f}")
+            progress(f"step {step} loss {torch.stack(losses[-100:]).mean().item():.4f}")
         if step % 500 == 0 or step == steps:
             save(average)
 

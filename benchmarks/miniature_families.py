@@ -47,12 +47,13 @@ FLOW_SHIFT = 3.0
 class Scenes:
     """The pool as training sees it: latents, and the number of each sample's caption; the last caption is empty."""
 
-    def __init__(self, work: Path) -> None:
+    def __init__(self, work: Path, device: str) -> None:
+        self.device = device
         pool, stored = miniature.load_pool(work, "pool"), work / "latents.npy"
         if not stored.is_file():
             vae = miniature.load_vae()
             np.save(stored, (miniature.encode_pool(vae, pool["pixels"]) * vae.config.scaling_factor).half().numpy())
-        self.latents = torch.from_numpy(np.load(stored))
+        self.latents = torch.from_numpy(np.load(stored)).to(device)
         captions, self.caption_of = np.unique(pool["captions"], return_inverse=True)
         self.counts = Counter(pool["captions"].tolist())
         self.captions = [*captions.tolist(), ""]
@@ -60,13 +61,14 @@ class Scenes:
     def tokens(self, tokenizer: Any, length: int) -> Tensor:
         """(captions, length) of every caption, padded as the pipelines do."""
         kinds = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
-        return tokenizer(self.captions, max_length=length, **kinds).input_ids
+        return tokenizer(self.captions, max_length=length, **kinds).input_ids.to(self.device)
 
     def batch(self, index: Tensor, dropout: float) -> tuple[Tensor, Tensor]:
         """Latents (B, 4, S/2, S/2), and the numbers (B,) of their captions, some replaced by the empty one."""
         chosen = torch.from_numpy(self.caption_of[index.numpy()])
         dropped = torch.rand(len(index)) < dropout
-        return self.latents[index].float(), chosen.where(~dropped, len(self.captions) - 1)
+        chosen = chosen.where(~dropped, len(self.captions) - 1)
+        return self.latents[index.to(self.device)].float(), chosen.to(self.device)
 
 
 class Teacher(nn.Module):
@@ -86,7 +88,7 @@ class Teacher(nn.Module):
 
     def save(self) -> None:
         """Write the pipeline in half precision, beside the judge and the prompts of the miniature SDXL."""
-        halved = deepcopy(self).half().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        halved = deepcopy(self).cpu().half().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         networks.save_pipeline(halved.pipeline(self.autoencoder().half()), self.folder)
         shutil.copytree(miniature.TEACHER / "judge", self.folder / "judge", dirs_exist_ok=True)
         shutil.copy(miniature.TEACHER / "prompts.txt", self.folder / "prompts.txt")
@@ -130,8 +132,9 @@ class SD2Teacher(Teacher):
     def loss(self, x_0: Tensor, captions: Tensor) -> Tensor:
         """|v_hat - v|^2 with v = alpha eps - sigma x_0 (arXiv 2202.00512): SNR + 1 as the weight of x_0."""
         states = self.text_encoder(self.tokens[captions]).last_hidden_state
-        noise, t = torch.randn(x_0.shape), torch.randint(0, 1000, (len(x_0),))
-        signal = self.alphas_cumprod[t][:, None, None, None]
+        noise = torch.randn(x_0.shape, device=x_0.device)
+        t = torch.randint(0, 1000, (len(x_0),), device=x_0.device)
+        signal = self.alphas_cumprod.to(t.device)[t][:, None, None, None]
         alpha_t, sigma_t = signal.sqrt(), (1 - signal).sqrt()
         noisy = (alpha_t * x_0 + sigma_t * noise).contiguous(memory_format=torch.channels_last)
         v = self.unet(noisy, t, encoder_hidden_states=states).sample
@@ -213,7 +216,9 @@ class SD3Teacher(Teacher):
         states = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
         states = nn.functional.pad(states, (0, T5_WIDTH - states.shape[-1]))
         t5 = self.text_encoder_3(self.tokens[2][captions]).last_hidden_state
-        kept = (torch.rand(len(captions), 1, 1) > 0.2).float()  # it may be left out when pictures are made
+        kept = (
+            torch.rand(len(captions), 1, 1, device=t5.device) > 0.2
+        ).float()  # it may be left out when pictures are made
         return torch.cat([states, kept * t5], dim=1), torch.cat([output.text_embeds for output in outputs], dim=-1)
 
     def loss(self, x_0: Tensor, captions: Tensor) -> Tensor:
@@ -221,7 +226,8 @@ class SD3Teacher(Teacher):
         scale = self.autoencoder_scale
         x_0 = x_0 - self.shift * scale
         states, pooled = self.embeds(captions)
-        noise, t = torch.randn(x_0.shape), torch.sigmoid(0.4 + 1.2 * torch.randn(len(x_0)))
+        noise = torch.randn(x_0.shape, device=x_0.device)
+        t = torch.sigmoid(0.4 + 1.2 * torch.randn(len(x_0), device=x_0.device))
         mixed = t[:, None, None, None]
         u = self.transformer((1 - mixed) * x_0 + mixed * noise, states, pooled, 1000 * t).sample
         return (u - (noise - x_0)).square().mean()
@@ -253,18 +259,19 @@ class SD3Teacher(Teacher):
 
 TEACHERS: dict[str, tuple[type[Teacher], dict[str, Any]]] = {
     "sd2x": (SD2Teacher, {"steps": 2200, "peak": 8e-4, "seed": 11, "batch_size": 64}),
-    "sd3": (SD3Teacher, {"steps": 8000, "peak": 1e-3, "seed": 12, "batch_size": 32}),
+    "sd3": (SD3Teacher, {"steps": 3700, "peak": 1e-3, "seed": 12, "batch_size": 256}),
 }
 """Family -> its teacher, and how it is trained."""
 
 
-def train(family: str, work: Path, *, steps: int | None) -> None:
+def train(family: str, work: Path, *, steps: int | None, device: str) -> None:
     """Train the family's miniature and write it to the assets."""
     kind, settings = TEACHERS[family]
     settings = {**settings, "steps": steps or settings["steps"]}
     torch.manual_seed(settings["seed"])
-    scenes = Scenes(work)
-    teacher = kind(scenes)
+    torch.set_float32_matmul_precision("high")  # tf32, on devices that have it
+    scenes = Scenes(work, device)
+    teacher = kind(scenes).to(device)
 
     def loss(index: Tensor) -> Tensor:
         return teacher.loss(*scenes.batch(index, 0.12))
@@ -279,6 +286,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--family", choices=tuple(TEACHERS), default="sd3", help="whose report")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "miniature", help="folder for what does not ship")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu", help="as `cuda`, where there is one")
     parser.add_argument("--steps", type=int, help="training steps, in place of the stage's own number")
     parser.add_argument("--samples", type=int, default=1000, help="pictures per row of the report")
     parser.add_argument("--guidance", type=float, help="of the report, in place of the miniature's own")
@@ -286,7 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
     if given.stage != "report":
-        train(given.stage, given.work, steps=given.steps)
+        train(given.stage, given.work, steps=given.steps, device=given.device)
         return
     kind, _ = TEACHERS[given.family]
     counts = [int(count) for count in given.sampler_steps.split(",")]

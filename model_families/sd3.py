@@ -11,6 +11,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from ..core.family import Capabilities, ExportInfo, ModelFamily
 from ..core.hookspecs import hookimpl
 from ..core.second_time import telling
-from ._architecture import Architecture, ReadConfig
+from ._architecture import MINIATURES, Architecture, ReadConfig
 from ._checks import check_channels
 from ._encoders import last_states, penultimate
 from ._networks import check_guidance
@@ -49,6 +50,7 @@ class SD3(TransformerFamily):
     name: ClassVar[str] = "sd3"
     capabilities: ClassVar[Capabilities] = Capabilities(lora=True, full=True, second_time=True, features=True)
     default_guidance: ClassVar[float] = 7.0
+    miniature: ClassVar[Path | None] = MINIATURES / "sd3_miniature"
     architecture: ClassVar[Architecture] = Architecture(
         title="a Stable Diffusion 3",
         pipeline="StableDiffusion3Pipeline",

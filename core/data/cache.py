@@ -41,11 +41,16 @@ from ..errors import DistillError
 from ..files import sync_folder
 from .hashing import LOOKUP_ROWS, Int64s, Lookup, UInt64s
 from .manifests import DESCRIPTOR, Failure, Shard, whole_lines
+from .mapped import MappedShard
 from .mirror import Mirror
 from .storage import PARTIAL, append_line, is_stale, write_whole
 
 KEYS, CRCS = "cache.keys", "cache.crc32"
 OPEN_SHARDS = 1024
+TOUCHED_BYTES = 64 * 2**20
+"""Of mapped files that stay in memory."""
+FAULT_BYTES = 2**16
+"""That a read brings in at least: the system maps the pages around as well."""
 SHARDS_PER_MANIFEST = 64
 """Of a cache that is pushed elsewhere: a manifest is pushed whole after each of its shards."""
 ROW_BITS = 32
@@ -71,31 +76,6 @@ def row_checksum(tensors: Mapping[str, Tensor], row: int) -> int:
     return crc
 
 
-def map_shard(path: Path, size: int) -> dict[str, Tensor]:
-    """The tensors of a safetensors file as views of the mapped file; pages are read when they are touched.
-
-    Raises:
-        ValueError: The file is not what it should be.
-    """
-    if path.stat().st_size != size:
-        raise ValueError(f"it has {path.stat().st_size} bytes instead of {size}")
-    whole = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
-    length = int.from_bytes(whole[:8].numpy().tobytes(), "little")
-    header = json.loads(whole[8 : 8 + length].numpy().tobytes())
-    tensors = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        start, end = (8 + length + offset for offset in entry["data_offsets"])
-        tensors[name] = whole[start:end].view(_DTYPES[entry["dtype"]]).view(entry["shape"])
-    return tensors
-
-
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-           "BOOL": torch.bool}  # fmt: skip
-
-
 class TensorCache:
     """One folder of shards.
 
@@ -114,7 +94,8 @@ class TensorCache:
         self._seen: dict[str, set[int]] = {}
         self._lookup: Lookup | None = None
         self._starts: Int64s = np.zeros(1, np.int64)
-        self._open: OrderedDict[int, dict[str, Tensor]] = OrderedDict()
+        self._open: OrderedDict[int, MappedShard] = OrderedDict()
+        self._touched = 0
         self._checked: dict[int, NDArray[np.bool_]] = {}
         self._lock = threading.Lock()
         self.mirror: Mirror | None = None
@@ -230,7 +211,7 @@ class TensorCache:
         keys = np.empty((len(self), 2), np.uint64)
         for number, (start, end) in enumerate(pairwise(self._starts.tolist())):
             shard = self._shards[number]  # mapped for this alone: of most shards only a few entries are read later
-            keys[start:end] = map_shard(self.folder / shard.file, shard.size)[KEYS].numpy().view(np.uint64)
+            keys[start:end] = MappedShard(self.folder / shard.file, shard.size).tensors[KEYS].numpy().view(np.uint64)
         return keys
 
     def release_lookup(self) -> None:
@@ -250,11 +231,11 @@ class TensorCache:
 
     # -- reading ----------------------------------------------------------------------------------------------------
 
-    def _tensors(self, number: int) -> dict[str, Tensor]:
+    def _mapped(self, number: int) -> MappedShard:
         with self._lock:
             if number not in self._open:
                 shard = self._shards[number]
-                self._open[number] = map_shard(self.folder / shard.file, shard.size)
+                self._open[number] = MappedShard(self.folder / shard.file, shard.size)
                 if len(self._open) > OPEN_SHARDS:
                     self._open.popitem(last=False)
             self._open.move_to_end(number)
@@ -263,7 +244,7 @@ class TensorCache:
     def _entry(self, location: int) -> dict[str, Tensor]:
         number, row = location >> ROW_BITS, location & ((1 << ROW_BITS) - 1)
         try:
-            mapped = self._tensors(number)
+            mapped = self._mapped(number).tensors
         except (OSError, RuntimeError, ValueError) as error:
             raise self._damaged(number, str(error)) from error
         tensors = {name: value for name, value in mapped.items() if name not in (KEYS, CRCS)}
@@ -288,7 +269,17 @@ class TensorCache:
     def read(self, locations: Sequence[int] | Int64s) -> dict[str, Tensor]:
         """Entries by location, stacked, each tensor of shape (B, ...). Raises DistillError for a damaged shard."""
         entries = [self._entry(int(location)) for location in locations]
-        return {name: torch.stack([entry[name] for entry in entries]) for name in entries[0]}
+        stacked = {name: torch.stack([entry[name] for entry in entries]) for name in entries[0]}
+        self._release(sum(value.nbytes for value in stacked.values()) + FAULT_BYTES * len(entries))
+        return stacked
+
+    def _release(self, touched: int) -> None:
+        with self._lock:
+            self._touched += touched
+            if self._touched > TOUCHED_BYTES:
+                self._touched = 0
+                for mapped in self._open.values():
+                    mapped.release()
 
     # -- writing ----------------------------------------------------------------------------------------------------
 
@@ -335,7 +326,7 @@ class TensorCache:
             rows = torch.from_numpy(np.flatnonzero(kept[start:end]))
             if len(rows) == end - start:
                 continue
-            taken = {name: value[rows] for name, value in self._tensors(number).items()}
+            taken = {name: value[rows] for name, value in self._mapped(number).tensors.items()}
             keys = taken.pop(KEYS).numpy().view(np.uint64)
             del taken[CRCS]
             self.write(keys, taken)
