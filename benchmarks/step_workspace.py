@@ -37,7 +37,7 @@ def write_workspace(folder: Path) -> Path:
     return folder
 
 
-def write_pictures(folder: Path, *, count: int = 16) -> None:
+def write_pictures(folder: Path, *, count: int = 16, edge: int = EDGE * FACTOR) -> None:
     """Random pictures with captions."""
     import numpy
     from PIL import Image
@@ -45,7 +45,7 @@ def write_pictures(folder: Path, *, count: int = 16) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     draws = numpy.random.default_rng(0)
     for number in range(count):
-        pixels = draws.integers(0, 256, (EDGE * FACTOR, EDGE * FACTOR, 3), dtype=numpy.uint8)
+        pixels = draws.integers(0, 256, (edge, edge, 3), dtype=numpy.uint8)
         Image.fromarray(pixels).save(folder / f"{number:02}.png")
         (folder / f"{number:02}.txt").write_text(f"picture number {number}")
 

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from ..backend import DataBackend, Entry
 from ..files import sync_folder
 from .hashing import UInt64s
+from .mapped import release
 from .spool import Spool, joined
 from .storage import partial_of
 
@@ -87,6 +88,8 @@ class Index:
         self.path = path
         with pa.memory_map(str(path)) as source:
             self.table = pa.ipc.open_file(source).read_all()
+            source.seek(0)
+            self._file = source.read_buffer()
         columns = {name: joined(self.table.column(name)) for name in SCHEMA.names}
         self._keys, self._captions = columns["key"], columns["captions"]
         self._problems, self._places = columns["problem"], columns["place"]
@@ -100,6 +103,10 @@ class Index:
 
     def __len__(self) -> int:
         return len(self._keys)
+
+    def release(self) -> None:
+        """Let the system have the pages back that were read."""
+        release(self._file.address, self._file.size)
 
     def key(self, row: int | np.integer) -> str:
         """The picture's key in its backend."""

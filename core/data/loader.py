@@ -60,6 +60,10 @@ class CachedDataset:
     pairs: CachedPairs | None = None
 
 
+SAMPLES_BETWEEN_RELEASES = 512
+"""Each brings in pages of a dozen columns of the index, and what lies around them: a megabyte, nearly."""
+
+
 @dataclass(frozen=True)
 class Shape:
     """How a global batch is cut: micro-batch m of rank r has positions (m * world + r) * B ... + B."""
@@ -107,12 +111,18 @@ class Loader:
         self.datasets, self.order, self.family = datasets, order, family
         self.shape, self.seed = shape, seed
         self._firsts = np.array([each.first_stream for each in datasets])
+        self._num_read = 0
 
     def at(self, step: int) -> list[Batch]:
         """This rank's micro-batches of optimizer step `step`."""
         chosen = self.order.at(step)
         source = self.datasets[int(np.searchsorted(self._firsts, chosen.stream, side="right")) - 1]
         start, shape = source.dataset.starts[chosen.stream - source.first_stream], self.shape.of(source.dataset)
+        self._num_read += shape.micro_batch_size * shape.accumulation
+        if self._num_read > SAMPLES_BETWEEN_RELEASES:
+            self._num_read = 0
+            for each in self.datasets:
+                each.dataset.index.release()
         return [
             self._batch(source, start + chosen.indices[positions], step, positions)
             for positions in map(shape.positions, range(shape.accumulation))

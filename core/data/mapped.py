@@ -16,6 +16,19 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 _LIBC = ctypes.CDLL(None) if hasattr(mmap, "MADV_DONTNEED") else None  # None on Windows
 
 
+def release(address: int, size: int) -> None:
+    """Let the system have the pages of a mapped file back; nothing is lost, since a touch reads them again.
+
+    It would take them when it needs memory, but until then they count as this process's.
+
+    Args:
+        address: Where the file is mapped.
+        size: Of the file, bytes.
+    """
+    if _LIBC is not None:
+        _LIBC.madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
+
+
 class MappedShard:
     """The tensors of a safetensors file as views of the mapped file; pages are read when they are touched.
 
@@ -37,7 +50,5 @@ class MappedShard:
             self.tensors[name] = whole[start:end].view(_DTYPES[entry["dtype"]]).view(entry["shape"])
 
     def release(self) -> None:
-        """Give the pages that were read back to the system, as whose memory they no longer count; a touch rereads."""
-        if _LIBC is not None:
-            start, length = ctypes.c_void_p(self._whole.data_ptr()), ctypes.c_size_t(self._whole.numel())
-            _LIBC.madvise(start, length, mmap.MADV_DONTNEED)
+        """Let the system have the pages back that were read."""
+        release(self._whole.data_ptr(), self._whole.numel())

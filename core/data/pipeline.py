@@ -113,6 +113,7 @@ class DataPipeline:
         caches = builder.build(self._datasets, report, pictures=self._pictures, pairs=self._pairs)
         for dataset in self._datasets:
             dataset.check_not_empty()
+            dataset.index.release()
         self._loader = self._make_loader(caches)
         report.datasets = {dataset.id: dataset.counts for dataset in self._datasets}
         report.seconds = time.monotonic() - started
