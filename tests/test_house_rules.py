@@ -98,7 +98,7 @@ def registered_names(registry: Registry) -> set[str]:
     names: set[str] = set()
     for kind in KINDS:
         for name in registry.names(kind):
-            names |= {name, *getattr(registry.get(kind, name), "aliases", ())}
+            names |= {name, *registry.get(kind, name).aliases}
     return names
 
 
@@ -178,7 +178,7 @@ class A:
 
 def names_and_classes(registry: Registry, kind: str) -> tuple[set[str], set[str]]:
     found = {name: registry.get(kind, name) for name in registry.names(kind)}
-    aliases = {alias for each in found.values() for alias in getattr(each, "aliases", ())}
+    aliases = {alias for each in found.values() for alias in each.aliases}
     return {*found, *aliases} - ENGLISH, {each.__name__ for each in found.values() if each.name not in ENGLISH}
 
 

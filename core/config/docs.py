@@ -83,7 +83,7 @@ def plugins_page(registry: Registry) -> str:
         parts += [f"## {kind.replace('_', ' ').capitalize()}", *([] if names else ["None."])]
         for name in names:
             found = registry.get(kind, name)
-            aliases = ", ".join(f"`{alias}`" for alias in getattr(found, "aliases", ()))
+            aliases = ", ".join(f"`{alias}`" for alias in found.aliases)
             parts.append(f"### {name}")
             parts.append((inspect.getdoc(found) or "").split("\n\n", 1)[0].replace("\n", " "))
             parts += [f"Also: {aliases}."] if aliases else []
