@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..method import Method, Requirements, Role
     from ..plugins import Registry
 
-app = typer.Typer(no_args_is_help=True, help="What is there, and from where.", pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, help="What is there, and from where; new ones.", pretty_exceptions_enable=False)
 PluginOption = Annotated[list[Path] | None, typer.Option("--plugin", help="Plugin file to load.")]
 
 
@@ -48,6 +48,33 @@ def list_plugins(
         raise UserError(
             "\n".join(f"{error.message}\n  {error.remedy}" for error in refused), "All others are listed above."
         )
+
+
+@app.command()
+def new(
+    kind: Annotated[
+        str, typer.Argument(help="method, family, data-backend, tracker, optimizer, quantizer, evaluator, publisher.")
+    ],
+    name: Annotated[str, typer.Argument(help="As configurations say it: small letters, digits and dashes.")],
+    single_file: Annotated[
+        bool, typer.Option("--single-file", help="One file for --plugin, without a package around it.")
+    ] = False,
+    output: Annotated[Path, typer.Option(metavar="DIR", help="The folder that it is written into.")] = Path(),
+) -> None:
+    """Write a plugin that works: code of its kind, a test, a README, ready to be installed and changed."""
+    from ..plugins import KINDS, Registry
+    from ..scaffold import Names, check_name, write_plugin
+    from .plugin_table import chosen_kind
+
+    names = Names(chosen_kind(kind, KINDS), name)
+    check_name(names.kind, name, Registry.load(refused=[]))
+    target = write_plugin(names, output, single_file=single_file)
+    typer.echo(f"wrote {target} (class {names.class_name}). Next:")
+    steps = [f"distill plugins show {name} --plugin {target}"]
+    if not single_file:
+        steps = [f"pip install -e {target}", f"distill plugins show {name}", f"pytest {target}"]
+    for step in steps:
+        typer.echo(f"  {step}")
 
 
 @app.command()
