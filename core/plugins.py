@@ -23,6 +23,7 @@ from .method import Method
 from .names import nearest
 from .optimizer import OptimizerPlugin
 from .plugin_calls import MARKER, attributed_hooks, own, say, watch
+from .plugin_sources import ENTRY_POINTS as ENTRY_POINTS
 from .plugin_sources import (
     ROOT,
     built_in_modules,

@@ -69,14 +69,21 @@ def test_every_kind_installs_and_is_listed(site):
         assert row["description"]
 
 
-def test_the_generated_tests_pass(made, site):
-    (made / "pytest.ini").write_text("[pytest]\n")  # of none of the packages: all of their tests in one process
-    done = python(site, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-c", str(made / "pytest.ini"), str(made))
+LONG = "not learns and not exported and not diffusers and not LoRA"
+"""Leaves out the checks of the conformance suite that train, and those of families that load a model again and again."""
+
+
+@pytest.mark.parametrize("chosen", [LONG, pytest.param("", marks=pytest.mark.slow)])
+def test_the_generated_tests_pass(chosen, made, site, tmp_path):
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")  # of none of the packages: all of their tests in one process
+    options = ["-v", "-p", "no:cacheprovider", "-c", str(tmp_path / "pytest.ini"), "-k", chosen]
+    done = python(site, "-m", "pytest", *options, str(made))
     assert done.returncode == 0, done.stdout[-6000:]
     for kind in KINDS:
-        passed = [line for line in done.stdout.splitlines() if Names(kind, name_of(kind)).module in line]
-        assert len(passed) >= 2, f"{kind}: {passed}"
-    assert "test_conforms[" in done.stdout
+        lines = [line for line in done.stdout.splitlines() if f"test_{Names(kind, name_of(kind)).module}.py" in line]
+        passed = [line for line in lines if " PASSED" in line]
+        assert sum("test_conforms[" in line for line in passed) > 5, f"{kind}: {lines}"
+        assert any("test_conforms[" not in line for line in passed), f"{kind}: {lines}"
 
 
 @pytest.mark.parametrize("kind", KINDS)
