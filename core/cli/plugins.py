@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..method import Method, Requirements, Role
     from ..plugins import Registry
 
-app = typer.Typer(no_args_is_help=True, help="What is there, and from where; new ones.", pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, help="What is there, and from where.", pretty_exceptions_enable=False)
 PluginOption = Annotated[list[Path] | None, typer.Option("--plugin", help="Plugin file to load.")]
 
 
