@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .core.api import API_VERSION
     from .core.backend import DataBackend, Entry, SampleBackend, SampleChunk
     from .core.batch import Batch, Conditioning
     from .core.errors import BadValue, ConfigError, DistillError, Finding, OutOfReach, PluginError, UserError
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "API_VERSION",
     "BadValue",
     "Batch",
     "Capabilities",
@@ -72,6 +74,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "api": "API_VERSION",
     "backend": "DataBackend Entry SampleBackend SampleChunk",
     "batch": "Batch Conditioning",
     "errors": "BadValue ConfigError DistillError Finding OutOfReach PluginError UserError",

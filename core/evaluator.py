@@ -46,6 +46,7 @@ class Evaluator(ABC):
     """Turns samples into named scores."""
 
     name: ClassVar[str]
+    aliases: ClassVar[tuple[str, ...]] = ()
     packages: ClassVar[Mapping[str, str]] = {}
     higher_is_better: ClassVar[Mapping[str, bool]] = {}
     """For each score it returns: whether more is better (for tables)."""

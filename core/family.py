@@ -105,6 +105,9 @@ class ModelFamily(ABC):
     """
 
     name: ClassVar[str]
+    aliases: ClassVar[tuple[str, ...]] = ()
+    packages: ClassVar[Mapping[str, str]] = {}
+    """Import name -> what to pip install, for packages that only this family needs."""
     capabilities: ClassVar[Capabilities]
     lora_targets: ClassVar[tuple[str, ...]]
     """Module names (suffixes) that a LoRA adapts unless the user says otherwise."""

@@ -202,6 +202,9 @@ class Method(ABC):
     """A distillation algorithm. One file; reads top to bottom as its paper."""
 
     name: ClassVar[str]
+    aliases: ClassVar[tuple[str, ...]] = ()
+    packages: ClassVar[Mapping[str, str]] = {}
+    """Import name -> what to pip install, for packages that only this method needs."""
 
     class Config(BaseModel):
         """Settings of the method; every field has a description."""

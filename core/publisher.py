@@ -17,6 +17,7 @@ class Publisher(ABC):
     """Takes a finished ``student/`` folder somewhere. A failure is a warning, never the end of a run."""
 
     name: ClassVar[str]
+    aliases: ClassVar[tuple[str, ...]] = ()
     packages: ClassVar[Mapping[str, str]] = {}
 
     class Config(BaseModel):

@@ -7,7 +7,6 @@ import platform
 import shutil
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -102,15 +101,15 @@ def machine(folder: Path) -> Rows:
 
 def packages(registry: Registry) -> Rows:
     """Versions of what is required, and what plugins would like to have."""
+    from ..packages import missing
     from ..plugins import KINDS
 
     for name in REQUIRED:
         yield name, _version(name)
     for kind in KINDS:
         for name in registry.names(kind):
-            for package, install in getattr(registry.get(kind, name), "packages", {}).items():
-                if find_spec(package) is None:
-                    yield package, f"missing; the {kind.replace('_', ' ')} {name} needs it: pip install '{install}'"
+            for package, install in missing(registry.get(kind, name).packages).items():
+                yield package, f"missing; the {kind.replace('_', ' ')} {name} needs it: pip install '{install}'"
 
 
 def _version(name: str) -> str:

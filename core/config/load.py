@@ -100,6 +100,7 @@ class Loader:
             self._give_pairs(run, parts, check, entries or [], datasets)
         if run is not None and self.to_train:
             check.check_optimizer(run)
+            check.check_packages()
         if run is None or self.findings:
             return None
         return self._assemble(run, parts, check, datasets)

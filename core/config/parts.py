@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
 from ..errors import Finding
 from ..method import MethodPart, method_parts
+from ..packages import missing
 from .configuration import PARTS
 from .dataset_settings import DatasetSettings
 from .findings import PartCheck
@@ -157,7 +157,7 @@ class PartsCheck:
         return [self.registry.get(kind, name).name for name in names if self.registry.known(kind, name)]
 
     def check_optimizer(self, run: RunSettings) -> None:
-        """Its package is there, and it has the ``adam_*`` settings that the user gave."""
+        """It has the ``adam_*`` settings that the user gave."""
         plugin = self.classes.get("optimizer")
         if plugin is None:
             return
@@ -165,7 +165,12 @@ class PartsCheck:
             if self.layers.given(key) and key not in plugin.honours:
                 problem = f"is not honoured: the optimizer {plugin.name!r} has no such setting"
                 self.refuse(key, getattr(run, key), problem, f"leave {key} out, or see optimizer_config")
-        for package, install in plugin.packages.items():
-            if find_spec(package) is None:
-                problem = f"needs the package {package}, which is not installed"
-                self.refuse("optimizer", run.optimizer, problem, f"pip install '{install}'")
+
+    def check_packages(self) -> None:
+        """What method, family and optimizer need is installed."""
+        for key, kind in NAMED.items():
+            chosen = [self.classes[kind]] if kind in self.classes else []
+            for found in chosen:
+                for package, install in missing(found.packages).items():
+                    problem = f"needs the package {package}, which is not installed"
+                    self.refuse(key, found.name, problem, f"pip install '{install}'")
