@@ -57,9 +57,7 @@ def outcome_of(check: Check) -> Outcome:
     return Outcome(check, "ok")
 
 
-def check_plugin(
-    argument: str, *, only: str = "", tell: Callable[[Outcome], None] = lambda outcome: None
-) -> Report:
+def check_plugin(argument: str, *, only: str = "", tell: Callable[[Outcome], None] = lambda outcome: None) -> Report:
     """Load a plugin and run every check of every class that it registers.
 
     Args:

@@ -78,13 +78,16 @@ class SmoothNetwork(nn.Module):
     """
 
     unit: Tensor
+    start: Tensor
 
     def __init__(self, schedule: Schedule, kind: str, *, told: bool = False, second_time: bool = False) -> None:
         super().__init__()
         self.schedule, self.kind, self.told, self.second_time = schedule, kind, told, second_time
         self.register_buffer("unit", schedule.network_time(torch.ones(1, dtype=torch.float64)))
         self.correction = nn.Linear((CELLS + 2) ** (2 if second_time else 1), 4, bias=False, dtype=torch.float64)
-        nn.init.zeros_(self.correction.weight)
+        # not zeros, so that whatever touches the weights of a teacher shows
+        self.register_buffer("start", torch.full_like(self.correction.weight, 0.5))
+        self.correction.weight.data.copy_(self.start)
 
     def forward(
         self, x: Tensor, time: Tensor, c: Tensor, *, w: Tensor | None = None, r: Tensor | None = None
@@ -96,7 +99,8 @@ class SmoothNetwork(nn.Module):
             raise ValueError("the second time must be told to a network that takes it, and to no other")
         x, times = x.double(), [each.double() / self.unit for each in (time, r) if each is not None]
         places = [2 * self._share(t) - 1 for t in times]
-        a, b, d, e = self.correction(products(places, CELLS)).split(1, dim=1)
+        basis = products(places, CELLS)
+        a, b, d, e = (self.correction(basis) - nn.functional.linear(basis, self.start)).split(1, dim=1)
         told = 0.0 if w is None else d * w.double()[:, None] / W_UNIT
         return gaussian.raw_output(self.kind, self.schedule, x, times[0], c) + a * x + (b + told) * c + e
 

@@ -17,6 +17,7 @@ MODULES = {
     "data_backend": "backends",
     "tracker": "trackers",
     "optimizer": "optimizers",
+    "quantizer": "quantizers",
     "evaluator": "evaluators",
     "publisher": "publishers",
 }
