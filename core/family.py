@@ -127,6 +127,15 @@ class ModelFamily(ABC):
         self.config = config
         self.settings = settings
 
+    @classmethod
+    def example(cls, folder: Path) -> Path | None:
+        """A small model for the conformance suite (:mod:`.testing`): written into `folder`, or one that ships.
+
+        The best is a random one of a few hundred thousand weights, with every part of the real architecture. None where
+        there is none.
+        """
+        return cls.miniature
+
     # -- identity ---------------------------------------------------------------------------------------------------
 
     @abstractmethod
@@ -317,4 +326,7 @@ class ModelFamily(ABC):
 
     @abstractmethod
     def usage_snippet(self, info: ExportInfo) -> str:
-        """About ten lines of plain diffusers code that load and run the exported student (for the model card)."""
+        """About ten lines of plain diffusers code that load and run the exported student (for the model card).
+
+        They load the folder ``student`` and say ``image = pipe(prompt, ...).images[0]``.
+        """

@@ -216,6 +216,11 @@ class Method(ABC):
         self.setup = setup
 
     @classmethod
+    def example(cls) -> Mapping[str, Any]:
+        """Settings that the conformance suite (:mod:`.testing`) tries it with, where the defaults take it long."""
+        return {}
+
+    @classmethod
     @abstractmethod
     def roles(cls, config: Any, setup: MethodSetup) -> Sequence[Role]:
         """The networks of the method; ``teacher`` and ``student`` are always among them."""

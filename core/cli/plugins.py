@@ -13,12 +13,14 @@ from pydantic import ValidationError
 from ..config.requirements import SWITCHES
 from ..errors import UserError
 from ..method import ModelType
+from .check import check
 
 if TYPE_CHECKING:
     from ..method import Method, Requirements, Role
     from ..plugins import Registry
 
 app = typer.Typer(no_args_is_help=True, help="What is there, and from where.", pretty_exceptions_enable=False)
+app.command()(check)
 PluginOption = Annotated[list[Path] | None, typer.Option("--plugin", help="Plugin file to load.")]
 
 
