@@ -92,9 +92,15 @@ def missing_packages(packages: Mapping[str, str]) -> str | None:
     Args:
         packages: Import name -> what to pip install.
     """
-    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    missing = [name for name in packages if not _is_installed(name)]
     if not missing:
         return None
     verb = "is" if len(missing) == 1 else "are"
     wanted = " ".join(f"'{packages[name]}'" for name in missing)
     return f"{' and '.join(missing)} {verb} not installed (pip install {wanted})"
+
+
+def _is_installed(name: str) -> bool:
+    """Whether it can be imported; a mere folder of that name, which Python would import as well, is none."""
+    spec = importlib.util.find_spec(name)
+    return spec is not None and spec.origin is not None
