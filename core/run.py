@@ -17,6 +17,7 @@ from .config.output import RESOLVED, check_output_dir, clear_output_dir, named_s
 from .engine.signals import StopRequest
 from .errors import DistillError, Interrupted, UserError
 from .files import write_text
+from .run_log import ENDS, ENDS_WELL
 from .run_parts import RunParts, Say, to_stderr
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ class Run(RunParts):
             self._failed(error)
             raise
         finally:
+            self._log.close()
             self.processes.close()
 
     def _execute(self) -> RunResult:
@@ -109,6 +111,7 @@ class Run(RunParts):
                 if state.clear:
                     clear_output_dir(folder)
                 folder.mkdir(parents=True, exist_ok=True)
+                self._log.open(folder)
                 for notice in (*self.config.notices, *state.notices):
                     self.say(notice)
         self.publishers.check()
@@ -237,6 +240,7 @@ class Run(RunParts):
                     export_online(self, self.settings.output_dir / "student-online")
                 publish_student(self, student, evaluation)
                 self.trackers.finish(evaluation.scalars() if evaluation else None)
+        self._log.note(ENDS_WELL)
         self.registry.hook.on_run_end(state=self.trainer.state)
         self.trainer.store.settle()
         self.data.close()
@@ -253,6 +257,7 @@ class Run(RunParts):
         if "trainer" not in self.__dict__ or (isinstance(error, UserError) and not self._training):
             return
         saved = self.trainer.save_after_failure(error)
+        self._log.note(f"{ENDS}{type(error).__name__}: {error}")
         self.registry.hook.on_exception(state=self.trainer.state, error=error)
         self.trackers.finish()
         self.trainer.store.settle()

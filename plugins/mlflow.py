@@ -88,8 +88,7 @@ class MLflow(Tracker):
         return made
 
     def _parameters(self, hparams: Mapping[str, Any]) -> None:
-        from mlflow.entities import Param
-
+        Param = _library().entities.Param
         there = self._client.get_run(self._run).data.params
         new = [Param(key, str(value)[:LONGEST_VALUE]) for key, value in hparams.items() if key not in there]
         for start in range(0, len(new), 100):  # a server takes so many in one request
@@ -101,8 +100,7 @@ class MLflow(Tracker):
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Gather the metrics of the step."""
-        from mlflow.entities import Metric
-
+        Metric = _library().entities.Metric
         self._last_step, now = step, time.time_ns() // 10**6
         self._waiting += [Metric(accepted(name), value, now, step) for name, value in metrics.items()]
         if time.monotonic() - self._sent >= self.config.flush_seconds or len(self._waiting) >= MOST_AT_ONCE:
