@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from ..core.files import write_text
 from ..core.hookspecs import hookimpl
@@ -52,6 +52,16 @@ class MLflow(Tracker):
         flush_seconds: float = Field(default=10.0, ge=0)
         """Seconds that metrics are gathered before they are sent."""
 
+        @field_validator("tracking_uri")
+        @classmethod
+        def _without_password(cls, uri: str | None) -> str | None:
+            if uri and without_password(uri) != uri:
+                raise ValueError(
+                    "holds a password, which would be kept in config.resolved.json: set MLFLOW_TRACKING_URI, or "
+                    "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, in the environment"
+                )
+            return uri
+
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self._client: Any = None
@@ -84,7 +94,9 @@ class MLflow(Tracker):
             artifacts = (run.output_dir.absolute() / FOLDER / "artifacts").as_uri() if own else None
             number = self._client.create_experiment(name, artifact_location=artifacts)
         made = self._client.create_run(number, run_name=run.name).info.run_id
-        write_text(run.output_dir / RUN_FILE, json.dumps({"id": made, "tracking_uri": self._uri}) + "\n")
+        write_text(
+            run.output_dir / RUN_FILE, json.dumps({"id": made, "tracking_uri": without_password(self._uri)}) + "\n"
+        )
         return made
 
     def _parameters(self, hparams: Mapping[str, Any]) -> None:
@@ -140,6 +152,11 @@ def accepted(name: str, *, more: str = ":") -> str:
     return re.sub(rf"[^\w\-. /{more}]", "_", name, flags=re.ASCII)
 
 
+def without_password(uri: str) -> str:
+    """The address without the name and password before its host."""
+    return re.sub(r"://[^/@]*:[^/@]*@", "://", uri)
+
+
 def _own_store(output_dir: Path) -> str:
     folder = output_dir.absolute() / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
@@ -151,7 +168,7 @@ def _known_run(file: Path, uri: str) -> str | None:
     if not file.is_file():
         return None
     known = json.loads(file.read_text(encoding="utf-8"))
-    return known["id"] if known["tracking_uri"] == uri else None
+    return known["id"] if known["tracking_uri"] == without_password(uri) else None
 
 
 def _library() -> Any:

@@ -100,7 +100,8 @@ def test_a_long_run_stays_small_and_keeps_its_spikes(tmp_path):
         ([], "unknown", "there is no log"),
         (["run begins", "data ready"], "open", "running, or killed, at step 50"),
         (["run begins", ENDS_WELL], "finished", "finished at"),
-        (["run begins", f"{ENDS}Interrupted: stopped"], "failed", "ended at step 50: Interrupted: stopped"),
+        (["run begins", f"{ENDS}Interrupted: stopped at 50"], "interrupted", "interrupted: stopped at 50"),
+        (["run begins", f"{ENDS}DistillError: broke"], "failed", "failed at step 50: DistillError: broke"),
         (["run begins", f"{ENDS}Interrupted: stopped", "run begins"], "open", "running, or killed"),
     ],
 )

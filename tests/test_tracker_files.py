@@ -15,7 +15,7 @@ import pytest
 from distill.core.plugins import Registry
 from distill.core.tracker import RunInfo
 from distill.core.tracking import Trackers, build_trackers, missing_packages
-from distill.plugins.mlflow import accepted
+from distill.plugins.mlflow import MLflow, accepted, without_password
 from distill.plugins.trackio import Trackio
 from PIL import Image
 from support.tracker_readers import READERS, Written
@@ -188,6 +188,14 @@ def test_names_that_mlflow_refuses_are_mended():
     assert accepted("train/x0 mse: 3") == "train/x0 mse: 3"
     assert accepted("a,b(c)/é") == "a_b_c_/_"
     assert accepted("a:b", more="") == "a_b"
+
+
+def test_a_password_in_the_address_is_refused_and_never_kept():
+    assert without_password("postgresql://me:secret@host:5432/db") == "postgresql://host:5432/db"
+    assert without_password("http://host:5000/a") == "http://host:5000/a"
+    with pytest.raises(ValueError, match="MLFLOW_TRACKING_PASSWORD"):
+        MLflow.Config(tracking_uri="https://me:secret@host")
+    assert MLflow.Config(tracking_uri="https://host").tracking_uri == "https://host"
 
 
 ALONE = """

@@ -31,6 +31,7 @@ MOST_LETTERS = 200_000
 """Of the configuration; it stands whole in its file."""
 GRID_SIZE = {"widest": 1200, "highest": 2400}
 SHEET_SIZE = {"widest": 1150, "highest": 1400}
+INTERRUPTED = "Interrupted: "
 LATE = ("samples_per_second", "wait_for_data_share")
 """Curves on the machine, not on the student, come last."""
 
@@ -79,7 +80,7 @@ class Found:
 
     Attributes:
         name: Of the output folder.
-        status: ``finished``, ``failed``, ``open`` (running, or killed), ``unknown`` (no log).
+        status: ``finished``, ``failed``, ``interrupted``, ``open`` (running, or killed), ``unknown`` (no log).
         status_text: The same in a sentence.
         facts: The headline: name and value.
         curves: Charts of the figures.
@@ -167,7 +168,9 @@ def _status(sessions: Sequence[Session], step: int) -> tuple[str, str]:
         return "open", f"running, or killed, at step {step:,}; last heard of at {_clock(last)}"
     if not last.outcome:
         return "finished", f"finished at {_clock(last)}"
-    return "failed", f"ended at step {step:,}: {last.outcome}"
+    if last.outcome.startswith(INTERRUPTED):
+        return "interrupted", f"interrupted: {last.outcome.removeprefix(INTERRUPTED)}"
+    return "failed", f"failed at step {step:,}: {last.outcome}"
 
 
 def _clock(session: Session) -> str:
