@@ -214,7 +214,7 @@ def _scores(folder: Path) -> Scores | None:
         return None
     found, picture = _json(folder / "evaluation.json"), folder / "evaluation.png"
     names = list(found["higher_is_better"])
-    arrows = {True: " ↑", False: " ↓", None: ""}
+    arrows = {True: "\N{NO-BREAK SPACE}↑", False: "\N{NO-BREAK SPACE}↓", None: ""}
     heads = [f"{name.replace('_', ' ')}{arrows[found['higher_is_better'][name]]}" for name in names]
     data = f"; distances to the data are to {found['num_data']:,} of its pictures" if found["num_data"] else ""
     return Scores(
