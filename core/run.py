@@ -73,6 +73,7 @@ class Run(RunParts):
             self._open()
             return self._execute()
         except BaseException as error:
+            self._log.note(f"{ENDS}{type(error).__name__}: {error}")
             self._failed(error)
             raise
         finally:
@@ -257,7 +258,6 @@ class Run(RunParts):
         if "trainer" not in self.__dict__ or (isinstance(error, UserError) and not self._training):
             return
         saved = self.trainer.save_after_failure(error)
-        self._log.note(f"{ENDS}{type(error).__name__}: {error}")
         self.registry.hook.on_exception(state=self.trainer.state, error=error)
         self.trackers.finish()
         self.trainer.store.settle()
