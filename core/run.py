@@ -17,6 +17,7 @@ from .config.output import RESOLVED, check_output_dir, clear_output_dir, named_s
 from .engine.signals import StopRequest
 from .errors import DistillError, Interrupted, UserError
 from .files import write_text
+from .run_log import ENDS, ENDS_WELL
 from .run_parts import RunParts, Say, to_stderr
 
 if TYPE_CHECKING:
@@ -72,9 +73,11 @@ class Run(RunParts):
             self._open()
             return self._execute()
         except BaseException as error:
+            self._log.note(f"{ENDS}{type(error).__name__}: {error}")
             self._failed(error)
             raise
         finally:
+            self._log.close()
             self.processes.close()
 
     def _execute(self) -> RunResult:
@@ -109,6 +112,7 @@ class Run(RunParts):
                 if state.clear:
                     clear_output_dir(folder)
                 folder.mkdir(parents=True, exist_ok=True)
+                self._log.open(folder)
                 for notice in (*self.config.notices, *state.notices):
                     self.say(notice)
         self.publishers.check()
@@ -237,6 +241,7 @@ class Run(RunParts):
                     export_online(self, self.settings.output_dir / "student-online")
                 publish_student(self, student, evaluation)
                 self.trackers.finish(evaluation.scalars() if evaluation else None)
+        self._log.note(ENDS_WELL)
         self.registry.hook.on_run_end(state=self.trainer.state)
         self.trainer.store.settle()
         self.data.close()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .assemble import build_family, build_method, lora_settings, method_needs
+from .run_log import RunLog
 
 if TYPE_CHECKING:
     from .config import Configuration
@@ -50,10 +51,12 @@ class RunParts:
         self._stop, self._say = stop, say
         self._progress: Progress | None = None
         self._training = False
+        self._log = RunLog()
 
     def say(self, line: str) -> None:
-        """A line for people, once, from the main process."""
+        """A line for people and for the log, once, from the main process."""
         if self.processes.main:
+            self._log.note(line)
             (self._progress.say if self._progress else self._say)(line)
 
     # -- parts ------------------------------------------------------------------------------------------------------
@@ -267,7 +270,8 @@ class RunParts:
             settings=settings, loop=loop,
             store=self._store(),
             metrics_file=MetricsFile(settings.output_dir / "metrics.jsonl"), trackers=self.trackers,
-            state=RunState(self.config, settings.output_dir, self.method, self.family, context, networks),
+            state=RunState(self.config, settings.output_dir, self.method, self.family, context, networks,
+                           main=processes.main, say=self.say),
             registry=self.registry, processes=processes, stop=self._stop, validate=self._validate,
             identity={"method": settings.distillation_method, "family": settings.model_family,
                       "model": self.family.fingerprint("denoiser"), "data": self.data.fingerprint()},

@@ -29,15 +29,10 @@ from support.tiny_sdxl import EDGE, write_tiny_sdxl
 
 ROOT = FILES.parents[1]
 METHODS = ("pcm", "tcd", "dmd2", "progressive", "guidance", "meanflow", "kd")
-DOCS = ("quickstart", "lcm", "troubleshooting", "design", "data", "families", "methods", "writing-plugins", *METHODS)
-PAGES = ("README.md", "CONTRIBUTING.md", *(f"docs/{name}.md" for name in DOCS))
-EXECUTED = (
-    "docs/quickstart.md",
-    "docs/lcm.md",
-    "docs/writing-plugins.md",
-    "CONTRIBUTING.md",
-    *(f"docs/{name}.md" for name in METHODS),
-)
+DOCS = ("quickstart", "lcm", "troubleshooting", "design", "data", "families", "methods", "writing-plugins", "trackers")
+PAGES = ("README.md", "CONTRIBUTING.md", *(f"docs/{name}.md" for name in (*DOCS, *METHODS)))
+READ = ("quickstart", "lcm", "writing-plugins", "trackers", *METHODS)
+EXECUTED = ("CONTRIBUTING.md", *(f"docs/{name}.md" for name in READ))
 SUBSTITUTES = {
     "stabilityai/stable-diffusion-xl-base-1.0": "model",
     "name/sdxl-fine-tune": "fine-tune",

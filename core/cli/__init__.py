@@ -16,6 +16,7 @@ from ..errors import DistillError, PluginError
 COMMANDS = {
     "run": "A distillation run, start to end.",
     "evaluate": "Score a student against its teacher.",
+    "report": "A run as one page, while it goes or long after.",
     "generate": "Make pictures with a student.",
     "config": "Check, show or start a configuration.",
     "plugins": "What is there, and from where.",
