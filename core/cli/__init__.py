@@ -17,6 +17,7 @@ COMMANDS = {
     "run": "A distillation run, start to end.",
     "evaluate": "Score a student against its teacher.",
     "generate": "Make pictures with a student.",
+    "publish": "Publish a finished student.",
     "config": "Check, show or start a configuration.",
     "plugins": "What is there, and from where.",
     "data": "What the datasets hold.",
