@@ -159,6 +159,14 @@ def evaluation_setting(family: ModelFamily, *, num_data: int | None = None) -> E
     return EvaluationSetting(model_path=source, device=family.settings.device, num_data=num_data)
 
 
+def early_evaluation_setting(configuration: Configuration) -> EvaluationSetting:
+    """The same before there is a family: how many real pictures there will be is not known."""
+    run = configuration.run
+    folder = Path(run.pretrained_model_name_or_path or "")
+    known = run.pretrained_model_name_or_path is not None and folder.is_dir()
+    return EvaluationSetting(model_path=folder if known else None)
+
+
 # -- a finished run ---------------------------------------------------------------------------------------------------
 
 

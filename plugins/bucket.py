@@ -72,9 +72,7 @@ class Bucket(Publisher):
         if endpoint is not None and not endpoint.startswith(("http://", "https://")):
             return [f"publisher_config.s3.aws_endpoint_url = {endpoint!r} is no address (as https://host:9000)"]
         if (self.config.aws_access_key_id is None) != (self.config.aws_secret_access_key is None):
-            return [
-                "aws_access_key_id and aws_secret_access_key are given together, or neither is ({env:NAME} is kept)"
-            ]
+            return ["aws_access_key_id and aws_secret_access_key are given together, or neither is"]
         try:
             store = self._store(attempts=ATTEMPTS_AT_START)
             store.write(PROBE, b"")
