@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
 PACKAGES: Mapping[str, str] = {"transformers": "transformers>=4.50,<6"}
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
-CLIP_KINDS = ("clip", "clip_vision_model")
-"""``model_type`` of networks whose pictures are seen through a projection."""
 SECONDS = 10.0
 """How long the hub may take to say whether it has a model."""
 
@@ -89,29 +87,16 @@ def _hub_problem(name: str, revision: str | None, *, weights: bool) -> str | Non
     return None
 
 
-def load(config: Any, device: str) -> tuple[Any, Any]:
-    """(model in eval mode without gradients on `device`, processor)."""
-    from transformers import AutoModel, AutoProcessor
-
-    return _read(config, AutoModel, AutoProcessor, device)
-
-
-def load_vision(config: Any, device: str) -> tuple[Any, Any]:
-    """The same of the part that sees pictures: of a CLIP its vision network with the projection."""
-    from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPVisionModelWithProjection
+def load(config: Any, device: str, *, pictures_only: bool = False) -> tuple[Any, Any]:
+    """(model in eval mode without gradients on `device`, its processor, or that of pictures alone)."""
+    from transformers import AutoImageProcessor, AutoModel, AutoProcessor
 
     revision = {} if config.revision is None else {"revision": config.revision}
-    kind = AutoConfig.from_pretrained(config.model, **revision).model_type
-    network = CLIPVisionModelWithProjection if kind in CLIP_KINDS else AutoModel
-    return _read(config, network, AutoImageProcessor, device)
-
-
-def _read(config: Any, network: Any, processor: Any, device: str) -> tuple[Any, Any]:
-    revision = {} if config.revision is None else {"revision": config.revision}
-    model = network.from_pretrained(config.model, use_safetensors=True, **revision)
+    model: Any = AutoModel.from_pretrained(config.model, use_safetensors=True, **revision)
+    kind: Any = AutoImageProcessor if pictures_only else AutoProcessor
     own = {} if config.processor else revision  # the revision is the model's
-    made = processor.from_pretrained(config.processor or config.model, **own)
-    return model.requires_grad_(False).eval().to(device), made
+    processor = kind.from_pretrained(config.processor or config.model, **own)
+    return model.requires_grad_(False).eval().to(device), processor
 
 
 def pixels(processor: Any, pictures: list[Image], device: str) -> Tensor:

@@ -20,6 +20,9 @@ from .evaluators import FeatureDistance, too_few_data
 if TYPE_CHECKING:
     from torch import Tensor
 
+TWO_TOWERS = "clip"
+"""``model_type`` of networks of pictures and text, whose pictures are seen through a projection."""
+
 
 class VisionFeatures(FeatureDistance):
     """Fréchet and kernel distance to the data, and diversity, in the features of a pretrained vision network."""
@@ -59,11 +62,12 @@ class VisionFeatures(FeatureDistance):
         from ..core.grid import to_pictures
 
         if self._loaded is None:
-            self._loaded = pretrained.load_vision(self.config, self.setting.device)
+            self._loaded = pretrained.load(self.config, self.setting.device, pictures_only=True)
         model, processor = self._loaded
-        output = model(pixel_values=pretrained.pixels(processor, to_pictures(images), self.setting.device))
-        if "image_embeds" in output:
-            return output.image_embeds
+        seen = pretrained.pixels(processor, to_pictures(images), self.setting.device)
+        if model.config.model_type == TWO_TOWERS:
+            return model.visual_projection(model.vision_model(pixel_values=seen).pooler_output)
+        output = model(pixel_values=seen)
         if output.get("pooler_output") is not None:
             return output.pooler_output.flatten(1)
         states = output.last_hidden_state

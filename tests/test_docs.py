@@ -29,7 +29,18 @@ from support.tiny_sdxl import EDGE, write_tiny_sdxl
 
 ROOT = FILES.parents[1]
 METHODS = ("pcm", "tcd", "dmd2", "progressive", "guidance", "meanflow", "kd")
-DOCS = ("quickstart", "lcm", "troubleshooting", "design", "data", "families", "methods", "evaluators", "publishers", *METHODS)
+DOCS = (
+    "quickstart",
+    "lcm",
+    "troubleshooting",
+    "design",
+    "data",
+    "families",
+    "methods",
+    "evaluators",
+    "publishers",
+    *METHODS,
+)
 PAGES = ("README.md", "CONTRIBUTING.md", *(f"docs/{name}.md" for name in DOCS))
 EXECUTED = ("docs/quickstart.md", "docs/lcm.md", "CONTRIBUTING.md", *(f"docs/{name}.md" for name in METHODS))
 SUBSTITUTES = {

@@ -486,7 +486,10 @@ def test_push_to_hub_asks_for_the_hub(push, publish_to, wanted):
 
 
 def test_a_publisher_with_a_problem_is_said_at_the_start_and_never_asked(monkeypatch, token, tmp_path):
-    run = SimpleNamespace(push_to_hub=True, publish_to=(), hub_model_id="your-username/x")
+    run = SimpleNamespace(
+        push_to_hub=True, publish_to=(), hub_model_id="your-username/x", tracker_run_name="x", model_type="lora",
+        model_family="sdxl",
+    )  # fmt: skip
     said: list[str] = []
     configuration = SimpleNamespace(run=run, publishers={})
     publishers = build_publishers(Registry.load(installed=False), configuration, said.append)  # type: ignore[arg-type]
