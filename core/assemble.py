@@ -159,11 +159,23 @@ def evaluation_setting(family: ModelFamily, *, num_data: int | None = None) -> E
     return EvaluationSetting(model_path=source, device=family.settings.device, num_data=num_data)
 
 
+def early_evaluation_setting(configuration: Configuration) -> EvaluationSetting:
+    """The same before there is a family: how many real pictures there will be is not known."""
+    run = configuration.run
+    folder = Path(run.pretrained_model_name_or_path or "")
+    known = run.pretrained_model_name_or_path is not None and folder.is_dir()
+    return EvaluationSetting(model_path=folder if known else None)
+
+
 # -- a finished run ---------------------------------------------------------------------------------------------------
 
 
-def open_run(output_dir: Path) -> tuple[Configuration, Registry]:
+def open_run(output_dir: Path, *, overrides: Sequence[str] = ()) -> tuple[Configuration, Registry]:
     """The configuration and the plugins of the run in `output_dir`, wherever the folder lies now.
+
+    Args:
+        output_dir: Of the run.
+        overrides: ``key=value`` over the run's own keys.
 
     Raises:
         UserError: It is not the folder of a finished run.
@@ -188,7 +200,7 @@ def open_run(output_dir: Path) -> tuple[Configuration, Registry]:
         raise UserError(f"{file} is not JSON of a run: {error}", "restore the file, or run again") from error
     registry = Registry.load(plugins)
     return load_configuration(
-        registry, config_file=file, flags={"output_dir": str(output_dir)}, to_train=False
+        registry, config_file=file, flags={"output_dir": str(output_dir)}, overrides=overrides, to_train=False
     ), registry
 
 

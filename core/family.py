@@ -320,6 +320,28 @@ class ModelFamily(ABC):
     def export(self, network: nn.Module, folder: Path, info: ExportInfo) -> None:
         """Write a student that loads in plain diffusers: LoRA file or full pipeline, and ``scheduler/``."""
 
+    @classmethod
+    def kohya_problem(cls) -> str | None:
+        """Why a student's LoRA cannot be written in kohya's format (:meth:`export_kohya`); None where it can."""
+        return f"the family {cls.name} has no export in kohya's format"
+
+    def export_kohya(self, student: Path, file: Path, *, title: str, dtype: Precision = "float32") -> Sequence[str]:
+        """Write an exported LoRA once more, as one file in kohya's format (ComfyUI, AUTOMATIC1111, sd-scripts).
+
+        Args:
+            student: What :meth:`export` wrote.
+            file: Where it goes; written whole or not at all.
+            title: Name of the LoRA.
+            dtype: Of its tensors.
+
+        Returns:
+            What people should know of the file, a line each.
+
+        Raises:
+            UserError: The student is no LoRA, or one that the format cannot hold.
+        """
+        raise NotImplementedError(self.kohya_problem())
+
     @abstractmethod
     def load_student(self, folder: Path, *, extra_loras: Sequence[ExtraLora] = ()) -> nn.Module:
         """The exported student as a network on the teacher's base, ready for :meth:`generate`."""

@@ -7,7 +7,7 @@ from importlib import util
 
 
 def is_installed(name: str) -> bool:
-    """Whether the module `name` (dotted, too) can be imported; a mere folder of that name, as a run may leave, is none."""
+    """Whether the module `name` (dotted, too) can be imported; a mere folder of that name is none."""
     try:
         spec = util.find_spec(name)
     except ModuleNotFoundError:  # of a dotted name the package around it

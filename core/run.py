@@ -16,6 +16,7 @@ from .assemble import REPORTS_FOLDER
 from .config.output import RESOLVED, check_output_dir, clear_output_dir, named_step
 from .engine.signals import StopRequest
 from .errors import DistillError, Interrupted, UserError
+from .evaluators import evaluation_notices
 from .files import write_text
 from .run_log import ENDS, ENDS_WELL
 from .run_parts import RunParts, Say, to_stderr
@@ -116,6 +117,8 @@ class Run(RunParts):
                 for notice in (*self.config.notices, *state.notices):
                     self.say(notice)
         self.publishers.check()
+        for line in evaluation_notices(self.registry, self.config):
+            self.say(f"warning: {line}")
 
     def _check_model(self) -> None:
         """What only the model's own config can tell, still before weights load."""

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..core.family import ExportInfo, ExtraLora
+from ..core.family import ExportInfo, ExtraLora, Precision
 from ..core.second_time import differentiable_forward, load_second_time, sampled_by
 from . import _export as exporting
 from ._files import quiet_libraries
+from ._kohya import export_kohya, no_form
 from ._lora import attach, fuse, student_folder
 from ._model import DiffusersModel
 from ._pictures import build_pipeline, call_arguments, evaluating, sample_latents
@@ -180,6 +181,21 @@ class DiffusersFamily(DiffusersModel):
                 arguments=self.pipeline_arguments(),
             )
         exporting.export_sampler(self.architecture, network, folder, scheduler, info)
+
+    @classmethod
+    def kohya_problem(cls) -> str | None:
+        return no_form(cls.architecture) if cls.architecture.kohya is None else None
+
+    def export_kohya(self, student: Path, file: Path, *, title: str, dtype: Precision = "float32") -> list[str]:
+        return export_kohya(
+            self.architecture,
+            self.denoiser_config,
+            student,
+            file,
+            title=title,
+            dtype=getattr(torch, dtype),
+            predicts_v=self.prediction_type == "v_prediction",
+        )
 
     def load_student(self, folder: Path, *, extra_loras: Sequence[ExtraLora] = ()) -> nn.Module:
         loras = exporting.student_lora(self.architecture, folder)

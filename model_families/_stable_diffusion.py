@@ -15,6 +15,7 @@ from ..core.family import Capabilities
 from ._architecture import Architecture, ReadConfig, SingleFile
 from ._checks import check_unet
 from ._encoders import last_states
+from ._kohya import KohyaFormat
 from ._unet import UNetFamily
 
 if TYPE_CHECKING:
@@ -37,7 +38,9 @@ class StableDiffusion(UNetFamily):
         return {"prompt_embeds": last_states(tokenizer, encoder, prompts, masked=masked)[0]}
 
 
-def generation(title: str, *, linear: bool, text_prefix: str, base_repository: str, size: str) -> Architecture:
+def generation(
+    title: str, *, linear: bool, text_prefix: str, base_repository: str, size: str, kohya: KohyaFormat
+) -> Architecture:
     """The architecture of one generation.
 
     Args:
@@ -46,6 +49,7 @@ def generation(title: str, *, linear: bool, text_prefix: str, base_repository: s
         text_prefix: What names of the text encoder's tensors begin with in a single file.
         base_repository: Where the configs of a single file come from unless a folder is named.
         size: About how large such a file is, in words.
+        kohya: What its LoRAs are in kohya's format.
     """
     name = title.partition(" ")[2]
 
@@ -83,4 +87,5 @@ def generation(title: str, *, linear: bool, text_prefix: str, base_repository: s
             base_repository=base_repository,
             size=size,
         ),
+        kohya=kohya,
     )

@@ -33,6 +33,7 @@ from ..core.second_time import telling
 from ._architecture import Architecture, ReadConfig
 from ._checks import check_channels
 from ._encoders import last_states
+from ._kohya_flux import KOHYA
 from ._networks import check_guidance
 from ._transformer import LORA_TARGETS, TransformerFamily, check_flow
 
@@ -78,6 +79,7 @@ class Flux(TransformerFamily):
         encoders={"text_encoder": "CLIPTextModel", "text_encoder_2": "T5EncoderModel"},
         check=check_configs,
         made_of="a FLUX.1 has CLIP and T5 as text encoders",
+        kohya=KOHYA,
     )
 
     class Config(TransformerFamily.Config):

@@ -24,6 +24,7 @@ from ..core.hookspecs import hookimpl
 from ._architecture import MINIATURES, Architecture, ReadConfig, SingleFile
 from ._checks import check_unet
 from ._encoders import penultimate
+from ._kohya import KohyaFormat, original_unet
 from ._unet import UNetFamily
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ class SDXL(UNetFamily):
             base_repository="stabilityai/stable-diffusion-xl-base-1.0",
             size="about 6.5 GB in fp16",
         ),
+        kohya=KohyaFormat("sdxl_base_v1-0", "stable-diffusion-xl-v1-base", original_unet),
     )
 
     class Config(UNetFamily.Config):

@@ -29,7 +29,19 @@ from support.tiny_sdxl import EDGE, write_tiny_sdxl
 
 ROOT = FILES.parents[1]
 METHODS = ("pcm", "tcd", "dmd2", "progressive", "guidance", "meanflow", "kd")
-DOCS = ("quickstart", "lcm", "troubleshooting", "design", "data", "families", "methods", "writing-plugins", "trackers")
+DOCS = (
+    "quickstart",
+    "lcm",
+    "troubleshooting",
+    "design",
+    "data",
+    "families",
+    "methods",
+    "writing-plugins",
+    "trackers",
+    "evaluators",
+    "publishers",
+)
 PAGES = ("README.md", "CONTRIBUTING.md", *(f"docs/{name}.md" for name in (*DOCS, *METHODS)))
 READ = ("quickstart", "lcm", "writing-plugins", "trackers", *METHODS)
 EXECUTED = ("CONTRIBUTING.md", *(f"docs/{name}.md" for name in READ))

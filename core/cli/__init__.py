@@ -18,6 +18,7 @@ COMMANDS = {
     "evaluate": "Score a student against its teacher.",
     "report": "A run as one page, while it goes or long after.",
     "generate": "Make pictures with a student.",
+    "publish": "Publish a finished student.",
     "config": "Check, show or start a configuration.",
     "plugins": "What is there, and from where.",
     "data": "What the datasets hold.",

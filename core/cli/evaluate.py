@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import UserError
+from .options import SetOption
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,10 +29,14 @@ def evaluate(
         str | None, typer.Option(help="Numbers of steps of the teacher, as 4,50; the largest is the full teacher.")
     ] = None,
     num_samples: Annotated[int | None, typer.Option(min=1, help="Pictures per score; the run's by default.")] = None,
+    evaluators: Annotated[
+        str | None, typer.Option(metavar="NAMES", help="Evaluators, as clip_score,fid; the run's by default.")
+    ] = None,
     lora: Annotated[
         list[str] | None,
         typer.Option(metavar="PATH[:WEIGHT]", help="A LoRA beside the student's and in the teacher; repeatable."),
     ] = None,
+    set_: SetOption = None,
 ) -> None:
     """Score a finished run's student against its teacher: a table, evaluation.json and evaluation.png."""
     student_steps, full_steps = read_steps("--steps", steps), read_steps("--teacher-steps", teacher_steps)
@@ -39,9 +44,13 @@ def evaluate(
 
     from ..assemble import ExportedNetworks, build_family, build_method, open_run, parse_loras
     from ..evaluation_run import evaluate_run
+    from ..evaluators import require_evaluators
 
     loras = parse_loras(lora or [])
-    configuration, registry = open_run(output_dir)
+    named = [] if evaluators is None else [f"evaluators={evaluators}"]
+    configuration, registry = open_run(output_dir, overrides=[*(set_ or ()), *named])
+    if evaluators is not None:
+        require_evaluators(registry, configuration)
     family = build_family(configuration, registry)
     count = num_samples or configuration.run.evaluation_num_samples
     prompts, real_images = _data(configuration, registry, family, count)

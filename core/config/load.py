@@ -274,8 +274,9 @@ class Loader:
         return datasets
 
     def _assemble(self, run: RunSettings, parts: Parts, check: PartsCheck, datasets: Datasets) -> Configuration:
-        evaluators = check.wanted("evaluator", run) or self.registry.names("evaluator")
         given = parts["evaluator_config"]
+        usual = [name for name in self.registry.names("evaluator") if self.registry.get("evaluator", name).by_default]
+        evaluators = check.wanted("evaluator", run) or dict.fromkeys([*usual, *given])
         return Configuration(
             run=run,
             method=parts["distillation_config"][run.distillation_method],

@@ -186,7 +186,8 @@ class OutputKeys(Settings):
     evaluation_num_samples: int = Field(default=64, ge=0)
     """Pictures per score at the end of the run; 0 = no scores."""
     evaluators: Names = ()
-    """Registered evaluators to score with; empty: all that can be used here."""
+    """Registered evaluators to score with; empty: those that need no weights from elsewhere, and those with settings in
+    evaluator_config."""
     checkpoint_step_interval: int = Field(default=500, ge=0)
     """Optimizer steps between checkpoints; 0 = only when interrupted and at the end."""
     checkpoints_total_limit: int | None = Field(default=5, ge=1)
