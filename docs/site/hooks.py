@@ -10,61 +10,81 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md", "README.md": "index.md"}
-"""Pages that lie beside docs/ -> where they are in the site."""
-LANGUAGES = {".py": "python", ".toml": "toml", ".json": "json", ".txt": "text", ".md": "markdown"}
-NAMED_BLOCK = re.compile(r"^(```\w+) ([\w./-]+)$", re.MULTILINE)
-LINK = re.compile(r"(?<=\]\()([^)\s#:]+)(#[^)\s]*)?(?=\))")
+BESIDE = {"README.md": "readme.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+"""Pages beside docs/ that are in the navigation -> where they are in the site."""
+SOURCE = "source/"
+"""Where other files of the repository are in the site, each as a page of its own."""
+LANGUAGES = {".py": "python", ".toml": "toml", ".json": "json"}
+NAMED_BLOCK = re.compile(r"^(```\w+) ([\w./-]+)( \+)?$", re.MULTILINE)
+LINK = re.compile(r"\[([^\]]*)\]\(([^)\s#:]+)(#[^)\s]*)?\)")
 
 
 def on_files(files: Files, *, config: Any) -> Files:
-    """Add the pages beside docs/, and one for every source file that a page links to."""
-    for name in ("CONTRIBUTING.md", "CHANGELOG.md"):
-        files.append(File.generated(config, PAGES[name], content=(ROOT / name).read_text(encoding="utf-8")))
-    for name in sorted(set(linked_sources(files))):
-        files.append(File.generated(config, f"source/{name}.md", content=source_page(name)))
+    """Add the pages beside docs/, and one for every file of the repository that a page links to."""
+    for name, uri in BESIDE.items():
+        files.append(File.generated(config, uri, content=(ROOT / name).read_text(encoding="utf-8")))
+    waiting = [file.src_uri for file in files.documentation_pages()]
+    while waiting:
+        for name in linked_files(files, waiting.pop()):
+            if files.get_file_from_path(site_place(name)) is None:
+                files.append(File.generated(config, site_place(name), content=source_page(name)))
+                waiting.append(site_place(name))
     return files
 
 
-def linked_sources(files: Files) -> list[str]:
-    """Files of the repository outside docs/ that pages link to."""
-    found = []
-    for file in files.documentation_pages():
-        for match in LINK.finditer(file.content_string):
-            path = in_repository(file.src_uri, match[1])
-            if path not in PAGES and not path.startswith("docs/") and (ROOT / path).is_file():
-                found.append(path)
-    return found
+def site_place(name: str) -> str:
+    """Where a file of the repository is in the site."""
+    if name.startswith("docs/"):
+        return name.removeprefix("docs/")
+    return BESIDE.get(name, f"{SOURCE}{name}.md")
 
 
-def in_repository(page: str, target: str) -> str:
-    """The path from the root of the repository that a link of `page` means."""
-    inside = page if page in ("contributing.md", "changelog.md") else f"docs/{page}"
-    return posixpath.normpath(posixpath.join(posixpath.dirname(inside), target))
+def repository_place(uri: str) -> str:
+    """The reverse of :func:`site_place`."""
+    if uri.startswith(SOURCE):
+        return uri.removeprefix(SOURCE).removesuffix(".md")
+    return next((name for name, place in BESIDE.items() if place == uri), f"docs/{uri}")
+
+
+def linked(uri: str, target: str) -> str:
+    """The path from the root of the repository that a link of the page means."""
+    return posixpath.normpath(posixpath.join(posixpath.dirname(repository_place(uri)), target))
+
+
+def linked_files(files: Files, uri: str) -> set[str]:
+    """Files of the repository outside docs/ that the page links to."""
+    page = files.get_file_from_path(uri)
+    if page is None or not is_prose(uri):
+        return set()
+    found = {linked(uri, match[2]) for match in LINK.finditer(page.content_string)}
+    return {name for name in found if not name.startswith("docs/") and (ROOT / name).is_file()}
+
+
+def is_prose(uri: str) -> bool:
+    """Whether a page is written text, and not a file that is shown."""
+    return repository_place(uri).endswith(".md")
 
 
 def source_page(name: str) -> str:
     """A page that shows a file of the repository."""
-    language = LANGUAGES.get(Path(name).suffix, "text")
-    text = (ROOT / name).read_text(encoding="utf-8").rstrip("\n")
-    return f"---\nsearch:\n  exclude: true\n---\n\n# {name}\n\n`````{language}\n{text}\n`````\n"
+    path = ROOT / name
+    text = path.read_text(encoding="utf-8").rstrip("\n")
+    if path.suffix != ".md":
+        text = f"# {name}\n\n`````{LANGUAGES.get(path.suffix, 'text')}\n{text}\n`````"
+    return f"---\nsearch:\n  exclude: true\n---\n\n{text}\n"
 
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
-    """Titles over blocks that are files; links to what lies outside docs/."""
+    """Titles over blocks that are files; links to where their targets are in the site."""
     uri = page.file.src_uri
-    if uri.startswith("source/"):
+    if not is_prose(uri):
         return markdown
     return LINK.sub(lambda match: site_link(uri, match), NAMED_BLOCK.sub(r'\1 title="\2"', markdown))
 
 
-def site_link(page: str, match: re.Match[str]) -> str:
-    """The link of a page of the repository as the site has it."""
-    path, anchor = in_repository(page, match[1]), match[2] or ""
-    if path.startswith("docs/"):
-        target = path.removeprefix("docs/")
-    elif path in PAGES:
-        target = PAGES[path]
-    else:
-        target = f"source/{path}.md"
-    return posixpath.relpath(target, posixpath.dirname(page) or ".") + anchor
+def site_link(uri: str, match: re.Match[str]) -> str:
+    """A link of the page as the site has it; of a link to a folder, its text."""
+    text, target, anchor = match[1], linked(uri, match[2]), match[3] or ""
+    if (ROOT / target).is_dir():
+        return text
+    return f"[{text}]({posixpath.relpath(site_place(target), posixpath.dirname(uri) or '.')}{anchor})"
