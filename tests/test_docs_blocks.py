@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+import zlib
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,7 @@ TINY_ENTRIES = {
     "prompts.json": ("data.prompts.resolution=0.001024",),
     "prompts-and-pairs.json": ("data.prompts.resolution=0.001024", "data.pairs.num_inference_steps=4"),
     "zipped.json": ("data.zipped.resolution=0.001024", "data.zipped.minimum_image_size=0"),
-    "shop.json": ("data.shop.resolution=0.001024",),
+    "shop.json": ("data.shop.resolution=0.001024", "data.shop.minimum_image_size=0"),
     "multidatabackend.json": TINY_DATA,
     "": (),
 }
@@ -112,6 +113,7 @@ def arguments(line: str, more: str) -> list[str]:
     if "--config" in whole:
         data = whole[whole.index("--data") + 1] if "--data" in whole else ""
         tiny = ["--model", "model", *sets((*TINY, *TINY_ENTRIES[data]))]
+        tiny += [] if "--output-dir" in whole else sets((f"output_dir=output/run-{zlib.crc32(line.encode())}",))
     if {"progressive", "segments.json"} & {*given}:
         tiny += sets(("max_train_steps=4",))  # a step for each stage
     if given[0] == "evaluate":
@@ -213,7 +215,7 @@ def check_settings(block: Block) -> None:
     run = json.loads(Path("config.json").read_text()) | ({} if entries else found)
     needs_no_pictures = entries and not any(each.get("dataset_type", "image") == "image" for each in found)
     run |= {"distillation_method": "kd", "distillation_config": {}} if needs_no_pictures else {}
-    run |= {"plugins": [str(path) for path in Path().glob("*_backend.py")]}
+    run |= {"plugins": [str(path) for path in (ROOT / "examples").glob("*/distill_*/*_backend.py")]}
     Path("checked.json").write_text(json.dumps(run))
     Path("checked-data.json").write_text(json.dumps(found) if entries else Path("multidatabackend.json").read_text())
     flags = {"pretrained_model_name_or_path": "model", "output_dir": "none"}

@@ -1,4 +1,7 @@
-"""The two packages of `examples/`, installed by pip: what they add, and one run that uses all of it."""
+"""The two packages of `examples/`, installed by pip: what they add, and one run that uses all of it.
+
+That nothing of them is in the wheel is held by `test_house_rules.py`.
+"""
 
 from __future__ import annotations
 
