@@ -7,11 +7,12 @@ from importlib import util
 
 
 def is_installed(name: str) -> bool:
-    """Whether the module `name` (dotted, too) can be imported."""
+    """Whether the module `name` (dotted, too) can be imported; a mere folder of that name is no package."""
     try:
-        return util.find_spec(name) is not None
+        spec = util.find_spec(name)
     except ModuleNotFoundError:  # of a dotted name the package around it
         return False
+    return spec is not None and spec.origin is not None
 
 
 def missing(packages: Mapping[str, str]) -> dict[str, str]:

@@ -102,7 +102,7 @@ def new_files(names: Names, *, single_file: bool) -> Mapping[str, str]:
 
 
 def _filled(template: str, values: Mapping[str, str]) -> str:
-    text = (files(__name__) / "templates" / f"{template}.template").read_text(encoding="utf-8")
+    text = (files(__name__) / "assets" / f"{template}.template").read_text(encoding="utf-8")
     return Template(text).substitute(values)
 
 
