@@ -335,12 +335,7 @@ def test_the_wheel_holds_the_tree_and_nothing_else(tmp_path):
     wheel = next(tmp_path.glob("*.whl"))
     shipped = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     wanted = {f"distill/{relative(path)}" for path in sources()}
-    folders = (
-        ROOT / "core" / "report" / "assets",
-        ROOT / "core" / "scaffold" / "templates",
-        ROOT / "model_families" / "assets",
-    )
-    assets = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    assets = [path for folder in ("core", *FOLDERS) for path in (ROOT / folder).rglob("assets/**/*") if path.is_file()]
     wanted |= {f"distill/{relative(path)}" for path in assets if not path.name.startswith(".")}
     assert shipped == wanted
     licences = [name.rsplit("/", 1)[-1] for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/licenses/" in name]

@@ -9,6 +9,7 @@ import sys
 import distill as package
 import pytest
 from distill.core.errors import UserError
+from distill.core.packages import is_installed
 from distill.core.plugins import Registry
 from support.installed import install, tracker
 from support.pairs import distill, said
@@ -239,6 +240,14 @@ def test_an_unknown_kind_is_refused():
     result = distill("plugins", "list", "--kind", "trackers")
     assert result.exit_code == 2
     assert "did you mean 'tracker'" in result.stderr
+
+
+def test_a_folder_that_happens_to_have_its_name_is_no_package(tmp_path, monkeypatch):
+    (tmp_path / "no_such_tracker").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert not is_installed("no_such_tracker")
+    (tmp_path / "no_such_tracker" / "__init__.py").touch()
+    assert is_installed("no_such_tracker")
 
 
 def test_show_says_which_packages_are_there(tmp_path):

@@ -72,7 +72,7 @@ def new(
     check_name(names.kind, name, Registry.load(refused=[]))
     target = write_plugin(names, output, single_file=single_file)
     typer.echo(f"wrote {target} (class {names.class_name}). Next:")
-    steps = [f"distill plugins show {name} --plugin {target}"]
+    steps = [f"distill plugins show {name} --plugin {target}", f"distill plugins check {target}"]
     if not single_file:
         steps = [f"pip install -e {target}", f"distill plugins show {name}", f"pytest {target}"]
     for step in steps:

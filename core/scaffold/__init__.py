@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 from ..api import API_VERSION
 from ..errors import UserError
 from ..files import write_text
-from .usage import USAGE
 
 if TYPE_CHECKING:
     from ..plugins import Registry
@@ -55,7 +54,6 @@ class Names:
 
     def values(self) -> dict[str, str]:
         """What stands for the placeholders of the templates."""
-        usage = Template(USAGE[self.kind]).substitute(name=self.name, module=self.module)
         return {
             "name": self.name,
             "spoken": self.kind.replace("_", " "),
@@ -63,7 +61,6 @@ class Names:
             "module": self.module,
             "class_name": self.class_name,
             "api": API_VERSION.partition(".")[0],
-            "usage": usage.strip(),
         }
 
 
@@ -95,16 +92,17 @@ def new_files(names: Names, *, single_file: bool) -> Mapping[str, str]:
     code = _filled(f"{names.kind}.py", values)
     if single_file:
         return {f"{names.module}.py": code}
+    usage = _filled(f"usage_{names.kind}.md", values)
     return {
         f"{names.package}/{names.module}.py": code,
         f"{names.package}/tests/test_{names.module}.py": _filled(f"test_{names.kind}.py", values),
         f"{names.package}/pyproject.toml": _filled("pyproject.toml", values),
-        f"{names.package}/README.md": _filled("README.md", values),
+        f"{names.package}/README.md": _filled("README.md", {**values, "usage": usage.strip()}),
     }
 
 
 def _filled(template: str, values: Mapping[str, str]) -> str:
-    text = (files(__name__) / "templates" / f"{template}.template").read_text(encoding="utf-8")
+    text = (files(__name__) / "assets" / f"{template}.template").read_text(encoding="utf-8")
     return Template(text).substitute(values)
 
 
