@@ -23,7 +23,8 @@ from distill.core.random import Draws
 from distill.core.testing import gaussian
 from distill.core.testing.draws import BatchedDraws
 from distill.core.testing.gaussian import gaussian_batch, gaussian_map
-from distill.core.testing.paths import PATHS, SDXL, TABLE, train
+from distill.core.testing.paths import NOISE as SDXL
+from distill.core.testing.paths import PATHS, TABLE, train
 from distill.distill_methods.meanflow import (
     MeanFlow,
     adaptive_weight,

@@ -139,7 +139,7 @@ def classes_of(plugin: Any) -> list[type[Any]]:
 
     found: dict[type[Any], None] = {}
     for hook in _HOOKS.values():
-        offered = getattr(plugin, hook, None)
+        offered: Any = getattr(plugin, hook, None)
         try:
             classes = list(offered()) if callable(offered) else []
         except Exception:  # the registry calls the same hook and says what happened

@@ -257,7 +257,9 @@ def _resume(bench: Bench) -> None:
     fresh = bench.trial()
     with _quiet(), failing("resuming from a checkpoint", "load_state_dict must take what state_dict returned"):
         trainer = fresh.trainer(folder)
-        trainer.resume(trainer.store.latest())
+        latest = trainer.store.latest()
+        assert latest is not None
+        trainer.resume(latest)
         fresh.run(HALF, STEPS)
     later = trial.loop.taken[-len(fresh.loop.taken) :]
     ours, theirs = ([(taken.role, taken.loss) for taken in each] for each in (fresh.loop.taken, later))

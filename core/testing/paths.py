@@ -21,10 +21,10 @@ from ..method import Method, MethodSetup
 from ..networks import Networks
 from .trial import base_weights
 
-SDXL = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+NOISE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 """The noise of a widespread model."""
-TABLE = DDPMSchedule.from_config(SDXL)
-ZERO_SNR = DDPMSchedule.from_config({**SDXL, "rescale_betas_zero_snr": True})
+TABLE = DDPMSchedule.from_config(NOISE)
+ZERO_SNR = DDPMSchedule.from_config({**NOISE, "rescale_betas_zero_snr": True})
 PATHS: Mapping[str, tuple[str, Schedule]] = {
     "eps": ("epsilon", TABLE),
     "v": ("v_prediction", TABLE),

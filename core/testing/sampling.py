@@ -12,7 +12,7 @@ from ..diffusion.schedule import FlowSchedule, Schedule
 from ..second_time import SCHEDULER
 from .checks import expect
 from .gaussian import Q
-from .paths import SDXL
+from .paths import NOISE
 
 if TYPE_CHECKING:
     from ..context import Context
@@ -38,7 +38,7 @@ def build_scheduler(sampler: Sampler, schedule: Schedule, kind: str) -> Any:
     unknown = ", ".join(sorted(set(sampler.config) - accepted))
     expect(not unknown, f"sampler() gives {sampler.scheduler} {unknown}, which it does not take", "leave it out")
     own: dict[str, Any] = {"prediction_type": kind, "clip_sample": False, "set_alpha_to_one": True}
-    own |= {"shift": schedule.shift} if isinstance(schedule, FlowSchedule) else SDXL
+    own |= {"shift": schedule.shift} if isinstance(schedule, FlowSchedule) else NOISE
     own |= {"rescale_betas_zero_snr": not isinstance(schedule, FlowSchedule) and schedule.zero_terminal_snr}
     return found(**{key: value for key, value in own.items() if key in accepted} | dict(sampler.config))
 

@@ -85,7 +85,7 @@ class Trial:
 
     def trainer(self, folder: Path) -> Trainer:
         """Saves and resumes as a run does."""
-        nothing = SimpleNamespace(main=True, together=nullcontext, step=0)
+        nothing: Any = SimpleNamespace(main=True, together=nullcontext, step=0)
         return Trainer(
             settings=nothing, loop=self.loop, store=CheckpointStore(folder, limit=None),
             metrics_file=MetricsFile(folder / "metrics.jsonl"), trackers=nothing, state=nothing, registry=Registry(),
