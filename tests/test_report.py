@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -265,20 +266,29 @@ def test_a_run_leaves_its_page_and_a_killed_one_can_have_it(tmp_path):
     assert Page((out / "report.html").read_text()).points("loss") == page.points("loss")
 
 
+def browse(page: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0", *options]
+    profile = f"--user-data-dir={page.parent / 'profile'}"
+    return subprocess.run([*command, profile, page.as_uri()], capture_output=True, text=True, timeout=120)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="apt-get install chromium")
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_browser_draws_it_without_a_complaint(tmp_path, scheme):
-    """The script ran (the slider speaks), nothing was refused by the page's own policy, nothing was asked for."""
-    folder = write_folder(tmp_path / "run")
-    write_report(folder)
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0", "--dump-dom"]
-    options += ["--force-dark-mode"] if scheme == "dark" else []
-    result = subprocess.run(
-        ["chromium", *options, f"--user-data-dir={tmp_path / 'profile'}", (folder / "report.html").as_uri()],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+def test_a_browser_draws_it_without_a_complaint(tmp_path):
+    """The script ran (the slider speaks), nothing was refused by the page's own policy, light and dark are two."""
+    page = write_report(write_folder(tmp_path / "run"))
+    result = browse(page, "--dump-dom")
     assert "CONSOLE" not in result.stderr, result.stderr
     assert "Step 30</output>" in result.stdout
     assert result.stdout.count('class="dot"') == 4
     assert "alert(1)</script>" not in result.stdout
+    corners = []
+    for options in ([], ["--force-dark-mode"]):
+        file = tmp_path / "shot.png"
+        browse(page, f"--screenshot={file}", "--window-size=400,900", *options)
+        with Image.open(file) as shot:
+            corners.append(shot.convert("L").getpixel((3, 3)))
+    assert corners[0] > 200 > 50 > corners[1]
+    broken = page.with_name("broken.html")
+    broken.write_text(page.read_text().replace("img-src data:", "img-src https:"))
+    assert "CONSOLE" in browse(broken, "--dump-dom").stderr, "complaints are heard"
