@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from distill.core.cli.options import service_notices
 from distill.core.config import load_configuration
 from distill.core.config.output import RESOLVED
 from distill.core.errors import UserError
@@ -23,6 +24,7 @@ from distill.plugins.bucket import Bucket
 from support.faulty_proxy import Fault, FaultyProxy
 from support.finished_run import write_finished_run
 from support.s3_server import S3Server, s3, s3_server  # noqa: F401
+from support.small_run import execute, write_run
 from typer.testing import CliRunner
 
 FILES = {"README.md": b"# Student\n", "scheduler/scheduler_config.json": b"{}", "weights.safetensors": bytes(70_000)}
@@ -243,3 +245,18 @@ def test_the_runs_own_publishers_are_the_default_and_secrets_stay_out_of_the_fil
     assert done.exit_code == 0, done.output
     assert zipfile.is_zipfile(io.BytesIO((output / "out.zip").read_bytes()))
     assert (output / "out-kohya.safetensors").is_file()
+
+
+def test_a_run_publishes_at_its_end_and_says_at_its_start_what_it_cannot(tmp_path):
+    few = {"max_train_steps": 1, "validation_step_interval": 0, "publish_to": ["archive", "kohya", "s3"]}
+    result, lines = execute(write_run(tmp_path, **few))
+    told = next(line for line in lines if "s3: publisher_config.s3.aws_bucket_name is missing" in line)
+    assert told.startswith("warning: ")
+    assert lines.index(told) < next(n for n, line in enumerate(lines) if line.startswith("report on dataset"))
+    assert (result.output_dir / "out-kohya.safetensors").is_file()
+    packed = members(result.output_dir / "out.tar.gz")
+    assert packed["out/README.md"] == (result.student / "README.md").read_bytes(), "the model card is in it"
+    registry = Registry.load(installed=False)
+    full = load_configuration(registry, config_file=write_run(tmp_path, output="full", model_type="full", **few))
+    notices = service_notices(full, registry)
+    assert any(notice.startswith("kohya: kohya's format is for LoRAs") for notice in notices)
