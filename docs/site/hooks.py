@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import posixpath
 import re
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,14 @@ SOURCE = "source/"
 LANGUAGES = {".py": "python", ".toml": "toml", ".json": "json"}
 NAMED_BLOCK = re.compile(r"^(```\w+) ([\w./-]+)( \+)?$", re.MULTILINE)
 LINK = re.compile(r"\[([^\]]*)\]\(([^)\s#:]+)(#[^)\s]*)?\)")
+
+
+def on_startup(**_: Any) -> None:
+    """Let the API page find the package, whose folder is the repository's, under its name."""
+    place = tempfile.TemporaryDirectory(prefix="distill-site-")
+    atexit.register(place.cleanup)
+    Path(place.name, "distill").symlink_to(ROOT)
+    sys.path.insert(0, place.name)
 
 
 def on_files(files: Files, *, config: Any) -> Files:
