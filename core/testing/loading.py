@@ -7,7 +7,7 @@ import importlib.util
 import re
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, distribution
@@ -139,9 +139,9 @@ def classes_of(plugin: Any) -> list[type[Any]]:
 
     found: dict[type[Any], None] = {}
     for hook in _HOOKS.values():
-        offered: Any = getattr(plugin, hook, None)
+        offered: Callable[[], Iterable[Any]] | None = getattr(plugin, hook, None)
         try:
-            classes = list(offered()) if callable(offered) else []
+            classes = [] if offered is None else list(offered())
         except Exception:  # the registry calls the same hook and says what happened
             classes = []
         for each in classes:
