@@ -141,7 +141,7 @@ def classes_of(plugin: Any) -> list[type[Any]]:
     for hook in _HOOKS.values():
         offered: Any = getattr(plugin, hook, None)
         try:
-            classes = list(offered()) if callable(offered) else []
+            classes: list[Any] = [] if offered is None else list(offered())
         except Exception:  # the registry calls the same hook and says what happened
             classes = []
         for each in classes:
