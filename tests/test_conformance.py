@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
+from pathlib import Path
 
+import distill as distill_api
 import pytest
 from distill.core.errors import UserError
 from distill.core.testing import Check, ConformanceError, check_plugin, checks_of
@@ -71,8 +74,10 @@ KINDS = ("method", "family", "data_backend", "tracker", "optimizer", "evaluator"
 def is_slow(kind: str, name: str, check: Check) -> bool:
     if kind == "family":
         return name not in QUICK_FAMILIES
-    learns = check.name.startswith("the student learns")
-    return learns and (name == "meanflow" or not (check.name.endswith("[flow]") or name in QUICK_METHODS))
+    if not check.name.startswith("the student learns"):
+        return False
+    quick = ("[eps]", "[flow]") if name in QUICK_METHODS else ("[flow]",)
+    return name == "meanflow" or not check.name.endswith(quick)
 
 
 def built_in():
@@ -181,11 +186,11 @@ def test_what_cannot_be_loaded_is_a_usage_error(tmp_path):
         str(tmp_path / "broken.py"): "cannot be imported (line 2): ModuleNotFoundError",
         str(tmp_path / "empty"): "has no pyproject.toml",
         "no_such_package_anywhere": "is neither a file, nor a folder, nor an installed package",
-        "pydantic": "implements no hook",
+        "json": "implements no hook",
     }
     for argument, words in cases.items():
         result = distill("plugins", "check", argument)
-        if argument == "pydantic":  # it can be imported, and offers nothing
+        if argument == "json":  # it can be imported, and offers nothing
             assert result.exit_code == 1
             assert words in said(result.stdout)
         else:
@@ -226,3 +231,23 @@ def test_only_a_text_that_no_check_has_is_refused():
     assert "no check has 'no such check' in its name" in said(result.stderr)
     with pytest.raises(UserError):
         check_plugin("not/a/file.py")
+
+
+def test_the_test_that_the_page_shows_runs(tmp_path):
+    root = Path(__file__).parents[1]
+    for page, file in (("CONTRIBUTING.md", "lines_tracker.py"), ("docs/checking-plugins.md", "conformance_test.py")):
+        content = re.search(rf"```python {file}\n(.*?)```", (root / page).read_text(encoding="utf-8"), re.DOTALL)
+        assert content is not None
+        (tmp_path / file).write_text(content[1])
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "conformance_test.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert re.search(r"\d\d passed, 1 skipped", done.stdout), done.stdout
+
+
+def test_the_page_names_every_kind_and_every_example():
+    page = (Path(__file__).parents[1] / "docs" / "checking-plugins.md").read_text(encoding="utf-8")
+    assert all(f"| {kind.replace('_', ' ')} |" in page for kind in KINDS)
+    for base in (distill_api.Method, distill_api.ModelFamily, distill_api.DataBackend):
+        assert f"`{base.__name__}.example(" in page
+        assert base.example.__doc__

@@ -17,7 +17,8 @@ from .suite import Named
 STEPS = 100
 ENOUGH = 0.8
 """Share of the loss that may be left."""
-SETTINGS = {"learning_rate": 1e-2, "beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8, "weight_decay": 0.0}
+RATE = 1e-2
+SETTINGS = {"beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8, "weight_decay": 0.0}
 
 
 def checks(subject: Subject) -> list[Named]:
@@ -37,11 +38,16 @@ def _weights(subject: Subject) -> list[nn.Parameter]:
     return [nn.Parameter(torch.randn(shape, generator=draws).to(dtype)) for shape in ((8, 4), (4,))]
 
 
+def _rate_of(subject: Subject) -> float:
+    """Of an optimizer that finds the size of its steps itself it is a factor."""
+    return 1.0 if getattr(subject.cls, "estimates_learning_rate", False) else RATE
+
+
 def _make(subject: Subject, weights: list[nn.Parameter]) -> Any:
     subject.need_packages()
     plugin = subject.cls(subject.config())
     with failing("build()", "it is given parameters and OptimizerSettings"):
-        return plugin.build(weights, OptimizerSettings(**SETTINGS))
+        return plugin.build(weights, OptimizerSettings(learning_rate=_rate_of(subject), **SETTINGS))
 
 
 def _step(weights: list[nn.Parameter], optimizer: Any, seed: int) -> float:
@@ -86,7 +92,7 @@ def _descends(subject: Subject) -> None:
     expect(
         losses[-1] < ENOUGH * losses[0],
         f"the loss of a quadratic went from {losses[0]:.3g} to {losses[-1]:.3g} in {STEPS} steps at a learning rate of "
-        f"{SETTINGS['learning_rate']}",
+        f"{_rate_of(subject)}",
         f"it must fall to {ENOUGH:.0%}: does it step against the gradient?",
     )
 
@@ -97,7 +103,10 @@ def _rate(subject: Subject) -> None:
     _step(weights, optimizer, 0)
     for group in optimizer.param_groups:
         expect("lr" in group, "its param_groups have no 'lr'", "the engine's schedule is written there")
-        group["lr"] = 0.0
+        if isinstance(group["lr"], torch.Tensor):  # as the engine does it
+            group["lr"].zero_()
+        else:
+            group["lr"] = 0.0
     before = _copies(weights)
     _step(weights, optimizer, 1)
     still = all(torch.equal(weight, old) for weight, old in zip(weights, before, strict=True))

@@ -20,7 +20,7 @@ class Outcome:
     reason: str = ""
 
     def __str__(self) -> str:
-        return f"{self.result}: {self.check}" + (f": {self.reason}" if self.reason else "")
+        return ": ".join([self.result, str(self.check), *([" ".join(self.reason.split())] if self.reason else [])])
 
 
 @dataclass
