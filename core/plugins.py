@@ -28,9 +28,10 @@ from .method import Method
 from .names import nearest
 from .optimizer import OptimizerPlugin
 from .publisher import Publisher
+from .quantizer import Quantizer
 from .tracker import Tracker
 
-Kind = Literal["method", "family", "data_backend", "tracker", "optimizer", "evaluator", "publisher"]
+Kind = Literal["method", "family", "data_backend", "tracker", "optimizer", "quantizer", "evaluator", "publisher"]
 KINDS: tuple[str, ...] = get_args(Kind)
 ENTRY_POINTS = "distill.plugins"
 BUILT_IN_PACKAGES = ("distill_methods", "model_families", "data_backends", "plugins")
@@ -41,6 +42,7 @@ _BASES: Mapping[str, type] = {
     "data_backend": DataBackend,
     "tracker": Tracker,
     "optimizer": OptimizerPlugin,
+    "quantizer": Quantizer,
     "evaluator": Evaluator,
     "publisher": Publisher,
 }
@@ -50,6 +52,7 @@ _HOOKS: Mapping[str, str] = {
     "data_backend": "register_data_backends",
     "tracker": "register_trackers",
     "optimizer": "register_optimizers",
+    "quantizer": "register_quantizers",
     "evaluator": "register_evaluators",
     "publisher": "register_publishers",
 }
