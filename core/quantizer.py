@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
@@ -44,7 +44,7 @@ class Quantizer(ABC):
         return None
 
     @abstractmethod
-    def quantize(self, network: nn.Module, *, device: str) -> nn.Module:
+    def quantize(self, network: nn.Module, *, device: str, keep: Collection[str] = ()) -> nn.Module:
         """The quantised `network` on `device`.
 
         The quantizer moves it, since libraries differ in whether weights are packed before, on or after the move.
@@ -52,6 +52,7 @@ class Quantizer(ABC):
         Args:
             network: Frozen, on the host, its weights in the type it computes in. May be changed in place.
             device: Where it is to lie.
+            keep: Names of modules (whole, or the last parts of a dotted name) that stay as they are.
 
         Returns:
             The network, with the names of its modules as they were and each quantised layer still an
@@ -62,6 +63,11 @@ class Quantizer(ABC):
     def stored_bytes(self, network: nn.Module) -> int:
         """Bytes that the weights and buffers of `network` take, quantised or not."""
         return stored_bytes(network)
+
+
+def is_kept(name: str, keep: Collection[str]) -> bool:
+    """Whether the module `name` is one of `keep`, by its whole name or its last parts."""
+    return any(name == kept or name.endswith(f".{kept}") for kept in keep)
 
 
 def stored_bytes(network: nn.Module) -> int:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from ..core.hookspecs import hookimpl
-from ..core.quantizer import Quantizer
+from ..core.quantizer import Quantizer, is_kept
 
 if TYPE_CHECKING:
     from torch import nn
@@ -18,11 +18,17 @@ class Int8Torchao(Quantizer):
     name = "int8-torchao"
     packages: ClassVar = {"torchao": "torchao>=0.17"}
 
-    def quantize(self, network: nn.Module, *, device: str) -> nn.Module:
+    def quantize(self, network: nn.Module, *, device: str, keep: Collection[str] = ()) -> nn.Module:
         """`network` with torchao's int8 weights in its linear layers."""
+        from torch import nn
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-        quantize_(network, Int8WeightOnlyConfig(), device=device)  # pyright: ignore[reportArgumentType]
+        quantize_(
+            network,
+            Int8WeightOnlyConfig(),
+            lambda module, name: isinstance(module, nn.Linear) and not is_kept(name, keep),
+            device=device,  # pyright: ignore[reportArgumentType]  # it takes texts as well
+        )
         return network.to(device)
 
 
