@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+NO_CHANGE = "no_change"
+"""The precision that quantises nothing."""
+
 
 class Quantizer(ABC):
     """Holds the large weights of a frozen network in fewer bits; the LoRA on top stays as it is.
@@ -24,8 +27,12 @@ class Quantizer(ABC):
     aliases: ClassVar[tuple[str, ...]] = ()
     packages: ClassVar[Mapping[str, str]] = {}
     """Import name -> what to pip install."""
+    layers: ClassVar[tuple[str, ...]] = ("Linear",)
+    """Names of the classes of ``torch.nn`` that it quantises; for estimates."""
     bytes_per_weight: ClassVar[float] = 1.0
-    """Of a quantised weight, its share of the scales included; for estimates."""
+    """Of a weight in such a layer, its share of the scales included; for estimates."""
+    forward_ad: ClassVar[bool] = False
+    """Whether its layers have a forward-mode derivative, which a few methods need."""
 
     class Config(BaseModel):
         """Further options, under ``quantizer_config.<name>``."""
@@ -64,10 +71,33 @@ class Quantizer(ABC):
         """Bytes that the weights and buffers of `network` take, quantised or not."""
         return stored_bytes(network)
 
+    @property
+    def identity(self) -> str:
+        """What decides the quantised weights, for fingerprints."""
+        return f"{self.name} {self.config.model_dump_json()}"
 
-def is_kept(name: str, keep: Collection[str]) -> bool:
-    """Whether the module `name` is one of `keep`, by its whole name or its last parts."""
-    return any(name == kept or name.endswith(f".{kept}") for kept in keep)
+
+# -- for quantizers ---------------------------------------------------------------------------------------------------
+
+
+def quantised_layers(
+    network: nn.Module, kinds: Collection[type[nn.Module]], keep: Collection[str]
+) -> list[tuple[str, Any]]:
+    """Name and module of the layers of `network` that are of exactly one of `kinds`, without `keep`.
+
+    Subclasses are left out: what they do with their weights is not known.
+    """
+    return [
+        (name, module)
+        for name, module in network.named_modules()
+        if type(module) in kinds and not any(name == kept or name.endswith(f".{kept}") for kept in keep)
+    ]
+
+
+def replace_module(network: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` in the place of the one with this dotted name."""
+    parent, _, own = name.rpartition(".")
+    network.get_submodule(parent).register_module(own, module)
 
 
 def stored_bytes(network: nn.Module) -> int:
@@ -76,7 +106,9 @@ def stored_bytes(network: nn.Module) -> int:
 
 
 def _tensor_bytes(tensor: Tensor | torch.nn.Parameter) -> int:
-    flatten = getattr(tensor, "__tensor_flatten__", None)  # torch's protocol of tensors that are made of others
-    if flatten is None:
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    if not is_traceable_wrapper_subclass(tensor):
         return tensor.numel() * tensor.element_size()
-    return sum(_tensor_bytes(getattr(tensor, part)) for part in flatten()[0])
+    parts, _ = tensor.__tensor_flatten__()
+    return sum(_tensor_bytes(getattr(tensor, part)) for part in parts)

@@ -217,7 +217,7 @@ class Run(RunParts):
         folder = self.settings.output_dir / "validation"
         with self.processes.together():
             if self.validator is not None and self.processes.main:
-                with self.networks.averaged():
+                with self.trainer.loop.evaluating(), self.networks.averaged():
                     folder = self.validator.run(step, self.networks, self.trackers)
                 self.family.release_encoders()  # the autoencoder's memory is the training's
         self.registry.hook.on_validation_end(state=self.trainer.state, folder=folder, step=step)
@@ -229,7 +229,7 @@ class Run(RunParts):
         student, evaluation = self.settings.output_dir / "student", None
         with self.processes.together():
             if self.processes.main:
-                with self.networks.averaged():
+                with self.trainer.loop.evaluating(), self.networks.averaged():
                     export_student(self, student)
                     if self.settings.evaluation_num_samples:
                         evaluation = evaluate_student(self)

@@ -42,7 +42,7 @@ def evaluate(
 
     loras = parse_loras(lora or [])
     configuration, registry = open_run(output_dir)
-    family = build_family(configuration, registry)
+    family = build_family(configuration, registry, say=_say)
     count = num_samples or configuration.run.evaluation_num_samples
     prompts, real_images = _data(configuration, registry, family, count)
     found = evaluate_run(

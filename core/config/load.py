@@ -16,6 +16,7 @@ from .findings import PartCheck
 from .normalise import align_rounding, megapixel_notices, refuse_not_yet, rename_run_keys
 from .pair_entries import PairNeeds, PairsCheck
 from .parts import Parts, PartsCheck
+from .quantisation import check_quantisation
 from .reading import COMMAND_LINE, Layers, Origin, fill_environment, nested, parse_override, read_file, strip_dashes
 from .requirements import check_pictures, check_requirements, check_smaller_student, trajectory_points
 from .run_settings import RunSettings
@@ -98,11 +99,21 @@ class Loader:
         if run is not None:
             self._compare_data(run, parts, check, entries or [], datasets)
             self._give_pairs(run, parts, check, entries or [], datasets)
-        if run is not None and self.to_train:
-            check.check_optimizer(run)
+        if run is not None:
+            self._check_plugins(run, parts, check)
         if run is None or self.findings:
             return None
         return self._assemble(run, parts, check, datasets)
+
+    def _check_plugins(self, run: RunSettings, parts: Parts, check: PartsCheck) -> None:
+        """Optimizer and quantizers: their packages, and whether they can be used as the run asks."""
+        if self.to_train:
+            check.check_optimizer(run)
+        method = check.classes.get("method")
+        config = parts["distillation_config"].get(method.name) if method else None
+        self.findings += check_quantisation(
+            run, check.classes, config, registry=self.registry, layers=self.layers, to_train=self.to_train
+        )
 
     # -- layers -------------------------------------------------------------------------------------------------------
 
@@ -281,6 +292,7 @@ class Loader:
             family=parts["family_config"][run.model_family],
             optimizer=parts["optimizer_config"][run.optimizer],
             trackers=parts["tracker_config"],
+            quantizers=parts["quantizer_config"],
             evaluators={name: given.get(name) or self.registry.get("evaluator", name).Config() for name in evaluators},
             publishers=parts["publisher_config"],
             datasets=tuple(datasets.training),

@@ -14,6 +14,7 @@ from ..method import MethodPart, method_parts
 from .configuration import PARTS
 from .dataset_settings import DatasetSettings
 from .findings import PartCheck
+from .quantisation import named_quantizers
 from .reading import Layers, Origin
 from .run_settings import RunSettings
 
@@ -27,6 +28,13 @@ LISTED = {"report_to": "tracker", "evaluators": "evaluator", "publish_to": "publ
 ADAM_KEYS = ("adam_beta1", "adam_beta2", "adam_epsilon", "adam_weight_decay")
 Parts = dict[str, dict[str, BaseModel]]
 """Key of a part -> plugin's name -> its validated configuration."""
+
+
+def _lists(kind: str, run: RunSettings) -> list[tuple[str, Sequence[str]]]:
+    """Keys that name plugins of a kind -> the names."""
+    if kind == "quantizer":
+        return [(key, [name]) for key, name in named_quantizers(run).items()]
+    return [(key, getattr(run, key)) for key, listed in LISTED.items() if listed == kind]
 
 
 @dataclass
@@ -149,12 +157,12 @@ class PartsCheck:
         """Names of the plugins of a kind that the run uses."""
         if kind in self.classes:
             return [self.classes[kind].name]
-        keys = [key for key, listed in LISTED.items() if listed == kind]
-        names: Sequence[str] = getattr(run, keys[0]) if run is not None and keys else ()
-        for name in names if report else ():
+        named = [] if run is None else [(key, name) for key, names in _lists(kind, run) for name in names]
+        for key, name in named if report else ():
             if not self.registry.known(kind, name):
-                self.refuse(keys[0], name, f"is not a registered {kind}", self.registry.remedy(kind, name))
-        return [self.registry.get(kind, name).name for name in names if self.registry.known(kind, name)]
+                self.refuse(key, name, f"is not a registered {kind}", self.registry.remedy(kind, name))
+        names = dict.fromkeys(name for _, name in named if self.registry.known(kind, name))
+        return [self.registry.get(kind, name).name for name in names]
 
     def check_optimizer(self, run: RunSettings) -> None:
         """Its package is there, and it has the ``adam_*`` settings that the user gave."""
