@@ -195,8 +195,12 @@ def evaluation_setting(family: ModelFamily, *, num_data: int | None = None) -> E
 # -- a finished run ---------------------------------------------------------------------------------------------------
 
 
-def open_run(output_dir: Path) -> tuple[Configuration, Registry]:
+def open_run(output_dir: Path, *, base_model_precision: str | None = None) -> tuple[Configuration, Registry]:
     """The configuration and the plugins of the run in `output_dir`, wherever the folder lies now.
+
+    Args:
+        output_dir: Of the run.
+        base_model_precision: A quantizer of the base in place of the run's, or ``no_change``.
 
     Raises:
         UserError: It is not the folder of a finished run.
@@ -221,7 +225,10 @@ def open_run(output_dir: Path) -> tuple[Configuration, Registry]:
         raise UserError(f"{file} is not JSON of a run: {error}", "restore the file, or run again") from error
     registry = Registry.load(plugins)
     return load_configuration(
-        registry, config_file=file, flags={"output_dir": str(output_dir)}, to_train=False
+        registry,
+        config_file=file,
+        flags={"output_dir": str(output_dir), "base_model_precision": base_model_precision},
+        to_train=False,
     ), registry
 
 

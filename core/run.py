@@ -267,7 +267,7 @@ class Run(RunParts):
         from .memory_plan import memory_settings
 
         if is_out_of_memory(error):
-            self.say(out_of_memory_hint(memory_settings(self)))
+            self.say(out_of_memory_hint(memory_settings(self), quantizers=self.settings.model_type == "lora"))
 
 
 def _resume_command(output_dir: Path) -> str:

@@ -43,10 +43,10 @@ class Int8Quanto(Quantizer):
         freeze(network)
         for name, layer in layers:
             quantised: Any = network.get_submodule(name)
-            layer.weight = nn.Parameter(quantised.weight.detach(), requires_grad=False)
-            layer.bias = quantised.bias
+            weight = quantised.weight.detach()
+            layer.weight, layer.bias = nn.Parameter(weight, requires_grad=False), quantised.bias
             if isinstance(layer, nn.Linear):
-                numbers, scale = (getattr(layer.weight, part) for part in layer.weight.__tensor_flatten__()[0])
+                numbers, scale = (getattr(weight, part) for part in weight.__tensor_flatten__()[0])
                 layer = ScaledLinear(layer, numbers, scale)
             replace_module(network, name, layer)
         return network.to(device)

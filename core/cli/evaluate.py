@@ -32,6 +32,9 @@ def evaluate(
         list[str] | None,
         typer.Option(metavar="PATH[:WEIGHT]", help="A LoRA beside the student's and in the teacher; repeatable."),
     ] = None,
+    base_model_precision: Annotated[
+        str | None, typer.Option(help="Quantizer of the base, or no_change; the run's by default.")
+    ] = None,
 ) -> None:
     """Score a finished run's student against its teacher: a table, evaluation.json and evaluation.png."""
     student_steps, full_steps = read_steps("--steps", steps), read_steps("--teacher-steps", teacher_steps)
@@ -41,7 +44,7 @@ def evaluate(
     from ..evaluation_run import evaluate_run
 
     loras = parse_loras(lora or [])
-    configuration, registry = open_run(output_dir)
+    configuration, registry = open_run(output_dir, base_model_precision=base_model_precision)
     family = build_family(configuration, registry, say=_say)
     count = num_samples or configuration.run.evaluation_num_samples
     prompts, real_images = _data(configuration, registry, family, count)
@@ -62,8 +65,13 @@ def evaluate(
     Console().print(found.table())
     for name, reason in found.left_out.items():
         _say(f"evaluator {name} is left out: {reason}")
-    for file in found.save(output_dir, suffix="-with-lora" if loras else ""):
+    for file in found.save(output_dir, suffix=_suffix(bool(loras), base_model_precision)):
         _say(f"wrote {file}")
+
+
+def _suffix(with_loras: bool, precision: str | None) -> str:
+    """What the files are called by beside those of the run as it was."""
+    return ("-with-lora" if with_loras else "") + (f"-{precision}-base" if precision else "")
 
 
 def _say(line: str) -> None:
