@@ -201,9 +201,8 @@ class DiffusersFamily(DiffusersModel):
         names = [*("student" for _ in loras), *(f"extra_{n}" for n in range(len(extra_loras)))]
         adapters = dict(zip(names, self._loras(named), strict=True))
         attach(self.architecture, {self.architecture.denoiser: network}, adapters)
-        for name, weight in network.named_parameters():
-            if "lora_" in name:  # a copy: where a file is mapped, weights lie unaligned, and kernels round otherwise
-                weight.data = weight.data.to(self.settings.device, copy=True)
+        if loras:
+            exporting.refill(self.architecture, network, folder, adapter="student")
         load_second_time(network, folder, name="student")
         return network.requires_grad_(False)
 

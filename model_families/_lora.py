@@ -122,8 +122,7 @@ def _attach(pipeline: Any, architecture: Architecture, lora: Lora, adapter: str,
             for name in touched:
                 component, state = getattr(pipeline, name), dict(lora.state)
                 if name == architecture.denoiser:
-                    # else the adapter is rounded to the type of the base before its weights are read
-                    component.load_lora_adapter(state, prefix=name, low_cpu_mem_usage=True, **shared)
+                    component.load_lora_adapter(state, prefix=name, **shared)
                 else:
                     pipeline.load_lora_into_text_encoder(state, text_encoder=component, prefix=name, **shared)
     except (RuntimeError, ValueError, KeyError) as error:
