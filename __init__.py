@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .core.method import Method, MethodPart, MethodSetup, Requirements, Role, Sampler, Stage, Update
     from .core.optimizer import OptimizerPlugin, OptimizerSettings
     from .core.publisher import Publisher
+    from .core.quantizer import Quantizer
     from .core.tracker import RunInfo, Tracker
 
 __version__ = "0.1.0"
@@ -58,6 +59,7 @@ __all__ = [
     "OutOfReach",
     "PluginError",
     "Publisher",
+    "Quantizer",
     "Requirements",
     "Role",
     "RunInfo",
@@ -84,6 +86,7 @@ _HOMES = {
     "method": "Method MethodPart MethodSetup Requirements Role Sampler Stage Update",
     "optimizer": "OptimizerPlugin OptimizerSettings",
     "publisher": "Publisher",
+    "quantizer": "Quantizer",
     "tracker": "RunInfo Tracker",
 }
 

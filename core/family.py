@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from .precision import Precisions
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
@@ -31,6 +33,10 @@ class Capabilities:
     guidance_embedding: bool = False
     second_time: bool = False
     features: bool = False
+    quantised_base: bool = False
+    """Whether :meth:`ModelFamily.load_network` quantises as its settings' ``precision`` says."""
+    quantised_text_encoders: int = 0
+    """How many text encoders it quantises so: the first, the second, ..."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,7 @@ class ModelSettings:
         config_source: Local folder with configs and tokenizers for a single-file model where there is no hub.
         resolution: (width, height) in pixels of the run's pictures, for schedules that depend on it; None where the
             run names none.
+        precision: Quantizes networks as they load.
     """
 
     source: str
@@ -57,6 +64,7 @@ class ModelSettings:
     revision: str | None = None
     config_source: str | None = None
     resolution: tuple[int, int] | None = None
+    precision: Precisions = field(default_factory=Precisions, compare=False)
 
 
 @dataclass(frozen=True)

@@ -94,6 +94,8 @@ class Requirements:
     """Whether LoRA dropout must be 0 (consistency methods compare two passes of one network)."""
     divides_timesteps: int | None = None
     """A number of grid points that must divide the schedule's number of training timesteps, where it is discrete."""
+    forward_ad: bool = False
+    """Whether the networks are differentiated in forward mode (:meth:`.context.Context.jvp`, exact)."""
     finite_snr: bool = False
     """Whether x0 must be computable from eps at the last timestep (fails for eps prediction at zero terminal SNR)."""
 

@@ -36,9 +36,10 @@ from .plugin_sources import (
     without,
 )
 from .publisher import Publisher
+from .quantizer import Quantizer
 from .tracker import Tracker
 
-Kind = Literal["method", "family", "data_backend", "tracker", "optimizer", "evaluator", "publisher"]
+Kind = Literal["method", "family", "data_backend", "tracker", "optimizer", "quantizer", "evaluator", "publisher"]
 KINDS: tuple[str, ...] = get_args(Kind)
 
 _BASES: Mapping[str, type] = {
@@ -47,6 +48,7 @@ _BASES: Mapping[str, type] = {
     "data_backend": DataBackend,
     "tracker": Tracker,
     "optimizer": OptimizerPlugin,
+    "quantizer": Quantizer,
     "evaluator": Evaluator,
     "publisher": Publisher,
 }
@@ -56,6 +58,7 @@ _HOOKS: Mapping[str, str] = {
     "data_backend": "register_data_backends",
     "tracker": "register_trackers",
     "optimizer": "register_optimizers",
+    "quantizer": "register_quantizers",
     "evaluator": "register_evaluators",
     "publisher": "register_publishers",
 }

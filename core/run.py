@@ -224,7 +224,7 @@ class Run(RunParts):
         folder = self.settings.output_dir / "validation"
         with self.processes.together():
             if self.validator is not None and self.processes.main:
-                with self.networks.averaged():
+                with self.trainer.loop.evaluating(), self.networks.averaged():
                     folder = self.validator.run(step, self.networks, self.trackers)
                 self.family.release_encoders()  # the autoencoder's memory is the training's
         self.registry.hook.on_validation_end(state=self.trainer.state, folder=folder, step=step)
@@ -236,7 +236,7 @@ class Run(RunParts):
         student, evaluation = self.settings.output_dir / "student", None
         with self.processes.together():
             if self.processes.main:
-                with self.networks.averaged():
+                with self.trainer.loop.evaluating(), self.networks.averaged():
                     export_student(self, student)
                     if self.settings.evaluation_num_samples:
                         evaluation = evaluate_student(self)
@@ -275,7 +275,7 @@ class Run(RunParts):
         from .memory_plan import memory_settings
 
         if is_out_of_memory(error):
-            self.say(out_of_memory_hint(memory_settings(self)))
+            self.say(out_of_memory_hint(memory_settings(self), quantizers=self.settings.model_type == "lora"))
 
 
 def _resume_command(output_dir: Path) -> str:

@@ -71,7 +71,7 @@ class RunParts:
     @cached_property
     def family(self) -> Any:
         """The run's model."""
-        return build_family(self.config, self.registry, device=str(self.processes.device))
+        return build_family(self.config, self.registry, device=str(self.processes.device), say=self.say)
 
     @cached_property
     def method(self) -> Any:
@@ -180,25 +180,28 @@ class RunParts:
         from .optimizer import OptimizerSettings
 
         settings, parameters = self.settings, self.networks.parameters(role)
-        learning_rate = self.networks.roles[role].learning_rate or settings.learning_rate
-        optimizer = self.optimizer_plugin.build(
+        plugin = self.optimizer_plugin
+        own_rate = None if plugin.estimates_learning_rate else self.networks.roles[role].learning_rate
+        learning_rate = own_rate or settings.learning_rate
+        optimizer = plugin.build(
             parameters,
             OptimizerSettings(
                 learning_rate, settings.adam_beta1, settings.adam_beta2, settings.adam_epsilon,
-                settings.adam_weight_decay,
+                settings.adam_weight_decay, settings.lr_warmup_steps,
             ),
         )  # fmt: skip
+        schedule = "constant" if plugin.schedule_free else settings.lr_scheduler
         fp16 = settings.mixed_precision == "fp16"
         return RoleOptimizer(
             optimizer, parameters, learning_rate=learning_rate,
             schedule=staged(
                 lambda num_steps: lr_lambda(
-                    settings.lr_scheduler, settings.lr_warmup_steps, num_steps, num_cycles=settings.lr_num_cycles,
+                    schedule, settings.lr_warmup_steps, num_steps, num_cycles=settings.lr_num_cycles,
                     power=settings.lr_power, end_factor=settings.lr_end / settings.learning_rate,
                 ),
                 self.stages,
             ),
-            max_grad_norm=settings.max_grad_norm,
+            max_grad_norm=settings.max_grad_norm, care=plugin,
             scaler=torch.amp.GradScaler(self.processes.device.type) if fp16 else None,
         )  # fmt: skip
 

@@ -27,7 +27,13 @@ class StableDiffusion(UNetFamily):
     """What the first and the second generation share; abstract. The unconditional is the encoded empty prompt."""
 
     capabilities: ClassVar[Capabilities] = Capabilities(
-        lora=True, full=True, guidance_embedding=True, second_time=True, features=True
+        lora=True,
+        full=True,
+        guidance_embedding=True,
+        second_time=True,
+        features=True,
+        quantised_base=True,
+        quantised_text_encoders=1,
     )
     embed_keys: ClassVar[tuple[str, ...]] = ("prompt_embeds",)
     default_guidance: ClassVar[float] = 7.5

@@ -61,7 +61,13 @@ class Flux(TransformerFamily):
 
     name: ClassVar[str] = "flux"
     capabilities: ClassVar[Capabilities] = Capabilities(
-        lora=True, full=True, guidance_embedding=True, second_time=True, features=True
+        lora=True,
+        full=True,
+        guidance_embedding=True,
+        second_time=True,
+        features=True,
+        quantised_base=True,
+        quantised_text_encoders=2,
     )
     lora_targets: ClassVar[tuple[str, ...]] = (*LORA_TARGETS, "proj_mlp", "proj_out")
     default_guidance: ClassVar[float] = 3.5

@@ -49,7 +49,13 @@ class SDXL(UNetFamily):
 
     name: ClassVar[str] = "sdxl"
     capabilities: ClassVar[Capabilities] = Capabilities(
-        lora=True, full=True, guidance_embedding=True, second_time=True, features=True
+        lora=True,
+        full=True,
+        guidance_embedding=True,
+        second_time=True,
+        features=True,
+        quantised_base=True,
+        quantised_text_encoders=2,
     )
     pixel_multiple: ClassVar[int] = 8
     miniature: ClassVar[Path | None] = MINIATURES / "sdxl_miniature"

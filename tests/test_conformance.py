@@ -68,7 +68,7 @@ QUICK_FAMILIES = ("sdxl", "flux")
 """A UNet and a transformer; the others are run with -m slow."""
 QUICK_METHODS = ("lcm", "kd")
 """Whose students learn eps prediction without -m slow; of the others only flow."""
-KINDS = ("method", "family", "data_backend", "tracker", "optimizer", "evaluator", "publisher")
+KINDS = ("method", "family", "data_backend", "tracker", "optimizer", "quantizer", "evaluator", "publisher")
 
 
 def is_slow(kind: str, name: str, check: Check) -> bool:

@@ -202,6 +202,7 @@ REGISTRATION = {
     "register_data_backends": "data_backend",
     "register_trackers": "tracker",
     "register_optimizers": "optimizer",
+    "register_quantizers": "quantizer",
     "register_evaluators": "evaluator",
     "register_publishers": "publisher",
 }

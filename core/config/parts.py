@@ -14,6 +14,7 @@ from ..packages import missing
 from .configuration import PARTS
 from .dataset_settings import DatasetSettings
 from .findings import PartCheck
+from .quantisation import named_quantizers
 from .reading import Layers, Origin
 from .run_settings import RunSettings
 
@@ -24,9 +25,18 @@ NAMED = {"distillation_method": "method", "model_family": "family", "optimizer":
 """Keys that name one plugin -> its kind."""
 LISTED = {"report_to": "tracker", "evaluators": "evaluator", "publish_to": "publisher"}
 """Keys that name several."""
+FACTORS = (0.1, 10.0)
+"""Learning rates of optimizers that find the size of their steps themselves: least and greatest."""
 ADAM_KEYS = ("adam_beta1", "adam_beta2", "adam_epsilon", "adam_weight_decay")
 Parts = dict[str, dict[str, BaseModel]]
 """Key of a part -> plugin's name -> its validated configuration."""
+
+
+def _lists(kind: str, run: RunSettings) -> list[tuple[str, Sequence[str]]]:
+    """Keys that name plugins of a kind -> the names."""
+    if kind == "quantizer":
+        return [(key, [name]) for key, name in named_quantizers(run).items()]
+    return [(key, getattr(run, key)) for key, listed in LISTED.items() if listed == kind]
 
 
 @dataclass
@@ -149,12 +159,12 @@ class PartsCheck:
         """Names of the plugins of a kind that the run uses."""
         if kind in self.classes:
             return [self.classes[kind].name]
-        keys = [key for key, listed in LISTED.items() if listed == kind]
-        names: Sequence[str] = getattr(run, keys[0]) if run is not None and keys else ()
-        for name in names if report else ():
+        named = [] if run is None else [(key, name) for key, names in _lists(kind, run) for name in names]
+        for key, name in named if report else ():
             if not self.registry.known(kind, name):
-                self.refuse(keys[0], name, f"is not a registered {kind}", self.registry.remedy(kind, name))
-        return [self.registry.get(kind, name).name for name in names if self.registry.known(kind, name)]
+                self.refuse(key, name, f"is not a registered {kind}", self.registry.remedy(kind, name))
+        names = dict.fromkeys(name for _, name in named if self.registry.known(kind, name))
+        return [self.registry.get(kind, name).name for name in names]
 
     def check_optimizer(self, run: RunSettings) -> None:
         """It has the ``adam_*`` settings that the user gave."""
@@ -163,8 +173,13 @@ class PartsCheck:
             return
         for key in ADAM_KEYS:
             if self.layers.given(key) and key not in plugin.honours:
-                problem = f"is not honoured: the optimizer {plugin.name!r} has no such setting"
-                self.refuse(key, getattr(run, key), problem, f"leave {key} out, or see optimizer_config")
+                self._unhonoured(key, getattr(run, key), plugin.name)
+        rate, low, high = run.learning_rate, *FACTORS
+        if plugin.estimates_learning_rate and not low <= rate <= high:
+            problem = f"is a factor on the step size that {plugin.name!r} finds itself, so near 1"
+            self.refuse("learning_rate", rate, problem, "set learning_rate to 1, or leave it out")
+        if plugin.schedule_free:
+            self._check_schedule_free(run, plugin.name)
 
     def check_packages(self) -> None:
         """What method, family and optimizer need is installed."""
@@ -174,3 +189,25 @@ class PartsCheck:
                 for package, install in missing(found.packages).items():
                     problem = f"needs the package {package}, which is not installed"
                     self.refuse(key, found.name, problem, f"pip install '{install}'")
+
+    def _unhonoured(self, key: str, value: float, name: str) -> None:
+        if value == RunSettings.model_fields[key].default:  # nothing else was asked for
+            self.notices.append(f"{key} = {value:g} has no effect: the optimizer {name!r} has no such setting")
+            return
+        problem = f"is not honoured: the optimizer {name!r} has no such setting"
+        self.refuse(key, value, problem, f"leave {key} out, or see optimizer_config")
+
+    def _check_schedule_free(self, run: RunSettings, name: str) -> None:
+        if run.lr_scheduler not in ("constant", "constant_with_warmup"):
+            effect = "its average takes the place of a schedule, and it does lr_warmup_steps itself"
+            self.notices.append(f"lr_scheduler = {run.lr_scheduler!r} has no effect with {name!r}: {effect}")
+        if run.use_ema:
+            problem = f"is a second average: the optimizer {name!r} averages its weights itself"
+            self.refuse("use_ema", True, problem, "set use_ema to false")
+
+    def default_learning_rate(self) -> None:
+        """Where nobody but a recipe for another optimizer gives a learning rate: the optimizer's own, if it has one."""
+        plugin = self.classes.get("optimizer")
+        if plugin is not None and plugin.default_learning_rate is not None and not self.layers.given("learning_rate"):
+            self.layers.values["learning_rate"] = plugin.default_learning_rate
+            self.notices.append(f"learning_rate is {plugin.default_learning_rate:g}, as {plugin.name!r} wants it")

@@ -40,7 +40,7 @@ def _weights(subject: Subject) -> list[nn.Parameter]:
 
 def _rate_of(subject: Subject) -> float:
     """Of an optimizer that finds the size of its steps itself it is a factor."""
-    return 1.0 if getattr(subject.cls, "estimates_learning_rate", False) else RATE
+    return 1.0 if subject.cls.estimates_learning_rate else RATE
 
 
 def _make(subject: Subject, weights: list[nn.Parameter]) -> Any:
