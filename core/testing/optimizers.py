@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,7 @@ STEPS = 100
 ENOUGH = 0.8
 """Share of the loss that may be left."""
 RATE = 1e-2
-SETTINGS = {"beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8, "weight_decay": 0.0}
+SETTINGS = OptimizerSettings(RATE, beta1=0.9, beta2=0.999, epsilon=1e-8, weight_decay=0.0)
 
 
 def checks(subject: Subject) -> list[Named]:
@@ -47,7 +48,7 @@ def _make(subject: Subject, weights: list[nn.Parameter]) -> Any:
     subject.need_packages()
     plugin = subject.cls(subject.config())
     with failing("build()", "it is given parameters and OptimizerSettings"):
-        return plugin.build(weights, OptimizerSettings(learning_rate=_rate_of(subject), **SETTINGS))
+        return plugin.build(weights, replace(SETTINGS, learning_rate=_rate_of(subject)))
 
 
 def _step(weights: list[nn.Parameter], optimizer: Any, seed: int) -> float:
