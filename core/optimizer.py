@@ -59,7 +59,9 @@ class OptimizerPlugin(OptimizerCare, ABC):
     """Type of the trained weights: bfloat16 for optimizers that compensate the rounding themselves."""
 
     default_learning_rate: ClassVar[float | None] = None
-    """Learning rate where the user gives none; None: as AdamW's."""
+    """Learning rate where the user gives none; None: AdamW's times `relative_learning_rate`."""
+    relative_learning_rate: ClassVar[float] = 1.0
+    """What its learning rates are of AdamW's, where the user gives none."""
     estimates_learning_rate: ClassVar[bool] = False
     """Whether it finds the size of its steps itself, and ``learning_rate`` is a factor on that, near 1."""
     schedule_free: ClassVar[bool] = False

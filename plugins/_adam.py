@@ -35,3 +35,7 @@ def lion_arguments(settings: OptimizerSettings, config: LionConfig) -> dict[str,
         "betas": (config.beta1, config.beta2),
         "weight_decay": settings.weight_decay,
     }
+
+
+LION_RATE = 0.2
+"""Lion's learning rate by AdamW's: its steps are all of the size of AdamW's largest (arXiv 2302.06675 says 3 to 10)."""

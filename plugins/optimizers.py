@@ -9,7 +9,7 @@ from pydantic import Field
 
 from ..core.hookspecs import hookimpl
 from ..core.optimizer import OptimizerPlugin, OptimizerSettings
-from ._adam import LionConfig, adam_arguments, lion_arguments
+from ._adam import LION_RATE, LionConfig, adam_arguments, lion_arguments
 
 if TYPE_CHECKING:
     import torch
@@ -132,6 +132,7 @@ class Lion(OptimizerPlugin):
 
     name = "lion"
     packages: ClassVar = {"lion_pytorch": "lion-pytorch"}
+    relative_learning_rate = LION_RATE
     honours = frozenset({"adam_weight_decay"})
     Config = LionConfig
 
@@ -147,6 +148,7 @@ class OptimiLion(OptimizerPlugin):
 
     name = "optimi-lion"
     packages: ClassVar = {"optimi": "torch-optimi"}
+    relative_learning_rate = LION_RATE
     honours = frozenset({"adam_weight_decay"})
     Config = LionConfig
 

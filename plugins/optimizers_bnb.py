@@ -9,7 +9,7 @@ from pydantic import Field
 
 from ..core.hookspecs import hookimpl
 from ..core.optimizer import OptimizerPlugin, OptimizerSettings
-from ._adam import LionConfig, adam_arguments, lion_arguments
+from ._adam import LION_RATE, LionConfig, adam_arguments, lion_arguments
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +42,7 @@ class BnbLion8bit(OptimizerPlugin):
 
     name = "bnb-lion8bit"
     packages: ClassVar = PACKAGES
+    relative_learning_rate = LION_RATE
     honours = frozenset({"adam_weight_decay"})
     state_bytes = 1.0
 

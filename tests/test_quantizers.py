@@ -217,7 +217,7 @@ def test_the_type_that_other_layers_look_at_stays(tmp_path):
     small = SD3(SD3.Config(), ModelSettings(str(folder), precision=Precisions(parts)))
     expected, found = (family.encode_prompts(["a red thing"]) for family in (plain, small))
     for key, value in expected.items():
-        assert 0 < relative(found[key].float(), value.float()) < 0.3, key
+        assert 0 < relative(found[key].float(), value.float()) < 0.6, key
     network = small.load_network()
     assert small.input_weight(network).is_floating_point()
 

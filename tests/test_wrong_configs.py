@@ -229,7 +229,7 @@ WRONG = [
     Wrong("quantised full", run(base_model_precision="int8-torchao", model_family="sdxl", model_type="full", learning_rate=1e-6), CONFIG, "base_model_precision", "only goes with a LoRA", "model_type to lora"),
     Wrong("quantised text of a full model", run(text_encoder_2_precision="nf4-bnb", model_family="sdxl", model_type="full", learning_rate=1e-6), CONFIG, "text_encoder_2_precision", "exported whole", "model_type to lora"),
     Wrong("encoder that is not there", run(text_encoder_3_precision="nf4-bnb", model_family="sdxl"), CONFIG, "text_encoder_3_precision", "quantises 2 text encoders", "no_change"),
-    Wrong("family without quantisation", run(base_model_precision="int8-torchao"), CONFIG, "base_model_precision", "does not quantise its base", "no_change"),
+    Wrong("family without quantisation", run(base_model_precision="int8-torchao", model_family="plain-family"), CONFIG, "base_model_precision", "does not quantise its base", "no_change"),
     Wrong("forward mode", run(base_model_precision="nf4-bnb", model_family="sdxl", distillation_method="meanflow"), CONFIG, "base_model_precision", "differentiates the network in forward mode", "int8-torchao"),
     Wrong("group size", run(base_model_precision="int4-torchao", model_family="sdxl", quantizer_config={"int4-torchao": {"group_size": 7}}), CONFIG, "quantizer_config.int4-torchao.group_size", "7", "64"),
     # not in this version

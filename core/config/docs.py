@@ -51,7 +51,7 @@ def config_page() -> str:
         parts += [f"### {title}", table(group, group.model_fields)]
     parts += [
         "### Settings of plugins",
-        "`distillation_config`, `family_config`, `optimizer_config`, `tracker_config`, `evaluator_config` and "
+        "`distillation_config`, `family_config`, `optimizer_config`, `quantizer_config`, `tracker_config`, `evaluator_config` and "
         '`publisher_config` are objects by plugin name, as `{"lcm": {...}}`; for the chosen method, family and optimizer '
         "the name may be left out. What each takes: [plugins.md](plugins.md).",
         "### Other names",

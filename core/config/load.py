@@ -191,7 +191,7 @@ class Loader:
         recipe_type = recipe.get("model_type", RunSettings.model_fields["model_type"].default)
         if self.layers.values.get("model_type", recipe_type) != recipe_type:
             recipe.pop("learning_rate", None)
-        recipe = _for_optimizer(recipe, check)
+        recipe = check.recipe_for_optimizer(recipe)
         parts = recipe.get("distillation_config", {})
         recipe["distillation_config"] = {name: part for name, part in parts.items() if method and name == method.name}
         under = Layers()
@@ -306,14 +306,3 @@ class Loader:
             miniature=self.miniature,
             plugin_files=self.registry.files,
         )
-
-
-def _for_optimizer(recipe: dict[str, Any], check: PartsCheck) -> dict[str, Any]:
-    """A recipe without what the chosen optimizer does in its own way: learning rate, average."""
-    optimizer = check.classes.get("optimizer")
-    own = set()
-    if optimizer is not None and optimizer.default_learning_rate is not None:
-        own |= {"learning_rate", "lr_end"}
-    if optimizer is not None and optimizer.schedule_free:
-        own |= {"use_ema", "ema_decay", "lr_scheduler", "lr_end"}
-    return {key: value for key, value in recipe.items() if key not in own}

@@ -16,7 +16,7 @@ from .dataset_settings import DatasetSettings
 from .findings import PartCheck
 from .quantisation import named_quantizers
 from .reading import Layers, Origin
-from .run_settings import RunSettings
+from .run_settings import FULL_RATE, LORA_RATE, RunSettings
 
 if TYPE_CHECKING:
     from ..plugins import Registry
@@ -206,8 +206,29 @@ class PartsCheck:
             self.refuse("use_ema", True, problem, "set use_ema to false")
 
     def default_learning_rate(self) -> None:
-        """Where nobody but a recipe for another optimizer gives a learning rate: the optimizer's own, if it has one."""
+        """Where neither the user nor a recipe gives a learning rate: the optimizer's own."""
         plugin = self.classes.get("optimizer")
-        if plugin is not None and plugin.default_learning_rate is not None and not self.layers.given("learning_rate"):
-            self.layers.values["learning_rate"] = plugin.default_learning_rate
-            self.notices.append(f"learning_rate is {plugin.default_learning_rate:g}, as {plugin.name!r} wants it")
+        if plugin is None or self.layers.given("learning_rate"):
+            return
+        rate = plugin.default_learning_rate
+        if rate is None and plugin.relative_learning_rate != 1:
+            full = self.layers.values.get("model_type") == "full"
+            rate = plugin.relative_learning_rate * (FULL_RATE if full else LORA_RATE)
+        if rate is not None:
+            self.layers.values["learning_rate"] = rate
+            self.notices.append(f"learning_rate is {rate:g}, as {plugin.name!r} wants it")
+
+    def recipe_for_optimizer(self, recipe: dict[str, Any]) -> dict[str, Any]:
+        """A recipe, which is made for AdamW, without what the chosen optimizer does in its own way."""
+        plugin = self.classes.get("optimizer")
+        if plugin is None:
+            return recipe
+        own = {"learning_rate", "lr_end"} if plugin.default_learning_rate is not None else set()
+        own |= {"use_ema", "ema_decay", "lr_scheduler", "lr_end"} if plugin.schedule_free else set()
+        kept = {key: value for key, value in recipe.items() if key not in own}
+        factor = plugin.relative_learning_rate
+        rates = {key: kept[key] * factor for key in ("learning_rate", "lr_end") if key in kept and factor != 1}
+        if rates and not self.layers.given("learning_rate"):
+            told = f"{factor:g} of what the miniature's recipe has for AdamW"
+            self.notices.append(f"learning_rate is {rates['learning_rate']:g} for {plugin.name!r}, {told}")
+        return kept | rates

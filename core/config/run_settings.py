@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 
 from .types import HubOrPath, Integers, LocalPath, Names, Resolutions, Settings, Texts
 
+LORA_RATE, FULL_RATE = 1e-4, 1e-6
+"""Learning rates of AdamW where the user gives none."""
 ResolutionType = Literal["pixel", "area", "pixel_area"]
 
 
@@ -91,7 +93,7 @@ class TrainingKeys(Settings):
     """Optimisation."""
 
     learning_rate: float = Field(default=1e-4, gt=0, le=10)
-    """Learning rate after warm-up; absent: 1e-4 for LoRA, 1e-6 for full training."""
+    """Learning rate after warm-up; absent: 1e-4 for LoRA, 1e-6 for full training, or what the optimizer wants."""
     lr_scheduler: Literal[
         "constant", "constant_with_warmup", "linear", "sine", "cosine", "cosine_with_restarts", "polynomial"
     ] = "constant_with_warmup"
@@ -223,7 +225,7 @@ class RunSettings(ModelKeys, DataKeys, TrainingKeys, OutputKeys):
     def _defaults_by_others(cls, values: dict[str, object]) -> dict[str, object]:
         """Defaults that depend on other keys: learning rate, alpha, output folder."""
         full = values.get("model_type") == "full"
-        values = {"learning_rate": 1e-6 if full else 1e-4, **values}
+        values = {"learning_rate": FULL_RATE if full else LORA_RATE, **values}
         values.setdefault("lora_alpha", values.get("lora_rank", 64))
         family, method = values.get("model_family", "sdxl"), values.get("distillation_method", "lcm")
         values.setdefault("output_dir", DEFAULT_OUTPUT.absolute() / f"{family}-{method}")
