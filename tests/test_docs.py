@@ -8,7 +8,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from support.pages import NOT_HERE, ROOT, blocks, pages, text, without_blocks
+from support.pages import ROOT, blocks, pages, text, without_blocks
 from support.quickstart import NOTICES, write_workspace
 
 PAGES = pages()
@@ -40,8 +40,6 @@ def problem_of_command(written: str) -> str | None:
     from distill.core.cli import COMMANDS, load_command
 
     name, *rest = shlex.split(written)[1:]
-    if written.startswith(NOT_HERE):
-        return None
     if name not in COMMANDS:
         return f"there is no command {name}"
     found = load_command(name)

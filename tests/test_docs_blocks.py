@@ -7,6 +7,7 @@ the order of the page, in one folder, on random tiny models. A block that no rul
 from __future__ import annotations
 
 import json
+import os
 import re
 import runpy
 import shlex
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from support.pages import NOT_HERE, ROOT, Block, blocks, files_of, pages, text
+from support.pages import ROOT, Block, blocks, files_of, pages, text
 from support.quickstart import (
     TINY,
     TINY_DATA,
@@ -107,7 +108,8 @@ def tiny_controlnet(*_: object, **__: object) -> object:
 def arguments(line: str, more: str) -> list[str]:
     """A line of the shell as it is run here: the tiny model, and a size that takes seconds."""
     given = shlex.split(line, comments=True)[1:]
-    more_of_it = shlex.split(more) if given[0] == "run" or "--config" in given else []
+    takes_more = given[0] == "run" or "--config" in given or given[:2] == ["plugins", "check"]
+    more_of_it = shlex.split(more) if takes_more else []
     whole = [*given, *more_of_it]
     tiny = []
     if "--config" in whole:
@@ -123,9 +125,16 @@ def arguments(line: str, more: str) -> list[str]:
 
 def run_distill(line: str, block: Block) -> None:
     said = command(*arguments(line, block.comments.get("run with", "")))
-    if said.code == 2 and line.startswith(NOT_HERE) and "No such command" in said.err:
-        return
     assert said.code == 0, f"{block.where}: {line}\n{said.out}\n{said.err}"
+
+
+def run_with_variable(line: str, block: Block) -> None:
+    """`NAME=VALUE distill ...`."""
+    variable, _, rest = line.partition(" ")
+    name, _, value = variable.partition("=")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(name, value)
+        run_distill(rest, block)
 
 
 def run_script(line: str, block: Block) -> None:
@@ -143,6 +152,17 @@ def check_benchmark(line: str, block: Block) -> None:
     for option in (each for each in given if each.startswith("--")):
         assert f'"{option}"' in code, f"{block.where}: {file} has no {option}"
     assert "slow" in block.comments, f"{block.where}: say how it is run in a short time, <!-- slow: ARGUMENTS -->"
+
+
+def run_tests(line: str, block: Block) -> None:
+    """`pytest FILE`, tests that the page has written; else a command for the checkout."""
+    file = shlex.split(line)[1]
+    if not Path(file).exists():
+        check_of_ci(line, block)
+        return
+    given = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull, file]
+    done = subprocess.run([sys.executable, *given], capture_output=True, text=True)
+    assert done.returncode == 0, f"{block.where}: {done.stdout}"
 
 
 def check_pip(line: str, block: Block) -> None:
@@ -169,7 +189,9 @@ RULES = {
     "python -m distill ": lambda line, block: run_distill(line.removeprefix("python -m "), block),
     "python benchmarks/": check_benchmark,
     "python ": run_script,
+    "DISTILL_": run_with_variable,
     "pip install ": check_pip,
+    "pytest ": run_tests,
     "": check_of_ci,
 }
 """How a line of the shell begins -> what is done with it; the first that fits."""
@@ -215,16 +237,20 @@ def check_settings(block: Block) -> None:
     run = json.loads(Path("config.json").read_text()) | ({} if entries else found)
     needs_no_pictures = entries and not any(each.get("dataset_type", "image") == "image" for each in found)
     run |= {"distillation_method": "kd", "distillation_config": {}} if needs_no_pictures else {}
-    run |= {"plugins": [str(path) for path in (ROOT / "examples").glob("*/distill_*/*_backend.py")]}
+    backends = [*(ROOT / "examples").glob("*/distill_*/*_backend.py"), *Path.cwd().glob("*_backend.py")]
+    run |= {"plugins": list({path.name: str(path) for path in backends}.values())}  # the page's own come first
     Path("checked.json").write_text(json.dumps(run))
     Path("checked-data.json").write_text(json.dumps(found) if entries else Path("multidatabackend.json").read_text())
     flags = {"pretrained_model_name_or_path": "model", "output_dir": "none"}
     small = () if entries else TINY_DATA
     try:
-        load_configuration(
-            Registry.load(installed=False), config_file=Path("checked.json"), data_file=Path("checked-data.json"),
-            flags=flags, overrides=small,
-        )  # fmt: skip
+        with pytest.MonkeyPatch.context() as patch:
+            for variable in re.findall(r"\{env:(\w+)\}", block.content):
+                patch.setenv(variable, "a-secret")
+            load_configuration(
+                Registry.load(installed=False), config_file=Path("checked.json"), data_file=Path("checked-data.json"),
+                flags=flags, overrides=small,
+            )  # fmt: skip
     except ConfigError as error:
         wrong = [str(finding) for finding in error.findings if finding.problem != "does not exist"]
         assert not wrong, f"{block.where}: {wrong}"
