@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from ..core.errors import UserError
-from ..core.flow_map import WEIGHTS as SECOND_TIME
 from ._files import quiet_libraries
 from ._lora import WEIGHTS, read_lora
 
@@ -100,6 +99,8 @@ def export_kohya(
     Raises:
         UserError: It is no LoRA, or one that the format cannot hold.
     """
+    from ..core.flow_map import WEIGHTS as SECOND_TIME
+
     form = architecture.kohya
     if form is None:
         raise UserError(no_form(architecture), REMEDY)

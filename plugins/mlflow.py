@@ -9,6 +9,7 @@ import os
 import re
 import time
 from collections.abc import Mapping, Sequence
+from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -27,6 +28,10 @@ MOST_AT_ONCE = 1000
 """Metrics that a server takes in one request."""
 LONGEST_VALUE = 6000
 """Letters of a parameter's value."""
+LONGEST_NAME = 250
+"""Letters of a metric's name."""
+LONGEST_FILE = 120
+"""Letters of a picture's name, whose file has the step, the time and a number of 32 letters as well."""
 
 
 class MLflow(Tracker):
@@ -128,12 +133,14 @@ class MLflow(Tracker):
         """Pictures under ``images/``, by step."""
         self._send()
         for caption, image in images.items():
-            key = accepted(f"{name}/{caption}", more="")
+            key = accepted(f"{name}/{caption}", more="", longest=LONGEST_FILE)
             self._client.log_image(self._run, image.convert("RGB"), key=key, step=step, synchronous=True)
 
     def text(self, name: str, text: str, step: int) -> None:
         """Markdown files under ``text/``, by step."""
-        self._client.log_text(self._run, text, f"text/{accepted(name, more='')}-step-{step:06d}.md")
+        self._client.log_text(
+            self._run, text, f"text/{accepted(name, more='', longest=LONGEST_FILE)}-step-{step:06d}.md"
+        )
 
     def finish(self, scores: Mapping[str, float] | None = None) -> None:
         """Send what waits and the scores, and end the run."""
@@ -142,14 +149,19 @@ class MLflow(Tracker):
         self._client.set_terminated(self._run)
 
 
-def accepted(name: str, *, more: str = ":") -> str:
-    """The name with an underscore for each letter that MLflow refuses.
+def accepted(name: str, *, more: str = ":", longest: int = LONGEST_NAME) -> str:
+    """The name with an underscore for each letter that MLflow refuses; a longer one loses its middle.
 
     Args:
         name: Of a metric, picture or text.
         more: Letters that it takes beside letters, digits and ``_-. /``.
+        longest: Letters that it takes.
     """
-    return re.sub(rf"[^\w\-. /{more}]", "_", name, flags=re.ASCII)
+    name = re.sub(rf"[^\w\-. /{more}]", "_", name, flags=re.ASCII)
+    if len(name) <= longest:
+        return name
+    mark = blake2b(name.encode(), digest_size=4).hexdigest()  # two long names may differ in their middle alone
+    return f"{name[: longest // 2 - 10]}..{mark}..{name[-(longest // 2 - 10) :]}"
 
 
 def without_password(uri: str) -> str:

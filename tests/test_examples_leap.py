@@ -8,8 +8,9 @@ from distill.core.diffusion import Prediction
 from distill.core.plugins import Registry
 from distill.core.random import Draws
 from distill.core.terms.ddim import step_to, trailing_walk
-from support.closed_form import PATHS, GuidedFamily, train
-from support.gaussian import affine_of, gaussian_batch
+from distill.core.testing.gaussian import affine_of, gaussian_batch
+from distill.core.testing.paths import PATHS, train
+from support.closed_form import GuidedFamily
 from support.pages import ROOT
 
 MEAN, SCALE, STEPS, TEACHER_STEPS = 0.6, 2.0, 2, 4
