@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .core.api import API_VERSION
     from .core.backend import DataBackend, Entry, SampleBackend, SampleChunk
     from .core.batch import Batch, Conditioning
     from .core.errors import BadValue, ConfigError, DistillError, Finding, OutOfReach, PluginError, UserError
@@ -26,11 +27,13 @@ if TYPE_CHECKING:
     from .core.method import Method, MethodPart, MethodSetup, Requirements, Role, Sampler, Stage, Update
     from .core.optimizer import OptimizerPlugin, OptimizerSettings
     from .core.publisher import Publisher
+    from .core.quantizer import Quantizer
     from .core.tracker import RunInfo, Tracker
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "API_VERSION",
     "BadValue",
     "Batch",
     "Capabilities",
@@ -56,6 +59,7 @@ __all__ = [
     "OutOfReach",
     "PluginError",
     "Publisher",
+    "Quantizer",
     "Requirements",
     "Role",
     "RunInfo",
@@ -72,6 +76,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "api": "API_VERSION",
     "backend": "DataBackend Entry SampleBackend SampleChunk",
     "batch": "Batch Conditioning",
     "errors": "BadValue ConfigError DistillError Finding OutOfReach PluginError UserError",
@@ -81,6 +86,7 @@ _HOMES = {
     "method": "Method MethodPart MethodSetup Requirements Role Sampler Stage Update",
     "optimizer": "OptimizerPlugin OptimizerSettings",
     "publisher": "Publisher",
+    "quantizer": "Quantizer",
     "tracker": "RunInfo Tracker",
 }
 

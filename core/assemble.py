@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .config.output import RESOLVED
+from .config.quantisation import named_quantizers
 from .errors import UserError
 from .evaluator import EvaluationSetting
 from .family import ExtraLora, LoraSettings, ModelFamily, ModelSettings, Precision
 from .method import Method, MethodSetup, Requirements
+from .precision import Precisions
+from .quantizer import NO_CHANGE, Quantizer
 
 if TYPE_CHECKING:
     from torch import nn
@@ -74,12 +77,42 @@ def resolve_device(device: str) -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def build_family(configuration: Configuration, registry: Registry, *, device: str | None = None) -> ModelFamily:
-    """The run's family, on `device` (or what the run's key says); nothing loads before it is needed."""
+def build_family(
+    configuration: Configuration,
+    registry: Registry,
+    *,
+    device: str | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> ModelFamily:
+    """The run's family; nothing loads before it is needed.
+
+    Args:
+        configuration: The run's.
+        registry: The run's plugins.
+        device: Where its networks lie; what the run's key says unless given.
+        say: Takes a line for each network that is quantised, with what that saves.
+
+    Raises:
+        UserError: A quantizer cannot be used on this machine.
+    """
     family = registry.get("family", configuration.run.model_family)
     source = str(family.miniature) if family.miniature else None
     settings = model_settings(configuration, source=source)
-    return family(configuration.family, replace(settings, device=device) if device else settings)
+    settings = replace(settings, device=device) if device else settings
+    precision = Precisions(_quantizers(configuration, registry, settings.device), say)
+    return family(configuration.family, replace(settings, precision=precision))
+
+
+def _quantizers(configuration: Configuration, registry: Registry, device: str) -> dict[str, Quantizer]:
+    """Network -> its quantizer."""
+    found: dict[str, Quantizer] = {}
+    for key, name in named_quantizers(configuration.run).items():
+        quantizer = registry.get("quantizer", name)
+        reason = quantizer.usable(device)
+        if reason is not None:
+            raise UserError(f"{key} = {name!r} cannot be used on {device}: {reason}", f"set {key} to {NO_CHANGE}")
+        found[key.removesuffix("_precision")] = quantizer(configuration.quantizers[quantizer.name])
+    return found
 
 
 def lora_settings(configuration: Configuration) -> LoraSettings | None:
@@ -124,7 +157,7 @@ def build_pipeline(
 
     run = configuration.run
     if family is None:
-        family = build_family(configuration, registry)
+        family = build_family(configuration, registry, say=say)
         family.check_source()
     return DataPipeline(
         configuration, registry, family, micro_batch_size=run.train_batch_size,
@@ -159,11 +192,23 @@ def evaluation_setting(family: ModelFamily, *, num_data: int | None = None) -> E
     return EvaluationSetting(model_path=source, device=family.settings.device, num_data=num_data)
 
 
+def early_evaluation_setting(configuration: Configuration) -> EvaluationSetting:
+    """The same before there is a family: how many real pictures there will be is not known."""
+    run = configuration.run
+    folder = Path(run.pretrained_model_name_or_path or "")
+    known = run.pretrained_model_name_or_path is not None and folder.is_dir()
+    return EvaluationSetting(model_path=folder if known else None)
+
+
 # -- a finished run ---------------------------------------------------------------------------------------------------
 
 
-def open_run(output_dir: Path) -> tuple[Configuration, Registry]:
+def open_run(output_dir: Path, *, overrides: Sequence[str] = ()) -> tuple[Configuration, Registry]:
     """The configuration and the plugins of the run in `output_dir`, wherever the folder lies now.
+
+    Args:
+        output_dir: Of the run.
+        overrides: ``key=value`` over the run's own keys.
 
     Raises:
         UserError: It is not the folder of a finished run.
@@ -188,7 +233,7 @@ def open_run(output_dir: Path) -> tuple[Configuration, Registry]:
         raise UserError(f"{file} is not JSON of a run: {error}", "restore the file, or run again") from error
     registry = Registry.load(plugins)
     return load_configuration(
-        registry, config_file=file, flags={"output_dir": str(output_dir)}, to_train=False
+        registry, config_file=file, flags={"output_dir": str(output_dir)}, overrides=overrides, to_train=False
     ), registry
 
 

@@ -64,6 +64,19 @@ class DataBackend(ABC):
     def __init__(self, config: Any) -> None:
         self.config = config
 
+    @classmethod
+    def example(cls, folder: Path, files: Mapping[str, bytes]) -> Mapping[str, Any] | None:
+        """Put `files` into a place of this kind, for the conformance suite (:mod:`.testing`).
+
+        Args:
+            folder: Empty; whatever is needed may be written into it.
+            files: Pictures, and their captions in .txt files, by key (``a/001.png``, ``a/001.txt``).
+
+        Returns:
+            The keys of an entry that names the place; None where such a place cannot be made on this machine.
+        """
+        return None
+
     def check(self) -> None:
         """Look whether the place can be there, without the network: called before anything loads.
 

@@ -13,7 +13,9 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
     .. math:: |m_a - m_b|^2 + \mathrm{tr}(C_a) + \mathrm{tr}(C_b) - 2 \, \mathrm{tr} (C_a^{1/2} C_b C_a^{1/2})^{1/2}
 
-    The product under the root is symmetric, so that its eigenvalues are real and need no general matrix root.
+    The product under the root is symmetric, so that its eigenvalues are real and need no general matrix root. With
+    fewer vectors than features the last trace is taken as the nuclear norm of A B^T, of the centred sets over the roots
+    of N - 1 and M - 1: the same, of a smaller matrix.
 
     Args:
         a: Shape (N, F), N >= 2.
@@ -23,12 +25,15 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
         Dowson and Landau, The Fréchet distance between multivariate normal distributions, 1982.
     """
     a, b = a.double(), b.double()
+    mean_term = (a.mean(dim=0) - b.mean(dim=0)).square().sum()
+    if min(len(a), len(b)) <= a.shape[1]:
+        a, b = ((x - x.mean(dim=0)) / (len(x) - 1) ** 0.5 for x in (a, b))
+        return float(mean_term + a.square().sum() + b.square().sum() - 2 * torch.linalg.svdvals(a @ b.T).sum())
     covariance_a, covariance_b = (torch.atleast_2d(torch.cov(x.T)) for x in (a, b))
     values, vectors = torch.linalg.eigh(covariance_a)
     root_a = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     product = root_a @ covariance_b @ root_a
     cross = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
-    mean_term = (a.mean(dim=0) - b.mean(dim=0)).square().sum()
     return float(mean_term + covariance_a.trace() + covariance_b.trace() - 2 * cross)
 
 
@@ -48,7 +53,24 @@ def kernel_distance(a: Tensor, b: Tensor) -> float:
     a, b = a.double(), b.double()
     centre = b.mean(dim=0)
     a, b = a - centre, b - centre
-    scale = b.square().sum(dim=1).mean().clamp(min=1e-12)
+    return _cubic_discrepancy(a, b, float(b.square().sum(dim=1).mean().clamp(min=1e-12)))
+
+
+def polynomial_distance(a: Tensor, b: Tensor) -> float:
+    r"""The same with the features as they are and s = F: in features of the Inception network, the kernel inception
+    distance (KID).
+
+    Args:
+        a: Shape (N, F), N >= 2.
+        b: Shape (M, F), M >= 2.
+
+    References:
+        Bińkowski et al., Demystifying MMD GANs, arXiv 1801.01401.
+    """
+    return _cubic_discrepancy(a.double(), b.double(), float(a.shape[1]))
+
+
+def _cubic_discrepancy(a: Tensor, b: Tensor, scale: float) -> float:
     within_a, within_b, across = ((x @ y.T / scale + 1) ** 3 for x, y in ((a, a), (b, b), (a, b)))
     return float(_off_diagonal_mean(within_a) + _off_diagonal_mean(within_b) - 2 * across.mean())
 

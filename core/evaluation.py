@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .evaluator import EvaluationSetting, Evaluator, Samples
+from .evaluator import Evaluator, Samples
 from .grid import to_pictures
 from .sampling import Recipe, batch_size, make_pictures, plural, sampling, teacher_recipe
 
@@ -20,11 +20,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from .batch import Conditioning
-    from .config import Configuration
     from .evaluation_report import Evaluation
     from .family import ModelFamily
     from .method import Sampler
-    from .plugins import Registry
     from .sampling import NetworksByRole
 
 Say = Callable[[str], None]
@@ -157,13 +155,14 @@ def evaluate(
         family: Encodes the prompts and runs the pipeline.
         networks: Gives the networks of the roles in the plan.
         plan: What to make.
-        evaluators: By name; see :func:`build_evaluators`.
+        evaluators: By name; see :func:`.evaluators.build_evaluators`.
         data: Real pictures (M, 3, H, W) in [0, 1] at the plan's size, or None.
         say: Where progress goes, a line each.
         left_out: Evaluators that cannot be used here, with the reason.
     """
     from .evaluation_report import Evaluation
 
+    scorers = _Scorers(evaluators, dict(left_out or {}), say)
     embeds = encode(family, plan.prompts)
     rows: dict[int, Row] = {}
     reference: Tensor | None = None
@@ -177,9 +176,7 @@ def evaluate(
                 images, row = _make(family, network, recipe, embeds, plan)
                 reference = images if recipe is plan.reference else reference
                 beside = None if recipe is plan.reference else reference
-                samples = Samples(images, plan.sample_prompts, beside, data)
-                for evaluator in evaluators.values():
-                    row.scores |= evaluator.score(samples)
+                row.scores = scorers.score(Samples(images, plan.sample_prompts, beside, data))
                 rows[id(recipe)] = row
                 steps = plural(recipe.steps, "step")
                 say(f"evaluated {recipe.name} at {steps}: {row.seconds_per_image:.3g} s per picture")
@@ -188,10 +185,29 @@ def evaluate(
         plan=plan,
         rows=[rows[id(recipe)] for recipe in plan.recipes],
         higher_is_better=better,
-        left_out=dict(left_out or {}),
+        left_out=scorers.left_out,
         num_data=0 if data is None else len(data),
         device=str(family.settings.device),
     )
+
+
+class _Scorers:
+    """Evaluators, without those that have failed."""
+
+    def __init__(self, evaluators: Mapping[str, Evaluator], left_out: dict[str, str], say: Say) -> None:
+        self._evaluators, self.left_out, self._say = dict(evaluators), left_out, say
+
+    def score(self, samples: Samples) -> dict[str, float]:
+        """Scores of all that have not failed yet."""
+        scores: dict[str, float] = {}
+        for name, evaluator in list(self._evaluators.items()):
+            try:
+                scores |= evaluator.score(samples)
+            except Exception as error:  # one plugin's failure must not cost the other scores, nor end a finished run
+                del self._evaluators[name]
+                self.left_out[name] = f"it failed: {type(error).__name__}: {error}"
+                self._say(f"warning: evaluator {name} failed and is left out: {type(error).__name__}: {error}")
+        return scores
 
 
 def _by_role(recipes: Sequence[Recipe]) -> Iterator[tuple[str, list[Recipe]]]:
@@ -236,21 +252,3 @@ def _warm_up(
     for count in (min(batch_size(plan.width, plan.height), plan.num_samples), 1):
         indices, seeds = plan.prompt_indices[:count], plan.seeds[:count]
         list(make_pictures(family, network, once, embeds, indices, seeds, width=plan.width, height=plan.height))
-
-
-def build_evaluators(
-    registry: Registry, configuration: Configuration, setting: EvaluationSetting
-) -> tuple[dict[str, Evaluator], dict[str, str]]:
-    """The evaluators that the run names, or all of them; those that cannot be used here come back with the reason."""
-    from .tracking import missing_packages
-
-    usable: dict[str, Evaluator] = {}
-    left_out: dict[str, str] = {}
-    for name in configuration.run.evaluators or registry.names("evaluator"):
-        evaluator = registry.get("evaluator", name)
-        reason = missing_packages(evaluator.packages) or evaluator.usable(setting)
-        if reason:
-            left_out[name] = reason
-        else:
-            usable[name] = evaluator(configuration.evaluators.get(name) or evaluator.Config(), setting)
-    return usable, left_out

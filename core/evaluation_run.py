@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from .assemble import default_resolution, evaluation_setting
 from .errors import UserError
-from .evaluation import build_evaluators, evaluate, plan_evaluation
+from .evaluation import evaluate, plan_evaluation
+from .evaluators import build_evaluators
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,7 +81,7 @@ def evaluate_run(
         teacher_guidance=run.evaluation_teacher_guidance,
         role=method.result_role(),
     )
-    data = _real(real_images, width, height, say)
+    data = _real(real_images, width, height, count, say)
     setting = evaluation_setting(family, num_data=0 if data is None else len(data))
     evaluators, left_out = build_evaluators(registry, configuration, setting)
     found = evaluate(family, networks, plan, evaluators, data=data, say=say, left_out=left_out)
@@ -88,9 +89,9 @@ def evaluate_run(
     return found
 
 
-def _real(real_images: RealImages | None, width: int, height: int, say: Say) -> Tensor | None:
+def _real(real_images: RealImages | None, width: int, height: int, count: int, say: Say) -> Tensor | None:
     """The real pictures to compare with; None, which is said, where there are none."""
-    data = real_images(num_real_images(width, height), width, height) if real_images else None
+    data = real_images(num_real_images(width, height, count), width, height) if real_images else None
     if data is None or not len(data):
         say("there are no real pictures to compare with: distances to the data are left out")
         return None
@@ -119,6 +120,8 @@ def _require_something(prompts: Sequence[str], count: int) -> None:
         )
 
 
-def num_real_images(width: int, height: int) -> int:
-    """Real pictures that distances are measured to, at most: as many as a gigabyte holds, up to a thousand."""
-    return max(16, min(MOST_REAL_IMAGES, REAL_BYTES // (3 * 4 * width * height)))
+def num_real_images(width: int, height: int, num_samples: int = 0) -> int:
+    """Real pictures that distances are measured to, at most: as many as a gigabyte holds, up to a thousand, or up to
+    as many as are generated where those are more.
+    """
+    return max(16, min(max(MOST_REAL_IMAGES, num_samples), REAL_BYTES // (3 * 4 * width * height)))

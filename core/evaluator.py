@@ -46,8 +46,12 @@ class Evaluator(ABC):
     """Turns samples into named scores."""
 
     name: ClassVar[str]
+    aliases: ClassVar[tuple[str, ...]] = ()
     packages: ClassVar[Mapping[str, str]] = {}
-    higher_is_better: ClassVar[Mapping[str, bool]] = {}
+    by_default: ClassVar[bool] = True
+    """Whether it is used where a run names no evaluators. One that wants weights from elsewhere is used when it is
+    named (``evaluators``) or has settings (``evaluator_config``)."""
+    higher_is_better: Mapping[str, bool] = {}
     """For each score it returns: whether more is better (for tables)."""
 
     class Config(BaseModel):
@@ -60,8 +64,15 @@ class Evaluator(ABC):
         self.setting = setting
 
     @classmethod
-    def usable(cls, setting: EvaluationSetting) -> str | None:
-        """None when it can be used here, else the reason why not."""
+    def usable(cls, setting: EvaluationSetting, config: Any = None) -> str | None:
+        """None when it can be used here, else the reason why not and what to do about it.
+
+        It is asked at the start of a run as well, before hours of training: what it needs it looks for now.
+
+        Args:
+            setting: What there is.
+            config: Its own settings; None for the defaults.
+        """
         return None
 
     @abstractmethod

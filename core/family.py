@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from .precision import Precisions
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
@@ -31,6 +33,10 @@ class Capabilities:
     guidance_embedding: bool = False
     second_time: bool = False
     features: bool = False
+    quantised_base: bool = False
+    """Whether :meth:`ModelFamily.load_network` quantises as its settings' ``precision`` says."""
+    quantised_text_encoders: int = 0
+    """How many text encoders it quantises so: the first, the second, ..."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,7 @@ class ModelSettings:
         config_source: Local folder with configs and tokenizers for a single-file model where there is no hub.
         resolution: (width, height) in pixels of the run's pictures, for schedules that depend on it; None where the
             run names none.
+        precision: Quantizes networks as they load.
     """
 
     source: str
@@ -57,6 +64,7 @@ class ModelSettings:
     revision: str | None = None
     config_source: str | None = None
     resolution: tuple[int, int] | None = None
+    precision: Precisions = field(default_factory=Precisions, compare=False)
 
 
 @dataclass(frozen=True)
@@ -105,6 +113,9 @@ class ModelFamily(ABC):
     """
 
     name: ClassVar[str]
+    aliases: ClassVar[tuple[str, ...]] = ()
+    packages: ClassVar[Mapping[str, str]] = {}
+    """Import name -> what to pip install, for packages that only this family needs."""
     capabilities: ClassVar[Capabilities]
     lora_targets: ClassVar[tuple[str, ...]]
     """Module names (suffixes) that a LoRA adapts unless the user says otherwise."""
@@ -123,6 +134,15 @@ class ModelFamily(ABC):
     def __init__(self, config: Any, settings: ModelSettings) -> None:
         self.config = config
         self.settings = settings
+
+    @classmethod
+    def example(cls, folder: Path) -> Path | None:
+        """A small model for the conformance suite (:mod:`.testing`): written into `folder`, or one that ships.
+
+        The best is a random one of a few hundred thousand weights, with every part of the real architecture. None where
+        there is none.
+        """
+        return cls.miniature
 
     # -- identity ---------------------------------------------------------------------------------------------------
 
@@ -308,10 +328,35 @@ class ModelFamily(ABC):
     def export(self, network: nn.Module, folder: Path, info: ExportInfo) -> None:
         """Write a student that loads in plain diffusers: LoRA file or full pipeline, and ``scheduler/``."""
 
+    @classmethod
+    def kohya_problem(cls) -> str | None:
+        """Why a student's LoRA cannot be written in kohya's format (:meth:`export_kohya`); None where it can."""
+        return f"the family {cls.name} has no export in kohya's format"
+
+    def export_kohya(self, student: Path, file: Path, *, title: str, dtype: Precision = "float32") -> Sequence[str]:
+        """Write an exported LoRA once more, as one file in kohya's format (ComfyUI, AUTOMATIC1111, sd-scripts).
+
+        Args:
+            student: What :meth:`export` wrote.
+            file: Where it goes; written whole or not at all.
+            title: Name of the LoRA.
+            dtype: Of its tensors.
+
+        Returns:
+            What people should know of the file, a line each.
+
+        Raises:
+            UserError: The student is no LoRA, or one that the format cannot hold.
+        """
+        raise NotImplementedError(self.kohya_problem())
+
     @abstractmethod
     def load_student(self, folder: Path, *, extra_loras: Sequence[ExtraLora] = ()) -> nn.Module:
         """The exported student as a network on the teacher's base, ready for :meth:`generate`."""
 
     @abstractmethod
     def usage_snippet(self, info: ExportInfo) -> str:
-        """About ten lines of plain diffusers code that load and run the exported student (for the model card)."""
+        """About ten lines of plain diffusers code that load and run the exported student (for the model card).
+
+        They load the folder ``student`` and say ``image = pipe(prompt, ...).images[0]``.
+        """

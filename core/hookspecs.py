@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .method import Method
     from .optimizer import OptimizerPlugin
     from .publisher import Publisher
+    from .quantizer import Quantizer
     from .tracker import Tracker
 
 PROJECT = "distill"
@@ -49,6 +50,11 @@ def register_trackers() -> Sequence[type[Tracker]]:  # type: ignore[empty-body]
 @hookspec
 def register_optimizers() -> Sequence[type[OptimizerPlugin]]:  # type: ignore[empty-body]
     """Optimizers that this plugin adds."""
+
+
+@hookspec
+def register_quantizers() -> Sequence[type[Quantizer]]:  # type: ignore[empty-body]
+    """Quantizers of the frozen base and the text encoders that this plugin adds."""
 
 
 @hookspec

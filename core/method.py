@@ -94,6 +94,8 @@ class Requirements:
     """Whether LoRA dropout must be 0 (consistency methods compare two passes of one network)."""
     divides_timesteps: int | None = None
     """A number of grid points that must divide the schedule's number of training timesteps, where it is discrete."""
+    forward_ad: bool = False
+    """Whether the networks are differentiated in forward mode (:meth:`.context.Context.jvp`, exact)."""
     finite_snr: bool = False
     """Whether x0 must be computable from eps at the last timestep (fails for eps prediction at zero terminal SNR)."""
 
@@ -202,6 +204,9 @@ class Method(ABC):
     """A distillation algorithm. One file; reads top to bottom as its paper."""
 
     name: ClassVar[str]
+    aliases: ClassVar[tuple[str, ...]] = ()
+    packages: ClassVar[Mapping[str, str]] = {}
+    """Import name -> what to pip install, for packages that only this method needs."""
 
     class Config(BaseModel):
         """Settings of the method; every field has a description."""
@@ -211,6 +216,11 @@ class Method(ABC):
     def __init__(self, config: Any, setup: MethodSetup) -> None:
         self.config = config
         self.setup = setup
+
+    @classmethod
+    def example(cls) -> Mapping[str, Any]:
+        """Settings that the conformance suite (:mod:`.testing`) tries it with, where the defaults take it long."""
+        return {}
 
     @classmethod
     @abstractmethod

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import importlib
-import importlib.util
 import inspect
-import pkgutil
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from importlib.metadata import entry_points
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from importlib import import_module
+from importlib.metadata import EntryPoint
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any, Literal, get_args
 
 import pluggy
@@ -27,13 +22,25 @@ from .family import ModelFamily
 from .method import Method
 from .names import nearest
 from .optimizer import OptimizerPlugin
+from .plugin_calls import MARKER, attributed_hooks, own, say, watch
+from .plugin_sources import ENTRY_POINTS as ENTRY_POINTS
+from .plugin_sources import (
+    ROOT,
+    built_in_modules,
+    import_file,
+    installed,
+    load_entry_point,
+    package_of,
+    selected,
+    version_of,
+    without,
+)
 from .publisher import Publisher
+from .quantizer import Quantizer
 from .tracker import Tracker
 
-Kind = Literal["method", "family", "data_backend", "tracker", "optimizer", "evaluator", "publisher"]
+Kind = Literal["method", "family", "data_backend", "tracker", "optimizer", "quantizer", "evaluator", "publisher"]
 KINDS: tuple[str, ...] = get_args(Kind)
-ENTRY_POINTS = "distill.plugins"
-BUILT_IN_PACKAGES = ("distill_methods", "model_families", "data_backends", "plugins")
 
 _BASES: Mapping[str, type] = {
     "method": Method,
@@ -41,6 +48,7 @@ _BASES: Mapping[str, type] = {
     "data_backend": DataBackend,
     "tracker": Tracker,
     "optimizer": OptimizerPlugin,
+    "quantizer": Quantizer,
     "evaluator": Evaluator,
     "publisher": Publisher,
 }
@@ -50,6 +58,7 @@ _HOOKS: Mapping[str, str] = {
     "data_backend": "register_data_backends",
     "tracker": "register_trackers",
     "optimizer": "register_optimizers",
+    "quantizer": "register_quantizers",
     "evaluator": "register_evaluators",
     "publisher": "register_publishers",
 }
@@ -65,6 +74,19 @@ class Provenance:
     """``built in``, ``package NAME VERSION`` or the path of a file."""
     plugin: str
     """The plugin's own name (a module)."""
+    version: str = ""
+    """Of the package, or of the file where it states one (``__version__``); empty where nothing is stated."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A plugin: what adds names, listens to a run, or both."""
+
+    name: str
+    source: str
+    version: str
+    hooks: tuple[str, ...]
+    """The hooks that it implements."""
 
 
 class Registry:
@@ -73,26 +95,36 @@ class Registry:
     def __init__(self) -> None:
         self._manager = pluggy.PluginManager(hookspecs.PROJECT)
         self._manager.add_hookspecs(hookspecs)
+        watch(self._manager)
         self._classes: dict[str, dict[str, tuple[type[Any], Provenance]]] = {kind: {} for kind in KINDS}
         self._aliases: dict[str, dict[str, str]] = {kind: {} for kind in KINDS}
-        self._sources: dict[str, str] = {}
+        self._loaded: dict[str, Loaded] = {}
         self._files: list[Path] = []
 
     @classmethod
-    def load(cls, files: Iterable[str | Path] = (), *, installed: bool = True) -> Registry:
+    def load(
+        cls, files: Iterable[str | Path] = (), *, installed: bool = True, refused: list[UserError] | None = None
+    ) -> Registry:
         """Everything built in, the installed packages' entry points, and the plugin files named.
+
+        Args:
+            files: Plugin files.
+            installed: Whether installed packages load, as far as ``DISTILL_PLUGINS`` lets them.
+            refused: Takes the errors of installed packages that cannot be used, which are left out then.
 
         Raises:
             UserError: A plugin cannot be used as it is: missing, failing at import, misspelt hook, name clash.
         """
         registry = cls()
-        for module in _built_in_modules():
-            registry.add(module, source="built in", name=module.__name__)
-        if installed:
-            for point in entry_points(group=ENTRY_POINTS):
-                version = f" {point.dist.version}" if point.dist else ""
-                source = f"package {point.dist.name if point.dist else point.value}{version}"
-                registry.add(_load_entry_point(point, source), source=source, name=point.value)
+        for module in built_in_modules():
+            registry.add(module, source="built in", name=module.__name__, version=_own_version())
+        for point in selected() if installed else ():
+            try:
+                registry._add_installed(point)
+            except UserError as error:
+                if refused is None:
+                    raise
+                refused.append(error)
         for file in files:
             registry.add_file(file)
         return registry
@@ -103,67 +135,97 @@ class Registry:
         return self._manager.hook
 
     @property
-    def sources(self) -> Mapping[str, str]:
-        """Plugin name -> where it comes from, in the order of loading."""
-        return dict(self._sources)
+    def loaded(self) -> tuple[Loaded, ...]:
+        """All plugins, in the order of loading."""
+        return tuple(self._loaded.values())
 
     @property
     def files(self) -> tuple[Path, ...]:
         """Plugin files, in the order of loading."""
         return tuple(self._files)
 
+    def _add_installed(self, point: EntryPoint) -> None:
+        version = version_of(point)
+        source = f"package {package_of(point)} {version}".strip()
+        label = f"plugin {point.value!r} ({source})"
+        own(point.module, label)
+        try:
+            self.add(load_entry_point(point, label), source=source, name=point.value, version=version)
+        except UserError as error:
+            raise UserError(error.message, f"{error.remedy}\n  {without(point, installed())}".lstrip()) from error
+
     def add_file(self, file: str | Path) -> None:
         """Load a plugin file; one that is loaded already is left as it is."""
         path = Path(file).expanduser().resolve()
         if path not in self._files:
-            self.add(_import_file(path), source=str(path), name=path.stem)
+            module = import_file(path)
+            own(module.__name__, f"plugin {path.stem!r} ({path})")
+            self.add(module, source=str(path), name=path.stem, version=str(vars(module).get("__version__", "")))
             self._files.append(path)
 
-    def add(self, plugin: object, *, source: str, name: str) -> None:
-        """Register `plugin` (a module or an object with hook implementations) and all the classes it offers."""
+    def add(self, plugin: object, *, source: str, name: str, version: str = "") -> None:
+        """Register `plugin` (a module or an object with hook implementations) and all the classes it offers.
+
+        One that is refused leaves nothing behind.
+        """
         label = f"plugin {name!r} ({source})"
         _check_hook_names(plugin, label)
-        attributed = _attributed_hooks(plugin, label)
-        try:
-            registered = self._manager.register(
-                attributed, name=f"{name} [{source}]" if name in self._sources else name
-            )
-            self._manager.check_pending()
-        except pluggy.PluginValidationError as error:
-            raise UserError(f"{label}: {error}", _hook_remedy(str(error))) from error
-        plugin_name = registered or name
-        if not self._manager.get_hookcallers(attributed):
+        hooks = attributed_hooks(plugin, label)
+        if not vars(hooks):
             raise UserError(
                 f"{label} implements no hook, so it adds nothing.",
                 "decorate a function with @distill.hookimpl, as `@hookimpl def register_methods(): return [MyMethod]`.",
             )
-        self._sources[plugin_name] = source
-        for kind, hook in _HOOKS.items():
-            for found in self._offered(attributed, hook, label):
-                self._add_class(kind, found, Provenance(kind, getattr(found, "name", ""), source, plugin_name), label)
+        own_name = f"{name} [{source}]" if name in self._loaded else name
+        try:
+            self._manager.register(hooks, name=own_name)
+            self._manager.check_pending()
+            offered = self._offers(hooks, Provenance("", "", source, own_name, version), label)
+        except DistillError:
+            self._manager.unregister(hooks)
+            raise
+        except pluggy.PluginValidationError as error:
+            if self._manager.get_name(hooks):  # some versions of pluggy have withdrawn it themselves
+                self._manager.unregister(hooks)
+            raise UserError(f"{label}: {error}", _hook_remedy(str(error))) from error
+        for found, provenance in offered:
+            self._classes[provenance.kind][found.name] = (found, provenance)
+            self._aliases[provenance.kind].update(dict.fromkeys(found.aliases, found.name))
+        self._loaded[own_name] = Loaded(own_name, source, version, tuple(_hook_of(hooks, name) for name in vars(hooks)))
+        say(f"{label} is loaded")
 
-    def _offered(self, plugin: object, hook: str, label: str) -> Iterator[type[Any]]:
+    def _offers(self, hooks: SimpleNamespace, provenance: Provenance, label: str) -> list[tuple[type[Any], Provenance]]:
+        """The classes that a plugin offers, checked, with where each comes from."""
+        offered: list[tuple[type[Any], Provenance]] = []
+        for kind, hook in _HOOKS.items():
+            taken: dict[str, str] = {}
+            for found in self._returned(hooks, hook, label):
+                _check_class(kind, found, label)
+                for name in (found.name, *found.aliases):
+                    holder = self._holder(kind, name)
+                    claimed = self._where(holder) if holder else taken.get(name)
+                    if claimed is not None:
+                        raise UserError(
+                            f"two plugins claim the {_spoken(kind)} {name!r}: {claimed} and {label}.",
+                            "rename one of them, or load only one.",
+                        )
+                    taken[name] = f"class {found.__name__} of {label}"
+                offered.append((found, replace(provenance, kind=kind, name=found.name)))
+        return offered
+
+    def _returned(self, hooks: SimpleNamespace, hook: str, label: str) -> Iterator[type[Any]]:
         for implementation in getattr(self._manager.hook, hook).get_hookimpls():
-            if implementation.plugin is plugin:
-                offered = implementation.function()
+            if implementation.plugin is hooks:
+                try:
+                    offered = implementation.function()
+                except PluginError as error:  # it is the plugin that cannot be used, and nothing has run yet
+                    raise UserError(f"{error}.", "mend the plugin.") from error.__cause__
                 if not isinstance(offered, list | tuple):
                     raise UserError(
                         f"{label}: {hook} returned {type(offered).__name__}, not a list of classes.",
                         f"write `def {hook}(): return [MyClass]`.",
                     )
                 yield from offered
-
-    def _add_class(self, kind: str, found: type[Any], provenance: Provenance, label: str) -> None:
-        _check_class(kind, found, label)
-        for name in (found.name, *getattr(found, "aliases", ())):
-            holder = self._holder(kind, name)
-            if holder is not None:
-                raise UserError(
-                    f"two plugins claim the {_spoken(kind)} {name!r}: {self._where(holder)} and {label}.",
-                    "rename one of them, or load only one.",
-                )
-        self._classes[kind][found.name] = (found, provenance)
-        self._aliases[kind].update(dict.fromkeys(getattr(found, "aliases", ()), found.name))
 
     def _holder(self, kind: str, name: str) -> Provenance | None:
         entry = self._classes[kind].get(self._aliases[kind].get(name, name))
@@ -210,58 +272,8 @@ def _spoken(kind: str) -> str:
     return kind.replace("_", " ")
 
 
-def _built_in_modules() -> Iterator[ModuleType]:
-    root = __name__.rsplit(".", 2)[0]
-    for package_name in BUILT_IN_PACKAGES:
-        package = importlib.import_module(f"{root}.{package_name}")
-        for info in sorted(pkgutil.iter_modules(package.__path__), key=lambda info: info.name):
-            if info.name.startswith("_"):
-                continue
-            module = importlib.import_module(f"{package.__name__}.{info.name}")
-            if any(hasattr(value, f"{hookspecs.PROJECT}_impl") for value in vars(module).values()):
-                yield module
-
-
-def _load_entry_point(point: Any, source: str) -> object:
-    try:
-        return point.load()
-    except Exception as error:
-        raise UserError(
-            f"plugin {point.value!r} ({source}) cannot be imported: {type(error).__name__}: {error}.",
-            f"mend or uninstall {source}.",
-        ) from error
-
-
-def _import_file(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise UserError(f"plugin file {path} does not exist.", "give --plugin the path of a Python file.")
-    name = f"distill_plugin_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"plugin file {path} is not a Python file.", "plugin files end in .py.")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[name]
-        line = _line_in(error, path)
-        raise UserError(
-            f"plugin file {path} cannot be imported{line}: {type(error).__name__}: {error}.",
-            "mend the file; `python FILE` shows the same error.",
-        ) from error
-    return module
-
-
-def _line_in(error: Exception, path: Path) -> str:
-    """``, line N`` of the deepest frame of `error` inside `path`."""
-    line = getattr(error, "lineno", None) if isinstance(error, SyntaxError) else None
-    traceback = error.__traceback__
-    while traceback is not None:
-        if traceback.tb_frame.f_code.co_filename == str(path):
-            line = traceback.tb_lineno
-        traceback = traceback.tb_next
-    return f" (line {line})" if line else ""
+def _own_version() -> str:
+    return import_module(ROOT).__version__
 
 
 def hook_names() -> list[str]:
@@ -272,10 +284,9 @@ def hook_names() -> list[str]:
 def _check_hook_names(plugin: object, label: str) -> None:
     """Refuse implementations of hooks that do not exist, and functions of a hook's name that lack the decorator."""
     specified = hook_names()
-    marker = f"{hookspecs.PROJECT}_impl"
     for name in dir(plugin):
         value = inspect.getattr_static(plugin, name)
-        options = getattr(value, marker, None)
+        options = getattr(value, MARKER, None)
         hook = (options or {}).get("specname") or name
         if options is not None and hook not in specified:
             close = nearest(hook, specified)
@@ -283,6 +294,10 @@ def _check_hook_names(plugin: object, label: str) -> None:
             raise UserError(f"{label}: there is no hook {hook!r}.", f"{remedy}hooks: {', '.join(specified)}.")
         if options is None and name in specified and inspect.isfunction(value):
             raise UserError(f"{label}: {name} is not decorated, so it would never be called.", "add @distill.hookimpl.")
+
+
+def _hook_of(hooks: SimpleNamespace, name: str) -> str:
+    return getattr(getattr(hooks, name), MARKER).get("specname") or name
 
 
 def _hook_remedy(message: str) -> str:
@@ -310,30 +325,3 @@ def _check_class(kind: str, found: Any, label: str) -> None:
             f"{label}: Config of {_spoken(kind)} {name!r} must be a pydantic model that refuses unknown keys.",
             f"derive it: `class Config({base.__name__}.Config)`.",
         )
-
-
-def _attributed_hooks(plugin: object, label: str) -> SimpleNamespace:
-    """The hook implementations of `plugin`, each reporting its failures with the plugin's name."""
-    marker = f"{hookspecs.PROJECT}_impl"
-    found = {name: getattr(plugin, name) for name in dir(plugin) if hasattr(getattr(plugin, name, None), marker)}
-    result = SimpleNamespace()
-    for name, function in found.items():
-        options = getattr(function, marker)
-        wraps = options.get("wrapper") or options.get("hookwrapper")
-        setattr(result, name, function if wraps else _attributed(function, label, options.get("specname") or name))
-    return result
-
-
-def _attributed(function: Callable[..., Any], label: str, hook: str) -> Callable[..., Any]:
-    """`function`, whose failures are reported with the plugin's name."""
-
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return function(*args, **kwargs)
-        except DistillError:
-            raise
-        except Exception as error:
-            raise PluginError(f"{label} failed in {hook}: {type(error).__name__}: {error}") from error
-
-    return call

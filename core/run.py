@@ -16,7 +16,9 @@ from .assemble import REPORTS_FOLDER
 from .config.output import RESOLVED, check_output_dir, clear_output_dir, named_step
 from .engine.signals import StopRequest
 from .errors import DistillError, Interrupted, UserError
+from .evaluators import evaluation_notices
 from .files import write_text
+from .run_log import ENDS, ENDS_WELL
 from .run_parts import RunParts, Say, to_stderr
 
 if TYPE_CHECKING:
@@ -72,9 +74,11 @@ class Run(RunParts):
             self._open()
             return self._execute()
         except BaseException as error:
+            self._log.note(f"{ENDS}{type(error).__name__}: {error}")
             self._failed(error)
             raise
         finally:
+            self._log.close()
             self.processes.close()
 
     def _execute(self) -> RunResult:
@@ -109,9 +113,12 @@ class Run(RunParts):
                 if state.clear:
                     clear_output_dir(folder)
                 folder.mkdir(parents=True, exist_ok=True)
+                self._log.open(folder)
                 for notice in (*self.config.notices, *state.notices):
                     self.say(notice)
         self.publishers.check()
+        for line in evaluation_notices(self.registry, self.config):
+            self.say(f"warning: {line}")
 
     def _check_model(self) -> None:
         """What only the model's own config can tell, still before weights load."""
@@ -217,7 +224,7 @@ class Run(RunParts):
         folder = self.settings.output_dir / "validation"
         with self.processes.together():
             if self.validator is not None and self.processes.main:
-                with self.networks.averaged():
+                with self.trainer.loop.evaluating(), self.networks.averaged():
                     folder = self.validator.run(step, self.networks, self.trackers)
                 self.family.release_encoders()  # the autoencoder's memory is the training's
         self.registry.hook.on_validation_end(state=self.trainer.state, folder=folder, step=step)
@@ -229,7 +236,7 @@ class Run(RunParts):
         student, evaluation = self.settings.output_dir / "student", None
         with self.processes.together():
             if self.processes.main:
-                with self.networks.averaged():
+                with self.trainer.loop.evaluating(), self.networks.averaged():
                     export_student(self, student)
                     if self.settings.evaluation_num_samples:
                         evaluation = evaluate_student(self)
@@ -237,6 +244,7 @@ class Run(RunParts):
                     export_online(self, self.settings.output_dir / "student-online")
                 publish_student(self, student, evaluation)
                 self.trackers.finish(evaluation.scalars() if evaluation else None)
+        self._log.note(ENDS_WELL)
         self.registry.hook.on_run_end(state=self.trainer.state)
         self.trainer.store.settle()
         self.data.close()
@@ -267,7 +275,7 @@ class Run(RunParts):
         from .memory_plan import memory_settings
 
         if is_out_of_memory(error):
-            self.say(out_of_memory_hint(memory_settings(self)))
+            self.say(out_of_memory_hint(memory_settings(self), quantizers=self.settings.model_type == "lora"))
 
 
 def _resume_command(output_dir: Path) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .assemble import build_family, build_method, lora_settings, method_needs
+from .run_log import RunLog
 
 if TYPE_CHECKING:
     from .config import Configuration
@@ -50,10 +51,12 @@ class RunParts:
         self._stop, self._say = stop, say
         self._progress: Progress | None = None
         self._training = False
+        self._log = RunLog()
 
     def say(self, line: str) -> None:
-        """A line for people, once, from the main process."""
+        """A line for people and for the log, once, from the main process."""
         if self.processes.main:
+            self._log.note(line)
             (self._progress.say if self._progress else self._say)(line)
 
     # -- parts ------------------------------------------------------------------------------------------------------
@@ -68,7 +71,7 @@ class RunParts:
     @cached_property
     def family(self) -> Any:
         """The run's model."""
-        return build_family(self.config, self.registry, device=str(self.processes.device))
+        return build_family(self.config, self.registry, device=str(self.processes.device), say=self.say)
 
     @cached_property
     def method(self) -> Any:
@@ -177,25 +180,28 @@ class RunParts:
         from .optimizer import OptimizerSettings
 
         settings, parameters = self.settings, self.networks.parameters(role)
-        learning_rate = self.networks.roles[role].learning_rate or settings.learning_rate
-        optimizer = self.optimizer_plugin.build(
+        plugin = self.optimizer_plugin
+        own_rate = None if plugin.estimates_learning_rate else self.networks.roles[role].learning_rate
+        learning_rate = own_rate or settings.learning_rate
+        optimizer = plugin.build(
             parameters,
             OptimizerSettings(
                 learning_rate, settings.adam_beta1, settings.adam_beta2, settings.adam_epsilon,
-                settings.adam_weight_decay,
+                settings.adam_weight_decay, settings.lr_warmup_steps,
             ),
         )  # fmt: skip
+        schedule = "constant" if plugin.schedule_free else settings.lr_scheduler
         fp16 = settings.mixed_precision == "fp16"
         return RoleOptimizer(
             optimizer, parameters, learning_rate=learning_rate,
             schedule=staged(
                 lambda num_steps: lr_lambda(
-                    settings.lr_scheduler, settings.lr_warmup_steps, num_steps, num_cycles=settings.lr_num_cycles,
+                    schedule, settings.lr_warmup_steps, num_steps, num_cycles=settings.lr_num_cycles,
                     power=settings.lr_power, end_factor=settings.lr_end / settings.learning_rate,
                 ),
                 self.stages,
             ),
-            max_grad_norm=settings.max_grad_norm,
+            max_grad_norm=settings.max_grad_norm, care=plugin,
             scaler=torch.amp.GradScaler(self.processes.device.type) if fp16 else None,
         )  # fmt: skip
 
@@ -267,7 +273,8 @@ class RunParts:
             settings=settings, loop=loop,
             store=self._store(),
             metrics_file=MetricsFile(settings.output_dir / "metrics.jsonl"), trackers=self.trackers,
-            state=RunState(self.config, settings.output_dir, self.method, self.family, context, networks),
+            state=RunState(self.config, settings.output_dir, self.method, self.family, context, networks,
+                           main=processes.main, say=self.say),
             registry=self.registry, processes=processes, stop=self._stop, validate=self._validate,
             identity={"method": settings.distillation_method, "family": settings.model_family,
                       "model": self.family.fingerprint("denoiser"), "data": self.data.fingerprint()},

@@ -31,6 +31,7 @@ class Tracker(ABC):
     """Writes scalars, pictures and text. Imports its library only when started. Steps count optimizer steps."""
 
     name: ClassVar[str]
+    aliases: ClassVar[tuple[str, ...]] = ()
     packages: ClassVar[Mapping[str, str]] = {}
     """Import name -> what to pip install, for each package that it needs."""
 

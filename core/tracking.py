@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from .packages import install_line, missing
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -35,8 +36,8 @@ class Trackers:
     def start(self, run: RunInfo) -> None:
         """Open the run in each tracker and pass on what it has to say."""
         self._each("start", run)
-        for name, tracker in self._trackers.items():
-            for notice in tracker.notices():
+        for name, notices in self._each("notices").items():
+            for notice in notices:
                 self._say(f"{name}: {notice}")
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
@@ -56,14 +57,22 @@ class Trackers:
         self._each("finish", scores)
         self._trackers.clear()
 
-    def _each(self, call: str, *args: Any) -> None:
+    def _each(self, call: str, *args: Any) -> dict[str, Any]:
+        """What the call returned, by tracker."""
+        returned = {}
         for name, tracker in list(self._trackers.items()):
             try:
-                getattr(tracker, call)(*args)
+                returned[name] = getattr(tracker, call)(*args)
             except Exception as error:  # somebody else's service must not end hours of training; it is said, once
                 del self._trackers[name]
-                problem = f"{type(error).__name__}: {error}"
-                self._say(f"warning: tracker {name} failed in {call}() and is switched off, the run goes on: {problem}")
+                self._say(switched_off(name, f"in {call}()", error))
+        return returned
+
+
+def switched_off(name: str, where: str, error: Exception) -> str:
+    """The warning of a tracker that failed."""
+    problem = f"{type(error).__name__}: {error}"
+    return f"warning: tracker {name} failed {where} and is switched off, the run goes on: {problem}"
 
 
 def build_trackers(registry: Registry, names: Sequence[str], configs: Mapping[str, Any], say: Say) -> Trackers:
@@ -78,11 +87,14 @@ def build_trackers(registry: Registry, names: Sequence[str], configs: Mapping[st
     trackers = []
     for name in names:
         tracker = registry.get("tracker", name)
-        missing = missing_packages(tracker.packages)
-        if missing:
-            say(f"warning: tracker {name} is left out, the run goes on: {missing}")
-        else:
+        problem = missing_packages(tracker.packages)
+        if problem:
+            say(f"warning: tracker {name} is left out, the run goes on: {problem}")
+            continue
+        try:
             trackers.append((name, tracker(configs.get(name) or tracker.Config())))
+        except Exception as error:  # as little as in its calls later
+            say(switched_off(name, "when it was made", error))
     return Trackers(trackers, say)
 
 
@@ -92,9 +104,8 @@ def missing_packages(packages: Mapping[str, str]) -> str | None:
     Args:
         packages: Import name -> what to pip install.
     """
-    missing = [name for name in packages if importlib.util.find_spec(name) is None]
-    if not missing:
+    absent = missing(packages)
+    if not absent:
         return None
-    verb = "is" if len(missing) == 1 else "are"
-    wanted = " ".join(f"'{packages[name]}'" for name in missing)
-    return f"{' and '.join(missing)} {verb} not installed (pip install {wanted})"
+    verb = "is" if len(absent) == 1 else "are"
+    return f"{' and '.join(absent)} {verb} not installed ({install_line(absent)})"

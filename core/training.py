@@ -15,7 +15,6 @@ from torch import Tensor
 from .engine.checkpoint import (
     CheckpointState,
     CheckpointStore,
-    load_optimizer,
     optimizer_to_tensors,
     tensors_to_optimizer,
 )
@@ -145,7 +144,7 @@ class Trainer:
         self.loop.networks.load_state(saved.tensors)
         for role, optimizer in self.loop.optimizers.items():
             tensors = saved.tensors.get(f"optimizer-{role}", {})
-            load_optimizer(optimizer.optimizer, tensors_to_optimizer(tensors, saved.meta["optimizers"][role]))
+            optimizer.load_state_dict(tensors_to_optimizer(tensors, saved.meta["optimizers"][role]))
             if optimizer.scaler and saved.meta["scalers"].get(role):
                 optimizer.scaler.load_state_dict(saved.meta["scalers"][role])
         self.loop.method.load_state_dict(saved.tensors.get("method", {}))
@@ -183,7 +182,7 @@ class Trainer:
         optimizers: dict[str, Any] = {}
         scalers: dict[str, Any] = {}
         for role, optimizer in self.loop.optimizers.items():
-            state, optimizers[role] = optimizer_to_tensors(optimizer.optimizer.state_dict())
+            state, optimizers[role] = optimizer_to_tensors(optimizer.state_dict())
             tensors[f"optimizer-{role}"] = state
             scalers[role] = optimizer.scaler.state_dict() if optimizer.scaler else None
         tensors["method"] = self.loop.method.state_dict()

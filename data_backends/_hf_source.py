@@ -219,6 +219,8 @@ class Source:
         start, state = json.loads(resume) if resume else (0, None)
         if not self.config.streaming:
             table = self.table(columns, picture)
+            if start >= len(table):  # nothing lies behind the last row, and select() refuses to say so
+                return
             part = table.select(range(start, len(table))) if start else table
             with self._explained():
                 for number, row in enumerate(part, start):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, Self
@@ -54,6 +54,13 @@ class LocalBackend(DataBackend):
         super().__init__(config)
         self.file = None if config.prompts_file is None else Path(config.prompts_file).expanduser()
         self.root = self.file.parent if self.file else Path(config.instance_data_dir).expanduser()
+
+    @classmethod
+    def example(cls, folder: Path, files: Mapping[str, bytes]) -> Mapping[str, Any]:
+        """The files in the folder."""
+        for key, data in files.items():
+            write_whole(folder / key, data)
+        return {"instance_data_dir": folder}
 
     def check(self) -> None:
         """The folder is there."""

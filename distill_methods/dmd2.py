@@ -143,6 +143,11 @@ class DMD2(Method):
         self._weights = DivergenceWeights(config.divergence, max_ratio=config.max_density_ratio)
 
     @classmethod
+    def example(cls) -> Mapping[str, Any]:
+        """A short path to a student."""
+        return {"num_inference_steps": 1, "guidance_scale": 2.0, "fake_updates_per_student_update": 2}
+
+    @classmethod
     def roles(cls, config: Any, setup: MethodSetup) -> Sequence[Role]:
         """Real score, student and fake score: the base and two adapters on it, or the base and two copies."""
         roles = [

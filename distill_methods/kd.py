@@ -25,7 +25,7 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -69,6 +69,11 @@ class KD(Method):
                     f"{self.num_inference_steps}: leave one_step_time out"
                 )
             return self
+
+    @classmethod
+    def example(cls) -> Mapping[str, Any]:
+        """A short path to a student."""
+        return {"num_inference_steps": 2}
 
     @classmethod
     def roles(cls, config: Any, setup: MethodSetup) -> Sequence[Role]:

@@ -127,7 +127,11 @@ class MeanFlow(Method):
     def requires(cls, config: Any, setup: MethodSetup) -> Requirements:
         """Pictures; a second time; equal passes for value and derivative; a finite x0 everywhere."""
         return Requirements(
-            guidance_embedding=config.is_told(setup.model_type), second_time=True, zero_dropout=True, finite_snr=True
+            guidance_embedding=config.is_told(setup.model_type),
+            second_time=True,
+            zero_dropout=True,
+            forward_ad=config.derivative == "exact",
+            finite_snr=True,
         )
 
     def updates(self, context: Context, batch: Batch, step: int) -> Iterator[Update]:

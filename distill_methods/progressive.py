@@ -30,7 +30,7 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import Annotated, Any
 
@@ -95,6 +95,11 @@ class Progressive(Method):
     def __init__(self, config: Any, setup: MethodSetup) -> None:
         super().__init__(config, setup)
         self._walks: dict[int, Walk] = {}
+
+    @classmethod
+    def example(cls) -> Mapping[str, Any]:
+        """A short path to a student."""
+        return {"student_steps": [4, 2], "stage_shares": [1, 3]}
 
     @classmethod
     def roles(cls, config: Any, setup: MethodSetup) -> Sequence[Role]:

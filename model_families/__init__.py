@@ -1,1 +1,47 @@
-"""Model families: a teacher architecture and how to talk to it; one file each."""
+"""Model families: a teacher architecture and how to talk to it; one file each.
+
+What stands here is for plugins that add a model of diffusers: the bases and the helpers of the families built in.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ._architecture import Architecture, SingleFile
+    from ._checks import check_channels, check_unet
+    from ._diffusers import DiffusersFamily
+    from ._encoders import last_states, penultimate, token_ids
+    from ._transformer import TransformerFamily, check_flow
+    from ._unet import UNetFamily
+
+__all__ = [
+    "Architecture",
+    "DiffusersFamily",
+    "SingleFile",
+    "TransformerFamily",
+    "UNetFamily",
+    "check_channels",
+    "check_flow",
+    "check_unet",
+    "last_states",
+    "penultimate",
+    "token_ids",
+]
+
+_HOMES = {
+    "_architecture": "Architecture SingleFile",
+    "_checks": "check_channels check_unet",
+    "_diffusers": "DiffusersFamily",
+    "_encoders": "last_states penultimate token_ids",
+    "_transformer": "TransformerFamily check_flow",
+    "_unet": "UNetFamily",
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOMES.items():
+        if name in names.split():
+            return getattr(import_module(f".{module}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

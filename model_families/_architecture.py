@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ._kohya import KohyaFormat
+
 MINIATURES = Path(__file__).parent / "assets"
 """Folder of the trained miniatures that ship, one of each family that has one."""
 ReadConfig = Callable[[str], dict[str, Any]]
@@ -46,6 +48,7 @@ class Architecture:
         lora_encoders: Text encoders that a LoRA may change.
         arguments: Further arguments of the pipeline's constructor.
         single_file: How it lies in a single file; None where such files are not read.
+        kohya: What its LoRAs are in kohya's format; None where that has no form that diffusers reads.
     """
 
     title: str
@@ -61,6 +64,7 @@ class Architecture:
     lora_encoders: tuple[str, ...] = ("text_encoder",)
     arguments: Mapping[str, Any] = field(default_factory=dict)
     single_file: SingleFile | None = None
+    kohya: KohyaFormat | None = None
 
     @property
     def name(self) -> str:

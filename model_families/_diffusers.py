@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..core.family import ExportInfo, ExtraLora
+from ..core.family import ExportInfo, ExtraLora, Precision
+from ..core.precision import BASE
 from ..core.second_time import differentiable_forward, load_second_time, sampled_by
 from . import _export as exporting
 from ._files import quiet_libraries
+from ._kohya import export_kohya, no_form
 from ._lora import attach, fuse, student_folder
 from ._model import DiffusersModel
 from ._pictures import build_pipeline, call_arguments, evaluating, sample_latents
@@ -73,8 +75,15 @@ class DiffusersFamily(DiffusersModel):
         return network.requires_grad_(False).eval()
 
     def on_device(self, network: nn.Module) -> nn.Module:
-        """`network` on the device, in the type of the frozen weights."""
-        return network.to(self.settings.device, self._weight_dtype())
+        """`network` on the device, in the type of the frozen weights, quantised where the run asks for it."""
+        network = self.laid_out(network.to(self._weight_dtype()).requires_grad_(False))
+        first = self.input_weight(network)
+        kept = [name.removesuffix(".weight") for name, weight in network.named_parameters() if weight is first]
+        return self.settings.precision.place(network, BASE, device=self.settings.device, keep=kept)
+
+    def laid_out(self, network: nn.Module) -> nn.Module:
+        """`network` with its weights in the order in memory that its kernels like best."""
+        return network
 
     def empty_network(self) -> nn.Module:
         return empty_denoiser(self.architecture, self.denoiser_config)
@@ -181,18 +190,35 @@ class DiffusersFamily(DiffusersModel):
             )
         exporting.export_sampler(self.architecture, network, folder, scheduler, info)
 
+    @classmethod
+    def kohya_problem(cls) -> str | None:
+        return no_form(cls.architecture) if cls.architecture.kohya is None else None
+
+    def export_kohya(self, student: Path, file: Path, *, title: str, dtype: Precision = "float32") -> list[str]:
+        return export_kohya(
+            self.architecture,
+            self.denoiser_config,
+            student,
+            file,
+            title=title,
+            dtype=getattr(torch, dtype),
+            predicts_v=self.prediction_type == "v_prediction",
+        )
+
     def load_student(self, folder: Path, *, extra_loras: Sequence[ExtraLora] = ()) -> nn.Module:
         loras = exporting.student_lora(self.architecture, folder)
         if loras:
             network = self.load_network()
         else:
             network = exporting.load_denoiser(self.architecture, folder, self._weight_dtype())
-        network = network.to(self.settings.device).eval()
+            network = network.to(self.settings.device).eval()
         self._put_beside(extra_loras)
         named = [*loras, *((extra.path, extra.weight) for extra in extra_loras)]
         names = [*("student" for _ in loras), *(f"extra_{n}" for n in range(len(extra_loras)))]
         adapters = dict(zip(names, self._loras(named), strict=True))
         attach(self.architecture, {self.architecture.denoiser: network}, adapters)
+        if loras:
+            exporting.refill(self.architecture, network, folder, adapter="student")
         load_second_time(network, folder, name="student")
         return network.requires_grad_(False)
 

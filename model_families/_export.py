@@ -114,6 +114,21 @@ def student_lora(architecture: Architecture, folder: Path) -> list[tuple[str, fl
     )
 
 
+def refill(architecture: Architecture, network: nn.Module, folder: Path, *, adapter: str) -> None:
+    """Give the weights of `adapter` the type that they were exported in.
+
+    What attached it has rounded them to the type of the base, and with that another picture than the trained one's.
+    """
+    from safetensors.torch import load_file
+
+    exported = load_file(folder / WEIGHTS)
+    for name, weight in network.named_parameters():
+        if "lora_" in name and f".{adapter}." in name:
+            own = exported[f"{architecture.denoiser}.{name.replace(f'.{adapter}.', '.')}"]
+            # a copy: weights of a mapped file lie unaligned, for which kernels round otherwise
+            weight.data = own.to(weight.device, copy=True)
+
+
 def load_denoiser(architecture: Architecture, folder: Path, dtype: torch.dtype) -> nn.Module:
     """The denoiser of a fully trained student, on the CPU."""
     with quiet_libraries():

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..core.diffusion.schedule import Schedule, from_scheduler_config
 from ..core.errors import UserError
 from ..core.family import ExtraLora, MicroConditioning, ModelFamily, ModelSettings
+from ..core.precision import BASE, text_encoder
 from ._encoders import decode, encode_pixels
 from ._files import hash_files
 from ._lora import Lora, attach, fuse, lora_file, read_lora
@@ -154,9 +155,15 @@ class DiffusersModel(ModelFamily):
         loras += [(extra.path, extra.weight) for extra in self._beside] if part == "text" else []
         pieces += [f"{hash_files([lora_file(lora)])}*{weight}" for lora, weight in loras]
         pieces += self.text_settings() if part == "text" else []
+        pieces += self._quantised(part)
         if part == "denoiser":
             pieces += sorted(f"{key}={value}" for key, value in self.scheduler_config.items() if key[0] != "_")
         return hashlib.sha256("\n".join(pieces).encode()).hexdigest()[:16]
+
+    def _quantised(self, part: str) -> list[str]:
+        encoders = [text_encoder(number) for number in range(1, len(self.architecture.encoders) + 1)]
+        networks = {"text": encoders, "denoiser": [BASE]}.get(part, [])
+        return [self.settings.precision.identity(one) for one in networks if self.settings.precision.quantises(one)]
 
     @property
     def prediction_type(self) -> str:
@@ -187,12 +194,26 @@ class DiffusersModel(ModelFamily):
             text = self._source.load_text(torch.float32 if fused else self._weight_dtype(), without=self.left_out)
             own = {name: text.encoders[name] for name in self.architecture.lora_encoders}
             fuse(self.architecture, own, fused)
+            for number, name in enumerate(self.architecture.encoders, 1):
+                if name in text.encoders:
+                    self._place_encoder(text.encoders[name], number)
             extras = self._loras([(extra.path, extra.weight) for extra in self._beside])
             attach(self.architecture, own, {f"extra_{n}": lora for n, lora in enumerate(extras)})
             for encoder in text.encoders.values():
-                encoder.to(self.settings.device, self._weight_dtype()).requires_grad_(False).eval()
+                self._settle(encoder.requires_grad_(False).eval())
             self._text = text
         return self._text
+
+    def _place_encoder(self, encoder: Any, number: int) -> None:
+        encoder.to(self._weight_dtype()).requires_grad_(False)
+        wide = encoder._keep_in_fp32_modules or ()  # their type decides that of what comes before them
+        self.settings.precision.place(encoder, text_encoder(number), device=self.settings.device, keep=tuple(wide))
+
+    def _settle(self, encoder: Any) -> None:
+        """LoRAs that were put beside each other get the type and the place of the other weights."""
+        for name, weight in encoder.named_parameters():
+            if "lora_" in name:
+                weight.data = weight.data.to(self.settings.device, self._weight_dtype())
 
     def _loras(self, named: Sequence[tuple[str, float]]) -> list[Lora]:
         return [read_lora(name, weight, self.architecture, self.denoiser_config) for name, weight in named]

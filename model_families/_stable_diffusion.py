@@ -15,6 +15,7 @@ from ..core.family import Capabilities
 from ._architecture import Architecture, ReadConfig, SingleFile
 from ._checks import check_unet
 from ._encoders import last_states
+from ._kohya import KohyaFormat
 from ._unet import UNetFamily
 
 if TYPE_CHECKING:
@@ -26,7 +27,13 @@ class StableDiffusion(UNetFamily):
     """What the first and the second generation share; abstract. The unconditional is the encoded empty prompt."""
 
     capabilities: ClassVar[Capabilities] = Capabilities(
-        lora=True, full=True, guidance_embedding=True, second_time=True, features=True
+        lora=True,
+        full=True,
+        guidance_embedding=True,
+        second_time=True,
+        features=True,
+        quantised_base=True,
+        quantised_text_encoders=1,
     )
     embed_keys: ClassVar[tuple[str, ...]] = ("prompt_embeds",)
     default_guidance: ClassVar[float] = 7.5
@@ -37,7 +44,9 @@ class StableDiffusion(UNetFamily):
         return {"prompt_embeds": last_states(tokenizer, encoder, prompts, masked=masked)[0]}
 
 
-def generation(title: str, *, linear: bool, text_prefix: str, base_repository: str, size: str) -> Architecture:
+def generation(
+    title: str, *, linear: bool, text_prefix: str, base_repository: str, size: str, kohya: KohyaFormat
+) -> Architecture:
     """The architecture of one generation.
 
     Args:
@@ -46,6 +55,7 @@ def generation(title: str, *, linear: bool, text_prefix: str, base_repository: s
         text_prefix: What names of the text encoder's tensors begin with in a single file.
         base_repository: Where the configs of a single file come from unless a folder is named.
         size: About how large such a file is, in words.
+        kohya: What its LoRAs are in kohya's format.
     """
     name = title.partition(" ")[2]
 
@@ -83,4 +93,5 @@ def generation(title: str, *, linear: bool, text_prefix: str, base_repository: s
             base_repository=base_repository,
             size=size,
         ),
+        kohya=kohya,
     )

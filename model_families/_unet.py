@@ -67,8 +67,8 @@ class UNetFamily(DiffusersFamily):
                 f"set family_config.prediction_type to {', '.join(PREDICTIONS[:2])} or {PREDICTIONS[2]}",
             )
 
-    def on_device(self, network: nn.Module) -> nn.Module:
-        return super().on_device(network).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    def laid_out(self, network: nn.Module) -> nn.Module:
+        return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @property
     def flow_needs_help(self) -> bool:

@@ -33,6 +33,7 @@ from ..core.second_time import telling
 from ._architecture import Architecture, ReadConfig
 from ._checks import check_channels
 from ._encoders import last_states
+from ._kohya_flux import KOHYA
 from ._networks import check_guidance
 from ._transformer import LORA_TARGETS, TransformerFamily, check_flow
 
@@ -60,7 +61,13 @@ class Flux(TransformerFamily):
 
     name: ClassVar[str] = "flux"
     capabilities: ClassVar[Capabilities] = Capabilities(
-        lora=True, full=True, guidance_embedding=True, second_time=True, features=True
+        lora=True,
+        full=True,
+        guidance_embedding=True,
+        second_time=True,
+        features=True,
+        quantised_base=True,
+        quantised_text_encoders=2,
     )
     lora_targets: ClassVar[tuple[str, ...]] = (*LORA_TARGETS, "proj_mlp", "proj_out")
     default_guidance: ClassVar[float] = 3.5
@@ -78,6 +85,7 @@ class Flux(TransformerFamily):
         encoders={"text_encoder": "CLIPTextModel", "text_encoder_2": "T5EncoderModel"},
         check=check_configs,
         made_of="a FLUX.1 has CLIP and T5 as text encoders",
+        kohya=KOHYA,
     )
 
     class Config(TransformerFamily.Config):

@@ -7,6 +7,7 @@ from typing import ClassVar
 from ..core.family import ModelFamily
 from ..core.hookspecs import hookimpl
 from ._architecture import Architecture
+from ._kohya import KohyaFormat
 from ._stable_diffusion import StableDiffusion, generation
 
 
@@ -21,6 +22,7 @@ class SD1x(StableDiffusion):
         text_prefix="cond_stage_model.transformer.",
         base_repository="stable-diffusion-v1-5/stable-diffusion-v1-5",
         size="about 2 GB in fp16",
+        kohya=KohyaFormat("sd_v1", "stable-diffusion-v1", of_v=("sd_v1_v", "stable-diffusion-v1")),
     )
 
     class Config(StableDiffusion.Config):

@@ -11,6 +11,7 @@ from typing import ClassVar
 from ..core.family import ModelFamily
 from ..core.hookspecs import hookimpl
 from ._architecture import MINIATURES, Architecture
+from ._kohya import KohyaFormat
 from ._stable_diffusion import StableDiffusion, generation
 
 
@@ -26,6 +27,12 @@ class SD2x(StableDiffusion):
         text_prefix="cond_stage_model.model.",
         base_repository="stabilityai/stable-diffusion-2-1",
         size="about 2.5 GB in fp16",
+        kohya=KohyaFormat(
+            "sd_v2",
+            "stable-diffusion-v2-512",
+            of_v=("sd_v2_v", "stable-diffusion-v2-768-v"),
+            second_generation=True,
+        ),
     )
 
     class Config(StableDiffusion.Config):

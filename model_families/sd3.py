@@ -48,7 +48,9 @@ class SD3(TransformerFamily):
     """Stable Diffusion 3 and 3.5, medium and large, and their fine-tunes."""
 
     name: ClassVar[str] = "sd3"
-    capabilities: ClassVar[Capabilities] = Capabilities(lora=True, full=True, second_time=True, features=True)
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        lora=True, full=True, second_time=True, features=True, quantised_base=True, quantised_text_encoders=3
+    )
     default_guidance: ClassVar[float] = 7.0
     miniature: ClassVar[Path | None] = MINIATURES / "sd3_miniature"
     architecture: ClassVar[Architecture] = Architecture(

@@ -24,6 +24,7 @@ from ..core.hookspecs import hookimpl
 from ._architecture import MINIATURES, Architecture, ReadConfig, SingleFile
 from ._checks import check_unet
 from ._encoders import penultimate
+from ._kohya import KohyaFormat, original_unet
 from ._unet import UNetFamily
 
 if TYPE_CHECKING:
@@ -48,7 +49,13 @@ class SDXL(UNetFamily):
 
     name: ClassVar[str] = "sdxl"
     capabilities: ClassVar[Capabilities] = Capabilities(
-        lora=True, full=True, guidance_embedding=True, second_time=True, features=True
+        lora=True,
+        full=True,
+        guidance_embedding=True,
+        second_time=True,
+        features=True,
+        quantised_base=True,
+        quantised_text_encoders=2,
     )
     pixel_multiple: ClassVar[int] = 8
     miniature: ClassVar[Path | None] = MINIATURES / "sdxl_miniature"
@@ -79,6 +86,7 @@ class SDXL(UNetFamily):
             base_repository="stabilityai/stable-diffusion-xl-base-1.0",
             size="about 6.5 GB in fp16",
         ),
+        kohya=KohyaFormat("sdxl_base_v1-0", "stable-diffusion-xl-v1-base", original_unet),
     )
 
     class Config(UNetFamily.Config):

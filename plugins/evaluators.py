@@ -21,6 +21,13 @@ FEWEST_DATA = 2
 """Pictures on either side that a distance between distributions needs."""
 
 
+def too_few_data(setting: EvaluationSetting) -> str | None:
+    """Why no distance to real pictures can be measured; None where it can, or where that is not known yet."""
+    if setting.num_data is not None and setting.num_data < FEWEST_DATA:
+        return f"it measures distances to real pictures, and the data has {setting.num_data or 'none'}"
+    return None
+
+
 class PictureDistance(Evaluator):
     """How far each picture is from the full teacher's, made from the same noise: root mean square, pixels in [0, 1]."""
 
@@ -43,13 +50,18 @@ class FeatureDistance(Evaluator):
     come more than once, the diversity of their pictures is measured in the same space.
     """
 
-    space: ClassVar[str]
+    space: str
     """Name of the feature space; part of the scores' names."""
 
     def __init__(self, config: Any, setting: EvaluationSetting) -> None:
         super().__init__(config, setting)
         self._data: Tensor | None = None
         self._data_features: Tensor | None = None
+
+    @property
+    def at_once(self) -> int:
+        """Pictures in one pass of the network."""
+        return BATCH
 
     @abstractmethod
     def features(self, images: Tensor) -> Tensor:
@@ -59,22 +71,28 @@ class FeatureDistance(Evaluator):
         import torch
 
         with torch.no_grad():
-            return torch.cat([self.features(part).double().cpu() for part in images.split(BATCH)])
+            return torch.cat([self.features(part).double().cpu() for part in images.split(self.at_once)])
+
+    def both_features(self, samples: Samples) -> tuple[Tensor, Tensor] | None:
+        """Features of the pictures (N, F) and of the data (M, F), float64; None where there are too few of either."""
+        if samples.data is None or min(len(samples.data), len(samples.images)) < FEWEST_DATA:
+            return None
+        if self._data is not samples.data or self._data_features is None:
+            self._data, self._data_features = samples.data, self._all_features(samples.data)
+        return self._all_features(samples.images), self._data_features
 
     def score(self, samples: Samples) -> dict[str, float]:
         """Fréchet and kernel distance to the data; nothing where there is no data."""
         from ..core.distances import frechet_distance, kernel_distance, relative_spread
 
-        if samples.data is None or min(len(samples.data), len(samples.images)) < FEWEST_DATA:
+        both = self.both_features(samples)
+        if both is None:
             return {}
-        if self._data is not samples.data:
-            self._data, self._data_features = samples.data, self._all_features(samples.data)
-        assert self._data_features is not None
-        features = self._all_features(samples.images)
-        scores = {f"kernel_distance_to_data_{self.space}": kernel_distance(features, self._data_features)}
-        if min(len(features), len(self._data_features)) > features.shape[1]:
-            scores[f"frechet_distance_to_data_{self.space}"] = frechet_distance(features, self._data_features)
-        spread = relative_spread(features, samples.prompts, self._data_features)
+        features, real = both
+        scores = {f"kernel_distance_to_data_{self.space}": kernel_distance(features, real)}
+        if min(len(features), len(real)) > features.shape[1]:
+            scores[f"frechet_distance_to_data_{self.space}"] = frechet_distance(features, real)
+        spread = relative_spread(features, samples.prompts, real)
         return scores if spread is None else {**scores, f"diversity_{self.space}": spread}
 
 
@@ -96,11 +114,9 @@ class RandomConvolutions(FeatureDistance):
     EDGE, CHANNELS, LEVELS, SEED = 64, 8, 3, 20231010
 
     @classmethod
-    def usable(cls, setting: EvaluationSetting) -> str | None:
+    def usable(cls, setting: EvaluationSetting, config: Any = None) -> str | None:
         """Only with pictures to measure the distance to."""
-        if setting.num_data is not None and setting.num_data < FEWEST_DATA:
-            return f"it measures distances to real pictures, and the data has {setting.num_data or 'none'}"
-        return None
+        return too_few_data(setting)
 
     def features(self, images: Tensor) -> Tensor:
         """Mean and spread of every channel of every level, (B, 48)."""
@@ -143,7 +159,7 @@ class JudgeEvaluator(FeatureDistance):
         self._judge = Judge.from_pretrained(setting.model_path / JUDGE_FOLDER)
 
     @classmethod
-    def usable(cls, setting: EvaluationSetting) -> str | None:
+    def usable(cls, setting: EvaluationSetting, config: Any = None) -> str | None:
         """Only beside a local model that has a judge."""
         if setting.model_path is None or not (setting.model_path / JUDGE_FOLDER).is_dir():
             return f"the model has no folder {JUDGE_FOLDER}/"

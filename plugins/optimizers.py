@@ -1,4 +1,4 @@
-"""Optimizers, each from a library: AdamW (torch), bf16 AdamW and Lion (torch-optimi), Lion (lion-pytorch)."""
+"""Optimizers of the common kind: AdamW, StableAdamW and Lion (torch, torch-optimi, lion-pytorch), Adafactor."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pydantic import Field
 
 from ..core.hookspecs import hookimpl
 from ..core.optimizer import OptimizerPlugin, OptimizerSettings
+from ._adam import LION_RATE, LionConfig, adam_arguments, lion_arguments
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +28,7 @@ class AdamW(OptimizerPlugin):
 
         parameters = list(parameters)
         fused = all(p.device.type in _FUSED_DEVICES and p.is_floating_point() for p in parameters)
-        return torch.optim.AdamW(parameters, fused=fused or None, **_adam_arguments(settings))
+        return torch.optim.AdamW(parameters, fused=fused or None, **adam_arguments(settings))
 
 
 class OptimiAdamW(OptimizerPlugin):
@@ -46,7 +47,7 @@ class OptimiAdamW(OptimizerPlugin):
         """An optimi AdamW."""
         import optimi
 
-        return optimi.AdamW(list(parameters), decouple_lr=self.config.decouple_lr, **_adam_arguments(settings))
+        return optimi.AdamW(list(parameters), decouple_lr=self.config.decouple_lr, **adam_arguments(settings))
 
 
 class AdamWBF16(OptimizerPlugin):
@@ -63,7 +64,7 @@ class AdamWBF16(OptimizerPlugin):
 
     def build(self, parameters: Iterable[torch.nn.Parameter], settings: OptimizerSettings) -> torch.optim.Optimizer:
         """An optimi AdamW with compensated weights."""
-        return _compensated_adamw()(list(parameters), kahan_sum=True, **_adam_arguments(settings))
+        return _compensated_adamw()(list(parameters), kahan_sum=True, **adam_arguments(settings))
 
 
 def _compensated_adamw() -> Callable[..., torch.optim.Optimizer]:
@@ -81,13 +82,49 @@ def _compensated_adamw() -> Callable[..., torch.optim.Optimizer]:
     return CompensatedAdamW
 
 
-class LionConfig(OptimizerPlugin.Config):
-    """Options of Lion. Its betas are not Adam's: the second smooths the momentum itself."""
+class StableAdamW(OptimizerPlugin):
+    """AdamW whose step is scaled down where the second moment lags behind (arXiv 2304.13013), by torch-optimi."""
 
-    beta1: float = Field(default=0.9, ge=0, lt=1)
-    """Share of the momentum in the direction of a step."""
-    beta2: float = Field(default=0.99, ge=0, lt=1)
-    """Decay of the momentum per step; the paper's is 0.99, not Adam's 0.999."""
+    name = "stableadamw"
+    aliases = ("optimi-stableadamw",)
+    packages: ClassVar = {"optimi": "torch-optimi"}
+
+    def build(self, parameters: Iterable[torch.nn.Parameter], settings: OptimizerSettings) -> torch.optim.Optimizer:
+        """An optimi StableAdamW."""
+        import optimi
+
+        return optimi.StableAdamW(list(parameters), **adam_arguments(settings))
+
+
+class Adafactor(OptimizerPlugin):
+    """Adafactor (arXiv 1804.04235) by transformers: second moments by row and column only."""
+
+    name = "adafactor"
+    honours = frozenset({"adam_weight_decay"})
+    state_bytes = 0.1
+
+    class Config(OptimizerPlugin.Config):
+        """Options of Adafactor."""
+
+        scale_parameter: bool = False
+        """Whether steps are relative to the size of the weights; a LoRA starts at zero and would hardly move."""
+        decay_rate: float = Field(default=-0.8, ge=-1, lt=0)
+        """Exponent p of the second moment's decay, 1 - t^p at step t."""
+        clip_threshold: float = Field(default=1.0, gt=0)
+        """Root mean square above which an update is scaled down."""
+
+    def build(self, parameters: Iterable[torch.nn.Parameter], settings: OptimizerSettings) -> torch.optim.Optimizer:
+        """A transformers Adafactor with the learning rate that it is told."""
+        from transformers.optimization import Adafactor as Library
+
+        return Library(
+            list(parameters),
+            lr=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            relative_step=False,
+            warmup_init=False,
+            **self.config.model_dump(),
+        )
 
 
 class Lion(OptimizerPlugin):
@@ -95,6 +132,7 @@ class Lion(OptimizerPlugin):
 
     name = "lion"
     packages: ClassVar = {"lion_pytorch": "lion-pytorch"}
+    relative_learning_rate = LION_RATE
     honours = frozenset({"adam_weight_decay"})
     Config = LionConfig
 
@@ -102,7 +140,7 @@ class Lion(OptimizerPlugin):
         """A lion-pytorch Lion."""
         from lion_pytorch import Lion as Library
 
-        return Library(list(parameters), **_lion_arguments(settings, self.config))
+        return Library(list(parameters), **lion_arguments(settings, self.config))
 
 
 class OptimiLion(OptimizerPlugin):
@@ -110,6 +148,7 @@ class OptimiLion(OptimizerPlugin):
 
     name = "optimi-lion"
     packages: ClassVar = {"optimi": "torch-optimi"}
+    relative_learning_rate = LION_RATE
     honours = frozenset({"adam_weight_decay"})
     Config = LionConfig
 
@@ -117,27 +156,10 @@ class OptimiLion(OptimizerPlugin):
         """An optimi Lion."""
         import optimi
 
-        return optimi.Lion(list(parameters), **_lion_arguments(settings, self.config))
-
-
-def _adam_arguments(settings: OptimizerSettings) -> dict[str, Any]:
-    return {
-        "lr": settings.learning_rate,
-        "betas": (settings.beta1, settings.beta2),
-        "eps": settings.epsilon,
-        "weight_decay": settings.weight_decay,
-    }
-
-
-def _lion_arguments(settings: OptimizerSettings, config: LionConfig) -> dict[str, Any]:
-    return {
-        "lr": settings.learning_rate,
-        "betas": (config.beta1, config.beta2),
-        "weight_decay": settings.weight_decay,
-    }
+        return optimi.Lion(list(parameters), **lion_arguments(settings, self.config))
 
 
 @hookimpl
 def register_optimizers() -> Sequence[type[OptimizerPlugin]]:
     """The optimizers of this module."""
-    return [AdamW, OptimiAdamW, AdamWBF16, Lion, OptimiLion]
+    return [AdamW, OptimiAdamW, AdamWBF16, StableAdamW, Adafactor, Lion, OptimiLion]

@@ -69,7 +69,7 @@ class WandB(Tracker):
         return wandb.init(
             project=run.project,
             name=run.name,
-            id=run_id(run.output_dir),
+            id=run_id(run.output_dir, resumed=run.resumed_step > 0),
             entity=self.config.entity,
             tags=list(self.config.tags),
             dir=str(run.output_dir),
@@ -108,7 +108,8 @@ class WandB(Tracker):
 
 
 def _library() -> Any:
-    """The package of this module's own name."""
+    """The package of this module's own name, which sends no report of its own failures unless it is told to."""
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read when it is imported
     return importlib.import_module("wandb")
 
 
@@ -129,12 +130,15 @@ def logged_in() -> bool:
     return False
 
 
-def run_id(output_dir: Path) -> str:
-    """The wandb id of the run in this folder, kept in ``wandb-run.json`` so that a resumed run continues it."""
+def run_id(output_dir: Path, *, resumed: bool) -> str:
+    """The wandb id of the run in this folder, kept in ``wandb-run.json`` so that a resumed run continues it.
+
+    A run that starts afresh where another one was gets an id of its own.
+    """
     import secrets
 
     file = output_dir / "wandb-run.json"
-    if file.is_file():
+    if resumed and file.is_file():
         return json.loads(file.read_text(encoding="utf-8"))["id"]
     chosen = secrets.token_hex(4)
     file.parent.mkdir(parents=True, exist_ok=True)

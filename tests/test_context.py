@@ -11,8 +11,8 @@ from distill.core.diffusion import guide
 from distill.core.method import Role
 from distill.core.networks import Networks
 from distill.core.random import Draws
-from support.closed_form import PATHS
-from support.gaussian import GaussianFamily, denoise
+from distill.core.testing.gaussian import GaussianFamily, denoise
+from distill.core.testing.paths import PATHS
 
 MEAN, SIZE = 0.6, 6
 COND = {"mean": torch.full((SIZE, 1), MEAN, dtype=torch.float64)}

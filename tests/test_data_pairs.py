@@ -16,8 +16,8 @@ from distill.core.data.places import CachePlaces
 from distill.core.evaluation import fast_solver
 from distill.core.family import ModelSettings
 from distill.core.terms.ddim import deterministic_sampler, trailing_walk
+from distill.core.testing.paths import TABLE
 from distill.model_families.sdxl import SDXL
-from support.closed_form import TABLE
 from support.data_helpers import entry, fill, prompts, take
 from support.pairs import PLUGIN, distill, said
 from support.paths import PathFamily, cache_entry, pair_pipeline

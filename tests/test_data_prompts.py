@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from distill.core.errors import Interrupted, UserError
-from distill.core.evaluation import build_evaluators
 from distill.core.evaluator import EvaluationSetting
+from distill.core.evaluators import build_evaluators
 from distill.core.plugins import Registry
 from support.data_helpers import FakeFamily, entry, fill, pipeline, prompts, take
 from support.pairs import distill, said

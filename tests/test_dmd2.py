@@ -11,11 +11,12 @@ from distill.core.engine.progress import Progress
 from distill.core.errors import UserError
 from distill.core.method import MethodSetup
 from distill.core.random import Draws
+from distill.core.testing.trial import split
 from distill.distill_methods.dmd2 import DMD2
 from support.sdxl_methods import call, table
 from support.small_run import execute, write_run
 from support.tiny_sdxl import write_tiny_sdxl
-from support.trial import LATENT, held_bytes, make_trial, split
+from support.trial import LATENT, held_bytes, make_trial
 
 TIMES = [999, 749, 499, 249]
 SDXL = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}

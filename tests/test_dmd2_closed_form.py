@@ -6,8 +6,8 @@ Data N(c, q^2), the student's samples N(c + shift, width^2): both scores, the gu
 import pytest
 import torch
 from distill.core.diffusion import append_dims
+from distill.core.testing.gaussian import Q
 from distill.distill_methods import dmd2
-from support.gaussian import Q
 from support.scores import CASES, MEAN, make_loop, score_batch, score_setup
 
 SHIFT, WIDTH = 0.35, 0.8

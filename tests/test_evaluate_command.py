@@ -7,41 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from distill.core.assemble import build_family, build_method, lora_settings, open_run
+from distill.core.assemble import open_run
 from distill.core.cli.evaluate import evaluate
 from distill.core.cli.generate import generate
-from distill.core.config import load_configuration
 from distill.core.config.output import RESOLVED
 from distill.core.errors import UserError
-from distill.core.family import ExportInfo
-from distill.core.networks import Networks
-from distill.core.plugins import Registry
 from PIL import Image
-from support.small_run import write_run
+from support.finished_run import write_finished_run
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
-    """The folder of a run whose student is a random LoRA: what the engine trains is tested elsewhere."""
-    root = tmp_path_factory.mktemp("finished")
-    registry = Registry.load(installed=False)
-    configuration = load_configuration(registry, config_file=write_run(root, validation_prompt=["a noise", "b"]))
-    family = build_family(configuration, registry)
-    method = build_method(configuration, registry, family)
-    lora = lora_settings(configuration)
-    networks = Networks(family, method.roles(configuration.method, method.setup), lora=lora, seed=0)
-    g = torch.Generator().manual_seed(0)
-    for parameter in networks.parameters("student"):
-        parameter.data = torch.randn(parameter.shape, generator=g) * 0.1
-    output = configuration.run.output_dir
-    sampler = method.sampler(family.schedule, num_inference_steps=2)
-    for folder in (output / "student", root / "style"):
-        folder.mkdir(parents=True)
-        with networks.use("student") as network:
-            family.export(network, folder, ExportInfo(sampler=sampler, model_type="lora", lora=lora))
-    (output / RESOLVED).write_text(json.dumps(configuration.resolved()))
-    return output
+    return write_finished_run(tmp_path_factory.mktemp("finished"))
 
 
 def pixels(path: Path) -> np.ndarray:

@@ -12,10 +12,11 @@ from distill.core.assemble import ExportedNetworks, parse_loras
 from distill.core.cli.evaluate import read_steps
 from distill.core.distances import frechet_distance, kernel_distance, relative_spread, root_mean_square
 from distill.core.errors import UserError
-from distill.core.evaluation import build_evaluators, evaluate, fast_solver, plan_evaluation
+from distill.core.evaluation import evaluate, fast_solver, plan_evaluation
 from distill.core.evaluation_report import format_score
 from distill.core.evaluation_run import num_real_images
 from distill.core.evaluator import EvaluationSetting, Samples
+from distill.core.evaluators import build_evaluators
 from distill.core.family import ExportInfo, ExtraLora
 from distill.core.model_card import without_folders, write_model_card
 from distill.core.plugins import Registry
@@ -39,6 +40,17 @@ def exact_samples(mean: torch.Tensor, covariance: torch.Tensor, count: int = 400
 def rotation(size: int) -> torch.Tensor:
     g = torch.Generator().manual_seed(1)
     return torch.linalg.qr(torch.randn(size, size, generator=g, dtype=torch.float64))[0]
+
+
+def test_with_few_samples_the_frechet_distance_is_that_of_the_covariances():
+    """The root of the product by a general eigenvalue problem of the full size."""
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.randn(4, 7, generator=g).double(), torch.randn(30, 7, generator=g).double() + 1
+    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
+    cross = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt().sum()
+    expected = (a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
+    assert frechet_distance(a, b) == pytest.approx(float(expected), rel=1e-6)
+    assert frechet_distance(b, a) == pytest.approx(float(expected), rel=1e-6)
 
 
 def test_frechet_distance_of_gaussians_that_share_their_axes():
@@ -474,7 +486,10 @@ def test_push_to_hub_asks_for_the_hub(push, publish_to, wanted):
 
 
 def test_a_publisher_with_a_problem_is_said_at_the_start_and_never_asked(monkeypatch, token, tmp_path):
-    run = SimpleNamespace(push_to_hub=True, publish_to=(), hub_model_id="your-username/x")
+    run = SimpleNamespace(
+        push_to_hub=True, publish_to=(), hub_model_id="your-username/x", tracker_run_name="x", model_type="lora",
+        model_family="sdxl",
+    )  # fmt: skip
     said: list[str] = []
     configuration = SimpleNamespace(run=run, publishers={})
     publishers = build_publishers(Registry.load(installed=False), configuration, said.append)  # type: ignore[arg-type]

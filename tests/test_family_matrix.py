@@ -12,10 +12,11 @@ from functools import cache
 import pytest
 import torch
 from distill.core.config.docs import hole
+from distill.core.testing.trial import base_weights, own_weights, same
 from support.cases import SETTINGS, found_of, registry
 from support.tiny_families import EDGE, MODELS, Tiny
 from support.tiny_sdxl import write_tiny_sdxl
-from support.trial import base_weights, make_trial, own_weights, same
+from support.trial import make_trial
 
 pytestmark = pytest.mark.slow
 

@@ -7,10 +7,11 @@ import torch
 from distill.core.diffusion import FlowSchedule, Prediction
 from distill.core.method import MethodSetup
 from distill.core.random import Draws
+from distill.core.testing.gaussian import affine_of, gaussian_batch
+from distill.core.testing.paths import PATHS, TABLE, train
 from distill.distill_methods.guidance import Guidance
 from pydantic import ValidationError
-from support.closed_form import PATHS, TABLE, GuidedFamily, train
-from support.gaussian import affine_of, gaussian_batch
+from support.closed_form import GuidedFamily
 from support.mixture import MixtureFamily, guided_parts, mixture_batch
 from support.resuming import resumed_equals_whole
 from support.sdxl_methods import call, loss_and_gradients, make_parts, table
@@ -233,8 +234,8 @@ def test_the_sampler_has_the_teachers_steps_and_a_guidance_of_the_range(schedule
 
 def test_with_the_models_own_spacing_ddim_is_the_models_own_euler():
     """The student's sampler makes the teacher's picture: SDXL's Euler scheduler, in DDIM's clothes."""
+    from distill.core.testing.paths import NOISE as SDXL
     from distill.model_families._schedulers import build_scheduler
-    from support.closed_form import SDXL
 
     model = {
         "_class_name": "EulerDiscreteScheduler", "prediction_type": "epsilon", "timestep_spacing": "leading",

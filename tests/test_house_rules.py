@@ -98,7 +98,7 @@ def registered_names(registry: Registry) -> set[str]:
     names: set[str] = set()
     for kind in KINDS:
         for name in registry.names(kind):
-            names |= {name, *getattr(registry.get(kind, name), "aliases", ())}
+            names |= {name, *registry.get(kind, name).aliases}
     return names
 
 
@@ -178,7 +178,7 @@ class A:
 
 def names_and_classes(registry: Registry, kind: str) -> tuple[set[str], set[str]]:
     found = {name: registry.get(kind, name) for name in registry.names(kind)}
-    aliases = {alias for each in found.values() for alias in getattr(each, "aliases", ())}
+    aliases = {alias for each in found.values() for alias in each.aliases}
     return {*found, *aliases} - ENGLISH, {each.__name__ for each in found.values() if each.name not in ENGLISH}
 
 
@@ -335,7 +335,7 @@ def test_the_wheel_holds_the_tree_and_nothing_else(tmp_path):
     wheel = next(tmp_path.glob("*.whl"))
     shipped = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     wanted = {f"distill/{relative(path)}" for path in sources()}
-    assets = [path for path in (ROOT / "model_families" / "assets").rglob("*") if path.is_file()]
+    assets = [path for folder in ("core", *FOLDERS) for path in (ROOT / folder).rglob("assets/**/*") if path.is_file()]
     wanted |= {f"distill/{relative(path)}" for path in assets if not path.name.startswith(".")}
     assert shipped == wanted
     licences = [name.rsplit("/", 1)[-1] for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/licenses/" in name]

@@ -10,10 +10,10 @@ from distill.core.errors import UserError
 from distill.core.method import MethodSetup, Requirements
 from distill.core.teacher_path import follow
 from distill.core.terms.ddim import trailing_walk
+from distill.core.testing.gaussian import GaussianFamily, Q, raw_output
+from distill.core.testing.paths import PATHS, TABLE, train
 from distill.distill_methods.kd import KD
 from pydantic import ValidationError
-from support.closed_form import PATHS, TABLE, train
-from support.gaussian import GaussianFamily, Q, raw_output
 
 MEAN, SCALE = 0.6, 2.0
 STEPS = 4

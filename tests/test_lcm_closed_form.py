@@ -14,8 +14,8 @@ from distill.core.engine.optimize import RoleOptimizer
 from distill.core.method import MethodSetup, Update
 from distill.core.networks import Networks
 from distill.core.random import Draws
+from distill.core.testing.gaussian import GaussianFamily, affine_of, gaussian_batch
 from distill.distill_methods.lcm import LCM, consistency_function, distance
-from support.gaussian import GaussianFamily, affine_of, gaussian_batch
 
 N, SCALE, MEAN = 8, 2.0, 0.6
 SDXL = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}

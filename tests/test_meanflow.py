@@ -20,6 +20,11 @@ from distill.core.flow_map import FlowMapScheduler
 from distill.core.method import MethodSetup
 from distill.core.networks import Networks
 from distill.core.random import Draws
+from distill.core.testing import gaussian
+from distill.core.testing.draws import BatchedDraws
+from distill.core.testing.gaussian import gaussian_batch, gaussian_map
+from distill.core.testing.paths import NOISE as SDXL
+from distill.core.testing.paths import PATHS, TABLE, train
 from distill.distill_methods.meanflow import (
     MeanFlow,
     adaptive_weight,
@@ -28,10 +33,8 @@ from distill.distill_methods.meanflow import (
     time_of_flow_time,
     truncated_logit_normal,
 )
-from support import gaussian, mixture
-from support.closed_form import PATHS, SDXL, TABLE, train
-from support.flow_map_net import FlowMapFamily, QuickDraws, gaussian_du, gaussian_map, gaussian_u
-from support.gaussian import gaussian_batch
+from support import mixture
+from support.flow_map_net import FlowMapFamily, gaussian_du, gaussian_u
 from support.mixture import mixture_batch
 from support.pairs import distill, said
 from support.tiny_sdxl import write_tiny_sdxl
@@ -173,7 +176,7 @@ def teach(path, data="gaussian", *, num_steps, scale=SCALE):
     config = MeanFlow.Config(w_min=scale, w_max=scale, derivative="difference", difference_step=1e-3, **EVERYWHERE)
     batch_of, size, lr = (gaussian_batch, 2048, 7e-3) if data == "gaussian" else (mixture_batch, 1024, 2e-2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(context_module, "Draws", QuickDraws)
+        patch.setattr(context_module, "Draws", BatchedDraws)
         return train(
             MeanFlow, config, FlowMapFamily(schedule, kind, data), lambda step: batch_of(step, size, mean=MEAN),
             num_steps=num_steps, lr=lr,

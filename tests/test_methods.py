@@ -16,11 +16,12 @@ from distill.core.config.run_settings import RunSettings
 from distill.core.diffusion import FlowSchedule
 from distill.core.family import ExportInfo
 from distill.core.method import MethodSetup
+from distill.core.testing.trial import base_weights, own_weights, same
 from distill.model_families.sdxl import SDXL
 from support.cases import SETTINGS, config_of, found_of, refusal, registry
 from support.pairs import distill, said
 from support.tiny_sdxl import EDGE, write_tiny_sdxl
-from support.trial import LORA, base_weights, held_bytes, make_trial, own_weights, same
+from support.trial import LORA, held_bytes, make_trial
 
 STEPS, HALF = 4, 2
 """Optimizer steps of a trial, and where it is stopped and resumed: inside the second stage of methods with two."""

@@ -20,12 +20,13 @@ from distill.core.engine.optimize import RoleOptimizer
 from distill.core.errors import UserError
 from distill.core.method import MethodSetup
 from distill.core.networks import Networks
+from distill.core.testing.gaussian import GaussianFamily, Q, denoise, gaussian_batch
+from distill.core.testing.paths import NOISE as SDXL
+from distill.core.testing.paths import PATHS, TABLE
 from distill.distill_methods import pcm
 from distill.distill_methods.pcm import PCM, phase_of
 from pydantic import ValidationError
 from support import mixture
-from support.closed_form import PATHS, SDXL, TABLE
-from support.gaussian import GaussianFamily, Q, denoise, gaussian_batch
 from support.trajectory import move
 
 SCALE, MEAN = 2.0, 0.6

@@ -8,9 +8,11 @@ from distill.core.diffusion import FlowSchedule, Prediction
 from distill.core.method import MethodSetup
 from distill.core.random import Draws
 from distill.core.terms.ddim import data_of_step, step_to, trailing_walk
+from distill.core.testing.gaussian import Q, affine_of, gaussian_batch
+from distill.core.testing.paths import NOISE as SDXL
+from distill.core.testing.paths import PATHS, TABLE, ZERO_SNR, train
 from distill.distill_methods.progressive import Progressive
-from support.closed_form import PATHS, SDXL, TABLE, ZERO_SNR, GuidedFamily, train
-from support.gaussian import Q, affine_of, gaussian_batch
+from support.closed_form import GuidedFamily
 from support.mixture import MixtureFamily, guided_parts, mixture_batch
 
 MEAN, SCALE = 0.6, 2.0

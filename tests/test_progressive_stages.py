@@ -256,7 +256,7 @@ def test_guidance_of_the_sampler():
         method = Progressive(Progressive.Config(**config), MethodSetup(model_type))
         return method.sampler(schedule, guidance_scale=asked).guidance_scale
 
-    from support.closed_form import TABLE as schedule
+    from distill.core.testing.paths import TABLE as schedule
 
     assert [guidance("lora", asked) for asked in (None, 0.0)] == [0, 0]
     assert guidance("full", None) == 0, "one scale is built in"

@@ -19,8 +19,8 @@ from distill.core.errors import UserError
 from distill.core.method import MethodSetup
 from distill.core.networks import Networks
 from distill.core.plugins import Registry
+from distill.core.testing.gaussian import GaussianFamily, affine_of, gaussian_batch
 from support.closed_form import GuidedFamily
-from support.gaussian import GaussianFamily, affine_of, gaussian_batch
 from support.pairs import Pair, distill, said
 from support.recipes import PLUGIN, recipe, term
 from support.small_run import execute, losses, write_run

@@ -97,6 +97,34 @@ def test_two_plugins_that_claim_one_name_are_both_named(tmp_path):
     assert str(second) in str(error.value)
 
 
+def test_a_plugin_that_is_refused_leaves_nothing_behind(built_in):
+    registry, seen = Registry(), []
+    good = built_in.get("tracker", "tensorboard")
+    offered = [good, distill.Tracker]
+    plugin = module(
+        register_trackers=distill.hookimpl(lambda: offered),
+        on_step_end=distill.hookimpl(lambda step: seen.append(step)),
+    )
+    with pytest.raises(UserError, match="has no name"):
+        registry.add(plugin, source="test", name="half")
+    registry.hook.on_step_end(state=None, step=1)
+    assert (registry.names("tracker"), registry.loaded, seen) == ([], (), [])
+    offered.pop()
+    registry.add(plugin, source="test", name="half")
+    registry.hook.on_step_end(state=None, step=2)
+    assert (registry.names("tracker"), [each.name for each in registry.loaded], seen) == (
+        ["tensorboard"],
+        ["half"],
+        [2],
+    )
+
+
+def test_two_classes_of_one_plugin_cannot_have_one_name(tmp_path):
+    twice = TRACKER.replace("[Mine]", "[Mine, type('Other', (Mine,), {})]")
+    with pytest.raises(UserError, match=r"two plugins claim the tracker 'mine': class Mine of plugin 'a_plugin'"):
+        Registry().add_file(file(tmp_path, twice))
+
+
 def test_an_alias_clashes_with_a_name(tmp_path):
     registry = Registry()
     registry.add_file(file(tmp_path, TRACKER, "first.py"))
@@ -174,6 +202,7 @@ REGISTRATION = {
     "register_data_backends": "data_backend",
     "register_trackers": "tracker",
     "register_optimizers": "optimizer",
+    "register_quantizers": "quantizer",
     "register_evaluators": "evaluator",
     "register_publishers": "publisher",
 }
@@ -204,36 +233,19 @@ def test_a_failing_hook_is_reported_with_the_plugins_name(tmp_path):
     assert isinstance(error.value.__cause__, KeyError)
 
 
+@pytest.mark.filterwarnings("ignore::pluggy.PluggyTeardownRaisedWarning")
+@pytest.mark.parametrize("kind", ["wrapper", "hookwrapper"])
+def test_a_failing_wrapper_of_a_hook_is_reported_with_the_plugins_name(kind, tmp_path):
+    registry = Registry()
+    path = file(tmp_path, f"@hookimpl({kind}=True)\ndef on_step_end(step):\n    yield\n    raise KeyError('gone')\n")
+    registry.add_file(path)
+    with pytest.raises(PluginError, match="on_step_end: KeyError: 'gone'") as error:
+        registry.hook.on_step_end(state=None, step=1)
+    assert str(path) in str(error.value)
+
+
 def test_an_error_for_users_passes_through_a_hook_unchanged(tmp_path):
     registry = Registry()
     registry.add_file(file(tmp_path, "@hookimpl\ndef on_run_start(state):\n    raise distill.UserError('no', 'so')\n"))
     with pytest.raises(UserError, match="no\n  so"):
         registry.hook.on_run_start(state=None)
-
-
-class FakePoint:
-    value = "their_package.plugin"
-    dist = types.SimpleNamespace(name="their-package", version="1.2")
-
-    def __init__(self, load):
-        self.load = load
-
-
-def test_installed_packages_are_loaded_and_named(monkeypatch, tmp_path):
-    registry = Registry()
-    registry.add_file(file(tmp_path, TRACKER))
-    theirs = registry.get("tracker", "mine")
-    plugin = module(register_trackers=distill.hookimpl(lambda: [type("T", (theirs,), {"name": "theirs"})]))
-    monkeypatch.setattr("distill.core.plugins.entry_points", lambda group: [FakePoint(lambda: plugin)])
-    found = Registry.load()
-    assert found.provenance("tracker", "theirs").source == "package their-package 1.2"
-    assert not Registry.load(installed=False).known("tracker", "theirs")
-
-
-def test_a_package_that_cannot_be_imported_is_named(monkeypatch):
-    def fail():
-        raise ImportError("no module named nothing")
-
-    monkeypatch.setattr("distill.core.plugins.entry_points", lambda group: [FakePoint(fail)])
-    with pytest.raises(UserError, match=r"their-package 1\.2.*no module named nothing"):
-        Registry.load()

@@ -15,7 +15,7 @@ from distill.core.engine.optimize import RoleOptimizer
 from distill.core.errors import UserError
 from distill.core.method import Role, Stage, Update
 from distill.core.networks import Networks
-from support.gaussian import GaussianFamily, gaussian_batch
+from distill.core.testing.gaussian import GaussianFamily, gaussian_batch
 from support.recipes import PLUGIN
 from support.small_run import execute, losses, write_run
 

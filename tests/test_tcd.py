@@ -19,12 +19,13 @@ from distill.core.errors import UserError
 from distill.core.method import MethodSetup, Stage
 from distill.core.networks import Networks
 from distill.core.terms.segments import even_times, noise_further, segment_edge
+from distill.core.testing.draws import BatchedDraws
+from distill.core.testing.gaussian import GaussianFamily, denoise, gaussian_batch
 from distill.distill_methods import tcd
 from distill.distill_methods.tcd import TCD, stage_lengths
 from pydantic import ValidationError
 from support import mixture
-from support.gaussian import GaussianFamily, denoise, gaussian_batch
-from support.trajectory import BatchedDraws, edges, fixed_x_0, move
+from support.trajectory import edges, fixed_x_0, move
 
 SCALE, MEAN = 2.0, 0.6
 SDXL = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}

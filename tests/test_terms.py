@@ -11,8 +11,8 @@ from distill.core.terms.adversarial import HIDDEN, PLACES, Heads, discriminator_
 from distill.core.terms.consistency import boundary_scalings, consistency_function, trajectory_function
 from distill.core.terms.regression import distance, snr_weight, truncated_snr
 from distill.core.terms.weights import Weight, ever_positive, weight_at
+from distill.core.testing.paths import PATHS, TABLE, ZERO_SNR
 from pydantic import TypeAdapter, ValidationError
-from support.closed_form import PATHS, TABLE, ZERO_SNR
 
 FLOW = FlowSchedule(shift=3.0)
 X = torch.linspace(-2, 2, 12, dtype=torch.float64).reshape(4, 3)

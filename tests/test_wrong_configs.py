@@ -220,9 +220,19 @@ WRONG = [
     Wrong("adam without adam", run(optimizer="momentumless", adam_beta1=0.5), CONFIG, "adam_beta1", "0.5", "leave adam_beta1 out"),
     Wrong("optimizer's package", run(optimizer="unbuyable"), CONFIG, "optimizer", "'unbuyable'", "pip install 'no-such-package-anywhere>=1'"),
     Wrong("lora start for full", run(model_type="full", init_lora="a/b", learning_rate=1e-6), CONFIG, "init_lora", "'a/b'", "model_type to lora"),
+    Wrong("estimated rate", run(optimizer="prodigy", learning_rate=1e-4), CONFIG, "learning_rate", "0.0001", "set learning_rate to 1"),
+    Wrong("two averages", run(optimizer="schedulefree-adamw", use_ema=True), CONFIG, "use_ema", "True", "use_ema to false"),
+    # quantisation
+    Wrong("quantizer", run(base_model_precision="int8-quanta"), CONFIG, "base_model_precision", "'int8-quanta'", "did you mean 'int8-quanto'"),
+    Wrong("quantizer's package", run(base_model_precision="unaffordable", model_family="sdxl"), CONFIG, "base_model_precision", "'unaffordable'", "pip install 'no-such-package-anywhere>=1'"),
+    Wrong("quantizer and machine", run(text_encoder_1_precision="not-here", model_family="sdxl"), CONFIG, "text_encoder_1_precision", "no quantum computer; int8-torchao works", "no_change"),
+    Wrong("quantised full", run(base_model_precision="int8-torchao", model_family="sdxl", model_type="full", learning_rate=1e-6), CONFIG, "base_model_precision", "only goes with a LoRA", "model_type to lora"),
+    Wrong("quantised text of a full model", run(text_encoder_2_precision="nf4-bnb", model_family="sdxl", model_type="full", learning_rate=1e-6), CONFIG, "text_encoder_2_precision", "exported whole", "model_type to lora"),
+    Wrong("encoder that is not there", run(text_encoder_3_precision="nf4-bnb", model_family="sdxl"), CONFIG, "text_encoder_3_precision", "quantises 2 text encoders", "no_change"),
+    Wrong("family without quantisation", run(base_model_precision="int8-torchao", model_family="plain-family"), CONFIG, "base_model_precision", "does not quantise its base", "no_change"),
+    Wrong("forward mode", run(base_model_precision="nf4-bnb", model_family="sdxl", distillation_method="meanflow"), CONFIG, "base_model_precision", "differentiates the network in forward mode", "int8-torchao"),
+    Wrong("group size", run(base_model_precision="int4-torchao", model_family="sdxl", quantizer_config={"int4-torchao": {"group_size": 7}}), CONFIG, "quantizer_config.int4-torchao.group_size", "7", "64"),
     # not in this version
-    Wrong("int8 base", run(base_model_precision="int8-quanto"), CONFIG, "base_model_precision", "'int8-quanto'", "set it to no_change"),
-    Wrong("int8 text encoder", run(text_encoder_1_precision="int8-quanto"), CONFIG, "text_encoder_1_precision", "'int8-quanto'", "no_change"),
     Wrong("deepspeed", run(deepspeed_config="ds.json"), CONFIG, "deepspeed_config", "'ds.json'", "accelerate"),
     # captions alone
     Wrong("no prompts file", alone(), DATA, "data.alone.prompts_file", "p.txt", "give a file that is there"),

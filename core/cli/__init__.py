@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Annotated, Any
 
@@ -11,12 +11,14 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command, get_group
 
-from ..errors import DistillError
+from ..errors import DistillError, PluginError
 
 COMMANDS = {
     "run": "A distillation run, start to end.",
     "evaluate": "Score a student against its teacher.",
+    "report": "A run as one page, while it goes or long after.",
     "generate": "Make pictures with a student.",
+    "publish": "Publish a finished student.",
     "config": "Check, show or start a configuration.",
     "plugins": "What is there, and from where.",
     "data": "What the datasets hold.",
@@ -47,8 +49,10 @@ class LazyGroup(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run; what people did wrong is said without a traceback, what broke keeps its own."""
         try:
-            return super().invoke(ctx)
+            return named_failures(super().invoke, ctx)
         except DistillError as error:
+            if isinstance(error, PluginError) and error.__cause__:
+                typer.echo(import_module("..plugin_calls", __name__).plugin_traceback(error.__cause__), err=True)
             say_error(str(error))
             raise typer.Exit(error.exit_code) from error
         except KeyboardInterrupt:
@@ -68,6 +72,20 @@ def load_command(name: str) -> Any:
         command = get_command(own)
     command.name = name
     return command
+
+
+def named_failures(call: Callable[..., Any], *arguments: Any) -> Any:
+    """What `call` returns; what a plugin's own code fails with carries the plugin's name."""
+    try:
+        return call(*arguments)
+    except DistillError:
+        raise
+    except Exception as error:
+        plugin_calls = sys.modules.get(f"{__name__.rsplit('.', 1)[0]}.plugin_calls")
+        failure = plugin_calls.named(error) if plugin_calls else None
+        if failure is None:
+            raise
+        raise failure from error
 
 
 def say_error(message: str) -> None:

@@ -7,7 +7,6 @@ import platform
 import shutil
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -102,15 +101,15 @@ def machine(folder: Path) -> Rows:
 
 def packages(registry: Registry) -> Rows:
     """Versions of what is required, and what plugins would like to have."""
+    from ..packages import missing
     from ..plugins import KINDS
 
     for name in REQUIRED:
         yield name, _version(name)
     for kind in KINDS:
         for name in registry.names(kind):
-            for package, install in getattr(registry.get(kind, name), "packages", {}).items():
-                if find_spec(package) is None:
-                    yield package, f"missing; the {kind.replace('_', ' ')} {name} needs it: pip install '{install}'"
+            for package, install in missing(registry.get(kind, name).packages).items():
+                yield package, f"missing; the {kind.replace('_', ' ')} {name} needs it: pip install '{install}'"
 
 
 def _version(name: str) -> str:
@@ -150,7 +149,8 @@ def memory(configuration: Configuration, registry: Registry) -> Rows:
     for name, num_bytes in expected.parts().items():
         yield name, gigabytes(num_bytes)
     yield "total", f"{gigabytes(expected.total)} (activations are rough)"
-    for label, saved in savings(settings):
+    quantizers = configuration.run.model_type == "lora"
+    for label, saved in savings(settings, quantizers=quantizers):
         yield "saves", f"{label}: about {gigabytes(saved)}"
 
 
@@ -183,13 +183,31 @@ def memory_settings(configuration: Configuration, registry: Registry) -> MemoryS
         trained_parameters=per_role * sum(role.trains != "none" for role in roles),
         latent_pixels=math.prod(edge // family.scale_factor for edge in (width, height)),
         batch=configuration.largest_batch,
-        base_bytes=4 if run.mixed_precision == "no" else 2,
+        base_bytes=base_bytes(configuration, registry, network),
         compute_bytes=4 if run.mixed_precision == "no" else 2,
         trained_bytes=trained_bytes,
-        optimizer_bytes=2 * trained_bytes,
+        optimizer_bytes=2 * trained_bytes if optimizer.state_bytes is None else optimizer.state_bytes,
         num_averages=sum(role.ema_of is not None for role in roles) + run.use_ema,
         gradient_checkpointing=run.gradient_checkpointing,
     )
+
+
+def base_bytes(configuration: Configuration, registry: Registry, network: nn.Module) -> float:
+    """Bytes per frozen weight of `network`, quantised as the run asks for."""
+    from torch import nn
+
+    from ..quantizer import NO_CHANGE
+
+    run = configuration.run
+    item = 4 if run.mixed_precision == "no" else 2
+    if run.base_model_precision == NO_CHANGE:
+        return item
+    quantizer = registry.get("quantizer", run.base_model_precision)
+    kinds = tuple(getattr(nn, name) for name in quantizer.layers)
+    total = sum(weight.numel() for weight in network.parameters())
+    layers = [layer for layer in network.modules() if type(layer) in kinds]
+    packed = sum(weight.numel() for layer in layers for name, weight in layer.named_parameters() if name == "weight")
+    return (packed * quantizer.bytes_per_weight + (total - packed) * item) / total
 
 
 def adapter_parameters(network: nn.Module, rank: int, targets: tuple[str, ...]) -> int:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import UserError
+from .options import SetOption
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,9 +29,16 @@ def evaluate(
         str | None, typer.Option(help="Numbers of steps of the teacher, as 4,50; the largest is the full teacher.")
     ] = None,
     num_samples: Annotated[int | None, typer.Option(min=1, help="Pictures per score; the run's by default.")] = None,
+    evaluators: Annotated[
+        str | None, typer.Option(metavar="NAMES", help="Evaluators, as clip_score,fid; the run's by default.")
+    ] = None,
     lora: Annotated[
         list[str] | None,
         typer.Option(metavar="PATH[:WEIGHT]", help="A LoRA beside the student's and in the teacher; repeatable."),
+    ] = None,
+    set_: SetOption = None,
+    base_model_precision: Annotated[
+        str | None, typer.Option(help="Quantizer of the base, or no_change; the run's by default.")
     ] = None,
 ) -> None:
     """Score a finished run's student against its teacher: a table, evaluation.json and evaluation.png."""
@@ -39,10 +47,15 @@ def evaluate(
 
     from ..assemble import ExportedNetworks, build_family, build_method, open_run, parse_loras
     from ..evaluation_run import evaluate_run
+    from ..evaluators import require_evaluators
 
     loras = parse_loras(lora or [])
-    configuration, registry = open_run(output_dir)
-    family = build_family(configuration, registry)
+    given = {"evaluators": evaluators, "base_model_precision": base_model_precision}
+    named = [f"{key}={value}" for key, value in given.items() if value is not None]
+    configuration, registry = open_run(output_dir, overrides=[*(set_ or ()), *named])
+    if evaluators is not None:
+        require_evaluators(registry, configuration)
+    family = build_family(configuration, registry, say=_say)
     count = num_samples or configuration.run.evaluation_num_samples
     prompts, real_images = _data(configuration, registry, family, count)
     found = evaluate_run(
@@ -62,8 +75,13 @@ def evaluate(
     Console().print(found.table())
     for name, reason in found.left_out.items():
         _say(f"evaluator {name} is left out: {reason}")
-    for file in found.save(output_dir, suffix="-with-lora" if loras else ""):
+    for file in found.save(output_dir, suffix=_suffix(bool(loras), base_model_precision)):
         _say(f"wrote {file}")
+
+
+def _suffix(with_loras: bool, precision: str | None) -> str:
+    """What the files are called by beside those of the run as it was."""
+    return ("-with-lora" if with_loras else "") + (f"-{precision}-base" if precision else "")
 
 
 def _say(line: str) -> None:

@@ -20,6 +20,9 @@ def generate(
     lora: Annotated[
         list[str] | None, typer.Option(metavar="PATH[:WEIGHT]", help="A LoRA beside the student's; repeatable.")
     ] = None,
+    base_model_precision: Annotated[
+        str | None, typer.Option(help="Quantizer of the base, or no_change; the run's by default.")
+    ] = None,
 ) -> None:
     """Make a picture with a finished run's student."""
     from ..assemble import (
@@ -37,8 +40,9 @@ def generate(
     from ..validation import slug
 
     loras = parse_loras(lora or [])
-    configuration, registry = open_run(output_dir)
-    family = build_family(configuration, registry)
+    named = [] if base_model_precision is None else [f"base_model_precision={base_model_precision}"]
+    configuration, registry = open_run(output_dir, overrides=named)
+    family = build_family(configuration, registry, say=lambda line: print(line, file=sys.stderr))
     run, method = configuration.run, build_method(configuration, registry, family)
     sampler = method.sampler(
         family.schedule,

@@ -62,11 +62,13 @@ def say(line: str) -> None:
 
 
 def service_notices(configuration: Configuration, registry: Registry) -> list[str]:
-    """What trackers and publishers will warn of at the start of the run."""
+    """What trackers, publishers and evaluators will warn of at the start of the run."""
+    from ..evaluators import evaluation_notices
     from ..publishing import build_publishers
     from ..tracking import build_trackers
 
     lines: list[str] = []
     build_trackers(registry, configuration.run.report_to, configuration.trackers, lines.append)
     build_publishers(registry, configuration, lines.append).check()
+    lines += evaluation_notices(registry, configuration)
     return [line.removeprefix("warning: ") for line in lines]

@@ -1,8 +1,9 @@
-"""`distill plugins`: list, show."""
+"""`distill plugins`: list, show, new."""
 
 from __future__ import annotations
 
 import inspect
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
@@ -12,29 +13,70 @@ from pydantic import ValidationError
 from ..config.requirements import SWITCHES
 from ..errors import UserError
 from ..method import ModelType
+from .check import check
 
 if TYPE_CHECKING:
     from ..method import Method, Requirements, Role
     from ..plugins import Registry
 
 app = typer.Typer(no_args_is_help=True, help="What is there, and from where.", pretty_exceptions_enable=False)
+app.command()(check)
 PluginOption = Annotated[list[Path] | None, typer.Option("--plugin", help="Plugin file to load.")]
 
 
 @app.command(name="list")
-def list_plugins(plugin: PluginOption = None) -> None:
-    """Every registered name by kind, with what it is and where it comes from."""
-    from ..plugins import KINDS, Registry
+def list_plugins(
+    kind: Annotated[
+        str | None, typer.Option(help="Only this kind: method, family, data-backend, tracker, ..., hooks.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs: a list of objects.")] = False,
+    plugin: PluginOption = None,
+) -> None:
+    """Every registered name: kind, name, version, where from, whether it can be used here, what it is.
 
-    registry = Registry.load(plugin or ())
-    rows = [
-        (kind.replace("_", " "), name, registry.provenance(kind, name).source, first_line(registry.get(kind, name)))
-        for kind in KINDS
-        for name in registry.names(kind)
-    ]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    for row in rows:
-        typer.echo("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]))
+    Installed packages that cannot be loaded are said at the end, with the reason, and the exit code is 2 then.
+    """
+    from ..plugins import Registry
+    from .plugin_table import as_table, rows
+
+    refused: list[UserError] = []
+    registry = Registry.load(plugin or (), refused=refused)
+    found = rows(registry, kind)
+    if as_json:
+        typer.echo(json.dumps([row.as_json() for row in found], indent=2, ensure_ascii=False))
+    else:
+        as_table(found)
+    if refused:
+        raise UserError(
+            "\n".join(f"{error.message}\n  {error.remedy}" for error in refused), "All others are listed above."
+        )
+
+
+@app.command()
+def new(
+    kind: Annotated[
+        str, typer.Argument(help="method, family, data-backend, tracker, optimizer, quantizer, evaluator, publisher.")
+    ],
+    name: Annotated[str, typer.Argument(help="As configurations say it: small letters, digits and dashes.")],
+    single_file: Annotated[
+        bool, typer.Option("--single-file", help="One file for --plugin, without a package around it.")
+    ] = False,
+    output: Annotated[Path, typer.Option(metavar="DIR", help="The folder that it is written into.")] = Path(),
+) -> None:
+    """Write a plugin that works: code of its kind, a test, a README, ready to be installed and changed."""
+    from ..plugins import KINDS, Registry
+    from ..scaffold import Names, check_name, write_plugin
+    from .plugin_table import chosen_kind
+
+    names = Names(chosen_kind(kind, KINDS), name)
+    check_name(names.kind, name, Registry.load(refused=[]))
+    target = write_plugin(names, output, single_file=single_file)
+    typer.echo(f"wrote {target} (class {names.class_name}). Next:")
+    steps = [f"distill plugins show {name} --plugin {target}", f"distill plugins check {target}"]
+    if not single_file:
+        steps = [f"pip install -e {target}", f"distill plugins show {name}", f"pytest {target}"]
+    for step in steps:
+        typer.echo(f"  {step}")
 
 
 @app.command()
@@ -69,19 +111,14 @@ def kinds_of(registry: Registry, name: str) -> list[str]:
     return kinds
 
 
-def first_line(found: type[Any]) -> str:
-    """The first line of a class's own docstring."""
-    return (inspect.getdoc(found) or "").split("\n", 1)[0]
-
-
 def describe(registry: Registry, kind: str, name: str) -> str:
     """Everything about one plugin, as text."""
     from ..config.findings import expectation
 
     found, provenance = registry.get(kind, name), registry.provenance(kind, name)
-    lines = [f"{found.name} ({kind.replace('_', ' ')}), {provenance.source}, {provenance.plugin}"]
-    aliases = getattr(found, "aliases", ())
-    lines += [f"aliases: {', '.join(aliases)}"] if aliases else []
+    version = "" if provenance.version in ("", *provenance.source.split()) else f" {provenance.version}"
+    lines = [f"{found.name} ({kind.replace('_', ' ')}), {provenance.source}{version}, {provenance.plugin}"]
+    lines += [f"aliases: {', '.join(found.aliases)}"] if found.aliases else []
     lines += ["", inspect.getdoc(found) or "", ""]
     fields = found.Config.model_fields
     lines += ["settings:"] if fields else ["no settings"]
@@ -89,8 +126,18 @@ def describe(registry: Registry, kind: str, name: str) -> str:
         default = "required" if info.is_required() else f"default {info.default!r}"
         lines.append(f"  {key}: {expectation(found.Config, key)}; {default}")
         lines += [f"      {' '.join((info.description or '').split())}"] if info.description else []
+    lines += ["", *packages(found)] if found.packages else []
     lines += ["", *needs(found)] if kind == "method" else []
     return "\n".join(lines).rstrip()
+
+
+def packages(found: type[Any]) -> list[str]:
+    """The third-party packages that a plugin needs, and whether each is installed."""
+    from ..packages import missing
+
+    absent = missing(found.packages)
+    state = {name: f"missing; pip install '{install}'" for name, install in absent.items()}
+    return ["packages:", *(f"  {name}: {state.get(name, 'installed')}" for name in found.packages)]
 
 
 def needs(method: type[Method]) -> list[str]:

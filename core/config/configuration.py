@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ PARTS = {
     "distillation_config": "method",
     "family_config": "family",
     "optimizer_config": "optimizer",
+    "quantizer_config": "quantizer",
     "tracker_config": "tracker",
     "evaluator_config": "evaluator",
     "publisher_config": "publisher",
@@ -34,6 +35,7 @@ class Configuration:
         method: Validated ``Config`` of the chosen method.
         family: Validated ``Config`` of the chosen family.
         optimizer: Validated ``Config`` of the chosen optimizer.
+        quantizers: Name -> validated ``Config`` of each quantizer that a ``..._precision`` key names.
         trackers: Name -> validated ``Config`` of each tracker of ``report_to``.
         evaluators: Name -> validated ``Config`` of each registered evaluator (or of those named by ``evaluators``).
         publishers: Name -> validated ``Config`` of each publisher asked for.
@@ -58,6 +60,7 @@ class Configuration:
     notices: tuple[str, ...] = ()
     miniature: bool = False
     plugin_files: tuple[Path, ...] = ()
+    quantizers: Mapping[str, BaseModel] = field(default_factory=dict)
 
     @property
     def largest_batch(self) -> int:
@@ -84,6 +87,7 @@ class Configuration:
             "distillation_config": {run.distillation_method: self.method},
             "family_config": {run.model_family: self.family},
             "optimizer_config": {run.optimizer: self.optimizer},
+            "quantizer_config": dict(self.quantizers),
             "tracker_config": dict(self.trackers),
             "evaluator_config": dict(self.evaluators),
             "publisher_config": dict(self.publishers),

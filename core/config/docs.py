@@ -51,7 +51,7 @@ def config_page() -> str:
         parts += [f"### {title}", table(group, group.model_fields)]
     parts += [
         "### Settings of plugins",
-        "`distillation_config`, `family_config`, `optimizer_config`, `tracker_config`, `evaluator_config` and "
+        "`distillation_config`, `family_config`, `optimizer_config`, `quantizer_config`, `tracker_config`, `evaluator_config` and "
         '`publisher_config` are objects by plugin name, as `{"lcm": {...}}`; for the chosen method, family and optimizer '
         "the name may be left out. What each takes: [plugins.md](plugins.md).",
         "### Other names",
@@ -83,7 +83,7 @@ def plugins_page(registry: Registry) -> str:
         parts += [f"## {kind.replace('_', ' ').capitalize()}", *([] if names else ["None."])]
         for name in names:
             found = registry.get(kind, name)
-            aliases = ", ".join(f"`{alias}`" for alias in getattr(found, "aliases", ()))
+            aliases = ", ".join(f"`{alias}`" for alias in found.aliases)
             parts.append(f"### {name}")
             parts.append((inspect.getdoc(found) or "").split("\n\n", 1)[0].replace("\n", " "))
             parts += [f"Also: {aliases}."] if aliases else []
@@ -114,7 +114,8 @@ def hooks_page() -> str:
         "```python\nimport distill\n\n\n@distill.hookimpl\ndef on_step_end(state, step):\n"
         '    if step % 100 == 0:\n        print(f"step {step} of {state.output_dir}")\n```',
         "Two plugins that claim one name, a misspelt hook, and a hook's name without the decorator are refused at load. "
-        "A failure inside a hook is reported with the plugin's name. Hooks run on every rank.",
+        "A failure inside a hook is reported with the plugin's name. Hooks run on every rank. `DISTILL_TRACE=1` prints every call. "
+        "How to begin, versions of the API, which plugins load: [writing-plugins.md](writing-plugins.md).",
         "## Registration",
         "Each returns a list of classes.",
         *(f"### `{signature}`\n\n{line}" for _, signature, line in registration),

@@ -16,6 +16,7 @@ from .findings import PartCheck
 from .normalise import align_rounding, megapixel_notices, refuse_not_yet, rename_run_keys
 from .pair_entries import PairNeeds, PairsCheck
 from .parts import Parts, PartsCheck
+from .quantisation import check_quantisation
 from .reading import COMMAND_LINE, Layers, Origin, fill_environment, nested, parse_override, read_file, strip_dashes
 from .requirements import check_pictures, check_requirements, check_smaller_student, trajectory_points
 from .run_settings import RunSettings
@@ -87,6 +88,7 @@ class Loader:
         recipe_data = self._choose_model(check) if self.readable else None
         refuse_not_yet(self.layers, self.findings)
         inline = self.layers.values.pop("data", None)
+        check.default_learning_rate()
         run = self._run(check) if self.readable else None
         parts = check.validate(run)
         if run is not None:
@@ -98,11 +100,22 @@ class Loader:
         if run is not None:
             self._compare_data(run, parts, check, entries or [], datasets)
             self._give_pairs(run, parts, check, entries or [], datasets)
-        if run is not None and self.to_train:
-            check.check_optimizer(run)
+        if run is not None:
+            self._check_plugins(run, parts, check)
         if run is None or self.findings:
             return None
         return self._assemble(run, parts, check, datasets)
+
+    def _check_plugins(self, run: RunSettings, parts: Parts, check: PartsCheck) -> None:
+        """Packages, and whether optimizer and quantizers can be used as the run asks."""
+        if self.to_train:
+            check.check_optimizer(run)
+            check.check_packages()
+        method = check.classes.get("method")
+        config = parts["distillation_config"].get(method.name) if method else None
+        self.findings += check_quantisation(
+            run, check.classes, config, registry=self.registry, layers=self.layers, to_train=self.to_train
+        )
 
     # -- layers -------------------------------------------------------------------------------------------------------
 
@@ -178,6 +191,7 @@ class Loader:
         recipe_type = recipe.get("model_type", RunSettings.model_fields["model_type"].default)
         if self.layers.values.get("model_type", recipe_type) != recipe_type:
             recipe.pop("learning_rate", None)
+        recipe = check.recipe_for_optimizer(recipe)
         parts = recipe.get("distillation_config", {})
         recipe["distillation_config"] = {name: part for name, part in parts.items() if method and name == method.name}
         under = Layers()
@@ -273,14 +287,16 @@ class Loader:
         return datasets
 
     def _assemble(self, run: RunSettings, parts: Parts, check: PartsCheck, datasets: Datasets) -> Configuration:
-        evaluators = check.wanted("evaluator", run) or self.registry.names("evaluator")
         given = parts["evaluator_config"]
+        usual = [name for name in self.registry.names("evaluator") if self.registry.get("evaluator", name).by_default]
+        evaluators = check.wanted("evaluator", run) or dict.fromkeys([*usual, *given])
         return Configuration(
             run=run,
             method=parts["distillation_config"][run.distillation_method],
             family=parts["family_config"][run.model_family],
             optimizer=parts["optimizer_config"][run.optimizer],
             trackers=parts["tracker_config"],
+            quantizers=parts["quantizer_config"],
             evaluators={name: given.get(name) or self.registry.get("evaluator", name).Config() for name in evaluators},
             publishers=parts["publisher_config"],
             datasets=tuple(datasets.training),

@@ -26,8 +26,8 @@ NOT_YET = {
     "deepspeed_config": "one process, or several with DDP through accelerate, are what this version has",
     "fsdp_enable": "one process, or several with DDP through accelerate, are what this version has",
     "fsdp_version": "one process, or several with DDP through accelerate, are what this version has",
-    "quantize_via": "quantised bases come with a later version; leave it out",
-    "base_model_default_dtype": "quantised bases come with a later version; mixed_precision decides the type",
+    "quantize_via": "leave it out: base_model_precision decides how and where weights are packed",
+    "base_model_default_dtype": "leave it out: mixed_precision decides the type that a quantised base computes in",
     "lycoris_config": "only lora_type `standard` is there; leave it out",
     "controlnet": "an exported student works beside a ControlNet in diffusers; none is trained here",
     "offload_during_startup": "encoders are always unloaded once the caches are built; leave it out",
@@ -63,20 +63,6 @@ def refuse_not_yet(layers: Layers, findings: list[Finding]) -> None:
             value, file = layers.values.pop(key), layers.origin(key).file
             if value not in (None, False, "", "none"):
                 findings.append(Finding(file, key, value, "is not in this version yet", instead))
-    for key in [key for key in layers.values if key.endswith("_precision") and key != "mixed_precision"]:
-        value = layers.values[key]
-        if isinstance(value, str) and value != "no_change":
-            layers.values.pop(key)
-            findings.append(
-                Finding(
-                    layers.origin(key).file,
-                    key,
-                    value,
-                    "is not in this version yet: quantisation comes with a later one; accepted: 'no_change'",
-                    f"leave {key} out or set it to no_change; memory is saved by gradient_checkpointing, "
-                    "train_batch_size 1, mixed_precision bf16 and optimizer adamw_bf16",
-                )
-            )
 
 
 def align_rounding(values: dict[str, Any], prefix: str, file: str, notices: list[str], findings: list[Finding]) -> None:

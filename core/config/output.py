@@ -14,7 +14,10 @@ from ..errors import ConfigError, Finding, UserError
 from .configuration import Configuration
 
 RESOLVED = "config.resolved.json"
-RESULTS = ("metrics.jsonl", "tensorboard", "validation", "student", "student-online", "evaluation.json", RESOLVED)
+RESULTS = (
+    "metrics.jsonl", "tensorboard", "validation", "student", "student-online", "evaluation.json", "evaluation.png",
+    "run.log", RESOLVED,
+)  # fmt: skip
 """What a run writes beside its checkpoints; caches are not among them."""
 FOREIGN = ("model_index.json", "pytorch_lora_weights.safetensors", "student", "metrics.jsonl", "training_state.json")
 """Signs of a run or a model that is not ours to write over."""

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
 from ..errors import Finding
 from ..method import MethodPart, method_parts
+from ..packages import missing
 from .configuration import PARTS
 from .dataset_settings import DatasetSettings
 from .findings import PartCheck
+from .quantisation import named_quantizers
 from .reading import Layers, Origin
-from .run_settings import RunSettings
+from .run_settings import FULL_RATE, LORA_RATE, RunSettings
 
 if TYPE_CHECKING:
     from ..plugins import Registry
@@ -24,9 +25,18 @@ NAMED = {"distillation_method": "method", "model_family": "family", "optimizer":
 """Keys that name one plugin -> its kind."""
 LISTED = {"report_to": "tracker", "evaluators": "evaluator", "publish_to": "publisher"}
 """Keys that name several."""
+FACTORS = (0.1, 10.0)
+"""Learning rates of optimizers that find the size of their steps themselves: least and greatest."""
 ADAM_KEYS = ("adam_beta1", "adam_beta2", "adam_epsilon", "adam_weight_decay")
 Parts = dict[str, dict[str, BaseModel]]
 """Key of a part -> plugin's name -> its validated configuration."""
+
+
+def _lists(kind: str, run: RunSettings) -> list[tuple[str, Sequence[str]]]:
+    """Keys that name plugins of a kind -> the names."""
+    if kind == "quantizer":
+        return [(key, [name]) for key, name in named_quantizers(run).items()]
+    return [(key, getattr(run, key)) for key, listed in LISTED.items() if listed == kind]
 
 
 @dataclass
@@ -149,23 +159,76 @@ class PartsCheck:
         """Names of the plugins of a kind that the run uses."""
         if kind in self.classes:
             return [self.classes[kind].name]
-        keys = [key for key, listed in LISTED.items() if listed == kind]
-        names: Sequence[str] = getattr(run, keys[0]) if run is not None and keys else ()
-        for name in names if report else ():
+        named = [] if run is None else [(key, name) for key, names in _lists(kind, run) for name in names]
+        for key, name in named if report else ():
             if not self.registry.known(kind, name):
-                self.refuse(keys[0], name, f"is not a registered {kind}", self.registry.remedy(kind, name))
-        return [self.registry.get(kind, name).name for name in names if self.registry.known(kind, name)]
+                self.refuse(key, name, f"is not a registered {kind}", self.registry.remedy(kind, name))
+        names = dict.fromkeys(name for _, name in named if self.registry.known(kind, name))
+        return [self.registry.get(kind, name).name for name in names]
 
     def check_optimizer(self, run: RunSettings) -> None:
-        """Its package is there, and it has the ``adam_*`` settings that the user gave."""
+        """It has the ``adam_*`` settings that the user gave."""
         plugin = self.classes.get("optimizer")
         if plugin is None:
             return
         for key in ADAM_KEYS:
             if self.layers.given(key) and key not in plugin.honours:
-                problem = f"is not honoured: the optimizer {plugin.name!r} has no such setting"
-                self.refuse(key, getattr(run, key), problem, f"leave {key} out, or see optimizer_config")
-        for package, install in plugin.packages.items():
-            if find_spec(package) is None:
-                problem = f"needs the package {package}, which is not installed"
-                self.refuse("optimizer", run.optimizer, problem, f"pip install '{install}'")
+                self._unhonoured(key, getattr(run, key), plugin.name)
+        rate, low, high = run.learning_rate, *FACTORS
+        if plugin.estimates_learning_rate and not low <= rate <= high:
+            problem = f"is a factor on the step size that {plugin.name!r} finds itself, so near 1"
+            self.refuse("learning_rate", rate, problem, "set learning_rate to 1, or leave it out")
+        if plugin.schedule_free:
+            self._check_schedule_free(run, plugin.name)
+
+    def check_packages(self) -> None:
+        """What method, family and optimizer need is installed."""
+        for key, kind in NAMED.items():
+            chosen = [self.classes[kind]] if kind in self.classes else []
+            for found in chosen:
+                for package, install in missing(found.packages).items():
+                    problem = f"needs the package {package}, which is not installed"
+                    self.refuse(key, found.name, problem, f"pip install '{install}'")
+
+    def _unhonoured(self, key: str, value: float, name: str) -> None:
+        if value == RunSettings.model_fields[key].default:  # nothing else was asked for
+            self.notices.append(f"{key} = {value:g} has no effect: the optimizer {name!r} has no such setting")
+            return
+        problem = f"is not honoured: the optimizer {name!r} has no such setting"
+        self.refuse(key, value, problem, f"leave {key} out, or see optimizer_config")
+
+    def _check_schedule_free(self, run: RunSettings, name: str) -> None:
+        if run.lr_scheduler not in ("constant", "constant_with_warmup"):
+            effect = "its average takes the place of a schedule, and it does lr_warmup_steps itself"
+            self.notices.append(f"lr_scheduler = {run.lr_scheduler!r} has no effect with {name!r}: {effect}")
+        if run.use_ema:
+            problem = f"is a second average: the optimizer {name!r} averages its weights itself"
+            self.refuse("use_ema", True, problem, "set use_ema to false")
+
+    def default_learning_rate(self) -> None:
+        """Where neither the user nor a recipe gives a learning rate: the optimizer's own."""
+        plugin = self.classes.get("optimizer")
+        if plugin is None or self.layers.given("learning_rate"):
+            return
+        rate = plugin.default_learning_rate
+        if rate is None and plugin.relative_learning_rate != 1:
+            full = self.layers.values.get("model_type") == "full"
+            rate = plugin.relative_learning_rate * (FULL_RATE if full else LORA_RATE)
+        if rate is not None:
+            self.layers.values["learning_rate"] = rate
+            self.notices.append(f"learning_rate is {rate:g}, as {plugin.name!r} wants it")
+
+    def recipe_for_optimizer(self, recipe: dict[str, Any]) -> dict[str, Any]:
+        """A recipe, which is made for AdamW, without what the chosen optimizer does in its own way."""
+        plugin = self.classes.get("optimizer")
+        if plugin is None:
+            return recipe
+        own = {"learning_rate", "lr_end"} if plugin.default_learning_rate is not None else set()
+        own |= {"use_ema", "ema_decay", "lr_scheduler", "lr_end"} if plugin.schedule_free else set()
+        kept = {key: value for key, value in recipe.items() if key not in own}
+        factor = plugin.relative_learning_rate
+        rates = {key: kept[key] * factor for key in ("learning_rate", "lr_end") if key in kept and factor != 1}
+        if rates and not self.layers.given("learning_rate"):
+            told = f"{factor:g} of what the miniature's recipe has for AdamW"
+            self.notices.append(f"learning_rate is {rates['learning_rate']:g} for {plugin.name!r}, {told}")
+        return kept | rates

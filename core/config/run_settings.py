@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 
 from .types import HubOrPath, Integers, LocalPath, Names, Resolutions, Settings, Texts
 
+LORA_RATE, FULL_RATE = 1e-4, 1e-6
+"""Learning rates of AdamW where the user gives none."""
 ResolutionType = Literal["pixel", "area", "pixel_area"]
 
 
@@ -43,15 +45,15 @@ class ModelKeys(Settings):
     distillation_method: str = "lcm"
     """A registered method (`distill plugins list`)."""
     base_model_precision: str = "no_change"
-    """Quantisation of the frozen base; only `no_change` in this version."""
+    """Quantizer of the frozen base, with LoRA only (`distill plugins list`); `no_change`: none."""
     text_encoder_1_precision: str = "no_change"
-    """Quantisation of the first text encoder; only `no_change` in this version."""
+    """Quantizer of the first text encoder, as base_model_precision."""
     text_encoder_2_precision: str = "no_change"
-    """Quantisation of the second text encoder; only `no_change` in this version."""
+    """Quantizer of the second text encoder, as base_model_precision."""
     text_encoder_3_precision: str = "no_change"
-    """Quantisation of the third text encoder; only `no_change` in this version."""
+    """Quantizer of the third text encoder, as base_model_precision."""
     text_encoder_4_precision: str = "no_change"
-    """Quantisation of the fourth text encoder; only `no_change` in this version."""
+    """Quantizer of the fourth text encoder, as base_model_precision."""
     attention_mechanism: Literal["diffusers"] = "diffusers"
     """Attention kernels; `diffusers` is PyTorch's own fused attention."""
 
@@ -91,7 +93,7 @@ class TrainingKeys(Settings):
     """Optimisation."""
 
     learning_rate: float = Field(default=1e-4, gt=0, le=10)
-    """Learning rate after warm-up; absent: 1e-4 for LoRA, 1e-6 for full training."""
+    """Learning rate after warm-up; absent: 1e-4 for LoRA, 1e-6 for full training, or what the optimizer wants."""
     lr_scheduler: Literal[
         "constant", "constant_with_warmup", "linear", "sine", "cosine", "cosine_with_restarts", "polynomial"
     ] = "constant_with_warmup"
@@ -186,7 +188,8 @@ class OutputKeys(Settings):
     evaluation_num_samples: int = Field(default=64, ge=0)
     """Pictures per score at the end of the run; 0 = no scores."""
     evaluators: Names = ()
-    """Registered evaluators to score with; empty: all that can be used here."""
+    """Registered evaluators to score with; empty: those that need no weights from elsewhere, and those with settings in
+    evaluator_config."""
     checkpoint_step_interval: int = Field(default=500, ge=0)
     """Optimizer steps between checkpoints; 0 = only when interrupted and at the end."""
     checkpoints_total_limit: int | None = Field(default=5, ge=1)
@@ -222,7 +225,7 @@ class RunSettings(ModelKeys, DataKeys, TrainingKeys, OutputKeys):
     def _defaults_by_others(cls, values: dict[str, object]) -> dict[str, object]:
         """Defaults that depend on other keys: learning rate, alpha, output folder."""
         full = values.get("model_type") == "full"
-        values = {"learning_rate": 1e-6 if full else 1e-4, **values}
+        values = {"learning_rate": FULL_RATE if full else LORA_RATE, **values}
         values.setdefault("lora_alpha", values.get("lora_rank", 64))
         family, method = values.get("model_family", "sdxl"), values.get("distillation_method", "lcm")
         values.setdefault("output_dir", DEFAULT_OUTPUT.absolute() / f"{family}-{method}")

@@ -6,7 +6,8 @@ all yield the second; so 1x4 equals 4x1 also for methods with alternate updates.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -107,11 +108,22 @@ class Loop:
 
     def _enter(self, stage: Stage) -> None:
         """Copy weights and forget moments, as the stage that begins asks for."""
+        for source in dict.fromkeys(stage.copy.values()):
+            if source in self.optimizers:
+                self.optimizers[source].settle()
         for target, source in stage.copy.items():
             self.networks.settle(source)
             self.networks.copy(target, source)
         for role in stage.reset:
             self.optimizers[role].reset()
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Inside, every trained role holds the weights to validate, score and export."""
+        with ExitStack() as stack:
+            for optimizer in self.optimizers.values():
+                stack.enter_context(optimizer.evaluating())
+            yield
 
     def _accumulate(self, accumulated: _Accumulated, update: Update, batch: Batch, num_batches: int) -> None:
         assert update.role == accumulated.role, "micro-batches must yield the same updates"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ..optimizer import OptimizerCare
 
 
 class RoleOptimizer:
@@ -20,6 +23,7 @@ class RoleOptimizer:
         schedule: Factor of the learning rate by optimizer step (counted from 0).
         max_grad_norm: The global norm is clipped to this; 0 switches clipping off.
         scaler: For fp16, else None.
+        care: Knows what is special about the optimizer.
     """
 
     def __init__(
@@ -31,10 +35,13 @@ class RoleOptimizer:
         schedule: Callable[[int], float],
         max_grad_norm: float,
         scaler: torch.amp.GradScaler | None = None,
+        care: OptimizerCare | None = None,
     ) -> None:
         self.optimizer, self.parameters, self.scaler = optimizer, list(parameters), scaler
         self._learning_rate, self._schedule, self._max_grad_norm = learning_rate, schedule, max_grad_norm
         self._fused = bool(optimizer.defaults.get("fused"))
+        self._care = care or OptimizerCare()
+        self._fresh = [copy.deepcopy(_settings(group)) for group in optimizer.param_groups]
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of optimizer step `step`."""
@@ -43,6 +50,30 @@ class RoleOptimizer:
     def reset(self) -> None:
         """Start afresh: no moments, no counters."""
         self.optimizer.state.clear()
+        for group, fresh in zip(self.optimizer.param_groups, self._fresh, strict=True):
+            for key in _settings(group).keys() - fresh.keys():
+                del group[key]
+            group.update(copy.deepcopy(fresh))
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """The weights to evaluate become the weights for good: what follows starts from them."""
+        with self.evaluating():
+            settled = [parameter.detach().clone() for parameter in self.parameters]
+        for parameter, value in zip(self.parameters, settled, strict=True):
+            parameter.copy_(value)
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        """Inside, the parameters hold the weights to validate, score and export."""
+        return self._care.evaluating(self.optimizer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What decides the next steps."""
+        return self._care.state(self.optimizer)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned, bit for bit."""
+        self._care.load(self.optimizer, state)
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient of `loss` in this role's own parameters and nowhere else."""
@@ -60,7 +91,10 @@ class RoleOptimizer:
             The gradient's norm before clipping, and whether the update was taken; both scalars on the device.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(step)
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(self.learning_rate(step))
+            else:
+                group["lr"] = self.learning_rate(step)
         if self.scaler:
             self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
@@ -85,6 +119,11 @@ class RoleOptimizer:
         else:
             with restored_unless(taken, self.parameters, self.optimizer):
                 self.optimizer.step()
+
+
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers of a parameter group, counters among them; the learning rate is set anew at each step."""
+    return {key: value for key, value in group.items() if key not in ("params", "lr")}
 
 
 def _total_norm(gradients: Sequence[Tensor]) -> Tensor:

@@ -90,6 +90,27 @@ class Unbuyable(Momentumless):
     packages = {"no_such_package_anywhere": "no-such-package-anywhere>=1"}
 
 
+class Unaffordable(distill.Quantizer):
+    """A quantizer whose package nobody has."""
+
+    name = "unaffordable"
+    packages = {"no_such_package_anywhere": "no-such-package-anywhere>=1"}
+
+    def quantize(self, network, *, device, keep=()):
+        raise NotImplementedError
+
+
+class NotHere(Unaffordable):
+    """A quantizer that no machine is good enough for."""
+
+    name = "not-here"
+    packages = {}
+
+    @classmethod
+    def usable(cls, device):
+        return f"{device} is no quantum computer; int8-torchao works everywhere"
+
+
 class FarTracker(distill.Tracker):
     """A tracker whose package is missing, with a secret among its settings."""
 
@@ -124,6 +145,11 @@ def register_methods():
 @distill.hookimpl
 def register_optimizers():
     return [Momentumless, Unbuyable]
+
+
+@distill.hookimpl
+def register_quantizers():
+    return [Unaffordable, NotHere]
 
 
 @distill.hookimpl

@@ -10,24 +10,19 @@ import copy
 import torch
 from distill.core.diffusion import Schedule, append_dims
 from distill.core.family import Capabilities
-from distill.core.random import Draws, generator
+from distill.core.testing import gaussian
+from distill.core.testing.gaussian import GaussianFamily, Q
+from distill.core.testing.smooth import Splines
 from distill.distill_methods.meanflow import flow_time
 from torch import Tensor, nn
 
-from . import gaussian, mixture
-from .gaussian import GaussianFamily, Q
+from . import mixture
 
 REACH = 5.0
 """Of the splines over x, in standard deviations of the noised data."""
 
 
 # -- what is exact for N(mean, q^2) -----------------------------------------------------------------------------------
-
-
-def gaussian_map(schedule: Schedule, x: Tensor, t: Tensor, r: Tensor, mean: Tensor) -> Tensor:
-    """The map from t to r, (B,) each: the distance from the mean keeps its quantile."""
-    (a, s), (a_r, s_r) = schedule.coefficients(t, x), schedule.coefficients(r, x)
-    return a_r * mean + ((a_r**2 * Q**2 + s_r**2) / (a**2 * Q**2 + s**2)).sqrt() * (x - a * mean)
 
 
 def spread(tau: Tensor) -> Tensor:
@@ -112,33 +107,6 @@ class FlowMapNetwork(nn.Module):
         return output + self.correction(torch.cat([place, *times], dim=1))
 
 
-class Splines(nn.Module):
-    """Sums of products of quadratic B-splines of each input in [-1, 1]: smooth and yet local; starts at zero.
-
-    Args:
-        cells: Equal cells of each input.
-        outputs: Numbers per sample.
-    """
-
-    def __init__(self, cells: tuple[int, ...], outputs: int) -> None:
-        super().__init__()
-        self.cells = cells
-        self.weight = nn.Parameter(torch.zeros(outputs, *(number + 2 for number in cells), dtype=torch.float64))
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """(B, inputs) -> (B, outputs)."""
-        names = "ijk"[: inputs.shape[1]]
-        bases = [splines(column, number) for column, number in zip(inputs.unbind(1), self.cells, strict=True)]
-        return torch.einsum(f"o{names}," + ",".join(f"b{name}" for name in names) + "->bo", self.weight, *bases)
-
-
-def splines(x: Tensor, cells: int) -> Tensor:
-    """The quadratic B-splines of equal cells of [-1, 1] at `x` (B,): shape (B, cells + 2)."""
-    place = (x + 1) / 2 * cells
-    u = (place[:, None] - (torch.arange(cells + 2) - 0.5)).abs()  # distance from the middle of each
-    return torch.where(u < 0.5, 0.75 - u**2, 0.5 * (1.5 - u).clamp(min=0) ** 2)
-
-
 class FlowMapFamily(GaussianFamily):
     """Prompts are numbers; the unconditional is 0.
 
@@ -171,18 +139,3 @@ class FlowMapFamily(GaussianFamily):
             return network(x_t, time, cond["mean"], second_time, guidance)
         assert guidance is None
         return network(x_t, time, cond["mean"], second_time)
-
-
-class QuickDraws(Draws):
-    """Draws of a whole batch at once: hundreds of generators a step would take longer than the training itself."""
-
-    def _at_once(self, name: str) -> tuple[int, torch.Generator]:
-        return len(self.positions), generator(self.seed, name, self.step)
-
-    def randn(self, name, shape):
-        size, g = self._at_once(name)
-        return torch.randn(size, *shape, generator=g)
-
-    def uniform(self, name, low=0.0, high=1.0):
-        size, g = self._at_once(name)
-        return torch.rand(size, generator=g, dtype=torch.float64) * (high - low) + low

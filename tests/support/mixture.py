@@ -13,9 +13,8 @@ import torch
 from distill.core.batch import Batch
 from distill.core.diffusion import Schedule
 from distill.core.family import Capabilities
+from distill.core.testing.gaussian import GaussianFamily
 from torch import Tensor, nn
-
-from .gaussian import GaussianFamily
 
 WEIGHTS = torch.tensor([0.4, 0.6], dtype=torch.float64)
 MEANS = torch.tensor([-1.0, 0.8], dtype=torch.float64)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from distill.core.config.dataset_settings import DatasetSettings
 from distill.core.family import ModelSettings
+from distill.core.testing.paths import TABLE
 from torch import nn
 
-from .closed_form import TABLE
 from .data_helpers import FakeFamily, configuration, pipeline
 
 

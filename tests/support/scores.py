@@ -19,10 +19,9 @@ from distill.core.engine.optimize import RoleOptimizer
 from distill.core.family import Capabilities
 from distill.core.method import MethodSetup
 from distill.core.networks import Networks
+from distill.core.testing.gaussian import GaussianFamily, Q
 from distill.distill_methods.dmd2 import DMD2
 from torch import Tensor, nn
-
-from .gaussian import GaussianFamily, Q
 
 MEAN = 0.6
 SDXL = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 
 import torch
-from distill.core.random import Draws, generator
 from torch import Tensor
 
 Teacher = Callable[[Tensor, Tensor], Tensor]
@@ -47,17 +46,3 @@ def fixed_x_0(
         d = schedule.alpha(s) - ratio * schedule.alpha(t)
         above, norm = above + d * (target - ratio * x), norm + d**2
     return above / norm
-
-
-class BatchedDraws(Draws):
-    """One generator for a batch: many times as fast, for trainings that do not ask whose draw is whose."""
-
-    def randn(self, name, shape):
-        return torch.randn(len(self.positions), *shape, generator=generator(self.seed, name, self.step))
-
-    def uniform(self, name, low=0.0, high=1.0):
-        size, source = len(self.positions), generator(self.seed, name, self.step)
-        return torch.rand(size, generator=source, dtype=torch.float64) * (high - low) + low
-
-    def integers(self, name, high):
-        return torch.randint(high, (len(self.positions),), generator=generator(self.seed, name, self.step))

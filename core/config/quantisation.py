@@ -1,0 +1,117 @@
+"""The keys that name quantizers: which networks they are for, and whether the run can have them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from ..errors import Finding
+from ..packages import missing
+from ..quantizer import NO_CHANGE
+from .run_settings import RunSettings
+
+if TYPE_CHECKING:
+    from ..plugins import Registry
+    from .reading import Layers
+
+BASE = "base_model_precision"
+TEXT_ENCODERS = {f"text_encoder_{number}_precision": number for number in range(1, 5)}
+"""Key -> number of the text encoder."""
+PRECISIONS = (BASE, *TEXT_ENCODERS)
+"""Keys that name a quantizer, or ``no_change``."""
+
+
+def named_quantizers(run: RunSettings) -> dict[str, str]:
+    """Key -> the quantizer that it names."""
+    named = {key: getattr(run, key) for key in PRECISIONS}
+    return {key: name for key, name in named.items() if name != NO_CHANGE}
+
+
+def check_quantisation(
+    run: RunSettings,
+    classes: dict[str, type[Any]],
+    method_config: Any,
+    *,
+    registry: Registry,
+    layers: Layers,
+    to_train: bool,
+) -> list[Finding]:
+    """Findings of every key that names a quantizer: its package, the machine, the family, the training.
+
+    Args:
+        run: The settings.
+        classes: Kind -> the class chosen, of method and family.
+        method_config: The method's, or None where it is not valid.
+        registry: Of the quantizers.
+        layers: Where values come from.
+        to_train: Also check what only training needs.
+    """
+    findings: list[Finding] = []
+    for key, name in named_quantizers(run).items():
+        if not registry.known("quantizer", name):
+            continue  # refused with the other names
+        quantizer = registry.get("quantizer", name)
+        problems = list(_missing(quantizer))
+        if not problems:
+            problems = [*_on_this_machine(quantizer, run)] if to_train else []
+            problems += [*_of_family(key, classes), *_of_training(run, key, quantizer, classes, method_config)]
+        file = layers.origin(key).file
+        findings += [Finding(file, key, name, problem, remedy) for problem, remedy in problems]
+    return findings
+
+
+Problems = Iterator[tuple[str, str]]
+
+
+def _missing(quantizer: type[Any]) -> Problems:
+    for package, install in missing(quantizer.packages).items():
+        yield f"needs the package {package}, which is not installed", f"pip install '{install}'"
+
+
+def _on_this_machine(quantizer: type[Any], run: RunSettings) -> Problems:
+    from ..assemble import resolve_device
+
+    reason = quantizer.usable(resolve_device(run.device)) if _there(run.device) else None
+    if reason is not None:
+        yield f"cannot be used here: {reason}", f"set it to {NO_CHANGE}, or to another of `distill plugins list`"
+
+
+def _there(device: str) -> bool:
+    """Whether the device is on this machine; one that is not is refused by its own key."""
+    from .checks import cuda_available
+
+    return not device.startswith("cuda") or cuda_available()
+
+
+def _of_family(key: str, classes: dict[str, type[Any]]) -> Problems:
+    family = classes.get("family")
+    if family is None:
+        return
+    able = family.capabilities
+    if key == BASE and not able.quantised_base:
+        yield f"the family {family.name!r} does not quantise its base", f"set it to {NO_CHANGE}"
+    elif key != BASE and TEXT_ENCODERS[key] > able.quantised_text_encoders:
+        count = able.quantised_text_encoders
+        yield f"the family {family.name!r} quantises {count or 'no'} text encoders", f"set it to {NO_CHANGE}"
+
+
+def _of_training(
+    run: RunSettings, key: str, quantizer: type[Any], classes: dict[str, type[Any]], method_config: Any
+) -> Problems:
+    from ..method import MethodSetup
+
+    if run.model_type == "full":
+        what = "is what model_type full trains" if key == BASE else "is exported whole with model_type full"
+        problem = f"a quantised network only goes with a LoRA: this one {what}"
+        yield problem, f"set model_type to lora, or {key} to {NO_CHANGE}"
+        return
+    method, setup = classes.get("method"), MethodSetup(run.model_type, use_ema=run.use_ema)
+    if key != BASE or method is None or method_config is None:
+        return
+    full = [role.name for role in method.roles(method_config, setup) if role.trains == "full"]
+    if full:
+        problem = f"the method {method.name!r} trains all weights of a copy of the base ({', '.join(full)})"
+        yield problem, f"set it to {NO_CHANGE}"
+    if method.requires(method_config, setup).forward_ad and not quantizer.forward_ad:
+        problem = f"the method {method.name!r} differentiates the network in forward mode, which its layers cannot"
+        yield problem, f"set it to int8-torchao or {NO_CHANGE}, or choose the method's way without"

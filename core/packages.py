@@ -1,0 +1,25 @@
+"""Whether third-party packages are there, without importing them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import util
+
+
+def is_installed(name: str) -> bool:
+    """Whether the module `name` (dotted, too) can be imported; a mere folder of that name is none."""
+    try:
+        spec = util.find_spec(name)
+    except ModuleNotFoundError:  # of a dotted name the package around it
+        return False
+    return spec is not None and spec.origin is not None
+
+
+def missing(packages: Mapping[str, str]) -> dict[str, str]:
+    """Those of `packages` (import name -> what to pip install) that are not installed."""
+    return {name: install for name, install in packages.items() if not is_installed(name)}
+
+
+def install_line(packages: Mapping[str, str]) -> str:
+    """``pip install 'a>=1' 'b'`` of import name -> what to pip install."""
+    return " ".join(["pip install", *(f"'{install}'" for install in dict.fromkeys(packages.values()))])

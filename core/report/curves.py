@@ -1,0 +1,237 @@
+"""Curves of a run's figures as paths of an SVG, thinned to what a screen can show."""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+MOST_POINTS = 1000
+WIDTH, HEIGHT = 480, 210
+LEFT, RIGHT, TOP, BOTTOM = 58, 468, 10, 180
+"""The frame inside, in units of the SVG."""
+LOGARITHMIC = 1000
+"""A curve of positive values that spans this factor gets a logarithmic axis."""
+NOISY = 6
+"""A curve is smoothed when its ups and downs add up to this many times its range."""
+FEW = 30
+"""Values below which there is nothing to smooth."""
+
+
+class Columns:
+    """Figures by name, each with the steps that have it; eight bytes a number."""
+
+    def __init__(self) -> None:
+        self._columns: dict[str, tuple[array[float], array[float]]] = {}
+        self.last_step = 0
+
+    @classmethod
+    def of(cls, rows: Iterable[tuple[int, dict[str, float]]]) -> Columns:
+        """Of the rows of a ``metrics.jsonl``."""
+        columns = cls()
+        for step, values in rows:
+            columns.last_step = step
+            for name, value in values.items():
+                steps, figures = columns._columns.setdefault(name, (array("d"), array("d")))
+                steps.append(step)
+                figures.append(value)
+        return columns
+
+    @property
+    def names(self) -> list[str]:
+        """In the order of their first appearance."""
+        return list(self._columns)
+
+    def get(self, name: str) -> tuple[Floats, Floats]:
+        """Steps and values, each of shape (n,)."""
+        steps, values = self._columns[name]
+        return np.array(steps), np.array(values)
+
+
+@dataclass(frozen=True)
+class Tick:
+    """A line of an axis: where it is, in units of the SVG, and what stands at it."""
+
+    at: float
+    label: str
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One chart.
+
+    Attributes:
+        name: Of the figure.
+        points: (step, value) of the line, as they stand in the file.
+        path: The line, as the ``d`` of an SVG path.
+        smooth: The line without its noise, or nothing.
+        x_ticks: Steps.
+        y_ticks: Values.
+        x_range: First and last step of the frame.
+        y_range: Lowest and highest value of the frame.
+        logarithmic: Whether the vertical axis is.
+        last: The last value, finite or not.
+        notes: How to read it, and what it does not show.
+    """
+
+    name: str
+    points: list[tuple[int, float]]
+    path: str
+    smooth: str
+    x_ticks: list[Tick]
+    y_ticks: list[Tick]
+    x_range: tuple[float, float]
+    y_range: tuple[float, float]
+    logarithmic: bool
+    last: float
+    notes: list[str]
+
+
+def curve(name: str, steps: Floats, values: Floats) -> Curve:
+    """The chart of one figure; what is not finite is left out and counted.
+
+    Args:
+        name: Of the figure.
+        steps: Rising, shape (n,), n > 0.
+        values: Shape (n,).
+    """
+    finite = np.isfinite(values)
+    notes = [_not_finite(steps[~finite])] if not finite.all() else []
+    x, y = steps[finite], values[finite]
+    if not len(x):
+        return Curve(name, [], "", "", [], [], (0, 1), (0, 1), False, float(values[-1]), notes)
+    logarithmic = bool(y.min() > 0 and y.max() / y.min() >= LOGARITHMIC)
+    low, high = _limits(y, logarithmic=logarithmic)
+    beyond = int(((y < low) | (y > high)).sum())
+    if beyond:
+        notes.append(f"{beyond:,} beyond the frame, from {short(float(y.min()))} to {short(float(y.max()))}")
+    frame = _Frame((float(x[0]), max(float(x[-1]), float(x[0]) + 1)), (low, high), logarithmic)
+    kept = thinned(y)
+    smooth = smoothed(y) if _is_noisy(y) else None
+    notes += ["logarithmic"] if logarithmic else []
+    return Curve(
+        name,
+        [(int(step), float(value)) for step, value in zip(x[kept], y[kept], strict=True)],
+        frame.path(x[kept], y[kept]),
+        "" if smooth is None else frame.path(x[kept], smooth[kept]),
+        [Tick(frame.x(step), f"{step:,.0f}") for step in ticks(*frame.x_range, count=7, whole=True)],
+        [Tick(frame.y(value), short(value)) for value in frame.values()],
+        frame.x_range, frame.y_range, logarithmic, float(values[-1]), notes,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """From steps and values to places."""
+
+    x_range: tuple[float, float]
+    y_range: tuple[float, float]
+    logarithmic: bool
+
+    def x(self, step: float) -> float:
+        low, high = self.x_range
+        return round(LEFT + (step - low) / (high - low) * (RIGHT - LEFT), 1)
+
+    def y(self, value: float) -> float:
+        low, high = self.y_range
+        value = min(max(value, low), high)
+        if self.logarithmic:
+            low, high, value = math.log(low), math.log(high), math.log(value)
+        return round(BOTTOM - (value - low) / (high - low) * (BOTTOM - TOP), 1)
+
+    def path(self, steps: Floats, values: Floats) -> str:
+        places = [f"{self.x(step):g},{self.y(value):g}" for step, value in zip(steps, values, strict=True)]
+        if len(places) == 1:
+            places *= 2  # a line of no length with round ends is a dot
+        return "M" + "L".join(places)
+
+    def values(self) -> Sequence[float]:
+        low, high = self.y_range
+        if not self.logarithmic:
+            return ticks(low, high, count=7)
+        powers = [10.0**power for power in range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)]
+        return powers[:: -(-len(powers) // 6)] if powers else [low, high]
+
+
+def _limits(values: Floats, *, logarithmic: bool) -> tuple[float, float]:
+    """Lowest and highest value of the frame; rare spikes far away from the rest are left outside."""
+    low, high = float(values.min()), float(values.max())
+    if not logarithmic and len(values) >= 100:
+        usual_low, usual_high = (float(edge) for edge in np.percentile(values, (0.5, 99.5)))
+        spread = usual_high - usual_low
+        low = usual_low if spread and low < usual_low - 3 * spread else low
+        high = usual_high if spread and high > usual_high + 3 * spread else high
+    if low == high:
+        margin = abs(low) * 0.1 or 1.0
+        return low - margin, high + margin
+    if logarithmic:
+        return low, high
+    margin = 0.04 * (high - low)
+    return (low if low >= 0 > low - margin else low - margin), high + margin
+
+
+def thinned(values: Floats, most: int = MOST_POINTS) -> NDArray[np.int64]:
+    """Places of at most `most` values, shape (m,): first, last, and lowest and highest of each stretch."""
+    count = len(values)
+    if count <= most:
+        return np.arange(count)
+    edges = np.linspace(0, count, most // 2).astype(np.int64)
+    kept = {0, count - 1}
+    for start, end in pairwise(edges):
+        part = values[start:end]
+        kept |= {int(start + part.argmin()), int(start + part.argmax())}
+    return np.array(sorted(kept))
+
+
+def smoothed(values: Floats) -> Floats:
+    """Mean over a window of a twentieth of the values around each, shorter at the ends; shape (n,)."""
+    half = max(2, len(values) // 40)
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    place = np.arange(len(values))
+    reach = np.minimum(half, np.minimum(place, len(values) - 1 - place))
+    return (total[place + reach + 1] - total[place - reach]) / (2 * reach + 1)
+
+
+def _is_noisy(values: Floats) -> bool:
+    spread = values.max() - values.min()
+    return len(values) >= FEW and bool(spread > 0) and float(np.abs(np.diff(values)).sum()) > NOISY * spread
+
+
+def _not_finite(steps: Floats) -> str:
+    named = ", ".join(f"{step:.0f}" for step in steps[:5])
+    more = f" and {len(steps) - 5:,} more" if len(steps) > 5 else ""
+    return f"not finite at step{'s' if len(steps) > 1 else ''} {named}{more}"
+
+
+def ticks(low: float, high: float, *, count: int, whole: bool = False) -> list[float]:
+    """Round numbers between two others, at 1, 2 or 5 times a power of ten.
+
+    Args:
+        low: Smallest.
+        high: Largest.
+        count: About so many.
+        whole: Whether only whole numbers will do.
+    """
+    rough = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough)
+    step = max(1.0, step) if whole else step
+    first = math.ceil(low / step)
+    return [number * step for number in range(first, math.floor(high / step) + 1)]
+
+
+def short(value: float) -> str:
+    """Four significant digits, in plain notation where that is readable."""
+    if not math.isfinite(value):
+        return str(value)
+    if value == 0 or 1e-3 <= abs(value) < 1e5:
+        return f"{value:.4g}"
+    mantissa, exponent = f"{value:.3e}".split("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"

@@ -1,0 +1,286 @@
+"""What the folder of a run holds, finished or not, gathered for its page."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..assemble import REPORTS_FOLDER
+from ..config.output import RESOLVED
+from ..config.secrets import shown
+from ..engine.metrics import read_metrics
+from ..errors import UserError
+from ..evaluation_report import format_score
+from ..run_log import Session, read_log
+from ..sampling import describe_guidance
+from .curves import Columns, Curve, curve, short
+from .pictures import Embedded, embedded
+
+MOST_CURVES = 30
+MOST_GRIDS = 12
+MOST_DATASETS = 8
+MOST_WARNINGS, MOST_LINES = 100, 400
+"""Lines of the log, the newest, that the page shows."""
+MOST_LETTERS = 200_000
+"""Of the configuration; it stands whole in its file."""
+GRID_SIZE = {"widest": 1200, "highest": 2400}
+SHEET_SIZE = {"widest": 1150, "highest": 1400}
+INTERRUPTED = "Interrupted: "
+LATE = ("samples_per_second", "wait_for_data_share")
+"""Curves on the machine, not on the student, come last."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The pictures of one validation."""
+
+    step: int
+    picture: Embedded
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell of a table: what it says, and the number in full."""
+
+    text: str
+    full: str = ""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Teacher against student."""
+
+    heads: list[str]
+    rows: list[tuple[str, list[Cell]]]
+    """(role, cells)."""
+    about: str
+    left_out: Mapping[str, str]
+    picture: Embedded | None
+
+
+@dataclass(frozen=True)
+class DatasetPart:
+    """One dataset: its figures and pictures."""
+
+    id: str
+    facts: list[tuple[str, str]]
+    sheet: Embedded | None
+    charts: Embedded | None
+
+
+@dataclass
+class Found:
+    """Everything that the page shows.
+
+    Attributes:
+        name: Of the output folder.
+        status: ``finished``, ``failed``, ``interrupted``, ``open`` (running, or killed), ``unknown`` (no log).
+        status_text: The same in a sentence.
+        facts: The headline: name and value.
+        curves: Charts of the figures.
+        curves_left_out: Names of those beyond the most that are shown.
+        grids: Validations, the newest last.
+        num_grids: How many there are on disk.
+        scores: The evaluation, if there is one.
+        datasets: Reports on the data.
+        warnings: (time, line), the newest last.
+        lines: The rest of what was said.
+        use: Code that uses the student, or nothing.
+        config: As JSON.
+    """
+
+    name: str
+    status: str
+    status_text: str
+    facts: list[tuple[str, str]]
+    curves: list[Curve] = field(default_factory=list)
+    curves_left_out: list[str] = field(default_factory=list)
+    grids: list[Grid] = field(default_factory=list)
+    num_grids: int = 0
+    scores: Scores | None = None
+    datasets: list[DatasetPart] = field(default_factory=list)
+    warnings: list[tuple[str, str]] = field(default_factory=list)
+    lines: list[tuple[str, str]] = field(default_factory=list)
+    use: str = ""
+    config: str = ""
+
+
+def find(folder: Path) -> Found:
+    """Read the folder of a run.
+
+    Raises:
+        UserError: It is none, or a file in it is damaged.
+    """
+    if not (folder / RESOLVED).is_file():
+        raise UserError(
+            f"{folder} has no {RESOLVED}: it is not the output folder of a run that has begun",
+            "give the output_dir of a `distill run`",
+        )
+    config, sessions = _json(folder / RESOLVED), read_log(folder)
+    metrics = folder / "metrics.jsonl"
+    columns = Columns.of(read_metrics(metrics)) if metrics.is_file() else Columns()
+    status, text = _status(sessions, columns.last_step)
+    names = sorted(columns.names, key=lambda name: (name in LATE, name != "loss"))
+    grids = sorted((folder / "validation").glob("step-*/grid.png"))
+    warnings, lines = _said(sessions)
+    return Found(
+        folder.absolute().name, status, text, _facts(config, sessions, columns),
+        curves=[curve(name, *columns.get(name)) for name in names[:MOST_CURVES]],
+        curves_left_out=names[MOST_CURVES:],
+        grids=[Grid(int(file.parent.name[5:]), embedded(file, **GRID_SIZE)) for file in spread(grids, MOST_GRIDS)],
+        num_grids=len(grids),
+        scores=_scores(folder), datasets=list(_datasets(folder / REPORTS_FOLDER)),
+        warnings=warnings[-MOST_WARNINGS:], lines=lines[-MOST_LINES:], use=_use(folder / "student" / "README.md"),
+        config=json.dumps(shown("", config), indent=2, ensure_ascii=False)[:MOST_LETTERS],
+    )  # fmt: skip
+
+
+def spread(items: Sequence[Path], most: int) -> list[Path]:
+    """At most so many, evenly over all, with the first and the last."""
+    places = np.linspace(0, len(items) - 1, min(most, len(items))).round().astype(int)
+    return [items[place] for place in places]
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} is not JSON: {error}", "restore it, or remove it to leave it out") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{file} holds no JSON object", "restore it, or remove it to leave it out")
+    return found
+
+
+# -- the headline ---------------------------------------------------------------------------------------------------
+
+
+def _status(sessions: Sequence[Session], step: int) -> tuple[str, str]:
+    if not sessions:
+        return "unknown", f"at step {step:,}; there is no log of how it ended"
+    last = sessions[-1]
+    if last.outcome is None:
+        return "open", f"running, or killed, at step {step:,}; last heard of at {_clock(last)}"
+    if not last.outcome:
+        return "finished", f"finished at {_clock(last)}"
+    if last.outcome.startswith(INTERRUPTED):
+        return "interrupted", f"interrupted: {last.outcome.removeprefix(INTERRUPTED)}"
+    return "failed", f"failed at step {step:,}: {last.outcome}"
+
+
+def _clock(session: Session) -> str:
+    return f"{session.last:%Y-%m-%d %H:%M} UTC"
+
+
+def _facts(config: Mapping[str, Any], sessions: Sequence[Session], columns: Columns) -> list[tuple[str, str]]:
+    kind = f"LoRA of rank {config['lora_rank']}" if config["model_type"] == "lora" else "all weights"
+    wanted = config["max_train_steps"]
+    steps = f"{columns.last_step:,} of {wanted:,}" if wanted else f"{columns.last_step:,}"
+    facts = [
+        ("method", config["distillation_method"]),
+        ("family", config["model_family"]),
+        ("model", Path(config["pretrained_model_name_or_path"]).name),
+        ("trains", kind),
+        ("steps", steps),
+    ]
+    if sessions:
+        starts = f" in {len(sessions)} starts" if len(sessions) > 1 else ""
+        facts.append(("time", duration(sum(session.seconds for session in sessions)) + starts))
+    if "samples_per_second" in columns.names:
+        facts.append(("samples per second", short(float(np.median(columns.get("samples_per_second")[1])))))
+    if "loss" in columns.names:
+        facts.append(("last loss", short(float(columns.get("loss")[1][-1]))))
+    return [(name, str(value)) for name, value in facts]
+
+
+def duration(seconds: float) -> str:
+    """``48 s``, ``12 min``, ``3 h 20 min``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+
+
+# -- scores ---------------------------------------------------------------------------------------------------------
+
+
+def _scores(folder: Path) -> Scores | None:
+    if not (folder / "evaluation.json").is_file():
+        return None
+    found, picture = _json(folder / "evaluation.json"), folder / "evaluation.png"
+    names = list(found["higher_is_better"])
+    arrows = {True: "\N{NO-BREAK SPACE}↑", False: "\N{NO-BREAK SPACE}↓", None: ""}
+    heads = [f"{name.replace('_', ' ')}{arrows[found['higher_is_better'][name]]}" for name in names]
+    data = f"; distances to the data are to {found['num_data']:,} of its pictures" if found["num_data"] else ""
+    return Scores(
+        ["", "steps", "guidance", *heads, "seconds per picture"],
+        [(row["role"], _cells(row, names)) for row in found["rows"]],
+        f"{found['num_samples']:,} pictures of {found['width']}x{found['height']} each, from the same noise, "
+        f"on {found['device']}{data}. ↑: higher is better.",
+        found["left_out"],
+        embedded(picture, **SHEET_SIZE) if picture.is_file() else None,
+    )
+
+
+def _cells(row: Mapping[str, Any], names: Sequence[str]) -> list[Cell]:
+    guidance = describe_guidance(row["guidance"]).removeprefix("guidance ").replace("no guidance", "none")
+    numbers = [*(row["scores"].get(name) for name in names), row["seconds_per_image"]]
+    return [
+        Cell(row["name"]),
+        Cell(str(row["steps"])),
+        Cell(guidance),
+        *(Cell(format_score(number), "" if number is None else str(number)) for number in numbers),
+    ]
+
+
+# -- data -----------------------------------------------------------------------------------------------------------
+
+
+def _datasets(folder: Path) -> Iterator[DatasetPart]:
+    for file in sorted(folder.glob("*/report.json"))[:MOST_DATASETS]:
+        found = _json(file)
+        sheet, charts = file.parent / "contact-sheet.png", file.parent / "report.png"
+        yield DatasetPart(
+            found["id"],
+            list(_figures(found)),
+            embedded(sheet, **SHEET_SIZE) if sheet.is_file() else None,
+            embedded(charts, **SHEET_SIZE) if charts.is_file() else None,
+        )
+
+
+def _figures(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    yield f"{found['noun']}s used", f"{found['used']:,} of {found['found']:,}"
+    yield "different captions", f"{found['different_captions']:,}"
+    if found["buckets"]:
+        yield "buckets", f"{len(found['buckets']):,}"
+    yield from ((f"left out: {reason}", f"{number:,}") for reason, number in found["left_out"].items())
+    if found["broken"]:
+        yield "broken", f"{len(found['broken']):,}"
+    if found["without_caption"]:
+        yield "without a caption", f"{len(found['without_caption']):,}"
+
+
+# -- what was said, and how to go on ----------------------------------------------------------------------------------
+
+
+def _said(sessions: Sequence[Session]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """Warnings, and the rest."""
+    warnings: list[tuple[str, str]] = []
+    lines: list[tuple[str, str]] = []
+    for session in sessions:
+        for time, line in session.lines:
+            (warnings if line.startswith("warning") else lines).append((f"{time:%Y-%m-%d %H:%M:%S}", line))
+        if session.outcome:
+            warnings.append((f"{session.last:%Y-%m-%d %H:%M:%S}", session.outcome))
+    return warnings, lines
+
+
+def _use(card: Path) -> str:
+    """The code of the student's model card."""
+    found = re.search(r"^```python\n(.*?)^```", card.read_text(encoding="utf-8") if card.is_file() else "", re.S | re.M)
+    return found[1].strip() if found else ""

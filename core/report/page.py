@@ -1,0 +1,50 @@
+"""The page itself: what was found, put into the template, with everything escaped and nothing loaded."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from pathlib import Path
+
+from ..files import write_text
+from .curves import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, short
+from .found import Found, find
+
+FILE = "report.html"
+ASSETS = Path(__file__).parent / "assets"
+FRAME = {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT, "top": TOP, "bottom": BOTTOM}
+
+
+def write_report(folder: Path) -> Path:
+    """Write ``report.html`` into the folder of a run, finished or not; returns it.
+
+    Raises:
+        UserError: It is no folder of a run, or a file in it is damaged.
+    """
+    write_text(folder / FILE, render(find(folder)))
+    return folder / FILE
+
+
+def render(found: Found) -> str:
+    """The page; it forbids itself to load or run anything but its own style and script."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(ASSETS),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["short"] = short
+    style, script = ((ASSETS / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
+    policy = (
+        f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    template = environment.get_template("report.html")
+    return template.render(found=found, frame=FRAME, style=style, script=script, policy=policy)
+
+
+def _hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii")

@@ -1,0 +1,117 @@
+"""What a check is, and how it ends."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+
+class ConformanceError(AssertionError):
+    """A plugin breaks its contract: what was expected, what was seen, how to mend it."""
+
+
+class NotApplicable(Exception):
+    """A check says nothing of this plugin, and why."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that a registered class promises.
+
+    Attributes:
+        subject: What is checked, as ``method lcm``.
+        name: In a few words.
+        function: Raises ConformanceError or NotApplicable.
+    """
+
+    subject: str
+    name: str
+    function: Callable[[], None]
+
+    def __str__(self) -> str:
+        return f"{self.subject}: {self.name}"
+
+    def run(self) -> None:
+        """Do it.
+
+        Raises:
+            ConformanceError: The class breaks its contract; with the reason.
+            NotApplicable: The check says nothing of this class; with the reason.
+        """
+        self.function()
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A class under test.
+
+    Attributes:
+        cls: The class.
+        kind: Which kind of plugin it is.
+        example: What stands in for the class's own ``example``, or None. For kinds without one: a function without
+            arguments that returns settings.
+    """
+
+    cls: type[Any]
+    kind: str
+    example: Callable[..., Any] | None = None
+
+    def __str__(self) -> str:
+        return f"{self.kind.replace('_', ' ')} {getattr(self.cls, 'name', self.cls.__name__)}"
+
+    def own_example(self, *args: Any) -> Any:
+        """What the given example, or else the class's own, returns."""
+        return (self.example or self.cls.example)(*args)
+
+    def config(self) -> Any:
+        """Settings to try it with: the example's, or the defaults. Raises NotApplicable where there are neither."""
+        has_example = self.example is not None or hasattr(self.cls, "example")
+        given: Mapping[str, Any] = self.own_example() if has_example else {}
+        try:
+            return self.cls.Config(**given)
+        except ValidationError as error:
+            missing = [str(item["loc"][0]) for item in error.errors() if item["type"] == "missing" and item["loc"]]
+            if given or not missing:
+                raise ConformanceError(
+                    f"Config does not accept {dict(given) or 'its own defaults'}: {error}"
+                ) from error
+            raise NotApplicable(
+                f"Config needs {', '.join(missing)}, which only you know: in a test of your own, "
+                "checks_of(cls, example=lambda: {...}) gives settings"
+            ) from error
+
+    def need_packages(self) -> None:
+        """Raise NotApplicable where a package that it declares is not installed."""
+        from ..tracking import missing_packages
+
+        missing = missing_packages(getattr(self.cls, "packages", {}))
+        if missing:
+            raise NotApplicable(missing)
+
+
+def expect(condition: object, problem: str, remedy: str) -> None:
+    """Raise ConformanceError unless the condition holds."""
+    if not condition:
+        raise ConformanceError(f"{problem}; {remedy}")
+
+
+@contextmanager
+def failing(what: str, remedy: str) -> Iterator[None]:
+    """Whatever the plugin raises inside the block is said as a ConformanceError."""
+    try:
+        yield
+    except (ConformanceError, NotApplicable):
+        raise
+    except Exception as error:
+        raise ConformanceError(f"{what} raised {type(error).__name__}: {error}; {remedy}") from error
+
+
+def containers(cls: type[Any]) -> dict[str, Any]:
+    """Copies of the lists, dicts and sets that the class itself holds, by attribute."""
+    plain = {name: value for name, value in vars(cls).items() if isinstance(value, list | dict | set)}
+    return {name: copy.deepcopy(value) for name, value in plain.items() if not name.startswith("__")}

@@ -1,0 +1,30 @@
+"""Random draws for trainings that do not ask whose draw is whose."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..random import Draws, generator
+
+
+class BatchedDraws(Draws):
+    """One generator for a batch, instead of one for each sample: many times as fast."""
+
+    def randn(self, name: str, shape: Sequence[int]) -> Tensor:
+        """As of :class:`Draws`."""
+        return torch.randn(len(self.positions), *shape, generator=self._generator(name))
+
+    def uniform(self, name: str, low: float = 0.0, high: float = 1.0) -> Tensor:
+        """As of :class:`Draws`."""
+        shares = torch.rand(len(self.positions), generator=self._generator(name), dtype=torch.float64)
+        return shares * (high - low) + low
+
+    def integers(self, name: str, high: int) -> Tensor:
+        """As of :class:`Draws`."""
+        return torch.randint(high, (len(self.positions),), generator=self._generator(name))
+
+    def _generator(self, name: str) -> torch.Generator:
+        return generator(self.seed, name, self.step)

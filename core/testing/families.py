@@ -1,0 +1,361 @@
+"""What a family promises: on its small model, from the prompt to the picture and back from disk."""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from collections.abc import Iterator
+from contextlib import chdir, contextmanager, redirect_stderr
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..family import ExportInfo, LoraSettings, MicroConditioning, ModelFamily, ModelSettings
+from ..method import Role, Sampler
+from ..networks import Networks
+from .checks import NotApplicable, Subject, expect, failing
+from .suite import Named
+
+PROMPTS = ("a red fox", "two blue boats on a lake")
+SEEDS = (3, 8)
+LORA = LoraSettings(rank=4, alpha=8.0)
+ROUNDING, PICTURE_ROUNDING = 1e-4, 2.5 / 255
+"""Of a picture in [0, 1] that is made a second time, and of one that was an 8-bit picture in between."""
+Kind = Literal["lora", "full"]
+
+
+@dataclass
+class Model:
+    """The family on its small model; what checks share is loaded once.
+
+    Attributes:
+        subject: The family.
+    """
+
+    subject: Subject
+
+    @cached_property
+    def source(self) -> str:
+        """Folder of the model. Raises NotApplicable where the family offers none."""
+        self._keep = tempfile.TemporaryDirectory(prefix="distill-check-")
+        with failing("example()", "it is given an empty folder, and returns the folder of a small model"):
+            found = self.subject.own_example(Path(self._keep.name) / "model")
+        if found is None:
+            raise NotApplicable(
+                "it offers no small model to try: define `example(cls, folder)`, which writes a random tiny one into "
+                "the folder and returns its path"
+            )
+        return str(found)
+
+    def make(self, source: str | None = None) -> ModelFamily:
+        """The family anew."""
+        settings = ModelSettings(self.source if source is None else source, resolution=(self.edge, self.edge))
+        return self.subject.cls(self.subject.cls.Config(), settings)
+
+    @cached_property
+    def family(self) -> ModelFamily:
+        """The family."""
+        with failing("check_source()", "example() must return a model of this family"):
+            family = self.make()
+            family.check_source()
+        return family
+
+    @property
+    def edge(self) -> int:
+        """Pixels along an edge of pictures: a multiple of what the family asks for."""
+        return max(32, self.subject.cls.pixel_multiple)
+
+    @cached_property
+    def conditioned(self) -> dict[str, Tensor]:
+        """What the network takes for the prompts."""
+        size = [(self.edge, self.edge)] * len(PROMPTS)
+        with failing("condition()", "it takes what encode_prompts() returned"):
+            embeds = self.family.encode_prompts(PROMPTS)
+            return dict(self.family.condition(embeds, MicroConditioning(size, [(0, 0)] * len(PROMPTS), size)))
+
+    def inputs(self) -> tuple[Tensor, Tensor]:
+        """(x_t, time as fed) of two samples."""
+        family, g = self.family, torch.Generator().manual_seed(0)
+        edge = self.edge // family.scale_factor
+        x_t = torch.randn(len(PROMPTS), family.latent_channels, edge, edge, generator=g)
+        t = family.schedule.t_max * torch.tensor([0.3, 0.9], dtype=torch.float64)
+        return x_t, family.schedule.network_time(t).float()
+
+    @torch.no_grad()
+    def predict(self, network: nn.Module, **settings: Any) -> Tensor:
+        """The network's output."""
+        with failing("predict()", "it takes x_t (B, C, h, w), time (B,) and what condition() returned"):
+            return self.family.predict(network, *self.inputs(), self.conditioned, **settings)
+
+    @contextmanager
+    def student(self, kind: Kind) -> Iterator[nn.Module]:
+        """A student that is not its teacher any more."""
+        roles = [Role("teacher"), Role("student", trains=kind)]
+        with failing(f"making a student ({kind})", "see student_network() and lora_targets of distill.ModelFamily"):
+            networks = Networks(self.family, roles, lora=LORA if kind == "lora" else None, seed=0)
+        g = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in networks.parameters("student"):
+                parameter.add_(0.02 * torch.randn(parameter.shape, generator=g))
+        with networks.use("student") as network:
+            yield network
+
+    def sampler(self) -> Sampler:
+        """Two steps, as a method would name them."""
+        if self.family.schedule.clean_at_zero:
+            flow = {"shift": 1.0, "use_dynamic_shifting": False}
+            return Sampler("FlowMatchEulerDiscreteScheduler", flow, 2, 0.0, {"sigmas": [1.0, 0.6]})
+        return Sampler("DDIMScheduler", {"timestep_spacing": "trailing"}, 2, 0.0)
+
+    def pictures(self, network: nn.Module, *, family: ModelFamily | None = None) -> Tensor:
+        """Two pictures by the sampler."""
+        family = family or self.family
+        with failing("generate()", "it makes pictures (B, 3, H, W) in [0, 1]"), torch.no_grad():
+            embeds = family.encode_prompts(PROMPTS)
+            return family.generate(
+                network, embeds, sampler=self.sampler(), seeds=SEEDS, width=self.edge, height=self.edge
+            )
+
+
+def checks(subject: Subject) -> list[Named]:
+    """On the model of its example."""
+    model = Model(subject)
+    found: list[Named] = [
+        ("it knows its model", partial(_source, model)),
+        ("prompts are encoded", partial(_prompts, model)),
+        ("the unconditional counterpart fits", partial(_uncond, model)),
+        ("pictures are encoded and decoded", partial(_pictures, model)),
+        ("predict gives an output for each sample", partial(_predict, model)),
+        ("LoRA off is the base, bit for bit", partial(_lora_off, model)),
+        ("a full student starts as its teacher", partial(_full, model)),
+        ("what it says it can do, it can", partial(_capabilities, model)),
+    ]
+    for kind in ("lora", "full"):
+        found += [
+            (f"an exported student makes the same picture [{kind}]", partial(_export, model, kind)),
+            (f"plain diffusers makes the same picture of it [{kind}]", partial(_diffusers, model, kind)),
+        ]
+    return found
+
+
+def _source(model: Model) -> None:
+    family, kinds = model.family, ("epsilon", "v_prediction", "sample", "flow")
+    expect(family.prediction_type in kinds, f"prediction_type is {family.prediction_type!r}", f"it is one of {kinds}")
+    flow = family.prediction_type == "flow"
+    expect(family.schedule.clean_at_zero == flow, f"a {type(family.schedule).__name__} goes with "
+           f"{family.prediction_type!r}", "see distill.core.diffusion.schedule.from_scheduler_config")  # fmt: skip
+    for part in ("text", "vae", "denoiser"):
+        first, again = family.fingerprint(part), model.make().fingerprint(part)
+        expect(first and first == again, f"fingerprint({part!r}) is {first!r} and then {again!r}", "make it from files")
+    with tempfile.TemporaryDirectory() as empty:
+        try:
+            model.make(empty).check_source()
+        except UserError:
+            return
+        expect(False, "check_source() says nothing against an empty folder", "raise UserError, before weights load")
+
+
+def _rows(embeds: Any, what: str) -> None:
+    tensors = isinstance(embeds, dict) and all(isinstance(value, Tensor) for value in embeds.values())
+    expect(tensors and embeds, f"{what} returned {type(embeds).__name__}", "return {name: tensor (B, ...)}")
+    for name, value in embeds.items():
+        expect(len(value) == len(PROMPTS), f"{name!r} of {what} has the shape {tuple(value.shape)} for {len(PROMPTS)} "
+               "prompts", "the batch is the first axis")  # fmt: skip
+
+
+def _prompts(model: Model) -> None:
+    with failing("encode_prompts()", "it takes a list of texts"):
+        embeds, again = model.family.encode_prompts(PROMPTS), model.family.encode_prompts(PROMPTS)
+        alone, empty = model.family.encode_prompts(PROMPTS[:1]), model.family.encode_prompts([""])
+    _rows(embeds, "encode_prompts()")
+    for name, value in embeds.items():
+        expect(value.device.type == "cpu" and not value.requires_grad, f"{name!r} is on {value.device}, or has a "
+               "gradient", "return detached tensors on the CPU: they are cached")  # fmt: skip
+        expect(torch.equal(value, again[name]), f"{name!r} is not the same twice", "encoders run in eval mode")
+        close = torch.allclose(value[:1], alone[name], rtol=1e-3, atol=1e-4)
+        expect(close, f"{name!r} of a prompt depends on what else is in the batch", "pad every prompt to one length")
+        expect(empty[name].shape[1:] == value.shape[1:], f"{name!r} of an empty prompt has another shape", "pad it")
+    differ = any(not torch.equal(value[0], value[1]) for value in embeds.values())
+    expect(differ, "two prompts have the same embeddings", "is the text used at all?")
+    model.family.release_encoders()
+    with failing("encode_prompts() after release_encoders()", "encoders load again when they are needed"):
+        model.family.encode_prompts(PROMPTS[:1])
+
+
+def _uncond(model: Model) -> None:
+    cond = model.conditioned
+    _rows(cond, "condition()")
+    with failing("uncond()", "it takes what condition() returned"):
+        uncond = model.family.uncond(cond)
+    shapes = {name: tuple(value.shape) for name, value in uncond.items()}
+    expected = {name: tuple(value.shape) for name, value in cond.items()}
+    expect(shapes == expected, f"uncond() has {shapes}, condition() {expected}", "the same names and shapes")
+    differ = any(not torch.equal(uncond[name], value) for name, value in cond.items())
+    expect(differ, "uncond() is condition() itself", "it is that of an empty prompt, or zeros")
+
+
+def _pictures(model: Model) -> None:
+    family, edge = model.family, model.edge
+    pixels = torch.rand(2, 3, edge, edge, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with failing("encode_images()", "it takes pictures (B, 3, H, W) in [-1, 1]"), torch.no_grad():
+        latents = family.encode_images(pixels)
+        drawn = [family.encode_images(pixels[:1], [torch.Generator().manual_seed(5)]) for _ in range(2)]
+    small = edge // family.scale_factor
+    expected = (2, family.latent_channels, small, small)
+    expect(tuple(latents.shape) == expected, f"latents of pictures {tuple(pixels.shape)} have the shape "
+           f"{tuple(latents.shape)}, not {expected}", "see latent_channels and scale_factor")  # fmt: skip
+    expect(torch.equal(*drawn), "one generator gives two latents", "draw from the generators that are given")
+    with failing("decode_latents()", "it takes what encode_images() returned"), torch.no_grad():
+        decoded = family.decode_latents(latents)
+    expect(decoded.shape == pixels.shape, f"decode_latents() made {tuple(decoded.shape)} of {tuple(latents.shape)}, "
+           f"not {tuple(pixels.shape)}", "pictures are (B, 3, H, W), of the size that was encoded")  # fmt: skip
+    inside = bool(decoded.isfinite().all()) and float(decoded.min()) >= 0 and float(decoded.max()) <= 1
+    expect(inside and decoded.dtype == torch.float32, f"decoded pictures are {decoded.dtype} from "
+           f"{float(decoded.min()):.2f} to {float(decoded.max()):.2f}", "they are float32 in [0, 1]")  # fmt: skip
+
+
+def _predict(model: Model) -> None:
+    network = model.family.load_network()
+    trained = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
+    expect(not trained, f"load_network() is not frozen: {trained[:2]}", "requires_grad_(False)")
+    expect(not network.training, "load_network() is in training mode", "call eval()")
+    (x_t, time), output = model.inputs(), model.predict(network)
+    expect(output.shape == x_t.shape, f"predict() made {tuple(output.shape)} of {tuple(x_t.shape)}",
+           "the output has the shape of x_t")  # fmt: skip
+    expect(output.isfinite().all(), "predict() is not finite", "look at the time: it comes as network_time() gives it")
+    with torch.no_grad():
+        cond = {name: value[1:] for name, value in model.conditioned.items()}
+        alone = model.family.predict(network, x_t[1:], time[1:], cond)
+    expect(torch.allclose(output[1:], alone, rtol=1e-3, atol=1e-4), "a sample's output depends on the rest of the "
+           "batch", "samples of a batch have times and prompts of their own")  # fmt: skip
+
+
+def _lora_off(model: Model) -> None:
+    _need(model, "lora")
+    names = [name for name, _ in model.family.load_network().named_modules()]
+    lost = [t for t in model.family.lora_targets if not any(n == t or n.endswith(f".{t}") for n in names)]
+    expect(not lost, f"lora_targets {lost} name no module of the network", "give suffixes of module names")
+    bare = model.predict(model.family.load_network())
+    with failing("adding an adapter", "the network has add_adapter(), as networks of diffusers do"):
+        networks = Networks(model.family, [Role("teacher"), Role("student", trains="lora")], lora=LORA, seed=0)
+    with networks.use("student") as network:
+        expect(torch.equal(model.predict(network), bare), "a new adapter changes the output", "it starts at zero")
+    with torch.no_grad():
+        for parameter in networks.parameters("student"):
+            parameter.add_(0.05)
+    with networks.use("student") as network:
+        expect(not torch.equal(model.predict(network), bare), "a trained adapter changes nothing", "see lora_targets")
+    with networks.use("teacher") as network:
+        expect(torch.equal(model.predict(network), bare), "with the adapter off the output is not the base's, bit for "
+               "bit", "predict() must leave adapters as they are set")  # fmt: skip
+
+
+def _full(model: Model) -> None:
+    _need(model, "full")
+    teacher = model.family.load_network()
+    before = model.predict(teacher)
+    with failing("student_network()", "it returns a trainable copy of the teacher"):
+        student = model.family.student_network(teacher, guidance_embedding=False)
+    frozen = [n for n, p in student.named_parameters() if not p.requires_grad or p.dtype != torch.float32]
+    expect(not frozen, f"of a full student {frozen[:2]} are frozen or not float32", "it is a trainable fp32 copy")
+    expect(torch.equal(model.predict(student), before), "a full student does not start as its teacher", "copy it")
+    with torch.no_grad():
+        next(student.parameters()).add_(1)
+    expect(torch.equal(model.predict(teacher), before), "a change of the student changes the teacher", "copy, no view")
+
+
+def _capabilities(model: Model) -> None:
+    family, said = model.family, model.family.capabilities
+    teacher = family.load_network()
+    if said.features:
+        with failing("features()", "capabilities.features says that it has some"), torch.no_grad():
+            found = family.features(teacher, *model.inputs(), model.conditioned)
+            channels = family.feature_channels(teacher)
+        shapes = [tuple(level.shape) for level in found]
+        fits = channels == [level.shape[1] for level in found] and all(level.ndim == 4 for level in found)
+        expect(fits, f"features() has {shapes}, feature_channels() {channels}", "give (B, C_k, h_k, w_k) of each level")
+    inputs = {"guidance_embedding": said.guidance_embedding, "second_time": said.second_time}
+    given = {"guidance_embedding": "guidance", "second_time": "second_time"}
+    for name in [name for name, able in inputs.items() if able]:
+        with failing(f"student_network({name}=True)", f"capabilities.{name} says that it can"):
+            student = family.student_network(teacher, **{"guidance_embedding": False, name: True})
+        value = torch.full((len(PROMPTS),), 2.5) if name == "guidance_embedding" else model.inputs()[1] / 2
+        told = {given[name]: value}
+        expected = model.predict(teacher, **(told if name == "guidance_embedding" and family.guided_by_input else {}))
+        close = torch.allclose(model.predict(student, **told), expected, rtol=1e-4, atol=1e-5)
+        expect(close, f"a student with {name} does not start as its teacher", "the new embedding starts at zero")
+
+
+def _need(model: Model, kind: Kind) -> None:
+    if not getattr(model.family.capabilities, kind):
+        raise NotApplicable(f"capabilities.{kind} is False")
+
+
+# -- students on disk -------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _exported(model: Model, kind: Kind) -> Iterator[tuple[Path, Tensor]]:
+    """(working directory with the folder ``student``, the pictures before it was written)."""
+    _need(model, kind)
+    with model.student(kind) as network, tempfile.TemporaryDirectory(prefix="distill-check-") as place:
+        pictures = model.pictures(network)
+        expected = (len(SEEDS), 3, model.edge, model.edge)
+        expect(tuple(pictures.shape) == expected, f"generate() made {tuple(pictures.shape)}, not {expected}",
+               "pictures are (B, 3, H, W)")  # fmt: skip
+        expect(
+            torch.equal(pictures, model.pictures(network)), "one seed gives two pictures", "draw noise from the seeds"
+        )
+        quiet = redirect_stderr(io.StringIO())  # progress bars
+        with quiet, failing("export()", "it writes a student in diffusers' layout into the folder"):
+            model.family.export(network, Path(place) / "student", _info(model, kind))
+        yield Path(place), pictures
+
+
+def _info(model: Model, kind: Kind) -> ExportInfo:
+    return ExportInfo(model.sampler(), kind, LORA if kind == "lora" else None, metadata={"step": "7"})
+
+
+def _export(model: Model, kind: Kind) -> None:
+    with _exported(model, kind) as (place, pictures):
+        scheduler = place / "student" / "scheduler" / "scheduler_config.json"
+        expect(scheduler.is_file(), "export() wrote no scheduler/", "the student's sampler goes along with it")
+        family = model.make()
+        with failing("load_student()", "it must read what export() wrote"):
+            loaded = family.load_student(place / "student")
+        found = model.pictures(loaded, family=family)
+    distance = float((found - pictures).abs().max())
+    expect(distance <= ROUNDING, f"the exported student, loaded again, makes a picture {distance:.3f} away from the "
+           "one before (pixels in [0, 1])", "write and read all of its weights and its sampler")  # fmt: skip
+    with model.student(kind) as _:
+        teacher = model.pictures(model.make().load_network(), family=model.make())
+    far = float((teacher - pictures).abs().max())
+    expect(far > ROUNDING, "the student's pictures are the teacher's", "generate() must use the network that is given")
+
+
+def _diffusers(model: Model, kind: Kind) -> None:
+    call = "pipe(prompt, "
+    with _exported(model, kind) as (place, pictures), chdir(place):
+        snippet = model.family.usage_snippet(_info(model, kind))
+        expect(call in snippet, f"usage_snippet() has no {call!r}", "say `image = pipe(prompt, ...).images[0]`")
+        own = f"pipe({PROMPTS[0]!r}, generator=_generator, width={model.edge}, height={model.edge}, "
+        names = {"_generator": torch.Generator().manual_seed(SEEDS[0])}
+        quiet = redirect_stderr(io.StringIO())  # progress bars
+        with quiet, failing("usage_snippet()", "these are the lines that people paste; they must run"):
+            exec(compile(snippet.replace(call, own), "usage_snippet()", "exec"), names)
+        image: Any = names.get("image")
+    expect(image is not None, "usage_snippet() leaves no `image`", "say `image = pipe(prompt, ...).images[0]`")
+    import numpy as np
+
+    found = torch.from_numpy(np.asarray(image.convert("RGB")).copy()).permute(2, 0, 1).float() / 255
+    expect(
+        found.shape == pictures[0].shape, f"plain diffusers makes a picture {tuple(found.shape)}", "see pixel_multiple"
+    )
+    distance = float((found - pictures[0]).abs().max())
+    expect(distance <= PICTURE_ROUNDING, f"plain diffusers makes a picture {distance:.3f} away from generate()'s "
+           "(pixels in [0, 1])", "export all of the student's weights, and its scheduler")  # fmt: skip

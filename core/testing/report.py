@@ -1,0 +1,79 @@
+"""The suite run on a whole plugin: a file, a folder with a project, a module or an installed package."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .checks import Check, ConformanceError, NotApplicable
+
+Result = Literal["ok", "failed", "not applicable"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one check ended."""
+
+    check: Check
+    result: Result
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return ": ".join([self.result, str(self.check), *([" ".join(self.reason.split())] if self.reason else [])])
+
+
+@dataclass
+class Report:
+    """How all checks of a plugin ended."""
+
+    plugin: str
+    outcomes: list[Outcome] = field(default_factory=list)
+
+    @property
+    def failed(self) -> list[Outcome]:
+        """Those that failed."""
+        return [outcome for outcome in self.outcomes if outcome.result == "failed"]
+
+    def count(self, result: Result) -> int:
+        """How many ended so."""
+        return sum(outcome.result == result for outcome in self.outcomes)
+
+    def __str__(self) -> str:
+        words = ("ok", "failed", "not applicable")
+        return f"{self.plugin}: " + ", ".join(f"{self.count(word)} {word}" for word in words)  # type: ignore[arg-type]
+
+
+def outcome_of(check: Check) -> Outcome:
+    """Run a check; whatever it raises is an outcome."""
+    try:
+        check.run()
+    except NotApplicable as reason:
+        return Outcome(check, "not applicable", str(reason))
+    except ConformanceError as reason:
+        return Outcome(check, "failed", str(reason))
+    except Exception as error:  # somebody else's code may raise anything, and the other checks are still worth running
+        return Outcome(check, "failed", f"{type(error).__name__}: {error}")
+    return Outcome(check, "ok")
+
+
+def check_plugin(argument: str, *, only: str = "", tell: Callable[[Outcome], None] = lambda outcome: None) -> Report:
+    """Load a plugin and run every check of every class that it registers.
+
+    Args:
+        argument: A plugin file, a folder with a pyproject.toml that names its entry points, the name of a module, or
+            of an installed package.
+        only: Text that the checks to run have in their names, as ``[flow]`` or ``tracker mine``; empty runs all.
+        tell: Called with each outcome as it comes.
+
+    Raises:
+        UserError: There is nothing of that name, or it cannot be imported.
+    """
+    from .loading import checks_of_source, sources_of
+
+    report = Report(argument)
+    checks = [check for source in sources_of(argument) for check in checks_of_source(source) if only in str(check)]
+    for check in checks:
+        report.outcomes.append(outcome_of(check))
+        tell(report.outcomes[-1])
+    return report

@@ -1,0 +1,196 @@
+"""The closed-form Gaussian family with students of any kind: told a guidance, told a second time, seen from inside.
+
+The network is the perfect denoiser of N(c, q^2), in whichever parametrisation, plus a correction that starts at zero
+
+    output = perfect(x, t, c) + a(t, r) x + b(t, r) c + d(t, r) (w / 10) c + e(t, r)
+
+with splines a, b, d, e of the time: smooth, so that every time profits from a step at another. For this data every
+consistency function, flow map and few-step generator is affine in (x, c), hence within reach.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..batch import Batch, Conditioning, Pairs
+from ..context import Context
+from ..diffusion.schedule import Schedule
+from ..family import Capabilities
+from ..terms.ddim import trailing_walk
+from . import gaussian
+from .draws import BatchedDraws
+from .gaussian import GaussianFamily, Q
+
+CELLS = 8
+"""Of the splines over the time."""
+W_UNIT = 10.0
+"""What the paper's w is divided by."""
+
+
+class Splines(nn.Module):
+    """Sums of products of quadratic B-splines of each input in [-1, 1]: smooth and yet local; starts at zero.
+
+    Args:
+        cells: Equal cells of each input.
+        outputs: Numbers per sample.
+    """
+
+    def __init__(self, cells: tuple[int, ...], outputs: int) -> None:
+        super().__init__()
+        self.cells = cells
+        self.weight = nn.Parameter(torch.zeros(outputs, *(number + 2 for number in cells), dtype=torch.float64))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """(B, inputs) -> (B, outputs)."""
+        names = "ijk"[: inputs.shape[1]]
+        bases = [splines(column, number) for column, number in zip(inputs.unbind(1), self.cells, strict=True)]
+        return torch.einsum(f"o{names}," + ",".join(f"b{name}" for name in names) + "->bo", self.weight, *bases)
+
+
+def splines(x: Tensor, cells: int) -> Tensor:
+    """The quadratic B-splines of equal cells of [-1, 1] at `x` (B,): shape (B, cells + 2)."""
+    place = (x + 1) / 2 * cells
+    u = (place[:, None] - (torch.arange(cells + 2) - 0.5)).abs()  # distance from the middle of each
+    return torch.where(u < 0.5, 0.75 - u**2, 0.5 * (1.5 - u).clamp(min=0) ** 2)
+
+
+def products(places: Sequence[Tensor], cells: int) -> Tensor:
+    """Products of the splines of each place in [-1, 1], (B,) each: (B, (cells + 2)^len(places))."""
+    found = splines(places[0], cells)
+    for place in places[1:]:
+        found = (found[:, :, None] * splines(place, cells)[:, None]).flatten(1)
+    return found
+
+
+class SmoothNetwork(nn.Module):
+    """See the module.
+
+    Args:
+        schedule: The path.
+        kind: Parametrisation of the output.
+        told: Whether it takes w.
+        second_time: Whether it takes r.
+    """
+
+    unit: Tensor
+    start: Tensor
+
+    def __init__(self, schedule: Schedule, kind: str, *, told: bool = False, second_time: bool = False) -> None:
+        super().__init__()
+        self.schedule, self.kind, self.told, self.second_time = schedule, kind, told, second_time
+        self.register_buffer("unit", schedule.network_time(torch.ones(1, dtype=torch.float64)))
+        self.correction = nn.Linear((CELLS + 2) ** (2 if second_time else 1), 4, bias=False, dtype=torch.float64)
+        # not zeros, so that whatever touches the weights of a teacher shows
+        self.register_buffer("start", torch.full_like(self.correction.weight, 0.5))
+        self.correction.weight.data.copy_(self.start)
+
+    def forward(
+        self, x: Tensor, time: Tensor, c: Tensor, *, w: Tensor | None = None, r: Tensor | None = None
+    ) -> Tensor:
+        """(B, D) of x (B, D), time and r (B,) as fed, c (B, 1), w (B,)."""
+        if (w is not None) != self.told:
+            raise ValueError("the guidance must be told to a network that takes it, and to no other")
+        if (r is not None) != self.second_time:
+            raise ValueError("the second time must be told to a network that takes it, and to no other")
+        x, times = x.double(), [each.double() / self.unit for each in (time, r) if each is not None]
+        places = [2 * self._share(t) - 1 for t in times]
+        basis = products(places, CELLS)
+        a, b, d, e = (self.correction(basis) - nn.functional.linear(basis, self.start)).split(1, dim=1)
+        told = 0.0 if w is None else d * w.double()[:, None] / W_UNIT
+        return gaussian.raw_output(self.kind, self.schedule, x, times[0], c) + a * x + (b + told) * c + e
+
+    def add_adapter(self, config: Any, *, adapter_name: str) -> None:
+        """Put a LoRA on the correction, as networks of diffusers do it."""
+        from peft import inject_adapter_in_model
+
+        inject_adapter_in_model(config, self, adapter_name)
+
+    def _share(self, t: Tensor) -> Tensor:
+        """Of noise at time t, from 0 to 1."""
+        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+        return sigma / (alpha + sigma)
+
+
+class SmoothFamily(GaussianFamily):
+    """See the module. Students can do whatever a method may ask of a family (adapters take no second time).
+
+    Args:
+        schedule: The path.
+        kind: Parametrisation of the networks.
+    """
+
+    name = "closed-form"
+    capabilities: ClassVar[Capabilities] = Capabilities(guidance_embedding=True, second_time=True, features=True)
+    lora_targets: ClassVar[tuple[str, ...]] = ("correction",)
+
+    def __init__(self, schedule: Schedule, kind: str) -> None:
+        super().__init__(schedule, kind, torch.zeros(1))
+
+    def load_network(self) -> nn.Module:
+        """The perfect network."""
+        return SmoothNetwork(self._schedule, self._kind)
+
+    def student_network(
+        self, teacher: nn.Module, *, guidance_embedding: bool, second_time: bool = False, smaller: bool = False
+    ) -> nn.Module:
+        """The perfect network with the inputs asked for."""
+        if not guidance_embedding and not second_time:
+            return copy.deepcopy(teacher).requires_grad_(True)
+        return SmoothNetwork(self._schedule, self._kind, told=guidance_embedding, second_time=second_time)
+
+    def predict(
+        self, network: nn.Module, x_t: Tensor, time: Tensor, cond: Conditioning, *, guidance: Tensor | None = None,
+        second_time: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """The network's output."""
+        return network(x_t, time, cond["mean"], w=guidance, r=second_time)
+
+    def features(self, network: nn.Module, x_t: Tensor, time: Tensor, cond: Conditioning) -> list[Tensor]:
+        """Eight bumps over x, and one feature that is the network's output: (B, 9, 1, 1)."""
+        centres = torch.linspace(-2, 2, 8, dtype=torch.float64)
+        bumps = torch.exp(-((x_t.double() - centres) ** 2))
+        return [torch.cat([bumps, network(x_t, time, cond["mean"])], dim=1)[:, :, None, None]]
+
+    def feature_channels(self, network: nn.Module) -> list[int]:
+        """Nine."""
+        return [9]
+
+
+class QuickContext(Context):
+    """Draws of a whole batch at once."""
+
+    def at(self, step: int, positions: Sequence[int]) -> Context:
+        """As of :class:`Context`."""
+        context = QuickContext(self._runtime, step=step, positions=positions)
+        context.draws = BatchedDraws(self._runtime.seed, step, positions)
+        return context
+
+
+def smooth_batch(schedule: Schedule, step: int, size: int, *, mean: float, pictures: bool, points: int = 0) -> Batch:
+    """Data of the prompt `mean`; without latents where there are no pictures, with paths of the teacher where asked.
+
+    A path has twice as many points as are needed, so that a method must take its own.
+    """
+    g = torch.Generator().manual_seed(step)
+    latents = mean + Q * torch.randn(size, 1, generator=g, dtype=torch.float64)
+    cond = {"mean": torch.full((size, 1), mean, dtype=torch.float64)}
+    keys, positions = tuple(f"set/{i}" for i in range(size)), tuple(range(size))
+    pairs = exact_paths(schedule, torch.randn(size, 1, generator=g, dtype=torch.float64), cond, 2 * points)
+    return Batch(latents if pictures else None, cond, keys, positions, latent_shape=(1,), pairs=pairs)
+
+
+def exact_paths(schedule: Schedule, noise: Tensor, cond: Conditioning, points: int) -> Pairs | None:
+    """The teacher's exact paths from `noise` (B, 1); None for no points."""
+    if not points:
+        return None
+    times, mean = trailing_walk(schedule, points).times, cond["mean"]
+    full = times[:, None].expand(-1, len(noise))
+    path = torch.stack([gaussian.gaussian_map(schedule, noise, full[0], t, mean) for t in full], dim=1)
+    a, s = schedule.coefficients(full[0], noise)
+    data = mean + Q * (noise - a * mean) / (a**2 * Q**2 + s**2).sqrt()
+    return Pairs(path, times, data, cond)

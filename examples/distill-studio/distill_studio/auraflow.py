@@ -1,0 +1,91 @@
+"""AuraFlow: a transformer trained by flow matching, which reads prompts through one T5.
+
+The network sees T5's states with those of the padding set to zero, (B, 256, D). The unconditional is the encoded empty
+prompt.
+
+References:
+    Ryu et al., AuraFlow v0.1 (fal.ai, 2024); its pipeline in diffusers is AuraFlowPipeline.
+"""
+
+import copy
+
+import distill
+import torch
+from distill.model_families import Architecture, DiffusersFamily, check_channels, check_flow, token_ids
+from pydantic import Field
+
+PIPELINE_TOKENS = 256
+
+
+def check_configs(name, config):
+    """Raise UserError unless the transformer takes what the model's autoencoder makes, on a flow."""
+    check_channels(name, "transformer", config("transformer/config.json").get("in_channels"), config("vae/config.json"))
+    check_flow(name, config)
+
+
+class AuraFlow(DiffusersFamily):
+    """AuraFlow and its fine-tunes."""
+
+    name = "auraflow"
+    capabilities = distill.Capabilities(lora=True, full=True)
+    lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+    default_guidance = 3.5
+    pixel_multiple = 16
+    position_edge = 2
+    embed_keys = ("prompt_embeds", "prompt_attention_mask")
+    architecture = Architecture(
+        title="an AuraFlow",
+        pipeline="AuraFlowPipeline",
+        accepted=("AuraFlowPipeline",),
+        denoiser="transformer",
+        denoiser_class="AuraFlowTransformer2DModel",
+        tokenizers={"tokenizer": "AutoTokenizer"},
+        encoders={"text_encoder": "UMT5EncoderModel"},
+        check=check_configs,
+        made_of="an AuraFlow has T5 as its text encoder",
+        lora_encoders=(),
+    )
+
+    class Config(DiffusersFamily.Config):
+        """Settings of the family auraflow, under `family_config`."""
+
+        max_sequence_length: int = Field(PIPELINE_TOKENS, ge=1, le=512)
+        """Tokens of a prompt that T5 reads; the rest is cut off."""
+
+    def text_settings(self):
+        return (f"max_sequence_length={self.config.max_sequence_length}",)
+
+    @torch.no_grad()
+    def encode(self, text, prompts):
+        tokenizer, encoder = text.pairs()[0]
+        tokens = token_ids(tokenizer, prompts, length=self.config.max_sequence_length).to(encoder.device)
+        states = encoder(**tokens)[0]  # (B, T, D)
+        mask = tokens.attention_mask.to(states)  # (B, T)
+        return {"prompt_embeds": states * mask[..., None], "prompt_attention_mask": mask}
+
+    def input_weight(self, network):
+        return network.pos_embed.proj.weight
+
+    def takes_guidance(self, network):
+        return False
+
+    def student_network(self, teacher, *, guidance_embedding, second_time=False, smaller=False):
+        return copy.deepcopy(teacher).float().requires_grad_(True)
+
+    def predict(self, network, x_t, time, cond, *, guidance=None, second_time=None):
+        dtype = self.input_weight(network).dtype
+        return network(
+            x_t.to(dtype),
+            encoder_hidden_states=cond["prompt_embeds"].to(dtype),
+            timestep=(time / 1000).to(dtype),
+            return_dict=False,
+        )[0]
+
+    def snippet_call(self, info):
+        length = self.config.max_sequence_length
+        return super().snippet_call(info) | ({} if length == PIPELINE_TOKENS else {"max_sequence_length": length})
+
+
+@distill.hookimpl
+def register_families():
+    return [AuraFlow]

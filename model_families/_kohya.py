@@ -1,0 +1,295 @@
+"""LoRAs in the format of kohya's sd-scripts, which ComfyUI, AUTOMATIC1111 and InvokeAI read as well.
+
+A layer is three tensors, ``<name>.lora_down.weight`` (rank, in, ...), ``<name>.lora_up.weight`` (out, rank, ...) and
+``<name>.alpha``; its weight changes by alpha / rank * up @ down. `name` is ``lora_unet_`` and the module's path in the
+network that sd-scripts trains, with underscores for dots.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..core.errors import UserError
+from ._files import quiet_libraries
+from ._lora import WEIGHTS, read_lora
+
+if TYPE_CHECKING:
+    from ._architecture import Architecture
+
+
+REMEDY = f"use student/{WEIGHTS}, which diffusers reads, and ComfyUI where it knows the architecture"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """An adapted layer: its weight changes by ``alpha / rank * up @ down``."""
+
+    down: Tensor  # (rank, in, ...)
+    up: Tensor  # (out, rank, ...)
+    alpha: float
+
+    @property
+    def rank(self) -> int:
+        """Inner size of the product."""
+        return len(self.down)
+
+
+Layers = dict[str, Layer]
+"""Path of a module -> its layer."""
+
+
+@dataclass(frozen=True)
+class KohyaFormat:
+    """What the format calls one architecture.
+
+    Attributes:
+        base_model: ``ss_base_model_version``.
+        architecture: ``modelspec.architecture``.
+        renamed: Layers by diffusers' module paths, and the denoiser's config, to layers by sd-scripts' paths. Raises
+            UserError for a layer that has none.
+        of_v: The first two of models that predict v, where they are told apart.
+        module: ``ss_network_module``.
+        second_generation: ``ss_v2``.
+        unread: diffusers' paths of modules that its own reader of the format leaves out.
+    """
+
+    base_model: str
+    architecture: str
+    renamed: Callable[[Layers, Mapping[str, Any]], Layers] = lambda layers, config: layers
+    of_v: tuple[str, str] | None = None
+    module: str = "networks.lora"
+    second_generation: bool = False
+    unread: tuple[str, ...] = ()
+
+
+def export_kohya(
+    architecture: Architecture,
+    config: Mapping[str, Any],
+    student: Path,
+    file: Path,
+    *,
+    title: str,
+    dtype: torch.dtype,
+    predicts_v: bool = False,
+) -> list[str]:
+    """Write the LoRA of a student's folder once more, as `file`, whole or not at all.
+
+    What was written is read with diffusers' own reader before it takes its place.
+
+    Args:
+        architecture: Of the student.
+        config: The denoiser's.
+        student: The exported folder.
+        file: Where it goes.
+        title: Name of the LoRA.
+        dtype: Of the tensors.
+        predicts_v: Whether the model predicts v.
+
+    Returns:
+        What people should know of the file, a line each.
+
+    Raises:
+        UserError: It is no LoRA, or one that the format cannot hold.
+    """
+    from ..core.flow_map import WEIGHTS as SECOND_TIME
+
+    form = architecture.kohya
+    if form is None:
+        raise UserError(no_form(architecture), REMEDY)
+    if (student / SECOND_TIME).is_file():
+        raise UserError(
+            f"{student} takes a second time ({SECOND_TIME}), which kohya's format has no place for",
+            "use the folder student/ with the pipeline that lies in it",
+        )
+    layers, about = read_layers(student / WEIGHTS, architecture.denoiser)
+    state = tensors(form.renamed(layers, config), dtype)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = file.with_name(f".{file.stem}.partial.safetensors")
+    try:
+        write_file(aside, state, {**about, **header(form, layers, title=title, predicts_v=predicts_v)})
+        lost = sorted(layers.keys() - readable(aside, architecture, config))
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    if set(lost) - set(form.unread):
+        aside.unlink()
+        raise UserError(f"diffusers would not read {len(lost)} layers of the file, as {lost[0]}", REMEDY)
+    os.replace(aside, file)
+    return [f"ComfyUI reads {name} in it, diffusers leaves it out" for name in lost]
+
+
+def no_form(architecture: Architecture) -> str:
+    """The sentence for an architecture without :attr:`Architecture.kohya`."""
+    return f"{architecture.title} has no form in kohya's format that diffusers reads"
+
+
+def read_layers(file: Path, prefix: str) -> tuple[Layers, dict[str, str]]:
+    """The layers of an exported LoRA by module path, and the rest of its header.
+
+    Raises:
+        UserError: The file is not there, or its layers have alphas of their own.
+    """
+    from safetensors import safe_open
+
+    if not file.is_file():
+        raise UserError(
+            f"{file.parent} holds no LoRA ({WEIGHTS}): kohya's format is for LoRAs",
+            "a fully trained student is a whole pipeline: publish it as it is (hub, s3, archive)",
+        )
+    with safe_open(file, framework="pt") as opened:
+        about = dict(opened.metadata() or {})
+        state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
+    adapter = json.loads(about.pop("lora_adapter_metadata"))
+    if adapter.get(f"{prefix}.alpha_pattern") or adapter.get(f"{prefix}.rank_pattern"):
+        raise UserError(f"{file} has a rank or an alpha of its own for some layers", "train with one rank and alpha")
+    alpha, ending = float(adapter[f"{prefix}.lora_alpha"]), ".lora_A.weight"
+    names = [name.removesuffix(ending) for name in state if name.endswith(ending)]
+    layers = {
+        name.removeprefix(f"{prefix}."): Layer(state[f"{name}{ending}"], state[f"{name}.lora_B.weight"], alpha)
+        for name in names
+    }
+    about.pop("format", None)
+    return layers, about
+
+
+def tensors(layers: Layers, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The file's tensors, of layers by sd-scripts' paths."""
+    found = {}
+    for path, layer in layers.items():
+        name = f"lora_unet_{path.replace('.', '_')}"
+        found[f"{name}.lora_down.weight"] = layer.down.to(dtype).contiguous()
+        found[f"{name}.lora_up.weight"] = layer.up.to(dtype).contiguous()
+        found[f"{name}.alpha"] = torch.tensor(layer.alpha, dtype=dtype)
+    return found
+
+
+def header(form: KohyaFormat, layers: Layers, *, title: str, predicts_v: bool = False) -> dict[str, str]:
+    """What sd-scripts and the programs that list LoRAs look for."""
+    base_model, architecture = (predicts_v and form.of_v) or (form.base_model, form.architecture)
+    first = next(iter(layers.values()))
+    dim, alpha = str(first.rank), f"{first.alpha:g}"
+    convolutions = any(layer.down.shape[2:].numel() > 1 for layer in layers.values())
+    return {
+        "ss_network_module": form.module,
+        "ss_network_dim": dim,
+        "ss_network_alpha": alpha,
+        **({"ss_network_args": json.dumps({"conv_dim": dim, "conv_alpha": alpha})} if convolutions else {}),
+        "ss_base_model_version": base_model,
+        "ss_v2": str(form.second_generation),
+        "ss_output_name": title,
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": f"{architecture}/lora",
+        "modelspec.title": title,
+        "format": "pt",
+    }
+
+
+def write_file(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """A safetensors file."""
+    from safetensors.torch import save_file
+
+    save_file(dict(state), path, metadata=dict(metadata))
+
+
+def readable(file: Path, architecture: Architecture, config: Mapping[str, Any]) -> set[str]:
+    """Paths of the modules that diffusers finds in a LoRA, by its own names.
+
+    Raises:
+        UserError: It cannot read the file.
+    """
+    from diffusers.utils import convert_unet_state_dict_to_peft
+
+    try:
+        state = dict(read_lora(str(file), 1.0, architecture, config).state)
+    except (AssertionError, ValueError, RuntimeError, KeyError) as error:
+        raise UserError(f"diffusers cannot read the file: {str(error).strip() or type(error).__name__}", REMEDY) from (
+            error
+        )
+    with quiet_libraries():
+        if not any("lora_A" in name for name in state):
+            state = convert_unet_state_dict_to_peft(state)
+    prefix, ending = f"{architecture.denoiser}.", ".lora_A.weight"
+    return {
+        name.removeprefix(prefix).removesuffix(ending)
+        for name in state
+        if name.startswith(prefix) and name.endswith(ending)
+    }
+
+
+# -- names ------------------------------------------------------------------------------------------------------------
+
+_ENDS = {
+    "conv_in": "input_blocks.0.0",
+    "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+}
+_RESNET = {
+    "conv1": "in_layers.2",
+    "conv2": "out_layers.3",
+    "time_emb_proj": "emb_layers.1",
+    "conv_shortcut": "skip_connection",
+}
+
+
+def original_unet(layers: Layers, config: Mapping[str, Any]) -> Layers:
+    """Layers of a UNet by the paths of the original code (``input_blocks.4.1...``)."""
+    return {original_unet_path(path, config): layer for path, layer in layers.items()}
+
+
+def original_unet_path(path: str, config: Mapping[str, Any]) -> str:
+    """``down_blocks.1.resnets.0.conv1`` -> ``input_blocks.4.0.in_layers.2`` and so on.
+
+    The original code counts all layers of a side on; a change of size is a layer of its own on the way down, and goes
+    with the last layer of its level on the way up.
+    """
+    side, *rest = path.split(".")
+    count = config["layers_per_block"] + 1
+    if side == "mid_block":
+        part, index, *inner = rest
+        place = 2 * int(index) if part == "resnets" else 1
+        return ".".join(["middle_block", str(place), *_inner(part, inner)])
+    if side not in ("down_blocks", "up_blocks"):
+        if path not in _ENDS:
+            raise UserError(f"{path} has no name in kohya's format", REMEDY)
+        return _ENDS[path]
+    level, part, index, *inner = rest
+    number = count * int(level)
+    if part == "downsamplers":
+        return f"input_blocks.{number + count}.0.op"
+    if part == "upsamplers":
+        behind = 2 if "Attn" in config["up_block_types"][int(level)] else 1
+        return f"output_blocks.{number + count - 1}.{behind}.conv"
+    side, number = ("input_blocks", number + 1) if side == "down_blocks" else ("output_blocks", number)
+    return ".".join([side, str(number + int(index)), str(int(part == "attentions")), *_inner(part, inner)])
+
+
+def _inner(part: str, inner: Sequence[str]) -> Sequence[str]:
+    return [_RESNET[inner[0]], *inner[1:]] if part == "resnets" else inner
+
+
+def fused(layers: Sequence[Layer]) -> Layer:
+    """Layers of one input as one, whose outputs follow each other: the downs stacked, the ups on a diagonal of blocks.
+
+    Alpha grows with the rank, so that the scale stays.
+    """
+    return Layer(
+        torch.cat([layer.down for layer in layers]),
+        torch.block_diag(*(layer.up for layer in layers)),
+        sum(layer.alpha for layer in layers),
+    )
+
+
+def at_scale_one(layer: Layer) -> Layer:
+    """The same change of the weight with an alpha equal to the rank, for readers that heed none."""
+    return Layer(layer.down, layer.up * (layer.alpha / layer.rank), float(layer.rank))

@@ -1,0 +1,103 @@
+"""Packs a student into one file: a .tar.gz or a .zip, the same bytes for the same student."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import shutil
+import tarfile
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ..core.config.types import LocalPath
+from ..core.errors import UserError
+from ..core.hookspecs import hookimpl
+from ..core.publisher import Publisher
+
+EARLIEST = (1980, 1, 1, 0, 0, 0)
+"""The first time that a ZIP can hold; every member has it."""
+MODE = 0o644
+
+
+class Archive(Publisher):
+    """Packs `student/` into one file beside it, in which it lies in a folder with the run's name."""
+
+    name: ClassVar[str] = "archive"
+
+    class Config(BaseModel):
+        """Which file, and how it is packed."""
+
+        model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+        format: Literal["tar.gz", "zip"] = "tar.gz"
+        """Kind of archive."""
+        file: LocalPath | None = None
+        """The file; absent: `<name of the run>.<format>` beside `student/`."""
+        compression: int = Field(default=1, ge=0, le=9)
+        """How hard it is compressed (0 = not at all, 9 = hardest). Weights hardly shrink."""
+
+    def problems(self) -> list[str]:
+        """A place that is a folder, or that cannot be written."""
+        file = self.config.file
+        if file is None:
+            return []
+        if file.is_dir():
+            return [f"publisher_config.archive.file = {str(file)!r} is a folder (name the file)"]
+        above = next(parent for parent in file.absolute().parents if parent.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK):
+            return [f"publisher_config.archive.file = {str(file)!r}: {above} cannot be written"]
+        return []
+
+    def publish(self, student: Path) -> str:
+        """Pack the folder; the file is there whole or not at all."""
+        file = self.config.file or student.absolute().with_name(f"{self.setting.run_name}.{self.config.format}")
+        members = sorted(path for path in student.rglob("*") if path.is_file())
+        if not members:
+            raise UserError(f"{student} holds no file", "give the folder student/ of a finished run")
+        names = [f"{self.setting.run_name}/{path.relative_to(student).as_posix()}" for path in members]
+        pack = _pack_zip if self.config.format == "zip" else _pack_tar
+        file.parent.mkdir(parents=True, exist_ok=True)
+        aside = file.with_name(f".{file.name}.partial")
+        try:
+            with aside.open("wb") as stream:
+                pack(stream, members, names, self.config.compression)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(aside, file)
+        finally:
+            aside.unlink(missing_ok=True)
+        return str(file)
+
+
+def _pack_tar(stream: IO[bytes], members: Sequence[Path], names: Sequence[str], compression: int) -> None:
+    # without a name and a time of its own in gzip's header; members without owner and time
+    with (
+        gzip.GzipFile("", "wb", compression, stream, mtime=0) as packed,
+        tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as tar,
+    ):
+        for path, name in zip(members, names, strict=True):
+            info = tarfile.TarInfo(name)
+            info.size, info.mode = path.stat().st_size, MODE
+            with path.open("rb") as file:
+                tar.addfile(info, file)
+
+
+def _pack_zip(stream: IO[bytes], members: Sequence[Path], names: Sequence[str], compression: int) -> None:
+    kind = zipfile.ZIP_DEFLATED if compression else zipfile.ZIP_STORED
+    with zipfile.ZipFile(stream, "w", kind, compresslevel=compression) as packed:
+        for path, name in zip(members, names, strict=True):
+            info = zipfile.ZipInfo(name, EARLIEST)
+            info.compress_type, info.create_system, info.external_attr = kind, 3, MODE << 16
+            info.file_size = path.stat().st_size  # tells the writer whether the ZIP64 form is needed
+            with path.open("rb") as file, packed.open(info, "w") as member:
+                shutil.copyfileobj(file, member, 1 << 20)
+
+
+@hookimpl
+def register_publishers() -> Sequence[type[Publisher]]:
+    """The archive."""
+    return [Archive]

@@ -1,0 +1,123 @@
+r"""Agreement with the prompt by networks of pictures and text: the CLIP score, and rewards trained on people's choices.
+
+    CLIP score = 100 max(cos(picture, prompt), 0)                     (mean over the pictures)
+    reward     = exp(logit_scale) cos(picture, prompt)                (PickScore: a CLIP trained on choices)
+
+References:
+    Hessel et al., CLIPScore, arXiv 2104.08718.
+    Kirstain et al., Pick-a-Pic (PickScore), arXiv 2305.01569.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ..core.config.types import HubOrPath
+from ..core.evaluator import EvaluationSetting, Evaluator, Samples
+from ..core.hookspecs import hookimpl
+from . import _pretrained as pretrained
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class PromptAgreement(Evaluator):
+    """What is shared: the cosine of picture and prompt in the space of one network; abstract."""
+
+    packages: ClassVar[Mapping[str, str]] = pretrained.PACKAGES
+    by_default: ClassVar[bool] = False
+
+    def __init__(self, config: Any, setting: EvaluationSetting) -> None:
+        super().__init__(config, setting)
+        self.label = pretrained.label_of(config)
+        self._loaded: tuple[Any, Any] | None = None
+
+    @classmethod
+    def usable(cls, setting: EvaluationSetting, config: Any = None) -> str | None:
+        """Only with the network, here or on the hub."""
+        return pretrained.problem(cls.name, config or cls.Config())
+
+    def _network(self) -> tuple[Any, Any]:
+        if self._loaded is None:
+            self._loaded = pretrained.load(self.config, self.setting.device)
+        return self._loaded
+
+    def cosines(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Of each picture and its prompt, shape (N,), float64."""
+        import torch
+
+        from ..core.grid import to_pictures
+
+        (model, processor), size, found = self._network(), self.config.batch_size, []
+        for start in range(0, len(images), size):
+            part = slice(start, start + size)
+            words = processor.tokenizer(list(prompts[part]), padding=True, truncation=True, return_tensors="pt")
+            seen = pretrained.pixels(processor, to_pictures(images[part]), self.setting.device)
+            with torch.no_grad():
+                output = model(pixel_values=seen, **words.to(self.setting.device))
+            # transformers gives both embeddings normed
+            found.append((output.image_embeds.double() * output.text_embeds.double()).sum(-1).cpu())
+        return torch.cat(found)
+
+
+class ClipScore(PromptAgreement):
+    """How well pictures show their prompts, by a CLIP: 100 times the cosine, not below 0, on average."""
+
+    name: ClassVar[str] = "clip_score"
+
+    class Config(pretrained.PretrainedConfig):
+        """Which CLIP; scores of different ones do not compare."""
+
+        model: HubOrPath | None = "openai/clip-vit-large-patch14"
+        """Hub id or local folder of a CLIP of transformers, with safetensors."""
+
+    def __init__(self, config: Any, setting: EvaluationSetting) -> None:
+        super().__init__(config, setting)
+        self.higher_is_better = {f"clip_score_{self.label}": True}
+
+    def score(self, samples: Samples) -> dict[str, float]:
+        """The mean over the pictures."""
+        cosines = self.cosines(samples.images, samples.prompts)
+        return {f"clip_score_{self.label}": float(100 * cosines.clamp(min=0).mean())}
+
+
+class Reward(PromptAgreement):
+    """What people would think of pictures, by a CLIP that was trained on their choices (PickScore).
+
+    Beside the reward: the probability that the student's picture is chosen over the full teacher's of the same noise.
+    """
+
+    name: ClassVar[str] = "reward"
+
+    class Config(pretrained.PretrainedConfig):
+        """Which network: a CLIP whose scaled cosine is a reward."""
+
+        model: HubOrPath | None = "yuvalkirstain/PickScore_v1"
+        """Hub id or local folder of a CLIP of transformers that was trained on choices, with safetensors."""
+
+    def __init__(self, config: Any, setting: EvaluationSetting) -> None:
+        super().__init__(config, setting)
+        self.higher_is_better = {f"reward_{self.label}": True, f"chosen_over_teacher_{self.label}": True}
+        self._reference: tuple[Tensor, Tensor] | None = None
+
+    def score(self, samples: Samples) -> dict[str, float]:
+        """The mean reward, and the mean probability of being chosen over the teacher's picture."""
+        rewards = self._rewards(samples.images, samples.prompts)
+        scores = {f"reward_{self.label}": float(rewards.mean())}
+        if samples.reference is None:
+            return scores
+        if self._reference is None or self._reference[0] is not samples.reference:
+            self._reference = samples.reference, self._rewards(samples.reference, samples.prompts)
+        chosen = (rewards - self._reference[1]).sigmoid()  # softmax of the two rewards
+        return {**scores, f"chosen_over_teacher_{self.label}": float(chosen.mean())}
+
+    def _rewards(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        cosines = self.cosines(images, prompts)
+        return self._network()[0].logit_scale.double().exp().cpu() * cosines
+
+
+@hookimpl
+def register_evaluators() -> Sequence[type[Evaluator]]:
+    """CLIP score and rewards."""
+    return [ClipScore, Reward]

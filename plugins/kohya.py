@@ -1,0 +1,58 @@
+"""Writes a student's LoRA in kohya's format, for ComfyUI, AUTOMATIC1111, InvokeAI and sd-scripts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from ..core.config.types import LocalPath
+from ..core.errors import UserError
+from ..core.hookspecs import hookimpl
+from ..core.publisher import Publisher
+
+
+class Kohya(Publisher):
+    """One `.safetensors` file beside `student/`, which goes into ComfyUI's `models/loras/`."""
+
+    name: ClassVar[str] = "kohya"
+    aliases: ClassVar[tuple[str, ...]] = ("comfyui",)
+
+    class Config(BaseModel):
+        """Which file, and in what precision."""
+
+        model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+        file: LocalPath | None = None
+        """The file; absent: `<name of the run>-kohya.safetensors` beside `student/`."""
+        dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+        """Type of the tensors. `float32` is what was trained; the others are half as large, and rounded."""
+
+    def problems(self) -> list[str]:
+        """A fully trained student; a family without such a format; a file of another kind."""
+        found = []
+        family, file = self.setting.family, self.config.file
+        if self.setting.model_type == "full":
+            found.append("kohya's format is for LoRAs, and the student is fully trained (publish its folder: hub, s3)")
+        if family is not None and family.kohya_problem():
+            found.append(family.kohya_problem())
+        if file is not None and file.suffix != ".safetensors":
+            found.append(f"publisher_config.kohya.file = {str(file)!r} does not end in .safetensors")
+        return found
+
+    def publish(self, student: Path) -> str:
+        """Write the file; returns its path, with what its readers leave out."""
+        if self.setting.load_family is None:
+            raise UserError("it is not known of which family the student is", "publish a run: distill publish")
+        title = f"{self.setting.run_name}-kohya"
+        file = self.config.file or student.absolute().with_name(f"{title}.safetensors")
+        notes = self.setting.load_family().export_kohya(student, file, title=title, dtype=self.config.dtype)
+        return f"{file}{''.join(f' ({note})' for note in notes)}"
+
+
+@hookimpl
+def register_publishers() -> Sequence[type[Publisher]]:
+    """Kohya's format."""
+    return [Kohya]

@@ -1,0 +1,109 @@
+"""Optimizers that need no schedule or no learning rate: schedule-free AdamW (schedulefree), Prodigy (prodigyopt)."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import Field
+
+from ..core.hookspecs import hookimpl
+from ..core.optimizer import OptimizerPlugin, OptimizerSettings
+from ._adam import adam_arguments
+
+if TYPE_CHECKING:
+    import torch
+
+
+class ScheduleFreeAdamW(OptimizerPlugin):
+    """AdamW over an average of its iterates in place of a schedule (arXiv 2405.15682), by schedulefree.
+
+    Gradients are taken between the average x and the iterate z, which is what the parameters hold while training; x is
+    what is validated and exported. Checkpoints hold the former, so that a resumed run goes on bit for bit.
+    """
+
+    name = "schedulefree-adamw"
+    aliases = ("adamw-schedulefree", "adamw_schedulefree")
+    packages: ClassVar = {"schedulefree": "schedulefree>=1.4"}
+    schedule_free = True
+
+    class Config(OptimizerPlugin.Config):
+        """Options of the average."""
+
+        r: float = Field(default=0.0, ge=0, le=10)
+        """Power of the step by which later iterates weigh more."""
+        weight_lr_power: float = Field(default=2.0, ge=0, le=10)
+        """Power of the learning rate by which iterates of the warm-up weigh less."""
+
+    def build(self, parameters: Iterable[torch.nn.Parameter], settings: OptimizerSettings) -> torch.optim.Optimizer:
+        """A schedulefree AdamW in train mode, which warms up itself."""
+        from schedulefree import AdamWScheduleFree
+
+        optimizer = AdamWScheduleFree(
+            list(parameters),
+            warmup_steps=settings.warmup_steps,
+            **self.config.model_dump(),
+            **adam_arguments(settings),
+        )
+        optimizer.train()
+        return optimizer
+
+    @contextlib.contextmanager
+    def evaluating(self, optimizer: Any) -> Iterator[None]:
+        """The average in the parameters' place; the way back is a copy, since the library's rounds."""
+        import torch
+
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        kept = [parameter.detach().clone() for parameter in parameters]
+        optimizer.eval()
+        try:
+            yield
+        finally:
+            optimizer.train()
+            with torch.no_grad():
+                for parameter, value in zip(parameters, kept, strict=True):
+                    parameter.copy_(value)
+
+
+class Prodigy(OptimizerPlugin):
+    """Adam that finds the size of its steps itself (arXiv 2306.06101), by prodigyopt: learning_rate stays at 1."""
+
+    name = "prodigy"
+    packages: ClassVar = {"prodigyopt": "prodigyopt>=1.1"}
+    default_learning_rate = 1.0
+    estimates_learning_rate = True
+    state_bytes = 16.0
+
+    class Config(OptimizerPlugin.Config):
+        """Options of the estimate."""
+
+        d0: float = Field(default=1e-6, gt=0, le=1)
+        """Step size that the estimate begins at; it grows from there."""
+        d_coef: float = Field(default=1.0, gt=0, le=100)
+        """Factor on the estimate: the way to larger or smaller steps."""
+        growth_rate: float = Field(default=1e30, gt=1)
+        """Factor that the estimate grows by per step at most; 1.02 warms up."""
+        use_bias_correction: bool = True
+        """Whether Adam's bias is corrected: smaller first steps."""
+        slice_p: int = Field(default=1, ge=1)
+        """Every how many-th weight the estimate looks at: 11 takes a good half of its memory away."""
+
+    def build(self, parameters: Iterable[torch.nn.Parameter], settings: OptimizerSettings) -> torch.optim.Optimizer:
+        """A prodigyopt Prodigy with decoupled weight decay, safe under a warm-up."""
+        from prodigyopt import Prodigy as Library
+
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints that weight decay is decoupled
+            return Library(
+                list(parameters),
+                safeguard_warmup=settings.warmup_steps > 0,
+                **self.config.model_dump(),
+                **adam_arguments(settings),
+            )
+
+
+@hookimpl
+def register_optimizers() -> Sequence[type[OptimizerPlugin]]:
+    """The optimizers of this module."""
+    return [ScheduleFreeAdamW, Prodigy]

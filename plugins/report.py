@@ -1,0 +1,36 @@
+"""``report.html`` at the end of every run, good or bad. Its failure is said and ends nothing."""
+
+from __future__ import annotations
+
+from ..core.engine.state import RunState
+from ..core.hookspecs import hookimpl
+from ..core.report.page import FILE, write_report
+
+
+@hookimpl
+def on_run_start(state: RunState) -> None:
+    """A run that starts afresh leaves no page of the one before it."""
+    if state.main and state.step == 0:
+        (state.output_dir / FILE).unlink(missing_ok=True)
+
+
+@hookimpl
+def on_run_end(state: RunState) -> None:
+    """The page of the finished run."""
+    _write(state)
+
+
+@hookimpl
+def on_exception(state: RunState, error: BaseException) -> None:
+    """The page of what there is."""
+    _write(state)
+
+
+def _write(state: RunState) -> None:
+    if not state.main:
+        return
+    try:
+        state.say(f"report: {write_report(state.output_dir)}")
+    except Exception as error:  # hours of training are done: that a page is missing is said, and no more
+        problem = f"{type(error).__name__}: {error}"
+        state.say(f"warning: {FILE} could not be written; later: distill report {state.output_dir}: {problem}")

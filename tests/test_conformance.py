@@ -1,0 +1,253 @@
+"""The conformance suite passes on what ships and on a good plugin, and says of each broken one what is wrong."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import distill as distill_api
+import pytest
+from distill.core.errors import UserError
+from distill.core.testing import Check, ConformanceError, check_plugin, checks_of
+from distill.core.testing.report import outcome_of
+from support.broken_plugins import BROKEN, BROKEN_FAMILY, FAMILIES, GOOD
+from support.cases import registry
+from support.pairs import distill, said
+from support.recipes import term
+from support.s3_server import KEY_ID, REGION, SECRET, s3, s3_server  # noqa: F401 - fixtures
+from support.sources import write_csv, write_jsonl, write_parquet, write_shards
+from support.tiny_families import MODELS
+from support.tiny_sdxl import write_tiny_sdxl
+
+# -- what ships -------------------------------------------------------------------------------------------------------
+
+
+def placed(write):
+    """An example that puts the files into a folder and then into something else."""
+
+    def example(folder, files):
+        for key, data in files.items():
+            path = folder / "pictures" / key
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+        return write(folder / "pictures", folder)
+
+    return example
+
+
+def shards(pictures, root):
+    write_shards(pictures, root / "shards")
+    return {"shards": str(root / "shards" / "shard-{000..002}.tar")}
+
+
+EXAMPLES = {
+    "method recipe": lambda: {"terms": [term("pcm", 1.0, adversarial_weight=0.0)]},
+    "family sdxl": write_tiny_sdxl,
+    "family sd1x": MODELS["sd1x"].write,
+    "family sd2x": MODELS["sd2x-v"].write,
+    "family sd3": MODELS["sd3"].write,
+    "family flux": MODELS["flux-dev"].write,
+    "data_backend csv": placed(
+        lambda pictures, root: {"csv_file": write_csv(pictures, root / "t.csv"), "instance_data_dir": pictures}
+    ),
+    "data_backend jsonl": placed(
+        lambda pictures, root: {"jsonl_file": write_jsonl(pictures, root / "t.jsonl"), "instance_data_dir": pictures}
+    ),
+    "data_backend parquet": placed(
+        lambda pictures, root: {"parquet_file": write_parquet(pictures, root / "t.parquet")}
+    ),
+    "data_backend huggingface": placed(
+        lambda pictures, root: {"dataset_name": str(write_parquet(pictures, root / "t.parquet"))}
+    ),
+    "data_backend webdataset": placed(shards),
+}
+"""What stands in for an example that needs what only tests have: tiny models, writers of tables."""
+QUICK_FAMILIES = ("sdxl", "flux")
+"""A UNet and a transformer; the others are run with -m slow."""
+QUICK_METHODS = ("lcm", "kd")
+"""Whose students learn eps prediction without -m slow; of the others only flow."""
+KINDS = ("method", "family", "data_backend", "tracker", "optimizer", "quantizer", "evaluator", "publisher")
+
+
+def is_slow(kind: str, name: str, check: Check) -> bool:
+    if kind == "family":
+        return name not in QUICK_FAMILIES
+    if not check.name.startswith("the student learns"):
+        return False
+    quick = ("[eps]", "[flow]") if name in QUICK_METHODS else ("[flow]",)
+    return name == "meanflow" or not check.name.endswith(quick)
+
+
+def built_in():
+    for kind in KINDS:
+        for name in registry().names(kind):
+            for check in checks_of(registry().get(kind, name), example=EXAMPLES.get(f"{kind} {name}")):
+                yield pytest.param(check, id=str(check), marks=[pytest.mark.slow] if is_slow(kind, name, check) else [])
+
+
+@pytest.mark.parametrize("check", built_in())
+def test_what_ships_conforms(check: Check):
+    outcome = outcome_of(check)
+    assert outcome.result in ("ok", "not applicable"), outcome
+    assert bool(outcome.reason) == (outcome.result == "not applicable")
+
+
+def test_every_kind_has_checks_of_its_own():
+    for kind in KINDS:
+        name = registry().names(kind)[0]
+        names = {check.name for check in checks_of(registry().get(kind, name))}
+        assert len(names) > 11, kind
+        assert any(str(check).startswith(kind.replace("_", " ")) for check in checks_of(registry().get(kind, name)))
+
+
+def test_a_bucket_conforms(s3, monkeypatch):  # noqa: F811
+    from distill.core.data import located
+
+    s3.bucket("shelf")
+    for name, value in (("ENDPOINT_URL", s3.endpoint), ("ACCESS_KEY_ID", KEY_ID), ("SECRET_ACCESS_KEY", SECRET),
+                        ("DEFAULT_REGION", REGION)):  # fmt: skip
+        monkeypatch.setenv(f"AWS_{name}", value)
+    located._store.cache_clear()
+
+    def fill(pictures, root):
+        s3.fill("shelf", "pictures", pictures)
+        return {"aws_bucket_name": "shelf", "aws_data_prefix": "pictures"}
+
+    outcomes = [outcome_of(check) for check in checks_of(registry().get("data_backend", "s3"), example=placed(fill))]
+    assert not [outcome for outcome in outcomes if outcome.result == "failed" or "offers no place" in outcome.reason]
+    located._store.cache_clear()
+
+
+# -- somebody's plugin ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_good_plugin_conforms():
+    result = distill("plugins", "check", GOOD)
+    assert result.exit_code == 0, result.output
+    assert re.search(r"good_plugin.py: \d+ ok, 0 failed, \d+ not applicable", result.stdout)
+    assert "ok: method one-step: the student learns [flow]" in result.stdout
+    reason = "Config has no defaults for shelf"
+    assert f"not applicable: data backend shelf: Config accepts its defaults: {reason}" in result.stdout
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_each_broken_plugin_is_told_what_is_wrong(fault, tmp_path):
+    broken = BROKEN[fault]
+    result = distill("plugins", "check", broken.write(tmp_path), "--only", broken.check)
+    assert result.exit_code == 1, result.output
+    failed = [line for line in result.stdout.splitlines() if line.startswith("failed: ")]
+    assert failed
+    for words in broken.says:
+        assert any(words in line for line in failed), f"nobody says {words!r}:\n{result.stdout}"
+    if broken.passes:
+        report = check_plugin(str(broken.write(tmp_path)), only=broken.passes)
+        assert [outcome.result for outcome in report.outcomes] == ["ok"]
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_the_good_plugin_passes_where_the_broken_ones_fail(fault):
+    """What fails is the fault, not the check."""
+    report = check_plugin(str(GOOD), only=BROKEN[fault].check)
+    assert report.outcomes
+    assert not report.failed, report.failed
+
+
+@pytest.mark.parametrize("fault", FAMILIES)
+def test_each_broken_family_is_told_what_is_wrong(fault, tmp_path):
+    method, only, words = FAMILIES[fault]
+    path = tmp_path / "family.py"
+    path.write_text(BROKEN_FAMILY.replace("{fault}", method))
+    report = check_plugin(str(path), only=only)
+    reasons = [str(outcome) for outcome in report.failed]
+    assert bool(reasons) == bool(words), reasons
+    for each in words:
+        assert any(each in reason for reason in reasons), reasons
+
+
+def test_a_family_without_a_model_and_a_backend_without_a_place_say_so(tmp_path):
+    path = tmp_path / "bare.py"
+    path.write_text(BROKEN_FAMILY.replace("{fault}", "").replace("return write_tiny_sdxl(folder)", "return None"))
+    report = check_plugin(str(path), only="predict gives")
+    assert [outcome.result for outcome in report.outcomes] == ["not applicable"]
+    assert "define `example(cls, folder)`" in report.outcomes[0].reason
+
+
+# -- where it comes from ----------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_loaded_is_a_usage_error(tmp_path):
+    (tmp_path / "broken.py").write_text("import distill\nimport no_such_package_anywhere\n")
+    (tmp_path / "empty").mkdir()
+    cases = {
+        str(tmp_path / "nowhere.py"): "does not exist",
+        str(tmp_path / "broken.py"): "cannot be imported (line 2): ModuleNotFoundError",
+        str(tmp_path / "empty"): "has no pyproject.toml",
+        "no_such_package_anywhere": "is neither a file, nor a folder, nor an installed package",
+        "json": "implements no hook",
+    }
+    for argument, words in cases.items():
+        result = distill("plugins", "check", argument)
+        if argument == "json":  # it can be imported, and offers nothing
+            assert result.exit_code == 1
+            assert words in said(result.stdout)
+        else:
+            assert result.exit_code == 2, result.output
+            assert words in said(result.stderr), result.stderr
+
+
+def test_a_project_that_is_not_installed_is_found_by_its_entry_points(tmp_path, monkeypatch):
+    package = tmp_path / "src" / "shelf_for_distill"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "plugin.py").write_text(GOOD.read_text())
+    entry = '[project.entry-points."distill.plugins"]\nshelf = "shelf_for_distill.plugin"\n'
+    (tmp_path / "pyproject.toml").write_text(f'[project]\nname = "shelf"\n{entry}')
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    report = check_plugin(str(tmp_path), only="publisher shelved")
+    assert report.count("ok") > 8
+    assert not report.failed
+    assert not check_plugin("shelf_for_distill.plugin", only="the registry takes it").failed
+
+
+def test_a_check_is_for_pytest_as_well():
+    from support.good_plugin import Downhill
+
+    checks = checks_of(Downhill)
+    assert str(checks[0]) == "optimizer downhill: the name can be written in configurations"
+    with pytest.raises(TypeError, match=r"derived from none of distill\.Method"):
+        checks_of(int)
+    wrong = type("Wrong", (Downhill,), {"name": "wrong name", "__doc__": "Wrong."})
+    with pytest.raises(ConformanceError, match="cannot be written in configurations"):
+        checks_of(wrong)[0].run()
+    assert issubclass(ConformanceError, AssertionError)
+
+
+def test_only_a_text_that_no_check_has_is_refused():
+    result = distill("plugins", "check", GOOD, "--only", "no such check")
+    assert result.exit_code == 2
+    assert "no check has 'no such check' in its name" in said(result.stderr)
+    with pytest.raises(UserError):
+        check_plugin("not/a/file.py")
+
+
+def test_the_test_that_the_page_shows_runs(tmp_path):
+    root = Path(__file__).parents[1]
+    for page, file in (("CONTRIBUTING.md", "lines_tracker.py"), ("docs/checking-plugins.md", "conformance_test.py")):
+        content = re.search(rf"```python {file}\n(.*?)```", (root / page).read_text(encoding="utf-8"), re.DOTALL)
+        assert content is not None
+        (tmp_path / file).write_text(content[1])
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "conformance_test.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert re.search(r"\d\d passed, 1 skipped", done.stdout), done.stdout
+
+
+def test_the_page_names_every_kind_and_every_example():
+    page = (Path(__file__).parents[1] / "docs" / "checking-plugins.md").read_text(encoding="utf-8")
+    assert all(f"| {kind.replace('_', ' ')} |" in page for kind in KINDS)
+    for base in (distill_api.Method, distill_api.ModelFamily, distill_api.DataBackend):
+        assert f"`{base.__name__}.example(" in page
+        assert base.example.__doc__
