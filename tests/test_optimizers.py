@@ -255,3 +255,59 @@ def test_moments_of_channels_last_weights_resume_bit_for_bit():
         step(layer, optimizer, seed)
         step(again, resumed, seed)
     assert torch.equal(layer.weight, again.weight)
+
+
+def test_a_schedule_free_run_resumes_validates_and_exports_its_average(tmp_path) -> None:
+    from safetensors.torch import load_file
+    from support.small_run import execute, losses, write_run
+
+    settings = {
+        "optimizer": "schedulefree-adamw",
+        "max_train_steps": 6,
+        "checkpoint_step_interval": 2,
+        "report_to": "none",
+        "lr_warmup_steps": 2,
+        "lr_scheduler": "cosine",
+    }
+    _, lines = execute(write_run(tmp_path, output="whole", validation_step_interval=2, **settings))
+    assert any("lr_scheduler = 'cosine' has no effect" in line for line in lines)
+    execute(write_run(tmp_path, output="parts", validation_step_interval=0, **{**settings, "max_train_steps": 4}))
+    execute(write_run(tmp_path, output="parts", validation_step_interval=0, **settings))
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    exported = load_file(tmp_path / "whole" / "student" / "pytorch_lora_weights.safetensors")
+    held = [load_file(file) for file in (tmp_path / "whole" / "checkpoint-6").glob("*.safetensors")]
+    trained = {key: value for tensors in held for key, value in tensors.items() if "lora_B" in key}
+    pairs = [(value, exported[f"unet.{key.replace('.student.', '.')}"]) for key, value in trained.items()
+             if f"unet.{key.replace('.student.', '.')}" in exported]  # fmt: skip
+    assert pairs
+    assert any(not torch.equal(a, b) for a, b in pairs), "the average, not what the gradients are taken at"
+
+
+@pytest.mark.parametrize(
+    ("settings", "rate"),
+    [
+        ({"optimizer": "adamw"}, 1e-4),
+        ({"optimizer": "optimi-lion"}, 2e-5),
+        ({"optimizer": "optimi-lion", "learning_rate": 1e-4}, 1e-4),
+        ({"optimizer": "prodigy"}, 1.0),
+        ({"optimizer": "prodigy", "learning_rate": 0.5}, 0.5),
+        ({"optimizer": "bnb-lion8bit", "model_type": "full"}, 2e-7),
+    ],
+)
+def test_learning_rates_where_none_is_given(settings, rate, tmp_path) -> None:
+    from distill.core.config import load_configuration
+    from support.small_run import write_run
+
+    config = write_run(tmp_path, **{"learning_rate": None, **settings})
+    found = load_configuration(REGISTRY, config_file=config)
+    assert found.run.learning_rate == pytest.approx(rate)
+    told = any("as '" in notice and "wants it" in notice for notice in found.notices)
+    assert told == ("learning_rate" not in settings and settings["optimizer"] != "adamw")
+
+
+@pytest.mark.parametrize(("optimizer", "rate"), [("adamw", 1e-3), ("lion", 2e-4), ("prodigy", 1.0)])
+def test_a_recipe_made_for_adamw_is_fitted(optimizer, rate) -> None:
+    from distill.core.config import load_configuration
+
+    found = load_configuration(REGISTRY, flags={"optimizer": optimizer})
+    assert found.run.learning_rate == pytest.approx(rate)
