@@ -41,7 +41,7 @@ class RoleOptimizer:
         self._learning_rate, self._schedule, self._max_grad_norm = learning_rate, schedule, max_grad_norm
         self._fused = bool(optimizer.defaults.get("fused"))
         self._care = care or OptimizerCare()
-        self._fresh = [copy.deepcopy(_settings(group)) for group in optimizer.param_groups]
+        self._fresh: list[dict[str, Any]] | None = None
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of optimizer step `step`."""
@@ -50,10 +50,16 @@ class RoleOptimizer:
     def reset(self) -> None:
         """Start afresh: no moments, no counters."""
         self.optimizer.state.clear()
-        for group, fresh in zip(self.optimizer.param_groups, self._fresh, strict=True):
+        for group, fresh in zip(self.optimizer.param_groups, self._at_the_start(), strict=True):
             for key in _settings(group).keys() - fresh.keys():
                 del group[key]
             group.update(copy.deepcopy(fresh))
+
+    def _at_the_start(self) -> list[dict[str, Any]]:
+        """What the parameter groups said before anything was stepped or loaded."""
+        if self._fresh is None:
+            self._fresh = [copy.deepcopy(_settings(group)) for group in self.optimizer.param_groups]
+        return self._fresh
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -73,6 +79,7 @@ class RoleOptimizer:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned, bit for bit."""
+        self._at_the_start()
         self._care.load(self.optimizer, state)
 
     def backward(self, loss: Tensor) -> None:
@@ -90,6 +97,7 @@ class RoleOptimizer:
         Returns:
             The gradient's norm before clipping, and whether the update was taken; both scalars on the device.
         """
+        self._at_the_start()
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(self.learning_rate(step))
