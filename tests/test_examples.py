@@ -109,7 +109,7 @@ def test_pip_installs_both_packages_and_their_names_are_there(place):
         ("method", "leap", "distill-research"),
         ("tracker", "csv", "distill-research"),
         ("family", "auraflow", "distill-studio"),
-        ("data backend", "sqlite", "distill-studio"),
+        ("data-backend", "sqlite", "distill-studio"),
     ]:
         lines = [line for line in listed if line.startswith(kind) and f" {name} " in line]
         assert len(lines) == 1, (kind, name, listed)
