@@ -76,7 +76,7 @@ def _report(result: RunResult) -> None:
         "student": result.student,
         "side by side": result.grid,
         "scores": result.output_dir / "evaluation.json" if result.evaluation else None,
-        "watch": f"tensorboard --logdir {result.output_dir}",
+        "watch": f"tensorboard --logdir {result.output_dir}" if (result.output_dir / "tensorboard").is_dir() else None,
         "use": f'distill generate {result.output_dir} --prompt "{result.prompt}"',
     }
     for name, value in lines.items():

@@ -277,7 +277,8 @@ def _nothing_left(dataset: Dataset) -> tuple[str, str]:
         )
     return (
         f"{head}all {counts.found:,} pictures in {where} were left out: {_reasons(counts)}",
-        "loosen the filters of the dataset, or set disabled: true",
+        f"loosen what leaves them out, as --set data.{settings.id}.KEY=VALUE (what the entry does not say is the "
+        "run's), or set disabled: true",
     )
 
 

@@ -38,6 +38,10 @@ LESSONS = ((300, 0.02), (900, 0.02))
 """Steps and learning rate of a training; the second where the first was too short."""
 ENOUGH, RIGHT = 0.5, 0.15
 """The share of the untrained student's error that may be left, and what is right in any case (units of q)."""
+REMEDY = (
+    "does it see x0, eps or v through Prediction, rather than the network's raw output? If its teacher takes few, "
+    "large steps by default, let Method.example() name finer settings"
+)
 GUIDANCE = (0.4, 30.0)
 """Scales of guidance that a student's mean may show."""
 
@@ -319,7 +323,7 @@ def _learns(bench: Bench) -> None:
         verdict = _verdict(before, after, num_steps)
         if not verdict:
             return
-    expect(False, verdict, "does it see x0, eps or v through Prediction, rather than the network's raw output?")
+    expect(False, verdict, REMEDY)
 
 
 def _verdict(before: tuple[float, float], after: tuple[float, float], num_steps: int) -> str:
