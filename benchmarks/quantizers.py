@@ -88,10 +88,10 @@ def measure(registry: Registry, name: str | None, device: str, expected: torch.T
             torch.cuda.reset_peak_memory_stats()
     error = 0.0 if expected is None else ((bare - expected).norm() / expected.norm()).item()
     grads = [weight.grad for weight in unet.parameters() if weight.grad is not None]
-    fine = all(bool(torch.isfinite(grad).all()) for grad in grads)
+    fine = "finite" if all(bool(torch.isfinite(grad).all()) for grad in grads) else "NOT FINITE"
     print(
-        f"{name or 'no_change':14} {before / 1e9:.2f} -> {kept / 1e9:.2f} GB, error {error:.4f}, {len(grads)} "
-        f"gradients {'finite' if fine else 'NOT FINITE'}; step {times[0]}; checkpointed {times[1]}",
+        f"{name or 'no_change':14} {before / 1e9:.2f} -> {kept / 1e9:.2f} GB, error {error:.4f}, "
+        f"{len(grads)} gradients {fine}; step {times[0]}; checkpointed {times[1]}",
         flush=True,
     )
     return bare

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -37,7 +38,7 @@ class NF4(Quantizer):
         from torch import nn
 
         layers = _layers()
-        packed = layers.Linear4bit(
+        packed: Any = _linear()(
             linear.in_features, linear.out_features, bias=False, compute_dtype=linear.weight.dtype, device="meta"
         )
         packed.weight = layers.Params4bit(
@@ -64,6 +65,17 @@ def _layers() -> Any:
     from bitsandbytes import nn
 
     return nn
+
+
+@functools.cache
+def _linear() -> type[Any]:
+    class Linear(_layers().Linear4bit):
+        """Returns the type that it computes in, as a linear layer does under autocast; its base class the input's."""
+
+        def forward(self, x: Any) -> Any:
+            return super().forward(x.to(self.compute_dtype))
+
+    return Linear
 
 
 @hookimpl

@@ -86,6 +86,9 @@ def test_computes_nearly_the_same_in_fewer_bytes(name, dtype):
     assert not any(parameter.requires_grad for parameter in small.parameters())
     with torch.no_grad():
         assert torch.equal(small(x), y), "a pass without a gradient is the same"
+    if dtype == torch.bfloat16:
+        with torch.autocast("cpu", dtype=dtype):
+            assert small.wide(x.float()).dtype == plain.wide(x.float()).dtype == dtype
 
 
 @each
