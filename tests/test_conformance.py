@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -231,18 +230,6 @@ def test_only_a_text_that_no_check_has_is_refused():
     assert "no check has 'no such check' in its name" in said(result.stderr)
     with pytest.raises(UserError):
         check_plugin("not/a/file.py")
-
-
-def test_the_test_that_the_page_shows_runs(tmp_path):
-    root = Path(__file__).parents[1]
-    for page, file in (("CONTRIBUTING.md", "lines_tracker.py"), ("docs/checking-plugins.md", "conformance_test.py")):
-        content = re.search(rf"```python {file}\n(.*?)```", (root / page).read_text(encoding="utf-8"), re.DOTALL)
-        assert content is not None
-        (tmp_path / file).write_text(content[1])
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "conformance_test.py"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
-    assert re.search(r"\d\d passed, 1 skipped", done.stdout), done.stdout
 
 
 def test_the_page_names_every_kind_and_every_example():
