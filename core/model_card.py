@@ -81,7 +81,7 @@ def _introduction(configuration: Configuration, info: ExportInfo) -> str:
         f"# {run.output_dir.name}\n\n"
         f"{kind} that makes pictures in {plural(sampler.num_inference_steps, 'step')} with "
         f"{describe_guidance(sampler.guidance_scale)}, distilled from {base} with the method "
-        f"`{run.distillation_method}` by [distill](https://pypi.org/project/distill-engine/). "
+        f"`{run.distillation_method}` by distill (`pip install distill-engine`). "
         f"It runs with `{sampler.scheduler}`, whose settings lie in `scheduler/`."
     )
 
