@@ -174,10 +174,7 @@ def test_no_lora_can_be_merged_into_a_quantised_base_in_silence(name, sdxl):
             packed[0].merge()
 
 
-@pytest.mark.parametrize(
-    "name",
-    [name if name == "int8-quanto" else pytest.param(name, marks=pytest.mark.slow) for name in NAMES],
-)
+@each
 def test_a_run_trains_resumes_and_keeps_the_base_out_of_its_checkpoints(name, tmp_path):
     settings = {
         "base_model_precision": name,
