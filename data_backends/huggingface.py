@@ -256,7 +256,7 @@ class HuggingFaceBackend(SampleBackend):
         """The picture of one row."""
         try:
             found = self._picture(self._pictures[int(key)][self._layout.image])
-        except ValueError as error:
+        except (ValueError, IndexError) as error:  # no picture there; no such row any more
             raise FileNotFoundError(str(error)) from error
         return self._opened(found)
 

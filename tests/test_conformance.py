@@ -133,6 +133,32 @@ def test_the_good_plugin_conforms():
     assert f"not applicable: data backend shelf: Config accepts its defaults: {reason}" in result.stdout
 
 
+SQLITE = Path(__file__).parent.parent / "examples" / "distill-studio" / "distill_studio" / "sqlite_backend.py"
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "words"),
+    [
+        ("raise FileNotFoundError(f", "raise KeyError(f", "not there any more raised KeyError"),
+        ("return io.BytesIO(row[0])", "return io.BytesIO(row[0][1:])", "read the content whole"),
+        ("        captions=[[row[3]]", "        captions=[[row[9]]", "IndexError"),
+        (
+            "yield chunk(rows, resume=after, pictures=pictures)",
+            "yield rows",
+            "samples() yields list; yield SampleChunks",
+        ),
+        ("keys=[str(row[1])", "keys=[row[1].nam", "sqlite_backend.py, line"),
+    ],
+)
+def test_a_broken_backend_of_samples_is_told_what_is_wrong(right, wrong, words, tmp_path):
+    code = SQLITE.read_text(encoding="utf-8")
+    assert code.count(right) == 1
+    (tmp_path / SQLITE.name).write_text(code.replace(right, wrong), encoding="utf-8")
+    outcomes = check_plugin(str(tmp_path / SQLITE.name)).outcomes
+    reasons = [outcome.reason for outcome in outcomes if outcome.result == "failed"]
+    assert any(words in reason for reason in reasons), reasons
+
+
 @pytest.mark.parametrize("fault", BROKEN)
 def test_each_broken_plugin_is_told_what_is_wrong(fault, tmp_path):
     broken = BROKEN[fault]

@@ -94,7 +94,7 @@ def write_database(file: Path) -> None:
 @pytest.fixture(scope="module")
 def output(place) -> Path:
     """Of a run whose method, family, data backend and tracker are all other people's."""
-    place.python("-m", "distill_studio.tiny", "model")
+    place.python("-m", "distill_studio.auraflow", "model")
     write_database(place.work / "pictures.sqlite")
     entry = {"id": "shop", "type": "sqlite", "database": "pictures.sqlite", "table": "photos"}
     (place.work / "config.json").write_text(json.dumps(CONFIG))

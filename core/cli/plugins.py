@@ -74,7 +74,7 @@ def new(
     typer.echo(f"wrote {target} (class {names.class_name}). Next:")
     steps = [f"distill plugins show {name} --plugin {target}", f"distill plugins check {target}"]
     if not single_file:
-        steps = [f"pip install -e {target}", f"distill plugins show {name}", f"pytest {target}"]
+        steps = [f'pip install -e "{target}[test]"', f"distill plugins show {name}", f"pytest {target}"]
     for step in steps:
         typer.echo(f"  {step}")
 

@@ -132,7 +132,7 @@ class Progress:
 
     def _estimate(self, step: int) -> None:
         remaining = self.remaining_seconds(step)
-        if self._estimated or remaining is None or step - self._start_step < FIRST_ESTIMATE:
+        if self._estimated or not remaining or step - self._start_step < FIRST_ESTIMATE:
             return
         self._estimated = True
         self.say(

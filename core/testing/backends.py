@@ -86,6 +86,7 @@ def checks(subject: Subject) -> list[Named]:
     return [
         *shared,
         ("samples come with captions and sizes", partial(_samples, place)),
+        ("a picture that has gone since is a FileNotFoundError", partial(_vanished, place)),
         ("a broken listing goes on where it stopped", partial(_resumes, place)),
         ("pictures pass in their order", partial(_passes, place)),
     ]
@@ -272,12 +273,16 @@ def _gone(place: Place) -> None:
 
 def _chunks(backend: SampleBackend) -> list[SampleChunk]:
     with failing("samples()", "it yields SampleChunks"):
-        return list(backend.samples())
+        chunks = list(backend.samples())
+    for chunk in chunks:
+        expect(isinstance(chunk, SampleChunk), f"samples() yields {type(chunk).__name__}", "yield SampleChunks")
+    return chunks
 
 
 def _samples(place: Place) -> None:
     backend = place.open()
-    identity = backend.identity()
+    with failing("identity()", "it returns a text"):
+        identity = backend.identity()
     chunks = _chunks(backend)
     expect(isinstance(identity, str) and identity == place.open().identity(), "identity() is not the same twice",
            "it changes only when the samples may have")  # fmt: skip
@@ -294,6 +299,28 @@ def _samples(place: Place) -> None:
             size = (chunk.widths[row], chunk.heights[row])
             expect(size in ((0, 0), SIZES[key]), f"{key!r} is said to be {size}, and is {SIZES[key]}", "0 is not known")
     expect(sorted(keys) == sorted(SIZES), f"samples() names {sorted(keys)}, not {sorted(SIZES)}", "each sample once")
+
+
+def _vanished(place: Place) -> None:
+    """The last sample, by the place that it was listed with, after the place was made again without it."""
+    backend = place.open()
+    if backend.in_order:
+        raise NotApplicable("its pictures are read in their order, by passing()")
+    handle = list(_handles(place, backend).values())[-1]
+    kept = sorted(SIZES)[:2]
+    files = {key: data for key, data in place.files.items() if Path(key).with_suffix(".png").as_posix() in kept}
+    with tempfile.TemporaryDirectory(prefix="distill-check-") as folder:
+        settings = place.subject.own_example(Path(folder), files)
+        smaller = place.subject.cls(place.subject.cls.Config(**settings))
+        try:  # a place may be a number that another picture has now: what is returned says nothing
+            smaller.open(handle).close()
+        except FileNotFoundError:
+            return
+        except Exception as error:
+            raise ConformanceError(
+                f"open({handle!r}) of a sample that is not there any more raised {type(error).__name__}: {error}; "
+                "raise FileNotFoundError, so that the picture is set aside and the run goes on"
+            ) from error
 
 
 def _resumes(place: Place) -> None:

@@ -88,6 +88,17 @@ class SQLite(distill.SampleBackend):
             after = str(rows[-1][0])
             yield chunk(rows, resume=after, pictures=pictures)
 
+    @classmethod
+    def example(cls, folder, files):
+        """A database of `files` (bytes by key; a caption is the .txt of its picture's name), to be checked on."""
+        pictures = {key: data for key, data in files.items() if not key.endswith(".txt")}
+        with closing(sqlite3.connect(folder / "example.sqlite")) as connection, connection:
+            connection.execute("CREATE TABLE pictures (name TEXT PRIMARY KEY, picture BLOB, caption TEXT)")
+            for key, data in pictures.items():
+                caption = files[Path(key).with_suffix(".txt").as_posix()].decode()
+                connection.execute("INSERT INTO pictures VALUES (?, ?, ?)", (key, data, caption.strip()))
+        return {"database": folder / "example.sqlite"}
+
     def _connection(self):
         """A connection of its own for each call, since rows are read by several threads; nothing can be written."""
         return closing(sqlite3.connect(f"{self.config.database.resolve().as_uri()}?mode=ro", uri=True))

@@ -4,17 +4,14 @@ import pytest
 import torch
 from diffusers import AuraFlowPipeline
 from distill import ModelSettings
-from distill_studio.auraflow import AuraFlow
-from distill_studio.tiny import EDGE, write_tiny_auraflow
+from distill_studio.auraflow import EDGE, AuraFlow
 
 PROMPTS = ["a fox in the snow", "a harbour"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("auraflow")
-    write_tiny_auraflow(folder)
-    return folder
+    return AuraFlow.example(tmp_path_factory.mktemp("auraflow"))
 
 
 @pytest.fixture(scope="module")
