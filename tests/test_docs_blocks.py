@@ -205,7 +205,7 @@ def run_shell(block: Block) -> None:
 
 def run_python(block: Block, names: dict[str, object]) -> None:
     content = block.content
-    declared = dict([block.comments["set"].split(" = ")]) if "set" in block.comments else {}
+    declared = dict(pair.split(" = ") for pair in block.comments["set"].split("; ")) if "set" in block.comments else {}
     for real, substitute in (SUBSTITUTES | declared).items():
         content = content.replace(real, substitute)
     exec(compile(content, block.where, "exec"), names)

@@ -34,7 +34,7 @@ def made(tmp_path_factory) -> Path:
     for kind in SPOKEN:
         result = new(kind, name_of(kind), "--output", str(folder))
         assert result.exit_code == 0, result.output
-        assert f"pip install -e \"{folder / f'distill-{name_of(kind)}'}[test]\"" in result.stdout
+        assert f'pip install -e "{folder / f"distill-{name_of(kind)}"}[test]"' in result.stdout
     return folder
 
 

@@ -3,7 +3,7 @@
 A comment in the line above a block says how it is run here, where that differs from how it stands:
 
     <!-- run with: ARGUMENTS -->         added to `distill run`, `plugins check` and what takes `--config`
-    <!-- set: A = B -->                  A is B in the code, as a hub id that is a folder here
+    <!-- set: A = B; C = D -->           A is B in the code, as a hub id that is a folder here, and C is D
     <!-- held by: tests/x.py::test_y --> not run by itself: this test does what it says, or does it with others
     <!-- slow: ARGUMENTS -->             a benchmark, run by `pytest -m slow` with these arguments after its own
 
