@@ -21,8 +21,10 @@ from ._source import empty_denoiser
 LORA_TARGETS = (
     *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
     *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
+    *("norm1.linear", "norm1_context.linear"),
 )
-"""The attention and feed-forward layers of blocks with two streams, of pictures and of text."""
+"""The attention and feed-forward layers of blocks with two streams, of pictures and of text, and the modulations that
+tell these blocks the time: a few-step student answers a time otherwise than its teacher."""
 NUM_FEATURES = 4
 """At most so many activations are features."""
 SINGLE_STREAM = "single_transformer_blocks"

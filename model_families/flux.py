@@ -69,7 +69,7 @@ class Flux(TransformerFamily):
         quantised_base=True,
         quantised_text_encoders=2,
     )
-    lora_targets: ClassVar[tuple[str, ...]] = (*LORA_TARGETS, "proj_mlp", "proj_out")
+    lora_targets: ClassVar[tuple[str, ...]] = (*LORA_TARGETS, "proj_mlp", "proj_out", "norm.linear")
     default_guidance: ClassVar[float] = 3.5
     block_lists: ClassVar[Mapping[str, str]] = {
         **TransformerFamily.block_lists,

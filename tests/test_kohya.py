@@ -29,7 +29,7 @@ WEIGHTS = "pytorch_lora_weights.safetensors"
 DOUBLE = tuple(f"transformer_blocks.{n}.{part}" for n in range(2) for part in
                ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj",
                 "attn.add_v_proj", "attn.to_add_out", "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj",
-                "ff_context.net.2"))  # fmt: skip
+                "ff_context.net.2", "norm1.linear", "norm1_context.linear"))  # fmt: skip
 """Where a tiny FLUX can be adapted: diffusers reads the fused layer of its other blocks at the real width only."""
 
 
@@ -143,9 +143,10 @@ def test_every_layer_of_a_real_sized_flux_comes_back_from_diffusers_reader(tmp_p
     from diffusers import FluxPipeline
 
     width, alpha = 3072, 6.0
-    outs = {"to_q": width, "proj_mlp": 4 * width, "ff.net.0.proj": 4 * width, "ff_context.net.0.proj": 4 * width}
+    outs = {"norm1.linear": 6 * width, "norm1_context.linear": 6 * width, ".norm.linear": 3 * width}
+    outs |= {"to_q": width, "proj_mlp": 4 * width, "ff.net.0.proj": 4 * width, "ff_context.net.0.proj": 4 * width}
     single = [f"single_transformer_blocks.0.{part}" for part in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp",
-                                                                 "proj_out")]  # fmt: skip
+                                                                 "proj_out", "norm.linear")]  # fmt: skip
     paths = [*(path for path in DOUBLE if path.startswith("transformer_blocks.0.")), *single]
     g = torch.Generator().manual_seed(0)
     layers = {}

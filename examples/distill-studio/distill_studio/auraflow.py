@@ -32,7 +32,10 @@ class AuraFlow(DiffusersFamily):
 
     name = "auraflow"
     capabilities = distill.Capabilities(lora=True, full=True)
-    lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+    lora_targets = (
+        *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+        *("norm1.linear", "norm1_context.linear"),
+    )
     default_guidance = 3.5
     pixel_multiple = 16
     position_edge = 2
