@@ -5,8 +5,9 @@ What stands here is the API for plugins. It is imported when it is first used, s
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from .core.lazy import attributes
 
 if TYPE_CHECKING:
     from .core.api import API_VERSION
@@ -90,9 +91,4 @@ _HOMES = {
     "tracker": "RunInfo Tracker",
 }
 
-
-def __getattr__(name: str) -> Any:
-    for module, names in _HOMES.items():
-        if name in names.split():
-            return getattr(import_module(f".core.{module}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = attributes(__name__, {f"core.{module}": names for module, names in _HOMES.items()})

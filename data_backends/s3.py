@@ -12,12 +12,11 @@ from typing import BinaryIO, ClassVar, Self
 from pydantic import Field, model_validator
 
 from ..core.backend import DataBackend, Entry
-from ..core.config.secrets import Secret
-from ..core.config.types import Settings
 from ..core.errors import BadValue
 from ..core.hookspecs import hookimpl
 from ..core.remote import RetryPolicy, open_store
-from ..core.remote.s3 import CredentialsRejected, S3Access, S3Store, account
+from ..core.remote.account import AwsSettings
+from ..core.remote.s3 import CredentialsRejected, S3Store, account
 
 
 class S3Backend(DataBackend):
@@ -28,7 +27,7 @@ class S3Backend(DataBackend):
     place_keys = ("aws_data_prefix", "aws_prompts_file")
     packages: ClassVar[Mapping[str, str]] = {"botocore": "distill-engine[s3]"}
 
-    class Config(Settings):
+    class Config(AwsSettings):
         """Where the bucket is, and how it is reached."""
 
         aws_bucket_name: str = Field(min_length=1)
@@ -38,45 +37,22 @@ class S3Backend(DataBackend):
         aws_prompts_file: str | None = None
         """For `prompts`: the one object with them, below aws_data_prefix (.txt, .json, .jsonl, .csv or .parquet);
         absent: all .txt objects."""
-        aws_region_name: str | None = None
-        """Region; absent: that of the environment or the profile, else the bucket is asked for it."""
-        aws_endpoint_url: str | None = None
-        """Address of a compatible server, as `https://host:9000`; absent: that of the environment, else AWS."""
-        aws_access_key_id: Secret | None = None
-        """Access key; absent: the usual AWS chain (environment, shared files, container, instance). `{env:NAME}` keeps
-        it out of the file."""
-        aws_secret_access_key: Secret | None = None
-        """The access key's secret."""
-        aws_session_token: Secret | None = None
-        """Session token, for temporary credentials."""
-        aws_profile: str | None = None
-        """Profile of the shared AWS files; absent: the default one."""
         aws_max_pool_connections: int = Field(default=32, ge=1, le=1024)
         """Requests at the same time, at most; also the threads that read headers and captions."""
-        aws_max_attempts: int = Field(default=12, ge=1, le=100)
-        """How often a request is tried before the run ends resumable; 12 ride out an outage of one to two minutes."""
         aws_timeout_seconds: float = Field(default=60.0, gt=0)
         """How long the server may be silent in the middle of a request, in seconds."""
 
         @model_validator(mode="after")
         def _whole_account(self) -> Self:
-            if (self.aws_access_key_id is None) != (self.aws_secret_access_key is None):
-                missing = "aws_access_key_id" if self.aws_access_key_id is None else "aws_secret_access_key"
-                raise ValueError(f"{missing} is required: a key and its secret are given together, or neither is")
-            if self.aws_session_token is not None and self.aws_access_key_id is None:
-                raise ValueError("aws_access_key_id is required beside a session token")
+            if problem := self.account_problem():
+                raise ValueError(problem)
             return self
 
     @cached_property
     def store(self) -> S3Store:
         """The bucket, opened when it is first needed."""
         config = self.config
-        secrets = [config.aws_access_key_id, config.aws_secret_access_key, config.aws_session_token]
-        key_id, secret, token = [None if each is None else each.get_secret_value() for each in secrets]
-        access = S3Access(
-            config.aws_region_name, config.aws_endpoint_url, key_id, secret, token, config.aws_profile,
-            config.aws_max_pool_connections,
-        )  # fmt: skip
+        access = config.access(connections=config.aws_max_pool_connections)
         retry = RetryPolicy(attempts=config.aws_max_attempts, timeout_seconds=config.aws_timeout_seconds)
         store = open_store(f"s3://{config.aws_bucket_name}/{config.aws_data_prefix}", access=access, retry=retry)
         assert isinstance(store, S3Store)
@@ -96,14 +72,16 @@ class S3Backend(DataBackend):
 
     def check(self) -> None:
         """The package is there, and the names can be those of a bucket and an address."""
-        bucket, endpoint = self.config.aws_bucket_name, self.config.aws_endpoint_url
+        bucket = self.config.aws_bucket_name
         if find_spec("botocore") is None:
             raise BadValue("type", "s3", "needs the package botocore", "pip install 'distill-engine[s3]'")
         if "/" in bucket:
             remedy = "the bucket's name alone; the folder goes into aws_data_prefix"
             raise BadValue("aws_bucket_name", bucket, "is no name of a bucket", remedy)
-        if endpoint is not None and not endpoint.startswith(("http://", "https://")):
-            raise BadValue("aws_endpoint_url", endpoint, "is no address", "write it as https://host:9000")
+        if not self.config.endpoint_is_address():
+            raise BadValue(
+                "aws_endpoint_url", self.config.aws_endpoint_url, "is no address", "write it as https://host:9000"
+            )
 
     @property
     def location(self) -> str:

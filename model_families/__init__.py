@@ -5,8 +5,9 @@ What stands here is for plugins that add a model of diffusers: the bases and the
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ..core.lazy import attributes
 
 if TYPE_CHECKING:
     from ._architecture import Architecture, SingleFile
@@ -39,9 +40,4 @@ _HOMES = {
     "_unet": "UNetFamily",
 }
 
-
-def __getattr__(name: str) -> Any:
-    for module, names in _HOMES.items():
-        if name in names.split():
-            return getattr(import_module(f".{module}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = attributes(__name__, _HOMES)

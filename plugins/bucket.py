@@ -6,20 +6,17 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
-
-from ..core.config.secrets import Secret
 from ..core.errors import DistillError, OutOfReach, UserError
 from ..core.hookspecs import hookimpl
 from ..core.publisher import Publisher
+from ..core.remote.account import AwsSettings
 
 if TYPE_CHECKING:
-    from ..core.remote.s3 import S3Access, S3Store
+    from ..core.remote.s3 import S3Store
 
 MANIFEST = "manifest.json"
 PROBE = ".distill-was-here"
@@ -37,30 +34,13 @@ class Bucket(Publisher):
     aliases: ClassVar[tuple[str, ...]] = ("aws",)
     packages: ClassVar[Mapping[str, str]] = {"botocore": "distill-engine[s3]"}
 
-    class Config(BaseModel):
+    class Config(AwsSettings):
         """Where the bucket is, and how it is reached; the keys are those of a data file's bucket."""
-
-        model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
         aws_bucket_name: str | None = None
         """Name of the bucket."""
         aws_prefix: str | None = None
         """The folder in the bucket, as `students/sdxl-lcm`; absent: the name of the run."""
-        aws_region_name: str | None = None
-        """Region; absent: that of the environment or the profile, else the bucket is asked for it."""
-        aws_endpoint_url: str | None = None
-        """Address of a compatible server, as `https://host:9000`; absent: that of the environment, else AWS."""
-        aws_access_key_id: Secret | None = None
-        """Access key; absent: the usual AWS chain (environment, shared files, container, instance). `{env:NAME}` keeps
-        it out of the file."""
-        aws_secret_access_key: Secret | None = None
-        """The access key's secret."""
-        aws_session_token: Secret | None = None
-        """Session token, for temporary credentials."""
-        aws_profile: str | None = None
-        """Profile of the shared AWS files; absent: the default one."""
-        aws_max_attempts: int = Field(default=12, ge=1, le=100)
-        """How often a request is tried; 12 ride out an outage of one to two minutes."""
 
     def problems(self) -> list[str]:
         """No bucket; one that is not there, does not answer or may not be written: an empty object is tried."""
@@ -68,11 +48,11 @@ class Bucket(Publisher):
         if not bucket or "/" in bucket:
             said = "is missing" if not bucket else f"= {bucket!r} is no name of a bucket (the folder is aws_prefix)"
             return [f"publisher_config.s3.aws_bucket_name {said}"]
-        endpoint = self.config.aws_endpoint_url
-        if endpoint is not None and not endpoint.startswith(("http://", "https://")):
+        if not self.config.endpoint_is_address():
+            endpoint = self.config.aws_endpoint_url
             return [f"publisher_config.s3.aws_endpoint_url = {endpoint!r} is no address (as https://host:9000)"]
-        if (self.config.aws_access_key_id is None) != (self.config.aws_secret_access_key is None):
-            return ["aws_access_key_id and aws_secret_access_key are given together, or neither is"]
+        if problem := self.config.account_problem():  # a written configuration keeps no secrets: no ground to refuse it
+            return [problem]
         try:
             store = self._store(attempts=ATTEMPTS_AT_START)
             store.write(PROBE, b"")
@@ -112,23 +92,7 @@ class Bucket(Publisher):
         from ..core.remote.s3 import S3Store
 
         assert self.config.aws_bucket_name is not None
-        return S3Store(self.config.aws_bucket_name, self._prefix, self._access, RetryPolicy(attempts=attempts))
-
-    @cached_property
-    def _access(self) -> S3Access:
-        from ..core.remote.s3 import S3Access
-
-        config = self.config
-        access = S3Access(config.aws_region_name, config.aws_endpoint_url, profile=config.aws_profile)
-        if config.aws_access_key_id is None:
-            return access
-        token = config.aws_session_token
-        return replace(
-            access,
-            key_id=config.aws_access_key_id.get_secret_value(),
-            secret=config.aws_secret_access_key.get_secret_value(),
-            token=None if token is None else token.get_secret_value(),
-        )
+        return S3Store(self.config.aws_bucket_name, self._prefix, self.config.access(), RetryPolicy(attempts=attempts))
 
 
 def _reason(error: Exception) -> str:

@@ -113,6 +113,7 @@ def kinds_of(registry: Registry, name: str) -> list[str]:
 
 def describe(registry: Registry, kind: str, name: str) -> str:
     """Everything about one plugin, as text."""
+    from ..config.docs import own_first
     from ..config.findings import expectation
 
     found, provenance = registry.get(kind, name), registry.provenance(kind, name)
@@ -120,9 +121,10 @@ def describe(registry: Registry, kind: str, name: str) -> str:
     lines = [f"{found.name} ({kind.replace('_', ' ')}), {provenance.source}{version}, {provenance.plugin}"]
     lines += [f"aliases: {', '.join(found.aliases)}"] if found.aliases else []
     lines += ["", inspect.getdoc(found) or "", ""]
-    fields = found.Config.model_fields
-    lines += ["settings:"] if fields else ["no settings"]
-    for key, info in fields.items():
+    keys = own_first(found.Config)
+    lines += ["settings:"] if keys else ["no settings"]
+    for key in keys:
+        info = found.Config.model_fields[key]
         default = "required" if info.is_required() else f"default {info.default!r}"
         lines.append(f"  {key}: {expectation(found.Config, key)}; {default}")
         lines += [f"      {' '.join((info.description or '').split())}"] if info.description else []

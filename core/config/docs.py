@@ -37,6 +37,12 @@ def table(model: type[BaseModel], keys: Iterable[str]) -> str:
     return "\n".join(lines)
 
 
+def own_first(model: type[BaseModel]) -> list[str]:
+    """The fields of a model, those that it shares with others of its kind behind its own."""
+    bases = [base for base in model.__mro__[1:] if issubclass(base, BaseModel) and base is not BaseModel]
+    return sorted(model.model_fields, key=lambda key: any(key in base.model_fields for base in bases))
+
+
 def config_page() -> str:
     """``docs/config.md``: the keys of the run and of datasets."""
     parts = [
@@ -87,7 +93,7 @@ def plugins_page(registry: Registry) -> str:
             parts.append(f"### {name}")
             parts.append((inspect.getdoc(found) or "").split("\n\n", 1)[0].replace("\n", " "))
             parts += [f"Also: {aliases}."] if aliases else []
-            parts += [table(found.Config, found.Config.model_fields)] if found.Config.model_fields else []
+            parts += [table(found.Config, own_first(found.Config))] if found.Config.model_fields else []
     return "\n\n".join(parts) + "\n"
 
 
