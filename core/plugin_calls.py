@@ -23,15 +23,23 @@ MARKER = f"{hookspecs.PROJECT}_impl"
 _OFF = {"", "0", "false", "no", "off"}
 _WIDTH = 60
 _owners: dict[str, str] = {}
-"""Top module (or package) of a plugin that is not built in -> how messages name the plugin."""
+"""Module of a plugin that is not built in, and the package around it -> how messages name the plugin."""
 
 
 # -- whose fault ------------------------------------------------------------------------------------------------------
 
 
 def own(module: str, label: str) -> None:
-    """Remember that the code of `module`, and of the package around it, is that of the plugin `label`."""
-    _owners[module.partition(".")[0]] = label
+    """Remember that the code of `module` is that of the plugin `label`, and so is the package around it.
+
+    Of several plugins in one package each has its module; what they share goes by the name of the last.
+    """
+    _owners[module.partition(".")[0]] = _owners[module] = label
+
+
+def owner(module: str) -> str | None:
+    """How messages name the plugin whose code `module` is; None for what is built in."""
+    return _owners.get(module, _owners.get(module.partition(".")[0]))
 
 
 def named(error: Exception) -> PluginError | None:
@@ -47,28 +55,29 @@ def named(error: Exception) -> PluginError | None:
 
     if is_out_of_memory(error):
         return None
-    code, label = frame.tb_frame.f_code, _owners[_top_module(frame)]
+    code, label = frame.tb_frame.f_code, owner(_module(_deepest(error.__traceback__, whole=True) or frame))
     place = f"{code.co_qualname} ({Path(code.co_filename).name}, line {frame.tb_lineno})"
     return PluginError(f"{label} failed in {place}: {type(error).__name__}: {error}")
 
 
-def _deepest(frame: TracebackType | None) -> TracebackType | None:
+def _deepest(frame: TracebackType | None, *, whole: bool = False) -> TracebackType | None:
+    """The deepest frame of a plugin, or of a plugin's own module rather than one beside it."""
     found = None
     while frame is not None:
-        if _top_module(frame) in _owners:
+        if _module(frame) in _owners or (not whole and owner(_module(frame))):
             found = frame
         frame = frame.tb_next
     return found
 
 
-def _top_module(frame: TracebackType) -> str:
-    return str(frame.tb_frame.f_globals.get("__name__", "")).partition(".")[0]
+def _module(frame: TracebackType) -> str:
+    return str(frame.tb_frame.f_globals.get("__name__", ""))
 
 
 def plugin_traceback(error: BaseException) -> str:
     """The traceback of `error` from the first frame that is a plugin's; all of it where there is none."""
     first = error.__traceback__
-    while first is not None and _top_module(first) not in _owners:
+    while first is not None and owner(_module(first)) is None:
         first = first.tb_next
     return "".join(traceback.format_exception(type(error), error, first or error.__traceback__))
 

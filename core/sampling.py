@@ -38,6 +38,7 @@ class Recipe:
         sampler: Its sampler, or None for the model's own scheduler.
         steps: Number of inference steps.
         guidance: Guidance scale; 0 and 1 both mean none.
+        optional: Whether it is left out where the family's pipeline does not take the sampler.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Recipe:
     sampler: Sampler | None
     steps: int
     guidance: float
+    optional: bool = False
 
     @property
     def label(self) -> str:

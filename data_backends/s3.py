@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
-from importlib.util import find_spec
 from pathlib import Path
 from typing import BinaryIO, ClassVar, Self
 
@@ -71,10 +70,8 @@ class S3Backend(DataBackend):
         return account(self.config.aws_profile)
 
     def check(self) -> None:
-        """The package is there, and the names can be those of a bucket and an address."""
+        """The names can be those of a bucket and an address."""
         bucket = self.config.aws_bucket_name
-        if find_spec("botocore") is None:
-            raise BadValue("type", "s3", "needs the package botocore", "pip install 'distill-engine[s3]'")
         if "/" in bucket:
             remedy = "the bucket's name alone; the folder goes into aws_data_prefix"
             raise BadValue("aws_bucket_name", bucket, "is no name of a bucket", remedy)

@@ -95,8 +95,11 @@ def sample_latents(
         size: (width, height) in pixels.
         call: Steps, guidance and what else the call takes.
     """
-    prompts = {key: value.to(noise) for key, value in embeds.items()}
-    prompts |= {f"negative_{key}": value.to(noise) for key, value in (negative or {}).items()}
+    given = {**embeds, **{f"negative_{key}": value for key, value in (negative or {}).items()}}
+    # masks of whole numbers stay what they are: some pipelines count with them
+    prompts = {
+        key: value.to(noise.device, noise.dtype if value.is_floating_point() else None) for key, value in given.items()
+    }
     return pipeline(
         **prompts,
         latents=noise,

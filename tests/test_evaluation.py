@@ -243,6 +243,25 @@ def test_all_start_from_the_same_noise_and_the_teacher_has_one_guidance(tmp_path
     assert max(len(call.seeds) for call in family.calls) == 64, "in batches"
 
 
+def test_a_fast_solver_that_the_pipeline_does_not_take_is_left_out_and_nothing_else(tmp_path):
+    family, lines = FakeFamily(), []
+    generate = family.generate
+
+    def refusing(*args, sampler, **kwargs):
+        if sampler is not None and sampler.scheduler == refused:
+            raise ValueError("does not support custom sigmas schedules")
+        return generate(*args, sampler=sampler, **kwargs)
+
+    family.generate = refusing  # type: ignore[method-assign]
+    refused = "DPMSolverMultistepScheduler"
+    found = evaluate(family, FakeNetworks(), plan_for(family, num_samples=2), {}, say=lines.append)
+    assert [row.recipe.name for row in found.rows] == ["teacher", *["student"] * 4, "teacher"]
+    assert any("teacher, DPM++ 2M is left out" in line and "custom sigmas" in line for line in lines)
+    refused = "LCMScheduler"
+    with pytest.raises(ValueError, match="custom sigmas"):
+        evaluate(family, FakeNetworks(), plan_for(family, num_samples=2), {}, say=lines.append)
+
+
 def test_scores_order_the_recipes_as_they_are_made(tmp_path):
     data = torch.stack([picture(sum(b"a red fish") % 997, seed, 0.0, 32, 32) for seed in range(100)])
     found = run_evaluation(FakeFamily(), tmp_path, data=data)

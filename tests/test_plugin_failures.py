@@ -78,6 +78,51 @@ def test_a_component_of_a_package_is_named(monkeypatch, tmp_path, model):
     assert f"{label} failed in Failing.sampler (method.py, line" in result.stderr
 
 
+def test_of_two_plugins_in_a_package_the_one_that_failed_is_named(monkeypatch, tmp_path, model):
+    package = {
+        "twin_package/__init__.py": "",
+        "twin_package/method.py": METHOD.replace("SIGNATURE", "notices(self)").replace(
+            "raise", "from . import help\n        help.me()\n        raise"
+        ),
+        "twin_package/help.py": "def me():\n    {}['nothing']\n",
+        "twin_package/other.py": tracker("quiet"),
+    }
+    points = {"failing": "twin_package.method", "quiet": "twin_package.other"}
+    install(monkeypatch, tmp_path / "site", "distill-twins", package, **points)
+    result = distill("run", "--config", quick(tmp_path, model), "--method", "failing")
+    assert result.exit_code == 1
+    assert (
+        "plugin 'twin_package.method' (package distill-twins 1.2) failed in me (help.py, line 2): KeyError"
+        in result.stderr
+    )
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("yield context.draws.randn('x', (1,))", "yielded Tensor, not an Update"),
+        ("return distill.Update('student', None)", "returned Update, not an iterator of updates"),
+        (
+            "yield distill.Update('teacher', torch.zeros(()))",
+            "yielded an update of 'teacher'; the roles that its roles() train are 'student'",
+        ),
+        (
+            "yield distill.Update('student', torch.zeros(()))",
+            "yielded a loss of 'student' without a gradient (is it detached?)",
+        ),
+    ],
+)
+def test_what_is_no_update_is_said_with_the_methods_name(body, words, tmp_path, model):
+    file = method(tmp_path, "updates(self, context, batch, step)")
+    file.write_text("import torch\n" + file.read_text().replace('raise ZeroDivisionError("of the test")', body))
+    result = distill("run", "--config", quick(tmp_path, model), "--method", "failing", f"--plugin={file}")
+    assert result.exit_code == 1
+    text = said(result.stderr)
+    assert f"error: plugin 'failing_method' ({file}): Failing.updates {words}" in text
+    assert 'Write `yield Update("student", loss)`' in text
+    assert "Traceback" not in result.stderr
+
+
 def test_a_failing_tracker_is_switched_off_and_a_failing_hook_is_named(tmp_path, model):
     bad, watcher = tmp_path / "bad_tracker.py", tmp_path / "watcher.py"
     bad.write_text(tracker("bad").replace("def log(self, metrics, step): ...", "def log(self, metrics, step): 1 / 0"))
@@ -104,6 +149,24 @@ def test_a_tracker_may_fail_anywhere(member, where, tmp_path):
     built.start(None)
     assert built.names == ()
     assert [line for line in lines if f"tracker bad failed {where} and is switched off" in line] == lines != []
+
+
+def test_a_backend_whose_package_is_missing_is_refused_with_the_install_line(tmp_path):
+    file = tmp_path / "backend.py"
+    file.write_text(
+        "import distill\nfrom distill.data_backends.local import LocalBackend\n\n\n"
+        'class Shelf(LocalBackend):\n    """Fails."""\n\n    name = "shelf"\n'
+        '    packages = {"no_such": "no-such>=2"}\n\n\n'
+        "@distill.hookimpl\ndef register_data_backends():\n    return [Shelf]\n"
+    )
+    pair = Pair(tmp_path, {})
+    pair.write()
+    options = [*pair.options(), f"--plugin={file}", "--set", "data.pets.type=shelf"]
+    result = distill("config", "check", *options)
+    assert result.exit_code == 2
+    text = said(result.stderr)
+    assert "type = 'shelf': needs the package no_such, which is not installed" in text
+    assert "pip install 'no-such>=2'" in text
 
 
 def test_a_method_whose_package_is_missing_is_refused_with_the_install_line(tmp_path):

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from ..batch import Batch
 from ..context import Context
+from ..errors import PluginError
 from ..method import Method, Stage, Update
 from ..networks import Networks
+from ..plugin_calls import owner
 from .health import HealthMonitor
 from .optimize import RoleOptimizer
 
@@ -92,19 +94,42 @@ class Loop:
         if step in self.stage_starts:
             self._enter(self.stage_starts[step])
         contexts = [self.context.at(step, batch.positions) for batch in batches]
-        generators = [self.method.updates(c, b, step) for c, b in zip(contexts, batches, strict=True)]
+        generators = [self._updates(context, batch, step) for context, batch in zip(contexts, batches, strict=True)]
         result = StepResult()
         while True:
             accumulated: _Accumulated | None = None
             for generator, batch in zip(generators, batches, strict=True):
                 update = next(generator, None)
                 if update is not None:
+                    self._check(update)
                     accumulated = accumulated or _Accumulated(update.role)
                     self._accumulate(accumulated, update, batch, len(batches))
             if accumulated is None:
                 return result
             assert len(accumulated.updates) == len(batches), "micro-batches must yield the same updates"
             self._take(step, accumulated, result)
+
+    def _updates(self, context: Context, batch: Batch, step: int) -> Iterator[Update]:
+        found = self.method.updates(context, batch, step)
+        if not isinstance(found, Iterator):
+            raise self._wrong(f"returned {type(found).__name__}, not an iterator of updates")
+        return found
+
+    def _check(self, update: object) -> None:
+        if not isinstance(update, Update):
+            raise self._wrong(f"yielded {type(update).__name__}, not an Update")
+        if update.role not in self.optimizers:
+            trained = ", ".join(map(repr, self.optimizers))
+            raise self._wrong(f"yielded an update of {update.role!r}; the roles that its roles() train are {trained}")
+        if not update.loss.requires_grad:
+            raise self._wrong(f"yielded a loss of {update.role!r} without a gradient (is it detached?)")
+
+    def _wrong(self, what: str) -> PluginError:
+        cls = type(self.method)
+        return PluginError(
+            f"{owner(cls.__module__) or f'method {self.method.name!r}'}: {cls.__qualname__}.updates {what}. "
+            'Write `yield Update("student", loss)` for each network that is to be stepped.'
+        )
 
     def _enter(self, stage: Stage) -> None:
         """Copy weights and forget moments, as the stage that begins asks for."""

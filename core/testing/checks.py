@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import copy
+import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
+
+_ENGINE = f"{__name__.rpartition('.testing')[0]}."
+_LIBRARIES = {"accelerate", "diffusers", "numpy", "peft", "PIL", "pyarrow", "pydantic", "torch", "transformers"}
 
 
 class ConformanceError(AssertionError):
@@ -108,7 +114,22 @@ def failing(what: str, remedy: str) -> Iterator[None]:
     except (ConformanceError, NotApplicable):
         raise
     except Exception as error:
-        raise ConformanceError(f"{what} raised {type(error).__name__}: {error}; {remedy}") from error
+        raise ConformanceError(f"{what} raised {said(error)}; {remedy}") from error
+
+
+def said(error: Exception) -> str:
+    """An exception, and the last line of the plugin's own code on the way there, or else the last of all."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    own = [each for each in frames if not _foreign(str(each[0].f_globals.get("__name__", "")))]
+    frame, line = (own or frames)[-1]
+    code = frame.f_code
+    return f"{type(error).__name__}: {error} ({Path(code.co_filename).name}, line {line}, in {code.co_name})"
+
+
+def _foreign(module: str) -> bool:
+    """Whether a module is the engine's or a library's."""
+    top = module.partition(".")[0]
+    return module.startswith(_ENGINE) or top in _LIBRARIES or top in sys.stdlib_module_names
 
 
 def containers(cls: type[Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from ..method import Role, Sampler
 from ..networks import Networks
 from .checks import NotApplicable, Subject, expect, failing
 from .suite import Named
+from .walks import GUIDED, UNGUIDED, walk_is_generate
 
 PROMPTS = ("a red fox", "two blue boats on a lake")
 SEEDS = (3, 8)
@@ -71,11 +72,16 @@ class Model:
         return max(32, self.subject.cls.pixel_multiple)
 
     @cached_property
+    def embeds(self) -> dict[str, Tensor]:
+        """Of the prompts."""
+        with failing("encode_prompts()", "it takes a list of texts"):
+            return dict(self.family.encode_prompts(PROMPTS))
+
+    @cached_property
     def conditioned(self) -> dict[str, Tensor]:
         """What the network takes for the prompts."""
-        size = [(self.edge, self.edge)] * len(PROMPTS)
+        size, embeds = [(self.edge, self.edge)] * len(PROMPTS), self.embeds
         with failing("condition()", "it takes what encode_prompts() returned"):
-            embeds = self.family.encode_prompts(PROMPTS)
             return dict(self.family.condition(embeds, MicroConditioning(size, [(0, 0)] * len(PROMPTS), size)))
 
     def inputs(self) -> tuple[Tensor, Tensor]:
@@ -116,9 +122,8 @@ class Model:
         """Two pictures by the sampler."""
         family = family or self.family
         with failing("generate()", "it makes pictures (B, 3, H, W) in [0, 1]"), torch.no_grad():
-            embeds = family.encode_prompts(PROMPTS)
             return family.generate(
-                network, embeds, sampler=self.sampler(), seeds=SEEDS, width=self.edge, height=self.edge
+                network, self.embeds, sampler=self.sampler(), seeds=SEEDS, width=self.edge, height=self.edge
             )
 
 
@@ -131,6 +136,8 @@ def checks(subject: Subject) -> list[Named]:
         ("the unconditional counterpart fits", partial(_uncond, model)),
         ("pictures are encoded and decoded", partial(_pictures, model)),
         ("predict gives an output for each sample", partial(_predict, model)),
+        ("steps along predict make the pipeline's picture", partial(walk_is_generate, model, UNGUIDED)),
+        ("so do guided steps", partial(walk_is_generate, model, GUIDED)),
         ("LoRA off is the base, bit for bit", partial(_lora_off, model)),
         ("a full student starts as its teacher", partial(_full, model)),
         ("what it says it can do, it can", partial(_capabilities, model)),
@@ -358,4 +365,5 @@ def _diffusers(model: Model, kind: Kind) -> None:
     )
     distance = float((found - pictures[0]).abs().max())
     expect(distance <= PICTURE_ROUNDING, f"plain diffusers makes a picture {distance:.3f} away from generate()'s "
-           "(pixels in [0, 1])", "export all of the student's weights, and its scheduler")  # fmt: skip
+           "(pixels in [0, 1])", "export all of the student's weights and its scheduler; encode prompts as the "
+           "pipeline does")  # fmt: skip

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
-from .checks import Check, ConformanceError, NotApplicable
+from .checks import Check, ConformanceError, NotApplicable, said
 
 Result = Literal["ok", "failed", "not applicable"]
 
@@ -55,17 +53,8 @@ def outcome_of(check: Check) -> Outcome:
     except ConformanceError as reason:
         return Outcome(check, "failed", str(reason))
     except Exception as error:  # somebody else's code may raise anything, and the other checks are still worth running
-        return Outcome(check, "failed", f"{type(error).__name__}: {error} ({_place(error)})")
+        return Outcome(check, "failed", said(error))
     return Outcome(check, "ok")
-
-
-def _place(error: Exception) -> str:
-    """Where it was raised: the last line of the plugin's own code on the way there, or else the last of all."""
-    frames = traceback.extract_tb(error.__traceback__)
-    engine = Path(__file__).parents[1]
-    own = [frame for frame in frames if not Path(frame.filename).is_relative_to(engine)]
-    frame = (own or frames)[-1]
-    return f"{Path(frame.filename).name}, line {frame.lineno}, in {frame.name}"
 
 
 def check_plugin(argument: str, *, only: str = "", tell: Callable[[Outcome], None] = lambda outcome: None) -> Report:

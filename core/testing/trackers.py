@@ -138,6 +138,8 @@ def _below(subject: Subject) -> None:
     with _folder() as folder:
         elsewhere = folder.parent / "working directory"
         elsewhere.mkdir()
+        others = folder / "metrics.jsonl"
+        others.write_text("of the run\n")
         watching = failing("an ordinary run", REMEDY)
         with chdir(elsewhere), _writes() as written, _started(subject, folder) as tracker, watching:
             tracker.log({"loss": 0.5}, 1)
@@ -146,6 +148,10 @@ def _below(subject: Subject) -> None:
             tracker.finish({"score": 0.5})
         outside = sorted({path for path in written if not _allowed(Path(path), folder)})
         outside += [str(path) for path in elsewhere.rglob("*") if str(path) not in outside]
+        kept = others.is_file() and others.read_text() == "of the run\n"
+    expect(
+        kept, "it removed or changed a file in the output folder that is not its own", "write files of its own alone"
+    )
     if outside:
         raise ConformanceError(
             f"it wrote outside of output_dir: {', '.join(outside[:3])}; write below run.output_dir alone, which "

@@ -170,6 +170,15 @@ def register_families():
     return [Tiny]
 '''
 
+
+def _predict(arguments: str, sign: str = "") -> str:
+    given = arguments if arguments.count("for key") or arguments.endswith("cond") else f"{arguments}, cond"
+    return (
+        "def predict(self, network, x_t, time, cond, *, guidance=None, second_time=None):\n"
+        f"        return {sign}super().predict(network, {given}, guidance=guidance, second_time=second_time)"
+    )
+
+
 FAMILIES = {
     "nothing is wrong": ("", "family", []),
     "decode has the wrong shape": (
@@ -199,6 +208,30 @@ FAMILIES = {
         "        return super().predict(network, x_t, time, cond, guidance=guidance, second_time=second_time)",
         "LoRA off",
         ["with the adapter off the output is not the base's, bit for bit"],
+    ),
+    "predict ignores the prompt": (
+        _predict("x_t, time, {key: value[:1].expand_as(value) for key, value in cond.items()}"),
+        "steps",
+        ["steps along predict() without guidance end", "the prompt, the time"],
+    ),
+    "predict ignores the time": (
+        _predict("x_t, torch.full_like(time, 999)"),
+        "steps",
+        ["call the network as the pipeline"],
+    ),
+    "the time runs the other way": (_predict("x_t, 999 - time"), "steps", ["call the network as the pipeline"]),
+    "the output has the wrong sign": (_predict("x_t, time", sign="-"), "steps", ["call the network as the pipeline"]),
+    "prompts are encoded otherwise than by the pipeline": (
+        "def condition(self, embeds, micro):\n"
+        "        return super().condition({key: 1.1 * value for key, value in embeds.items()}, micro)",
+        "steps",
+        ["what is put around the prompt in encode_prompts()"],
+    ),
+    "the pipeline guides in another way": (
+        "def guidance_call(self, network, scale):\n"
+        '        return super().guidance_call(network, scale) | {"guidance_rescale": 0.7}',
+        "guided steps",
+        ["with guidance 3 end", "switch off what it does besides"],
     ),
     "uncond is the prompt itself": (
         "def uncond(self, cond):\n        return cond",

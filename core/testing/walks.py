@@ -1,0 +1,92 @@
+"""That a family's `predict` is its pipeline's: the same picture from the same noise, step by step and by `generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..batch import Conditioning
+from ..context import Context, Runtime
+from ..method import Role
+from ..networks import Networks
+from ..terms.ddim import deterministic_sampler, step_to, trailing_walk
+from .checks import NotApplicable, expect, failing
+
+if TYPE_CHECKING:
+    from .families import Model
+
+NUM_STEPS = 2
+GUIDED, UNGUIDED = 3.0, 1.0
+TOLERANCE = 1e-4
+"""Of pixels in [0, 1], between two ways through float32."""
+
+
+def walk_is_generate(model: Model, guidance: float) -> None:
+    """Two deterministic steps with the family's own prediction make the picture that the pipeline makes."""
+    family, seeds = model.family, (3, 8)
+    if guidance == UNGUIDED and family.guided_by_input:
+        raise NotApplicable("its network takes the guidance as an input, and is never without")
+    shape = (1, family.latent_channels, *(2 * [model.edge // family.scale_factor]))
+    noise = torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    networks = Networks(family, [Role("teacher")], lora=None, seed=0)
+    sampler = deterministic_sampler(family.schedule, NUM_STEPS, guidance)
+    making = failing("generate()", "it makes pictures (B, 3, H, W) in [0, 1]")
+    with networks.use("teacher") as network, _inputs(network) as seen, torch.no_grad(), making:
+        theirs = family.generate(
+            network, model.embeds, sampler=sampler, seeds=seeds, width=model.edge, height=model.edge
+        )
+    if not any(_same_numbers(each, noise) for each in seen):
+        raise NotApplicable(
+            "generate() draws its noise otherwise than torch.randn((1, C, h, w), generator=...) for each seed, so that "
+            "its pictures cannot be compared with steps along predict()"
+        )
+    context = Context(Runtime(family, networks, seed=0, device=torch.device("cpu")))
+    with failing("predict()", "it takes x_t (B, C, h, w), time (B,) and what condition() returned"), torch.no_grad():
+        ours = family.decode_latents(_walk(context, noise, model.conditioned, guidance))
+    distance = float((ours - theirs).abs().max())
+    how = "without guidance" if guidance == UNGUIDED else f"with guidance {guidance:g}"
+    remedy = (
+        "predict() must call the network as the pipeline's loop does: the prompt, the time and its direction, the sign "
+        "of the output, and what is put around the prompt in encode_prompts()"
+        if guidance == UNGUIDED
+        else "the pipeline must guide by uncond + g (cond - uncond), with the unconditional of uncond(): switch off "
+        "what it does besides (in guidance_call() of DiffusersFamily)"
+    )
+    expect(distance <= TOLERANCE, f"{NUM_STEPS} steps along predict() {how} end {distance:.2g} away from the picture "
+           "of generate() from the same noise (pixels in [0, 1])", remedy)  # fmt: skip
+
+
+def _walk(context: Context, x: Tensor, cond: Conditioning, guidance: float) -> Tensor:
+    walk, size = trailing_walk(context.schedule, NUM_STEPS), len(x)
+    scale = torch.full((size,), guidance, dtype=torch.float64)
+    for step in range(NUM_STEPS):
+        t = walk.times[step].expand(size)
+        x = step_to(context.teacher_cfg(x, t, cond, scale), walk.at(torch.full((size,), step + 1))).float()
+    return x
+
+
+@contextmanager
+def _inputs(network: nn.Module) -> Iterator[list[Tensor]]:
+    """The floating-point tensors of the network's first call inside the block."""
+    seen: list[Tensor] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not seen:
+            values = [*args, *kwargs.values()]
+            seen.extend(each for each in values if isinstance(each, Tensor) and each.is_floating_point())
+
+    handle = network.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def _same_numbers(found: Tensor, noise: Tensor) -> bool:
+    """Whether `found` holds the numbers of `noise`, in whatever order and however often (packed, doubled)."""
+    wanted, there = noise.flatten().sort().values, found.float().flatten().unique()
+    return found.numel() % noise.numel() == 0 and len(there) == len(wanted) and torch.allclose(there, wanted)
