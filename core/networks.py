@@ -8,6 +8,7 @@ backward may cross student, fake score and teacher. ``requires_grad`` is never t
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -183,7 +184,8 @@ class Networks:
             target_modules=targets,
             init_lora_weights=True,
         )
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several are meant
             torch.manual_seed(derive_seed(self._seed, "lora", role.name))
             try:
                 self.base.add_adapter(config, adapter_name=role.name)  # type: ignore[operator]

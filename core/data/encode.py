@@ -22,7 +22,7 @@ from .cache import Failure, TensorCache
 from .dataset import Dataset
 from .geometry import MEGAPIXEL
 from .hashing import Int64s, UInt64s
-from .images import BrokenImage
+from .images import BrokenImage, why_unread
 from .progress import Progress
 from .threads import threads
 
@@ -244,7 +244,7 @@ class LatentEncoder:
     def _note(self, job: Job, place: int, error: object) -> list[Failure]:
         """Remember a broken picture; for ever only when the file itself is at fault, and not its being out of reach."""
         row = int(job.rows[place])
-        self.broken[row] = str(error)
+        self.broken[row] = why_unread(error, self.dataset.index.key(row))
         if not isinstance(error, BrokenImage):
             return []
         return [Failure(job.keys[place].tobytes().hex(), self.dataset.index.key(row), str(error))]

@@ -267,3 +267,9 @@ def fit(image: Image.Image, width: int, height: int) -> NDArray[np.uint8]:
     size = max(width, round(image.width * scale)), max(height, round(image.height * scale))
     left, top = (size[0] - width) // 2, (size[1] - height) // 2
     return scale_and_crop(image, size=size, left=left, top=top, bucket=(width, height))
+
+
+def why_unread(error: object, key: str) -> str:
+    """What a picture that could not be read is set aside for: the error's own words, unless they are its name alone."""
+    words = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    return "it is not there" if words in ("", key) else words

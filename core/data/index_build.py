@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 from ..backend import DataBackend, SampleBackend
 from ..errors import BadValue, UserError
 from .captions import CaptionRules, caption_key, read_caption
-from .images import SUFFIXES, BrokenImage, probe
+from .images import SUFFIXES, BrokenImage, probe, why_unread
 from .index import CHUNK, NO_CAPTION, SCHEMA, Index, digest, open_index, write_index
 from .listing import LISTING, FileListing, SampleListing
 from .progress import Progress
@@ -238,7 +238,7 @@ class IndexBuilder:
         except (BrokenImage, ValueError) as error:
             return Read(problem=str(error))
         except OSError as error:
-            return Read(width=-1, problem=error.strerror or str(error))
+            return Read(width=-1, problem=why_unread(error, row["key"]))
         return Read(width, height, captions, "" if captions else NO_CAPTION)
 
     def _captions(self, row: dict[str, Any]) -> list[str]:
