@@ -55,16 +55,16 @@ def named(error: Exception) -> PluginError | None:
 
     if is_out_of_memory(error):
         return None
-    code, label = frame.tb_frame.f_code, owner(_module(_deepest(error.__traceback__, whole=True) or frame))
+    code, label = frame.tb_frame.f_code, owner(_module(_deepest(error.__traceback__, exact=True) or frame))
     place = f"{code.co_qualname} ({Path(code.co_filename).name}, line {frame.tb_lineno})"
     return PluginError(f"{label} failed in {place}: {type(error).__name__}: {error}")
 
 
-def _deepest(frame: TracebackType | None, *, whole: bool = False) -> TracebackType | None:
+def _deepest(frame: TracebackType | None, *, exact: bool = False) -> TracebackType | None:
     """The deepest frame of a plugin, or of a plugin's own module rather than one beside it."""
     found = None
     while frame is not None:
-        if _module(frame) in _owners or (not whole and owner(_module(frame))):
+        if _module(frame) in _owners or (not exact and owner(_module(frame))):
             found = frame
         frame = frame.tb_next
     return found
