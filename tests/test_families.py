@@ -15,6 +15,7 @@ import torch
 from distill.core.errors import UserError
 from distill.core.family import ExportInfo, LoraSettings, MicroConditioning
 from distill.core.method import Sampler
+from distill.model_families._pictures import sample_latents
 from support.original_sdxl import write_single_file
 from support.pairs import distill, said
 from support.tiny_families import EDGE, MODELS, SCALE_FACTOR, SHORT
@@ -498,3 +499,18 @@ def test_a_lora_of_another_size_is_refused(model, tmp_path):
     save_file({"elsewhere.x.lora_A.weight": torch.zeros(1)}, tmp_path / "none.safetensors")
     with pytest.raises(UserError, match="holds nothing for a"):
         model.tiny.make(model.folder, teacher_lora=((str(tmp_path / "none.safetensors"), 1.0),)).load_network()
+
+
+def test_masks_of_whole_numbers_reach_the_pipeline_as_they_are_and_states_in_its_type():
+    given = {}
+
+    def pipeline(**arguments):
+        given.update(arguments)
+        return (arguments["latents"],)
+
+    embeds = {"states": torch.ones(1, 2, dtype=torch.float64), "mask": torch.ones(1, 2, dtype=torch.int64)}
+    noise, generators = torch.zeros(1, 4, 2, 2, dtype=torch.bfloat16), [torch.Generator()]
+    sample_latents(pipeline, embeds, embeds, noise=noise, generators=generators, size=(4, 4), call={})
+    kinds = {name: given[name].dtype for name in ("states", "mask", "negative_states", "negative_mask")}
+    whole, real = torch.int64, torch.bfloat16
+    assert kinds == {"states": real, "mask": whole, "negative_states": real, "negative_mask": whole}
