@@ -355,7 +355,7 @@ def test_a_run_that_goes_on_keeps_to_the_samples_that_it_began_with(tmp_path, mo
 
     monkeypatch.setattr(LocalBackend, "open", refuse)
     first, _ = pipeline(entry(folder), root=tmp_path)
-    aside = {"002.png": "Permission denied", "004.png": "[Errno 13] Permission denied"}
+    aside = {"002.png": "Permission denied", "004.png": "Permission denied"}
     assert first.prepare().datasets["set"].quarantined == aside
     monkeypatch.undo()
     for _ in range(2):
