@@ -103,7 +103,8 @@ def score(folders: Mapping[str, Path], *, num_samples: int, per_prompt: int, pic
     """Rows of teacher and students, each with its scores; the first pictures of each go to `pictures`."""
     from distill.core.assemble import build_family, build_method, evaluation_setting, open_run
     from distill.core.data.pipeline import DataPipeline
-    from distill.core.evaluation import build_evaluators, evaluate, fast_solver, plan_evaluation
+    from distill.core.evaluation import evaluate, fast_solver, plan_evaluation
+    from distill.core.evaluators import build_evaluators
 
     # any run's data and model serve: they are the miniature's own
     base = next(folder for name, folder in folders.items() if not name.startswith("dmd2"))

@@ -60,7 +60,8 @@ def score(folders: dict[str, Path], *, num_samples: int) -> dict[str, Any]:
     """Scores by recipe; `folders` are output folders of finished runs by name."""
     from distill.core.assemble import build_family, build_method, evaluation_setting, method_needs, open_run
     from distill.core.data.pipeline import DataPipeline
-    from distill.core.evaluation import build_evaluators, evaluate, plan_evaluation
+    from distill.core.evaluation import evaluate, plan_evaluation
+    from distill.core.evaluators import build_evaluators
 
     first = next(iter(folders.values()))
     configuration, registry = open_run(first)
