@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import util
 
 
@@ -18,6 +18,12 @@ def is_installed(name: str) -> bool:
 def missing(packages: Mapping[str, str]) -> dict[str, str]:
     """Those of `packages` (import name -> what to pip install) that are not installed."""
     return {name: install for name, install in packages.items() if not is_installed(name)}
+
+
+def problems(packages: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """(what is wrong, remedy) for each of `packages` that is not installed, to be said of the key that asks for it."""
+    for name, install in missing(packages).items():
+        yield f"needs the package {name}, which is not installed", f"pip install '{install}'"
 
 
 def install_line(packages: Mapping[str, str]) -> str:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
+from .. import packages
 from ..backend import SampleBackend
 from ..errors import BadValue, Finding
 from ..names import nearest
-from ..packages import missing
 from .checks import check_dataset, check_folder, check_weights
 from .coercion import absolute
 from .dataset_settings import DatasetSettings
@@ -280,10 +280,9 @@ class DatasetsCheck:
         if found.name != name:
             raw.layers.values["type"] = found.name
             self.notices.append(f"{raw.prefix}type = {name!r} is read as {found.name!r}")
-        absent = missing(found.packages)
-        for package, install in absent.items():
-            problem = f"needs the package {package}, which is not installed"
-            self._refuse(raw, f"{raw.prefix}type", found.name, problem, f"pip install '{install}'")
+        absent = list(packages.problems(found.packages))
+        for problem, remedy in absent:
+            self._refuse(raw, f"{raw.prefix}type", found.name, problem, remedy)
         return None if absent else found.Config
 
     def _inherited(self, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
+from .. import packages
 from ..errors import Finding
 from ..method import MethodPart, method_parts
-from ..packages import missing
 from .configuration import PARTS
 from .dataset_settings import DatasetSettings
 from .findings import PartCheck
@@ -186,9 +186,8 @@ class PartsCheck:
         for key, kind in NAMED.items():
             chosen = [self.classes[kind]] if kind in self.classes else []
             for found in chosen:
-                for package, install in missing(found.packages).items():
-                    problem = f"needs the package {package}, which is not installed"
-                    self.refuse(key, found.name, problem, f"pip install '{install}'")
+                for problem, remedy in packages.problems(found.packages):
+                    self.refuse(key, found.name, problem, remedy)
 
     def _unhonoured(self, key: str, value: float, name: str) -> None:
         if value == RunSettings.model_fields[key].default:  # nothing else was asked for

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from .. import packages
 from ..errors import Finding
-from ..packages import missing
 from ..quantizer import NO_CHANGE
 from .run_settings import RunSettings
 
@@ -51,7 +51,7 @@ def check_quantisation(
         if not registry.known("quantizer", name):
             continue  # refused with the other names
         quantizer = registry.get("quantizer", name)
-        problems = list(_missing(quantizer))
+        problems = list(packages.problems(quantizer.packages))
         if not problems:
             problems = [*_on_this_machine(quantizer, run)] if to_train else []
             problems += [*_of_family(key, classes), *_of_training(run, key, quantizer, classes, method_config)]
@@ -61,11 +61,6 @@ def check_quantisation(
 
 
 Problems = Iterator[tuple[str, str]]
-
-
-def _missing(quantizer: type[Any]) -> Problems:
-    for package, install in missing(quantizer.packages).items():
-        yield f"needs the package {package}, which is not installed", f"pip install '{install}'"
 
 
 def _on_this_machine(quantizer: type[Any], run: RunSettings) -> Problems:

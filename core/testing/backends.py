@@ -14,7 +14,7 @@ from typing import Any
 
 from ..backend import DataBackend, SampleBackend, SampleChunk
 from ..errors import OutOfReach, UserError
-from .checks import ConformanceError, NotApplicable, Subject, expect, failing
+from .checks import ConformanceError, NotApplicable, Subject, expect, failing, said
 from .suite import Named
 
 SIZES = {"a/b/003.png": (24, 16), "a/b/001.png": (16, 16), "a/002.png": (8, 24), "c d/größe-004.png": (32, 8)}
@@ -200,7 +200,7 @@ def _missing(place: Place) -> None:
             )
         except Exception as error:
             raise ConformanceError(
-                f"{name}({MISSING!r}) raised {type(error).__name__}: {error}; raise FileNotFoundError(key) for what is "
+                f"{name}({MISSING!r}) raised {said(error)}; raise FileNotFoundError(key) for what is "
                 "not there, so that the picture is set aside and the run goes on"
             ) from error
         else:
@@ -219,7 +219,7 @@ def _writes(place: Place) -> None:
         return
     except Exception as error:
         raise ConformanceError(
-            f"write() raised {type(error).__name__}: {error}; where nothing can be written raise a UserError"
+            f"write() raised {said(error)}; where nothing can be written raise a UserError"
         ) from error
     with failing("entry() of what was written", "it is there now"):
         first = backend.entry(key)
@@ -265,7 +265,7 @@ def _gone(place: Place) -> None:
         return
     except Exception as error:
         raise ConformanceError(
-            f"of a place that is not there it says {type(error).__name__}: {error}; raise BadValue in check(), with "
+            f"of a place that is not there it says {said(error)}; raise BadValue in check(), with "
             "the key of the entry, its value and a remedy"
         ) from error
     raise ConformanceError(
@@ -323,7 +323,7 @@ def _vanished(place: Place) -> None:
             return
         except Exception as error:
             raise ConformanceError(
-                f"open({handle!r}) of a sample that is not there any more raised {type(error).__name__}: {error}; "
+                f"open({handle!r}) of a sample that is not there any more raised {said(error)}; "
                 "raise FileNotFoundError, so that the picture is set aside and the run goes on"
             ) from error
 

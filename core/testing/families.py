@@ -20,10 +20,9 @@ from ..method import Role, Sampler
 from ..networks import Networks
 from .checks import NotApplicable, Subject, expect, failing
 from .suite import Named
-from .walks import GUIDED, UNGUIDED, walk_is_generate
+from .walks import GUIDED, SEEDS, UNGUIDED, walk_is_generate
 
 PROMPTS = ("a red fox", "two blue boats on a lake")
-SEEDS = (3, 8)
 LORA = LoraSettings(rank=4, alpha=8.0)
 ROUNDING, PICTURE_ROUNDING = 1e-4, 2.5 / 255
 """Of a picture in [0, 1] that is made a second time, and of one that was an 8-bit picture in between."""

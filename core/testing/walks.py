@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from .families import Model
 
 NUM_STEPS = 2
+SEEDS = (3, 8)
+"""Of the pictures that a family is asked for."""
 GUIDED, UNGUIDED = 3.0, 1.0
 TOLERANCE = 1e-4
 """Of pixels in [0, 1], between two ways through float32."""
@@ -27,17 +29,17 @@ TOLERANCE = 1e-4
 
 def walk_is_generate(model: Model, guidance: float) -> None:
     """Two deterministic steps with the family's own prediction make the picture that the pipeline makes."""
-    family, seeds = model.family, (3, 8)
+    family = model.family
     if guidance == UNGUIDED and family.guided_by_input:
         raise NotApplicable("its network takes the guidance as an input, and is never without")
     shape = (1, family.latent_channels, *(2 * [model.edge // family.scale_factor]))
-    noise = torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    noise = torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in SEEDS])
     networks = Networks(family, [Role("teacher")], lora=None, seed=0)
     sampler = deterministic_sampler(family.schedule, NUM_STEPS, guidance)
     making = failing("generate()", "it makes pictures (B, 3, H, W) in [0, 1]")
     with networks.use("teacher") as network, _inputs(network) as seen, torch.no_grad(), making:
         theirs = family.generate(
-            network, model.embeds, sampler=sampler, seeds=seeds, width=model.edge, height=model.edge
+            network, model.embeds, sampler=sampler, seeds=SEEDS, width=model.edge, height=model.edge
         )
     if not any(_same_numbers(each, noise) for each in seen):
         raise NotApplicable(
