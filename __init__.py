@@ -7,15 +7,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .core.lazy import attributes
+from .core.utils.lazy import attributes
 
 if TYPE_CHECKING:
-    from .core.api import API_VERSION
-    from .core.backend import DataBackend, Entry, SampleBackend, SampleChunk
-    from .core.batch import Batch, Conditioning
     from .core.errors import BadValue, ConfigError, DistillError, Finding, OutOfReach, PluginError, UserError
-    from .core.evaluator import EvaluationSetting, Evaluator, Samples
-    from .core.family import (
+    from .core.plugin_api.backend import DataBackend, Entry, SampleBackend, SampleChunk
+    from .core.plugin_api.batch import Batch, Conditioning
+    from .core.plugin_api.evaluator import EvaluationSetting, Evaluator, Samples
+    from .core.plugin_api.family import (
         Capabilities,
         ExportInfo,
         ExtraLora,
@@ -24,12 +23,13 @@ if TYPE_CHECKING:
         ModelFamily,
         ModelSettings,
     )
-    from .core.hookspecs import hookimpl
-    from .core.method import Method, MethodPart, MethodSetup, Requirements, Role, Sampler, Stage, Update
-    from .core.optimizer import OptimizerPlugin, OptimizerSettings
-    from .core.publisher import Publisher
-    from .core.quantizer import Quantizer
-    from .core.tracker import RunInfo, Tracker
+    from .core.plugin_api.hookspecs import hookimpl
+    from .core.plugin_api.method import Method, MethodPart, MethodSetup, Requirements, Role, Sampler, Stage, Update
+    from .core.plugin_api.optimizer import OptimizerPlugin, OptimizerSettings
+    from .core.plugin_api.publisher import Publisher
+    from .core.plugin_api.quantizer import Quantizer
+    from .core.plugin_api.tracker import RunInfo, Tracker
+    from .core.plugin_api.version import API_VERSION
 
 __version__ = "0.1.0"
 
@@ -77,18 +77,18 @@ __all__ = [
 ]
 
 _HOMES = {
-    "api": "API_VERSION",
-    "backend": "DataBackend Entry SampleBackend SampleChunk",
-    "batch": "Batch Conditioning",
+    "plugin_api.version": "API_VERSION",
+    "plugin_api.backend": "DataBackend Entry SampleBackend SampleChunk",
+    "plugin_api.batch": "Batch Conditioning",
     "errors": "BadValue ConfigError DistillError Finding OutOfReach PluginError UserError",
-    "evaluator": "EvaluationSetting Evaluator Samples",
-    "family": "Capabilities ExportInfo ExtraLora LoraSettings MicroConditioning ModelFamily ModelSettings",
-    "hookspecs": "hookimpl",
-    "method": "Method MethodPart MethodSetup Requirements Role Sampler Stage Update",
-    "optimizer": "OptimizerPlugin OptimizerSettings",
-    "publisher": "Publisher",
-    "quantizer": "Quantizer",
-    "tracker": "RunInfo Tracker",
+    "plugin_api.evaluator": "EvaluationSetting Evaluator Samples",
+    "plugin_api.family": "Capabilities ExportInfo ExtraLora LoraSettings MicroConditioning ModelFamily ModelSettings",
+    "plugin_api.hookspecs": "hookimpl",
+    "plugin_api.method": "Method MethodPart MethodSetup Requirements Role Sampler Stage Update",
+    "plugin_api.optimizer": "OptimizerPlugin OptimizerSettings",
+    "plugin_api.publisher": "Publisher",
+    "plugin_api.quantizer": "Quantizer",
+    "plugin_api.tracker": "RunInfo Tracker",
 }
 
 __getattr__ = attributes(__name__, {f"core.{module}": names for module, names in _HOMES.items()})

@@ -53,9 +53,9 @@ def write_pictures(folder: Path, count: int) -> None:
 
 def open_pipeline(root: Path, resolution: int) -> Any:
     """The data path of a run with the family's miniature over the pictures."""
-    from distill.core.assemble import build_pipeline
     from distill.core.config import load_configuration
-    from distill.core.plugins import Registry
+    from distill.core.registry.registry import Registry
+    from distill.core.runs.builders import build_pipeline
 
     data = [{"id": "pictures", "instance_data_dir": str(root / "pictures"), "resolution": resolution,
              "resolution_type": "pixel_area", "crop": True, "crop_style": "center"}]  # fmt: skip
@@ -82,7 +82,7 @@ def rate(count: int, work: Callable[[], object], clock: Callable[[], float] = ti
 
 def stages(pipeline: Any) -> dict[str, float]:
     """Samples per CPU second of every stage, in the order of a sample's way."""
-    from distill.core.data.images import decode, probe, scale_and_crop
+    from distill.core.data.samples.images import decode, probe, scale_and_crop
 
     found: dict[str, float] = {}
     (dataset,) = pipeline._indexed()

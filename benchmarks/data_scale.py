@@ -28,20 +28,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from distill.core.backend import SampleBackend, SampleChunk
-from distill.core.config.dataset_settings import DatasetSettings
-from distill.core.data import cache as cache_module
-from distill.core.data.build import latent_descriptor, text_descriptor
-from distill.core.data.cache import TensorCache
-from distill.core.data.captions import CaptionRules
+from distill.core.data.cache import tensor_cache as cache_module
+from distill.core.data.cache.cache_builder import latent_descriptor, text_descriptor
+from distill.core.data.cache.cache_paths import CachePlaces
+from distill.core.data.cache.tensor_cache import TensorCache
 from distill.core.data.dataset import Dataset
-from distill.core.data.geometry import Geometry
 from distill.core.data.hashing import mix
-from distill.core.data.index import SCHEMA, Index, write_index
-from distill.core.data.index_build import source_of
+from distill.core.data.index.build_folder import Workshop
+from distill.core.data.index.index import SCHEMA, Index, write_index
+from distill.core.data.index.index_builder import source_of
 from distill.core.data.pipeline import DataPipeline
-from distill.core.data.places import CachePlaces
-from distill.core.data.workshop import Workshop
+from distill.core.data.samples.captions import CaptionRules
+from distill.core.data.samples.geometry import Geometry
+from distill.core.plugin_api.backend import SampleBackend, SampleChunk
+from distill.core.settings.dataset_settings import DatasetSettings
 
 CHUNK = 1 << 18
 SHARD = 1 << 14

@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from distill.core.batch import Batch
-from distill.core.context import Context
 from distill.core.diffusion import Schedule
-from distill.core.hookspecs import hookimpl
-from distill.core.method import Method, MethodSetup, Requirements, Role, Sampler, Update
-from distill.core.terms.ddim import deterministic_sampler
-from distill.core.terms.regression import distance, snr_weight
+from distill.core.diffusion.regression import distance, snr_weight
+from distill.core.diffusion.solvers import deterministic_sampler
+from distill.core.plugin_api.batch import Batch
+from distill.core.plugin_api.context import Context
+from distill.core.plugin_api.hookspecs import hookimpl
+from distill.core.plugin_api.method import Method, MethodSetup, Requirements, Role, Sampler, Update
 from pydantic import BaseModel, ConfigDict, Field
 
 

@@ -32,7 +32,7 @@ COUNTER = ROOT / "benchmarks" / "count_evaluations.py"
 STEPS = (1, 2, 4, 8)
 PROBE_STEPS = 20
 SHOWN = 8
-"""Pictures of each row that :func:`distill.core.evaluation.evaluate` keeps."""
+"""Pictures of each row that :func:`distill.core.evaluation.evaluate.evaluate` keeps."""
 SCORES = {
     "prompt_agreement_judge": "agreement ↑",
     "frechet_distance_to_data_judge": "distance to data ↓",
@@ -101,10 +101,10 @@ def train(
 
 def score(folders: Mapping[str, Path], *, num_samples: int, per_prompt: int, pictures: Path) -> list[dict[str, Any]]:
     """Rows of teacher and students, each with its scores; the first pictures of each go to `pictures`."""
-    from distill.core.assemble import build_family, build_method, evaluation_setting, open_run
     from distill.core.data.pipeline import DataPipeline
-    from distill.core.evaluation import evaluate, fast_solver, plan_evaluation
-    from distill.core.evaluators import build_evaluators
+    from distill.core.evaluation.evaluate import evaluate, fast_solver, plan_evaluation
+    from distill.core.evaluation.evaluators import build_evaluators
+    from distill.core.runs.builders import build_family, build_method, evaluation_setting, open_run
 
     # any run's data and model serve: they are the miniature's own
     base = next(folder for name, folder in folders.items() if not name.startswith("dmd2"))
@@ -148,9 +148,9 @@ def _solver(recipe: Any) -> str:
 
 def students(name: str, folder: Path, family: Any) -> list[Any]:
     """A student at each number of steps that its method can sample with."""
-    from distill.core.assemble import build_method, open_run
     from distill.core.errors import UserError
-    from distill.core.sampling import Recipe
+    from distill.core.evaluation.sampling import Recipe
+    from distill.core.runs.builders import build_method, open_run
 
     configuration, registry = open_run(folder)
     method, found = build_method(configuration, registry, family), []
@@ -179,7 +179,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def side_by_side(names: Sequence[str], pictures: Path, *, seed: str, steps: int) -> Any:
     """The first prompts, the teacher at few and many steps and a column for each method's first student."""
-    from distill.core.grid import GridRow, labelled_grid
+    from distill.core.drawing.grid import GridRow, labelled_grid
     from PIL import Image
 
     columns = [("teacher", steps), *((f"{name}-{seed}", steps) for name in names), ("teacher", 50)]

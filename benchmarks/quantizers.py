@@ -14,9 +14,9 @@ import time
 from pathlib import Path
 
 import torch
-from distill.core.networks import AdapterSwitch
-from distill.core.plugins import Registry
-from distill.core.quantizer import stored_bytes
+from distill.core.engine.networks import AdapterSwitch
+from distill.core.plugin_api.quantizer import stored_bytes
+from distill.core.registry.registry import Registry
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))

@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 from distill import hookimpl
-from distill.core.engine.memory import peak_memory_bytes
-from distill.core.engine.state import RunState
+from distill.core.plugin_api.run_state import RunState
+from distill.core.utils.memory import peak_memory_bytes
 
 _NOTES: dict[str, float] = {}
 

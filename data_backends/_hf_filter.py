@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from operator import eq, ge, gt, le, lt, ne
 from typing import Any
 
-from ..core.data.columns import Columns, Row, value_of
+from ..core.data.tables.columns import Columns, Row, value_of
 from ..core.errors import BadValue
 
 KEY = "filter_func"

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..core.data.columns import CaptionColumns, Columns, Row, value_of
+from ..core.data.tables.columns import CaptionColumns, Columns, Row, value_of
 from ..core.errors import BadValue
 from ._hf_filter import Filter
 

@@ -18,9 +18,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..core.data.columns import Row
+from ..core.data.tables.columns import Row
 from ..core.errors import BadValue, OutOfReach
-from ..core.names import nearest
+from ..core.utils.suggest import nearest
 
 READERS = ("parquet", "arrow", "json", "csv", "text", "imagefolder", "webdataset")
 """Formats of the library that are read, and names that stand for them as ``dataset_name``."""

@@ -16,10 +16,10 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..core.backend import Passage
-from ..core.data.located import Located
-from ..core.data.tables import bytes_inside
+from ..core.data.tables.locations import Located
+from ..core.data.tables.readers import bytes_inside
 from ..core.errors import BadValue
+from ..core.plugin_api.backend import Passage
 
 KEPT_BYTES = 512 * 2**20
 """Of pictures in row groups that are kept in memory, the one in use apart."""

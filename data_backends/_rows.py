@@ -9,11 +9,11 @@ from hashlib import blake2b
 from pathlib import PurePath, PurePosixPath
 from typing import Any
 
-from ..core.backend import SampleChunk
-from ..core.data.columns import CAPTIONS, CaptionColumns, Columns, Row, edge_of, value_of
-from ..core.data.located import Located, at
+from ..core.data.tables.columns import CAPTIONS, CaptionColumns, Columns, Row, edge_of, value_of
+from ..core.data.tables.locations import Located, at
 from ..core.errors import BadValue
-from ..core.remote import is_remote
+from ..core.plugin_api.backend import SampleChunk
+from ..core.storage import is_remote
 
 PICTURES = ("image", "file_name", "filename", "path", "image_path", "url", "image_url")
 """Columns of pictures that are looked for where none is named."""
@@ -145,7 +145,7 @@ class Reader:
             number: Of the row among all, from 0.
             row: What stands in it.
         """
-        from ..core.data.images import BrokenImage, probe
+        from ..core.data.samples.images import BrokenImage, probe
 
         data, path = self._picture(row)
         key = self._key(number, row, path)

@@ -8,13 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import BinaryIO, ClassVar
 
-from ..core.backend import SampleBackend, SampleChunk
-from ..core.config.dataset_settings import ColumnSettings
-from ..core.config.types import PathOrUrl
-from ..core.data.columns import Columns
-from ..core.data.located import Located, at, identity_of, locate
-from ..core.data.tables import Rows, Table, TableFile
-from ..core.remote import is_remote
+from ..core.data.tables.columns import Columns
+from ..core.data.tables.locations import Located, at, identity_of, locate
+from ..core.data.tables.readers import Rows, Table, TableFile
+from ..core.plugin_api.backend import SampleBackend, SampleChunk
+from ..core.settings.dataset_settings import ColumnSettings
+from ..core.settings.types import PathOrUrl
+from ..core.storage import is_remote
 from ._rows import AT, Layout, Reader, chunk_of, resolved, root_of
 
 THREADS = 8

@@ -16,14 +16,14 @@ from typing import Any, BinaryIO, ClassVar
 
 from pydantic import Field, field_validator
 
-from ..core.backend import DataBackend, Passage, SampleBackend, SampleChunk
-from ..core.config.dataset_settings import ColumnSettings
-from ..core.config.types import HubOrPath, LocalPath
-from ..core.data.columns import Row, value_of
-from ..core.data.index import FILTERED
+from ..core.data.index.index import FILTERED
+from ..core.data.tables.columns import Row, value_of
+from ..core.engine.tracking import missing_packages
 from ..core.errors import BadValue
-from ..core.hookspecs import hookimpl
-from ..core.tracking import missing_packages
+from ..core.plugin_api.backend import DataBackend, Passage, SampleBackend, SampleChunk
+from ..core.plugin_api.hookspecs import hookimpl
+from ..core.settings.dataset_settings import ColumnSettings
+from ..core.settings.types import HubOrPath, LocalPath
 from ._hf_filter import Filter
 from ._hf_layout import Layout
 from ._hf_source import Source
@@ -38,7 +38,7 @@ SNAPSHOT = re.compile(r".*/snapshots/[0-9a-f]+/(?P<key>.+)")
 
 def probe(stream: BinaryIO) -> tuple[int, int]:
     """Upright width and height by the header; Pillow is imported when the first picture is looked at."""
-    from ..core.data import images
+    from ..core.data.samples import images
 
     return images.probe(stream)
 
@@ -173,7 +173,7 @@ class HuggingFaceBackend(SampleBackend):
             if not sample.width and self.in_order:
                 raise ValueError(f"{' or '.join(layout.sizes or ())} holds no size")
             return
-        from ..core.data.images import BrokenImage
+        from ..core.data.samples.images import BrokenImage
 
         found = self._picture(row[layout.image or ""])
         if isinstance(found, bytes):
@@ -278,7 +278,7 @@ class HuggingFaceBackend(SampleBackend):
 
 @dataclass
 class Sample:
-    """One row, as :class:`distill.core.backend.SampleChunk` has it."""
+    """One row, as :class:`distill.core.plugin_api.backend.SampleChunk` has it."""
 
     place: str
     key: str

@@ -11,11 +11,11 @@ from typing import Any, BinaryIO, Self
 
 from pydantic import model_validator
 
-from ..core.backend import DataBackend, Entry
-from ..core.config.types import LocalPath, PathOrUrl, Settings, is_url
-from ..core.data.storage import write_whole
 from ..core.errors import BadValue, UserError
-from ..core.hookspecs import hookimpl
+from ..core.plugin_api.backend import DataBackend, Entry
+from ..core.plugin_api.hookspecs import hookimpl
+from ..core.settings.types import LocalPath, PathOrUrl, Settings, is_url
+from ..core.utils.files import write_whole
 
 NAMES_AT_ONCE = 8192
 KINDS = (

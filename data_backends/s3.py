@@ -10,12 +10,12 @@ from typing import BinaryIO, ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from ..core.backend import DataBackend, Entry
 from ..core.errors import BadValue
-from ..core.hookspecs import hookimpl
-from ..core.remote import RetryPolicy, open_store
-from ..core.remote.account import AwsSettings
-from ..core.remote.s3 import CredentialsRejected, S3Store, account
+from ..core.plugin_api.backend import DataBackend, Entry
+from ..core.plugin_api.hookspecs import hookimpl
+from ..core.storage import RetryPolicy, open_store
+from ..core.storage.account import AwsSettings
+from ..core.storage.s3 import CredentialsRejected, S3Store, account
 
 
 class S3Backend(DataBackend):

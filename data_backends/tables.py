@@ -8,10 +8,10 @@ from typing import Annotated, BinaryIO
 
 from pydantic import BeforeValidator, Field
 
-from ..core.backend import DataBackend, Passage, SampleChunk
-from ..core.config.types import PathOrUrl, one_or_many
-from ..core.data.tables import CsvTable, JsonLinesTable, ParquetTable
-from ..core.hookspecs import hookimpl
+from ..core.data.tables.readers import CsvTable, JsonLinesTable, ParquetTable
+from ..core.plugin_api.backend import DataBackend, Passage, SampleChunk
+from ..core.plugin_api.hookspecs import hookimpl
+from ..core.settings.types import PathOrUrl, one_or_many
 from ._row_groups import KEPT_BYTES, RowGroups
 from ._rows import Layout
 from ._table_backend import TableBackend, TableSettings

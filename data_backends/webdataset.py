@@ -14,15 +14,15 @@ from typing import Annotated, Any, BinaryIO
 
 from pydantic import BeforeValidator, Field
 
-from ..core.backend import DataBackend, SampleBackend, SampleChunk
-from ..core.config.dataset_settings import ColumnSettings
-from ..core.config.types import PathOrUrl, one_or_many
-from ..core.data.captions import read_text
-from ..core.data.columns import CAPTIONS, CaptionColumns, Columns, Row, edge_of, names_in, value_of
-from ..core.data.located import Located, identity_of, locate
+from ..core.data.samples.captions import read_text
+from ..core.data.tables.columns import CAPTIONS, CaptionColumns, Columns, Row, edge_of, names_in, value_of
+from ..core.data.tables.locations import Located, identity_of, locate
 from ..core.errors import BadValue
-from ..core.hookspecs import hookimpl
-from ..core.remote import is_remote
+from ..core.plugin_api.backend import DataBackend, SampleBackend, SampleChunk
+from ..core.plugin_api.hookspecs import hookimpl
+from ..core.settings.dataset_settings import ColumnSettings
+from ..core.settings.types import PathOrUrl, one_or_many
+from ..core.storage import is_remote
 from ._rows import Sample, chunk_of, digest
 from ._tar import Damaged, Member, members
 
@@ -141,7 +141,7 @@ class Shard:
         return [*(self._captioned(sample, groups) for sample in found), *damage]
 
     def _take(self, member: Member, stream: BinaryIO, found: list[Sample], groups: dict[str, _Group]) -> None:
-        from ..core.data.images import SUFFIXES
+        from ..core.data.samples.images import SUFFIXES
 
         path = PurePosixPath(member.name)
         if any(part.startswith(".") for part in path.parts):
@@ -159,7 +159,7 @@ class Shard:
                 group.record = data
 
     def _picture(self, member: Member, stream: BinaryIO) -> Sample:
-        from ..core.data.images import BrokenImage, probe
+        from ..core.data.samples.images import BrokenImage, probe
 
         stream.seek(member.offset)
         data = stream.read(member.size)

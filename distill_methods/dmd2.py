@@ -51,14 +51,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from ..core.batch import Batch
-from ..core.context import Context
 from ..core.diffusion import FlowSchedule, Prediction, Schedule, append_dims, guide
-from ..core.hookspecs import hookimpl
-from ..core.method import Method, MethodSetup, Requirements, Role, Sampler, Update
-from ..core.terms.adversarial import discriminator_loss, generator_loss
-from ..core.terms.ddim import trailing_walk
-from ..core.terms.matching import (
+from ..core.diffusion.adversarial import discriminator_loss, generator_loss
+from ..core.diffusion.distribution_matching import (
     Divergence,
     DivergenceWeights,
     augmentation_gradient,
@@ -67,9 +62,14 @@ from ..core.terms.matching import (
     matching_loss,
     sid_loss,
 )
-from ..core.terms.multistep import multistep_sampler, told_time
-from ..core.terms.regression import distance
-from ..core.terms.weights import Weight, ever_positive, weight_at
+from ..core.diffusion.multistep import multistep_sampler, told_time
+from ..core.diffusion.regression import distance
+from ..core.diffusion.solvers import trailing_walk
+from ..core.diffusion.weights import Weight, ever_positive, weight_at
+from ..core.plugin_api.batch import Batch
+from ..core.plugin_api.context import Context
+from ..core.plugin_api.hookspecs import hookimpl
+from ..core.plugin_api.method import Method, MethodSetup, Requirements, Role, Sampler, Update
 
 
 class DMD2(Method):

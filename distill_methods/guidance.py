@@ -27,14 +27,14 @@ from typing import Any
 import torch
 from pydantic import ConfigDict, Field
 
-from ..core.batch import Batch
-from ..core.context import Context
 from ..core.diffusion import Schedule
-from ..core.hookspecs import hookimpl
-from ..core.method import Method, MethodSetup, Requirements, Role, Sampler, Update
-from ..core.terms.ddim import deterministic_sampler
-from ..core.terms.guidance import GuidanceRange, embedded_scale
-from ..core.terms.regression import SnrWeight, distance, snr_weight
+from ..core.diffusion.guidance import GuidanceRange, embedded_scale
+from ..core.diffusion.regression import SnrWeight, distance, snr_weight
+from ..core.diffusion.solvers import deterministic_sampler
+from ..core.plugin_api.batch import Batch
+from ..core.plugin_api.context import Context
+from ..core.plugin_api.hookspecs import hookimpl
+from ..core.plugin_api.method import Method, MethodSetup, Requirements, Role, Sampler, Update
 
 
 class Guidance(Method):

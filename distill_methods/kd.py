@@ -31,15 +31,15 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from ..core.batch import Batch
-from ..core.context import Context
 from ..core.diffusion import Schedule
+from ..core.diffusion.multistep import multistep_sampler, told_time
+from ..core.diffusion.regression import LossType, distance
+from ..core.diffusion.solvers import trailing_walk
 from ..core.errors import UserError
-from ..core.hookspecs import hookimpl
-from ..core.method import Method, MethodSetup, Requirements, Role, Sampler, Update
-from ..core.terms.ddim import trailing_walk
-from ..core.terms.multistep import multistep_sampler, told_time
-from ..core.terms.regression import LossType, distance
+from ..core.plugin_api.batch import Batch
+from ..core.plugin_api.context import Context
+from ..core.plugin_api.hookspecs import hookimpl
+from ..core.plugin_api.method import Method, MethodSetup, Requirements, Role, Sampler, Update
 
 
 class KD(Method):

@@ -34,15 +34,15 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ..core.batch import Batch
-from ..core.context import Context
 from ..core.diffusion import Prediction, Schedule
-from ..core.hookspecs import hookimpl
-from ..core.method import Method, MethodSetup, Requirements, Role, Sampler, Update
-from ..core.terms.consistency import consistency_function
-from ..core.terms.guidance import GuidanceRange, embedded_scale
-from ..core.terms.regression import LossType, distance
-from ..core.terms.segments import check_on_grid, even_times
+from ..core.diffusion.consistency import consistency_function
+from ..core.diffusion.guidance import GuidanceRange, embedded_scale
+from ..core.diffusion.regression import LossType, distance
+from ..core.diffusion.segments import check_on_grid, even_times
+from ..core.plugin_api.batch import Batch
+from ..core.plugin_api.context import Context
+from ..core.plugin_api.hookspecs import hookimpl
+from ..core.plugin_api.method import Method, MethodSetup, Requirements, Role, Sampler, Update
 
 
 class LCM(Method):

@@ -45,12 +45,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..core.batch import Batch
-from ..core.context import Context
 from ..core.diffusion import Schedule, append_dims
-from ..core.hookspecs import hookimpl
-from ..core.method import Method, MethodSetup, Requirements, Role, Sampler, Update
-from ..core.terms.guidance import GuidanceRange, embedded_scale
+from ..core.diffusion.guidance import GuidanceRange, embedded_scale
+from ..core.plugin_api.batch import Batch
+from ..core.plugin_api.context import Context
+from ..core.plugin_api.hookspecs import hookimpl
+from ..core.plugin_api.method import Method, MethodSetup, Requirements, Role, Sampler, Update
 
 
 def flow_time(schedule: Schedule, t: Tensor) -> Tensor:

@@ -53,17 +53,17 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ..core.batch import Batch, Conditioning
-from ..core.context import Context
 from ..core.diffusion import Schedule, append_dims
-from ..core.hookspecs import hookimpl
-from ..core.method import Method, MethodSetup, Requirements, Role, Sampler, Update
-from ..core.terms.adversarial import discriminator_loss, generator_loss
-from ..core.terms.consistency import trajectory_function
-from ..core.terms.guidance import GuidanceRange
-from ..core.terms.regression import LossType, distance
-from ..core.terms.segments import check_on_grid, even_times, noise_further, segment_edge
-from ..core.terms.weights import Weight, ever_positive, weight_at
+from ..core.diffusion.adversarial import discriminator_loss, generator_loss
+from ..core.diffusion.consistency import trajectory_function
+from ..core.diffusion.guidance import GuidanceRange
+from ..core.diffusion.regression import LossType, distance
+from ..core.diffusion.segments import check_on_grid, even_times, noise_further, segment_edge
+from ..core.diffusion.weights import Weight, ever_positive, weight_at
+from ..core.plugin_api.batch import Batch, Conditioning
+from ..core.plugin_api.context import Context
+from ..core.plugin_api.hookspecs import hookimpl
+from ..core.plugin_api.method import Method, MethodSetup, Requirements, Role, Sampler, Update
 
 EMPTY_PROMPTS = 0.1
 """Share of samples without their prompt where the solver is not guided, as the authors'."""

@@ -38,16 +38,16 @@ import torch
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from ..core.batch import Batch, Conditioning
-from ..core.config.types import Integers, split_numbers
-from ..core.context import Context
 from ..core.diffusion import Prediction, Schedule
+from ..core.diffusion.guidance import GuidanceRange, embedded_scale
+from ..core.diffusion.regression import SnrWeight, distance, snr_weight
+from ..core.diffusion.solvers import Walk, data_of_step, deterministic_sampler, step_to, trailing_walk
 from ..core.errors import UserError
-from ..core.hookspecs import hookimpl
-from ..core.method import Method, MethodSetup, Requirements, Role, Sampler, Stage, Update
-from ..core.terms.ddim import Walk, data_of_step, deterministic_sampler, step_to, trailing_walk
-from ..core.terms.guidance import GuidanceRange, embedded_scale
-from ..core.terms.regression import SnrWeight, distance, snr_weight
+from ..core.plugin_api.batch import Batch, Conditioning
+from ..core.plugin_api.context import Context
+from ..core.plugin_api.hookspecs import hookimpl
+from ..core.plugin_api.method import Method, MethodSetup, Requirements, Role, Sampler, Stage, Update
+from ..core.settings.types import Integers, split_numbers
 
 Shares = Annotated[tuple[Annotated[float, Field(gt=0, le=1e6)], ...], BeforeValidator(split_numbers)]
 

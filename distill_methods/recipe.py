@@ -34,23 +34,14 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from torch import Tensor
 
-from ..core.batch import Batch
-from ..core.context import Context
 from ..core.diffusion import Schedule
+from ..core.diffusion.weights import Number, Weight, ever_positive, weight_at
 from ..core.errors import UserError
-from ..core.hookspecs import hookimpl
-from ..core.method import (
-    Method,
-    MethodPart,
-    MethodSetup,
-    Requirements,
-    Role,
-    Sampler,
-    Stage,
-    Update,
-)
-from ..core.names import nearest
-from ..core.terms.weights import Number, Weight, ever_positive, weight_at
+from ..core.plugin_api.batch import Batch
+from ..core.plugin_api.context import Context
+from ..core.plugin_api.hookspecs import hookimpl
+from ..core.plugin_api.method import Method, MethodPart, MethodSetup, Requirements, Role, Sampler, Stage, Update
+from ..core.utils.suggest import nearest
 
 STUDENT = "student"
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..core.lazy import attributes
+from ..core.utils.lazy import attributes
 
 if TYPE_CHECKING:
     from ._architecture import Architecture, SingleFile

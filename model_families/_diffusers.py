@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..core.family import ExportInfo, ExtraLora, Precision
-from ..core.precision import BASE
-from ..core.second_time import differentiable_forward, load_second_time, sampled_by
+from ..core.diffusion.second_time import differentiable_forward, load_second_time, sampled_by
+from ..core.plugin_api.family import ExportInfo, ExtraLora, Precision
+from ..core.plugin_api.precision import BASE
 from . import _export as exporting
 from ._files import quiet_libraries
 from ._kohya import export_kohya, no_form
@@ -25,8 +25,8 @@ from ._source import empty_denoiser
 from ._usage import usage_snippet
 
 if TYPE_CHECKING:
-    from ..core.batch import Conditioning
-    from ..core.method import Sampler
+    from ..core.plugin_api.batch import Conditioning
+    from ..core.plugin_api.method import Sampler
 
 
 class DiffusersFamily(DiffusersModel):

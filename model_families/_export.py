@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..core.diffusion.second_time import SCHEDULER, active_second_time, export_second_time, put_aside
 from ..core.errors import UserError
-from ..core.second_time import SCHEDULER, active_second_time, export_second_time, put_aside
 from ._files import quiet_libraries
 from ._lora import WEIGHTS
 
 if TYPE_CHECKING:
-    from ..core.family import ExportInfo
+    from ..core.plugin_api.family import ExportInfo
     from ._architecture import Architecture
     from ._source import TextEncoders
 

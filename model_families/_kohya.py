@@ -99,7 +99,7 @@ def export_kohya(
     Raises:
         UserError: It is no LoRA, or one that the format cannot hold.
     """
-    from ..core.flow_map import WEIGHTS as SECOND_TIME
+    from ..core.diffusion.flow_map import WEIGHTS as SECOND_TIME
 
     form = architecture.kohya
     if form is None:

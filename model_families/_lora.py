@@ -171,7 +171,7 @@ def _download_second_time(name: str) -> None:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
-    from ..core.flow_map import WEIGHTS as SECOND_TIME
+    from ..core.diffusion.flow_map import WEIGHTS as SECOND_TIME
 
     owner, repository, *file = name.split("/")
     with suppress(EntryNotFoundError):  # a student without

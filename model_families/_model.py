@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..core.diffusion.schedule import Schedule, from_scheduler_config
 from ..core.errors import UserError
-from ..core.family import ExtraLora, MicroConditioning, ModelFamily, ModelSettings
-from ..core.precision import BASE, text_encoder
+from ..core.plugin_api.family import ExtraLora, MicroConditioning, ModelFamily, ModelSettings
+from ..core.plugin_api.precision import BASE, text_encoder
 from ._encoders import decode, encode_pixels
 from ._files import hash_files
 from ._lora import Lora, attach, fuse, lora_file, read_lora
@@ -25,7 +25,7 @@ from ._source import Source, TextEncoders, open_source
 from ._vae import with_vae
 
 if TYPE_CHECKING:
-    from ..core.batch import Conditioning
+    from ..core.plugin_api.batch import Conditioning
     from ._architecture import Architecture
 
 PROMPTS_AT_ONCE = 32

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.second_time import PREFIX
+from ..core.diffusion.second_time import PREFIX
 
 
 class _FarEnough(Exception):

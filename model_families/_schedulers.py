@@ -25,11 +25,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..core.diffusion.schedule import from_scheduler_config
-from ..core.second_time import SCHEDULER
+from ..core.diffusion.second_time import SCHEDULER
 from ._files import quiet_libraries
 
 if TYPE_CHECKING:
-    from ..core.method import Sampler
+    from ..core.plugin_api.method import Sampler
 
 NOISE_KEYS = (
     "num_train_timesteps",
@@ -72,7 +72,7 @@ def _scheduler_class(name: str) -> Any:
     import diffusers
 
     if name == SCHEDULER:
-        from ..core.flow_map import FlowMapScheduler
+        from ..core.diffusion.flow_map import FlowMapScheduler
 
         return FlowMapScheduler
     kind = getattr(diffusers, name, None)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from ..core.errors import UserError
-from ..core.family import Capabilities
+from ..core.plugin_api.family import Capabilities
 from ._architecture import Architecture, ReadConfig, SingleFile
 from ._checks import check_unet
 from ._encoders import last_states
@@ -19,7 +19,7 @@ from ._kohya import KohyaFormat
 from ._unet import UNetFamily
 
 if TYPE_CHECKING:
-    from ..core.batch import Conditioning
+    from ..core.plugin_api.batch import Conditioning
     from ._source import TextEncoders
 
 

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..core.batch import Conditioning
+from ..core.diffusion.second_time import add_second_time
 from ..core.errors import UserError
-from ..core.second_time import add_second_time
+from ..core.plugin_api.batch import Conditioning
 from ._architecture import ReadConfig
 from ._diffusers import DiffusersFamily
 from ._networks import outputs_inside, own_state

@@ -8,9 +8,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..core.batch import Conditioning
+from ..core.diffusion.second_time import add_second_time, telling
 from ..core.errors import UserError
-from ..core.second_time import add_second_time, telling
+from ..core.plugin_api.batch import Conditioning
 from ._architecture import Architecture
 from ._diffusers import DiffusersFamily
 from ._networks import check_guidance, outputs_inside, own_state

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..core.second_time import SCHEDULER
+from ..core.diffusion.second_time import SCHEDULER
 
 if TYPE_CHECKING:
-    from ..core.family import ExportInfo, ModelSettings
+    from ..core.plugin_api.family import ExportInfo, ModelSettings
     from ._architecture import Architecture
 
 

@@ -27,9 +27,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..core.family import Capabilities, ExportInfo, ModelFamily
-from ..core.hookspecs import hookimpl
-from ..core.second_time import telling
+from ..core.diffusion.second_time import telling
+from ..core.plugin_api.family import Capabilities, ExportInfo, ModelFamily
+from ..core.plugin_api.hookspecs import hookimpl
 from ._architecture import Architecture, ReadConfig
 from ._checks import check_channels
 from ._encoders import last_states
@@ -38,8 +38,8 @@ from ._networks import check_guidance
 from ._transformer import LORA_TARGETS, TransformerFamily, check_flow
 
 if TYPE_CHECKING:
-    from ..core.batch import Conditioning
-    from ..core.method import Sampler
+    from ..core.plugin_api.batch import Conditioning
+    from ..core.plugin_api.method import Sampler
     from ._source import TextEncoders
 
 PIPELINE_TOKENS = 512

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from ..core.family import ModelFamily
-from ..core.hookspecs import hookimpl
+from ..core.plugin_api.family import ModelFamily
+from ..core.plugin_api.hookspecs import hookimpl
 from ._architecture import Architecture
 from ._kohya import KohyaFormat
 from ._stable_diffusion import StableDiffusion, generation

@@ -18,9 +18,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..core.family import Capabilities, ExportInfo, ModelFamily
-from ..core.hookspecs import hookimpl
-from ..core.second_time import telling
+from ..core.diffusion.second_time import telling
+from ..core.plugin_api.family import Capabilities, ExportInfo, ModelFamily
+from ..core.plugin_api.hookspecs import hookimpl
 from ._architecture import MINIATURES, Architecture, ReadConfig
 from ._checks import check_channels
 from ._encoders import last_states, penultimate
@@ -28,7 +28,7 @@ from ._networks import check_guidance
 from ._transformer import TransformerFamily, check_flow
 
 if TYPE_CHECKING:
-    from ..core.batch import Conditioning
+    from ..core.plugin_api.batch import Conditioning
     from ._source import TextEncoders
 
 CLIPS = (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2"))

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from ..core.errors import UserError
-from ..core.family import Capabilities, MicroConditioning, ModelFamily
-from ..core.hookspecs import hookimpl
+from ..core.plugin_api.family import Capabilities, MicroConditioning, ModelFamily
+from ..core.plugin_api.hookspecs import hookimpl
 from ._architecture import MINIATURES, Architecture, ReadConfig, SingleFile
 from ._checks import check_unet
 from ._encoders import penultimate
@@ -28,7 +28,7 @@ from ._kohya import KohyaFormat, original_unet
 from ._unet import UNetFamily
 
 if TYPE_CHECKING:
-    from ..core.batch import Conditioning
+    from ..core.plugin_api.batch import Conditioning
     from ._source import TextEncoders
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import Field
 
-from ..core.optimizer import OptimizerPlugin, OptimizerSettings
+from ..core.plugin_api.optimizer import OptimizerPlugin, OptimizerSettings
 
 
 def adam_arguments(settings: OptimizerSettings) -> dict[str, Any]:

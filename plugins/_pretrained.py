@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..core.config.types import HubOrPath
+from ..core.settings.types import HubOrPath
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -13,10 +13,10 @@ from typing import IO, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..core.config.types import LocalPath
 from ..core.errors import UserError
-from ..core.hookspecs import hookimpl
-from ..core.publisher import Publisher
+from ..core.plugin_api.hookspecs import hookimpl
+from ..core.plugin_api.publisher import Publisher
+from ..core.settings.types import LocalPath
 
 EARLIEST = (1980, 1, 1, 0, 0, 0)
 """The first time that a ZIP can hold; every member has it."""

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..core.errors import DistillError, OutOfReach, UserError
-from ..core.hookspecs import hookimpl
-from ..core.publisher import Publisher
-from ..core.remote.account import AwsSettings
+from ..core.plugin_api.hookspecs import hookimpl
+from ..core.plugin_api.publisher import Publisher
+from ..core.storage.account import AwsSettings
 
 if TYPE_CHECKING:
-    from ..core.remote.s3 import S3Store
+    from ..core.storage.s3 import S3Store
 
 MANIFEST = "manifest.json"
 PROBE = ".distill-was-here"
@@ -88,8 +88,8 @@ class Bucket(Publisher):
         return f"s3://{self.config.aws_bucket_name}/{self._prefix}"
 
     def _store(self, *, attempts: int) -> S3Store:
-        from ..core.remote import RetryPolicy
-        from ..core.remote.s3 import S3Store
+        from ..core.storage import RetryPolicy
+        from ..core.storage.s3 import S3Store
 
         assert self.config.aws_bucket_name is not None
         return S3Store(self.config.aws_bucket_name, self._prefix, self.config.access(), RetryPolicy(attempts=attempts))

@@ -13,9 +13,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..core.config.types import HubOrPath
-from ..core.evaluator import EvaluationSetting, Evaluator, Samples
-from ..core.hookspecs import hookimpl
+from ..core.plugin_api.evaluator import EvaluationSetting, Evaluator, Samples
+from ..core.plugin_api.hookspecs import hookimpl
+from ..core.settings.types import HubOrPath
 from . import _pretrained as pretrained
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class PromptAgreement(Evaluator):
         """Of each picture and its prompt, shape (N,), float64."""
         import torch
 
-        from ..core.grid import to_pictures
+        from ..core.drawing.grid import to_pictures
 
         (model, processor), size, found = self._network(), self.config.batch_size, []
         for start in range(0, len(images), size):

@@ -9,8 +9,8 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..core.evaluator import EvaluationSetting, Evaluator, Samples
-from ..core.hookspecs import hookimpl
+from ..core.plugin_api.evaluator import EvaluationSetting, Evaluator, Samples
+from ..core.plugin_api.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,7 +36,7 @@ class PictureDistance(Evaluator):
 
     def score(self, samples: Samples) -> dict[str, float]:
         """Mean over the pictures; nothing for the full teacher itself."""
-        from ..core.distances import root_mean_square
+        from ..core.evaluation.distances import root_mean_square
 
         if samples.reference is None:
             return {}
@@ -83,7 +83,7 @@ class FeatureDistance(Evaluator):
 
     def score(self, samples: Samples) -> dict[str, float]:
         """Fréchet and kernel distance to the data; nothing where there is no data."""
-        from ..core.distances import frechet_distance, kernel_distance, relative_spread
+        from ..core.evaluation.distances import frechet_distance, kernel_distance, relative_spread
 
         both = self.both_features(samples)
         if both is None:

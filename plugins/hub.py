@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 
-from ..core.hookspecs import hookimpl
-from ..core.publisher import Publisher
+from ..core.plugin_api.hookspecs import hookimpl
+from ..core.plugin_api.publisher import Publisher
 
 if TYPE_CHECKING:
     from ..core.config import RunSettings

@@ -8,10 +8,10 @@ from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from ..core.config.types import LocalPath
 from ..core.errors import UserError
-from ..core.hookspecs import hookimpl
-from ..core.publisher import Publisher
+from ..core.plugin_api.hookspecs import hookimpl
+from ..core.plugin_api.publisher import Publisher
+from ..core.settings.types import LocalPath
 
 
 class Kohya(Publisher):

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from ..core.files import write_text
-from ..core.hookspecs import hookimpl
-from ..core.tracker import RunInfo, Tracker
+from ..core.plugin_api.hookspecs import hookimpl
+from ..core.plugin_api.tracker import RunInfo, Tracker
+from ..core.utils.files import write_text
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from ..core.hookspecs import hookimpl
-from ..core.optimizer import OptimizerPlugin, OptimizerSettings
+from ..core.plugin_api.hookspecs import hookimpl
+from ..core.plugin_api.optimizer import OptimizerPlugin, OptimizerSettings
 from ._adam import adam_arguments
 
 if TYPE_CHECKING:

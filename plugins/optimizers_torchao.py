@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..core.engine.tree import load_optimizer
-from ..core.hookspecs import hookimpl
-from ..core.optimizer import OptimizerPlugin, OptimizerSettings
+from ..core.plugin_api.hookspecs import hookimpl
+from ..core.plugin_api.optimizer import OptimizerPlugin, OptimizerSettings
+from ..core.utils.tensor_tree import load_optimizer
 from ._adam import adam_arguments
 
 if TYPE_CHECKING:

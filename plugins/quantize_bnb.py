@@ -6,8 +6,8 @@ import functools
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..core.hookspecs import hookimpl
-from ..core.quantizer import Quantizer, quantised_layers, replace_module, stored_bytes
+from ..core.plugin_api.hookspecs import hookimpl
+from ..core.plugin_api.quantizer import Quantizer, quantised_layers, replace_module, stored_bytes
 
 if TYPE_CHECKING:
     from torch import nn

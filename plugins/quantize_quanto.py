@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..core.hookspecs import hookimpl
-from ..core.quantizer import Quantizer, quantised_layers, replace_module
+from ..core.plugin_api.hookspecs import hookimpl
+from ..core.plugin_api.quantizer import Quantizer, quantised_layers, replace_module
 
 if TYPE_CHECKING:
     from torch import nn

@@ -10,8 +10,8 @@ from abc import abstractmethod
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from ..core.hookspecs import hookimpl
-from ..core.quantizer import Quantizer, quantised_layers, replace_module
+from ..core.plugin_api.hookspecs import hookimpl
+from ..core.plugin_api.quantizer import Quantizer, quantised_layers, replace_module
 
 if TYPE_CHECKING:
     from torch import nn

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..core.engine.state import RunState
-from ..core.hookspecs import hookimpl
+from ..core.plugin_api.hookspecs import hookimpl
+from ..core.plugin_api.run_state import RunState
 from ..core.report.page import FILE, write_report
 
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..core.hookspecs import hookimpl
-from ..core.tracker import RunInfo, Tracker
+from ..core.plugin_api.hookspecs import hookimpl
+from ..core.plugin_api.tracker import RunInfo, Tracker
 
 if TYPE_CHECKING:
     from PIL.Image import Image

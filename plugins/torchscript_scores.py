@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..core.config.types import LocalPath
 from ..core.errors import DistillError
-from ..core.evaluator import EvaluationSetting, Evaluator, Samples
-from ..core.hookspecs import hookimpl
+from ..core.plugin_api.evaluator import EvaluationSetting, Evaluator, Samples
+from ..core.plugin_api.hookspecs import hookimpl
+from ..core.settings.types import LocalPath
 from .evaluators import FEWEST_DATA, FeatureDistance, too_few_data
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ class InceptionDistance(FeatureDistance):
 
     def score(self, samples: Samples) -> dict[str, float]:
         """The KID, and the FID where there are pictures enough."""
-        from ..core.distances import frechet_distance, polynomial_distance
+        from ..core.evaluation.distances import frechet_distance, polynomial_distance
 
         both = self.both_features(samples)
         if both is None:

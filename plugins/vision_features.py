@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..core.config.types import HubOrPath
-from ..core.evaluator import EvaluationSetting, Evaluator
-from ..core.hookspecs import hookimpl
+from ..core.plugin_api.evaluator import EvaluationSetting, Evaluator
+from ..core.plugin_api.hookspecs import hookimpl
+from ..core.settings.types import HubOrPath
 from . import _pretrained as pretrained
 from .evaluators import FeatureDistance, too_few_data
 
@@ -59,7 +59,7 @@ class VisionFeatures(FeatureDistance):
 
     def features(self, images: Tensor) -> Tensor:
         """The network's pooled output (B, F): of a CLIP the projected one, of a network without any the mean state."""
-        from ..core.grid import to_pictures
+        from ..core.drawing.grid import to_pictures
 
         if self._loaded is None:
             self._loaded = pretrained.load(self.config, self.setting.device, pictures_only=True)

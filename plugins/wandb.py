@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..core.hookspecs import hookimpl
-from ..core.tracker import RunInfo, Tracker
+from ..core.plugin_api.hookspecs import hookimpl
+from ..core.plugin_api.tracker import RunInfo, Tracker
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -65,7 +65,7 @@ def test_errors_end_with_their_exit_code_and_without_a_traceback(error, code, tm
     def fail(*arguments, **options):
         raise error
 
-    monkeypatch.setattr("distill.core.run.run", fail)
+    monkeypatch.setattr("distill.core.runs.run.run", fail)
     pair = Pair(tmp_path)
     pair.write()
     result = distill("run", *pair.options())
@@ -79,7 +79,7 @@ def test_what_nobody_foresaw_keeps_its_traceback(tmp_path, monkeypatch):
     def fail(*arguments, **options):
         raise ZeroDivisionError("deep inside")
 
-    monkeypatch.setattr("distill.core.run.run", fail)
+    monkeypatch.setattr("distill.core.runs.run.run", fail)
     pair = Pair(tmp_path)
     pair.write()
     result = distill("run", *pair.options())
@@ -101,7 +101,7 @@ def test_run_hands_over_the_configuration_of_flags_files_and_overrides(tmp_path,
         seen.update(configuration=configuration, registry=registry, say=say)
         return SimpleNamespace(rank=1)
 
-    monkeypatch.setattr("distill.core.run.run", distil)
+    monkeypatch.setattr("distill.core.runs.run.run", distil)
     pair = Pair(tmp_path, {"learning_rate": 1e-3, "seed": 1})
     pair.write()
     model = tmp_path / "other model"
@@ -119,10 +119,10 @@ def test_run_hands_over_the_configuration_of_flags_files_and_overrides(tmp_path,
 
 
 def test_a_dry_run_prints_the_plan_and_neither_loads_nor_writes(tmp_path, monkeypatch):
-    monkeypatch.setattr("distill.core.run.run", lambda *a, **k: pytest.fail("a dry run ran"))
+    monkeypatch.setattr("distill.core.runs.run.run", lambda *a, **k: pytest.fail("a dry run ran"))
     checked = []
     family = SimpleNamespace(check_source=lambda: checked.append(True))
-    monkeypatch.setattr("distill.core.assemble.build_family", lambda *arguments, **options: family)
+    monkeypatch.setattr("distill.core.runs.builders.build_family", lambda *arguments, **options: family)
     pair = Pair(tmp_path)
     pair.write()
     result = distill("run", *pair.options(), "--dry-run")

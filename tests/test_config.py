@@ -9,9 +9,9 @@ import pytest
 import yaml
 from distill.core.config import load_configuration
 from distill.core.config.requirements import check_requirements
-from distill.core.config.run_settings import RunSettings
 from distill.core.errors import ConfigError
-from distill.core.plugins import Registry
+from distill.core.registry.registry import Registry
+from distill.core.settings.run_settings import RunSettings
 from support.pairs import PLUGIN, Pair, distill
 
 QUICKSTART = Path(__file__).resolve().parent.parent / "docs" / "quickstart"
@@ -58,7 +58,9 @@ def quickstart(tmp_path, *more):
 
 def test_the_quickstart_files_check_verbatim_with_the_expected_notices_only(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
-    monkeypatch.setattr("distill.core.tracking.missing_packages", lambda packages: "not there" if packages else None)
+    monkeypatch.setattr(
+        "distill.core.engine.tracking.missing_packages", lambda packages: "not there" if packages else None
+    )
     result = quickstart(tmp_path)
     assert result.exit_code == 0, result.output
     expected = (

@@ -6,9 +6,9 @@ import json
 
 import pytest
 from distill.core.config import check_output_dir, load_configuration
-from distill.core.config.output import clear_output_dir
 from distill.core.errors import ConfigError, UserError
-from distill.core.plugins import Registry
+from distill.core.registry.registry import Registry
+from distill.core.runs.output_folder import clear_output_dir
 from support.pairs import PLUGIN, Pair
 
 

@@ -103,7 +103,7 @@ def test_every_kind_has_checks_of_its_own():
 
 
 def test_a_bucket_conforms(s3, monkeypatch):  # noqa: F811
-    from distill.core.data import located
+    from distill.core.data.tables import locations as located
 
     s3.bucket("shelf")
     for name, value in (("ENDPOINT_URL", s3.endpoint), ("ACCESS_KEY_ID", KEY_ID), ("SECRET_ACCESS_KEY", SECRET),

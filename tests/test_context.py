@@ -6,13 +6,13 @@ from itertools import pairwise
 
 import pytest
 import torch
-from distill.core.context import Context, Runtime
 from distill.core.diffusion import guide
-from distill.core.method import Role
-from distill.core.networks import Networks
-from distill.core.random import Draws
+from distill.core.engine.networks import Networks
+from distill.core.plugin_api.context import Context, Runtime
+from distill.core.plugin_api.method import Role
 from distill.core.testing.gaussian import GaussianFamily, denoise
 from distill.core.testing.paths import PATHS
+from distill.core.utils.seeds import Draws
 
 MEAN, SIZE = 0.6, 6
 COND = {"mean": torch.full((SIZE, 1), MEAN, dtype=torch.float64)}

@@ -7,7 +7,7 @@ import resource
 import numpy as np
 import pytest
 import torch
-from distill.core.data.cache import TensorCache, cache_folders, remove_cache
+from distill.core.data.cache.tensor_cache import TensorCache, cache_folders, remove_cache
 from distill.core.errors import DistillError
 
 DESCRIPTOR = {"kind": "latents", "vae": "x"}
@@ -134,14 +134,14 @@ def test_a_copied_cache_is_hashed_once(tmp_path, monkeypatch):
     open_cache(tmp_path).write(keys(1), entries(1))
     os.utime(shards(tmp_path)[0], ns=(5, 5))
     assert len(open_cache(tmp_path)) == 1
-    from distill.core.data import cache as module
+    from distill.core.data.cache import tensor_cache as module
 
     monkeypatch.setattr(module, "sha256", None)
     assert len(open_cache(tmp_path)) == 1
 
 
 def test_failures_are_remembered_with_their_shard(tmp_path):
-    from distill.core.data.cache import Failure
+    from distill.core.data.cache.tensor_cache import Failure
 
     cache = open_cache(tmp_path)
     cache.write(keys(1), entries(1), [Failure(keys(2)[0].tobytes().hex(), "b.png", "truncated")])

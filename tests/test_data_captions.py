@@ -1,7 +1,7 @@
 """From files to captions."""
 
 import pytest
-from distill.core.data.captions import SHUFFLES, CaptionRules, caption_key, read_text
+from distill.core.data.samples.captions import SHUFFLES, CaptionRules, caption_key, read_text
 from distill.core.errors import UserError
 from support.data_helpers import entry
 

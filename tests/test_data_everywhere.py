@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from distill.core.data import located
+from distill.core.data.tables import locations as located
 from support import data_helpers
 from support.data_helpers import FakeFamily, pipeline, source, take
 from support.s3_server import KEY_ID, REGION, SECRET, s3, s3_server  # noqa: F401 - fixtures

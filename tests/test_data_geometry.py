@@ -4,7 +4,7 @@ import time
 
 import numpy as np
 import pytest
-from distill.core.data.geometry import Geometry, flipped_left
+from distill.core.data.samples.geometry import Geometry, flipped_left
 from distill.core.errors import UserError
 from support.data_helpers import entry
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from distill.core.data import images
-from distill.core.data.images import BrokenImage, decode
-from distill.core.data.vetting import printable
+from distill.core.data.samples import images
+from distill.core.data.samples.file_checks import printable
+from distill.core.data.samples.images import BrokenImage, decode
 from support.data_helpers import entry, fill, pipeline, take
 from support.hostile import EDGE, encode, fill_hostile, one_bit_png, quadrants
 

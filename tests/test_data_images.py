@@ -4,7 +4,7 @@ import io
 
 import numpy as np
 import pytest
-from distill.core.data.images import BrokenImage, decode, fit, probe, scale_and_crop
+from distill.core.data.samples.images import BrokenImage, decode, fit, probe, scale_and_crop
 from PIL import Image, ImageCms
 
 

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 from distill.core.cli import app
-from distill.core.config.dataset_settings import DatasetSettings
-from distill.core.data.cache import TensorCache, cache_folders
-from distill.core.data.encode import Share
-from distill.core.data.pairs import PairMaker, WantedPairs, noise, noise_seed, pair_descriptor
-from distill.core.data.places import CachePlaces
-from distill.core.evaluation import fast_solver
-from distill.core.family import ModelSettings
-from distill.core.terms.ddim import deterministic_sampler, trailing_walk
+from distill.core.data.cache.cache_paths import CachePlaces
+from distill.core.data.cache.encode import Share
+from distill.core.data.cache.pairs import PairMaker, WantedPairs, noise, noise_seed, pair_descriptor
+from distill.core.data.cache.tensor_cache import TensorCache, cache_folders
+from distill.core.diffusion.solvers import deterministic_sampler, trailing_walk
+from distill.core.evaluation.evaluate import fast_solver
+from distill.core.plugin_api.family import ModelSettings
+from distill.core.settings.dataset_settings import DatasetSettings
 from distill.core.testing.paths import TABLE
 from distill.model_families.sdxl import SDXL
 from support.data_helpers import entry, fill, prompts, take
@@ -276,7 +276,7 @@ def test_paths_end_in_the_pictures_of_the_plain_pipeline(tmp_path, solver):
     cache.load()
     from distill.core.config import load_configuration
     from distill.core.data.pipeline import DataPipeline
-    from distill.core.plugins import Registry
+    from distill.core.registry.registry import Registry
 
     registry = Registry.load(installed=False)
     data = DataPipeline(
@@ -442,7 +442,7 @@ def test_what_is_left_open_is_filled_in_and_said(tmp_path):
 
 def test_each_dataset_may_have_its_own(tmp_path):
     from distill.core.config import load_configuration
-    from distill.core.plugins import Registry
+    from distill.core.registry.registry import Registry
 
     other = {"id": "other", "instance_data_dir": "pictures", "distillation_cache": "fast"}
     fast = {**PAIRS, "id": "fast", "num_inference_steps": 8, "solver": "dpm++", "guidance_scale": 1}

@@ -7,14 +7,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from distill.core.backend import Passage
-from distill.core.data import passing
-from distill.core.data.build import latent_descriptor
-from distill.core.data.cache import TensorCache
-from distill.core.data.encode import Share
-from distill.core.data.encode_passing import PassingEncoder
-from distill.core.data.images import probe
+from distill.core.data.cache.cache_builder import latent_descriptor
+from distill.core.data.cache.encode import Share
+from distill.core.data.cache.encode_sequential import PassingEncoder
+from distill.core.data.cache.tensor_cache import TensorCache
+from distill.core.data.index import sequential as passing
 from distill.core.data.progress import lines
+from distill.core.data.samples.images import probe
+from distill.core.plugin_api.backend import Passage
 from support.data_helpers import FakeFamily, entry, fill, pipeline, take
 from test_data_pipeline import MIXED, by_position
 from test_data_samples import Memory

@@ -472,11 +472,11 @@ def test_prefetching_stops_when_asked(tmp_path):
 def test_two_processes_share_the_work(tmp_path):
     import threading
 
-    from distill.core.data.build import CacheBuilder
-    from distill.core.data.encode import Share
-    from distill.core.data.places import CachePlaces
+    from distill.core.data.cache.cache_builder import CacheBuilder
+    from distill.core.data.cache.cache_paths import CachePlaces
+    from distill.core.data.cache.encode import Share
     from distill.core.data.progress import default_progress
-    from distill.core.data.report import DataReport
+    from distill.core.data.report.summary import DataReport
 
     folder = fill(tmp_path / "set", [(32, 32)] * 12)
     cut = folder / "005.png"

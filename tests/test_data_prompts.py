@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from distill.core.errors import Interrupted, UserError
-from distill.core.evaluator import EvaluationSetting
-from distill.core.evaluators import build_evaluators
-from distill.core.plugins import Registry
+from distill.core.evaluation.evaluators import build_evaluators
+from distill.core.plugin_api.evaluator import EvaluationSetting
+from distill.core.registry.registry import Registry
 from support.data_helpers import FakeFamily, entry, fill, pipeline, prompts, take
 from support.pairs import distill, said
 from support.small_run import execute, losses, write_run
@@ -384,7 +384,7 @@ def test_pictures_of_a_run_that_needs_none_are_compared_with(tmp_path, no_latent
 
 def test_a_file_that_the_backend_would_not_read_is_refused(tmp_path):
     from distill.core.config.prompt_entries import check_kind
-    from distill.core.config.types import Settings
+    from distill.core.settings.types import Settings
 
     settings = prompts("p", prompts_file=lines_file(tmp_path)).model_copy(update={"type": "zip", "backend": Settings()})
     refused = []

@@ -8,12 +8,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from distill.core.cli import app
-from distill.core.data.charts import Panel, draw, nice_step, short_number
 from distill.core.data.dataset import Dataset
-from distill.core.data.geometry import Geometry
-from distill.core.data.index import SCHEMA, Index, write_index
-from distill.core.data.survey import survey
-from distill.core.training import Trainer
+from distill.core.data.index.index import SCHEMA, Index, write_index
+from distill.core.data.report.statistics import survey
+from distill.core.data.samples.geometry import Geometry
+from distill.core.drawing.charts import Panel, draw, nice_step, short_number
+from distill.core.engine.trainer import Trainer
 from PIL import Image
 from support.data_helpers import entry, fill, pipeline, prompts, take
 from support.small_run import execute, write_run

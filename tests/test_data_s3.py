@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-from distill.core.backend import Entry
 from distill.core.config import load_configuration
-from distill.core.config.dataset_settings import DatasetSettings
 from distill.core.errors import ConfigError, OutOfReach, UserError
-from distill.core.plugins import Registry
+from distill.core.plugin_api.backend import Entry
+from distill.core.registry.registry import Registry
+from distill.core.settings.dataset_settings import DatasetSettings
 from distill.data_backends.s3 import S3Backend
 from support.data_helpers import FakeFamily, entry, fill, pipeline, prompts, take
 from support.faulty_proxy import Fault, FaultyProxy
@@ -62,9 +62,9 @@ def test_a_bucket_gives_the_batches_of_the_folder(tmp_path, s3, bucket):  # noqa
 
 
 def test_only_headers_are_read_for_the_index(tmp_path, s3, bucket):  # noqa: F811
-    from distill.core.data.captions import CaptionRules
-    from distill.core.data.index_build import IndexBuilder
+    from distill.core.data.index.index_builder import IndexBuilder
     from distill.core.data.progress import default_progress
+    from distill.core.data.samples.captions import CaptionRules
     from PIL import Image
 
     for number in range(4):

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 from typing import BinaryIO
 
 import pytest
-from distill.core.backend import DataBackend, SampleBackend, SampleChunk
 from distill.core.errors import BadValue, UserError
+from distill.core.plugin_api.backend import DataBackend, SampleBackend, SampleChunk
 from support.data_helpers import FakeFamily, entry, fill, pipeline, take
 from test_data_pipeline import MIXED, by_position
 

@@ -101,7 +101,7 @@ def test_a_row_group_is_read_once_for_its_pictures(tmp_path, monkeypatch):
 def test_sizes_in_columns_spare_the_probing_and_are_checked_in_the_end(tmp_path, monkeypatch):
     folder = fill(tmp_path / "set", SIZES[:2])
     (folder / "t.csv").write_text("file_name,caption,width,height\n000.png,a,32,32\n001.png,b,64,32\n")
-    monkeypatch.setattr("distill.core.data.index_build.probe", lambda stream: pytest.fail("the table says it"))
+    monkeypatch.setattr("distill.core.data.index.index_builder.probe", lambda stream: pytest.fail("the table says it"))
     keys = {"csv_file": folder / "t.csv", "width_column": "width", "height_column": "height"}
     _, counts, _ = prepared(source("t", "csv", tmp_path / "vae", **keys), tmp_path)
     assert counts.used == 1

@@ -9,9 +9,9 @@ import torch
 from distill.core.diffusion import DDPMSchedule, FlowSchedule
 from distill.core.engine.progress import Progress
 from distill.core.errors import UserError
-from distill.core.method import MethodSetup
-from distill.core.random import Draws
+from distill.core.plugin_api.method import MethodSetup
 from distill.core.testing.trial import split
+from distill.core.utils.seeds import Draws
 from distill.distill_methods.dmd2 import DMD2
 from support.sdxl_methods import call, table
 from support.small_run import execute, write_run

@@ -215,7 +215,7 @@ def run_python(block: Block, names: dict[str, object]) -> None:
 
 def loaded(content: str) -> None:
     """The code is accepted as a plugin."""
-    from distill.core.plugins import Registry
+    from distill.core.registry.registry import Registry
 
     file = Path("plugin_of_a_page.py")
     file.write_text(content, encoding="utf-8")
@@ -226,7 +226,7 @@ def check_settings(block: Block) -> None:
     """Settings of a run, or the entries of a data file, are accepted; files and folders in them need not be there."""
     from distill.core.config import load_configuration
     from distill.core.errors import ConfigError
-    from distill.core.plugins import Registry
+    from distill.core.registry.registry import Registry
 
     read = {"json": json.loads, "yaml": yaml.safe_load, "toml": tomllib.loads}[block.language]
     found = read(block.content)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from distill.core.assemble import open_run
 from distill.core.cli.evaluate import evaluate
 from distill.core.cli.generate import generate
-from distill.core.config.output import RESOLVED
 from distill.core.errors import UserError
+from distill.core.runs.builders import open_run
+from distill.core.runs.output_folder import RESOLVED
 from PIL import Image
 from support.finished_run import write_finished_run
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from distill.core.diffusion import Prediction
-from distill.core.plugins import Registry
-from distill.core.random import Draws
-from distill.core.terms.ddim import step_to, trailing_walk
+from distill.core.diffusion.solvers import step_to, trailing_walk
+from distill.core.registry.registry import Registry
 from distill.core.testing.gaussian import affine_of, gaussian_batch
 from distill.core.testing.paths import PATHS, train
+from distill.core.utils.seeds import Draws
 from support.closed_form import GuidedFamily
 from support.pages import ROOT
 

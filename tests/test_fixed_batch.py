@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from distill.core.context import Context, Runtime
 from distill.core.engine.health import HealthMonitor
 from distill.core.engine.loop import Loop
+from distill.core.engine.networks import Networks
 from distill.core.engine.optimize import RoleOptimizer
-from distill.core.family import LoraSettings, ModelSettings
-from distill.core.method import MethodSetup
-from distill.core.networks import Networks
-from distill.core.optimizer import OptimizerSettings
-from distill.core.plugins import Registry
-from distill.core.precision import BASE, Precisions
+from distill.core.plugin_api.context import Context, Runtime
+from distill.core.plugin_api.family import LoraSettings, ModelSettings
+from distill.core.plugin_api.method import MethodSetup
+from distill.core.plugin_api.optimizer import OptimizerSettings
+from distill.core.plugin_api.precision import BASE, Precisions
+from distill.core.registry.registry import Registry
 from distill.distill_methods.lcm import LCM
 from distill.model_families.sdxl import SDXL
 from support.sdxl_setup import make_batch

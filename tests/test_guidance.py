@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 from distill.core.diffusion import FlowSchedule, Prediction
-from distill.core.method import MethodSetup
-from distill.core.random import Draws
+from distill.core.plugin_api.method import MethodSetup
 from distill.core.testing.gaussian import affine_of, gaussian_batch
 from distill.core.testing.paths import PATHS, TABLE, train
+from distill.core.utils.seeds import Draws
 from distill.distill_methods.guidance import Guidance
 from pydantic import ValidationError
 from support.closed_form import GuidedFamily

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 from distill.core.config import docs
-from distill.core.config.dataset_settings import DatasetSettings
 from distill.core.config.findings import expectation
-from distill.core.config.run_settings import RunSettings
-from distill.core.plugins import KINDS, Registry
+from distill.core.registry.registry import KINDS, Registry
+from distill.core.settings.dataset_settings import DatasetSettings
+from distill.core.settings.run_settings import RunSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("distill_methods", "model_families", "data_backends", "plugins")
@@ -37,7 +37,7 @@ def relative(path: Path) -> str:
 
 
 def imported(path: Path, *, root: Path = ROOT) -> Iterator[str]:
-    """Modules that a file imports, from the root of the package: `core.method`, `torch`."""
+    """Modules that a file imports, from the root of the package: `core.plugin_api.method`, `torch`."""
     package = path.relative_to(root).parent.parts
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -57,8 +57,10 @@ def registry():
 def test_the_import_reader_resolves_relative_imports(tmp_path):
     path = tmp_path / "core" / "cli" / "x.py"
     path.parent.mkdir(parents=True)
-    path.write_text("from ...plugins import judge\nfrom ..method import Update\nimport distill.core.batch\n")
-    assert {"plugins.judge", "core.method.Update", "core.batch"} <= set(imported(path, root=tmp_path))
+    path.write_text("from ...plugins import judge\nfrom ..method import Update\nimport distill.core.plugin_api.batch\n")
+    assert {"plugins.judge", "core.plugin_api.method.Update", "core.plugin_api.batch"} <= set(
+        imported(path, root=tmp_path)
+    )
 
 
 def test_core_imports_none_of_the_four_folders():
@@ -136,7 +138,7 @@ def test_no_code_branches_on_the_names_of_plugins(registry):
 
 ENGLISH = {"guidance", "recipe", "local"}
 """Names that are words of the engine's own as well: a guidance scale, the recipe of a miniature, a local folder."""
-DEFAULTS = {"core/config/run_settings.py", "core/cli/config.py", "core/config/docs.py"}
+DEFAULTS = {"core/settings/run_settings.py", "core/cli/config.py", "core/config/docs.py"}
 """Where a name stands as what is used, or shown, when nobody says another."""
 
 

@@ -9,8 +9,8 @@ import sys
 import distill as package
 import pytest
 from distill.core.errors import UserError
-from distill.core.packages import is_installed
-from distill.core.plugins import Registry
+from distill.core.registry.registry import Registry
+from distill.core.utils.packages import is_installed
 from support.installed import install, tracker
 from support.pairs import distill, said
 

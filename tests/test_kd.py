@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from distill.core.batch import Batch, Pairs
+from distill.core.data.cache.trajectories import follow
 from distill.core.diffusion import FlowSchedule, Prediction
+from distill.core.diffusion.solvers import trailing_walk
 from distill.core.errors import UserError
-from distill.core.method import MethodSetup, Requirements
-from distill.core.teacher_path import follow
-from distill.core.terms.ddim import trailing_walk
+from distill.core.plugin_api.batch import Batch, Pairs
+from distill.core.plugin_api.method import MethodSetup, Requirements
 from distill.core.testing.gaussian import GaussianFamily, Q, raw_output
 from distill.core.testing.paths import PATHS, TABLE, train
 from distill.distill_methods.kd import KD

@@ -6,15 +6,15 @@ grid index i is the product of the DDIM maps i, i - 1, ..., 0 (reference: consis
 
 import pytest
 import torch
-from distill.core.context import Context, Runtime
 from distill.core.diffusion import DDPMSchedule, FlowSchedule, Prediction
 from distill.core.engine.health import HealthMonitor
 from distill.core.engine.loop import Loop
+from distill.core.engine.networks import Networks
 from distill.core.engine.optimize import RoleOptimizer
-from distill.core.method import MethodSetup, Update
-from distill.core.networks import Networks
-from distill.core.random import Draws
+from distill.core.plugin_api.context import Context, Runtime
+from distill.core.plugin_api.method import MethodSetup, Update
 from distill.core.testing.gaussian import GaussianFamily, affine_of, gaussian_batch
+from distill.core.utils.seeds import Draws
 from distill.distill_methods.lcm import LCM, consistency_function, distance
 
 N, SCALE, MEAN = 8, 2.0, 0.6

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 from distill.core.errors import DistillError
-from distill.core.method import Update
-from distill.core.random import Draws
+from distill.core.plugin_api.method import Update
+from distill.core.utils.seeds import Draws
 from support.sdxl_setup import make_batch, make_loop, make_setup, split
 from support.tiny_sdxl import write_tiny_sdxl
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from distill.core.diffusion import DDPMSchedule, FlowSchedule, Prediction
-from distill.core.terms.matching import (
+from distill.core.diffusion.distribution_matching import (
     DivergenceWeights,
     augmentation_gradient,
     denoising_target,

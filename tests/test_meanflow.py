@@ -13,18 +13,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from distill.core import context as context_module
-from distill.core.context import Context, Runtime
 from distill.core.diffusion import Prediction, append_dims
-from distill.core.flow_map import FlowMapScheduler
-from distill.core.method import MethodSetup
-from distill.core.networks import Networks
-from distill.core.random import Draws
+from distill.core.diffusion.flow_map import FlowMapScheduler
+from distill.core.engine.networks import Networks
+from distill.core.plugin_api import context as context_module
+from distill.core.plugin_api.context import Context, Runtime
+from distill.core.plugin_api.method import MethodSetup
 from distill.core.testing import gaussian
 from distill.core.testing.draws import BatchedDraws
 from distill.core.testing.gaussian import gaussian_batch, gaussian_map
 from distill.core.testing.paths import NOISE as SDXL
 from distill.core.testing.paths import PATHS, TABLE, train
+from distill.core.utils.seeds import Draws
 from distill.distill_methods.meanflow import (
     MeanFlow,
     adaptive_weight,

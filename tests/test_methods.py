@@ -12,10 +12,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from distill.core.config.requirements import check_requirements
-from distill.core.config.run_settings import RunSettings
 from distill.core.diffusion import FlowSchedule
-from distill.core.family import ExportInfo
-from distill.core.method import MethodSetup
+from distill.core.plugin_api.family import ExportInfo
+from distill.core.plugin_api.method import MethodSetup
+from distill.core.settings.run_settings import RunSettings
 from distill.core.testing.trial import base_weights, own_weights, same
 from distill.model_families.sdxl import SDXL
 from support.cases import SETTINGS, config_of, found_of, refusal, registry

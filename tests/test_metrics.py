@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from distill.core.engine import memory
 from distill.core.engine.ema import EMA
 from distill.core.engine.metrics import MetricBuffer, MetricsFile, read_metrics
 from distill.core.engine.progress import Pace, Progress, TerminalProgress, duration, make_progress
+from distill.core.utils import memory
 
 
 class HostSync(torch.utils._python_dispatch.TorchDispatchMode):

@@ -102,7 +102,7 @@ def test_what_a_dead_server_left_undone_is_done_by_the_next_start(tmp_path, s3, 
 
 
 def test_manifests_stay_short(tmp_path, s3, bucket, monkeypatch):  # noqa: F811
-    monkeypatch.setattr("distill.core.data.cache.SHARDS_PER_MANIFEST", 2)
+    monkeypatch.setattr("distill.core.data.cache.tensor_cache.SHARDS_PER_MANIFEST", 2)
     pictures = fill(tmp_path / "set", MIXED)
     machine(tmp_path / "1", pictures, places(s3)).prepare()
     manifests = [key for key in s3.objects(bucket) if key.endswith(".jsonl")]

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 from distill.core.engine.optimize import RoleOptimizer
-from distill.core.engine.tree import optimizer_to_tensors, tensors_to_optimizer
-from distill.core.optimizer import OptimizerPlugin, OptimizerSettings
-from distill.core.plugins import Registry
+from distill.core.plugin_api.optimizer import OptimizerPlugin, OptimizerSettings
+from distill.core.registry.registry import Registry
+from distill.core.utils.tensor_tree import optimizer_to_tensors, tensors_to_optimizer
 
 REGISTRY = Registry.load(installed=False)
 PLUGINS = {name: REGISTRY.get("optimizer", name) for name in REGISTRY.names("optimizer")}
@@ -231,7 +231,7 @@ def test_libraries_are_named_as_pip_knows_them(plugin: type[OptimizerPlugin]) ->
 
 def test_moments_of_channels_last_weights_resume_bit_for_bit():
     """A fused kernel walks over memory: moments must lie as their weights do, also after a checkpoint's round trip."""
-    from distill.core.engine.tree import load_optimizer, optimizer_to_tensors, tensors_to_optimizer
+    from distill.core.utils.tensor_tree import load_optimizer, optimizer_to_tensors, tensors_to_optimizer
 
     def make():
         torch.manual_seed(0)

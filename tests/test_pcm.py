@@ -11,15 +11,15 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, TCDScheduler
 from distill.core.config.requirements import check_requirements
-from distill.core.config.run_settings import RunSettings
-from distill.core.context import Context, Runtime
 from distill.core.diffusion import FlowSchedule
 from distill.core.engine.health import HealthMonitor
 from distill.core.engine.loop import Loop
+from distill.core.engine.networks import Networks
 from distill.core.engine.optimize import RoleOptimizer
 from distill.core.errors import UserError
-from distill.core.method import MethodSetup
-from distill.core.networks import Networks
+from distill.core.plugin_api.context import Context, Runtime
+from distill.core.plugin_api.method import MethodSetup
+from distill.core.settings.run_settings import RunSettings
 from distill.core.testing.gaussian import GaussianFamily, Q, denoise, gaussian_batch
 from distill.core.testing.paths import NOISE as SDXL
 from distill.core.testing.paths import PATHS, TABLE

@@ -3,15 +3,15 @@
 import numpy as np
 import pytest
 import torch
-from distill.core.context import Context, Runtime
+from distill.core.diffusion.adversarial import Heads
 from distill.core.engine.health import HealthMonitor
 from distill.core.engine.loop import Loop
+from distill.core.engine.networks import Networks
 from distill.core.engine.optimize import RoleOptimizer
-from distill.core.family import LoraSettings, ModelSettings
-from distill.core.method import MethodSetup
-from distill.core.networks import Networks
-from distill.core.random import Draws
-from distill.core.terms.adversarial import Heads
+from distill.core.plugin_api.context import Context, Runtime
+from distill.core.plugin_api.family import LoraSettings, ModelSettings
+from distill.core.plugin_api.method import MethodSetup
+from distill.core.utils.seeds import Draws
 from distill.distill_methods.pcm import PCM
 from distill.model_families.sdxl import SDXL
 from support.sdxl_setup import make_batch, split

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from distill.core.plugin_calls import short
-from distill.core.plugins import Registry
-from distill.core.tracking import build_trackers
+from distill.core.engine.tracking import build_trackers
+from distill.core.registry.attribution import short
+from distill.core.registry.registry import Registry
 from support.installed import install, tracker
 from support.pairs import Pair, distill, said
 from support.small_run import write_run

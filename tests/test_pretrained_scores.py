@@ -12,12 +12,12 @@ import pytest
 import torch
 from distill.core.cli import app
 from distill.core.config import load_configuration
-from distill.core.distances import polynomial_distance
 from distill.core.errors import DistillError
-from distill.core.evaluation import _Scorers
-from distill.core.evaluator import EvaluationSetting, Evaluator, Samples
-from distill.core.evaluators import build_evaluators, evaluation_notices, evaluator_names
-from distill.core.plugins import Registry
+from distill.core.evaluation.distances import polynomial_distance
+from distill.core.evaluation.evaluate import _Scorers
+from distill.core.evaluation.evaluators import build_evaluators, evaluation_notices, evaluator_names
+from distill.core.plugin_api.evaluator import EvaluationSetting, Evaluator, Samples
+from distill.core.registry.registry import Registry
 from distill.plugins import _pretrained as pretrained
 from distill.plugins.clip_scores import ClipScore, Reward
 from distill.plugins.torchscript_scores import InceptionDistance, PerceptualDistance

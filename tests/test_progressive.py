@@ -5,12 +5,12 @@ from itertools import pairwise
 import pytest
 import torch
 from distill.core.diffusion import FlowSchedule, Prediction
-from distill.core.method import MethodSetup
-from distill.core.random import Draws
-from distill.core.terms.ddim import data_of_step, step_to, trailing_walk
+from distill.core.diffusion.solvers import data_of_step, step_to, trailing_walk
+from distill.core.plugin_api.method import MethodSetup
 from distill.core.testing.gaussian import Q, affine_of, gaussian_batch
 from distill.core.testing.paths import NOISE as SDXL
 from distill.core.testing.paths import PATHS, TABLE, ZERO_SNR, train
+from distill.core.utils.seeds import Draws
 from distill.distill_methods.progressive import Progressive
 from support.closed_form import GuidedFamily
 from support.mixture import MixtureFamily, guided_parts, mixture_batch

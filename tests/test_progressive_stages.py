@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 from distill.core.errors import UserError
-from distill.core.method import MethodSetup
-from distill.core.random import Draws
+from distill.core.plugin_api.method import MethodSetup
+from distill.core.utils.seeds import Draws
 from distill.distill_methods.progressive import Progressive
 from pydantic import ValidationError
 from support.resuming import resumed_equals_whole

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 from distill.core.cli.options import service_notices
 from distill.core.config import load_configuration
-from distill.core.config.output import RESOLVED
 from distill.core.errors import UserError
-from distill.core.plugins import Registry
-from distill.core.publisher import PublishSetting
-from distill.core.publishing import Publishers, build_publishers
+from distill.core.plugin_api.publisher import PublishSetting
+from distill.core.registry.registry import Registry
+from distill.core.runs.output_folder import RESOLVED
+from distill.core.runs.publishing import Publishers, build_publishers
 from distill.plugins.archive import Archive
 from distill.plugins.bucket import Bucket
 from support.faulty_proxy import Fault, FaultyProxy

@@ -9,12 +9,12 @@ from dataclasses import replace
 import pytest
 import torch
 from distill.core.config import load_configuration
-from distill.core.family import ExportInfo, LoraSettings, ModelSettings
-from distill.core.method import MethodSetup
-from distill.core.networks import Networks
-from distill.core.plugins import Registry
-from distill.core.precision import BASE, Precisions
-from distill.core.quantizer import stored_bytes
+from distill.core.engine.networks import Networks
+from distill.core.plugin_api.family import ExportInfo, LoraSettings, ModelSettings
+from distill.core.plugin_api.method import MethodSetup
+from distill.core.plugin_api.precision import BASE, Precisions
+from distill.core.plugin_api.quantizer import stored_bytes
+from distill.core.registry.registry import Registry
 from distill.distill_methods.lcm import LCM
 from distill.model_families.sdxl import SDXL
 from safetensors.torch import load_file

@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from distill.core.batch import Batch
 from distill.core.config import load_configuration
-from distill.core.context import Context, Runtime
 from distill.core.diffusion import FlowSchedule
 from distill.core.engine.health import HealthMonitor
 from distill.core.engine.loop import Loop
+from distill.core.engine.networks import Networks
 from distill.core.engine.optimize import RoleOptimizer
 from distill.core.errors import UserError
-from distill.core.method import MethodSetup
-from distill.core.networks import Networks
-from distill.core.plugins import Registry
+from distill.core.plugin_api.batch import Batch
+from distill.core.plugin_api.context import Context, Runtime
+from distill.core.plugin_api.method import MethodSetup
+from distill.core.registry.registry import Registry
 from distill.core.testing.gaussian import GaussianFamily, affine_of, gaussian_batch
 from support.closed_form import GuidedFamily
 from support.pairs import Pair, distill, said

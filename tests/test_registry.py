@@ -9,7 +9,7 @@ from pathlib import Path
 import distill
 import pytest
 from distill.core.errors import PluginError, UserError
-from distill.core.plugins import KINDS, Registry, hook_names
+from distill.core.registry.registry import KINDS, Registry, hook_names
 from support.pairs import PLUGIN
 
 

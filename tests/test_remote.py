@@ -9,9 +9,9 @@ from dataclasses import replace
 
 import pytest
 from distill.core.errors import DistillError, OutOfReach, UserError
-from distill.core.remote import RetryPolicy, open_store, split_url
-from distill.core.remote import s3 as s3_module
-from distill.core.remote.s3 import CredentialsRejected, S3Access
+from distill.core.storage import RetryPolicy, open_store, split_url
+from distill.core.storage import s3 as s3_module
+from distill.core.storage.s3 import CredentialsRejected, S3Access
 from support.faulty_proxy import Fault, FaultyProxy
 from support.s3_server import QUICK, SECRET, s3, s3_server  # noqa: F401
 

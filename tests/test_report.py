@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from distill.core.engine.state import RunState
+from distill.core.drawing import curves
+from distill.core.drawing.curves import curve, short, smoothed, thinned, ticks
 from distill.core.errors import UserError
-from distill.core.report import curves
-from distill.core.report.curves import curve, short, smoothed, thinned, ticks
+from distill.core.plugin_api.run_state import RunState
 from distill.core.report.found import MOST_GRIDS
 from distill.core.report.page import write_report
-from distill.core.run_log import ENDS, ENDS_WELL, RunLog, read_log
+from distill.core.runs.run_log import ENDS, ENDS_WELL, RunLog, read_log
 from distill.plugins import report as plugin
 from PIL import Image
 from support.quickstart import command

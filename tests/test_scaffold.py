@@ -11,8 +11,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from distill.core.plugins import KINDS, Registry
-from distill.core.scaffold import Names
+from distill.core.cli.scaffold import Names
+from distill.core.registry.registry import KINDS, Registry
 from support.pairs import distill, said
 from support.small_run import losses, write_run
 

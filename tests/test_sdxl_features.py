@@ -89,7 +89,7 @@ def test_gradient_checkpointing_changes_none_of_them(family, checkpointing):
 
 
 def test_families_without_them_say_so(family):
-    from distill.core.family import ModelFamily
+    from distill.core.plugin_api.family import ModelFamily
 
     with pytest.raises(NotImplementedError, match="no features"):
         ModelFamily.features(family, torch.nn.Identity(), torch.zeros(1), torch.zeros(1), {})

@@ -10,11 +10,11 @@ from itertools import pairwise
 import pytest
 import torch
 from distill.core.diffusion import Prediction
+from distill.core.diffusion.flow_map import FlowMapScheduler, SecondTime
 from distill.core.diffusion.schedule import from_scheduler_config
-from distill.core.family import ExportInfo, LoraSettings
-from distill.core.flow_map import FlowMapScheduler, SecondTime
-from distill.core.method import Sampler
-from distill.core.second_time import differentiable_forward
+from distill.core.diffusion.second_time import differentiable_forward
+from distill.core.plugin_api.family import ExportInfo, LoraSettings
+from distill.core.plugin_api.method import Sampler
 from support.second_time import PROMPTS, SEEDS, SIZE, add_lora, full_student, inputs, lora_student, make, trained
 from support.tiny_sdxl import write_tiny_sdxl
 from torch.autograd import forward_ad
@@ -66,7 +66,7 @@ def test_trained_it_depends_on_the_second_time_and_is_off_without(family, kind):
 
 
 def test_roles_on_one_base_have_their_own(family):
-    from distill.core.networks import AdapterSwitch
+    from distill.core.engine.networks import AdapterSwitch
 
     network = add_lora(lora_student(family), "fake", seed=1)
     add_lora(network, "plain", seed=2)

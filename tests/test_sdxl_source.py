@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 from distill.core.errors import UserError
-from distill.core.family import ModelSettings
+from distill.core.plugin_api.family import ModelSettings
 from distill.model_families.sdxl import SDXL
 from support.original_sdxl import write_single_file
 from support.tiny_sdxl import EDGE, write_tiny_sdxl

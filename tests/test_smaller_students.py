@@ -11,7 +11,7 @@ import re
 import pytest
 import torch
 from distill.core.errors import UserError
-from distill.core.family import MicroConditioning
+from distill.core.plugin_api.family import MicroConditioning
 from support.pairs import distill, said
 from support.small_run import execute, losses, write_run
 from support.tiny_families import EDGE, MODELS, SCALE_FACTOR, Tiny

@@ -6,15 +6,15 @@ import math
 
 import pytest
 import torch
-from distill.core.context import Context, Runtime, stage_of
 from distill.core.diffusion import FlowSchedule
 from distill.core.engine.health import HealthMonitor
 from distill.core.engine.loop import Loop, stage_starts
 from distill.core.engine.lr import lr_lambda, staged
+from distill.core.engine.networks import Networks
 from distill.core.engine.optimize import RoleOptimizer
 from distill.core.errors import UserError
-from distill.core.method import Role, Stage, Update
-from distill.core.networks import Networks
+from distill.core.plugin_api.context import Context, Runtime, stage_of
+from distill.core.plugin_api.method import Role, Stage, Update
 from distill.core.testing.gaussian import GaussianFamily, gaussian_batch
 from support.recipes import PLUGIN
 from support.small_run import execute, losses, write_run

@@ -10,15 +10,15 @@ from unittest.mock import patch
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, TCDScheduler
-from distill.core.context import Context, Runtime
 from distill.core.diffusion import DDPMSchedule, FlowSchedule
+from distill.core.diffusion.segments import even_times, noise_further, segment_edge
 from distill.core.engine.health import HealthMonitor
 from distill.core.engine.loop import Loop
+from distill.core.engine.networks import Networks
 from distill.core.engine.optimize import RoleOptimizer
 from distill.core.errors import UserError
-from distill.core.method import MethodSetup, Stage
-from distill.core.networks import Networks
-from distill.core.terms.segments import even_times, noise_further, segment_edge
+from distill.core.plugin_api.context import Context, Runtime
+from distill.core.plugin_api.method import MethodSetup, Stage
 from distill.core.testing.draws import BatchedDraws
 from distill.core.testing.gaussian import GaussianFamily, denoise, gaussian_batch
 from distill.distill_methods import tcd
@@ -81,7 +81,7 @@ def train(family, *, steps, make_batch, lr=3e-2, size=256, **settings):
     before = {key: value.clone() for key, value in networks.base.state_dict().items()}
     optimizers = {role: optimizer_of(networks, role, lr=lr, steps=steps) for role in networks.trained_roles()}
     loop = Loop(method, context, networks, optimizers, health=HealthMonitor(1))
-    with patch("distill.core.context.Draws", BatchedDraws):
+    with patch("distill.core.plugin_api.context.Draws", BatchedDraws):
         for step in range(steps):
             loop.step(step, [make_batch(step, size, mean=MEAN)])
     assert all(torch.equal(value, before[key]) for key, value in networks.base.state_dict().items()), "teacher moved"

@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 from distill.core.diffusion import FlowSchedule, Prediction
-from distill.core.terms.adversarial import HIDDEN, PLACES, Heads, discriminator_loss, generator_loss
-from distill.core.terms.consistency import boundary_scalings, consistency_function, trajectory_function
-from distill.core.terms.regression import distance, snr_weight, truncated_snr
-from distill.core.terms.weights import Weight, ever_positive, weight_at
+from distill.core.diffusion.adversarial import HIDDEN, PLACES, Heads, discriminator_loss, generator_loss
+from distill.core.diffusion.consistency import boundary_scalings, consistency_function, trajectory_function
+from distill.core.diffusion.regression import distance, snr_weight, truncated_snr
+from distill.core.diffusion.weights import Weight, ever_positive, weight_at
 from distill.core.testing.paths import PATHS, TABLE, ZERO_SNR
 from pydantic import TypeAdapter, ValidationError
 

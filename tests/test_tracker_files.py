@@ -12,9 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
-from distill.core.plugins import Registry
-from distill.core.tracker import RunInfo
-from distill.core.tracking import Trackers, build_trackers, missing_packages
+from distill.core.engine.tracking import Trackers, build_trackers, missing_packages
+from distill.core.plugin_api.tracker import RunInfo
+from distill.core.registry.registry import Registry
 from distill.plugins.mlflow import MLflow, accepted, without_password
 from distill.plugins.trackio import Trackio
 from PIL import Image
@@ -210,9 +210,9 @@ def refuse(host, *args, **kwargs):
         raise OSError("no network here")
     return real(host, *args, **kwargs)
 socket.getaddrinfo = refuse
-from distill.core.plugins import Registry
-from distill.core.tracker import RunInfo
-from distill.core.tracking import build_trackers
+from distill.core.registry.registry import Registry
+from distill.core.plugin_api.tracker import RunInfo
+from distill.core.engine.tracking import build_trackers
 trackers = build_trackers(Registry.load(installed=False), sys.argv[2].split(","), {}, print)
 trackers.start(RunInfo(Path(sys.argv[1]), "tests", "a-run", {"seed": 1}))
 trackers.log({"loss": 1.0}, 1)

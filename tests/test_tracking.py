@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from distill.core.plugins import Registry
-from distill.core.tracker import RunInfo, Tracker
-from distill.core.tracking import Trackers, build_trackers, missing_packages
+from distill.core.engine.tracking import Trackers, build_trackers, missing_packages
+from distill.core.plugin_api.tracker import RunInfo, Tracker
+from distill.core.registry.registry import Registry
 from distill.plugins.tensorboard import TensorBoard
 from distill.plugins.wandb import WandB, logged_in, run_id
 from PIL import Image
@@ -166,7 +166,7 @@ def test_no_tracker_s_library_is_imported_with_the_registry():
     import subprocess
 
     code = (
-        "import sys; from distill.core.plugins import Registry; Registry.load(installed=False);"
+        "import sys; from distill.core.registry.registry import Registry; Registry.load(installed=False);"
         "names = 'tensorboard', 'wandb', 'trackio', 'mlflow', 'huggingface_hub', 'PIL';"
         "print([name for name in names if name in sys.modules])"
     )

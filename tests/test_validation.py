@@ -7,12 +7,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from distill.core.drawing.grid import GridRow, fit, labelled_grid, to_pictures, to_tensor
+from distill.core.engine.tracking import Trackers
 from distill.core.errors import UserError
-from distill.core.grid import GridRow, fit, labelled_grid, to_pictures, to_tensor
-from distill.core.prompts import read_library
-from distill.core.sampling import Recipe, batch_size, describe_guidance, plural, sampling
-from distill.core.tracking import Trackers
-from distill.core.validation import ValidationPlan, Validator, slug
+from distill.core.evaluation.sampling import Recipe, batch_size, describe_guidance, plural, sampling
+from distill.core.evaluation.validation import ValidationPlan, Validator, slug
+from distill.core.utils.prompt_library import read_library
 from PIL import Image
 from support.fake_family import FakeFamily, FakeNetworks, fake_sampler, picture
 

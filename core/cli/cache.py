@@ -12,7 +12,7 @@ from .options import ConfigOption, DataOption, FamilyOption, ModelOption, Output
 
 if TYPE_CHECKING:
     from ..config import Configuration
-    from ..plugins import Registry
+    from ..registry.registry import Registry
 
 app = typer.Typer(help="Build, verify or clear the text and latent caches.", no_args_is_help=True)
 
@@ -33,7 +33,7 @@ def build(
     configuration, registry = options.load(
         family=family, config=config, data=data, model=model, output_dir=output_dir, overrides=set_, plugins=plugin
     )
-    from ..assemble import REPORTS_FOLDER, build_pipeline
+    from ..runs.builders import REPORTS_FOLDER, build_pipeline
 
     pipeline = build_pipeline(configuration, registry, say=options.say)
     pipeline.prepare()
@@ -58,8 +58,8 @@ def verify(
     configuration, registry = options.load(
         family=family, config=config, data=data, model=model, output_dir=output_dir, overrides=set_, plugins=plugin
     )
-    from ..assemble import build_pipeline
     from ..errors import DistillError
+    from ..runs.builders import build_pipeline
 
     found = list(build_pipeline(configuration, registry, say=options.say).surveys())
     for survey in found:
@@ -90,7 +90,7 @@ def clear(
     if orphaned:
         _clear_orphaned(configuration, registry, dataset, yes=yes)
         return
-    from ..data.cache import remove_cache
+    from ..data.cache.tensor_cache import remove_cache
 
     folders = _folders(configuration, dataset)
     for folder, _ in folders:
@@ -106,7 +106,7 @@ def clear(
 
 
 def _clear_orphaned(configuration: Configuration, registry: Registry, dataset: str | None, *, yes: bool) -> None:
-    from ..assemble import build_pipeline
+    from ..runs.builders import build_pipeline
 
     found = list(build_pipeline(configuration, registry, say=options.say).surveys())
     found = [each for each in found if each.num_orphaned and dataset in (None, each.cache.descriptor.get("dataset"))]
@@ -122,9 +122,9 @@ def _clear_orphaned(configuration: Configuration, registry: Registry, dataset: s
 
 def _folders(configuration: Configuration, dataset: str | None) -> list[tuple[Path, dict[str, object]]]:
     """Folders and descriptors of all caches of the configuration's datasets, or of one dataset's or entry's alone."""
-    from ..assemble import CACHE_FOLDER
-    from ..data.cache import cache_folders
-    from ..data.places import CachePlaces, dataset_folders
+    from ..data.cache.cache_paths import CachePlaces, dataset_folders
+    from ..data.cache.tensor_cache import cache_folders
+    from ..runs.builders import CACHE_FOLDER
 
     places = CachePlaces(configuration, configuration.run.output_dir / CACHE_FOLDER)
     pairs = {places.pairs(entry) for entry in configuration.distillation_caches if entry.id == dataset}
@@ -139,8 +139,8 @@ def _folders(configuration: Configuration, dataset: str | None) -> list[tuple[Pa
 
 def _side_files(configuration: Configuration, dataset: str | None) -> list[Path]:
     """Indexes, remembered settings and quarantine lists beside the latents."""
-    from ..assemble import CACHE_FOLDER
-    from ..data.places import CachePlaces
+    from ..data.cache.cache_paths import CachePlaces
+    from ..runs.builders import CACHE_FOLDER
 
     places = CachePlaces(configuration, configuration.run.output_dir / CACHE_FOLDER)
     return [file for each in configuration.datasets if dataset in (None, each.id) for file in places.side_files(each)]

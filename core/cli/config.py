@@ -82,7 +82,7 @@ def show(
 def schema(plugin: PluginOption = None) -> None:
     """Print the JSON Schema of the configuration, for editors."""
     from ..config import json_schema
-    from ..plugins import Registry
+    from ..registry.registry import Registry
 
     typer.echo(json.dumps(json_schema(Registry.load(plugin or ())), indent=2, ensure_ascii=False))
 
@@ -97,7 +97,7 @@ def init(
 ) -> None:
     """Write a commented starting pair: config.yaml and multidatabackend.yaml."""
     from ..config.starting import starting_config, starting_data
-    from ..plugins import Registry
+    from ..registry.registry import Registry
 
     registry = Registry.load(plugin or ())
     files = {

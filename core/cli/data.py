@@ -49,7 +49,7 @@ def report(
         overrides=set_,
         plugins=plugin,
     )
-    from ..assemble import REPORTS_FOLDER, build_pipeline
+    from ..runs.builders import REPORTS_FOLDER, build_pipeline
 
     pipeline = build_pipeline(configuration, registry, say=options.say)
     folder = configuration.run.output_dir / REPORTS_FOLDER

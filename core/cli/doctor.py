@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..config import Configuration
-    from ..engine.memory import MemorySettings
-    from ..plugins import Registry
+    from ..registry.registry import Registry
+    from ..utils.memory import MemorySettings
 
 REQUIRED = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "pydantic")
 Rows = Iterator[tuple[str, str]]
@@ -46,7 +46,7 @@ def doctor(
     plugin: PluginOption = None,
 ) -> None:
     """What this machine has and lacks: device, memory, optional packages, credentials; what a configuration needs."""
-    from ..plugins import Registry
+    from ..registry.registry import Registry
 
     _section("machine", machine(output_dir or Path.cwd()))
     _section("packages", packages(Registry.load(plugin or ())))
@@ -83,7 +83,7 @@ def machine(folder: Path) -> Rows:
     import psutil
     import torch
 
-    from ..engine.memory import gigabytes
+    from ..utils.memory import gigabytes
 
     yield "python", platform.python_version()
     yield "cpu", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads in use"
@@ -101,8 +101,8 @@ def machine(folder: Path) -> Rows:
 
 def packages(registry: Registry) -> Rows:
     """Versions of what is required, and what plugins would like to have."""
-    from ..packages import missing
-    from ..plugins import KINDS
+    from ..registry.registry import KINDS
+    from ..utils.packages import missing
 
     for name in REQUIRED:
         yield name, _version(name)
@@ -123,7 +123,7 @@ def credentials() -> Rows:
     """Which accounts are known; nothing requires one, and no secret is shown."""
     from huggingface_hub import get_token
 
-    from ..remote.s3 import account
+    from ..storage.s3 import account
 
     yield "AWS", account()
     yield "Hugging Face", "a token is there" if get_token() else "no token (only push_to_hub and gated models need one)"
@@ -139,7 +139,7 @@ def accounts(configuration: Configuration, registry: Registry) -> Rows:
 
 def memory(configuration: Configuration, registry: Registry) -> Rows:
     """The estimate by purpose, and what would save how much."""
-    from ..engine.memory import estimate, gigabytes, savings
+    from ..utils.memory import estimate, gigabytes, savings
 
     settings = memory_settings(configuration, registry)
     if settings is None:
@@ -160,8 +160,8 @@ def memory_settings(configuration: Configuration, registry: Registry) -> MemoryS
 
     import torch
 
-    from ..assemble import build_family, build_method, default_resolution
-    from ..engine.memory import MemorySettings
+    from ..runs.builders import build_family, build_method, default_resolution
+    from ..utils.memory import MemorySettings
 
     run = configuration.run
     family = build_family(configuration, registry)
@@ -196,7 +196,7 @@ def base_bytes(configuration: Configuration, registry: Registry, network: nn.Mod
     """Bytes per frozen weight of `network`, quantised as the run asks for."""
     from torch import nn
 
-    from ..quantizer import NO_CHANGE
+    from ..plugin_api.quantizer import NO_CHANGE
 
     run = configuration.run
     item = 4 if run.mixed_precision == "no" else 2

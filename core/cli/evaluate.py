@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ..config import Configuration
-    from ..evaluation_run import RealImages
-    from ..family import ModelFamily
-    from ..plugins import Registry
+    from ..evaluation.evaluate_run import RealImages
+    from ..plugin_api.family import ModelFamily
+    from ..registry.registry import Registry
 
 
 def evaluate(
@@ -45,9 +45,9 @@ def evaluate(
     student_steps, full_steps = read_steps("--steps", steps), read_steps("--teacher-steps", teacher_steps)
     from rich.console import Console
 
-    from ..assemble import ExportedNetworks, build_family, build_method, open_run, parse_loras
-    from ..evaluation_run import evaluate_run
-    from ..evaluators import require_evaluators
+    from ..evaluation.evaluate_run import evaluate_run
+    from ..evaluation.evaluators import require_evaluators
+    from ..runs.builders import ExportedNetworks, build_family, build_method, open_run, parse_loras
 
     loras = parse_loras(lora or [])
     given = {"evaluators": evaluators, "base_model_precision": base_model_precision}
@@ -109,7 +109,7 @@ def _data(
     configuration: Configuration, registry: Registry, family: ModelFamily, count: int
 ) -> tuple[Sequence[str], RealImages | None]:
     """Captions and pictures of the run's data; the validation prompts and no pictures where it cannot be read."""
-    from ..assemble import build_pipeline
+    from ..runs.builders import build_pipeline
 
     pipeline = build_pipeline(configuration, registry, say=_say, family=family, pairs=False)
     try:

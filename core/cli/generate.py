@@ -25,7 +25,10 @@ def generate(
     ] = None,
 ) -> None:
     """Make a picture with a finished run's student."""
-    from ..assemble import (
+    from ..drawing.grid import to_pictures
+    from ..evaluation.sampling import Recipe, make_pictures, sampling
+    from ..evaluation.validation import slug
+    from ..runs.builders import (
         STUDENT_FOLDER,
         ExportedNetworks,
         build_family,
@@ -34,10 +37,7 @@ def generate(
         open_run,
         parse_loras,
     )
-    from ..files import save_picture
-    from ..grid import to_pictures
-    from ..sampling import Recipe, make_pictures, sampling
-    from ..validation import slug
+    from ..utils.files import save_picture
 
     loras = parse_loras(lora or [])
     named = [] if base_model_precision is None else [f"base_model_precision={base_model_precision}"]

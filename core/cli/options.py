@@ -9,7 +9,7 @@ import typer
 
 if TYPE_CHECKING:
     from ..config import Configuration
-    from ..plugins import Registry
+    from ..registry.registry import Registry
 
 MethodOption = Annotated[str | None, typer.Option("--method", help="Distillation method (`distill plugins list`).")]
 FamilyOption = Annotated[str | None, typer.Option("--family", help="Model family (`distill plugins list`).")]
@@ -40,7 +40,7 @@ def load(
 ) -> tuple[Configuration, Registry]:
     """The configuration of the options given, and the registry with its plugins."""
     from ..config import load_configuration
-    from ..plugins import Registry
+    from ..registry.registry import Registry
 
     registry = Registry.load(plugins or ())
     flags = {
@@ -63,9 +63,9 @@ def say(line: str) -> None:
 
 def service_notices(configuration: Configuration, registry: Registry) -> list[str]:
     """What trackers, publishers and evaluators will warn of at the start of the run."""
-    from ..evaluators import evaluation_notices
-    from ..publishing import build_publishers
-    from ..tracking import build_trackers
+    from ..engine.tracking import build_trackers
+    from ..evaluation.evaluators import evaluation_notices
+    from ..runs.publishing import build_publishers
 
     lines: list[str] = []
     build_trackers(registry, configuration.run.report_to, configuration.trackers, lines.append)

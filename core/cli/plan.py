@@ -11,13 +11,13 @@ from . import options
 
 if TYPE_CHECKING:
     from ..config import Configuration
-    from ..plugins import Registry
+    from ..registry.registry import Registry
 
 
 def print_plan(configuration: Configuration, registry: Registry) -> None:
     """Check the model's files and the output folder, then print notices (stderr) and the plan (stdout)."""
-    from ..assemble import build_family
     from ..config import check_output_dir
+    from ..runs.builders import build_family
 
     state = check_output_dir(configuration)
     build_family(configuration, registry).check_source()

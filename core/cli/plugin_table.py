@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
-from ..names import nearest
-from ..packages import install_line, missing
+from ..utils.packages import install_line, missing
+from ..utils.suggest import nearest
 
 if TYPE_CHECKING:
-    from ..plugins import Registry
+    from ..registry.registry import Registry
 
 HOOKS = "hooks"
 """The kind of a plugin that registers no name and only watches runs."""
@@ -70,7 +70,7 @@ def rows(registry: Registry, kind: str | None = None) -> list[Row]:
     Raises:
         UserError: There is no such kind.
     """
-    from ..plugins import KINDS
+    from ..registry.registry import KINDS
 
     kinds = [*KINDS, HOOKS]
     if kind is not None:

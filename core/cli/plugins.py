@@ -12,12 +12,12 @@ from pydantic import ValidationError
 
 from ..config.requirements import SWITCHES
 from ..errors import UserError
-from ..method import ModelType
+from ..plugin_api.method import ModelType
 from .check import check
 
 if TYPE_CHECKING:
-    from ..method import Method, Requirements, Role
-    from ..plugins import Registry
+    from ..plugin_api.method import Method, Requirements, Role
+    from ..registry.registry import Registry
 
 app = typer.Typer(no_args_is_help=True, help="What is there, and from where.", pretty_exceptions_enable=False)
 app.command()(check)
@@ -36,7 +36,7 @@ def list_plugins(
 
     Installed packages that cannot be loaded are said at the end, with the reason, and the exit code is 2 then.
     """
-    from ..plugins import Registry
+    from ..registry.registry import Registry
     from .plugin_table import as_table, rows
 
     refused: list[UserError] = []
@@ -64,9 +64,9 @@ def new(
     output: Annotated[Path, typer.Option(metavar="DIR", help="The folder that it is written into.")] = Path(),
 ) -> None:
     """Write a plugin that works: code of its kind, a test, a README, ready to be installed and changed."""
-    from ..plugins import KINDS, Registry
-    from ..scaffold import Names, check_name, write_plugin
+    from ..registry.registry import KINDS, Registry
     from .plugin_table import chosen_kind
+    from .scaffold import Names, check_name, write_plugin
 
     names = Names(chosen_kind(kind, KINDS), name)
     check_name(names.kind, name, Registry.load(refused=[]))
@@ -85,7 +85,7 @@ def show(
     plugin: PluginOption = None,
 ) -> None:
     """What a plugin is, where it comes from, and its settings."""
-    from ..plugins import Registry
+    from ..registry.registry import Registry
 
     registry = Registry.load(plugin or ())
     for index, kind in enumerate(kinds_of(registry, name)):
@@ -95,8 +95,8 @@ def show(
 
 def kinds_of(registry: Registry, name: str) -> list[str]:
     """Kinds that have the name. Raises UserError where none has."""
-    from ..names import nearest
-    from ..plugins import KINDS
+    from ..registry.registry import KINDS
+    from ..utils.suggest import nearest
 
     kinds = [kind for kind in KINDS if registry.known(kind, name)]
     kind, dot, own = name.partition(".")
@@ -135,7 +135,7 @@ def describe(registry: Registry, kind: str, name: str) -> str:
 
 def packages(found: type[Any]) -> list[str]:
     """The third-party packages that a plugin needs, and whether each is installed."""
-    from ..packages import missing
+    from ..utils.packages import missing
 
     absent = missing(found.packages)
     state = {name: f"missing; pip install '{install}'" for name, install in absent.items()}
@@ -144,7 +144,7 @@ def packages(found: type[Any]) -> list[str]:
 
 def needs(method: type[Method]) -> list[str]:
     """What a method needs of data, family and settings, and the networks it works with, for either kind of training."""
-    from ..method import MethodSetup
+    from ..plugin_api.method import MethodSetup
 
     try:
         config = method.Config()

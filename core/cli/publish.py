@@ -20,9 +20,9 @@ def publish(
     set_: SetOption = None,
 ) -> None:
     """Publish a finished run's student: hub, bucket, archive, a LoRA for ComfyUI (`distill plugins list`)."""
-    from ..assemble import STUDENT_FOLDER, open_run
     from ..errors import DistillError
-    from ..publishing import publishers_named
+    from ..runs.builders import STUDENT_FOLDER, open_run
+    from ..runs.publishing import publishers_named
 
     configuration, registry = open_run(output_dir, overrides=set_ or ())
     names = [name.strip() for name in (to or "").split(",") if name.strip()]

@@ -19,7 +19,7 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from ..run import RunResult
+    from ..runs.run import RunResult
 
 
 def run(
@@ -58,7 +58,7 @@ def run(
 
         print_plan(configuration, registry)
         return
-    from ..run import run as distil
+    from ..runs.run import run as distil
 
     _report(distil(configuration, registry, say=options.say))
 

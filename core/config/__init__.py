@@ -6,12 +6,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .configuration import Configuration
-    from .dataset_settings import DatasetSettings
+    from ..runs.output_folder import OutputState, check_output_dir
+    from ..settings.configuration import Configuration
+    from ..settings.dataset_settings import DatasetSettings
+    from ..settings.run_settings import RunSettings
     from .load import load_configuration
-    from .output import OutputState, check_output_dir
     from .requirements import check_requirements
-    from .run_settings import RunSettings
     from .schema import json_schema
 
 __all__ = [

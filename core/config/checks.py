@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import Finding, UserError
-from ..prompts import read_library
+from ..settings.dataset_settings import DatasetSettings
+from ..settings.run_settings import RunSettings
+from ..utils.prompt_library import read_library
 from .coercion import is_local
-from .dataset_settings import DatasetSettings
 from .reading import Layers
-from .run_settings import RunSettings
 
 MAX_MEGAPIXELS = 64
 """A larger area is a number of pixels that was given as megapixels."""

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
-from .types import Anywhere, Relative, is_url
+from ..settings.types import Anywhere, Relative, is_url
 
 
 @dataclass(frozen=True)

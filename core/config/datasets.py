@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
-from .. import packages
-from ..backend import SampleBackend
 from ..errors import BadValue, Finding
-from ..names import nearest
+from ..plugin_api.backend import SampleBackend
+from ..settings.dataset_settings import DatasetSettings
+from ..settings.run_settings import RunSettings
+from ..utils import packages
+from ..utils.suggest import nearest
 from .checks import check_dataset, check_folder, check_weights
 from .coercion import absolute
-from .dataset_settings import DatasetSettings
 from .findings import PartCheck
 from .normalise import (
     SIZES,
@@ -29,10 +30,9 @@ from .normalise import (
 from .pair_entries import check_pair_keys
 from .prompt_entries import Refuse, check_captions, check_kind, check_prompts, without_pictures
 from .reading import COMMAND_LINE, SUFFIXES, Layers, Origin, fill_environment, read_file, strip_dashes
-from .run_settings import RunSettings
 
 if TYPE_CHECKING:
-    from ..plugins import Registry
+    from ..registry.registry import Registry
 
 DATA_FILE_STEM = "multidatabackend"
 TRAINED_ON = ("image", "prompts")
@@ -216,7 +216,7 @@ class DatasetsCheck:
             if isinstance(backend, SampleBackend):
                 backend.check_samples(pictures=entry.has_pictures, captions=entry.needs_captions)
             elif entry.metadata_is_here:
-                from ..data.metadata_table import MetadataTable
+                from ..data.tables.metadata_table import MetadataTable
 
                 MetadataTable(entry, backend).check()
         except BadValue as error:

@@ -10,10 +10,10 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticUndefined
 
 from ..errors import Finding
-from ..names import nearest
+from ..settings.secrets import shown
+from ..utils.suggest import nearest
 from .coercion import leaves, prepare
 from .reading import Origin
-from .secrets import shown
 
 _LIMITS = {
     "exclusiveMinimum": "above {}",

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, Finding, UserError
+from ..settings.configuration import PARTS, Configuration
+from ..settings.run_settings import RunSettings
 from .checks import Report, check_run
-from .configuration import PARTS, Configuration
 from .datasets import Datasets, DatasetsCheck, RawEntry, apply_overrides, find_data_file, read_data_file, read_entries
 from .findings import PartCheck
 from .normalise import align_rounding, megapixel_notices, refuse_not_yet, rename_run_keys
@@ -19,10 +20,9 @@ from .parts import Parts, PartsCheck
 from .quantisation import check_quantisation
 from .reading import COMMAND_LINE, Layers, Origin, fill_environment, nested, parse_override, read_file, strip_dashes
 from .requirements import check_pictures, check_requirements, check_smaller_student, trajectory_points
-from .run_settings import RunSettings
 
 if TYPE_CHECKING:
-    from ..plugins import Registry
+    from ..registry.registry import Registry
 
 DEEP = frozenset(PARTS)
 RECIPE = "recipe.json"

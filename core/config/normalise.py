@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import Finding
-from .dataset_settings import PIXEL_LIMIT
+from ..settings.dataset_settings import PIXEL_LIMIT
 from .reading import Layers, Origin
 
 RUN_ALIASES = {

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import Finding
-from .dataset_settings import DatasetSettings
+from ..settings.dataset_settings import DatasetSettings
 
 Refuse = Callable[[str, object, str, str], None]
 KIND = "distillation_cache"

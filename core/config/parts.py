@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
-from .. import packages
 from ..errors import Finding
-from ..method import MethodPart, method_parts
-from .configuration import PARTS
-from .dataset_settings import DatasetSettings
+from ..plugin_api.method import MethodPart, method_parts
+from ..settings.configuration import PARTS
+from ..settings.dataset_settings import DatasetSettings
+from ..settings.run_settings import FULL_RATE, LORA_RATE, RunSettings
+from ..utils import packages
 from .findings import PartCheck
 from .quantisation import named_quantizers
 from .reading import Layers, Origin
-from .run_settings import FULL_RATE, LORA_RATE, RunSettings
 
 if TYPE_CHECKING:
-    from ..plugins import Registry
+    from ..registry.registry import Registry
 
 NAMED = {"distillation_method": "method", "model_family": "family", "optimizer": "optimizer"}
 """Keys that name one plugin -> its kind."""

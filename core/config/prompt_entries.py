@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
-from .dataset_settings import COLUMN_KEYS, OF_A_TABLE, OF_THE_SOURCE, DatasetSettings
+from ..settings.dataset_settings import COLUMN_KEYS, OF_A_TABLE, OF_THE_SOURCE, DatasetSettings
 
 if TYPE_CHECKING:
-    from ..plugins import Registry
+    from ..registry.registry import Registry
 
 Refuse = Callable[[str, object, str, str], None]
 ABOUT_PICTURES = (
@@ -116,7 +116,7 @@ def _check_columns(entry: DatasetSettings, refuse: Refuse) -> None:
 
 def check_prompts(entry: DatasetSettings, registry: Registry, refuse: Refuse) -> None:
     """The first prompts of a dataset can be read: file, suffix, column, encoding."""
-    from ..data.prompt_files import open_source
+    from ..data.index.prompt_files import open_source
     from ..errors import BadValue
 
     backend = registry.get("data_backend", entry.type)(entry.backend)

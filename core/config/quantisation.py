@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from .. import packages
 from ..errors import Finding
-from ..quantizer import NO_CHANGE
-from .run_settings import RunSettings
+from ..plugin_api.quantizer import NO_CHANGE
+from ..settings.run_settings import RunSettings
+from ..utils import packages
 
 if TYPE_CHECKING:
-    from ..plugins import Registry
+    from ..registry.registry import Registry
     from .reading import Layers
 
 BASE = "base_model_precision"
@@ -64,7 +64,7 @@ Problems = Iterator[tuple[str, str]]
 
 
 def _on_this_machine(quantizer: type[Any], run: RunSettings) -> Problems:
-    from ..assemble import resolve_device
+    from ..runs.builders import resolve_device
 
     reason = quantizer.usable(resolve_device(run.device)) if _there(run.device) else None
     if reason is not None:
@@ -93,7 +93,7 @@ def _of_family(key: str, classes: dict[str, type[Any]]) -> Problems:
 def _of_training(
     run: RunSettings, key: str, quantizer: type[Any], classes: dict[str, type[Any]], method_config: Any
 ) -> Problems:
-    from ..method import MethodSetup
+    from ..plugin_api.method import MethodSetup
 
     if run.model_type == "full":
         what = "is what model_type full trains" if key == BASE else "is exported whole with model_type full"

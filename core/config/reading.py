@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from ..errors import Finding
-from .secrets import FromEnvironment, is_secret
+from ..settings.secrets import FromEnvironment, is_secret
 
 COMMAND_LINE = "command line"
 SUFFIXES = (".json", ".yaml", ".yml", ".toml")

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import Finding, UserError
-from .run_settings import RunSettings
+from ..settings.run_settings import RunSettings
 
 if TYPE_CHECKING:
-    from ..family import ModelFamily
-    from ..method import Method, MethodSetup
-    from .dataset_settings import DatasetSettings
+    from ..plugin_api.family import ModelFamily
+    from ..plugin_api.method import Method, MethodSetup
+    from ..settings.dataset_settings import DatasetSettings
 
 SWITCHES = {
     "guidance_embedding": "a network that takes the guidance scale as an input",
@@ -42,7 +42,7 @@ def check_requirements(
         prediction_type: Of the model, where it is known already.
         num_timesteps: Training timesteps of the model's discrete schedule, where it is known already.
     """
-    from ..method import MethodSetup
+    from ..plugin_api.method import MethodSetup
 
     files = files or {}
     setup = MethodSetup(model_type=run.model_type, prediction_type=prediction_type, use_ema=run.use_ema)
@@ -104,7 +104,7 @@ def check_smaller_student(
 
 def _without(switch: str, method: type[Method], config: Any, run: RunSettings) -> str:
     """What to do where the family lacks `switch`."""
-    from ..terms.guidance import GuidanceRange
+    from ..diffusion.guidance import GuidanceRange
 
     ways = ["choose another family or method"]
     if run.model_type == "full":
@@ -128,7 +128,7 @@ def _own_refusal(method: type[Method], config: Any, setup: MethodSetup, run: Run
 
 def _with_parts(method: type[Method], config: Any, path: str) -> Iterator[tuple[str, type[Method], Any]]:
     """A method and those that its settings are made of: path of the settings, class, settings."""
-    from ..method import method_parts
+    from ..plugin_api.method import method_parts
 
     yield path, method, config
     for place, part in method_parts(config):
@@ -152,7 +152,7 @@ def check_pictures(
         datasets: Those that are trained on.
         files: Id of a dataset -> the file that its type comes from.
     """
-    from ..method import MethodSetup
+    from ..plugin_api.method import MethodSetup
 
     prompts = [entry for entry in datasets if not entry.has_pictures]
     setup = MethodSetup(model_type=run.model_type, use_ema=run.use_ema)
@@ -176,7 +176,7 @@ def check_pictures(
 
 def trajectory_points(method: type[Method], method_config: Any, run: RunSettings) -> int:
     """Points of the teacher's path that the method needs with this configuration; 0 for no path at all."""
-    from ..method import MethodSetup
+    from ..plugin_api.method import MethodSetup
 
     return method.requires(method_config, MethodSetup(run.model_type, use_ema=run.use_ema)).trajectory_points
 

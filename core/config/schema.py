@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
-from .configuration import PARTS
-from .dataset_settings import DatasetSettings
+from ..settings.configuration import PARTS
+from ..settings.dataset_settings import DatasetSettings
+from ..settings.run_settings import RunSettings
 from .normalise import RUN_ALIASES
-from .run_settings import RunSettings
 
 if TYPE_CHECKING:
-    from ..plugins import Registry
+    from ..registry.registry import Registry
 
 
 def json_schema(registry: Registry) -> dict[str, Any]:

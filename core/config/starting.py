@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
-from .dataset_settings import DatasetSettings
-from .run_settings import RunSettings
+from ..settings.dataset_settings import DatasetSettings
+from ..settings.run_settings import RunSettings
 
 if TYPE_CHECKING:
-    from ..plugins import Registry
+    from ..registry.registry import Registry
 
 RUN_VALUES: dict[str, Any] = {
     "pretrained_model_name_or_path": "name/model",

@@ -13,17 +13,17 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..backend import DataBackend, SampleBackend
 from ..errors import UserError
-from .geometry import REASONS, Geometry, Plan, flipped_left
+from ..plugin_api.backend import DataBackend, SampleBackend
 from .hashing import Int64s, UInt64s, combine, permute
-from .images import BrokenImage, decoded, read_file, scale_and_crop
-from .index import FILTERED, NO_CAPTION, Index, describe_listing
+from .index.index import FILTERED, NO_CAPTION, Index, describe_listing
+from .index.sequential import Opener, places_of, read_in_order
 from .order import Span, Stream
-from .passing import Opener, places_of, read_in_order
+from .samples.geometry import REASONS, Geometry, Plan, flipped_left
+from .samples.images import BrokenImage, decoded, read_file, scale_and_crop
 
 if TYPE_CHECKING:
-    from ..config.dataset_settings import DatasetSettings
+    from ..settings.dataset_settings import DatasetSettings
 
 T = TypeVar("T")
 CHUNK = 1 << 18

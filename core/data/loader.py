@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 import torch
 
-from ..batch import Batch, Conditioning, Pairs
-from ..family import MicroConditioning
-from ..random import Draws
-from .cache import TensorCache
+from ..plugin_api.batch import Batch, Conditioning, Pairs
+from ..plugin_api.family import MicroConditioning
+from ..utils.seeds import Draws
+from .cache.encode import LATENTS
+from .cache.pairs import CachedPairs, plain_picture
+from .cache.tensor_cache import TensorCache
 from .dataset import Dataset
-from .encode import LATENTS
 from .hashing import Int64s
 from .order import Curriculum
-from .pairs import CachedPairs, plain_picture
 
 if TYPE_CHECKING:
-    from ..family import ModelFamily
+    from ..plugin_api.family import ModelFamily
 
 T = TypeVar("T")
 

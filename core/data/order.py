@@ -15,7 +15,7 @@ from fractions import Fraction
 import numpy as np
 
 from ..errors import UserError
-from ..random import derive_seed
+from ..utils.seeds import derive_seed
 from .hashing import Int64s, permute
 
 AHEAD = 1 << 14

@@ -13,38 +13,38 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..batch import Batch
 from ..engine.processes import in_group, together
-from ..random import derive_seed
-from .build import CacheBuilder, Caches
-from .captions import CaptionRules
+from ..plugin_api.batch import Batch
+from ..utils.files import write_whole
+from ..utils.seeds import derive_seed
+from ..utils.threads import threads
+from .cache.cache_builder import CacheBuilder, Caches
+from .cache.cache_paths import CachePlaces, dataset_folders
+from .cache.encode import Share, ahead, flips
+from .cache.pairs import pair_descriptor
+from .cache.verify import Survey, folders_beside, needs, surveys
 from .dataset import Dataset
-from .dataset_report import DatasetReport, write_reports
-from .encode import Share, ahead, flips
-from .geometry import Geometry
 from .hashing import permute
-from .images import BrokenImage, fit
-from .index import Index
-from .index_build import IndexBuilder
+from .index.index import Index
+from .index.index_builder import IndexBuilder
+from .index.prompt_files import open_source
+from .index.prompt_index import PromptIndexBuilder
+from .index.sequential import Opener
 from .loader import CachedDataset, CachedLatents, Loader, Prefetch, Shape
 from .order import Curriculum, Stream
-from .pairs import pair_descriptor
-from .passing import Opener
-from .places import CachePlaces, dataset_folders
 from .progress import Progress, default_progress
-from .prompt_files import open_source
-from .prompt_index import PromptIndexBuilder
-from .report import DataReport, describe, named_with_reasons
-from .storage import write_whole
-from .threads import threads
-from .verify import Survey, folders_beside, needs, surveys
+from .report.dataset_report import DatasetReport, write_reports
+from .report.summary import DataReport, describe, named_with_reasons
+from .samples.captions import CaptionRules
+from .samples.geometry import Geometry
+from .samples.images import BrokenImage, fit
 
 if TYPE_CHECKING:
-    from ..backend import DataBackend
     from ..config import Configuration
-    from ..config.dataset_settings import DatasetSettings
-    from ..family import ModelFamily
-    from ..plugins import Registry
+    from ..plugin_api.backend import DataBackend
+    from ..plugin_api.family import ModelFamily
+    from ..registry.registry import Registry
+    from ..settings.dataset_settings import DatasetSettings
 
 
 class DataPipeline:

@@ -20,8 +20,8 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import sync_folder
-from .tree import load_optimizer, optimizer_to_tensors, tensors_to_optimizer
+from ..utils.files import sync_folder
+from ..utils.tensor_tree import load_optimizer, optimizer_to_tensors, tensors_to_optimizer
 
 __all__ = ["CheckpointState", "CheckpointStore", "load_optimizer", "optimizer_to_tensors", "tensors_to_optimizer"]
 

@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..batch import Batch
-from ..context import Context
 from ..errors import PluginError
-from ..method import Method, Stage, Update
-from ..networks import Networks
-from ..plugin_calls import owner
+from ..plugin_api.batch import Batch
+from ..plugin_api.context import Context
+from ..plugin_api.method import Method, Stage, Update
+from ..registry.attribution import owner
 from .health import HealthMonitor
+from .networks import Networks
 from .optimize import RoleOptimizer
 
 NUM_TIME_BINS = 10

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..optimizer import OptimizerCare
+from ..plugin_api.optimizer import OptimizerCare
 
 
 class RoleOptimizer:

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from ..backend import DataBackend
 from ..errors import BadValue, DistillError, UserError
+from ..plugin_api.backend import DataBackend
 from .checkpoint import MANIFEST, CheckpointState, CheckpointStore, read_manifest
 
 BLOCK = 1 << 24

@@ -11,15 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from ..assemble import REPORTS_FOLDER
-from ..config.output import RESOLVED
-from ..config.secrets import shown
+from ..drawing.curves import Columns, Curve, curve, short
 from ..engine.metrics import read_metrics
 from ..errors import UserError
-from ..evaluation_report import format_score
-from ..run_log import Session, read_log
-from ..sampling import describe_guidance
-from .curves import Columns, Curve, curve, short
+from ..evaluation.result import format_score
+from ..evaluation.sampling import describe_guidance
+from ..runs.builders import REPORTS_FOLDER
+from ..runs.output_folder import RESOLVED
+from ..runs.run_log import Session, read_log
+from ..settings.secrets import shown
 from .pictures import Embedded, embedded
 
 MOST_CURVES = 30

@@ -6,8 +6,8 @@ import base64
 import hashlib
 from pathlib import Path
 
-from ..files import write_text
-from .curves import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, short
+from ..drawing.curves import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, short
+from ..utils.files import write_text
 from .found import Found, find
 
 FILE = "report.html"

@@ -12,8 +12,8 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from ..backend import DataBackend, SampleBackend, SampleChunk
 from ..errors import OutOfReach, UserError
+from ..plugin_api.backend import DataBackend, SampleBackend, SampleChunk
 from .checks import ConformanceError, NotApplicable, Subject, expect, failing, said
 from .suite import Named
 

@@ -229,7 +229,7 @@ def class_is_left_alone(subject: Subject, base: type[Any], before: Mapping[str, 
 
 def kinds_of_bases() -> Mapping[str, type[Any]]:
     """Kind of plugin -> base class."""
-    from ..plugins import _BASES
+    from ..registry.registry import _BASES
 
     return _BASES
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..random import Draws, generator
+from ..utils.seeds import Draws, generator
 
 
 class BatchedDraws(Draws):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..evaluator import EvaluationSetting, Samples
+from ..plugin_api.evaluator import EvaluationSetting, Samples
 from .checks import NotApplicable, Subject, expect, failing
 from .suite import Named
 

@@ -14,10 +14,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..engine.networks import Networks
 from ..errors import UserError
-from ..family import ExportInfo, LoraSettings, MicroConditioning, ModelFamily, ModelSettings
-from ..method import Role, Sampler
-from ..networks import Networks
+from ..plugin_api.family import ExportInfo, LoraSettings, MicroConditioning, ModelFamily, ModelSettings
+from ..plugin_api.method import Role, Sampler
 from .checks import NotApplicable, Subject, expect, failing
 from .suite import Named
 from .walks import GUIDED, SEEDS, UNGUIDED, walk_is_generate

@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..batch import Batch, Conditioning
 from ..diffusion.schedule import Schedule
-from ..family import Capabilities, MicroConditioning, ModelFamily, ModelSettings
+from ..plugin_api.batch import Batch, Conditioning
+from ..plugin_api.family import Capabilities, MicroConditioning, ModelFamily, ModelSettings
 
 Q = 0.5
 """Standard deviation of the data of a prompt."""

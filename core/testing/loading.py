@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DistillError, UserError
-from ..plugins import _HOOKS, ENTRY_POINTS, Registry
+from ..registry.registry import _HOOKS, ENTRY_POINTS, Registry
 from .checks import Check, ConformanceError, NotApplicable
 from .suite import checks_of
 

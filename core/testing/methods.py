@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
+from ..engine.networks import Networks
 from ..errors import UserError
-from ..family import LoraSettings
-from ..method import MethodSetup, Requirements, method_parts
-from ..networks import Networks
-from ..plugins import Registry
+from ..plugin_api.family import LoraSettings
+from ..plugin_api.method import MethodSetup, Requirements, method_parts
+from ..registry.registry import Registry
 from .checks import NotApplicable, Subject, expect, failing
 from .paths import PATHS, train
 from .sampling import distance_to_answer, quantile_noise, sample
@@ -295,7 +295,7 @@ def _sampler(bench: Bench) -> None:
 
 
 def _samples(bench: Bench, networks: Networks, method: Any, sampler: Any) -> torch.Tensor:
-    from ..context import Runtime
+    from ..plugin_api.context import Runtime
 
     assert bench.needs is not None
     context = QuickContext(Runtime(bench.family, networks, seed=0, device=torch.device("cpu")))

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..engine.tree import load_optimizer, optimizer_to_tensors, tensors_to_optimizer
-from ..optimizer import OptimizerSettings
+from ..plugin_api.optimizer import OptimizerSettings
+from ..utils.tensor_tree import load_optimizer, optimizer_to_tensors, tensors_to_optimizer
 from .checks import Subject, expect, failing
 from .suite import Named
 

@@ -8,17 +8,17 @@ from typing import Any
 
 import torch
 
-from ..batch import Batch
-from ..context import Context, Runtime
 from ..diffusion import DDPMSchedule, FlowSchedule
 from ..diffusion.schedule import Schedule
 from ..engine.health import HealthMonitor
 from ..engine.loop import Loop
 from ..engine.lr import staged
+from ..engine.networks import Networks
 from ..engine.optimize import RoleOptimizer
-from ..family import LoraSettings, ModelFamily
-from ..method import Method, MethodSetup
-from ..networks import Networks
+from ..plugin_api.batch import Batch
+from ..plugin_api.context import Context, Runtime
+from ..plugin_api.family import LoraSettings, ModelFamily
+from ..plugin_api.method import Method, MethodSetup
 from .trial import base_weights
 
 NOISE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}

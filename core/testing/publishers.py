@@ -54,7 +54,7 @@ def _problems(subject: Subject) -> None:
 
 
 def _asked_for(subject: Subject) -> None:
-    from ..config.run_settings import RunSettings
+    from ..settings.run_settings import RunSettings
 
     cls, config = subject.cls, subject.config()
     with failing("from_run()", "it is given the run's keys and its own settings, or None"):

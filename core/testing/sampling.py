@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from ..diffusion.schedule import FlowSchedule, Schedule
-from ..second_time import SCHEDULER
+from ..diffusion.second_time import SCHEDULER
 from .checks import expect
 from .gaussian import Q
 from .paths import NOISE
 
 if TYPE_CHECKING:
-    from ..context import Context
-    from ..method import Sampler
+    from ..plugin_api.context import Context
+    from ..plugin_api.method import Sampler
 
 
 def build_scheduler(sampler: Sampler, schedule: Schedule, kind: str) -> Any:
@@ -24,7 +24,7 @@ def build_scheduler(sampler: Sampler, schedule: Schedule, kind: str) -> Any:
     import diffusers
 
     if sampler.scheduler == SCHEDULER:
-        from ..flow_map import FlowMapScheduler
+        from ..diffusion.flow_map import FlowMapScheduler
 
         found: Any = FlowMapScheduler
     else:

@@ -17,11 +17,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..batch import Batch, Conditioning, Pairs
-from ..context import Context
 from ..diffusion.schedule import Schedule
-from ..family import Capabilities
-from ..terms.ddim import trailing_walk
+from ..diffusion.solvers import trailing_walk
+from ..plugin_api.batch import Batch, Conditioning, Pairs
+from ..plugin_api.context import Context
+from ..plugin_api.family import Capabilities
 from . import gaussian
 from .draws import BatchedDraws
 from .gaussian import GaussianFamily, Q

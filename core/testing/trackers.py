@@ -11,7 +11,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from ..tracker import RunInfo, Tracker
+from ..plugin_api.tracker import RunInfo, Tracker
 from .checks import ConformanceError, Subject, expect, failing
 from .suite import Named
 

@@ -13,19 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..batch import Batch, Pairs
-from ..context import Context, Runtime
 from ..engine.checkpoint import CheckpointStore
 from ..engine.health import HealthMonitor
 from ..engine.loop import Loop
 from ..engine.lr import lr_lambda, staged
 from ..engine.metrics import MetricsFile
+from ..engine.networks import Networks
 from ..engine.optimize import RoleOptimizer
-from ..family import LoraSettings
-from ..method import MethodSetup, Requirements
-from ..networks import Networks
-from ..plugins import Registry
-from ..training import Trainer
+from ..engine.trainer import Trainer
+from ..plugin_api.batch import Batch, Pairs
+from ..plugin_api.context import Context, Runtime
+from ..plugin_api.family import LoraSettings
+from ..plugin_api.method import MethodSetup, Requirements
+from ..registry.registry import Registry
 
 
 @dataclass

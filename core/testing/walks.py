@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..batch import Conditioning
-from ..context import Context, Runtime
-from ..method import Role
-from ..networks import Networks
-from ..terms.ddim import deterministic_sampler, step_to, trailing_walk
+from ..diffusion.solvers import deterministic_sampler, step_to, trailing_walk
+from ..engine.networks import Networks
+from ..plugin_api.batch import Conditioning
+from ..plugin_api.context import Context, Runtime
+from ..plugin_api.method import Role
 from .checks import NotApplicable, expect, failing
 
 if TYPE_CHECKING:

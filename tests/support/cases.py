@@ -6,8 +6,8 @@ from functools import cache
 from typing import Any
 
 from distill.core.errors import UserError
-from distill.core.method import MethodSetup
-from distill.core.plugins import Registry
+from distill.core.plugin_api.method import MethodSetup
+from distill.core.registry.registry import Registry
 from support.recipes import recipe, term
 
 SHORT_DMD2 = {"fake_updates_per_student_update": 2, "num_inference_steps": 2}

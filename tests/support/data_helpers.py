@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from distill.core.config.dataset_settings import DatasetSettings
 from distill.core.data.pipeline import DataPipeline
+from distill.core.settings.dataset_settings import DatasetSettings
 from distill.data_backends.local import LocalBackend
 from distill.data_backends.s3 import S3Backend
 from distill.data_backends.tables import CsvBackend, JsonLinesBackend, ParquetBackend

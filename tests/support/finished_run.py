@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 import torch
-from distill.core.assemble import build_family, build_method, lora_settings
 from distill.core.config import load_configuration
-from distill.core.config.output import RESOLVED
-from distill.core.family import ExportInfo
-from distill.core.networks import Networks
-from distill.core.plugins import Registry
+from distill.core.engine.networks import Networks
+from distill.core.plugin_api.family import ExportInfo
+from distill.core.registry.registry import Registry
+from distill.core.runs.builders import build_family, build_method, lora_settings
+from distill.core.runs.output_folder import RESOLVED
 from support.small_run import write_run
 
 

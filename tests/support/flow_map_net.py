@@ -9,7 +9,7 @@ import copy
 
 import torch
 from distill.core.diffusion import Schedule, append_dims
-from distill.core.family import Capabilities
+from distill.core.plugin_api.family import Capabilities
 from distill.core.testing import gaussian
 from distill.core.testing.gaussian import GaussianFamily, Q
 from distill.core.testing.smooth import Splines

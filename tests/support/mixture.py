@@ -10,9 +10,9 @@ from __future__ import annotations
 import copy
 
 import torch
-from distill.core.batch import Batch
 from distill.core.diffusion import Schedule
-from distill.core.family import Capabilities
+from distill.core.plugin_api.batch import Batch
+from distill.core.plugin_api.family import Capabilities
 from distill.core.testing.gaussian import GaussianFamily
 from torch import Tensor, nn
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from distill.core.config.dataset_settings import DatasetSettings
-from distill.core.family import ModelSettings
+from distill.core.plugin_api.family import ModelSettings
+from distill.core.settings.dataset_settings import DatasetSettings
 from distill.core.testing.paths import TABLE
 from torch import nn
 

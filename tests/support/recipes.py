@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from distill.core.plugins import Registry
+from distill.core.registry.registry import Registry
 
 PLUGIN = Path(__file__).with_name("recipe_plugin.py")
 

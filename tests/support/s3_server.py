@@ -19,8 +19,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from distill.core.remote import RetryPolicy
-from distill.core.remote.s3 import S3Access
+from distill.core.storage import RetryPolicy
+from distill.core.storage.s3 import S3Access
 
 KEY_ID, SECRET, REGION = "AKIATESTKEYID", "a-very/secret+value", "us-east-1"
 QUICK = RetryPolicy(attempts=3, base_seconds=0.01, max_seconds=0.05, timeout_seconds=5, connect_seconds=2)

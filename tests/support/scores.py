@@ -10,15 +10,15 @@ from __future__ import annotations
 import copy
 
 import torch
-from distill.core.batch import Batch
-from distill.core.context import Context, Runtime
 from distill.core.diffusion import DDPMSchedule, FlowSchedule
 from distill.core.engine.health import HealthMonitor
 from distill.core.engine.loop import Loop
+from distill.core.engine.networks import Networks
 from distill.core.engine.optimize import RoleOptimizer
-from distill.core.family import Capabilities
-from distill.core.method import MethodSetup
-from distill.core.networks import Networks
+from distill.core.plugin_api.batch import Batch
+from distill.core.plugin_api.context import Context, Runtime
+from distill.core.plugin_api.family import Capabilities
+from distill.core.plugin_api.method import MethodSetup
 from distill.core.testing.gaussian import GaussianFamily, Q
 from distill.distill_methods.dmd2 import DMD2
 from torch import Tensor, nn

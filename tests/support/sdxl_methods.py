@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from distill.core.context import Context, Runtime
 from distill.core.engine.health import HealthMonitor
 from distill.core.engine.loop import Loop
 from distill.core.engine.lr import lr_lambda, staged
+from distill.core.engine.networks import Networks
 from distill.core.engine.optimize import RoleOptimizer
-from distill.core.family import LoraSettings, ModelSettings
-from distill.core.method import MethodSetup
-from distill.core.networks import Networks
+from distill.core.plugin_api.context import Context, Runtime
+from distill.core.plugin_api.family import LoraSettings, ModelSettings
+from distill.core.plugin_api.method import MethodSetup
 from distill.model_families.sdxl import SDXL
 
 

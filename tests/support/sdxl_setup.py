@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import torch
-from distill.core.batch import Batch
-from distill.core.context import Context, Runtime
 from distill.core.engine.health import HealthMonitor
 from distill.core.engine.loop import Loop
+from distill.core.engine.networks import Networks
 from distill.core.engine.optimize import RoleOptimizer
-from distill.core.family import LoraSettings, MicroConditioning, ModelSettings
-from distill.core.method import MethodSetup
-from distill.core.networks import Networks
+from distill.core.plugin_api.batch import Batch
+from distill.core.plugin_api.context import Context, Runtime
+from distill.core.plugin_api.family import LoraSettings, MicroConditioning, ModelSettings
+from distill.core.plugin_api.method import MethodSetup
 from distill.distill_methods.lcm import LCM
 from distill.model_families.sdxl import SDXL
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from distill.core.family import MicroConditioning, ModelSettings
+from distill.core.plugin_api.family import MicroConditioning, ModelSettings
 from distill.model_families.sdxl import SDXL
 from support.tiny_sdxl import EDGE
 

@@ -62,8 +62,8 @@ def write_run(root: Path, *, output: str = "out", model: Path | None = None, **s
 def execute(config_file: Path, **flags):
     """Run it in this process; returns (RunResult, lines said)."""
     from distill.core.config import load_configuration
-    from distill.core.plugins import Registry
-    from distill.core.run import run
+    from distill.core.registry.registry import Registry
+    from distill.core.runs.run import run
 
     lines: list[str] = []
     registry = Registry.load(flags.pop("plugins", ()), installed=False)

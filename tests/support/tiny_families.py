@@ -55,8 +55,8 @@ class Tiny:
 
     def make(self, folder: Path, config: dict[str, Any] | None = None, **settings: Any) -> Any:
         """The family on the model in `folder`."""
-        from distill.core.family import ModelSettings
-        from distill.core.plugins import Registry
+        from distill.core.plugin_api.family import ModelSettings
+        from distill.core.registry.registry import Registry
 
         kind = Registry.load(installed=False).get("family", self.family)
         own = kind.Config(**{**self.settings, **(config or {})})

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from distill.core.batch import Batch, Pairs
-from distill.core.family import LoraSettings, MicroConditioning, ModelSettings
-from distill.core.networks import Networks
-from distill.core.terms.ddim import trailing_walk
+from distill.core.diffusion.solvers import trailing_walk
+from distill.core.engine.networks import Networks
+from distill.core.plugin_api.batch import Batch, Pairs
+from distill.core.plugin_api.family import LoraSettings, MicroConditioning, ModelSettings
 from distill.core.testing import trial
 from distill.model_families.sdxl import SDXL
 

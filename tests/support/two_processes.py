@@ -16,8 +16,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from distill.core.config.dataset_settings import DatasetSettings
 from distill.core.errors import DistillError, OutOfReach
+from distill.core.settings.dataset_settings import DatasetSettings
 from support import data_helpers
 from support.data_helpers import FakeFamily, entry, pipeline
 

@@ -16,8 +16,8 @@ References:
 
 import distill
 import torch
-from distill.core.terms.ddim import data_of_step, deterministic_sampler, step_to, trailing_walk
-from distill.core.terms.regression import truncated_snr
+from distill.core.diffusion.regression import truncated_snr
+from distill.core.diffusion.solvers import data_of_step, deterministic_sampler, step_to, trailing_walk
 from pydantic import Field
 
 

@@ -2,7 +2,7 @@
 
 import csv
 
-from distill.core.tracker import RunInfo
+from distill.core.plugin_api.tracker import RunInfo
 from distill_research.csv_tracker import CSV
 
 

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import torch
 from distill.core.diffusion import FlowSchedule, Prediction
-from distill.core.method import MethodSetup
+from distill.core.plugin_api.method import MethodSetup
 from distill_research.leap import Leap
 
 

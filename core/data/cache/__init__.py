@@ -1,0 +1,1 @@
+"""Caches of what the frozen networks say: latents, embeddings and trajectories of the teacher."""

@@ -1,0 +1,301 @@
+"""Bringing the caches of all datasets up to date, and saying why anything is made anew."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ...utils.files import write_whole
+from ..dataset import Dataset
+from ..hashing import count_different
+from ..progress import Progress
+from ..report.summary import DataReport
+from ..samples.images import PIXELS_VERSION
+from .encode import LatentEncoder, Share, encode_captions, missing_captions
+from .encode_sequential import PassingEncoder
+from .mirror import CachePlace, Mirror
+from .pairs import CachedPairs, PairMaker, WantedPairs, cost, pair_descriptor
+from .tensor_cache import TensorCache, cache_folders
+
+if TYPE_CHECKING:
+    from ...plugin_api.family import ModelFamily
+    from ...settings.dataset_settings import DatasetSettings
+
+FORMAT = 1
+PREPROCESSING = (
+    "resolution", "resolution_type", "crop", "crop_aspect", "crop_style", "maximum_image_size",
+    "target_downsample_size", "aspect_bucket_alignment", "aspect_bucket_rounding", "random_flip",
+)  # fmt: skip
+"""Settings that decide a picture's pixels: what is compared to say why latents are made anew."""
+MODEL_PARTS = {"vae": "autoencoder is", "denoiser": "teacher is", "text": "text encoders are"}
+
+
+class Places(Protocol):
+    """Where caches lie."""
+
+    def latents(self, settings: DatasetSettings) -> Path:
+        """Folder of a dataset's latent caches."""
+        ...
+
+    def remembered(self, settings: DatasetSettings) -> Path:
+        """File with the settings that a dataset's latents were last made with."""
+        ...
+
+    def texts(self, settings: DatasetSettings) -> Path:
+        """Folder of the text caches that a dataset uses."""
+        ...
+
+    def text_shard_size(self, settings: DatasetSettings) -> int:
+        """Captions per file of that text cache."""
+        ...
+
+    def pair_entry(self, settings: DatasetSettings) -> DatasetSettings:
+        """The distillation cache that a dataset uses."""
+        ...
+
+    def pairs(self, entry: DatasetSettings) -> Path:
+        """Folder of a distillation cache."""
+        ...
+
+    def pairs_there(self, entry: DatasetSettings) -> CachePlace | None:
+        """The other place that a distillation cache is kept in too, if there is one."""
+        ...
+
+    def latents_there(self, settings: DatasetSettings) -> CachePlace | None:
+        """The other place that a dataset's latents are kept in too, if there is one."""
+        ...
+
+    def texts_there(self, settings: DatasetSettings) -> CachePlace | None:
+        """The same of its text cache."""
+        ...
+
+
+@dataclass
+class Caches:
+    """The caches of each dataset, by its id; datasets may share text caches and pairs, and prompts have no latents."""
+
+    latents: dict[str, TensorCache] = field(default_factory=dict)
+    texts: dict[str, TensorCache] = field(default_factory=dict)
+    pairs: dict[str, CachedPairs] = field(default_factory=dict)
+
+
+def text_descriptor(family: ModelFamily) -> dict[str, Any]:
+    """What all embeddings of a cache depend on."""
+    return {"kind": "text", "format": FORMAT, "family": family.name, "text": family.fingerprint("text")}
+
+
+def latent_descriptor(family: ModelFamily, dataset: str) -> dict[str, Any]:
+    """What all latents of a cache depend on."""
+    return {"kind": "latents", "format": FORMAT, "family": family.name, "vae": family.fingerprint("vae"),
+            "dataset": dataset, "pixels": PIXELS_VERSION}  # fmt: skip
+
+
+class CacheBuilder:
+    """Encodes what is missing; the text encoders go before the autoencoder comes.
+
+    Args:
+        family: The encoders.
+        places: Where caches lie.
+        share: This process's part of the work.
+        workers: Threads that decode pictures.
+        progress: Told of every entry.
+        say: Takes lines for people.
+        together: A block that all processes leave together, or with the error of the one that failed in it.
+    """
+
+    def __init__(
+        self,
+        family: ModelFamily,
+        places: Places,
+        *,
+        share: Share,
+        workers: int,
+        progress: Progress,
+        say: Callable[[str], None],
+        together: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        self.family, self.places, self.share, self.workers = family, places, share, workers
+        self.progress, self.say, self.together = progress, say, together
+
+    def build(
+        self, datasets: Sequence[Dataset], report: DataReport, *, pictures: bool = True, pairs: bool = False
+    ) -> Caches:
+        """All caches, complete; broken pictures are dropped from their datasets, and counts go into `report`.
+
+        Args:
+            datasets: What is trained on.
+            report: Filled in.
+            pictures: Whether latents are made; without, the autoencoder is not loaded.
+            pairs: Whether the teacher makes paths of the captions; without, it is not loaded.
+        """
+        caches = Caches()
+        groups: dict[Path, list[Dataset]] = {}
+        for dataset in datasets:
+            groups.setdefault(self.places.texts(dataset.settings), []).append(dataset)
+        for folder, group in groups.items():
+            cache = self._texts(folder, group, report)
+            cache.release_lookup()  # before that of the latents is made
+            caches.texts |= {dataset.id: cache for dataset in group}
+        for dataset in datasets if pictures else ():
+            caches.latents[dataset.id] = self._latents(dataset, report)
+        maker = PairMaker(self.family, progress=self.progress)
+        for dataset in datasets if pairs else ():
+            caches.pairs[dataset.id] = self._pairs(dataset, caches.texts[dataset.id], maker, report)
+        return caches
+
+    # -- captions ---------------------------------------------------------------------------------------------------
+
+    def _texts(self, folder: Path, datasets: Sequence[Dataset], report: DataReport) -> TensorCache:
+        there = self.places.texts_there(datasets[0].settings)
+        cache = self._open(folder, text_descriptor(self.family), "text cache", there, report)
+        todo = missing_captions(cache, datasets)
+        for dataset in datasets:
+            dataset.counts.captions = count_different(dataset.index.caption_digests[:, 0])
+        missing = sum(len(places) for _, places in todo)
+        if not missing:
+            return cache
+        self._explain_texts(folder, cache, missing)
+        with self.together():
+            encode_captions(
+                cache, todo, self.family, shard_size=self.places.text_shard_size(datasets[0].settings),
+                progress=self.progress, share=self.share,
+            )  # fmt: skip
+        self.family.release_encoders()
+        report.captions_encoded += missing
+        return self._reload(cache)
+
+    def _explain_texts(self, folder: Path, cache: TensorCache, missing: int) -> None:
+        if len(cache):
+            self.say(f"text cache: {missing:,} captions are new or have changed and are encoded")
+        elif any(descriptor["kind"] == "text" for path, descriptor in cache_folders(folder) if path != cache.folder):
+            self.say(f"text cache: the text encoders have changed, so all {missing:,} captions are encoded anew")
+
+    # -- pictures ---------------------------------------------------------------------------------------------------
+
+    def _latents(self, dataset: Dataset, report: DataReport) -> TensorCache:
+        folder = self.places.latents(dataset.settings)
+        there, label = self.places.latents_there(dataset.settings), f"latents of {dataset.id!r}"
+        cache = self._open(folder, latent_descriptor(self.family, dataset.id), label, there, report)
+        encoder = self._encoder(dataset, cache)
+        jobs = encoder.plan()
+        missing = sum(len(job.rows) for job in jobs)
+        if missing:
+            self._explain_latents(dataset, cache, missing)
+            with self.together():
+                encoder.run(encoder.mine(jobs, self.share), progress=self.progress)
+            self.family.release_encoders()
+            report.pictures_encoded += missing
+            cache = self._reload(cache)
+            encoder = self._after(encoder, cache)
+        if encoder.broken:
+            dataset.drop(encoder.broken)
+        with self.together():
+            if self.share.rank == 0:
+                self._remember(dataset)
+        return cache
+
+    def _encoder(self, dataset: Dataset, cache: TensorCache) -> LatentEncoder:
+        kind = PassingEncoder if dataset.in_order else LatentEncoder
+        return kind(dataset, cache, self.family, workers=self.workers)
+
+    def _after(self, encoder: LatentEncoder, cache: TensorCache) -> LatentEncoder:
+        """What is broken as all processes see it: known failures, and whatever is still missing."""
+        final = self._encoder(encoder.dataset, cache)
+        left = final.plan()
+        for job in left:
+            for row in job.rows:
+                final.broken[int(row)] = encoder.broken.get(int(row), "it could not be read")
+        return final
+
+    def _settings(self, dataset: Dataset) -> dict[str, Any]:
+        values = dataset.settings.model_dump(mode="json", include=set(PREPROCESSING))
+        return {"vae": self.family.fingerprint("vae"), **{name: values[name] for name in PREPROCESSING}}
+
+    def _remember(self, dataset: Dataset) -> None:
+        path, text = self.places.remembered(dataset.settings), json.dumps(self._settings(dataset), indent=1)
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            write_whole(path, text.encode())
+
+    def _explain_latents(self, dataset: Dataset, cache: TensorCache, missing: int) -> None:
+        path = self.places.remembered(dataset.settings)
+        changes = changed(json.loads(path.read_bytes()), self._settings(dataset)) if path.exists() else []
+        if changes:
+            self.say(f"{cache.label}: {', '.join(changes)}, so {missing:,} pictures are encoded anew")
+        elif len(cache):
+            self.say(f"{cache.label}: {len(cache):,} are there, {missing:,} new, changed or missing ones are encoded")
+
+    # -- paths of the teacher ---------------------------------------------------------------------------------------
+
+    def _pairs(self, dataset: Dataset, texts: TensorCache, maker: PairMaker, report: DataReport) -> CachedPairs:
+        settings = self.places.pair_entry(dataset.settings)
+        folder, descriptor = self.places.pairs(settings), pair_descriptor(self.family, settings)
+        there = self.places.pairs_there(settings)
+        cache = self._open(folder, descriptor, f"pairs of {settings.id!r}", there, report)
+        wanted = WantedPairs(dataset, settings)
+        jobs = wanted.missing(cache)
+        missing = sum(len(job.keys) for job in jobs)
+        if missing:
+            self._explain_pairs(cache)
+            self.say(cost(settings, missing, wanted.num_pairs))
+            with self.together():
+                maker.run(wanted, self.share.of(jobs), cache, texts)
+            maker.release()
+            self.family.release_encoders()
+            report.pairs_made += missing
+            cache = self._reload(cache)
+        return wanted.cached(cache, self.family)
+
+    def _explain_pairs(self, cache: TensorCache) -> None:
+        others = [found for _, found in cache_folders(cache.parent) if found["kind"] == cache.descriptor["kind"]]
+        if not len(cache) and others:
+            differences = min((changed(other, cache.descriptor) for other in others), key=len)
+            self.say(f"{cache.label}: {', '.join(differences)}, so they are made anew")
+
+    # -- all of them --------------------------------------------------------------------------------------------------
+
+    def _open(
+        self, folder: Path, descriptor: Mapping[str, Any], label: str, there: CachePlace | None, report: DataReport
+    ) -> TensorCache:
+        """The cache, checked by the first process before the others read it."""
+        cache = TensorCache(folder, descriptor, label=label, say=self.say)
+        if there is not None:
+            place = there.within(cache.folder.name)
+            cache.mirror = Mirror(place, cache.folder, progress=self.progress)
+        with self.together():
+            if self.share.rank == 0:
+                report.damaged_shards += _brought(cache)
+        with self.together():  # nobody writes before all have seen the same
+            if self.share.rank != 0:
+                cache.load()
+        return cache
+
+    def _reload(self, cache: TensorCache) -> TensorCache:
+        """The same cache with what every process has added."""
+        with self.together():
+            if cache.mirror is not None:
+                cache.mirror.flush()
+            cache.load()
+        return cache
+
+
+def _brought(cache: TensorCache) -> int:
+    """Read a cache, filled from its other place where it has one; returns how many of its shards were damaged."""
+    if cache.mirror is None:
+        return len(cache.load())
+    cache.mirror.pull()
+    damaged = len(cache.load())
+    cache.mirror.push_missing()
+    return damaged
+
+
+def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Settings that differ, as ``resolution 512 -> 1024``."""
+    different = [name for name in now if before.get(name) != now[name]]
+    return [
+        f"the {MODEL_PARTS[name]} another one" if name in MODEL_PARTS else f"{name} {before.get(name)} -> {now[name]}"
+        for name in different
+    ]

@@ -1,0 +1,115 @@
+"""Where the indexes and caches of a configuration's datasets lie."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..index.sequential import marks_path
+from .mirror import CachePlace
+
+if TYPE_CHECKING:
+    from ...config import Configuration
+    from ...registry.registry import Registry
+    from ...settings.dataset_settings import DatasetSettings
+
+
+class CachePlaces:
+    """Where indexes and caches lie: as the data file says, else below `root`."""
+
+    def __init__(self, config: Configuration, root: Path, registry: Registry | None = None) -> None:
+        self._config, self._root, self._registry = config, root, registry
+        self._there: dict[str, CachePlace] = {}
+        self._caches: dict[str, DatasetSettings] = {entry.id: entry for entry in config.caches}
+
+    def latents(self, settings: DatasetSettings) -> Path:
+        """Folder of a dataset's latent caches."""
+        if settings.cache_dir_vae is not None:
+            return Path(settings.cache_dir_vae)
+        return self.latents_root / settings.id
+
+    @property
+    def latents_root(self) -> Path:
+        """Folder of the latents of all datasets that are given no place of their own."""
+        shared = self._latents_entry()
+        return Path(shared.cache_dir) if shared is not None and shared.cache_dir is not None else self._root / "vae"
+
+    def index(self, settings: DatasetSettings) -> Path:
+        """File of a dataset's index, beside its latents where it has any."""
+        folder = self.latents(settings) if settings.has_pictures else self._root / "prompts" / settings.id
+        return folder / f"{settings.id}.index.arrow"
+
+    def quarantine(self, settings: DatasetSettings) -> Path:
+        """File that names a dataset's broken files, with reasons."""
+        return self.index(settings).with_name(f"{settings.id}.quarantine.txt")
+
+    def set_aside(self, settings: DatasetSettings) -> Path:
+        """File that remembers which samples could not be encoded, for runs that are resumed."""
+        return self.index(settings).with_name(f"{settings.id}.set-aside.json")
+
+    def remembered(self, settings: DatasetSettings) -> Path:
+        """File with the settings that a dataset's latents were last made with."""
+        return self.latents(settings) / f"{settings.id}.settings.json"
+
+    def side_files(self, settings: DatasetSettings) -> list[Path]:
+        """What lies beside a dataset's caches."""
+        index = self.index(settings)
+        beside = [self.quarantine(settings), self.set_aside(settings), self.remembered(settings)]
+        return [index, marks_path(index), *beside]
+
+    def texts(self, settings: DatasetSettings) -> Path:
+        """Folder of the text caches that a dataset uses."""
+        entry = self.text_entry(settings)
+        if entry is not None and entry.cache_dir is not None:
+            return Path(entry.cache_dir)
+        return self._root / "text" / (entry.id if entry is not None and entry.backend is not None else "")
+
+    def _latents_entry(self) -> DatasetSettings | None:
+        return next((entry for entry in self._caches.values() if entry.dataset_type == "vae_embeds"), None)
+
+    def _place(self, entry: DatasetSettings | None) -> CachePlace | None:
+        """The other place that an entry names; one with a backend of its own does."""
+        if entry is None or entry.backend is None or self._registry is None:
+            return None
+        if entry.id not in self._there:
+            backend = self._registry.get("data_backend", entry.type)(entry.backend)
+            self._there[entry.id] = CachePlace(entry.id, backend)
+        return self._there[entry.id]
+
+    def latents_there(self, settings: DatasetSettings) -> CachePlace | None:
+        """The other place that a dataset's latents are kept in too, if there is one."""
+        place = self._place(self._latents_entry())
+        return place.within(settings.id) if place is not None else None
+
+    def texts_there(self, settings: DatasetSettings) -> CachePlace | None:
+        """The same of its text cache."""
+        return self._place(self.text_entry(settings))
+
+    def text_entry(self, settings: DatasetSettings) -> DatasetSettings | None:
+        """The text_embeds entry that a dataset uses."""
+        return self._caches[settings.text_embeds] if settings.text_embeds else self._config.text_cache
+
+    def pair_entry(self, settings: DatasetSettings) -> DatasetSettings:
+        """The distillation cache that a dataset uses; the configuration gives it one where a method needs it."""
+        assert settings.distillation_cache is not None, f"dataset {settings.id!r} has no distillation cache"
+        return self._caches[settings.distillation_cache]
+
+    def pairs(self, entry: DatasetSettings) -> Path:
+        """Folder of a distillation cache."""
+        return Path(entry.cache_dir) if entry.cache_dir is not None else self._root / "pairs" / entry.id
+
+    def pairs_there(self, entry: DatasetSettings) -> CachePlace | None:
+        """The other place that a distillation cache is kept in too, if there is one."""
+        return self._place(entry)
+
+    def text_shard_size(self, settings: DatasetSettings) -> int:
+        """Captions per file of the text cache that a dataset uses."""
+        return (self.text_entry(settings) or settings).write_batch_size
+
+
+def dataset_folders(places: CachePlaces, datasets: Sequence[DatasetSettings]) -> list[Path]:
+    """Every folder that may hold caches of `datasets`, each once."""
+    folders = [place(settings) for settings in datasets for place in (places.latents, places.texts)]
+    folders += [places.pairs(places.pair_entry(each)) for each in datasets if each.distillation_cache is not None]
+    return list(dict.fromkeys(folders))

@@ -1,0 +1,198 @@
+"""Caches that live in another place: a copy here that is filled from there, and what is made here pushed there.
+
+The copy is the cache that is used; every rule of its format holds for both. There, too, a shard exists when a manifest
+names it, and a manifest is pushed after the shards that it names: whatever moment a process dies at, the other place
+holds whole shards. Any backend that can be written serves.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...errors import BadValue, UserError
+from ...plugin_api.backend import DataBackend
+from ...utils.files import write_whole
+from ...utils.threads import threads
+from .manifests import DESCRIPTOR, Shard, whole_lines, whole_text
+
+if TYPE_CHECKING:
+    from ..progress import Progress
+
+WAITING = 4
+"""Shards that may wait for their push while more are made."""
+FETCHES = 8
+
+
+class CachePlace:
+    """A place for caches, as an entry of the data file names it.
+
+    Args:
+        entry: The entry's id.
+        backend: Where it is.
+        prefix: In front of all its keys: a folder with its slash, or nothing.
+        listing: What is there, shared by all places of one entry so that it is asked for once.
+    """
+
+    def __init__(
+        self, entry: str, backend: DataBackend, prefix: str = "", listing: dict[str, int] | None = None
+    ) -> None:
+        self.entry, self.backend, self.prefix = entry, backend, prefix
+        self._listing: dict[str, int] = {} if listing is None else listing
+        self._listed = listing is not None
+
+    def within(self, folder: str) -> CachePlace:
+        """A folder of this place."""
+        return CachePlace(self.entry, self.backend, f"{self.prefix}{folder}/", self.sizes())
+
+    def sizes(self) -> dict[str, int]:
+        """Key -> bytes of everything there. Raises UserError where it cannot be listed."""
+        if not self._listed:
+            try:
+                self._listing |= {entry.key: entry.size for entry in self.backend.list()}
+            except BadValue as error:
+                raise UserError(f"data.{self.entry}.{error}", error.remedy) from error
+            self._listed = True
+        return self._listing
+
+    def read(self, key: str) -> bytes:
+        """An object. Raises FileNotFoundError or PermissionError."""
+        with self.backend.open(self.prefix + key) as stream:
+            return stream.read()
+
+    def write(self, key: str, data: bytes | Path) -> None:
+        """An object from bytes or from a file. Raises UserError where it may not be written."""
+        try:
+            if isinstance(data, Path):
+                self.backend.upload(self.prefix + key, data)
+            else:
+                self.backend.write(self.prefix + key, data)
+        except (FileNotFoundError, PermissionError) as error:
+            raise UserError(
+                f"data.{self.entry}: {self.backend.location} cannot be written: {error.strerror or error}",
+                "give an account that may write there, or another place",
+            ) from error
+
+
+class Mirror:
+    """One cache's folder here and there.
+
+    Args:
+        place: There, with the cache's own folder in its prefix.
+        folder: Here.
+        progress: Told of every shard that is fetched.
+    """
+
+    def __init__(self, place: CachePlace, folder: Path, *, progress: Progress) -> None:
+        self.place, self.folder, self._progress = place, folder, progress
+        self._there: dict[str, int] = {}
+        self._pushes: deque[Future[None]] = deque()
+        self._pusher: ThreadPoolExecutor | None = None
+        self._failed = False
+
+    # -- from there ---------------------------------------------------------------------------------------------------
+
+    def pull(self) -> None:
+        """Bring the manifests here, then the shards that they name and that are not here."""
+        prefix = self.place.prefix
+        self._there = {
+            key.removeprefix(prefix): size for key, size in self.place.sizes().items() if key.startswith(prefix)
+        }
+        manifests = [name for name in self._there if name.endswith(".jsonl") or name == DESCRIPTOR]
+        longer = [name for name in manifests if _size(self.folder / name) < self._there[name]]
+        with threads(FETCHES) as pool:
+            for name, data in zip(longer, pool.map(self.place.read, longer), strict=True):
+                write_whole(self.folder / name, data)
+        missing = [shard for shard in named_shards(self.folder) if _size(self.folder / shard.file) != shard.size]
+        missing = [shard for shard in missing if self._there.get(shard.file) == shard.size]
+        if not missing:
+            return
+        what = f"fetching caches from {self.place.backend.location}"
+        with self._progress(what, len(missing)) as advance, threads(FETCHES) as pool:
+            for _ in pool.map(self.fetch, missing):
+                advance(1)
+
+    def fetch(self, shard: Shard) -> bool:
+        """Bring one shard here; whether it is there, and what it should be."""
+        if self._there.get(shard.file) != shard.size:
+            return False
+        try:
+            data = self.place.read(shard.file)
+        except (FileNotFoundError, PermissionError):
+            return False
+        if sha256(data).hexdigest() != shard.sha256:
+            return False
+        path = self.folder / shard.file
+        write_whole(path, data)
+        os.utime(path, ns=(shard.mtime_ns, shard.mtime_ns))  # as written: it need not be hashed again
+        return True
+
+    # -- to there -----------------------------------------------------------------------------------------------------
+
+    def push_missing(self) -> None:
+        """Push what an earlier process made and could not push any more."""
+        for path in sorted(self.folder.glob("*.jsonl")):
+            shards = [line["shard"] for line in whole_lines(path) if "shard" in line]
+            files = [shard["file"] for shard in shards if self._there.get(shard["file"]) != shard["size"]]
+            waiting = [file for file in files if (self.folder / file).exists()]
+            if waiting or self._there.get(path.name) != len(self._manifest(path)):
+                self._submit(waiting, path.name)
+        self.flush()
+
+    def push(self, manifest: str, shard: str | None) -> None:
+        """Push a shard, then the manifest that names it, while work goes on. Raises what an earlier push raised."""
+        while len(self._pushes) >= WAITING:
+            self._pushes.popleft().result()
+        self._submit([shard] if shard else [], manifest)
+
+    def flush(self) -> None:
+        """Wait until everything is there. Raises OutOfReach or UserError when it cannot be."""
+        while self._pushes:
+            self._pushes.popleft().result()
+        if self._pusher is not None:
+            self._pusher.shutdown()
+            self._pusher = None
+
+    def _submit(self, shards: Iterable[str], manifest: str) -> None:
+        self._pusher = self._pusher or ThreadPoolExecutor(1)
+        self._pushes.append(self._pusher.submit(self._push, list(shards), manifest))
+
+    def _push(self, shards: Iterable[str], manifest: str) -> None:
+        if self._failed:
+            return  # the first failure is raised where it is waited for; the rest is pushed by the next start
+        self._failed = True
+        if DESCRIPTOR not in self._there:
+            self.place.write(DESCRIPTOR, (self.folder / DESCRIPTOR).read_bytes())
+            self._there[DESCRIPTOR] = 0
+        for file in shards:
+            self.place.write(file, self.folder / file)
+            self._there[file] = (self.folder / file).stat().st_size
+        text = self._manifest(self.folder / manifest)
+        self.place.write(manifest, text)
+        self._there[manifest] = len(text)
+        self._failed = False
+
+    def _manifest(self, path: Path) -> bytes:
+        """A manifest with the lines of those shards that are there."""
+        lines = [line for line in whole_lines(path) if "shard" not in line or line["shard"]["file"] in self._there]
+        return whole_text(lines)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return -1
+
+
+def named_shards(folder: Path) -> list[Shard]:
+    """The shards that a folder's manifests name, but for those that were dropped."""
+    lines: list[Mapping[str, Any]] = [line for path in sorted(folder.glob("*.jsonl")) for line in whole_lines(path)]
+    dropped = {line["drop"] for line in lines if "drop" in line}
+    shards = {line["shard"]["file"]: Shard(**line["shard"]) for line in lines if "shard" in line}
+    return [shard for file, shard in shards.items() if file not in dropped]

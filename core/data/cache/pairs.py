@@ -1,0 +1,222 @@
+"""The distillation cache: what the teacher makes of captions, from noise that is a pure function of seed and caption.
+
+An entry is one path of the teacher's sampler, (points of the path, where it ended), for a caption, a size and a number
+that tells noises apart. Its key says these three and the seed; everything else that it depends on stands in the cache's
+descriptor. Work is cut into shards as that of the other caches is: a killed build goes on with the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ...diffusion.solvers import Walk, trailing_walk
+from ...evaluation.sampling import guides
+from ...plugin_api.batch import Pairs
+from ...plugin_api.family import MicroConditioning
+from ...utils.seeds import derive_seed
+from ..dataset import Dataset
+from ..hashing import Int64s, UInt64s, combine
+from ..progress import Progress
+from .encode import as_void, chunked, per_call
+from .tensor_cache import TensorCache
+from .trajectories import TeacherAlone, follow
+
+if TYPE_CHECKING:
+    from ...plugin_api.batch import Conditioning
+    from ...plugin_api.family import ModelFamily
+    from ...settings.dataset_settings import DatasetSettings
+
+FORMAT = 1
+PATH, DATA = "path", "data"
+
+
+def pair_descriptor(family: ModelFamily, settings: DatasetSettings) -> dict[str, Any]:
+    """What all paths of a cache depend on."""
+    walk, kept = walk_of(family, settings)
+    return {
+        "kind": "pairs", "format": FORMAT, "family": family.name, "denoiser": family.fingerprint("denoiser"),
+        "text": family.fingerprint("text"), "solver": settings.solver, "steps": len(walk),
+        "guidance": settings.guidance_scale, "points": kept, "dtype": "float32",
+    }  # fmt: skip
+
+
+def walk_of(family: ModelFamily, settings: DatasetSettings) -> tuple[Walk, list[int]]:
+    """The steps of a distillation cache's sampler, and the numbers of the points that are kept."""
+    steps, points = settings.num_inference_steps, settings.trajectory_points
+    assert steps is not None, "filled in with the configuration"
+    assert points is not None, "filled in with the configuration"
+    return trailing_walk(family.schedule, steps), list(range(0, steps, steps // points))
+
+
+def plain_picture(width: int, height: int, count: int) -> MicroConditioning:
+    """A picture of this size as a sampler asks for it: not scaled, not cropped."""
+    return MicroConditioning([(height, width)] * count, [(0, 0)] * count, [(height, width)] * count)
+
+
+def noise(key: NDArray[np.uint64], shape: Sequence[int]) -> Tensor:
+    """What the path of an entry begins at: a CPU generator's, seeded by the entry's key alone."""
+    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(noise_seed(key)))
+
+
+def noise_seed(key: NDArray[np.uint64]) -> int:
+    """The seed of that generator; a pipeline that is given it begins at the same noise."""
+    return derive_seed(0, "pair", key.tobytes().hex())
+
+
+@dataclass(frozen=True)
+class CachedPairs:
+    """The paths of a dataset's captions.
+
+    Attributes:
+        cache: Where they are.
+        places: Where each caption's are in it, for each noise; shape (K, m), m as in ``dataset.index.caption_digests``.
+        times: Of the points of a path, falling, shape (P,).
+    """
+
+    cache: TensorCache
+    places: Int64s
+    times: Tensor
+
+    def read(self, numbers: Int64s, captions: Int64s, cond: Conditioning) -> Pairs:
+        """Path `numbers` (B,) of captions (B,), which were made with `cond`."""
+        found = self.cache.read(self.places[numbers, captions])
+        return Pairs(path=found[PATH].float(), times=self.times, data=found[DATA].float(), cond=cond)
+
+
+@dataclass(frozen=True)
+class PairJob:
+    """One shard's worth of paths of one size."""
+
+    bucket: int
+    captions: Int64s
+    keys: UInt64s
+
+
+class WantedPairs:
+    """The paths that a dataset's captions should have.
+
+    Args:
+        dataset: Whose captions, of the samples in use, in the size of their bucket.
+        settings: Of the distillation cache.
+    """
+
+    def __init__(self, dataset: Dataset, settings: DatasetSettings) -> None:
+        self.dataset, self.settings = dataset, settings
+        offsets = dataset.index.caption_offsets
+        counts = np.diff(offsets)[dataset.rows]
+        first = np.repeat(offsets[dataset.rows] - np.cumsum(counts) + counts, counts)
+        self.captions: Int64s = first + np.arange(int(counts.sum()))
+        """Places of the captions in use; shape (n,)."""
+        self.buckets: Int64s = np.repeat(np.repeat(np.arange(len(dataset.shapes)), np.diff(dataset.starts)), counts)
+
+    @cached_property
+    def keys(self) -> UInt64s:
+        """Of every path, shape (K, n, 2)."""
+        digests, settings = self.dataset.index.caption_digests[self.captions], self.settings
+        sizes = np.array(self.dataset.shapes, np.int64)[self.buckets]
+        count = len(digests)
+        common = [np.full(count, settings.noise_seed), sizes[:, 0], sizes[:, 1]]
+        numbers = range(settings.num_pairs_per_prompt)
+        return np.stack([combine(digests, [np.full(count, number), *common]) for number in numbers])
+
+    def locate(self, cache: TensorCache) -> Int64s:
+        """Where they are in the cache, -1 where they are not; shape (K, n)."""
+        return cache.locate(self.keys.reshape(-1, 2)).reshape(self.keys.shape[:2])
+
+    def cached(self, cache: TensorCache, family: ModelFamily) -> CachedPairs:
+        """For the loader; all must be there."""
+        places = np.full((self.settings.num_pairs_per_prompt, len(self.dataset.index.caption_digests)), -1)
+        places[:, self.captions] = self.locate(cache)
+        walk, kept = walk_of(family, self.settings)
+        return CachedPairs(cache, places, walk.times[kept])
+
+    def missing(self, cache: TensorCache) -> list[PairJob]:
+        """Shards to make: the first path of every caption and size, then the second, ..."""
+        absent = self.locate(cache) < 0
+        _, once = np.unique(as_void(self.keys[0]), return_index=True)
+        chosen = np.zeros(len(self.captions), np.bool_)
+        chosen[once] = True
+        jobs = []
+        for number, keys in enumerate(self.keys):
+            for bucket in range(len(self.dataset.shapes)):
+                todo = np.flatnonzero(absent[number] & chosen & (self.buckets == bucket))
+                jobs += [
+                    PairJob(bucket, self.captions[part], keys[part])
+                    for part in chunked(todo, self.settings.write_batch_size)
+                ]
+        return jobs
+
+    @property
+    def num_pairs(self) -> int:
+        """Different paths in all."""
+        return len(np.unique(as_void(self.keys[0]))) * len(self.keys)
+
+
+class PairMaker:
+    """Makes paths with the teacher, which is loaded for the first and freed by :meth:`release`.
+
+    Args:
+        family: Whose teacher.
+        progress: Told of every path.
+    """
+
+    def __init__(self, family: ModelFamily, *, progress: Progress) -> None:
+        self.family, self._progress = family, progress
+        self._teacher = TeacherAlone(family)
+
+    def run(self, wanted: WantedPairs, jobs: Sequence[PairJob], cache: TensorCache, texts: TensorCache) -> None:
+        """Make the paths of `jobs` and add them to the cache.
+
+        Args:
+            wanted: What the jobs are of.
+            jobs: A part of what is missing.
+            cache: Where paths go.
+            texts: Where the captions' embeddings are.
+        """
+        dataset, settings = wanted.dataset, wanted.settings
+        total = sum(len(job.keys) for job in jobs)
+        with self._progress(f"making pairs of {settings.id!r}", total) as advance, torch.no_grad():
+            for job in jobs:
+                width, height = dataset.shapes[job.bucket]
+                made = []
+                for part in chunked(np.arange(len(job.keys)), per_call(settings.pair_batch_size, width, height)):
+                    embeds = texts.read(texts.locate(dataset.index.caption_digests[job.captions[part]]))
+                    made.append(self._make(settings, job.keys[part], embeds, width, height))
+                    advance(len(part))
+                tensors = {name: torch.cat([each[name] for each in made]) for name in (PATH, DATA)}
+                cache.write(job.keys, tensors)
+
+    def _make(
+        self, settings: DatasetSettings, keys: UInt64s, embeds: Conditioning, width: int, height: int
+    ) -> dict[str, Tensor]:
+        family, device = self.family, self.family.settings.device
+        shape = (family.latent_channels, height // family.scale_factor, width // family.scale_factor)
+        start = torch.stack([noise(key, shape) for key in keys]).to(device)
+        cond = family.condition(embeds, plain_picture(width, height, len(keys)))
+        cond = {name: value.to(device) for name, value in cond.items()}
+        walk, kept = walk_of(family, settings)
+        predict = self._teacher.guided(cond, settings.guidance_scale or 0.0)
+        path = follow(predict, start, walk.to(device), solver=settings.solver, keep=kept)
+        return {PATH: path.points.float().cpu(), DATA: path.data.float().cpu()}
+
+    def release(self) -> None:
+        """Free the teacher."""
+        self._teacher.release()
+
+
+def cost(settings: DatasetSettings, missing: int, total: int) -> str:
+    """What making `missing` of `total` paths takes."""
+    guidance, steps = settings.guidance_scale or 0.0, settings.num_inference_steps or 0
+    calls = missing * steps * (2 if guides(guidance) else 1)
+    return (
+        f"pairs of {settings.id!r}: {missing:,} of {total:,} are made: {steps} steps of the teacher at guidance "
+        f"{guidance:g}, {calls:,} predictions; what is made is kept if this is stopped"
+    )

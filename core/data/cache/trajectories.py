@@ -1,0 +1,128 @@
+r"""The teacher's path from noise to data: a deterministic solver of its guided probability-flow ODE, step by step.
+
+From time t to time s, with the network's x_0 and eps at (x_t, t):
+
+    ddim     x_s = alpha_s x_0 + sigma_s eps                                       (Euler on a flow)
+    dpm++    x_s = (sigma_s / sigma_t) x_t + (alpha_s - sigma_s alpha_t / sigma_t) D,
+             D = x_0 + (x_0 - x_0') h / (2 h'),   h = log(alpha_s / sigma_s) - log(alpha_t / sigma_t)
+
+where x_0' and h' are those of the step before: of second order, except for the first step and the last. Both walk the
+times of ``timestep_spacing="trailing"`` and end at the data (:func:`.terms.ddim.trailing_walk`).
+
+The solver is the engine's own rather than a pipeline's: it works for every family that predicts, and all points of the
+path lie in the schedule's scaling, whatever scheduler the model comes with.
+
+References:
+    Song et al., Denoising Diffusion Implicit Models, arXiv 2010.02502.
+    Lu et al., DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Probabilistic Models (2M), arXiv 2211.01095.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ...diffusion import Prediction, append_dims
+from ...diffusion.solvers import Walk, step_to
+from ...evaluation.sampling import guides
+from ...plugin_api.context import Context, Runtime
+
+if TYPE_CHECKING:
+    from ...plugin_api.batch import Conditioning
+    from ...plugin_api.family import ModelFamily
+
+Solver = Literal["ddim", "dpm++"]
+Predict = Callable[[Tensor, Tensor], Prediction]
+"""The network's prediction at x (B, ...) and t (B,)."""
+
+
+@dataclass(frozen=True)
+class Path:
+    """What a solver went through.
+
+    Attributes:
+        points: Where it was asked to stop over, shape (B, P, ...).
+        data: Where it ended, shape (B, ...).
+    """
+
+    points: Tensor
+    data: Tensor
+
+
+def follow(predict: Predict, x: Tensor, walk: Walk, *, solver: Solver, keep: Sequence[int] = (0,)) -> Path:
+    """The path from `x` (B, ...) at the walk's first point to the data.
+
+    Args:
+        predict: The network's prediction at x (B, ...) and t (B,).
+        x: Noise.
+        walk: The steps.
+        solver: How a step is made.
+        keep: Numbers of the points to keep, rising; 0 is the noise.
+    """
+    points, before = [], None
+    for number, t in enumerate(walk.times):
+        if number in keep:
+            points.append(x)
+        prediction = predict(x, t.expand(len(x)))
+        if solver == "dpm++":
+            x, before = _second_order(prediction, walk, number, before), prediction.x0
+        else:
+            x = step_to(prediction, _at(walk, number + 1, len(x)))
+    return Path(torch.stack(points, 1), x)
+
+
+def _at(walk: Walk, number: int, count: int) -> tuple[Tensor, Tensor]:
+    return walk.at(torch.full((count,), number, device=walk.alpha.device))
+
+
+def _second_order(prediction: Prediction, walk: Walk, number: int, before: Tensor | None) -> Tensor:
+    """Step `number` of DPM-Solver++ 2M; `before` is the x_0 of the step before."""
+    x_t, x_0 = prediction.x_t, prediction.x0
+    alpha, sigma = walk.alpha[number : number + 2], walk.sigma[number : number + 2]
+    if before is not None and number + 1 < len(walk):
+        log_snr = walk.alpha[number - 1 : number + 2].log() - walk.sigma[number - 1 : number + 2].log()
+        ratio = (log_snr[2] - log_snr[1]) / (log_snr[1] - log_snr[0])  # 0 after pure noise, which is infinitely far
+        x_0 = x_0 + append_dims(ratio.expand(len(x_t)) / 2, x_t) * (x_0 - before)
+    kept = sigma[1] / sigma[0]
+    gained = alpha[1] - kept * alpha[0]
+    return append_dims(kept.expand(len(x_t)), x_t) * x_t + append_dims(gained.expand(len(x_t)), x_t) * x_0
+
+
+class TeacherAlone:
+    """The bare teacher, loaded when it is first asked for, for work that comes before a run's networks are there.
+
+    Args:
+        family: Whose.
+    """
+
+    def __init__(self, family: ModelFamily) -> None:
+        self._family = family
+        self._network: nn.Module | None = None
+
+    @contextmanager
+    def use(self, role: str) -> Iterator[nn.Module]:
+        """The teacher, whatever it is called."""
+        if self._network is None:
+            self._network = self._family.load_network()
+        yield self._network
+
+    def release(self) -> None:
+        """Free it; it loads again when it is needed."""
+        self._network = None
+
+    def guided(self, cond: Conditioning, scale: float) -> Predict:
+        """Its predictions with `cond` (B in front) at guidance scale `scale`, one call each where that guides."""
+        device = torch.device(self._family.settings.device)
+        context = Context(Runtime(self._family, self, seed=0, device=device))
+
+        def predict(x: Tensor, t: Tensor) -> Prediction:
+            if not guides(scale):
+                return context.predict("teacher", x, t, cond)
+            return context.teacher_cfg(x, t, cond, torch.full((len(x),), scale, dtype=torch.float64, device=device))
+
+        return predict

@@ -1,0 +1,79 @@
+"""The folder of an index in the making: what one build makes, and what builds that died have left."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+from uuid import uuid4
+
+from ...utils.files import is_stale
+
+LEFT = "left-"
+_mine: set[str] = set()
+"""Builds of this process that are going on."""
+
+
+def workshop_of(index: Path) -> Path:
+    """Folder of all unfinished builds of an index."""
+    return index.with_name(f".{index.name}.building")
+
+
+class Workshop:
+    """A build's own folder beside its index. Several builds at once, on whatever machines, do not meet.
+
+    It is gone when the build ends well, with what dead builds have left; a build that fails leaves it for the next.
+    """
+
+    def __init__(self, index: Path) -> None:
+        self.root = workshop_of(index)
+        self.folder = self.root / f"{socket.gethostname()}-{os.getpid()}-{uuid4().hex[:12]}"
+
+    def __enter__(self) -> Self:
+        _mine.add(self.folder.name)
+        self.folder.mkdir(parents=True)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if kind is None:
+            for folder in filter(_is_dead, self._others()):
+                shutil.rmtree(folder, ignore_errors=True)  # another build may be at it
+            shutil.rmtree(self.folder)
+            with suppress(OSError):  # not empty: somebody else is building
+                self.root.rmdir()
+        else:
+            self.folder.rename(self.root / f"{LEFT}{self.folder.name}")
+        _mine.discard(self.folder.name)
+
+    def _others(self) -> list[Path]:
+        return [path for path in sorted(self.root.iterdir()) if path != self.folder]
+
+    def left(self, pattern: str) -> Iterator[Path]:
+        """What other builds have written, dead or not, to be read at once: it may be removed at any time."""
+        for folder in self._others():
+            yield from sorted(folder.glob(pattern))
+
+
+def _is_dead(folder: Path) -> bool:
+    """Whether the build that made the folder has surely ended."""
+    if folder.name.startswith(LEFT) or is_stale(folder):
+        return True
+    host, pid, _ = folder.name.rsplit("-", 2)
+    if host != socket.gethostname():
+        return False
+    return folder.name not in _mine if int(pid) == os.getpid() else not _is_running(int(pid))
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

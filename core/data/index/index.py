@@ -1,0 +1,176 @@
+# pyright: reportAttributeAccessIssue=false
+"""The index of a dataset: one Arrow table on disk, memory-mapped, with a row for each picture (or prompt) found.
+
+Nothing here grows a Python object per picture: the listing, the rows and their captions are Arrow columns, and what the
+pipeline keeps in memory are numpy views of the mapped file. Rows of files that have not changed are taken over from the
+index that was there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from hashlib import blake2b
+from itertools import islice
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from ...plugin_api.backend import DataBackend, Entry
+from ...utils.files import partial_of, sync_folder
+from ..hashing import UInt64s
+from ..mapped import release
+from ..tables.external_sort import Spool, joined
+
+T = TypeVar("T")
+FORMAT = 2
+CHUNK = 8192
+
+DIGEST = pa.binary(16)
+SCHEMA = pa.schema(
+    [
+        ("key", pa.large_string()),
+        ("size", pa.int64()),
+        ("version", pa.large_string()),
+        ("caption_version", pa.large_string()),
+        ("place", pa.large_string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("draw", pa.uint64()),
+        ("identity", DIGEST),
+        ("captions", pa.large_list(pa.large_string())),
+        ("digests", pa.large_list(DIGEST)),
+        ("problem", pa.large_string()),
+    ]
+)
+NO_CAPTION = "it has no caption"
+FILTERED = "it does not meet the dataset's conditions"
+"""Said by sources that choose among their samples; such ones are left out on purpose."""
+SAME_NAME = "another sample has the same name"
+
+
+def digest(text: str) -> bytes:
+    """128-bit hash of a text."""
+    return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def as_keys(array: pa.Array) -> UInt64s:
+    """A column of 16-byte hashes as unsigned integers of shape (n, 2), without a copy."""
+    raw = np.frombuffer(array.buffers()[1] or b"", dtype=np.uint64)
+    return raw[2 * array.offset : 2 * (array.offset + len(array))].reshape(-1, 2)
+
+
+def in_chunks(items: Iterator[T], size: int) -> Iterator[list[T]]:
+    """Lists of `size` items, the last one shorter."""
+    while chunk := list(islice(items, size)):
+        yield chunk
+
+
+class Index:
+    """A memory-mapped index.
+
+    Attributes:
+        width: Upright width in pixels, 0 for files with a problem, -1 where they were out of reach; shape (n,).
+        height: Upright height in pixels; shape (n,).
+        draw: Hash of dataset id and key: the source of what is random about a picture for good; shape (n,).
+        identity: Hash of dataset id, key, size and version of the file; shape (n, 2).
+        caption_offsets: Captions of row i are [caption_offsets[i], caption_offsets[i + 1]); shape (n + 1,).
+        caption_digests: Hashes of all captions; shape (m, 2).
+        caption_texts: All captions, an Arrow column.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with pa.memory_map(str(path)) as source:
+            self.table = pa.ipc.open_file(source).read_all()
+            source.seek(0)
+            self._file = source.read_buffer()
+        columns = {name: joined(self.table.column(name)) for name in SCHEMA.names}
+        self._keys, self._captions = columns["key"], columns["captions"]
+        self._problems, self._places = columns["problem"], columns["place"]
+        self.width: NDArray[np.int32] = columns["width"].to_numpy()
+        self.height: NDArray[np.int32] = columns["height"].to_numpy()
+        self.draw: UInt64s = columns["draw"].to_numpy()
+        self.identity = as_keys(columns["identity"])
+        self.caption_offsets: NDArray[np.int64] = self._captions.offsets.to_numpy()
+        self.caption_texts = self._captions.values
+        self.caption_digests = as_keys(columns["digests"].values)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def release(self) -> None:
+        """Let the system have the pages back that were read."""
+        release(self._file.address, self._file.size)
+
+    def key(self, row: int | np.integer) -> str:
+        """The picture's key in its backend."""
+        return self._keys[int(row)].as_py()
+
+    def place(self, row: int | np.integer) -> str:
+        """What the backend opens the picture by: its key, unless the backend says otherwise."""
+        return self._places[int(row)].as_py() or self.key(row)
+
+    def problem(self, row: int) -> str:
+        """Why the row cannot be used; empty when it can."""
+        return self._problems[int(row)].as_py()
+
+    def caption(self, place: int) -> str:
+        """A caption by its place among all captions."""
+        return self.caption_texts[int(place)].as_py()
+
+    def rows_of(self, keys: Iterable[str]) -> NDArray[np.int64]:
+        """The rows of a few pictures; those that are not there are left out."""
+        named = pa.array(list(keys), pa.large_string())
+        return np.flatnonzero(pc.is_in(self._keys, value_set=named).to_numpy(zero_copy_only=False))
+
+    def having(self, problem: str) -> NDArray[np.bool_]:
+        """Which rows have this problem (empty: none at all), shape (n,)."""
+        return pc.equal(self._problems, problem).to_numpy(zero_copy_only=False)
+
+    def has_unread(self) -> bool:
+        """Whether there are files that were out of reach, and are to be tried again."""
+        return bool((self.width < 0).any())
+
+    def matches(self, rules: str, source: str = "") -> bool:
+        """Whether the captions were made by the same rules, of the same source where one is named."""
+        meta = self.table.schema.metadata or {}
+        wanted = {b"rules": rules.encode(), b"format": str(FORMAT).encode()}
+        same = all(meta.get(name) == value for name, value in wanted.items())
+        return same and (not source or meta.get(b"source") == source.encode())
+
+
+def open_index(path: Path) -> Index | None:
+    """The index that is there; None when there is none, or when it cannot be used (it is only a cache)."""
+    try:
+        return Index(path)
+    except (FileNotFoundError, pa.ArrowInvalid, KeyError):
+        return None
+
+
+def write_index(batches: Iterable[pa.RecordBatch], path: Path, rules: str, source: str = "", *, folder: Path) -> Index:
+    """Write an index whole or not at all, with what decides its content, and open it.
+
+    Rows go to files in `folder` as they come: the memory is that of one batch.
+    """
+    table = Spool(SCHEMA, folder).extend(batches).table()
+    table = table.replace_schema_metadata({"rules": rules, "source": source, "format": str(FORMAT)})
+    partial = partial_of(path)
+    with partial.open("wb") as stream:
+        with pa.ipc.new_file(stream, table.schema) as writer:
+            writer.write_table(table)
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.replace(path)
+    sync_folder(path.parent)
+    return Index(path)
+
+
+def describe_listing(backend: DataBackend, limit: int = 5) -> tuple[int, list[str]]:
+    """How many objects a backend has, and the first few keys: what to say when no picture was found."""
+    entries: list[Entry] = list(islice(backend.list(), 10_000))
+    return len(entries), [entry.key for entry in entries[:limit]]

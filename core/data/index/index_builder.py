@@ -1,0 +1,292 @@
+# pyright: reportAttributeAccessIssue=false
+"""Building an index: list, read what is not known, put together; in bounded memory, and never reading a thing twice.
+
+Rows are kept aside on disk as they are read. A build that dies, or whose place goes out of reach, leaves them in the
+index's workshop, and the next one goes on with them; the index is the one of an unbroken build, byte for byte.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import PIL
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ...errors import BadValue, UserError
+from ...plugin_api.backend import DataBackend, SampleBackend
+from ...utils.threads import threads
+from ..progress import Progress
+from ..samples.captions import CaptionRules, caption_key, read_caption
+from ..samples.images import SUFFIXES, BrokenImage, probe, why_unread
+from ..tables.external_sort import Spool, between, joined, merge_table, open_run, write_run
+from .build_folder import Workshop
+from .index import CHUNK, NO_CAPTION, SCHEMA, Index, digest, open_index, write_index
+from .listing import LISTING, FileListing, SampleListing
+
+READ_ROWS = 2048
+"""Rows that are read before they are kept aside."""
+PICTURE = ("key", "size", "version")
+"""Columns that tell a picture's content."""
+ROW = (*PICTURE, "caption_version", "place")
+"""Columns that tell all that a row is made of."""
+SEPARATOR = pa.scalar("\x1f", pa.large_string())
+ROWS = ".rows"
+
+
+@dataclass(frozen=True)
+class Read:
+    """What was found in one file; a width of -1 says that it was out of reach."""
+
+    width: int = 0
+    height: int = 0
+    captions: list[str] = field(default_factory=list)
+    problem: str = ""
+
+
+class Known:
+    """Rows that were read earlier, found by what they are made of.
+
+    Args:
+        by: Columns that must be the same.
+    """
+
+    def __init__(self, *by: str) -> None:
+        self._by = by
+        self._tables: list[tuple[pa.Table, Callable[[pa.Table], pa.Table]]] = []
+
+    def add(self, table: pa.Table, only: Callable[[pa.Table], pa.Table]) -> None:
+        """Take in a table sorted by key; of the rows in question those count that `only` leaves."""
+        self._tables.append((table.select(SCHEMA.names), only))
+
+    def find(self, listed: pa.RecordBatch) -> tuple[pa.Table, pa.Array]:
+        """Some known rows, and for each one listed its place among them, null where it is not known."""
+        ends = pc.min_max(listed["key"]).as_py()
+        near = [only(between(table, "key", ends["min"], ends["max"])) for table, only in self._tables]
+        table = pa.concat_tables([SCHEMA.empty_table(), *near]).combine_chunks()
+        return table, pc.index_in(_stamp(listed, self._by), value_set=joined(_stamp(table, self._by)))
+
+
+def _settled(rows: pa.Table) -> pa.Table:
+    """Those that stay as they are while their files do: others are tried again, for they may have been out of reach."""
+    return rows.filter(pc.is_in(rows["problem"], value_set=pa.array(["", NO_CAPTION], pa.large_string())))
+
+
+def _measured(rows: pa.Table) -> pa.Table:
+    return rows.filter(pc.greater(rows["width"], 0))
+
+
+def _all(rows: pa.Table) -> pa.Table:
+    return rows
+
+
+def _stamp(rows: pa.RecordBatch | pa.Table, by: Sequence[str]) -> Any:
+    return pc.binary_join_element_wise(*(rows[name].cast(pa.large_string()) for name in by), SEPARATOR)
+
+
+class Aside:
+    """Rows kept in a workshop as they are read, in sorted files of some thousand.
+
+    Args:
+        workshop: Of this build; other builds have left theirs beside it.
+        rules: What decides the captions: rows made by other rules serve for their sizes only.
+    """
+
+    def __init__(self, workshop: Workshop, rules: str) -> None:
+        self.workshop, self.rules, self._own = workshop, rules, list[pa.Table]()
+        self._earlier = list(_opened(workshop.left(f"*{ROWS}")))
+
+    def keep(self, batch: pa.RecordBatch) -> None:
+        """Put some rows aside, all or none."""
+        path = self.workshop.folder / f"{len(self._own):06d}{ROWS}"
+        self._own.append(write_run([batch], ["key"], SCHEMA, path, rules=self.rules))
+
+    def earlier(self, *, same_rules: bool) -> pa.Table:
+        """Rows of earlier builds."""
+        return self._table([run for run in self._earlier if self._fits(run) == same_rules])
+
+    def _fits(self, run: pa.Table) -> bool:
+        return (run.schema.metadata or {}).get(b"rules") == self.rules.encode()
+
+    def own(self) -> pa.Table:
+        """Rows of this build."""
+        return self._table(self._own)
+
+    def _table(self, runs: Sequence[pa.Table]) -> pa.Table:
+        return merge_table(runs, ["key"], SCHEMA, self.workshop.folder)
+
+
+def _opened(paths: Iterable[Path]) -> Iterator[pa.Table]:
+    for path in paths:
+        with suppress(FileNotFoundError):  # the build that had left it has just ended
+            yield open_run(path)
+
+
+def source_of(backend: SampleBackend) -> str:
+    """What an index says it was made of: the samples, and what could read their pictures."""
+    return json.dumps([backend.identity(), PIL.__version__, SUFFIXES])
+
+
+class IndexBuilder:
+    """Brings a dataset's index up to date.
+
+    Args:
+        dataset: Id of the dataset.
+        backend: Where it lives.
+        rules: How captions are made.
+        workers: Threads that read files.
+        progress: Told of every file read.
+        again: Whether files that could not be used are tried again although they have not changed.
+    """
+
+    def __init__(
+        self,
+        dataset: str,
+        backend: DataBackend,
+        rules: CaptionRules,
+        *,
+        workers: int,
+        progress: Progress,
+        again: bool = True,
+    ) -> None:
+        self.dataset, self.backend, self.rules, self._again = dataset, backend, rules, again
+        self.workers, self.progress = max(1, workers, backend.parallel_reads), progress
+        self.num_read = self.num_unmatched = 0
+
+    def build(self, path: Path) -> Index:
+        """Write the index to `path`, reading only files that are new or have changed.
+
+        Raises:
+            UserError: The samples cannot be read.
+            distill.core.errors.OutOfReach: The place does not answer; what was read is kept for the next build.
+        """
+        try:
+            if isinstance(self.backend, SampleBackend):
+                return self._build_samples(self.backend, path)
+            with Workshop(path) as workshop:
+                files = FileListing(self.backend, self.rules, workshop.folder)
+                listing = files.table()
+                self.num_unmatched = files.num_unmatched
+                return self._build(listing, path, "", workshop)
+        except BadValue as error:
+            raise UserError(f"data.{self.dataset}.{error}", error.remedy) from error
+
+    def _build_samples(self, backend: SampleBackend, path: Path) -> Index:
+        source = source_of(backend)
+        old = open_index(path)
+        if old is not None and old.matches(self.rules.identity(), source) and not (self._again and old.has_unread()):
+            return old
+        with Workshop(path) as workshop:
+            return self._build(SampleListing(backend, source, workshop).table(), path, source, workshop)
+
+    def _build(self, listing: pa.Table, path: Path, source: str, workshop: Workshop) -> Index:
+        """Read of the listing what is not known, then put all rows together in its order."""
+        rules, old = self.rules.identity(), open_index(path)
+        aside, rows, sizes = Aside(workshop, rules), Known(*ROW), Known(*PICTURE)
+        if old is not None:
+            sizes.add(old.table, _measured)
+            if old.matches(rules):
+                rows.add(old.table, _settled if self._again else _all)
+        earlier = aside.earlier(same_rules=True)
+        rows.add(earlier, _settled)
+        sizes.add(earlier, _measured)
+        sizes.add(aside.earlier(same_rules=False), _measured)
+        unknown = Spool(LISTING, workshop.folder).extend(self._unknown(listing, rows)).table()
+        self.num_read = len(unknown)
+        if old is not None and old.matches(rules, source) and not len(unknown) and len(old) == len(listing):
+            return old
+        self._read(unknown, sizes, aside)
+        rows.add(aside.own(), _all)
+        return write_index(self._together(listing, rows), path, rules, source, folder=workshop.folder)
+
+    @staticmethod
+    def _unknown(listing: pa.Table, rows: Known) -> Iterator[pa.RecordBatch]:
+        for batch in listing.to_batches(max_chunksize=CHUNK):
+            usable = batch.filter(pc.equal(batch["problem"], ""))
+            if len(usable):
+                yield usable.filter(rows.find(usable)[1].is_null())
+
+    def _read(self, unknown: pa.Table, sizes: Known, aside: Aside) -> None:
+        if not len(unknown):
+            return
+        with (
+            self.progress(f"reading the files of {self.dataset!r}", len(unknown)) as advance,
+            threads(self.workers) as pool,
+        ):
+            for batch in unknown.to_batches(max_chunksize=READ_ROWS):
+                rows, read = _with_known_sizes(batch, sizes).to_pylist(), []
+                try:
+                    for result in pool.map(self._read_one, rows):
+                        read.append(result)
+                        advance(1)
+                finally:  # whatever ends it: what was read is not read again
+                    if read:
+                        aside.keep(self._to_batch(rows[: len(read)], read))
+
+    def _read_one(self, row: dict[str, Any]) -> Read:
+        try:
+            width, height = row["width"], row["height"]
+            if not width or not height:
+                with self.backend.open(row["place"] or row["key"]) as stream:
+                    width, height = probe(stream)
+            captions = self._captions(row)
+        except (BrokenImage, ValueError) as error:
+            return Read(problem=str(error))
+        except OSError as error:
+            return Read(width=-1, problem=why_unread(error, row["key"]))
+        return Read(width, height, captions, "" if captions else NO_CAPTION)
+
+    def _captions(self, row: dict[str, Any]) -> list[str]:
+        key = row["key"]
+        if isinstance(self.backend, SampleBackend) or self.rules.settings.captions_in_table:
+            return self.rules.of_sample(key, row["texts"])
+        return self.rules.captions(key, self._caption_text(key) if row["caption_version"] else None)
+
+    def _caption_text(self, key: str) -> str:
+        with self.backend.open(caption_key(key)) as stream:
+            return read_caption(stream)
+
+    def _together(self, listing: pa.Table, rows: Known) -> Iterator[pa.RecordBatch]:
+        for batch in listing.to_batches(max_chunksize=CHUNK):
+            usable = batch.filter(pc.equal(batch["problem"], ""))
+            found, places = rows.find(usable) if len(usable) else (SCHEMA.empty_table(), pa.array([], pa.int32()))
+            table = found.take(places).cast(SCHEMA)
+            if len(usable) < len(batch):  # what the listing itself calls unusable was never read
+                bad = batch.filter(pc.not_equal(batch["problem"], "")).to_pylist()
+                unusable = self._to_batch(bad, [Read(problem=row["problem"]) for row in bad])
+                table = pa.concat_tables([table, pa.Table.from_batches([unusable])])
+                table = table.sort_by([("key", "ascending"), ("place", "ascending")])
+            yield from table.combine_chunks().to_batches()
+
+    def _to_batch(self, rows: Sequence[dict[str, Any]], read: Sequence[Read]) -> pa.RecordBatch:
+        names = [f"{self.dataset}\x1f{row['key']}" for row in rows]
+        draws = [int.from_bytes(digest(name)[:8], "little") for name in names]
+        identities = [
+            digest(f"{name}\x1f{row['size']}\x1f{row['version']}") for name, row in zip(names, rows, strict=True)
+        ]
+        columns = {
+            **{name: [row[name] for row in rows] for name in ("key", "size", "version", "caption_version", "place")},
+            "width": [each.width for each in read],
+            "height": [each.height for each in read],
+            "draw": draws,
+            "identity": identities,
+            "captions": [each.captions for each in read],
+            "digests": [[digest(caption) for caption in each.captions] for each in read],
+            "problem": [each.problem for each in read],
+        }
+        return pa.RecordBatch.from_pydict(columns, schema=SCHEMA)
+
+
+def _with_known_sizes(listed: pa.RecordBatch, sizes: Known) -> pa.RecordBatch:
+    """The listing with widths and heights of pictures that have been measured before."""
+    found, places = sizes.find(listed)
+    for name in ("width", "height"):
+        known = pc.fill_null(joined(found[name]).take(places), 0)
+        given = pc.if_else(pc.equal(listed[name], 0), known, listed[name])
+        listed = listed.set_column(listed.schema.get_field_index(name), LISTING.field(name), given)
+    return listed

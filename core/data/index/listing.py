@@ -1,0 +1,192 @@
+# pyright: reportAttributeAccessIssue=false
+"""What a backend holds, as a sorted table on disk: files with their captions' versions, or samples with their texts."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from hashlib import blake2b
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ...plugin_api.backend import DataBackend, SampleBackend, SampleChunk
+from ..samples.captions import CaptionRules
+from ..samples.file_checks import named, vetted
+from ..samples.images import SUFFIXES
+from ..tables.external_sort import RUN_ROWS, Spool, between, joined, merge_table, open_run, sorted_table, write_run
+from ..tables.metadata_table import MetadataTable
+from .build_folder import Workshop
+from .index import CHUNK, SAME_NAME, digest, in_chunks
+
+FILES = pa.schema(
+    [("key", pa.large_string()), ("size", pa.int64()), ("version", pa.large_string()), ("problem", pa.large_string())]
+)
+"""Files of a backend, as they are listed."""
+LISTING = pa.schema(
+    [
+        *FILES,
+        ("caption_version", pa.large_string()),
+        ("place", pa.large_string()),
+        ("texts", pa.large_list(pa.large_string())),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+    ]
+)
+"""Samples before their files are read: no texts where captions stand in files, sizes are 0 where unknown."""
+PICTURES = rf"(?i:\.({'|'.join(SUFFIXES)})|/)$"
+"""Keys of picture files, and of folders that cannot be listed."""
+BY = ("key", "place")
+"""Columns that samples are sorted by."""
+KEPT_SECONDS = 60.0
+"""What a resumable source has listed is put aside at least so often."""
+
+
+class FileListing:
+    """The pictures of a backend of files, and the folders that cannot be listed."""
+
+    def __init__(self, backend: DataBackend, rules: CaptionRules, folder: Path) -> None:
+        self.backend, self.rules, self.folder, self.num_unmatched = backend, rules, folder, 0
+
+    def table(self) -> pa.Table:
+        """All pictures in key order, of schema :data:`LISTING`, mapped from files in the folder."""
+        texts = Spool(FILES, self.folder)
+        files = sorted_table(self._files(), ["key"], FILES, self.folder)
+        is_text = (_of_kind(batch, r"\.txt$") for batch in files.to_batches(max_chunksize=CHUNK))
+        captions = texts.extend(is_text if self.rules.reads_files else ()).table()
+        pictures = (vetted(_of_kind(batch, PICTURES)) for batch in files.to_batches(max_chunksize=CHUNK))
+        listed, settings = (_with_captions(each, captions) for each in pictures), self.rules.settings
+        beside = MetadataTable(settings, self.backend) if settings.metadata_file is not None else None
+        table = Spool(LISTING, self.folder).extend(map(beside.joined, listed) if beside else listed).table()
+        self.num_unmatched = beside.num_unmatched if beside else 0
+        return table
+
+    def _files(self) -> Iterator[pa.RecordBatch]:
+        """Pictures and caption files, in columns."""
+        for chunk in in_chunks(map(named, self.backend.list()), CHUNK):
+            columns = {name: [getattr(entry, name) for entry in chunk] for name in FILES.names}
+            batch = pa.RecordBatch.from_pydict(columns, schema=FILES)
+            yield _of_kind(batch, rf"{PICTURES}|\.txt$")
+
+
+def _of_kind(batch: pa.RecordBatch, pattern: str) -> pa.RecordBatch:
+    return batch.filter(pc.match_substring_regex(batch["key"], pattern))
+
+
+def _with_captions(pictures: pa.RecordBatch, texts: pa.Table) -> pa.RecordBatch:
+    """The listing of picture files: the version of each one's caption file, empty where there is none."""
+    count = len(pictures)
+    empty, zeros = pa.repeat(pa.scalar("", pa.large_string()), count), pa.repeat(pa.scalar(0, pa.int32()), count)
+    versions, unread = _beside(pictures["key"], texts)
+    columns = {
+        **{name: pictures[name] for name in FILES.names}, "caption_version": versions, "place": empty,
+        "texts": pa.array([[]] * count, LISTING.field("texts").type), "width": zeros, "height": zeros,
+        "problem": pc.if_else(pc.equal(pictures["problem"], ""), unread, pictures["problem"]),
+    }  # fmt: skip
+    return pa.RecordBatch.from_arrays([columns[name] for name in LISTING.names], schema=LISTING)
+
+
+def _beside(keys: pa.Array, texts: pa.Table) -> tuple[pa.Array, pa.Array]:
+    """Of the caption file beside each picture its version and why it cannot be read, both empty where there is none."""
+    if not len(keys):
+        return pa.array([], pa.large_string()), pa.array([], pa.large_string())
+    names = pc.replace_substring_regex(keys, r"\.[^./]*$", ".txt")
+    ends = pc.min_max(names).as_py()
+    near = between(texts, "key", ends["min"], ends["max"]).combine_chunks()
+    found = pc.index_in(names, value_set=joined(near["key"]))
+    problems = pc.replace_substring_regex(joined(near["problem"]).take(found), r"\A(.+)", r"its caption file: \1")
+    return pc.fill_null(joined(near["version"]).take(found), ""), pc.fill_null(problems, "")
+
+
+# -- samples ----------------------------------------------------------------------------------------------------------
+
+
+class SampleListing:
+    """The samples of a backend that knows them.
+
+    What a resumable source has told is kept in the workshop, so that a build that dies goes on behind it.
+    """
+
+    def __init__(self, backend: SampleBackend, identity: str, workshop: Workshop) -> None:
+        self.backend, self.workshop = backend, workshop
+        self._name = f"samples-{blake2b(identity.encode(), digest_size=8).hexdigest()}"
+        self._kept: list[pa.Table] = []
+
+    def table(self) -> pa.Table:
+        """All samples in the order of keys, of schema :data:`LISTING`; names that come again are marked."""
+        folder = self.workshop.folder
+        listed = merge_table(self._runs(), BY, LISTING, folder)
+        return Spool(LISTING, folder).extend(_marked(listed)).table()
+
+    def _runs(self) -> list[pa.Table]:
+        self._kept = self._earlier()
+        after = _mark(self._kept, "after")
+        if _mark(self._kept, "whole"):
+            return self._kept
+        waiting, since = [], time.monotonic()
+        try:
+            for chunk in self.backend.samples_after(after) if after else self.backend.samples():
+                waiting.append(_listed(chunk))
+                after, old = chunk.resume, time.monotonic() - since > KEPT_SECONDS
+                if sum(map(len, waiting)) >= RUN_ROWS or (after and old):
+                    self._keep(waiting, after=after)
+                    waiting, since = [], time.monotonic()
+        except BaseException:
+            if waiting and after:  # what was listed is not listed again
+                self._keep(waiting, after=after)
+            raise
+        self._keep(waiting, whole="yes")
+        return self._kept
+
+    def _keep(self, batches: Sequence[pa.RecordBatch], **marks: str) -> None:
+        path = self.workshop.folder / self._name / f"{len(self._kept):06d}.run"
+        self._kept.append(write_run(batches, BY, LISTING, path, **marks))
+
+    def _earlier(self) -> list[pa.Table]:
+        """The longest listing that another build has left and that can be gone on with, copied into this build's."""
+        found: dict[Path, list[Path]] = {}
+        for path in self.workshop.left(f"{self._name}/*.run"):
+            found.setdefault(path.parent, []).append(path)
+        for runs in sorted(found.values(), key=len, reverse=True):
+            with suppress(FileNotFoundError):  # its build has just ended
+                tables = [open_run(path) for path in runs]
+                if _mark(tables, "after") or _mark(tables, "whole"):
+                    self._copy(runs)
+                    return tables
+        return []
+
+    def _copy(self, runs: Sequence[Path]) -> None:
+        own = self.workshop.folder / self._name
+        own.mkdir()
+        for path in runs:
+            shutil.copyfile(path, own / path.name)
+
+
+def _mark(runs: Sequence[pa.Table], name: str) -> str:
+    metadata = (runs[-1].schema.metadata or {}) if runs else {}
+    return metadata.get(name.encode(), b"").decode()
+
+
+def _listed(chunk: SampleChunk) -> pa.RecordBatch:
+    texts = [digest("\x1f".join(each)).hex() for each in chunk.captions]
+    columns = {
+        "key": chunk.keys, "size": chunk.sizes, "version": chunk.versions, "caption_version": texts,
+        "place": chunk.places, "texts": chunk.captions, "width": chunk.widths, "height": chunk.heights,
+        "problem": chunk.problems,
+    }  # fmt: skip
+    return pa.RecordBatch.from_pydict(columns, schema=LISTING)
+
+
+def _marked(listed: pa.Table) -> Iterator[pa.RecordBatch]:
+    """The samples, with a problem for those whose name has come before."""
+    last = pa.scalar(None, pa.large_string())
+    for batch in listed.to_batches(max_chunksize=CHUNK):
+        keys = batch["key"]
+        before = pa.concat_arrays([pa.array([last.as_py()], pa.large_string()), keys[:-1]])
+        again = pc.fill_null(pc.equal(keys, before), False)
+        problems = pc.if_else(again, SAME_NAME, batch["problem"])
+        yield batch.set_column(batch.schema.get_field_index("problem"), LISTING.field("problem"), problems)
+        last = keys[-1]

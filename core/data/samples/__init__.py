@@ -1,0 +1,1 @@
+"""One sample: its image, its captions, its size and crop, what is wrong with its file."""

@@ -1,0 +1,173 @@
+"""Files by the name that a user gives them: a path, a folder, a glob, a brace range, a URL, or several of these."""
+
+from __future__ import annotations
+
+import glob
+import json
+import re
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import lru_cache
+from hashlib import blake2b
+from pathlib import Path
+from typing import BinaryIO
+
+from ...errors import BadValue
+from ...storage import RemoteStore, is_remote, open_store
+
+ASKED_AT_ONCE = 16
+"""Remote files whose sizes are asked for at the same time."""
+MAX_BRACES = 1_000_000
+"""Files that one brace range may name."""
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+
+
+@dataclass(frozen=True)
+class Located:
+    """One file, here or elsewhere.
+
+    Attributes:
+        place: Its path or URL, for messages.
+        store: Where it is.
+        key: Its key there.
+        size: Bytes.
+        version: Changes when the content does.
+    """
+
+    place: str
+    store: RemoteStore
+    key: str
+    size: int = 0
+    version: str = ""
+
+    @property
+    def name(self) -> str:
+        """The last part of its path."""
+        return Path(self.key.partition("?")[0]).name
+
+    def open(self) -> BinaryIO:
+        """The file, seekable."""
+        return self.store.open(self.key)
+
+    def read(self, start: int, length: int) -> bytes:
+        """A part of the file. Raises FileNotFoundError where it is another version by now."""
+        fetched = self.store.fetch(self.key, start, length, version=self.version)
+        skip = start - fetched.start
+        return fetched.data[skip : skip + length]
+
+    def known(self) -> Located:
+        """The file with size and version. Raises FileNotFoundError, PermissionError."""
+        entry = self.store.stat(self.key)
+        return Located(self.place, self.store, self.key, entry.size, entry.version)
+
+
+@lru_cache(maxsize=64)
+def _store(root: str) -> RemoteStore:
+    return open_store(root)
+
+
+def at(place: str) -> Located:
+    """The file at a path or URL; nothing is asked of it."""
+    if not is_remote(place):
+        return Located(place, _store("/"), str(Path(place).expanduser().absolute()))
+    scheme, _, rest = place.partition("://")
+    host, _, key = rest.partition("/")
+    store = _store(f"{scheme}://{host}")
+    return Located(f"{store.url.rstrip('/')}/{key.partition('?')[0]}", store, key)
+
+
+def locate(key: str, given: Sequence[str], suffixes: Sequence[str]) -> list[Located]:
+    """The files that an entry's `key` names, those of one text in sorted order.
+
+    Args:
+        key: The entry's key, for messages.
+        given: Paths and URLs of files, or of folders of files, with globs and ``{000..012}`` or ``{a,b}``.
+        suffixes: Endings of the files that are taken from folders.
+
+    Raises:
+        BadValue: Nothing is there.
+    """
+    return [file for text in given for file in _locate(key, text, suffixes)]
+
+
+def _locate(key: str, text: str, suffixes: Sequence[str]) -> list[Located]:
+    places = list(_unbraced(key, text))
+    try:
+        found = [file for place in places for file in _matching(place, suffixes)]
+        with ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
+            found = list(pool.map(lambda file: file if file.version else file.known(), found))
+    except FileNotFoundError as error:
+        remedy = "give files that are there (a relative path is relative to the file that names it)"
+        raise BadValue(key, error.filename or text, "does not exist", remedy) from error
+    except OSError as error:
+        raise BadValue(key, text, f"cannot be read: {error.strerror or error}", "give readable files") from error
+    if not found:
+        remedy = f"give a file, or a folder of {' or '.join(suffixes)} files"
+        raise BadValue(key, text, f"holds no {' or '.join(suffixes)} file", remedy)
+    return found
+
+
+def _unbraced(key: str, text: str) -> Iterator[str]:
+    match = _BRACES.search(text)
+    if match is None:
+        yield text
+        return
+    span = _RANGE.fullmatch(match[1])
+    if span is None:
+        parts = match[1].split(",")
+    else:
+        first, last = int(span[1]), int(span[2])
+        if last < first or last - first >= MAX_BRACES:
+            problem = f"{match[0]} is no range that grows, of at most {MAX_BRACES:,} files"
+            raise BadValue(key, text, problem, "write it as {000..012}")
+        parts = [f"{number:0{len(span[1])}d}" for number in range(first, last + 1)]
+    for part in parts:
+        yield from _unbraced(key, text[: match.start()] + part + text[match.end() :])
+
+
+def _matching(place: str, suffixes: Sequence[str]) -> Iterator[Located]:
+    if is_remote(place):
+        yield from _remote(place, suffixes)
+    elif glob.has_magic(place) and not Path(place).exists():
+        yield from (at(path) for path in sorted(glob.glob(place, recursive=True)) if Path(path).is_file())
+    elif Path(place).is_dir():
+        yield from _below(place, suffixes)
+    else:
+        yield at(place)
+
+
+def _below(place: str, suffixes: Sequence[str]) -> Iterator[Located]:
+    store = open_store(place)
+    for entry in store.list():
+        if entry.key.lower().endswith(tuple(suffixes)):
+            yield Located(f"{place.rstrip('/')}/{entry.key}", store, entry.key, entry.size, entry.version)
+
+
+def _remote(place: str, suffixes: Sequence[str]) -> Iterator[Located]:
+    file = at(place)
+    path = file.key.partition("?")[0]
+    if "?" not in file.key and glob.has_magic(path):
+        for entry in file.store.list(re.split(r"[*?\[]", path)[0]):
+            if fnmatchcase(entry.key, path):
+                yield _entry(file.store, entry.key, entry.size, entry.version)
+    elif path.lower().endswith(tuple(suffixes)) or place.lower().startswith("http"):
+        yield file
+    else:
+        for entry in file.store.list(f"{path.rstrip('/')}/" if path else ""):
+            if entry.key.lower().endswith(tuple(suffixes)):
+                yield _entry(file.store, entry.key, entry.size, entry.version)
+
+
+def _entry(store: RemoteStore, key: str, size: int, version: str) -> Located:
+    return Located(f"{store.url.rstrip('/')}/{key}", store, key, size, version)
+
+
+def identity_of(files: Sequence[Located], *more: object) -> str:
+    """A text that changes when names, sizes or versions of files do, or anything else that is given; not with their
+    folder.
+    """
+    described = [[file.name, file.size, file.version] for file in files]
+    return blake2b(json.dumps([described, *more]).encode(), digest_size=16).hexdigest()

@@ -1,0 +1,300 @@
+# pyright: reportAttributeAccessIssue=false
+"""Tables of CSV, JSON lines and Parquet, read a few rows and some columns at a time, wherever they lie."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+from pyarrow import csv as arrow_csv
+
+from ...errors import BadValue
+from ...utils.prompt_library import shortened
+from ..index.index import CHUNK, in_chunks
+from .columns import Columns, Row, names_in
+
+BATCH_BYTES = 64 * 2**20
+"""Rows of a Parquet table are read in batches of about so many bytes."""
+LINES_ASKED = 100
+"""Lines of a table of JSON lines that are asked for its columns."""
+
+
+@dataclass(frozen=True)
+class TableFile:
+    """One file that holds a table.
+
+    Attributes:
+        key: The entry's key that names it.
+        place: Its path or URL, for messages.
+        open: The file from its beginning, seekable.
+    """
+
+    key: str
+    place: str
+    open: Callable[[], BinaryIO]
+
+    def bad(self, problem: str, remedy: str) -> BadValue:
+        """The error that the file cannot be used."""
+        return BadValue(self.key, self.place, problem, remedy)
+
+    @contextmanager
+    def reading(self, remedy: str) -> Iterator[None]:
+        """Turns what goes wrong inside into BadValue."""
+        try:
+            yield
+        except FileNotFoundError as error:
+            remedy = "give a file that is there (a relative path is relative to its file)"
+            raise self.bad("does not exist", remedy) from error
+        except OSError as error:
+            problem = f"cannot be read: {error.strerror or error}"
+            raise self.bad(problem, "give a readable file, not a folder") from error
+        except (ValueError, pa.ArrowException) as error:
+            raise self.bad(reason(error), remedy) from error
+
+
+def reason(error: Exception) -> str:
+    """What was found wrong in a file, in one line."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"is not UTF-8 (byte {error.start})"
+    return " ".join(str(error).split())[:300]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of a table.
+
+    Attributes:
+        numbers: Lines (of JSON lines) or rows (of the others), counted from 1, for people.
+        rows: What stands in the columns that were asked for.
+        group: Of Parquet, the row group that all of them are in.
+        start: Of Parquet, the place of the first one in that row group.
+    """
+
+    numbers: Sequence[int]
+    rows: Sequence[Row]
+    group: int = 0
+    start: int = 0
+
+
+class Table(ABC):
+    """A table in one file.
+
+    Args:
+        file: Where it is.
+    """
+
+    remedy: str
+    """How a file that cannot be read is mended."""
+    noun: str = "row"
+    """What is counted."""
+
+    def __init__(self, file: TableFile) -> None:
+        self.file = file
+
+    def columns(self) -> Columns:
+        """The columns that there are, none of an empty file.
+
+        Raises:
+            BadValue: The file is not there or cannot be read.
+        """
+        with self.file.reading(self.remedy):
+            return self._columns()
+
+    def rows(self, columns: Sequence[str]) -> Iterator[Rows]:
+        """All rows in order, with these of its columns at least. Raises BadValue."""
+        with self.file.reading(self.remedy):
+            yield from self._rows(columns)
+
+    def empty(self) -> BadValue:
+        """The error that there is nothing in it."""
+        return self.file.bad("is empty", self.remedy)
+
+    def holds_bytes(self, column: str) -> bool:
+        """Whether a column holds bytes, or structs with bytes, rather than texts."""
+        del column
+        return False
+
+    @abstractmethod
+    def _columns(self) -> Columns: ...
+
+    @abstractmethod
+    def _rows(self, columns: Sequence[str]) -> Iterator[Rows]: ...
+
+    @property
+    def _name(self) -> str:
+        return self.file.place.rpartition("/")[2]
+
+
+class CsvTable(Table):
+    """Comma separated values, the first line with the columns' names; separated by tabs in a file called .tsv."""
+
+    remedy = "write a first line with the columns' names, texts with commas in double quotes, as UTF-8"
+
+    @property
+    def _separator(self) -> str:
+        return "\t" if self.file.place.lower().endswith(".tsv") else ","
+
+    def _columns(self) -> Columns:
+        with self.file.open() as stream, io.TextIOWrapper(stream, "utf-8-sig", "replace", "") as text:
+            header = next(csv.reader(text, delimiter=self._separator), [])
+        return Columns(header, f"the first line of {self._name}")
+
+    def _rows(self, columns: Sequence[str]) -> Iterator[Rows]:
+        convert = arrow_csv.ConvertOptions(
+            column_types={name: pa.large_string() for name in columns}, include_columns=list(columns)
+        )
+        parse = arrow_csv.ParseOptions(delimiter=self._separator, newlines_in_values=True)
+        read = arrow_csv.ReadOptions(use_threads=False)  # with threads, errors do not name the row
+        with (
+            self.file.open() as stream,
+            arrow_csv.open_csv(stream, read_options=read, parse_options=parse, convert_options=convert) as reader,
+        ):
+            number = 1
+            for batch in reader:
+                yield Rows(range(number, number + len(batch)), batch.to_pylist())
+                number += len(batch)
+
+
+class JsonLinesTable(Table):
+    """An object on each line; empty lines are passed over."""
+
+    noun = "line"
+    remedy = 'write one object per line, as {"caption": "a cat"}, as UTF-8'
+
+    def _columns(self) -> Columns:
+        found: dict[str, None] = {}
+        lines = []
+        for number, row in islice(self._objects(), LINES_ASKED):
+            lines.append(number)
+            found |= dict.fromkeys(names_in(row))
+        which = f"line {lines[0]}" if len(lines) == 1 else f"lines {lines[0]} to {lines[-1]}" if lines else "it"
+        return Columns(list(found), f"{which} of {self._name}")
+
+    def _rows(self, columns: Sequence[str]) -> Iterator[Rows]:
+        for chunk in in_chunks(self._objects(), CHUNK):
+            yield Rows([number for number, _ in chunk], [row for _, row in chunk])
+
+    def _objects(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        with self.file.open() as stream:
+            for number, line in enumerate(stream, 1):
+                text = decoded_line(line, number)
+                if text.strip():
+                    yield number, _object(text, number)
+
+
+def decoded_line(line: bytes, number: int) -> str:
+    """A line's text. Raises ValueError that names the line."""
+    try:
+        return line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"line {number} is not UTF-8 (byte {error.start})") from error
+
+
+def _object(line: str, number: int) -> dict[str, Any]:
+    try:
+        found = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"line {number}, column {error.colno} is not JSON: {error.msg}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"line {number} is {shortened(found)}, not an object")
+    if "\\ud" in line.lower():
+        try:
+            json.dumps(found, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"line {number} has half of a surrogate pair, which is no text") from error
+    return found
+
+
+class ParquetTable(Table):
+    """Apache Parquet. Of nested columns, what lies inside structs is read alone."""
+
+    remedy = "write the table again, with a column of texts"
+
+    def _columns(self) -> Columns:
+        from pyarrow.parquet import read_schema
+
+        with self.file.open() as stream:
+            schema = read_schema(stream)
+        names = [name for field in schema for name in (field.name, *_nested(field.type, f"{field.name}."))]
+        return Columns(names, self._name)
+
+    def holds_bytes(self, column: str) -> bool:
+        """Whether a column holds bytes, or structs with bytes, rather than texts."""
+        from pyarrow.parquet import read_schema
+
+        with self.file.reading(self.remedy), self.file.open() as stream:
+            return bytes_inside(read_schema(stream), column) is not None
+
+    def _rows(self, columns: Sequence[str]) -> Iterator[Rows]:
+        from pyarrow.parquet import ParquetFile
+
+        with self.file.open() as stream:
+            file = ParquetFile(stream)
+            wanted = list(dict.fromkeys(readable(file.schema_arrow, name) for name in columns))
+            number = 1
+            for group in range(file.num_row_groups):
+                start = 0
+                size = _batch_size(file.metadata.row_group(group))
+                for batch in file.iter_batches(batch_size=size, row_groups=[group], columns=wanted):
+                    rows = batch.to_pylist() if wanted else [{}] * len(batch)
+                    yield Rows(range(number, number + len(rows)), rows, group, start)
+                    number, start = number + len(rows), start + len(rows)
+
+
+def _nested(kind: pa.DataType, prefix: str) -> Iterator[str]:
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        kind = kind.value_type
+    if pa.types.is_struct(kind):
+        for field in kind:
+            yield prefix + field.name
+            yield from _nested(field.type, f"{prefix}{field.name}.")
+
+
+def readable(schema: pa.Schema, name: str) -> str:
+    """What Parquet's reader calls the smallest column that holds `name`: it reaches into structs, not into lists."""
+    if name in schema.names:
+        return name
+    parts = name.split(".")
+    kind, reached = schema.field(parts[0]).type, parts[:1]
+    for part in parts[1:]:
+        if not pa.types.is_struct(kind):
+            break
+        kind, reached = kind.field(part).type, [*reached, part]
+    return ".".join(reached)
+
+
+def bytes_inside(schema: pa.Schema, name: str) -> str | None:
+    """The column of bytes: itself, or ``bytes`` inside its structs; None where it holds something else."""
+    kind = schema.field(name).type if name in schema.names else _kind(schema, name.split("."))
+    if kind is not None and pa.types.is_struct(kind):
+        name, kind = f"{name}.bytes", _kind(kind, ["bytes"])
+    if kind is not None and pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    is_bytes = kind is not None and (pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+    return name if is_bytes else None
+
+
+def _kind(outer: Any, path: Sequence[str]) -> pa.DataType | None:
+    """The type of what structs hold under names; None where there is no such thing."""
+    for name in path:
+        if not (isinstance(outer, pa.Schema) or pa.types.is_struct(outer)) or name not in {each.name for each in outer}:
+            return None
+        outer = outer.field(name).type
+    return outer
+
+
+def _batch_size(group: Any) -> int:
+    per_row = group.total_byte_size // max(1, group.num_rows)
+    return max(1, min(CHUNK, BATCH_BYTES // max(1, per_row)))
+
+
+TABLES: dict[str, type[Table]] = {".jsonl": JsonLinesTable, ".csv": CsvTable, ".parquet": ParquetTable}
+"""Kinds of tables, by the suffix that their files usually have."""

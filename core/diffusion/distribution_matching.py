@@ -1,0 +1,180 @@
+r"""Matching the distribution of a student's samples to a teacher's, by what two denoisers say of them.
+
+A sample x of the student is noised, x_t = alpha_t x + sigma_t eps, and denoised by the teacher, D_real(x_t), and by a
+network that was trained on the student's samples, D_fake(x_t). Since D(x_t) = (x_t + sigma_t^2 s(x_t)) / alpha_t with
+the score s = grad log p_t,
+
+    D_fake - D_real = (sigma_t^2 / alpha_t) (s_fake - s_real)
+
+which is (sigma_t / alpha_t)^2 times the gradient, with respect to x, of KL(student_t || teacher_t): zero where both
+agree. Distribution matching (dm) takes it for the gradient of the student's samples, no derivative of the denoisers:
+
+    grad = (D_fake - D_real) / mean |x - D_real|,    L = 1/2 mean (x - sg(x - grad))^2
+
+An f-divergence D_f(teacher || student) has the same gradient times h(r) = r^2 f''(r), r = p_teacher / p_student at x_t,
+
+    reverse_kl 1          kl r                        js r / (1 + r)      softened_reverse_kl 1 / (1 + r)
+    jeffreys 1 + r        squared_hellinger sqrt(r)   neyman 1 / r
+
+up to a constant factor. With guidance, D_real = D_c + (g - 1)(D_c - D_u), and the gradient falls into two parts,
+which may have times of their own:
+
+    (D_fake - D_c)        distribution matching proper, and        -(g - 1)(D_c - D_u)        guidance augmentation
+
+Score identity distillation (sid) lets the gradient through both denoisers' inputs instead:
+
+    L = mean (D_real - D_fake) ((D_real - x) - a (D_real - D_fake)) / sg(mean |x - D_real|)
+
+As E[x | x_t] = D_fake, its mean is (1 - a) times the squared gap; its gradient is another, for what D_fake owes to the
+student is left out of it, which is why a = 1 and above train too.
+
+References:
+    Yin et al., One-step Diffusion with Distribution Matching Distillation, arXiv 2311.18828.
+    Yin et al., Improved Distribution Matching Distillation (dmd2), arXiv 2405.14867.
+    Xu et al., One-step Diffusion Models with f-Divergence Distribution Matching, arXiv 2502.15681.
+    Liu et al., Decoupled DMD: CFG Augmentation as the Spear, Distribution Matching as the Shield, arXiv 2511.22677.
+    Zhou et al., Score identity Distillation, arXiv 2404.04057.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from . import Schedule
+
+Divergence = Literal["reverse_kl", "kl", "js", "softened_reverse_kl", "squared_hellinger", "jeffreys", "neyman"]
+NUM_TIME_BINS = 10
+SMALLEST_DEVIATION = 1e-5
+"""Where a sample is its own denoised version, mean |x - D_real| is 0: the normaliser stays above this."""
+
+_WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "reverse_kl": torch.ones_like,
+    "kl": lambda r: r,
+    "js": lambda r: r / (1 + r),
+    "softened_reverse_kl": lambda r: 1 / (1 + r),
+    "squared_hellinger": lambda r: r.sqrt(),
+    "jeffreys": lambda r: 1 + r,
+    "neyman": lambda r: 1 / r,
+}
+
+
+def divergence_weight(ratio: Tensor, divergence: Divergence) -> Tensor:
+    """h(r) of density ratios r = teacher / student above 0, up to a constant factor; shape of `ratio`."""
+    return _WEIGHTS[divergence](ratio)
+
+
+class DivergenceWeights:
+    """h(r) / mean h of samples, with running means over earlier steps, so that no sample's weight depends on its batch.
+
+    Ratios are first divided by their own mean at about their time, since the mean of p_teacher / p_student over the
+    student's samples is 1 and the heads' is not. Both means start at what r = 1 gives.
+
+    Args:
+        divergence: Whose h.
+        max_ratio: Density ratios are kept between this and one over this.
+        decay: Of the running means, once per :meth:`settle`.
+    """
+
+    def __init__(self, divergence: Divergence, *, max_ratio: float, decay: float = 0.95) -> None:
+        self._divergence: Divergence = divergence
+        self._bound, self._decay = math.log(max_ratio), decay
+        one = torch.ones(NUM_TIME_BINS + 1, dtype=torch.float64)
+        one[-1] = divergence_weight(one[-1], divergence)
+        self._means = one  # of r by time, and of h
+        self._seen: Tensor | None = None
+
+    def __call__(self, log_ratio: Tensor, share: Tensor) -> Tensor:
+        """Weights (B,) of the heads' log density ratios (B,) at times that are a `share` (B,) of the noisiest."""
+        ratio = log_ratio.detach().double().clamp(-self._bound, self._bound).exp()
+        bins = (share * NUM_TIME_BINS).long().clamp(0, NUM_TIME_BINS - 1)
+        self._means = self._means.to(ratio.device)
+        weight = divergence_weight(ratio / self._means[bins], self._divergence)
+        self._note(torch.cat([bins, torch.full_like(bins, NUM_TIME_BINS)]), torch.cat([ratio, weight]))
+        return weight / self._means[-1]
+
+    def _note(self, slots: Tensor, values: Tensor) -> None:
+        zeros = torch.zeros_like(self._means)
+        seen = torch.stack([zeros.scatter_add(0, slots, v) for v in (values, torch.ones_like(values))])
+        self._seen = seen if self._seen is None else self._seen + seen
+
+    def settle(self, average: Callable[[Sequence[Tensor]], None]) -> None:
+        """Move the means by what was seen since the last call; every process must call it.
+
+        Args:
+            average: Averages tensors over the processes, in place.
+        """
+        if self._seen is None:
+            return
+        average([self._seen])
+        sums, counts = self._seen
+        moved = self._decay * self._means + (1 - self._decay) * sums / counts.clamp(min=1e-9)
+        self._means = torch.where(counts > 0, moved, self._means)
+        self._seen = None
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The means; nothing where all weights are 1."""
+        return {} if self._divergence == "reverse_kl" else {"means": self._means}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+        self._means, self._seen = state.get("means", self._means).clone(), None
+
+
+def deviation(x: Tensor, denoised: Tensor) -> Tensor:
+    """Mean |x - D| of each sample, shape (B, 1, ...), without a gradient: what the gradients below are divided by."""
+    axes = tuple(range(1, x.ndim))
+    return (x - denoised).detach().abs().mean(axes, keepdim=True).clamp(min=SMALLEST_DEVIATION)
+
+
+def matching_gradient(x: Tensor, real: Tensor, fake: Tensor, *, normalise: bool) -> Tensor:
+    """(D_fake - D_real), divided by mean |x - D_real| if asked; all of shape (B, ...)."""
+    gap = fake - real
+    return gap / deviation(x, real) if normalise else gap
+
+
+def augmentation_gradient(x: Tensor, cond: Tensor, uncond: Tensor, *, scale: float, normalise: bool) -> Tensor:
+    """-(g - 1)(D_c - D_u), divided by mean |x - D_c| if asked.
+
+    Args:
+        x: Samples of the student, shape (B, ...).
+        cond: D_c, the teacher with the prompt.
+        uncond: D_u, the teacher without.
+        scale: g.
+        normalise: Whether to divide. The paper (2511.22677) gives the sum of scores alone; that each part is divided
+            by its own deviation is a choice made here.
+    """
+    augmentation = (scale - 1) * (uncond - cond)
+    return augmentation / deviation(x, cond) if normalise else augmentation
+
+
+def matching_loss(x: Tensor, gradient: Tensor) -> Tensor:
+    """1/2 mean (x - sg(x - gradient))^2 of each sample, shape (B,): its derivative by x is `gradient` / elements."""
+    return 0.5 * ((x - (x - gradient).detach()) ** 2).flatten(1).mean(1)
+
+
+def sid_loss(x: Tensor, real: Tensor, fake: Tensor, *, alpha: float, normalise: bool) -> Tensor:
+    """The loss of score identity distillation of each sample, shape (B,).
+
+    Args:
+        x: Samples of the student, shape (B, ...), with their gradient.
+        real: D_real at the noised samples, with its gradient to them.
+        fake: D_fake likewise.
+        alpha: a; 1 and 1.2 are the paper's.
+        normalise: Whether to divide by mean |x - D_real|.
+    """
+    gap = real - fake
+    product = gap * ((real - x) - alpha * gap)
+    return (product / deviation(x, real) if normalise else product).flatten(1).mean(1)
+
+
+def denoising_target(kind: str, x_0: Tensor, eps: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
+    """What a network of parametrisation `kind` is trained to say of x_t = alpha_t x_0 + sigma_t eps; shape (B, ...)."""
+    if kind == "v_prediction":
+        alpha_t, sigma_t = schedule.coefficients(t, x_0)
+        return alpha_t * eps - sigma_t * x_0
+    return {"epsilon": eps, "sample": x_0, "flow": eps - x_0}[kind]

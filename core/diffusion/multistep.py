@@ -1,0 +1,54 @@
+r"""The stochastic few-step sampler: denoise, noise anew to the next time, denoise.
+
+    x_0 = D(x_t1, t1),   x_t2 = alpha_t2 x_0 + sigma_t2 eps,   x_0 = D(x_t2, t2),   ...          t1 > t2 > ...
+
+A student of one step is told a time of its own: where alpha_T is small (0.068 for SDXL) the x_0 of an epsilon network
+at T is its output times 14.6, and the network need not know from its time that all it sees is noise.
+
+References:
+    Song et al., Consistency Models (algorithm 1), arXiv 2303.01469.
+    Yin et al., Improved Distribution Matching Distillation (a student of one step at 399), arXiv 2405.14867.
+"""
+
+from __future__ import annotations
+
+from ..errors import UserError
+from ..plugin_api.method import Sampler
+from . import Schedule
+
+ONE_STEP_SHARE = 0.4
+"""Where in the training timesteps a student of one step is told that it is, on a table of betas."""
+
+
+def told_time(schedule: Schedule, asked: int | None, *, key: str) -> float:
+    """The time of the schedule that a student of one step is told.
+
+    Args:
+        schedule: The model's.
+        asked: A timestep of the model's training timesteps; None: 399 of 1000, on a flow pure noise.
+        key: Where it was asked for, for the error.
+
+    Raises:
+        UserError: There is no such timestep.
+    """
+    total = schedule.num_train_timesteps
+    if asked is not None and asked >= total:
+        raise UserError(
+            f"{key} = {asked}, but the model has {total} training timesteps",
+            f"choose 1 to {total - 1}, or leave it out",
+        )
+    if schedule.clean_at_zero:
+        return schedule.t_max if asked is None else asked / total
+    return round(ONE_STEP_SHARE * total) - 1 if asked is None else asked
+
+
+def multistep_sampler(schedule: Schedule, times: list[float], guidance_scale: float) -> Sampler:
+    """LCMScheduler of diffusers (FlowMatchLCMScheduler on a flow) at these times, falling."""
+    if schedule.clean_at_zero:
+        # the times are shifted already: the scheduler must not do it again
+        config = {"shift": 1.0, "use_dynamic_shifting": False}
+        return Sampler("FlowMatchLCMScheduler", config, len(times), guidance_scale, {"sigmas": times})
+    # every timestep may be asked for by name
+    config = {"original_inference_steps": schedule.num_train_timesteps}
+    call = {"timesteps": [int(time) for time in times]}
+    return Sampler("LCMScheduler", config, len(times), guidance_scale, call)

@@ -1,0 +1,124 @@
+r"""The deterministic sampler as a fixed walk from noise to data: its times, its steps, and a step read backwards.
+
+One step along a prediction from time t to time s,
+
+    x_s = alpha_s x_0 + sigma_s eps,    eps = (x_t - alpha_t x_0) / sigma_t
+
+is one of DDIM on a table of betas and one of Euler on a flow. Read backwards it says which x_0 a network must predict
+at x_t to land on a given x_s:
+
+    x_0* = (x_s - (sigma_s / sigma_t) x_t) / (alpha_s - (sigma_s / sigma_t) alpha_t)
+
+On a flow (alpha = 1 - t, sigma = t) that is the average velocity: x_0* = x_t - t (x_t - x_s) / (t - s).
+
+References:
+    Song et al., Denoising Diffusion Implicit Models, arXiv 2010.02502.
+    Salimans and Ho, Progressive Distillation for Fast Sampling of Diffusion Models, arXiv 2202.00512.
+    Lin et al., Common Diffusion Noise Schedules and Sample Steps are Flawed (trailing spacing), arXiv 2305.08891.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from ..plugin_api.method import Sampler
+from . import Prediction, Schedule, append_dims
+
+Coefficients = tuple[Tensor, Tensor]
+"""alpha and sigma of one time per sample, shape (B,) each."""
+
+
+@dataclass(frozen=True)
+class Walk:
+    """N steps from the noisiest time to the data; step j goes from point j to point j + 1, and point N is the data.
+
+    Attributes:
+        times: Where the network is called, falling, shape (N,), in the schedule's units.
+        alpha: Of the points, shape (N + 1,), float64; the last is 1.
+        sigma: Of the points, shape (N + 1,), float64; the last is 0, also on a table whose own end is noisy.
+    """
+
+    times: Tensor
+    alpha: Tensor
+    sigma: Tensor
+
+    def __len__(self) -> int:
+        return len(self.times)
+
+    def to(self, device: str | torch.device) -> Walk:
+        """The same walk on `device`."""
+        return Walk(self.times.to(device), self.alpha.to(device), self.sigma.to(device))
+
+    def at(self, point: Tensor) -> Coefficients:
+        """(alpha, sigma) of points (B,)."""
+        return self.alpha[point], self.sigma[point]
+
+
+def trailing_walk(schedule: Schedule, num_steps: int) -> Walk:
+    """The steps T - 1, T - 1 - T/N, ... of ``timestep_spacing="trailing"``, or shift(1), shift(1 - 1/N), ... of a flow.
+
+    The points of N steps are every second one of 2 N steps.
+
+    Raises:
+        UserError: There are more steps than timesteps.
+    """
+    if schedule.clean_at_zero:
+        times = schedule.grid(num_steps).times.flip(0)
+    else:
+        total = schedule.num_train_timesteps
+        if not 1 <= num_steps <= total:
+            raise UserError(f"{num_steps} steps do not fit a model of {total} timesteps", f"choose 1 to {total} steps")
+        times = (total - torch.arange(num_steps, dtype=torch.float64) * (total / num_steps)).round().long() - 1
+    alpha, sigma = schedule.alpha(times), schedule.sigma(times)
+    return Walk(times, torch.cat([alpha, alpha.new_ones(1)]), torch.cat([sigma, sigma.new_zeros(1)]))
+
+
+def step_to(prediction: Prediction, end: Coefficients) -> Tensor:
+    """x_s = alpha_s x_0 + sigma_s eps of shape (B, ...), `end` being (alpha_s, sigma_s)."""
+    alpha_s, sigma_s = (append_dims(part, prediction.x_t) for part in end)
+    return alpha_s * prediction.x0 + sigma_s * prediction.eps
+
+
+def data_of_step(x_t: Tensor, x_s: Tensor, *, start: Coefficients, end: Coefficients) -> Tensor:
+    """x_0*: the data whose prediction at `x_t` makes one step land on `x_s` (B, ...).
+
+    Finite also where alpha_t = 0 (pure noise) and where sigma_s = 0 (there it is x_s / alpha_s).
+
+    Args:
+        x_t: Where the step begins.
+        x_s: Where it ends.
+        start: (alpha_t, sigma_t), sigma_t above 0.
+        end: (alpha_s, sigma_s), less noisy.
+    """
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = start, end
+    ratio = sigma_s / sigma_t
+    gap = append_dims(alpha_s - ratio * alpha_t, x_t)
+    return (x_s - append_dims(ratio, x_t) * x_t) / gap
+
+
+def deterministic_sampler(
+    schedule: Schedule, num_steps: int, guidance_scale: float, *, spacing: str | None = "trailing"
+) -> Sampler:
+    """DDIM (Euler on a flow), ending at the data; over :func:`trailing_walk` unless told otherwise.
+
+    diffusers' DDIM goes on by T // N timesteps and the walk by T / N, which is one where N divides T.
+
+    Args:
+        schedule: The model's.
+        num_steps: N.
+        guidance_scale: The pipeline's; 0 is off.
+        spacing: ``timestep_spacing`` on a table of betas; None: the model's own.
+    """
+    walk = trailing_walk(schedule, num_steps)
+    if schedule.clean_at_zero:
+        # the times are shifted already: the scheduler must not do it again
+        config = {"shift": 1.0, "use_dynamic_shifting": False}
+        call = {"sigmas": walk.sigma[:-1].tolist()}
+        return Sampler("FlowMatchEulerDiscreteScheduler", config, num_steps, guidance_scale, call)
+    config = {"set_alpha_to_one": True, "clip_sample": False}
+    config |= {} if spacing is None else {"timestep_spacing": spacing}
+    return Sampler("DDIMScheduler", config, num_steps, guidance_scale)

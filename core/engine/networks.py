@@ -1,0 +1,347 @@
+"""The networks of a run, by role: one base in memory, with an adapter for each role that trains LoRA.
+
+With LoRA the teacher is the base with adapters off. Which adapters are on is a property of each forward pass: it is
+set for that pass, put back afterwards, and restored for its recomputation under gradient checkpointing, so that one
+backward may cross student, fake score and teacher. ``requires_grad`` is never touched by switching.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..errors import UserError
+from ..utils.seeds import derive_seed
+from .ema import EMA
+
+if TYPE_CHECKING:
+    from ..plugin_api.family import LoraSettings, ModelFamily
+    from ..plugin_api.method import Role
+
+
+def _tuner_layers(network: nn.Module) -> list[tuple[str, Any]]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [(name, module) for name, module in network.named_modules() if isinstance(module, BaseTunerLayer)]
+
+
+def _copy_adapter(layer: Any, source: str, target: str, *, name: str, path: str, rank: int) -> None:
+    """Copy one layer's weights from adapter `source` to `target`, so that both contribute the same."""
+    has_source, has_target = source in layer.lora_A, target in layer.lora_A
+    if has_source != has_target:
+        raise UserError(
+            f"init_lora = {path}: it {'adapts' if has_source else 'does not adapt'} {name}, this run does"
+            f"{' not' if has_source else ''}",
+            "set lora_target_modules to the modules of that LoRA",
+        )
+    if layer.lora_A[source].weight.shape != layer.lora_A[target].weight.shape:
+        raise UserError(
+            f"init_lora = {path}: its rank is {layer.r[source]}, this run's lora_rank = {rank}",
+            f"set lora_rank to {layer.r[source]}",
+        )
+    layer.lora_A[target].weight.copy_(layer.lora_A[source].weight)
+    ratio = layer.scaling[source] / layer.scaling[target]
+    layer.lora_B[target].weight.copy_(layer.lora_B[source].weight * ratio)
+
+
+class AdapterSwitch:
+    """Sets which adapter of a peft-injected network is active, without touching ``requires_grad``.
+
+    Args:
+        network: A network that adapters were injected into.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self._layers: list[Any] = [module for _, module in _tuner_layers(network)]
+        self.active: str | None = None
+        self._apply(None)
+
+    def _apply(self, adapter: str | None) -> None:
+        # peft's public switches clear requires_grad of the inactive adapters, hence its two fields directly
+        for layer in self._layers:
+            layer._disable_adapters = adapter is None
+            if adapter is not None:
+                layer._active_adapter = [adapter]
+        self.active = adapter
+
+    @contextmanager
+    def use(self, adapter: str | None) -> Iterator[None]:
+        """`adapter` on (None: all off) inside the block; what was before comes back after it, also on an error."""
+        before = self.active
+        if adapter == before:
+            yield
+            return
+        self._apply(adapter)
+        try:
+            yield
+        finally:
+            self._apply(before)
+
+    def checkpoint(self, module: nn.Module, *args: Any) -> Any:
+        """Gradient checkpointing whose recomputation runs with the adapters of the forward pass."""
+        adapter = self.active
+        return checkpoint(
+            module.__call__, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), self.use(adapter))
+        )
+
+
+class Networks:
+    """Networks by role, their trainable parameters and their averages.
+
+    Args:
+        family: Loads the base and makes copies for full training.
+        roles: What the method declared.
+        lora: Shape of adapters.
+        seed: Of the adapters' initial weights.
+        gradient_checkpointing: Recompute activations in the backward pass.
+        parameter_dtype: Type of trained LoRA weights (bfloat16 only for optimizers that compensate the rounding).
+        ema_decay: Decay of another average of the student, for ``use_ema``; None without.
+    """
+
+    def __init__(
+        self,
+        family: ModelFamily,
+        roles: Sequence[Role],
+        *,
+        lora: LoraSettings | None,
+        seed: int,
+        gradient_checkpointing: bool = False,
+        parameter_dtype: torch.dtype = torch.float32,
+        ema_decay: float | None = None,
+    ) -> None:
+        self.roles = {role.name: role for role in roles}
+        self._family, self._lora, self._seed, self._dtype = family, lora, seed, parameter_dtype
+        self.base = family.load_network().requires_grad_(False)
+        self._modules: dict[str, nn.Module] = {}
+        for role in roles:
+            self._modules[role.name] = self._build(role)
+        adapters = [role.name for role in roles if self._is_adapter(role)]
+        self._switch = AdapterSwitch(self.base) if adapters else None
+        for role in roles:
+            self._set_trainable(role)
+            if role.source is not None:
+                self.copy(role.name, role.source)
+        self._averages = {
+            role.name: EMA(self._all_parameters(role.name), decay=role.ema_decay)
+            for role in roles
+            if role.ema_of is not None
+        }
+        self.average = None if ema_decay is None else EMA.copy_of(self.parameters("student"), decay=ema_decay)
+        if gradient_checkpointing:
+            self._enable_checkpointing()
+
+    def _is_adapter(self, role: Role) -> bool:
+        """Whether the role's weights are an adapter on the shared base."""
+        return role.trains == "lora" or (role.source is not None and self._is_adapter(self.roles[role.source]))
+
+    def _has_second_time(self, role: Role) -> bool:
+        return role.second_time or (role.source is not None and self._has_second_time(self.roles[role.source]))
+
+    def _build(self, role: Role) -> nn.Module:
+        if self._is_adapter(role):
+            return self._add_adapter(role)
+        if role.source is not None:
+            return copy.deepcopy(self._modules[role.source]).to(self._width_of(role))
+        if role.trains == "full":
+            shape = {"guidance_embedding": role.guidance_embedding, "second_time": role.second_time}
+            if role.name == "student" and self._family.smaller_keys(self._family.config):
+                shape["smaller"] = True
+            student = self._family.student_network(self.base, **shape)
+            # fp32 masters under autocast, unless the optimizer compensates bf16 rounding itself
+            return student.to(self._dtype)
+        if role.trains == "head":
+            return self._heads(role)
+        return self.base
+
+    def _width_of(self, role: Role) -> torch.dtype:
+        """An average kept in half precision would lose its small steps to rounding."""
+        return torch.promote_types(self._dtype, torch.float32) if role.ema_of is not None else self._dtype
+
+    def _heads(self, role: Role) -> nn.Module:
+        from ..diffusion.adversarial import Heads
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(self._seed, "heads", role.name))
+            heads = Heads(self._family.feature_channels(self.base))
+        return heads.to(next(self.base.parameters()).device, self._dtype)
+
+    def _add_adapter(self, role: Role) -> nn.Module:
+        from peft import LoraConfig
+
+        assert self._lora is not None
+        targets = list(self._lora.target_modules or self._family.lora_targets)
+        config = LoraConfig(
+            r=self._lora.rank,
+            lora_alpha=self._lora.alpha,  # type: ignore[arg-type]  # peft takes floats
+            lora_dropout=self._lora.dropout if role.trains == "lora" else 0.0,
+            target_modules=targets,
+            init_lora_weights=True,
+        )
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several are meant
+            torch.manual_seed(derive_seed(self._seed, "lora", role.name))
+            try:
+                self.base.add_adapter(config, adapter_name=role.name)  # type: ignore[operator]
+            except ValueError as error:
+                raise UserError(
+                    f"lora_target_modules = {targets}: none of these is a module of this network",
+                    f"leave the key out for the family's own list: {' '.join(self._family.lora_targets)}",
+                ) from error
+            if self._has_second_time(role):
+                self._family.add_second_time(self.base, name=role.name)
+        for parameter in self._own(self.base, role.name).values():
+            parameter.data = parameter.data.to(self._width_of(role))
+        return self.base
+
+    @staticmethod
+    def _own(base: nn.Module, role: str) -> dict[str, nn.Parameter]:
+        """What a role that is an adapter owns of the shared base: its LoRA and the embedding of its second time."""
+        marker = f".{role}."
+        return {
+            name: parameter
+            for name, parameter in base.named_parameters()
+            if marker in name and ("lora_" in name or name.startswith("second_time."))
+        }
+
+    def _set_trainable(self, role: Role) -> None:
+        # after all adapters are there: adding one freezes the others
+        for parameter in self._all_parameters(role.name):
+            parameter.requires_grad_(role.trains != "none")
+
+    @torch.no_grad()
+    def copy(self, target: str, source: str) -> None:
+        """Give role `target` the weights of role `source`."""
+        pairs = zip(self._all_parameters(target), self._all_parameters(source), strict=True)
+        for to, of in pairs:
+            to.copy_(of)
+
+    @torch.no_grad()
+    def start_from(self, role: str, path: str) -> None:
+        """Give the role's adapter the weights of the LoRA at `path`, its scale folded in, and its second time.
+
+        Raises UserError when that LoRA has another rank, other modules, or a second time that the role lacks.
+        """
+        assert self._switch is not None
+        assert self._lora is not None
+        try:
+            self._family.attach_adapter(self.base, path, "init")
+            for name, layer in _tuner_layers(self.base):
+                _copy_adapter(layer, "init", role, name=name, path=path, rank=self._lora.rank)
+            self._move_second_time("init", role, path=path)
+            self.base.delete_adapters("init")  # type: ignore[operator]
+        finally:
+            # attaching makes the new adapter active and freezes the others
+            for each in self.roles.values():
+                self._set_trainable(each)
+            self._switch._apply(None)
+        for each in self.roles.values():
+            if each.source == role:
+                self.copy(each.name, role)
+
+    def _move_second_time(self, source: str, target: str, *, path: str) -> None:
+        """Give `target` the second time of `source`, which loses it; one without leaves the start at zero."""
+        times: Any = getattr(self.base, "second_time", {})
+        if source not in times:
+            return
+        if target not in times:
+            raise UserError(
+                f"init_lora = {path}: a second time lies beside it, which the {target} of this run does not take",
+                "start from a student of a method without a second time, or copy the LoRA's file into a folder of its "
+                "own to start from that alone",
+            )
+        times[target].load_state_dict(times.pop(source).state_dict())
+
+    def _enable_checkpointing(self) -> None:
+        for name, role in self.roles.items():
+            if role.trains not in ("lora", "full"):
+                continue
+            module: Any = self._modules[name]
+            switch = self._switch if module is self.base else None
+            module.enable_gradient_checkpointing(switch.checkpoint if switch else None)
+
+    # -- access -----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def use(self, role: str) -> Iterator[nn.Module]:
+        """The role's network, with its adapters on and all others off, inside the block."""
+        module = self._modules[role]
+        adapter = role if self._is_adapter(self.roles[role]) else None
+        with self._switch.use(adapter) if self._switch and module is self.base else nullcontext():
+            yield module
+
+    def module(self, role: str) -> nn.Module:
+        """The module that the role runs on, whatever adapters are on."""
+        return self._modules[role]
+
+    def named_parameters(self, role: str) -> dict[str, nn.Parameter]:
+        """The role's own weights by name: its adapter, or the whole network when it is a copy of its own."""
+        module = self._modules[role]
+        if self._is_adapter(self.roles[role]):
+            return self._own(module, role)
+        return {} if module is self.base else dict(module.named_parameters())
+
+    def _all_parameters(self, role: str) -> list[nn.Parameter]:
+        return list(self.named_parameters(role).values())
+
+    def parameters(self, role: str) -> list[nn.Parameter]:
+        """The role's trainable parameters, in a fixed order."""
+        return [p for p in self._all_parameters(role) if p.requires_grad]
+
+    def trained_roles(self) -> list[str]:
+        """Roles that an optimizer steps, in the method's order."""
+        return [name for name, role in self.roles.items() if role.trains != "none"]
+
+    # -- averages ---------------------------------------------------------------------------------------------------
+
+    def update_averages(self, stepped: str) -> None:
+        """Move every average of the role that was just stepped; once per optimizer step."""
+        for name, average in self._averages.items():
+            if self.roles[name].ema_of == stepped:
+                average.update(self._all_parameters(stepped))
+        if self.average is not None and stepped == "student":
+            self.average.update(self.parameters("student"))
+
+    @torch.no_grad()
+    def settle(self, role: str) -> None:
+        """The ``use_ema`` average becomes the student's weights: what the next stage starts from."""
+        if self.average is not None and role == "student":
+            self.average.copy_to(self.parameters("student"))
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The ``use_ema`` average in the student's place inside the block; nothing happens without one."""
+        with self.average.applied_to(self.parameters("student")) if self.average else nullcontext():
+            yield
+
+    # -- state ------------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """Groups of tensors that decide the future, for a checkpoint."""
+        groups = {f"network-{name}": dict(self.named_parameters(name)) for name in self.roles}
+        return {name: {n: t.detach() for n, t in group.items()} for name, group in groups.items() if group} | (
+            {"average": self.average.state_dict()} if self.average else {}
+        )
+
+    @torch.no_grad()
+    def load_state(self, groups: dict[str, dict[str, Tensor]]) -> None:
+        """Restore what :meth:`state` returned, bit for bit."""
+        own = self.state()
+        for name, group in own.items():
+            if name not in groups or set(groups[name]) != set(group):
+                raise UserError(f"the checkpoint has no matching weights for {name!r}", "start a new output_dir")
+            if name == "average" and self.average:
+                self.average.load_state_dict(groups[name])
+                continue
+            for key, tensor in group.items():
+                saved = groups[name][key]
+                if saved.shape != tensor.shape:
+                    shapes = f"{tuple(saved.shape)} in the checkpoint and {tuple(tensor.shape)} now"
+                    raise UserError(f"{name}: {key} has shape {shapes}", "resume with the lora_rank of that run")
+                tensor.copy_(saved)

@@ -1,0 +1,111 @@
+"""All trackers of a run behind one face: one that fails is switched off, the run goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..utils.packages import install_line, missing
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from ..plugin_api.tracker import RunInfo, Tracker
+    from ..registry.registry import Registry
+
+Say = Callable[[str], None]
+
+
+class Trackers:
+    """The run's trackers.
+
+    Args:
+        trackers: (name, tracker) pairs, in the order of ``report_to``.
+        say: Where warnings and notices go, a line each.
+    """
+
+    def __init__(self, trackers: Sequence[tuple[str, Tracker]], say: Say) -> None:
+        self._trackers = dict(trackers)
+        self._say = say
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Those that are still on."""
+        return tuple(self._trackers)
+
+    def start(self, run: RunInfo) -> None:
+        """Open the run in each tracker and pass on what it has to say."""
+        self._each("start", run)
+        for name, notices in self._each("notices").items():
+            for notice in notices:
+                self._say(f"{name}: {notice}")
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Scalars of a step."""
+        self._each("log", metrics, step)
+
+    def images(self, name: str, images: Mapping[str, Image], step: int) -> None:
+        """Pictures by caption."""
+        self._each("images", name, images, step)
+
+    def text(self, name: str, text: str, step: int) -> None:
+        """Markdown text."""
+        self._each("text", name, text, step)
+
+    def finish(self, scores: Mapping[str, float] | None = None) -> None:
+        """Close each tracker; `scores` are the run's final figures. Nothing is tracked afterwards."""
+        self._each("finish", scores)
+        self._trackers.clear()
+
+    def _each(self, call: str, *args: Any) -> dict[str, Any]:
+        """What the call returned, by tracker."""
+        returned = {}
+        for name, tracker in list(self._trackers.items()):
+            try:
+                returned[name] = getattr(tracker, call)(*args)
+            except Exception as error:  # somebody else's service must not end hours of training; it is said, once
+                del self._trackers[name]
+                self._say(switched_off(name, f"in {call}()", error))
+        return returned
+
+
+def switched_off(name: str, where: str, error: Exception) -> str:
+    """The warning of a tracker that failed."""
+    problem = f"{type(error).__name__}: {error}"
+    return f"warning: tracker {name} failed {where} and is switched off, the run goes on: {problem}"
+
+
+def build_trackers(registry: Registry, names: Sequence[str], configs: Mapping[str, Any], say: Say) -> Trackers:
+    """The named trackers; one whose package is missing is left out with its install line.
+
+    Args:
+        registry: Where names resolve.
+        names: ``report_to``.
+        configs: Validated settings by tracker name; the defaults where there are none.
+        say: Where warnings go.
+    """
+    trackers = []
+    for name in names:
+        tracker = registry.get("tracker", name)
+        problem = missing_packages(tracker.packages)
+        if problem:
+            say(f"warning: tracker {name} is left out, the run goes on: {problem}")
+            continue
+        try:
+            trackers.append((name, tracker(configs.get(name) or tracker.Config())))
+        except Exception as error:  # as little as in its calls later
+            say(switched_off(name, "when it was made", error))
+    return Trackers(trackers, say)
+
+
+def missing_packages(packages: Mapping[str, str]) -> str | None:
+    """None, or a sentence that names the packages that cannot be imported and how to install them.
+
+    Args:
+        packages: Import name -> what to pip install.
+    """
+    absent = missing(packages)
+    if not absent:
+        return None
+    verb = "is" if len(absent) == 1 else "are"
+    return f"{' and '.join(absent)} {verb} not installed ({install_line(absent)})"

@@ -1,0 +1,299 @@
+"""Training from one step to the last: the loop, figures, validation, checkpoints, and a clean stop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..errors import Interrupted, UserError
+from ..utils.memory import peak_memory_bytes
+from .checkpoint import CheckpointState, CheckpointStore, optimizer_to_tensors, tensors_to_optimizer
+from .loop import NUM_TIME_BINS, Loop, StepResult
+from .metrics import MetricBuffer, MetricsFile
+
+if TYPE_CHECKING:
+    from ..config import RunSettings
+    from ..plugin_api.batch import Batch
+    from ..plugin_api.run_state import RunState
+    from ..registry.registry import Registry
+    from .processes import Processes
+    from .signals import StopRequest
+    from .tracking import Trackers
+
+Validate = Callable[[int], Path]
+
+
+@dataclass
+class TimeBins:
+    """Losses by timestep since the last flush, on the device."""
+
+    sums: Tensor | None = None
+    counts: Tensor | None = None
+
+    def add(self, result: StepResult) -> None:
+        """Add a step's sums and counts."""
+        if result.bin_sums is None or result.bin_counts is None:
+            return
+        self.sums = result.bin_sums if self.sums is None else self.sums + result.bin_sums
+        self.counts = result.bin_counts if self.counts is None else self.counts + result.bin_counts
+
+    def flush(self) -> dict[str, float]:
+        """Mean loss of each bin that had samples, by the share of the noisiest time."""
+        if self.sums is None or self.counts is None:
+            return {}
+        sums, counts = self.sums.tolist(), self.counts.tolist()
+        self.sums = self.counts = None
+        width = 1 / NUM_TIME_BINS
+        return {
+            f"loss_by_timestep/{i * width:.1f}-{(i + 1) * width:.1f}": sums[i] / counts[i]
+            for i in range(NUM_TIME_BINS)
+            if counts[i]
+        }
+
+
+OTHER_SAMPLES = (
+    "its samples are not those that the run began with: pictures or captions were added, removed or changed, or some "
+    "that were out of reach and set aside then can be read now"
+)
+
+
+@dataclass
+class Trainer:
+    """Takes the run from its first (or resumed) step to its last.
+
+    Attributes:
+        settings: The run's settings.
+        loop: Takes optimizer steps.
+        store: Checkpoints.
+        metrics_file: metrics.jsonl.
+        trackers: Watch the run.
+        state: What observing plugins see.
+        registry: Whose hooks are called.
+        processes: Ranks.
+        stop: Set by Ctrl-C and SIGTERM.
+        validate: Makes validation pictures of a step.
+        identity: What must be the same when a checkpoint is resumed, by name.
+        total_steps: The last step.
+        on_step: Told (step, metrics or None) after every step, for progress displays.
+        say: Takes lines for people.
+        pause: A context whose time does not count in the progress display's estimate.
+    """
+
+    settings: RunSettings
+    loop: Loop
+    store: CheckpointStore
+    metrics_file: MetricsFile
+    trackers: Trackers
+    state: RunState
+    registry: Registry
+    processes: Processes
+    stop: StopRequest
+    validate: Validate
+    identity: Mapping[str, Any]
+    total_steps: int
+    on_step: Callable[[int, Mapping[str, float] | None], None]
+    say: Callable[[str], None]
+    pause: Callable[[], AbstractContextManager[None]] = nullcontext
+    step: int = 0
+    _buffer: MetricBuffer = field(default_factory=MetricBuffer)
+    _bins: TimeBins = field(default_factory=TimeBins)
+    _flushed: float = 0.0
+    """When figures were last read."""
+    _samples: int = 0
+    """Samples of all processes since then."""
+    _saved: int = -1
+    _waited: float = 0.0
+    """Seconds that the host has waited for batches since the last flush."""
+    _whole: bool = True
+    """Whether weights, counter and figures are of one step."""
+
+    # -- resuming ---------------------------------------------------------------------------------------------------
+
+    def resume(self, path: Path) -> None:
+        """Continue from a checkpoint, bit for bit. Raises UserError when it belongs to another run."""
+        saved = self.store.load(path)
+        differing = {
+            key: (saved.meta["identity"].get(key), value)
+            for key, value in self.identity.items()
+            if saved.meta["identity"].get(key) != value
+        }
+        if differing:
+            lines = [f"{key} was {old!r} and is {new!r}" for key, (old, new) in differing.items() if key != "data"]
+            if "data" in differing:
+                lines.append(OTHER_SAMPLES)
+            remedy = "put back what was, or use a new output_dir (what is cached stays valid)"
+            raise UserError(f"{path} cannot be resumed: {'; '.join(lines)}", remedy)
+        theirs, ours = saved.meta.get("stages", []), self._begun(saved.step)
+        if theirs != ours:
+            raise UserError(
+                f"{path} cannot be resumed: its stages began at steps {theirs}, this run's at {ours}",
+                "leave max_train_steps and the method's stages as they were, or use a new output_dir",
+            )
+        self.loop.networks.load_state(saved.tensors)
+        for role, optimizer in self.loop.optimizers.items():
+            tensors = saved.tensors.get(f"optimizer-{role}", {})
+            optimizer.load_state_dict(tensors_to_optimizer(tensors, saved.meta["optimizers"][role]))
+            if optimizer.scaler and saved.meta["scalers"].get(role):
+                optimizer.scaler.load_state_dict(saved.meta["scalers"][role])
+        self.loop.method.load_state_dict(saved.tensors.get("method", {}))
+        _set_generators(saved.tensors["generators"])
+        self.loop.health.consecutive = dict(saved.meta["bad_steps"])
+        self.step = self._saved = saved.step
+        if self.processes.main:
+            self.metrics_file.truncate_after(saved.step)
+            discarded = self.store.discard_after(saved.step)
+            if discarded:
+                self.say(f"later checkpoints are removed: {', '.join(path.name for path in discarded)}")
+
+    def _begun(self, step: int) -> list[int]:
+        """First steps of the later stages that had begun when `step` steps were taken."""
+        return [start for start in self.loop.stage_starts if start < step]
+
+    def save(self) -> None:
+        """Write a checkpoint of the present step, unless there is one. Every process must call it."""
+        if self._saved == self.step:
+            return
+        with self.processes.together():
+            self._write()
+        folder = self.store.output_dir / f"checkpoint-{self.step}"
+        self.registry.hook.on_checkpoint_saved(state=self.state, folder=folder, step=self.step)
+
+    def _write(self) -> None:
+        self.flush()
+        if self.processes.main:
+            self.metrics_file.sync()
+            self.store.save(self._checkpoint())
+        self._saved = self.step
+
+    def _checkpoint(self) -> CheckpointState:
+        tensors = dict(self.loop.networks.state())
+        optimizers: dict[str, Any] = {}
+        scalers: dict[str, Any] = {}
+        for role, optimizer in self.loop.optimizers.items():
+            state, optimizers[role] = optimizer_to_tensors(optimizer.state_dict())
+            tensors[f"optimizer-{role}"] = state
+            scalers[role] = optimizer.scaler.state_dict() if optimizer.scaler else None
+        tensors["method"] = self.loop.method.state_dict()
+        tensors["generators"] = _generators()
+        meta = {
+            "identity": dict(self.identity),
+            "optimizers": optimizers,
+            "scalers": scalers,
+            "bad_steps": dict(self.loop.health.consecutive),
+            "stages": self._begun(self.step),
+        }
+        return CheckpointState(self.step, {name: group for name, group in tensors.items() if group}, meta)
+
+    # -- training ---------------------------------------------------------------------------------------------------
+
+    def train(self, steps: Iterator[list[Batch]]) -> None:
+        """Run to the last step.
+
+        Raises:
+            Interrupted: Ctrl-C or SIGTERM, after a checkpoint.
+            DistillError: The loss was not finite too often; the state before is saved.
+        """
+        self._flushed, self._samples = time.perf_counter(), 0
+        with self.stop.deferred():
+            while self.step < self.total_steps:
+                self._step([batch.to(str(self.processes.device)) for batch in self._next(steps)])
+                self._after_step()
+        self.loop.health.check()
+        self.flush()
+
+    def _next(self, steps: Iterator[list[Batch]]) -> list[Batch]:
+        """The next step's micro-batches; what was waited for them is counted by the host's clock alone."""
+        start = time.perf_counter()
+        batches = next(steps)
+        self._waited += time.perf_counter() - start
+        return batches
+
+    def _step(self, batches: list[Batch]) -> None:
+        self.loop.health.check()  # of the step before, while nothing of this one has happened
+        self._whole = False
+        result = self.loop.step(self.step, batches)
+        self.step += 1
+        self.state.step = self.step
+        self._samples += sum(map(len, batches)) * self.processes.world_size
+        self._buffer.add(self.step, result.metrics)
+        self._bins.add(result)
+        self._whole = True
+        self.registry.hook.on_step_end(state=self.state, step=self.step)
+
+    def _after_step(self) -> None:
+        if self._due(self.settings.log_step_interval) or self.step == self.total_steps:
+            self.flush()
+        else:
+            self.on_step(self.step, None)
+        if self.processes.any_so_far(self.stop.requested):
+            self.save()
+            raise Interrupted(f"stopped at step {self.step}; the checkpoint is complete")
+        with self._paused():
+            if self._due(self.settings.validation_step_interval) and self.step < self.total_steps:
+                self.validate(self.step)
+            if self._due(self.settings.checkpoint_step_interval):
+                self.save()
+
+    @contextmanager
+    def _paused(self) -> Iterator[None]:
+        """What happens inside does not count as training time."""
+        start = time.perf_counter()
+        with self.pause():
+            yield
+        self._flushed += time.perf_counter() - start
+
+    def _due(self, interval: int) -> bool:
+        return interval > 0 and self.step % interval == 0
+
+    def flush(self) -> None:
+        """Read the figures since the last flush from the device and hand them on; the one place that waits for it."""
+        now = time.perf_counter()
+        rows = self._buffer.flush()
+        if not rows:
+            return
+        elapsed = max(now - self._flushed, 1e-9)
+        rate, share = self._samples / elapsed, min(1.0, self._waited / elapsed)
+        self._flushed, self._samples, self._waited = time.perf_counter(), 0, 0.0
+        rows = [(step, {**values, "samples_per_second": rate, "wait_for_data_share": share}) for step, values in rows]
+        if self.processes.main:
+            self.metrics_file.append(rows)
+        for step, values in rows[:-1]:
+            self.trackers.log(values, step)
+        step, values = rows[-1]
+        full = {**values, **self._bins.flush(), "memory_gib": peak_memory_bytes(str(self.processes.device)) / 2**30}
+        self.trackers.log(full, step)
+        self.registry.hook.on_log(state=self.state, metrics=full, step=step)
+        self.on_step(step, values)
+
+    def save_after_failure(self, error: BaseException) -> Path | None:
+        """What can be kept when the run fails: a checkpoint of the last whole step; returns the newest there is.
+
+        Takes part in no exchange between processes, since the others may be elsewhere.
+        """
+        if self._whole and self.step not in (0, self._saved) and not isinstance(error, Interrupted):
+            try:
+                self._write()
+            except Exception as second:  # the first error is the one to report
+                self.say(f"warning: step {self.step} could not be saved: {type(second).__name__}: {second}")
+        return self.store.latest()
+
+
+def _generators() -> dict[str, Tensor]:
+    """The global generators, for anything that draws from them (LoRA dropout)."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _set_generators(states: Mapping[str, Tensor]) -> None:
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])

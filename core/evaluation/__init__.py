@@ -1,0 +1,1 @@
+"""Teacher against student: evaluators, validation while training, the final table of scores."""

@@ -1,0 +1,261 @@
+"""Evaluation: teacher against student, in scores, seconds and one picture."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..drawing.grid import to_pictures
+from ..plugin_api.evaluator import Evaluator, Samples
+from .sampling import Recipe, batch_size, make_pictures, plural, sampling, teacher_recipe
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import nn
+
+    from ..plugin_api.batch import Conditioning
+    from ..plugin_api.family import ModelFamily
+    from ..plugin_api.method import Sampler
+    from .result import Evaluation
+    from .sampling import NetworksByRole
+
+Say = Callable[[str], None]
+SHOWN = 8
+"""Pictures of each recipe that go into ``evaluation.png``."""
+LATENCY_SECONDS = 2.0
+"""How long the latency of a single picture is measured again and again, at most three times."""
+
+
+@dataclass(frozen=True)
+class EvaluationPlan:
+    """What is made and scored. Sample i has prompt i (cycled) and seed ``seed + i``, whoever makes it.
+
+    Attributes:
+        prompts: At least one.
+        recipes: Who is scored, the full teacher among them.
+        reference: The full teacher.
+        num_samples: Pictures of each recipe.
+        seed: Of the first sample.
+        width: Pixels.
+        height: Pixels.
+    """
+
+    prompts: tuple[str, ...]
+    recipes: tuple[Recipe, ...]
+    reference: Recipe
+    num_samples: int
+    seed: int
+    width: int
+    height: int
+
+    @property
+    def sample_prompts(self) -> list[str]:
+        """The prompt of each sample."""
+        return [self.prompts[index] for index in self.prompt_indices]
+
+    @property
+    def prompt_indices(self) -> list[int]:
+        """Index into the prompts of each sample."""
+        return [index % len(self.prompts) for index in range(self.num_samples)]
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seed of each sample."""
+        return list(range(self.seed, self.seed + self.num_samples))
+
+
+def plan_evaluation(
+    family: ModelFamily,
+    sampler_for: Callable[[int], Sampler],
+    *,
+    prompts: Sequence[str],
+    num_samples: int,
+    seed: int,
+    resolution: tuple[int, int],
+    steps: Sequence[int] = (1, 2, 4, 8),
+    teacher_steps: Sequence[int] = (4, 50),
+    teacher_guidance: float | None = None,
+    role: str = "student",
+) -> EvaluationPlan:
+    """Teacher at few steps, a fast solver beside it, the student at each number of steps, the full teacher.
+
+    All of the teacher's recipes but the fast solver use one scheduler, and all of them one guidance.
+
+    Args:
+        family: For the teacher's usual guidance and the fast solver's settings.
+        sampler_for: The method's sampler at a number of steps.
+        prompts: At least one.
+        num_samples: Pictures of each recipe.
+        seed: Of the first sample.
+        resolution: (width, height) in pixels.
+        steps: Of the student.
+        teacher_steps: Of the teacher; the largest is the reference, the smallest also the fast solver's.
+        teacher_guidance: Guidance scale; None for the family's usual one.
+        role: The student's role.
+    """
+    counts = sorted(set(teacher_steps))
+    teachers = [teacher_recipe(family, count, teacher_guidance) for count in counts]
+    solver = fast_solver(family, counts[0], teachers[0].guidance)
+    samplers = [(count, sampler_for(count)) for count in sorted(set(steps))]
+    students = [Recipe("student", role, sampler, count, sampler.guidance_scale) for count, sampler in samplers]
+    recipes = (*teachers[:-1], solver, *students, teachers[-1])
+    return EvaluationPlan(tuple(prompts), recipes, teachers[-1], num_samples, seed, *resolution)
+
+
+def fast_solver(family: ModelFamily, steps: int, guidance: float) -> Recipe:
+    """DPM-Solver++ 2M, the teacher's best at few steps without any training (arXiv 2211.01095)."""
+    from ..plugin_api.method import Sampler
+
+    config: dict[str, object] = {"algorithm_type": "dpmsolver++", "solver_order": 2}
+    if family.prediction_type == "flow":
+        shift = getattr(family.schedule, "shift", 1.0)
+        config |= {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
+    else:
+        # begins at the last timestep: "leading" starts few-step pictures from what is not noise enough
+        config |= {"timestep_spacing": "trailing"}
+    sampler = Sampler("DPMSolverMultistepScheduler", config, steps, guidance)
+    return Recipe("teacher, DPM++ 2M", "teacher", sampler, steps, guidance, optional=True)
+
+
+@dataclass
+class Row:
+    """One recipe's result."""
+
+    recipe: Recipe
+    scores: dict[str, float] = field(default_factory=dict)
+    seconds_per_image: float = 0.0
+    """In batches of ``batch_size``, warm, without text encoding."""
+    seconds_single: float = 0.0
+    """Of one picture by itself, warm, without text encoding."""
+    pictures: list[Image] = field(default_factory=list)
+    """The first few, for people."""
+
+
+def evaluate(
+    family: ModelFamily,
+    networks: NetworksByRole,
+    plan: EvaluationPlan,
+    evaluators: Mapping[str, Evaluator],
+    *,
+    data: Tensor | None = None,
+    say: Say = lambda line: None,
+    left_out: Mapping[str, str] | None = None,
+) -> Evaluation:
+    """Make every recipe's pictures from the same noise and score them.
+
+    The full teacher comes first: its pictures are the reference of the others.
+
+    Args:
+        family: Encodes the prompts and runs the pipeline.
+        networks: Gives the networks of the roles in the plan.
+        plan: What to make.
+        evaluators: By name; see :func:`.evaluators.build_evaluators`.
+        data: Real pictures (M, 3, H, W) in [0, 1] at the plan's size, or None.
+        say: Where progress goes, a line each.
+        left_out: Evaluators that cannot be used here, with the reason.
+    """
+    from .result import Evaluation
+
+    scorers = _Scorers(evaluators, dict(left_out or {}), say)
+    embeds = encode(family, plan.prompts)
+    rows: dict[int, Row] = {}
+    reference: Tensor | None = None
+    others = [recipe for recipe in plan.recipes if recipe is not plan.reference]
+    # role by role, since changing the network can mean loading it
+    others.sort(key=lambda recipe: recipe.role != plan.reference.role)
+    for role, recipes in _by_role([plan.reference, *others]):
+        with sampling(networks, role) as network:
+            _warm_up(family, network, recipes[0], embeds, plan)
+            for recipe in recipes:
+                try:
+                    images, row = _make(family, network, recipe, embeds, plan)
+                except ValueError as error:
+                    if not recipe.optional:
+                        raise
+                    # some pipelines give a scheduler times of their own, which not every scheduler takes
+                    say(f"{recipe.name} is left out: {family.name} does not take its scheduler: {error}")
+                    continue
+                reference = images if recipe is plan.reference else reference
+                beside = None if recipe is plan.reference else reference
+                row.scores = scorers.score(Samples(images, plan.sample_prompts, beside, data))
+                rows[id(recipe)] = row
+                steps = plural(recipe.steps, "step")
+                say(f"evaluated {recipe.name} at {steps}: {row.seconds_per_image:.3g} s per picture")
+    better = {name: up for evaluator in evaluators.values() for name, up in evaluator.higher_is_better.items()}
+    return Evaluation(
+        plan=plan,
+        rows=[rows[id(recipe)] for recipe in plan.recipes if id(recipe) in rows],
+        higher_is_better=better,
+        left_out=scorers.left_out,
+        num_data=0 if data is None else len(data),
+        device=str(family.settings.device),
+    )
+
+
+class _Scorers:
+    """Evaluators, without those that have failed."""
+
+    def __init__(self, evaluators: Mapping[str, Evaluator], left_out: dict[str, str], say: Say) -> None:
+        self._evaluators, self.left_out, self._say = dict(evaluators), left_out, say
+
+    def score(self, samples: Samples) -> dict[str, float]:
+        """Scores of all that have not failed yet."""
+        scores: dict[str, float] = {}
+        for name, evaluator in list(self._evaluators.items()):
+            try:
+                scores |= evaluator.score(samples)
+            except Exception as error:  # one plugin's failure must not cost the other scores, nor end a finished run
+                del self._evaluators[name]
+                self.left_out[name] = f"it failed: {type(error).__name__}: {error}"
+                self._say(f"warning: evaluator {name} failed and is left out: {type(error).__name__}: {error}")
+        return scores
+
+
+def _by_role(recipes: Sequence[Recipe]) -> Iterator[tuple[str, list[Recipe]]]:
+    for role in dict.fromkeys(recipe.role for recipe in recipes):
+        yield role, [recipe for recipe in recipes if recipe.role == role]
+
+
+def encode(family: ModelFamily, prompts: Sequence[str], *, size: int = 64) -> Conditioning:
+    """Embeddings of all prompts, encoded in batches."""
+    parts = [family.encode_prompts(prompts[start : start + size]) for start in range(0, len(prompts), size)]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _make(
+    family: ModelFamily, network: nn.Module, recipe: Recipe, embeds: Conditioning, plan: EvaluationPlan
+) -> tuple[Tensor, Row]:
+    def make(indices: Sequence[int], seeds: Sequence[int]) -> list[Tensor]:
+        size = plan.width, plan.height
+        return list(make_pictures(family, network, recipe, embeds, indices, seeds, width=size[0], height=size[1]))
+
+    start = time.perf_counter()
+    images = torch.cat(make(plan.prompt_indices, plan.seeds))
+    seconds = (time.perf_counter() - start) / plan.num_samples
+    single = []
+    while len(single) < 3 and sum(single) < LATENCY_SECONDS:
+        begin = time.perf_counter()
+        make([0], [plan.seed])
+        single.append(time.perf_counter() - begin)
+    row = Row(recipe, seconds_per_image=seconds, seconds_single=median(single), pictures=to_pictures(images[:SHOWN]))
+    return images, row
+
+
+def _warm_up(
+    family: ModelFamily, network: nn.Module, recipe: Recipe, embeds: Conditioning, plan: EvaluationPlan
+) -> None:
+    """One step at each batch size that is timed: first calls load, tune and allocate."""
+    from dataclasses import replace
+
+    # its own scheduler, which may tell the network more than the time; but not the times of another number of steps
+    sampler = recipe.sampler and replace(recipe.sampler, call={})
+    once = replace(recipe, sampler=sampler, steps=1)
+    for count in (min(batch_size(plan.width, plan.height), plan.num_samples), 1):
+        indices, seeds = plan.prompt_indices[:count], plan.seeds[:count]
+        list(make_pictures(family, network, once, embeds, indices, seeds, width=plan.width, height=plan.height))

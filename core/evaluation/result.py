@@ -1,0 +1,168 @@
+"""What an evaluation found, for programs (JSON), for people (table, picture) and for trackers (scalars)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .sampling import describe_guidance, plural
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from rich.table import Table
+
+    from .evaluate import EvaluationPlan, Row
+
+SCHEMA = 1
+
+
+@dataclass
+class Evaluation:
+    """Rows in the order of the picture's columns: teacher at few steps, fast solver, student, full teacher.
+
+    Attributes:
+        plan: What was made.
+        rows: One per recipe.
+        higher_is_better: For each score.
+        left_out: Evaluators that could not be used, with the reason.
+        num_data: Real pictures that distances are measured to.
+        device: Where it ran.
+        loras: LoRAs that stood beside the student's, in the teacher as well: path -> weight.
+    """
+
+    plan: EvaluationPlan
+    rows: list[Row]
+    higher_is_better: Mapping[str, bool]
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    num_data: int = 0
+    device: str = "cpu"
+    loras: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def score_names(self) -> list[str]:
+        """All scores that any row has, in order of appearance."""
+        return list(dict.fromkeys(name for row in self.rows for name in row.scores))
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the pictures."""
+        plan = self.plan
+        return {
+            "schema": SCHEMA,
+            "num_samples": plan.num_samples,
+            "num_data": self.num_data,
+            "seed": plan.seed,
+            "width": plan.width,
+            "height": plan.height,
+            "device": self.device,
+            "loras": dict(self.loras),
+            "higher_is_better": {name: self.higher_is_better.get(name) for name in self.score_names},
+            "left_out": dict(self.left_out),
+            "prompts": list(plan.prompts),
+            "rows": [_row_json(row) for row in self.rows],
+        }
+
+    def scalars(self) -> dict[str, float]:
+        """Scores by slash-separated name, as ``scores/student_4_steps/prompt_agreement_judge``."""
+        found = {}
+        for row in self.rows:
+            recipe = row.recipe
+            who = f"{recipe.name} {plural(recipe.steps, 'step')}".replace(",", "").replace("+", "p").replace(" ", "_")
+            values = {**row.scores, "seconds_per_image": row.seconds_per_image, "seconds_single": row.seconds_single}
+            found |= {f"scores/{who}/{name}": value for name, value in values.items()}
+        return found
+
+    def table(self) -> Table:
+        """For a terminal of eighty columns: a row for each score, a column for each recipe."""
+        from rich import box
+        from rich.table import Table
+
+        table = Table(title=self._title(), box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
+        table.add_column("", max_width=26, overflow="fold")
+        for row in self.rows:
+            name = row.recipe.name.rsplit(", ", 1)[-1]
+            table.add_column(f"{name}\n{plural(row.recipe.steps, 'step')}", justify="right", no_wrap=True)
+        table.add_row("guidance", *(_guidance(row.recipe.guidance) for row in self.rows))
+        for score in self.score_names:
+            cells = [format_score(row.scores.get(score)) for row in self.rows]
+            table.add_row(self._header(score).replace("\n", " "), *cells)
+        for label, field_name in (("seconds per picture", "seconds_per_image"), ("alone", "seconds_single")):
+            table.add_row(label, *(format_score(getattr(row, field_name)) for row in self.rows))
+        return table
+
+    def markdown(self) -> str:
+        """The same for a model card."""
+        heads = ["", "steps", "guidance", *(self._header(name).replace("\n", " ") for name in self.score_names),
+                 "seconds per picture"]  # fmt: skip
+        lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
+        for row in self.rows:
+            cells = [row.recipe.name, str(row.recipe.steps), _guidance(row.recipe.guidance)]
+            cells += [format_score(row.scores.get(name)) for name in self.score_names]
+            lines.append(f"| {' | '.join([*cells, format_score(row.seconds_per_image)])} |")
+        return "\n".join(lines)
+
+    def _header(self, score: str) -> str:
+        arrow = {True: " ↑", False: " ↓", None: ""}[self.higher_is_better.get(score)]
+        return score.replace("_", " ").replace(" to ", "\nto ", 1) + arrow
+
+    def _title(self) -> str:
+        plan = self.plan
+        data = f", distances to {self.num_data} pictures of the data" if self.num_data else ""
+        pictures = plural(plan.num_samples, "picture")
+        return f"Teacher and student: {pictures} each from the same noise, {plan.width}x{plan.height}{data}"
+
+    def picture(self) -> Image:
+        """The first prompts, a column per recipe."""
+        from ..drawing.grid import GridRow, labelled_grid
+
+        plan = self.plan
+        shown = len(self.rows[0].pictures)
+        rows = [
+            GridRow(prompt, [row.pictures[index] for row in self.rows], f"seed {seed}")
+            for index, (prompt, seed) in enumerate(zip(plan.sample_prompts[:shown], plan.seeds, strict=False))
+        ]
+        columns = [row.recipe.label for row in self.rows]
+        beside = ", ".join(f"{Path(path).name} x {weight:g}" for path, weight in self.loras.items())
+        return labelled_grid(
+            rows,
+            columns,
+            title="Teacher and student from the same noise" + (f", with {beside}" if beside else ""),
+            footer=f"The first {shown} of {plan.num_samples} samples, not chosen. {plan.width}x{plan.height} pixels.",
+            largest_cell=256,
+        )
+
+    def save(self, folder: Path, *, suffix: str = "") -> list[Path]:
+        """Write ``evaluation.json`` and ``evaluation.png`` (with `suffix`), each whole or not at all; returns them."""
+        from ..utils.files import save_picture, write_text
+
+        files = [folder / f"evaluation{suffix}{ending}" for ending in (".json", ".png")]
+        write_text(files[0], json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n")
+        save_picture(self.picture(), files[1])
+        return files
+
+
+def _row_json(row: Row) -> dict[str, Any]:
+    recipe = row.recipe
+    return {
+        "name": recipe.name,
+        "role": recipe.role,
+        "steps": recipe.steps,
+        "guidance": recipe.guidance,
+        "scheduler": recipe.sampler.scheduler if recipe.sampler else None,
+        "scores": row.scores,
+        "seconds_per_image": row.seconds_per_image,
+        "seconds_single": row.seconds_single,
+    }
+
+
+def _guidance(value: float) -> str:
+    return describe_guidance(value).removeprefix("guidance ").replace("no guidance", "none")
+
+
+def format_score(value: float | None) -> str:
+    """Three significant digits, plain notation where that is readable; a dash for none."""
+    if value is None:
+        return "–"
+    return f"{value:.3g}" if value == 0 or 1e-3 <= abs(value) < 1e4 else f"{value:.1e}"

@@ -1,0 +1,139 @@
+"""Pictures for people and for scores: many prompts and seeds through a family's plain pipeline, in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from ..plugin_api.batch import Conditioning
+    from ..plugin_api.family import ModelFamily
+    from ..plugin_api.method import Sampler
+
+BATCH_PIXELS = 2**18
+"""Pixels of one batch: 64 pictures of 64 px, one of 512 px and above; keeps the autoencoder's peak memory flat."""
+LARGEST_BATCH = 64
+
+
+class NetworksByRole(Protocol):
+    """What gives networks their role: :class:`.networks.Networks` in a run, :class:`ExportedNetworks` after it."""
+
+    def use(self, role: str) -> AbstractContextManager[nn.Module]:
+        """The role's network with its adapters on, inside the block."""
+        ...
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Who makes a picture, and how.
+
+    Attributes:
+        name: For people: ``teacher``, ``student``, ``teacher, DPM++ 2M``.
+        role: The network.
+        sampler: Its sampler, or None for the model's own scheduler.
+        steps: Number of inference steps.
+        guidance: Guidance scale; 0 and 1 both mean none.
+        optional: Whether it is left out where the family's pipeline does not take the sampler.
+    """
+
+    name: str
+    role: str
+    sampler: Sampler | None
+    steps: int
+    guidance: float
+    optional: bool = False
+
+    @property
+    def label(self) -> str:
+        """Two lines, for the head of a column."""
+        return f"{self.name}\n{plural(self.steps, 'step')}, {describe_guidance(self.guidance)}"
+
+
+def plural(count: int, noun: str) -> str:
+    """``1 step``, ``4 steps``."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def describe_guidance(guidance: float) -> str:
+    """``guidance 5``, or ``no guidance`` for 0 and 1."""
+    return f"guidance {guidance:g}" if guides(guidance) else "no guidance"
+
+
+def guides(guidance: float) -> bool:
+    """Whether the scale has an effect."""
+    return guidance not in (0, 1)
+
+
+@contextmanager
+def sampling(networks: NetworksByRole, role: str) -> Iterator[nn.Module]:
+    """The role's network in eval mode and without gradients; its mode and the global generators come back after."""
+    with networks.use(role) as network, torch.no_grad(), torch.random.fork_rng(devices=[]):
+        training = network.training
+        network.eval()
+        try:
+            yield network
+        finally:
+            network.train(training)
+
+
+def batch_size(width: int, height: int) -> int:
+    """How many pictures of this size go through in one batch."""
+    return max(1, min(LARGEST_BATCH, BATCH_PIXELS // (width * height)))
+
+
+def make_pictures(
+    family: ModelFamily,
+    network: nn.Module,
+    recipe: Recipe,
+    embeds: Conditioning,
+    which: Sequence[int],
+    seeds: Sequence[int],
+    *,
+    width: int,
+    height: int,
+    negative: Conditioning | None = None,
+) -> Iterator[Tensor]:
+    """Batches of pictures, each (b, 3, H, W) in [0, 1] on the CPU, in the order of `seeds`.
+
+    Args:
+        family: Knows the pipeline.
+        network: As :func:`sampling` yields it.
+        recipe: Sampler, steps and guidance.
+        embeds: Of P prompts, P in front.
+        which: N indices into the prompts.
+        seeds: N seeds.
+        width: Pixels.
+        height: Pixels.
+        negative: Of one negative prompt, 1 in front; has an effect with guidance only.
+    """
+    size = batch_size(width, height)
+    for start in range(0, len(seeds), size):
+        part = slice(start, start + size)
+        chosen = torch.as_tensor(which[part])
+        images = family.generate(
+            network,
+            {name: value[chosen] for name, value in embeds.items()},
+            sampler=recipe.sampler,
+            seeds=seeds[part],
+            width=width,
+            height=height,
+            num_inference_steps=recipe.steps,
+            guidance_scale=recipe.guidance,
+            negative_embeds=None if negative is None else repeat(negative, len(chosen)),
+        )
+        yield images.detach().float().cpu()
+
+
+def repeat(embeds: Conditioning, count: int) -> Conditioning:
+    """Embeddings of one prompt, `count` times."""
+    return {name: value.expand(count, *value.shape[1:]).contiguous() for name, value in embeds.items()}
+
+
+def teacher_recipe(family: ModelFamily, steps: int, guidance: float | None) -> Recipe:
+    """The teacher with the model's own scheduler, at the given guidance or the family's usual one."""
+    return Recipe("teacher", "teacher", None, steps, family.usual_guidance if guidance is None else guidance)

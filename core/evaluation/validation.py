@@ -1,0 +1,239 @@
+"""Validation: the student beside its teacher, same prompts and seeds, while it trains."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..drawing.grid import GridRow, labelled_grid, to_pictures
+from ..errors import UserError
+from ..utils.files import save_picture
+from .sampling import Recipe, describe_guidance, guides, make_pictures, plural, sampling, teacher_recipe
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from ..config import RunSettings
+    from ..engine.tracking import Trackers
+    from ..plugin_api.batch import Conditioning
+    from ..plugin_api.family import ModelFamily
+    from ..plugin_api.method import Sampler
+    from .sampling import NetworksByRole
+
+__all__ = ["Shot", "ValidationPlan", "Validator", "describe", "slug"]
+
+FOLDER = "validation"
+TEACHER_FOLDER = "teacher"
+MANY_ROWS = 8
+
+
+@dataclass(frozen=True)
+class Shot:
+    """One picture that everybody makes: what it shows, its size and its noise."""
+
+    prompt: str
+    width: int
+    height: int
+    seed: int
+    name: str
+
+
+@dataclass(frozen=True)
+class ValidationPlan:
+    """What is made at each validation.
+
+    Attributes:
+        prompts: At least one.
+        resolutions: (width, height) in pixels; every prompt at every one.
+        student: The student's recipe.
+        teacher_few: The teacher at as many steps as the student.
+        teacher_full: The teacher at its best.
+        negative_prompt: Has an effect where there is guidance.
+        seed: Seed of the first picture of each prompt and resolution.
+        num_images: Pictures of each prompt and resolution, with consecutive seeds.
+    """
+
+    prompts: tuple[str, ...]
+    resolutions: tuple[tuple[int, int], ...]
+    student: Recipe
+    teacher_few: Recipe
+    teacher_full: Recipe
+    negative_prompt: str = ""
+    seed: int = 0
+    num_images: int = 1
+
+    @classmethod
+    def from_run(
+        cls,
+        run: RunSettings,
+        family: ModelFamily,
+        sampler: Sampler,
+        *,
+        prompts: Sequence[str],
+        fallback_resolution: tuple[int, int],
+        role: str = "student",
+    ) -> ValidationPlan:
+        """The plan that a run's ``validation_*`` keys describe.
+
+        Args:
+            run: The settings.
+            family: For the teacher's usual guidance.
+            sampler: The method's sampler, made with the run's validation steps and guidance.
+            prompts: ``Configuration.validation_prompts``, or captions of the data where there are none.
+            fallback_resolution: (width, height) in pixels, used when the run names none.
+            role: The method's role that is validated.
+
+        Raises:
+            UserError: There is no prompt at all.
+        """
+        if not prompts:
+            raise UserError(
+                "validation_prompt is empty, and the data has no captions to take instead",
+                "set validation_prompt, or switch validation off with validation_step_interval=0",
+            )
+        steps, guidance = sampler.num_inference_steps, run.evaluation_teacher_guidance
+        return cls(
+            prompts=tuple(prompts),
+            resolutions=tuple(run.validation_resolution) or (fallback_resolution,),
+            student=Recipe("student", role, sampler, steps, sampler.guidance_scale),
+            teacher_few=teacher_recipe(family, steps, guidance),
+            teacher_full=teacher_recipe(family, max(run.evaluation_teacher_steps), guidance),
+            negative_prompt=run.validation_negative_prompt,
+            seed=run.seed if run.validation_seed is None else run.validation_seed,
+            num_images=run.num_validation_images,
+        )
+
+    def shots(self) -> list[Shot]:
+        """Every prompt at every resolution and seed, in the order of the grid's rows."""
+        seeds = range(self.seed, self.seed + self.num_images)
+        return [
+            Shot(prompt, width, height, seed, f"{index:02d}-{slug(prompt)}-{width}x{height}-seed{seed}")
+            for (index, prompt), (width, height), seed in product(enumerate(self.prompts), self.resolutions, seeds)
+        ]
+
+    def notices(self) -> list[str]:
+        """Settings without an effect."""
+        if self.negative_prompt and not guides(self.student.guidance):
+            return ["validation_negative_prompt has no effect on the student, which runs without guidance"]
+        return []
+
+
+class Validator:
+    """Makes, keeps and reports the pictures of a plan.
+
+    The teacher's pictures are made once and kept under ``validation/teacher/``, each under a name that says what
+    decides it: a resumed run finds them again, one with another teacher, prompt or guidance does not.
+
+    Args:
+        family: Encodes prompts and runs the pipeline.
+        plan: What to make.
+        output_dir: The run's folder.
+    """
+
+    def __init__(self, family: ModelFamily, plan: ValidationPlan, output_dir: Path) -> None:
+        self._family, self.plan, self._folder = family, plan, output_dir / FOLDER
+        self._shots = plan.shots()
+        self._embeds: Conditioning | None = None
+        self._negative: Conditioning | None = None
+
+    def prepare(self) -> None:
+        """Encode the prompts, which stay in memory; call before the encoders are released."""
+        self._embeds = self._family.encode_prompts(self.plan.prompts)
+        if self.plan.negative_prompt:
+            self._negative = self._family.encode_prompts([self.plan.negative_prompt])
+
+    def _recipes(self) -> tuple[Recipe, Recipe, Recipe]:
+        return self.plan.teacher_few, self.plan.student, self.plan.teacher_full
+
+    def run(self, step: int, networks: NetworksByRole, trackers: Trackers) -> Path:
+        """Make the pictures of `step`; returns the folder with each of them and ``grid.png``."""
+        folder = self._folder / f"step-{step:06d}"
+        few, student, full = self._recipes()
+        made = self._make(networks, student, self._shots)
+        for shot, picture in zip(self._shots, made, strict=True):
+            save_picture(picture, folder / f"{shot.name}.png")
+        grid = self.grid(step, [self._kept(networks, few), made, self._kept(networks, full)])
+        save_picture(grid, folder / "grid.png")
+        trackers.images(FOLDER, {"grid": grid}, step)
+        return folder
+
+    def grid(self, step: int, columns: Sequence[Sequence[Image]]) -> Image:
+        """The pictures of teacher at few steps, student, full teacher, a row per shot."""
+        rows = [
+            GridRow(shot.prompt, pictures, f"{shot.width}x{shot.height}, seed {shot.seed}")
+            for shot, *pictures in zip(self._shots, *columns, strict=True)
+        ]
+        largest = 256 if len(rows) > MANY_ROWS else 512
+        return labelled_grid(
+            rows, [recipe.label for recipe in self._recipes()], title=f"Step {step}", largest_cell=largest
+        )
+
+    def _kept(self, networks: NetworksByRole, recipe: Recipe) -> list[Image]:
+        """The teacher's pictures of every shot: those on disk, and the rest made now."""
+        from PIL import Image
+
+        files = [self._teacher_file(recipe, shot) for shot in self._shots]
+        missing = [(file, shot) for file, shot in zip(files, self._shots, strict=True) if not file.is_file()]
+        made = self._make(networks, recipe, [shot for _, shot in missing])
+        for (file, _), picture in zip(missing, made, strict=True):
+            save_picture(picture, file)
+        pictures = []
+        for file in files:
+            with Image.open(file) as picture:
+                pictures.append(picture.convert("RGB"))
+        return pictures
+
+    def _teacher_file(self, recipe: Recipe, shot: Shot) -> Path:
+        parts = [self._family.fingerprint(part) for part in ("text", "denoiser", "vae")]
+        settings = self._family.settings
+        decisive = [*parts, settings.weight_dtype, shot.prompt, self.plan.negative_prompt, shot.width, shot.height,
+                    shot.seed, recipe.steps, recipe.guidance]  # fmt: skip
+        key = blake2b(json.dumps(decisive).encode(), digest_size=4).hexdigest()
+        return self._folder / TEACHER_FOLDER / f"{shot.name}-{recipe.steps}steps-{key}.png"
+
+    def _make(self, networks: NetworksByRole, recipe: Recipe, shots: Sequence[Shot]) -> list[Image]:
+        """Pictures in the order of `shots`; those of one size go through in batches."""
+        made: dict[Shot, Image] = {}
+        if not shots:
+            return []
+        if self._embeds is None:
+            self.prepare()
+        assert self._embeds is not None
+        with sampling(networks, recipe.role) as network:
+            for width, height in dict.fromkeys((shot.width, shot.height) for shot in shots):
+                alike = [shot for shot in shots if (shot.width, shot.height) == (width, height)]
+                batches = make_pictures(
+                    self._family,
+                    network,
+                    recipe,
+                    self._embeds,
+                    [self.plan.prompts.index(shot.prompt) for shot in alike],
+                    [shot.seed for shot in alike],
+                    width=width,
+                    height=height,
+                    negative=self._negative if guides(recipe.guidance) else None,
+                )
+                pictures = [picture for batch in batches for picture in to_pictures(batch)]
+                made.update(zip(alike, pictures, strict=True))
+        return [made[shot] for shot in shots]
+
+
+def slug(prompt: str, length: int = 40) -> str:
+    """The prompt as part of a file name."""
+    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")
+    return words[:length].rstrip("-") or "prompt"
+
+
+def describe(plan: ValidationPlan) -> str:
+    """One line for the start of a run."""
+    student = plan.student
+    return (
+        f"validation: {plural(len(plan.shots()), 'picture')} with {plural(student.steps, 'step')}, "
+        f"{describe_guidance(student.guidance)}, beside the teacher at {student.steps} and {plan.teacher_full.steps}"
+    )

@@ -1,0 +1,234 @@
+"""What the engine offers a method for one micro-batch: predictions, guidance and named random draws."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from ..diffusion.prediction import Prediction, guide
+from ..utils.seeds import Draws
+
+if TYPE_CHECKING:
+    from ..diffusion.schedule import Grid, Schedule
+    from ..evaluation.sampling import NetworksByRole
+    from .batch import Conditioning
+    from .family import ModelFamily
+    from .method import Stage
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What stays the same over a run."""
+
+    family: ModelFamily
+    networks: NetworksByRole
+    seed: int
+    device: torch.device
+    autocast_dtype: torch.dtype | None = None
+    grids: dict[int, Grid] = field(default_factory=dict)
+    """Grids on the device by number of steps: making one anew would copy to the device at every step."""
+    stages: Sequence[Stage] = ()
+    """The method's stages, in order."""
+    average: Callable[[Sequence[Tensor]], None] | None = None
+    """Averages tensors over processes, in place; None where there is one."""
+
+
+@dataclass(frozen=True)
+class StageProgress:
+    """Where in the method's stages a step lies.
+
+    Attributes:
+        index: Number of the stage, from 0.
+        name: Its name.
+        step: Steps since it began.
+        num_steps: Its length.
+    """
+
+    index: int
+    name: str
+    step: int
+    num_steps: int
+
+
+def stage_of(stages: Sequence[Stage], step: int) -> StageProgress:
+    """The stage that optimizer step `step` belongs to; steps past the end belong to the last."""
+    start = 0
+    for index, stage in enumerate(stages):
+        if step < start + stage.num_steps or index == len(stages) - 1:
+            return StageProgress(index, stage.name, step - start, stage.num_steps)
+        start += stage.num_steps
+    return StageProgress(0, "all", step, 0)
+
+
+class Context:
+    """One micro-batch's view of the run.
+
+    Args:
+        runtime: Family, networks, seed and device.
+        step: The optimizer step that the draws belong to.
+        positions: Position of each sample in the global batch.
+    """
+
+    def __init__(self, runtime: Runtime, *, step: int = 0, positions: Sequence[int] = ()) -> None:
+        self._runtime = runtime
+        self.step = step
+        self.draws = Draws(runtime.seed, step, positions, runtime.device)
+        self.schedule: Schedule = runtime.family.schedule
+        self.prediction_type = runtime.family.prediction_type
+
+    @property
+    def device(self) -> torch.device:
+        """Where the batch lives."""
+        return self._runtime.device
+
+    def at(self, step: int, positions: Sequence[int]) -> Context:
+        """The same run seen from another micro-batch."""
+        return Context(self._runtime, step=step, positions=positions)
+
+    def grid(self, num_steps: int) -> Grid:
+        """The schedule's grid with `num_steps` steps, on the device."""
+        grids = self._runtime.grids
+        if num_steps not in grids:
+            grids[num_steps] = self.schedule.grid(num_steps).to(self.device)
+        return grids[num_steps]
+
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        """Average statistics over the processes, in place; every process must call it equally often."""
+        if self._runtime.average is not None:
+            self._runtime.average(tensors)
+
+    @property
+    def stage(self) -> StageProgress:
+        """Where in the method's stages this step lies."""
+        return stage_of(self._runtime.stages, self.step)
+
+    def predict(
+        self,
+        role: str,
+        x_t: Tensor,
+        t: Tensor,
+        cond: Conditioning,
+        *,
+        guidance: Tensor | None = None,
+        r: Tensor | None = None,
+    ) -> Prediction:
+        """The role's prediction at `x_t` (B, ...) and time `t` (B,).
+
+        Args:
+            role: A role that the method declared.
+            x_t: Noised latents.
+            t: Times in the schedule's units.
+            cond: Conditioning, B in front.
+            guidance: The paper's w (guidance scale minus one), shape (B,), for networks with a guidance embedding.
+            r: Second times in the schedule's units, shape (B,), for roles with a second time.
+        """
+        runtime = self._runtime
+        time = self.schedule.network_time(t)
+        second = None if r is None else self.schedule.network_time(r)
+        with runtime.networks.use(role) as network, self._autocast():
+            output = runtime.family.predict(network, x_t, time, cond, guidance=guidance, second_time=second)
+        return Prediction(output, x_t, t, self.schedule, self.prediction_type)
+
+    def _autocast(self) -> torch.autocast:
+        dtype = self._runtime.autocast_dtype
+        return torch.autocast(self.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+
+    def uncond(self, cond: Conditioning) -> Conditioning:
+        """The unconditional counterpart of `cond`; what that is, the family decides."""
+        return self._runtime.family.uncond(cond)
+
+    def teacher_cfg(
+        self, x_t: Tensor, t: Tensor, cond: Conditioning, scale: Tensor, *, role: str = "teacher"
+    ) -> Prediction:
+        """The guided teacher: classifier-free, both halves in one batched call, or by the input that it has for it.
+
+        Args:
+            x_t: Noised latents, shape (B, ...).
+            t: Times, shape (B,).
+            cond: Conditioning, B in front.
+            scale: g of uncond + g (cond - uncond), shape (B,).
+            role: Whose network is guided.
+        """
+        if self._runtime.family.guided_by_input:
+            return self.predict(role, x_t, t, cond, guidance=scale - 1)
+        return guide(*self.with_and_without(role, x_t, t, cond), scale)
+
+    def with_and_without(self, role: str, x_t: Tensor, t: Tensor, cond: Conditioning) -> tuple[Prediction, Prediction]:
+        """The role's predictions with and without the prompt, in one batched call."""
+        uncond = self.uncond(cond)
+        both = {name: torch.cat([cond[name], uncond[name]]) for name in cond}
+        joint = self.predict(role, torch.cat([x_t, x_t]), torch.cat([t, t]), both)
+        halves = [Prediction(half, x_t, t, self.schedule, joint.kind) for half in joint.output.chunk(2)]
+        return halves[0], halves[1]
+
+    # -- longer than one call of a network ---------------------------------------------------------------------------
+
+    def rollout(self, role: str, times: Sequence[Tensor], x: Tensor, cond: Conditioning, *, name: str) -> Prediction:
+        """Multistep sampling as consistency models do it: denoise, noise anew to the next time, denoise.
+
+        Only the last call carries a gradient.
+
+        Args:
+            role: Whose network.
+            times: Falling, each of shape (B,) in the schedule's units; as many calls as there are.
+            x: What the first call sees, at times[0]; shape (B, ...).
+            cond: Conditioning, B in front.
+            name: Of the noise draws.
+        """
+        with torch.no_grad():
+            for i, (t, following) in enumerate(itertools.pairwise(times)):
+                x_0 = self.predict(role, x, t, cond).x0
+                eps = self.draws.randn(f"{name}/{i}", x.shape[1:]).to(x_0.dtype)
+                x = self.schedule.add_noise(x_0, eps, following)
+        return self.predict(role, x, times[-1], cond)
+
+    def jvp(
+        self,
+        function: Callable[..., Tensor],
+        primals: Sequence[Tensor],
+        tangents: Sequence[Tensor],
+        *,
+        step: float | None = None,
+    ) -> Tensor:
+        """The derivative of `function` at `primals` along `tangents`, without a graph for the backward pass.
+
+        Args:
+            function: Of as many tensors as there are primals.
+            primals: Where.
+            tangents: Along what, shapes as the primals.
+            step: None: exact, by forward-mode differentiation. Else h of the central difference
+                (f(p + h v) - f(p - h v)) / 2h, for networks whose kernels have no forward mode.
+        """
+        with torch.no_grad():
+            if step is not None:
+                ahead = function(*(p + step * v for p, v in zip(primals, tangents, strict=True)))
+                behind = function(*(p - step * v for p, v in zip(primals, tangents, strict=True)))
+                return (ahead - behind) / (2 * step)
+            with self._runtime.family.forward_ad(), forward_ad.dual_level():
+                duals = [forward_ad.make_dual(p, v) for p, v in zip(primals, tangents, strict=True)]
+                tangent = forward_ad.unpack_dual(function(*duals)).tangent
+        assert tangent is not None, "the function does not depend on what is varied"
+        return tangent
+
+    # -- inside the networks -----------------------------------------------------------------------------------------
+
+    def features(self, role: str, x_t: Tensor, t: Tensor, cond: Conditioning) -> list[Tensor]:
+        """Activations inside the role's network, each (B, C_k, h_k, w_k), coarser and coarser.
+
+        The gradient reaches `x_t` and, for a trained role, its weights.
+        """
+        runtime = self._runtime
+        with runtime.networks.use(role) as network, self._autocast():
+            return runtime.family.features(network, x_t, self.schedule.network_time(t), cond)
+
+    def logits(self, role: str, features: Sequence[Tensor]) -> Tensor:
+        """What the heads of `role` say of features, shape (B, K): above 0 is real."""
+        with self._runtime.networks.use(role) as heads, self._autocast():
+            found = heads(features)
+        return found.to(torch.promote_types(found.dtype, torch.float32))

@@ -1,0 +1,362 @@
+"""The contract of a model family: a teacher architecture and how to talk to it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from .precision import Precisions
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from ..diffusion.schedule import Schedule
+    from .batch import Conditioning
+    from .method import Sampler
+
+Precision = Literal["float32", "float16", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a family can do; compared with a method's requirements before weights load."""
+
+    lora: bool = True
+    full: bool = True
+    guidance_embedding: bool = False
+    second_time: bool = False
+    features: bool = False
+    quantised_base: bool = False
+    """Whether :meth:`ModelFamily.load_network` quantises as its settings' ``precision`` says."""
+    quantised_text_encoders: int = 0
+    """How many text encoders it quantises so: the first, the second, ..."""
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Which model, and how it is held in memory.
+
+    Attributes:
+        source: Hub id, local folder in diffusers layout, or a single ``.safetensors`` file.
+        vae: Another autoencoder (hub id or folder), or None for the model's own.
+        teacher_lora: The user's own LoRAs, (path or hub id, weight), fused into the teacher before distillation.
+        weight_dtype: Type of the frozen weights.
+        device: Where the networks run.
+        revision: Revision of a hub model.
+        config_source: Local folder with configs and tokenizers for a single-file model where there is no hub.
+        resolution: (width, height) in pixels of the run's pictures, for schedules that depend on it; None where the
+            run names none.
+        precision: Quantizes networks as they load.
+    """
+
+    source: str
+    vae: str | None = None
+    teacher_lora: tuple[tuple[str, float], ...] = ()
+    weight_dtype: Precision = "float32"
+    device: str = "cpu"
+    revision: str | None = None
+    config_source: str | None = None
+    resolution: tuple[int, int] | None = None
+    precision: Precisions = field(default_factory=Precisions, compare=False)
+
+
+@dataclass(frozen=True)
+class MicroConditioning:
+    """How each picture of a batch was scaled and cropped, in pixels, (height, width) or (top, left) per sample."""
+
+    original_size: Sequence[tuple[int, int]]
+    crop_top_left: Sequence[tuple[int, int]]
+    target_size: Sequence[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Shape of an adapter."""
+
+    rank: int
+    alpha: float
+    dropout: float = 0.0
+    target_modules: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class ExtraLora:
+    """A further LoRA to put beside the student's when pictures are made."""
+
+    path: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class ExportInfo:
+    """What goes along with an exported student."""
+
+    sampler: Sampler
+    model_type: Literal["lora", "full"]
+    lora: LoraSettings | None = None
+    adapter: str = "student"
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+class ModelFamily(ABC):
+    """A teacher architecture: load, encode, predict, decode, generate, export.
+
+    Components load when they are first needed and can be released; :meth:`fingerprint` identifies them without loading.
+    The methods below never touch adapters or ``requires_grad``: that is the engine's business.
+    """
+
+    name: ClassVar[str]
+    aliases: ClassVar[tuple[str, ...]] = ()
+    packages: ClassVar[Mapping[str, str]] = {}
+    """Import name -> what to pip install, for packages that only this family needs."""
+    capabilities: ClassVar[Capabilities]
+    lora_targets: ClassVar[tuple[str, ...]]
+    """Module names (suffixes) that a LoRA adapts unless the user says otherwise."""
+    pixel_multiple: ClassVar[int] = 8
+    """Edges of pictures must be multiples of this, for any model of the family (an instance may be laxer)."""
+    default_guidance: ClassVar[float] = 5.0
+    """Guidance scale that its pictures are usually made with; the teacher's, where a run names none."""
+    miniature: ClassVar[Path | None] = None
+    """Folder of the trained miniature that ships with the package: model, ``recipe.json`` with run defaults."""
+
+    class Config(BaseModel):
+        """The family's own settings, under ``family_config``."""
+
+        model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    def __init__(self, config: Any, settings: ModelSettings) -> None:
+        self.config = config
+        self.settings = settings
+
+    @classmethod
+    def example(cls, folder: Path) -> Path | None:
+        """A small model for the conformance suite (:mod:`.testing`): written into `folder`, or one that ships.
+
+        The best is a random one of a few hundred thousand weights, with every part of the real architecture. None where
+        there is none.
+        """
+        return cls.miniature
+
+    # -- identity ---------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def check_source(self) -> None:
+        """Raise UserError, without loading weights, when the source is not a model of this family."""
+
+    @abstractmethod
+    def fingerprint(self, part: Literal["text", "vae", "denoiser"]) -> str:
+        """Short hash of what decides this part's output, fused LoRAs included; made from files, not from weights."""
+
+    @property
+    @abstractmethod
+    def prediction_type(self) -> str:
+        """``epsilon``, ``v_prediction``, ``sample`` or ``flow``, read from the model's scheduler config."""
+
+    @property
+    @abstractmethod
+    def schedule(self) -> Schedule:
+        """The noise schedule, read from the model's scheduler config."""
+
+    @property
+    @abstractmethod
+    def latent_channels(self) -> int:
+        """C of the latents."""
+
+    @property
+    @abstractmethod
+    def scale_factor(self) -> int:
+        """Pixels per latent along an edge, of the loaded model (the autoencoder's compression)."""
+
+    @property
+    def usual_guidance(self) -> float:
+        """Guidance scale that pictures of this very model are usually made with."""
+        return self.default_guidance
+
+    @property
+    def guided_by_input(self) -> bool:
+        """Whether the teacher takes the guidance scale as an input of its own: guided, it is called once."""
+        return False
+
+    # -- encoders ---------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """Text embeddings that can be cached, each of shape (B, ...), on the CPU."""
+
+    @abstractmethod
+    def condition(self, embeds: Conditioning, micro: MicroConditioning) -> Conditioning:
+        """What the network takes: cached embeddings with per-sample micro-conditioning (fp32) beside them."""
+
+    @abstractmethod
+    def uncond(self, cond: Conditioning) -> Conditioning:
+        """The unconditional counterpart of `cond`, micro-conditioning kept."""
+
+    @abstractmethod
+    def encode_images(self, pixels: Tensor, generator: Sequence[torch.Generator] | None = None) -> Tensor:
+        """Scaled latents (B, C, h, w) of pictures (B, 3, H, W) in [-1, 1]; the mode without generators."""
+
+    @abstractmethod
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in [0, 1], float32, of scaled latents."""
+
+    @abstractmethod
+    def release_encoders(self) -> None:
+        """Free text encoders and autoencoder; they load again when needed."""
+
+    # -- network ----------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def load_network(self) -> nn.Module:
+        """The denoiser with the teacher's LoRAs fused, frozen, in eval mode, on the device."""
+
+    def empty_network(self) -> nn.Module | None:
+        """The denoiser on the meta device, made from its config alone, for estimates of memory; None where unknown."""
+        return None
+
+    @abstractmethod
+    def attach_adapter(self, network: nn.Module, path: str, adapter: str) -> None:
+        """Put the LoRA at `path` (file, folder or hub id), and a second time beside it, onto `network` as `adapter`.
+
+        Raises UserError when it does not fit.
+        """
+
+    @abstractmethod
+    def student_network(
+        self, teacher: nn.Module, *, guidance_embedding: bool, second_time: bool = False, smaller: bool = False
+    ) -> nn.Module:
+        """A trainable fp32 copy of the teacher for full training.
+
+        Args:
+            teacher: What :meth:`load_network` returned.
+            guidance_embedding: Whether the copy takes the guidance scale as an input; the embedding starts at zero.
+            second_time: Whether the copy takes a second time (:meth:`add_second_time`).
+            smaller: Whether it has only the blocks that the settings keep (:meth:`smaller_keys`), which is asked for
+                where there are such settings, of the student alone.
+        """
+
+    @classmethod
+    def smaller_keys(cls, config: Any) -> Sequence[str]:
+        """Keys of ``family_config`` that make the student smaller than its teacher, of those given in `config`."""
+        return ()
+
+    def add_second_time(self, network: nn.Module, *, name: str = "student") -> nn.Module:
+        """Give `network` in place an embedding of a second time r that starts at zero; returns it, trainable, in fp32.
+
+        It lies at ``network.second_time.<name>`` and goes with the adapter `name`, or with the network itself where
+        there is no such adapter. Called again for a name it returns the same module.
+        """
+        raise NotImplementedError(f"the family {self.name} has no second time (capabilities.second_time)")
+
+    @abstractmethod
+    def predict(
+        self,
+        network: nn.Module,
+        x_t: Tensor,
+        time: Tensor,
+        cond: Conditioning,
+        *,
+        guidance: Tensor | None = None,
+        second_time: Tensor | None = None,
+    ) -> Tensor:
+        """The network's raw output at `x_t` (B, C, h, w).
+
+        Args:
+            network: What :meth:`load_network` or :meth:`student_network` returned, adapters already set.
+            x_t: Noised latents, in the schedule's scaling.
+            time: Shape (B,), what the network is fed (:meth:`Schedule.network_time`).
+            cond: As :meth:`condition` returned it, B in front.
+            guidance: Shape (B,), the paper's w (guidance scale minus one), only for networks with a guidance embedding.
+                A teacher that has one of its own (:attr:`guided_by_input`) may be called without: at its usual scale.
+            second_time: Shape (B,), r as the network is fed it (:meth:`Schedule.network_time`), only for networks with
+                a second time (:meth:`add_second_time`). None: no embedding of it is applied.
+        """
+
+    def forward_ad(self) -> AbstractContextManager[None]:
+        """What forward-mode differentiation through :meth:`predict` needs around it."""
+        return nullcontext()
+
+    def features(self, network: nn.Module, x_t: Tensor, time: Tensor, cond: Conditioning) -> list[Tensor]:
+        """Activations inside the network's first half, each (B, C_k, h_k, w_k), coarser and coarser.
+
+        Only that half is computed. The gradient reaches `x_t` and the network's own weights. Arguments as of
+        :meth:`predict`.
+        """
+        raise NotImplementedError(f"the family {self.name} has no features (capabilities.features)")
+
+    def feature_channels(self, network: nn.Module) -> list[int]:
+        """C_k of what :meth:`features` returns."""
+        raise NotImplementedError(f"the family {self.name} has no features (capabilities.features)")
+
+    # -- pictures and export ----------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def generate(
+        self,
+        network: nn.Module,
+        embeds: Conditioning,
+        *,
+        sampler: Sampler | None,
+        seeds: Sequence[int],
+        width: int,
+        height: int,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        negative_embeds: Conditioning | None = None,
+    ) -> Tensor:
+        """Pictures (B, 3, H, W) in [0, 1] by the plain diffusers pipeline around `network`.
+
+        Args:
+            network: Adapters already set by the caller.
+            embeds: As :meth:`encode_prompts` returned them, B in front.
+            sampler: The method's sampler, or None for the model's own scheduler.
+            seeds: B seeds; picture i depends on ``seeds[i]`` only (noise drawn by CPU generators).
+            width: Pixels.
+            height: Pixels.
+            num_inference_steps: Overrides the sampler's.
+            guidance_scale: Overrides the sampler's; 0 and 1 both mean off.
+            negative_embeds: Of the negative prompts; None means the family's unconditional.
+        """
+
+    @abstractmethod
+    def export(self, network: nn.Module, folder: Path, info: ExportInfo) -> None:
+        """Write a student that loads in plain diffusers: LoRA file or full pipeline, and ``scheduler/``."""
+
+    @classmethod
+    def kohya_problem(cls) -> str | None:
+        """Why a student's LoRA cannot be written in kohya's format (:meth:`export_kohya`); None where it can."""
+        return f"the family {cls.name} has no export in kohya's format"
+
+    def export_kohya(self, student: Path, file: Path, *, title: str, dtype: Precision = "float32") -> Sequence[str]:
+        """Write an exported LoRA once more, as one file in kohya's format (ComfyUI, AUTOMATIC1111, sd-scripts).
+
+        Args:
+            student: What :meth:`export` wrote.
+            file: Where it goes; written whole or not at all.
+            title: Name of the LoRA.
+            dtype: Of its tensors.
+
+        Returns:
+            What people should know of the file, a line each.
+
+        Raises:
+            UserError: The student is no LoRA, or one that the format cannot hold.
+        """
+        raise NotImplementedError(self.kohya_problem())
+
+    @abstractmethod
+    def load_student(self, folder: Path, *, extra_loras: Sequence[ExtraLora] = ()) -> nn.Module:
+        """The exported student as a network on the teacher's base, ready for :meth:`generate`."""
+
+    @abstractmethod
+    def usage_snippet(self, info: ExportInfo) -> str:
+        """About ten lines of plain diffusers code that load and run the exported student (for the model card).
+
+        They load the folder ``student`` and say ``image = pipe(prompt, ...).images[0]``.
+        """

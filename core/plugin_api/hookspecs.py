@@ -1,0 +1,102 @@
+"""Every hook that a plugin can implement. Registration hooks return classes; observation hooks watch a run.
+
+Hooks run on every rank. A plugin is a module (or object) whose functions carry ``@distill.hookimpl``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pluggy
+
+if TYPE_CHECKING:
+    from .backend import DataBackend
+    from .evaluator import Evaluator
+    from .family import ModelFamily
+    from .method import Method
+    from .optimizer import OptimizerPlugin
+    from .publisher import Publisher
+    from .quantizer import Quantizer
+    from .run_state import RunState
+    from .tracker import Tracker
+
+PROJECT = "distill"
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+@hookspec
+def register_methods() -> Sequence[type[Method]]:  # type: ignore[empty-body]
+    """Distillation methods that this plugin adds."""
+
+
+@hookspec
+def register_families() -> Sequence[type[ModelFamily]]:  # type: ignore[empty-body]
+    """Model families that this plugin adds."""
+
+
+@hookspec
+def register_data_backends() -> Sequence[type[DataBackend]]:  # type: ignore[empty-body]
+    """Data backends that this plugin adds."""
+
+
+@hookspec
+def register_trackers() -> Sequence[type[Tracker]]:  # type: ignore[empty-body]
+    """Trackers that this plugin adds."""
+
+
+@hookspec
+def register_optimizers() -> Sequence[type[OptimizerPlugin]]:  # type: ignore[empty-body]
+    """Optimizers that this plugin adds."""
+
+
+@hookspec
+def register_quantizers() -> Sequence[type[Quantizer]]:  # type: ignore[empty-body]
+    """Quantizers of the frozen base and the text encoders that this plugin adds."""
+
+
+@hookspec
+def register_evaluators() -> Sequence[type[Evaluator]]:  # type: ignore[empty-body]
+    """Evaluators that this plugin adds."""
+
+
+@hookspec
+def register_publishers() -> Sequence[type[Publisher]]:  # type: ignore[empty-body]
+    """Publishers that this plugin adds."""
+
+
+@hookspec
+def on_run_start(state: RunState) -> None:
+    """Everything is loaded and the first step is about to run."""
+
+
+@hookspec
+def on_step_end(state: RunState, step: int) -> None:
+    """Optimizer step `step` has been taken."""
+
+
+@hookspec
+def on_log(state: RunState, metrics: Mapping[str, float], step: int) -> None:
+    """Metrics of `step` were read from the device and go to the trackers."""
+
+
+@hookspec
+def on_validation_end(state: RunState, folder: Path, step: int) -> None:
+    """Validation pictures of `step` lie in `folder`."""
+
+
+@hookspec
+def on_checkpoint_saved(state: RunState, folder: Path, step: int) -> None:
+    """The checkpoint of `step` is complete in `folder`."""
+
+
+@hookspec
+def on_exception(state: RunState, error: BaseException) -> None:
+    """The run ends with `error`."""
+
+
+@hookspec
+def on_run_end(state: RunState) -> None:
+    """The run has ended well and the student is exported."""

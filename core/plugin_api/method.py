@@ -1,0 +1,268 @@
+"""The contract of a distillation method: a paper's algorithm that turns a batch into losses.
+
+A method declares the networks it uses (:meth:`Method.roles`) and what it needs of the family (:meth:`Method.requires`),
+and yields one :class:`Update` for each network that is to be stepped. The engine owns everything else: zero_grad,
+backward, clipping, stepping, EMA, random generators, checkpoints.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..diffusion.schedule import Schedule
+    from .batch import Batch
+    from .context import Context
+
+Trains = Literal["full", "lora", "head", "none"]
+ModelType = Literal["lora", "full"]
+"""What the student is: an adapter, or a network of its own."""
+
+
+@dataclass(frozen=True)
+class Role:
+    """A network as a method sees it.
+
+    Attributes:
+        name: ``teacher``, ``student``, ``target``, ``fake_score``, ...
+        trains: Which weights the optimizer of this role steps. ``lora`` is an adapter on the shared base, ``full`` a
+            copy of the teacher, ``head`` small heads that read features of another role.
+        ema_of: The role this one is the exponential moving average of (then ``trains`` is ``none``).
+        ema_decay: Decay of that average, applied once per optimizer step.
+        copy_of: The role whose weights this frozen one takes where a :class:`Stage` says so; the teacher before that.
+        guidance_embedding: Whether the network takes the guidance scale as an input (``time_cond_proj_dim``).
+        second_time: Whether the network takes a second time; its embedding starts at zero, so the role starts as the
+            teacher. An average or a copy has what its source has.
+        learning_rate: Of this role; None is the run's. The run's schedule shapes either.
+    """
+
+    name: str
+    trains: Trains = "none"
+    ema_of: str | None = None
+    ema_decay: float = 0.95
+    copy_of: str | None = None
+    guidance_embedding: bool = False
+    second_time: bool = False
+    learning_rate: float | None = None
+
+    @property
+    def source(self) -> str | None:
+        """The role that decides this one's weights, for averages and copies."""
+        return self.ema_of or self.copy_of
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a run, in optimizer steps; what happens before its first step.
+
+    Attributes:
+        name: For people and logs.
+        num_steps: Its length.
+        copy: Role -> the role whose weights it takes before the first step (not done before the run's first).
+        reset: Roles whose optimizer starts afresh.
+        restart_learning_rate: Whether warm-up and decay of the learning rate are this stage's own.
+    """
+
+    name: str
+    num_steps: int
+    copy: Mapping[str, str] = field(default_factory=dict)
+    reset: Sequence[str] = ()
+    restart_learning_rate: bool = False
+
+
+@dataclass(frozen=True)
+class Requirements:
+    """What a method needs; compared with the family's capabilities before weights load."""
+
+    pictures: bool = True
+    """Whether batches carry latents of pictures; without, captions are enough."""
+    trajectory_points: int = 0
+    """Points of the teacher's path that batches carry (``Batch.pairs``) beside its end: 0 for no path at all, 1 for its
+    noise, k for the points where k even steps begin. A cache with a multiple of k serves too."""
+    guidance_embedding: bool = False
+    second_time: bool = False
+    features: bool = False
+    zero_dropout: bool = False
+    """Whether LoRA dropout must be 0 (consistency methods compare two passes of one network)."""
+    divides_timesteps: int | None = None
+    """A number of grid points that must divide the schedule's number of training timesteps, where it is discrete."""
+    forward_ad: bool = False
+    """Whether the networks are differentiated in forward mode (:meth:`.context.Context.jvp`, exact)."""
+    finite_snr: bool = False
+    """Whether x0 must be computable from eps at the last timestep (fails for eps prediction at zero terminal SNR)."""
+
+    @classmethod
+    def union(cls, needs: Iterable[Requirements]) -> Requirements:
+        """What is needed by any of `needs`; grids are left out, since each is compared by itself."""
+        switches = [field.name for field in fields(cls) if field.type == "bool"]
+        given = list(needs)
+        points = [need.trajectory_points for need in given if need.trajectory_points]
+        united = {name: any(getattr(need, name) for need in given) for name in switches}
+        return cls(**united, trajectory_points=math.lcm(*points) if points else 0)
+
+
+@dataclass(frozen=True)
+class Update:
+    """One optimizer step's worth of loss for one role.
+
+    Attributes:
+        role: The role whose parameters the gradient goes to.
+        loss: Scalar, mean over the micro-batch.
+        metrics: Scalars to log, as detached tensors (never ``.item()``: that would stop the device).
+        per_sample: Detached loss of each sample, shape (B,): names bad samples, fills the histogram by timestep.
+        t: Times of the samples in the schedule's units, shape (B,).
+    """
+
+    role: str
+    loss: Tensor
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    per_sample: Tensor | None = None
+    t: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How the student is to be run: validation, evaluation and export all use this same object.
+
+    Attributes:
+        scheduler: Name of a diffusers scheduler class.
+        config: Keyword arguments of the scheduler that differ from the model's own scheduler config.
+        num_inference_steps: The default number of steps.
+        guidance_scale: The pipeline's ``guidance_scale``; 0 means off.
+        call: Extra keyword arguments of the pipeline call for a number of steps, as ``{"sigmas": [...]}``.
+    """
+
+    scheduler: str
+    config: Mapping[str, Any]
+    num_inference_steps: int
+    guidance_scale: float
+    call: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class MethodSetup:
+    """What a method may know of the run when it declares its roles: not the family, only its schedule."""
+
+    model_type: ModelType
+    prediction_type: str = "epsilon"
+    use_ema: bool = False
+
+
+class MethodPart(BaseModel):
+    """Another registered method with its settings, inside the settings of a method that is made of others.
+
+    A field of this type, of a class derived from it, or a list of them is all that a method says in its ``Config``: the
+    engine finds the method by its name, checks its settings as it checks any method's, and binds both.
+    """
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    method: str
+    """Name of a registered method."""
+    config: dict[str, Any] = Field(default_factory=dict)
+    """Its settings, as they would stand under distillation_config."""
+    _found: type[Method] | None = PrivateAttr(None)
+    _settings: Any = PrivateAttr(None)
+
+    def bind(self, found: type[Method], settings: BaseModel) -> None:
+        """Take the method's class and its validated settings; defaults are filled in."""
+        self._found, self._settings = found, settings
+        self.config = settings.model_dump(mode="json")
+
+    @property
+    def found(self) -> type[Method]:
+        """The method's class."""
+        assert self._found is not None, f"nobody has looked up the method {self.method!r}"
+        return self._found
+
+    @property
+    def settings(self) -> Any:
+        """The method's validated ``Config``."""
+        assert self._found is not None, f"nobody has looked up the method {self.method!r}"
+        return self._settings
+
+
+def method_parts(config: Any) -> Iterator[tuple[str, MethodPart]]:
+    """The methods inside a method's settings, with their dotted paths, as ``terms.0``; not those inside of these."""
+    for key in type(config).model_fields:
+        value = getattr(config, key)
+        inside = [(key, value)]
+        if isinstance(value, list | tuple):
+            inside = [(f"{key}.{index}", item) for index, item in enumerate(value)]
+        yield from ((path, part) for path, part in inside if isinstance(part, MethodPart))
+
+
+class Method(ABC):
+    """A distillation algorithm. One file; reads top to bottom as its paper."""
+
+    name: ClassVar[str]
+    aliases: ClassVar[tuple[str, ...]] = ()
+    packages: ClassVar[Mapping[str, str]] = {}
+    """Import name -> what to pip install, for packages that only this method needs."""
+
+    class Config(BaseModel):
+        """Settings of the method; every field has a description."""
+
+        model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    def __init__(self, config: Any, setup: MethodSetup) -> None:
+        self.config = config
+        self.setup = setup
+
+    @classmethod
+    def example(cls) -> Mapping[str, Any]:
+        """Settings that the conformance suite (:mod:`.testing`) tries it with, where the defaults take it long."""
+        return {}
+
+    @classmethod
+    @abstractmethod
+    def roles(cls, config: Any, setup: MethodSetup) -> Sequence[Role]:
+        """The networks of the method; ``teacher`` and ``student`` are always among them."""
+
+    @classmethod
+    @abstractmethod
+    def requires(cls, config: Any, setup: MethodSetup) -> Requirements:
+        """What the method needs of family, data and settings."""
+
+    @abstractmethod
+    def updates(self, context: Context, batch: Batch, step: int) -> Iterator[Update]:
+        """The updates of optimizer step `step` (counted from 0) for one micro-batch, in order."""
+
+    @abstractmethod
+    def sampler(
+        self, schedule: Schedule, *, num_inference_steps: int | None = None, guidance_scale: float | None = None
+    ) -> Sampler:
+        """The sampler that the student is trained for, at its default or the given steps and guidance.
+
+        A guidance outside of what the student was trained for is replaced by the method's default, with a notice.
+        """
+
+    @classmethod
+    def stages(cls, config: Any, *, total_steps: int) -> Sequence[Stage]:
+        """The parts of a run of `total_steps` optimizer steps; their lengths sum to it."""
+        return [Stage("all", total_steps)]
+
+    def result_role(self) -> str:
+        """The role that is validated and exported."""
+        return "student"
+
+    def notices(self) -> list[str]:
+        """Lines said once at the start of a run (conventions, consequences of settings)."""
+        return []
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """State beyond the networks that decides the future; saved in checkpoints."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+        if state:
+            raise ValueError(f"{self.name} keeps no state, but the checkpoint has {sorted(state)}")

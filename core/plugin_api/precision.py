@@ -1,0 +1,85 @@
+"""Which networks of a run are quantised, and what that saves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import TYPE_CHECKING
+
+from ..errors import UserError
+from .quantizer import NO_CHANGE, Quantizer, stored_bytes
+
+if TYPE_CHECKING:
+    from torch import nn
+
+BASE = "base_model"
+
+
+def text_encoder(number: int) -> str:
+    """What text encoder `number`, from 1, is called here."""
+    return f"text_encoder_{number}"
+
+
+class Precisions:
+    """The quantizers of a run by network; a family hands every network over as soon as its weights are final.
+
+    Args:
+        quantizers: ``base_model`` and ``text_encoder_N`` -> the quantizer of that network.
+        say: Takes the line that tells what was saved.
+    """
+
+    def __init__(
+        self, quantizers: Mapping[str, Quantizer] | None = None, say: Callable[[str], None] = lambda line: None
+    ) -> None:
+        self._quantizers, self._say = dict(quantizers or {}), say
+        self._stored: dict[str, tuple[int, int]] = {}
+
+    def quantises(self, part: str) -> bool:
+        """Whether the network `part` is to be quantised."""
+        return part in self._quantizers
+
+    @property
+    def parts(self) -> Collection[str]:
+        """The networks that are to be quantised."""
+        return self._quantizers.keys()
+
+    def identity(self, part: str) -> str:
+        """What decides the quantised weights of the network `part`, for fingerprints; empty where nothing does."""
+        return f"{part} {self._quantizers[part].identity}" if part in self._quantizers else ""
+
+    def place(self, network: nn.Module, part: str, *, device: str, keep: Collection[str] = ()) -> nn.Module:
+        """`network` on `device`, quantised where the run asks for it.
+
+        Args:
+            network: Frozen, on the host, its weights in the type it computes in, teacher's LoRAs fused.
+            part: ``base_model`` or :func:`text_encoder`.
+            device: Where it goes.
+            keep: Modules to leave as they are (see :meth:`.quantizer.Quantizer.quantize`).
+
+        Raises:
+            UserError: Nothing was saved, since the network has no layer that this quantizer can pack.
+        """
+        quantizer = self._quantizers.get(part)
+        if quantizer is None:
+            return network.to(device)
+        before = stored_bytes(network)
+        network = quantizer.quantize(network, device=device, keep=keep)
+        after = quantizer.stored_bytes(network)
+        if after >= before:
+            raise UserError(
+                f"{part}_precision = {quantizer.name!r} saves nothing: none of its layers can be packed",
+                f"set {part}_precision to {NO_CHANGE}",
+            )
+        if part not in self._stored:
+            self._tell(part, quantizer, before, after)
+        self._stored[part] = (before, after)
+        return network
+
+    def _tell(self, part: str, quantizer: Quantizer, before: int, after: int) -> None:
+        from ..utils.memory import gigabytes
+
+        saved = f"{gigabytes(before)} -> {gigabytes(after)}, {1 - after / before:.0%} saved"
+        self._say(f"{part} quantised by {quantizer.name}: {saved}")
+
+    def stored(self, part: str) -> tuple[int, int] | None:
+        """Bytes of the network `part` before and after it was quantised; None where it was not."""
+        return self._stored.get(part)

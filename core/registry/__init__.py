@@ -1,0 +1,1 @@
+"""Where plugins come from, what they are called, and whose code an error came from."""

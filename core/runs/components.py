@@ -1,0 +1,293 @@
+"""The parts of a run, each made when it is first needed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .builders import build_family, build_method, lora_settings, method_needs
+from .run_log import RunLog
+
+if TYPE_CHECKING:
+    from ..config import Configuration
+    from ..data.pipeline import DataPipeline
+    from ..engine.checkpoint import CheckpointStore
+    from ..engine.networks import Networks
+    from ..engine.optimize import RoleOptimizer
+    from ..engine.processes import Processes
+    from ..engine.progress import Progress
+    from ..engine.remote_checkpoints import RemoteCheckpoints
+    from ..engine.signals import StopRequest
+    from ..engine.trainer import Trainer
+    from ..evaluation.validation import Validator
+    from ..plugin_api.method import Sampler, Stage
+    from ..registry.registry import Registry
+    from .publishing import Publishers
+
+Say = Callable[[str], None]
+
+
+def to_stderr(line: str) -> None:
+    """Print a line for people."""
+    print(line, file=sys.stderr, flush=True)
+
+
+class RunParts:
+    """From a configuration to family, data, networks, optimizers and trainer.
+
+    Args:
+        configuration: Validated.
+        registry: The run's plugins.
+        stop: Set by Ctrl-C and SIGTERM.
+        say: Where lines for people go.
+    """
+
+    def __init__(self, configuration: Configuration, registry: Registry, stop: StopRequest, say: Say) -> None:
+        self.config, self.settings, self.registry = configuration, configuration.run, registry
+        self._stop, self._say = stop, say
+        self._progress: Progress | None = None
+        self._training = False
+        self._log = RunLog()
+
+    def say(self, line: str) -> None:
+        """A line for people and for the log, once, from the main process."""
+        if self.processes.main:
+            self._log.note(line)
+            (self._progress.say if self._progress else self._say)(line)
+
+    # -- parts ------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def processes(self) -> Processes:
+        """Ranks and device."""
+        from ..engine.processes import Processes
+
+        return Processes(self.settings.device)
+
+    @cached_property
+    def family(self) -> Any:
+        """The run's model."""
+        return build_family(self.config, self.registry, device=str(self.processes.device), say=self.say)
+
+    @cached_property
+    def method(self) -> Any:
+        """The run's algorithm."""
+        return build_method(self.config, self.registry, self.family)
+
+    @cached_property
+    def data(self) -> DataPipeline:
+        """From the data file to batches."""
+        from ..data.pipeline import DataPipeline
+
+        settings, processes = self.settings, self.processes
+        needs = method_needs(self.config, self.registry, self.family)
+        checkpoints = settings.output_dir.glob("checkpoint-*/manifest.json")
+        resumes = settings.resume_from_checkpoint is not None and any(checkpoints)
+        return DataPipeline(
+            self.config, self.registry, self.family, micro_batch_size=settings.train_batch_size,
+            accumulation=settings.gradient_accumulation_steps, rank=processes.rank, world_size=processes.world_size,
+            seed=settings.seed, cache_root=settings.output_dir / "cache", say=self.say,
+            pictures=needs.pictures, pairs=needs.trajectory_points > 0, resumes=resumes,
+        )  # fmt: skip
+
+    @cached_property
+    def optimizer_plugin(self) -> Any:
+        """Builds the optimizers."""
+        return self.registry.get("optimizer", self.settings.optimizer)(self.config.optimizer)
+
+    @cached_property
+    def networks(self) -> Networks:
+        """Networks by role, with the weights of ``init_lora`` if one is named."""
+        import torch
+
+        from ..engine.networks import Networks
+
+        settings = self.settings
+        networks = Networks(
+            self.family, self.method.roles(self.config.method, self.method.setup), lora=lora_settings(self.config),
+            seed=settings.seed, gradient_checkpointing=settings.gradient_checkpointing,
+            parameter_dtype=getattr(torch, self.optimizer_plugin.parameter_dtype),
+            ema_decay=settings.ema_decay if self._averages_student() else None,
+        )  # fmt: skip
+        if settings.init_lora:
+            networks.start_from("student", str(settings.init_lora))
+        return networks
+
+    def _averages_student(self) -> bool:
+        roles = {role.name: role for role in self.method.roles(self.config.method, self.method.setup)}
+        if self.settings.use_ema and roles[self.method.result_role()].ema_of is not None:
+            self.say(f"use_ema has no effect: what {self.method.name} exports here is an average already")
+            return False
+        return self.settings.use_ema
+
+    @cached_property
+    def validator(self) -> Validator | None:
+        """Makes validation pictures; None when validation is off."""
+        from ..evaluation.validation import ValidationPlan, Validator
+
+        settings = self.settings
+        if not settings.validation_step_interval:
+            return None
+        plan = ValidationPlan.from_run(
+            settings, self.family,
+            self.sampler(settings.validation_num_inference_steps, settings.validation_guidance),
+            prompts=self.prompts, fallback_resolution=self.resolution, role=self.method.result_role(),
+        )  # fmt: skip
+        return Validator(self.family, plan, settings.output_dir)
+
+    @cached_property
+    def prompts(self) -> Sequence[str]:
+        """Validation prompts, or captions of the data."""
+        return self.config.validation_prompts or self.data.captions(4)
+
+    @cached_property
+    def resolution(self) -> tuple[int, int]:
+        """(width, height) of pictures where the run names none."""
+        if self.settings.validation_resolution:
+            return self.settings.validation_resolution[0]
+        return self.data.resolution
+
+    def sampler(self, steps: int | None = None, guidance: float | None = None) -> Sampler:
+        """The method's sampler, at the validation's steps and guidance unless others are given."""
+        steps = steps or self.settings.validation_num_inference_steps
+        guidance = self.settings.validation_guidance if guidance is None else guidance
+        return self.method.sampler(self.family.schedule, num_inference_steps=steps, guidance_scale=guidance)
+
+    @cached_property
+    def trackers(self) -> Any:
+        """Where the run is watched; none on ranks other than the first."""
+        from ..engine.tracking import build_trackers
+
+        names = self.settings.report_to if self.processes.main else ()
+        return build_trackers(self.registry, names, self.config.trackers, self.say)
+
+    @cached_property
+    def publishers(self) -> Publishers:
+        """Where the student goes at the end."""
+        from .publishing import build_publishers
+
+        return build_publishers(self.registry, self.config, self.say)
+
+    def _optimizer(self, role: str) -> RoleOptimizer:
+        import torch
+
+        from ..engine.lr import lr_lambda, staged
+        from ..engine.optimize import RoleOptimizer
+        from ..plugin_api.optimizer import OptimizerSettings
+
+        settings, parameters = self.settings, self.networks.parameters(role)
+        plugin = self.optimizer_plugin
+        own_rate = None if plugin.estimates_learning_rate else self.networks.roles[role].learning_rate
+        learning_rate = own_rate or settings.learning_rate
+        optimizer = plugin.build(
+            parameters,
+            OptimizerSettings(
+                learning_rate, settings.adam_beta1, settings.adam_beta2, settings.adam_epsilon,
+                settings.adam_weight_decay, settings.lr_warmup_steps,
+            ),
+        )  # fmt: skip
+        schedule = "constant" if plugin.schedule_free else settings.lr_scheduler
+        fp16 = settings.mixed_precision == "fp16"
+        return RoleOptimizer(
+            optimizer, parameters, learning_rate=learning_rate,
+            schedule=staged(
+                lambda num_steps: lr_lambda(
+                    schedule, settings.lr_warmup_steps, num_steps, num_cycles=settings.lr_num_cycles,
+                    power=settings.lr_power, end_factor=settings.lr_end / settings.learning_rate,
+                ),
+                self.stages,
+            ),
+            max_grad_norm=settings.max_grad_norm, care=plugin,
+            scaler=torch.amp.GradScaler(self.processes.device.type) if fp16 else None,
+        )  # fmt: skip
+
+    @cached_property
+    def total_steps(self) -> int:
+        """The last optimizer step: of max_train_steps and num_train_epochs, whichever ends first."""
+        settings, ends = self.settings, []
+        if settings.max_train_steps:
+            ends.append(settings.max_train_steps)
+        if settings.num_train_epochs:
+            ends.append(max(1, round(settings.num_train_epochs * self.data.steps_per_epoch())))
+        return min(ends)
+
+    @cached_property
+    def stages(self) -> Sequence[Stage]:
+        """The method's parts of this run."""
+        stages = self.method.stages(self.config.method, total_steps=self.total_steps)
+        assert sum(stage.num_steps for stage in stages) == self.total_steps, "stages must fill the run"
+        return stages
+
+    @cached_property
+    def checkpoints_there(self) -> RemoteCheckpoints | None:
+        """The other place that checkpoints are kept in too, if the data file names one; for the main process."""
+        from ..engine.remote_checkpoints import RemoteCheckpoints
+
+        entry = next((entry for entry in self.config.caches if entry.dataset_type == "checkpoints"), None)
+        if entry is None or not self.processes.main:
+            return None
+        backend = self.registry.get("data_backend", entry.type)(entry.backend)
+        return RemoteCheckpoints(entry.id, backend, limit=self.settings.checkpoints_total_limit, say=self.say)
+
+    def _store(self) -> CheckpointStore:
+        from ..engine.checkpoint import CheckpointStore
+        from ..engine.remote_checkpoints import MirroredStore
+
+        folder, limit, there = self.settings.output_dir, self.settings.checkpoints_total_limit, self.checkpoints_there
+        if there is not None:
+            return MirroredStore(folder, limit=limit, there=there, say=self.say)
+        return CheckpointStore(folder, limit=limit, read_only=not self.processes.main)
+
+    @cached_property
+    def trainer(self) -> Trainer:
+        """The loop with everything it needs."""
+        import torch
+
+        from ..engine.health import HealthMonitor
+        from ..engine.loop import Loop
+        from ..engine.metrics import MetricsFile
+        from ..engine.trainer import Trainer
+        from ..plugin_api.context import Context, Runtime
+        from ..plugin_api.run_state import RunState
+
+        settings, processes = self.settings, self.processes
+        autocast = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.mixed_precision]
+        context = Context(
+            Runtime(
+                self.family, self.networks, settings.seed, processes.device, autocast, stages=self.stages,
+                average=processes.average,
+            )
+        )  # fmt: skip
+        optimizers = {role: self._optimizer(role) for role in self.networks.trained_roles()}
+        loop = Loop(
+            self.method, context, self.networks, optimizers,
+            health=HealthMonitor(settings.max_bad_steps, gather=processes.gather), reduce=processes.average,
+            stages=self.stages,
+        )  # fmt: skip
+        networks = {role: self.networks.module(role) for role in self.networks.roles}
+        return Trainer(
+            settings=settings, loop=loop,
+            store=self._store(),
+            metrics_file=MetricsFile(settings.output_dir / "metrics.jsonl"), trackers=self.trackers,
+            state=RunState(self.config, settings.output_dir, self.method, self.family, context, networks,
+                           main=processes.main, say=self.say),
+            registry=self.registry, processes=processes, stop=self._stop, validate=self._validate,
+            identity={"method": settings.distillation_method, "family": settings.model_family,
+                      "model": self.family.fingerprint("denoiser"), "data": self.data.fingerprint()},
+            total_steps=self.total_steps, on_step=self._on_step, say=self.say, pause=self._pause,
+        )  # fmt: skip
+
+    # -- what the flow adds -------------------------------------------------------------------------------------------
+
+    def _validate(self, step: int) -> Path:
+        raise NotImplementedError
+
+    def _on_step(self, step: int, metrics: Mapping[str, float] | None) -> None:
+        raise NotImplementedError
+
+    def _pause(self) -> AbstractContextManager[None]:
+        raise NotImplementedError

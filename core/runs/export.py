@@ -1,0 +1,83 @@
+"""What happens after the last step: export, scores, model card, publishing."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..plugin_api.family import ExportInfo
+from .builders import lora_settings
+from .model_card import write_model_card
+
+if TYPE_CHECKING:
+    from ..evaluation.result import Evaluation
+    from .run import Run
+
+
+def export_info(run: Run, *, role: str | None = None) -> ExportInfo:
+    """What goes along with the student: its sampler, the shape of its adapter, where it comes from."""
+    settings = run.settings
+    return ExportInfo(
+        sampler=run.sampler(),
+        model_type=settings.model_type,
+        lora=lora_settings(run.config),
+        adapter=role or run.method.result_role(),
+        metadata={"distillation_method": settings.distillation_method, "steps": str(run.trainer.step)},
+    )
+
+
+def export_student(run: Run, student: Path, *, role: str | None = None) -> None:
+    """Write a student aside and move it into place, so that what is there is whole.
+
+    Args:
+        run: The run.
+        student: Where it goes.
+        role: Whose weights; the method's result unless given.
+    """
+    aside = student.with_name(f".{student.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    with run.networks.use(role or run.method.result_role()) as network:
+        run.family.export(network, aside, export_info(run, role=role))
+    if student.exists():
+        shutil.rmtree(student)
+    aside.rename(student)
+    run.say(f"student written to {student}")
+
+
+def export_online(run: Run, folder: Path) -> None:
+    """Write the weights that the optimizer stepped, where the student is an average of them."""
+    result = run.networks.roles[run.method.result_role()]
+    if result.ema_of is None and run.networks.average is None:
+        run.say("export_online_weights has no effect: the student is no average")
+        return
+    export_student(run, folder, role=result.ema_of or result.name)
+
+
+def evaluate_student(run: Run) -> Evaluation:
+    """Teacher against student, as a table, as evaluation.json and as a picture, and to the trackers."""
+    from ..evaluation.evaluate_run import evaluate_run
+
+    prompts = run.data.captions(run.settings.evaluation_num_samples) or run.prompts
+    evaluation = evaluate_run(
+        run.config, run.registry, run.family, run.method, run.networks, prompts=prompts,
+        real_images=run.data.real_images, resolution=run.resolution, say=run.say,
+    )  # fmt: skip
+    evaluation.save(run.settings.output_dir)
+    run.trackers.images("evaluation", {"teacher and student": evaluation.picture()}, run.trainer.step)
+    run.trackers.text("evaluation", evaluation.markdown(), run.trainer.step)
+    return evaluation
+
+
+def publish_student(run: Run, student: Path, evaluation: Evaluation | None) -> None:
+    """Write the model card and hand the folder to the publishers; a publisher's failure is a warning."""
+    grid = last_grid(run.settings.output_dir)
+    write_model_card(student, run.config, run.family, export_info(run), evaluation=evaluation, grid=grid)
+    run.publishers.publish(student)
+
+
+def last_grid(output_dir: Path) -> Path | None:
+    """The newest validation's side-by-side picture."""
+    grids = sorted((output_dir / "validation").glob("step-*/grid.png"))
+    return grids[-1] if grids else None

@@ -1,0 +1,123 @@
+"""The model card of an exported student: how to use it, what it scores, how it was made."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..evaluation.sampling import describe_guidance, plural
+from ..utils.files import save_picture, write_text
+
+if TYPE_CHECKING:
+    from ..config import Configuration
+    from ..evaluation.result import Evaluation
+    from ..plugin_api.family import ExportInfo, ModelFamily
+
+CARD = "README.md"
+GRID = "grid.png"
+EVALUATION = "evaluation.png"
+
+
+def write_model_card(
+    student: Path,
+    configuration: Configuration,
+    family: ModelFamily,
+    info: ExportInfo,
+    *,
+    evaluation: Evaluation | None = None,
+    grid: Path | None = None,
+) -> Path:
+    """Write ``student/README.md`` with its pictures beside it; returns it.
+
+    Args:
+        student: The exported student.
+        configuration: The run's; folders of this machine are left out of what is shown.
+        family: Knows the code that uses the student.
+        info: As it was exported.
+        evaluation: The scores at the end of the run, if any.
+        grid: The last validation grid, if any.
+    """
+    if grid is not None:
+        shutil.copyfile(grid, student / GRID)
+    if evaluation is not None:
+        save_picture(evaluation.picture(), student / EVALUATION)
+    sections = [
+        _front_matter(configuration, family),
+        _introduction(configuration, info),
+        f"## Use\n\n```python\n{family.usage_snippet(info).strip()}\n```",
+        _pictures(grid is not None),
+        _scores(evaluation),
+        _training(configuration),
+    ]
+    write_text(student / CARD, "\n\n".join(section for section in sections if section) + "\n")
+    return student / CARD
+
+
+def _base_model(configuration: Configuration, family: ModelFamily) -> str:
+    if configuration.miniature:
+        return f"the {family.name} miniature that ships with distill"
+    source = family.settings.source
+    return Path(source).name if os.path.isabs(source) or Path(source).exists() else source
+
+
+def _front_matter(configuration: Configuration, family: ModelFamily) -> str:
+    run = configuration.run
+    lines = ["library_name: diffusers", "pipeline_tag: text-to-image"]
+    source = _base_model(configuration, family)
+    if not configuration.miniature and source == family.settings.source:  # only a hub id means something to others
+        lines.append(f"base_model: {json.dumps(source)}")
+    tags = ["distill", "distillation", run.distillation_method, run.model_family, run.model_type]
+    return "\n".join(["---", *lines, "tags:", *(f"  - {json.dumps(tag)}" for tag in dict.fromkeys(tags)), "---"])
+
+
+def _introduction(configuration: Configuration, info: ExportInfo) -> str:
+    run, sampler = configuration.run, info.sampler
+    base = f"the {run.model_family} miniature that ships with distill" if configuration.miniature else "its teacher"
+    kind = "A LoRA" if info.model_type == "lora" else "A full model"
+    return (
+        f"# {run.output_dir.name}\n\n"
+        f"{kind} that makes pictures in {plural(sampler.num_inference_steps, 'step')} with "
+        f"{describe_guidance(sampler.guidance_scale)}, distilled from {base} with the method "
+        f"`{run.distillation_method}` by distill (`pip install distill-engine`). "
+        f"It runs with `{sampler.scheduler}`, whose settings lie in `scheduler/`."
+    )
+
+
+def _pictures(has_grid: bool) -> str:
+    if not has_grid:
+        return ""
+    return f"## Pictures\n\nTeacher at few steps, student, teacher in full, from the same noise:\n\n![grid]({GRID})"
+
+
+def _scores(evaluation: Evaluation | None) -> str:
+    if evaluation is None:
+        return ""
+    plan = evaluation.plan
+    data = f" Distances to the data are to {evaluation.num_data} of its pictures." if evaluation.num_data else ""
+    return (
+        f"## Scores\n\n{plural(plan.num_samples, 'picture')} of {plan.width}x{plan.height} each, from the same noise, "
+        f"on {evaluation.device}.{data} The teacher has one guidance throughout.\n\n{evaluation.markdown()}\n\n"
+        f"![evaluation]({EVALUATION})"
+    )
+
+
+def _training(configuration: Configuration) -> str:
+    shown = json.dumps(without_folders(configuration.resolved()), indent=2, ensure_ascii=False)
+    return (
+        "## Training\n\n<details><summary>The configuration, folders left out</summary>\n\n"
+        f"```json\n{shown}\n```\n\n</details>"
+    )
+
+
+def without_folders(value: Any) -> Any:
+    """The value with every absolute path cut down to its last part: a card is for others, folders are local."""
+    if isinstance(value, dict):
+        return {key: without_folders(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [without_folders(inner) for inner in value]
+    if isinstance(value, str) and (os.path.isabs(value) or value.startswith("~")):
+        return Path(value).name
+    return value

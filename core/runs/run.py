@@ -1,0 +1,282 @@
+"""A distillation run, start to end: the one direction that everything flows in.
+
+config -> family -> data -> networks and optimizers -> loop, validation, checkpoints -> export -> scores -> publish
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..engine.signals import StopRequest
+from ..errors import DistillError, Interrupted, UserError
+from ..evaluation.evaluators import evaluation_notices
+from ..utils.files import write_text
+from .builders import REPORTS_FOLDER
+from .components import RunParts, Say, to_stderr
+from .output_folder import RESOLVED, check_output_dir, clear_output_dir, named_step
+from .run_log import ENDS, ENDS_WELL
+
+if TYPE_CHECKING:
+    from ..config import Configuration
+    from ..engine.progress import Progress
+    from ..evaluation.result import Evaluation
+    from ..registry.registry import Registry
+
+MINIATURE = (
+    "no model named: this distils the miniature that ships with the family, a small but real and trained model for "
+    "trying things out. Your own: --model PATH_OR_ID --data FILE (`distill config init` writes both files)"
+)
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run leaves."""
+
+    output_dir: Path
+    student: Path
+    steps: int
+    evaluation: Evaluation | None
+    grid: Path | None = None
+    """The last validation's side-by-side picture."""
+    prompt: str = ""
+    """The first validation prompt."""
+    rank: int = 0
+
+
+def run(configuration: Configuration, registry: Registry, *, say: Say | None = None) -> RunResult:
+    """Distil, from the first step or where the last run stopped, to the exported student.
+
+    Args:
+        configuration: Validated.
+        registry: The run's plugins.
+        say: Where lines for people go; stderr unless given.
+
+    Raises:
+        UserError: Something is unusable as given; nothing was lost.
+        Interrupted: Ctrl-C or SIGTERM; a checkpoint was written.
+        DistillError: The run failed; what could be saved was, and the message says how to resume.
+    """
+    with StopRequest() as stop:
+        return Run(configuration, registry, stop, say or to_stderr).execute()
+
+
+class Run(RunParts):
+    """One run, from opening its folder to publishing its student."""
+
+    def execute(self) -> RunResult:
+        """The whole run."""
+        try:
+            self._open()
+            return self._execute()
+        except BaseException as error:
+            self._log.note(f"{ENDS}{type(error).__name__}: {error}")
+            self._failed(error)
+            raise
+        finally:
+            self._log.close()
+            self.processes.close()
+
+    def _execute(self) -> RunResult:
+        self.family.check_source()
+        self._check_model()
+        self.data.prepare()
+        self._report_data()
+        _ = self.stages  # a method may refuse this number of steps, and does so before weights load
+        self._prepare_validation()
+        self._resume()
+        self._start_tracking()
+        self.registry.hook.on_run_start(state=self.trainer.state)
+        with self._progress or self._make_progress():
+            self._training = True
+            self.trainer.train(self.data.steps(self.trainer.step))
+            if self.settings.validation_step_interval:
+                self._validate(self.trainer.step)
+            self.trainer.save()
+        return self._finish()
+
+    # -- the flow ---------------------------------------------------------------------------------------------------
+
+    def _open(self) -> None:
+        folder = self.settings.output_dir
+        if self.config.miniature:
+            self.say(MINIATURE)
+        with self.processes.together():
+            if self.processes.main:
+                state = check_output_dir(self.config)
+                if self.checkpoints_there and (self.settings.overwrite or not self.settings.resume_from_checkpoint):
+                    self.checkpoints_there.begin_afresh(overwrite=self.settings.overwrite)
+                if state.clear:
+                    clear_output_dir(folder)
+                folder.mkdir(parents=True, exist_ok=True)
+                self._log.open(folder)
+                for notice in (*self.config.notices, *state.notices):
+                    self.say(notice)
+        self.publishers.check()
+        for line in evaluation_notices(self.registry, self.config):
+            self.say(f"warning: {line}")
+
+    def _check_model(self) -> None:
+        """What only the model's own config can tell, still before weights load."""
+        self.sampler()  # refuses steps and guidance that the method cannot sample with
+        needs = self.method.requires(self.config.method, self.method.setup)
+        if needs.finite_snr and self.family.prediction_type == "epsilon" and self.family.schedule.zero_terminal_snr:
+            raise UserError(
+                f"{self.family.settings.source}: its scheduler has zero terminal SNR and predicts epsilon, from which "
+                f"no picture can be computed at the last timestep; {self.settings.distillation_method} needs it there",
+                "use the model's v_prediction version, or a scheduler config without rescale_betas_zero_snr",
+            )
+
+    def _report_data(self) -> None:
+        with self.processes.together():
+            self._data_reports = self.data.write_reports(self.settings.output_dir / REPORTS_FOLDER)
+        for report in self._data_reports:
+            self.say(f"report on dataset {report.id!r}: {report.folder / 'report.md'}")
+
+    def _prepare_validation(self) -> None:
+        for notice in self.method.notices():
+            self.say(notice)
+        validator = self.validator
+        with self.processes.together():
+            if validator and self.processes.main:
+                from ..evaluation.validation import describe
+
+                self.say(describe(validator.plan))
+                validator.prepare()
+                self.family.release_encoders()
+
+    def _resume(self) -> None:
+        wanted = self.settings.resume_from_checkpoint
+        with self.processes.together():
+            if self.processes.main:
+                store = self.trainer.store  # it mends what a killed save left; the others look after that
+                step = named_step(wanted)
+                if wanted == "latest":
+                    store.bring()
+                elif step is not None and not Path(wanted or "").is_dir():
+                    store.bring(step)
+        trainer = self.trainer
+        path = self._checkpoint(wanted)
+        if path is not None:
+            trainer.resume(path)
+            self.say(f"resumed from {path} at step {trainer.step}")
+        if trainer.step > self.total_steps:
+            raise UserError(
+                f"max_train_steps = {self.total_steps} lies before the checkpoint's step {trainer.step}",
+                f"raise max_train_steps above {trainer.step}",
+            )
+        if self.processes.main:
+            write_text(self.settings.output_dir / RESOLVED, json.dumps(self.config.resolved(), indent=2) + "\n")
+
+    def _checkpoint(self, wanted: str | None) -> Path | None:
+        """The checkpoint here that the settings ask for; None to start afresh."""
+        if not wanted or wanted == "latest":
+            return self.trainer.store.latest() if wanted else None
+        for path in (Path(wanted), self.settings.output_dir / wanted):
+            if path.is_dir():
+                return path
+        there = self.checkpoints_there
+        places = f"{self.settings.output_dir} nor in {there.backend.location}" if there else self.settings.output_dir
+        raise UserError(
+            f"resume_from_checkpoint = {wanted!r}: no such checkpoint, neither as a path nor in {places}",
+            "use `latest`, or the name of a checkpoint-N folder there",
+        )
+
+    def _start_tracking(self) -> None:
+        from ..plugin_api.tracker import RunInfo
+
+        settings, resolved = self.settings, self.config.resolved()
+        hparams = {key: value for key, value in resolved.items() if isinstance(value, int | float | str | bool)}
+        name = settings.tracker_run_name or settings.output_dir.name
+        info = RunInfo(settings.output_dir, settings.tracker_project_name, name, resolved, hparams, self.trainer.step)
+        self.trackers.start(info)
+        text = json.dumps(resolved, indent=2)
+        self.trackers.text("config", f"```json\n{text}\n```", self.trainer.step)
+        for report in self._data_reports:
+            self.trackers.text(f"training_data/{report.id}", report.text, self.trainer.step)
+            self.trackers.images(f"training_data/{report.id}", report.pictures, self.trainer.step)
+
+    def _make_progress(self) -> Progress:
+        from ..engine.progress import make_progress
+
+        progress = make_progress(
+            self.total_steps, start_step=self.trainer.step, samples_per_step=self.data.samples_per_step
+        )
+        if self.processes.main:
+            self._progress = progress
+        return progress
+
+    def _on_step(self, step: int, metrics: Mapping[str, float] | None) -> None:
+        if self._progress is None:
+            return
+        self._progress.advance(step)
+        if metrics is not None:
+            self._progress.log(step, metrics)
+
+    def _pause(self) -> AbstractContextManager[None]:
+        return self._progress.pace.pause() if self._progress else nullcontext()
+
+    def _validate(self, step: int) -> Path:
+        folder = self.settings.output_dir / "validation"
+        with self.processes.together():
+            if self.validator is not None and self.processes.main:
+                with self.trainer.loop.evaluating(), self.networks.averaged():
+                    folder = self.validator.run(step, self.networks, self.trackers)
+                self.family.release_encoders()  # the autoencoder's memory is the training's
+        self.registry.hook.on_validation_end(state=self.trainer.state, folder=folder, step=step)
+        return folder
+
+    def _finish(self) -> RunResult:
+        from .export import evaluate_student, export_online, export_student, last_grid, publish_student
+
+        student, evaluation = self.settings.output_dir / "student", None
+        with self.processes.together():
+            if self.processes.main:
+                with self.trainer.loop.evaluating(), self.networks.averaged():
+                    export_student(self, student)
+                    if self.settings.evaluation_num_samples:
+                        evaluation = evaluate_student(self)
+                if self.settings.export_online_weights:
+                    export_online(self, self.settings.output_dir / "student-online")
+                publish_student(self, student, evaluation)
+                self.trackers.finish(evaluation.scalars() if evaluation else None)
+        self._log.note(ENDS_WELL)
+        self.registry.hook.on_run_end(state=self.trainer.state)
+        self.trainer.store.settle()
+        self.data.close()
+        self.processes.barrier()
+        prompt = self.prompts[0] if self.prompts else ""
+        return RunResult(
+            self.settings.output_dir, student, self.trainer.step, evaluation, last_grid(self.settings.output_dir),
+            prompt,
+            self.processes.rank,
+        )  # fmt: skip
+
+    def _failed(self, error: BaseException) -> None:
+        """Save what can be saved and say how to go on."""
+        if "trainer" not in self.__dict__ or (isinstance(error, UserError) and not self._training):
+            return
+        saved = self.trainer.save_after_failure(error)
+        self.registry.hook.on_exception(state=self.trainer.state, error=error)
+        self.trackers.finish()
+        self.trainer.store.settle()
+        self.data.close()
+        if saved is not None:
+            self.say(f"saved: {saved}. To go on: {_resume_command(self.settings.output_dir)}")
+        if not isinstance(error, Interrupted | DistillError):
+            self._explain_memory(error)
+
+    def _explain_memory(self, error: BaseException) -> None:
+        from ..utils.memory import is_out_of_memory, out_of_memory_hint
+        from .memory_plan import memory_settings
+
+        if is_out_of_memory(error):
+            self.say(out_of_memory_hint(memory_settings(self), quantizers=self.settings.model_type == "lora"))
+
+
+def _resume_command(output_dir: Path) -> str:
+    return f"distill run --config {output_dir / RESOLVED} --set resume_from_checkpoint=latest"

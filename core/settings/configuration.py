@@ -1,0 +1,108 @@
+"""The one validated configuration of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from ..utils.prompt_library import read_library
+from .dataset_settings import DatasetSettings
+from .run_settings import RunSettings
+from .secrets import without_secrets
+
+PARTS = {
+    "distillation_config": "method",
+    "family_config": "family",
+    "optimizer_config": "optimizer",
+    "quantizer_config": "quantizer",
+    "tracker_config": "tracker",
+    "evaluator_config": "evaluator",
+    "publisher_config": "publisher",
+}
+"""Keys whose values belong to plugins -> the kind of plugin; nested by the plugin's name."""
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """Everything that decides a run, validated, with defaults filled in.
+
+    Attributes:
+        run: The keys of the run.
+        method: Validated ``Config`` of the chosen method.
+        family: Validated ``Config`` of the chosen family.
+        optimizer: Validated ``Config`` of the chosen optimizer.
+        quantizers: Name -> validated ``Config`` of each quantizer that a ``..._precision`` key names.
+        trackers: Name -> validated ``Config`` of each tracker of ``report_to``.
+        evaluators: Name -> validated ``Config`` of each registered evaluator (or of those named by ``evaluators``).
+        publishers: Name -> validated ``Config`` of each publisher asked for.
+        datasets: The enabled datasets of pictures or prompts, run defaults applied.
+        caches: The enabled entries that are places for caches, the default text cache included.
+        text_cache: The default text_embeds entry, or None (then a cache is made under output_dir).
+        notices: A line for each thing that was normalised or should be known.
+        miniature: Whether no model was named, so that the family's shipped one is used.
+        plugin_files: Plugin files of command line and configuration.
+    """
+
+    run: RunSettings
+    method: BaseModel
+    family: BaseModel
+    optimizer: BaseModel
+    trackers: Mapping[str, BaseModel]
+    evaluators: Mapping[str, BaseModel]
+    publishers: Mapping[str, BaseModel]
+    datasets: tuple[DatasetSettings, ...]
+    caches: tuple[DatasetSettings, ...] = ()
+    text_cache: DatasetSettings | None = None
+    notices: tuple[str, ...] = ()
+    miniature: bool = False
+    plugin_files: tuple[Path, ...] = ()
+    quantizers: Mapping[str, BaseModel] = field(default_factory=dict)
+
+    @property
+    def largest_batch(self) -> int:
+        """Samples of the largest micro-batch that any dataset gives a process."""
+        sizes = [entry.train_batch_size or self.run.train_batch_size for entry in self.datasets]
+        return max(sizes, default=self.run.train_batch_size)
+
+    @property
+    def distillation_caches(self) -> tuple[DatasetSettings, ...]:
+        """The entries that hold what the teacher makes of captions; datasets name them."""
+        named = {entry.distillation_cache for entry in self.datasets}
+        return tuple(entry for entry in self.caches if entry.id in named)
+
+    @property
+    def validation_prompts(self) -> tuple[str, ...]:
+        """Prompts of ``validation_prompt``, then those of the library file, each once."""
+        library = self.run.validation_prompt_library
+        return tuple(dict.fromkeys([*self.run.validation_prompt, *(read_library(library))]))
+
+    def resolved(self) -> dict[str, Any]:
+        """The complete configuration, JSON-able and without secrets; feeding it back reproduces the run."""
+        run = self.run
+        named: dict[str, dict[str, BaseModel]] = {
+            "distillation_config": {run.distillation_method: self.method},
+            "family_config": {run.model_family: self.family},
+            "optimizer_config": {run.optimizer: self.optimizer},
+            "quantizer_config": dict(self.quantizers),
+            "tracker_config": dict(self.trackers),
+            "evaluator_config": dict(self.evaluators),
+            "publisher_config": dict(self.publishers),
+        }
+        resolved = run.model_dump(mode="json")
+        resolved["overwrite"] = False  # else resuming from the resolved file would begin by deleting the run
+        resolved["plugins"] = [str(path) for path in self.plugin_files]
+        resolved["validation_resolution"] = ",".join(f"{w}x{h}" for w, h in run.validation_resolution) or None
+        for key, parts in named.items():
+            resolved[key] = {name: without_secrets(part) for name, part in parts.items()}
+        resolved["data"] = [dump_dataset(entry) for entry in (*self.datasets, *self.caches)]
+        return resolved
+
+
+def dump_dataset(entry: DatasetSettings) -> dict[str, Any]:
+    """An entry of the data file as it would be written in full."""
+    own = without_secrets(entry.backend) if entry.backend is not None else {}
+    return {**own, **without_secrets(entry)}

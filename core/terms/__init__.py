@@ -1,1 +1,0 @@
-"""Loss terms that methods are made of: pure functions of tensors, each with its equation."""

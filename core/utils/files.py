@@ -1,0 +1,77 @@
+"""Files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import io
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+PARTIAL = ".partial-"
+STALE_SECONDS = 24 * 3600
+"""Leftovers of killed writers are removed when they are older than this: younger ones may belong to a running one."""
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside `folder` survive a power cut, where the system can."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def partial_of(path: Path) -> Path:
+    """Return where `path` is written before it is renamed: no other process, on whatever machine, writes there."""
+    return path.with_name(f"{PARTIAL}{uuid4().hex[:12]}-{path.name}")
+
+
+def write_whole(path: Path, data: bytes | memoryview) -> None:
+    """Write `path`, whose folder is made, so that no reader and no crash ever sees a part of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = partial_of(path)
+    try:
+        with partial.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text whole or not at all; its folder is made."""
+    write_whole(path, text.encode("utf-8"))
+
+
+def save_picture(picture: Image, path: Path) -> None:
+    """Write a PNG whole or not at all; its folder is made."""
+    stream = io.BytesIO()
+    picture.save(stream, format="PNG")
+    write_whole(path, stream.getvalue())
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append one line; a crash leaves at most a torn last line, which readers skip."""
+    with path.open("ab") as stream:
+        stream.write(line.encode() + b"\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def is_stale(path: Path) -> bool:
+    """Return whether a leftover is old enough that its writer must be gone."""
+    try:
+        return time.time() - path.stat().st_mtime > STALE_SECONDS
+    except FileNotFoundError:
+        return False
