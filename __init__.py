@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from .core.utils.lazy import attributes
 
 if TYPE_CHECKING:
+    from .core.diffusion.sampler import Sampler
     from .core.errors import BadValue, ConfigError, DistillError, Finding, OutOfReach, PluginError, UserError
     from .core.plugin_api.backend import DataBackend, Entry, SampleBackend, SampleChunk
     from .core.plugin_api.batch import Batch, Conditioning
@@ -24,10 +25,11 @@ if TYPE_CHECKING:
         ModelSettings,
     )
     from .core.plugin_api.hookspecs import hookimpl
-    from .core.plugin_api.method import Method, MethodPart, MethodSetup, Requirements, Role, Sampler, Stage, Update
+    from .core.plugin_api.method import Method, MethodPart, MethodSetup, Requirements, Role, Update
     from .core.plugin_api.optimizer import OptimizerPlugin, OptimizerSettings
     from .core.plugin_api.publisher import Publisher
     from .core.plugin_api.quantizer import Quantizer
+    from .core.plugin_api.stage import Stage
     from .core.plugin_api.tracker import RunInfo, Tracker
     from .core.plugin_api.version import API_VERSION
 

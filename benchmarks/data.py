@@ -53,7 +53,7 @@ def write_pictures(folder: Path, count: int) -> None:
 
 def open_pipeline(root: Path, resolution: int) -> Any:
     """The data path of a run with the family's miniature over the pictures."""
-    from distill.core.config import load_configuration
+    from distill.core.config.load import load_configuration
     from distill.core.registry.registry import Registry
     from distill.core.runs.builders import build_pipeline
 

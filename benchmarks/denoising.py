@@ -10,11 +10,12 @@ from typing import Any
 
 from distill.core.diffusion import Schedule
 from distill.core.diffusion.regression import distance, snr_weight
+from distill.core.diffusion.sampler import Sampler
 from distill.core.diffusion.solvers import deterministic_sampler
 from distill.core.plugin_api.batch import Batch
 from distill.core.plugin_api.context import Context
 from distill.core.plugin_api.hookspecs import hookimpl
-from distill.core.plugin_api.method import Method, MethodSetup, Requirements, Role, Sampler, Update
+from distill.core.plugin_api.method import Method, MethodSetup, Requirements, Role, Update
 from pydantic import BaseModel, ConfigDict, Field
 
 

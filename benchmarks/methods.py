@@ -102,9 +102,11 @@ def train(
 def score(folders: Mapping[str, Path], *, num_samples: int, per_prompt: int, pictures: Path) -> list[dict[str, Any]]:
     """Rows of teacher and students, each with its scores; the first pictures of each go to `pictures`."""
     from distill.core.data.pipeline import DataPipeline
-    from distill.core.evaluation.evaluate import evaluate, fast_solver, plan_evaluation
-    from distill.core.evaluation.evaluators import build_evaluators
-    from distill.core.runs.builders import build_family, build_method, evaluation_setting, open_run
+    from distill.core.evaluation.evaluate import evaluate
+    from distill.core.evaluation.evaluators import build_evaluators, evaluation_setting
+    from distill.core.evaluation.plan import fast_solver, plan_evaluation
+    from distill.core.runs.builders import build_family, build_method
+    from distill.core.runs.finished import open_run
 
     # any run's data and model serve: they are the miniature's own
     base = next(folder for name, folder in folders.items() if not name.startswith("dmd2"))
@@ -150,7 +152,8 @@ def students(name: str, folder: Path, family: Any) -> list[Any]:
     """A student at each number of steps that its method can sample with."""
     from distill.core.errors import UserError
     from distill.core.evaluation.sampling import Recipe
-    from distill.core.runs.builders import build_method, open_run
+    from distill.core.runs.builders import build_method
+    from distill.core.runs.finished import open_run
 
     configuration, registry = open_run(folder)
     method, found = build_method(configuration, registry, family), []

@@ -59,9 +59,11 @@ class Students:
 def score(folders: dict[str, Path], *, num_samples: int) -> dict[str, Any]:
     """Scores by recipe; `folders` are output folders of finished runs by name."""
     from distill.core.data.pipeline import DataPipeline
-    from distill.core.evaluation.evaluate import evaluate, plan_evaluation
-    from distill.core.evaluation.evaluators import build_evaluators
-    from distill.core.runs.builders import build_family, build_method, evaluation_setting, method_needs, open_run
+    from distill.core.evaluation.evaluate import evaluate
+    from distill.core.evaluation.evaluators import build_evaluators, evaluation_setting
+    from distill.core.evaluation.plan import plan_evaluation
+    from distill.core.runs.builders import build_family, build_method, method_needs
+    from distill.core.runs.finished import open_run
 
     first = next(iter(folders.values()))
     configuration, registry = open_run(first)

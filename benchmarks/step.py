@@ -66,7 +66,7 @@ class Interleaved:
 def measure_steps(workspace: Path, steps: int) -> dict[str, float]:
     """Median seconds of our step and of the floor's, and their ratio, over `steps` pairs in one run."""
     import torch
-    from distill.core.config import load_configuration
+    from distill.core.config.load import load_configuration
     from distill.core.plugin_api.hookspecs import hookimpl
     from distill.core.registry.registry import Registry
     from distill.core.runs.run import run

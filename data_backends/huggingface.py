@@ -18,12 +18,12 @@ from pydantic import Field, field_validator
 
 from ..core.data.index.index import FILTERED
 from ..core.data.tables.columns import Row, value_of
-from ..core.engine.tracking import missing_packages
 from ..core.errors import BadValue
 from ..core.plugin_api.backend import DataBackend, Passage, SampleBackend, SampleChunk
 from ..core.plugin_api.hookspecs import hookimpl
 from ..core.settings.dataset_settings import ColumnSettings
 from ..core.settings.types import HubOrPath, LocalPath
+from ..core.utils.packages import missing_packages
 from ._hf_filter import Filter
 from ._hf_layout import Layout
 from ._hf_source import Source

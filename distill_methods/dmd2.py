@@ -64,12 +64,13 @@ from ..core.diffusion.distribution_matching import (
 )
 from ..core.diffusion.multistep import multistep_sampler, told_time
 from ..core.diffusion.regression import distance
+from ..core.diffusion.sampler import Sampler
 from ..core.diffusion.solvers import trailing_walk
 from ..core.diffusion.weights import Weight, ever_positive, weight_at
 from ..core.plugin_api.batch import Batch
 from ..core.plugin_api.context import Context
 from ..core.plugin_api.hookspecs import hookimpl
-from ..core.plugin_api.method import Method, MethodSetup, Requirements, Role, Sampler, Update
+from ..core.plugin_api.method import Method, MethodSetup, Requirements, Role, Update
 
 
 class DMD2(Method):

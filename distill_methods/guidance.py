@@ -30,11 +30,12 @@ from pydantic import ConfigDict, Field
 from ..core.diffusion import Schedule
 from ..core.diffusion.guidance import GuidanceRange, embedded_scale
 from ..core.diffusion.regression import SnrWeight, distance, snr_weight
+from ..core.diffusion.sampler import Sampler
 from ..core.diffusion.solvers import deterministic_sampler
 from ..core.plugin_api.batch import Batch
 from ..core.plugin_api.context import Context
 from ..core.plugin_api.hookspecs import hookimpl
-from ..core.plugin_api.method import Method, MethodSetup, Requirements, Role, Sampler, Update
+from ..core.plugin_api.method import Method, MethodSetup, Requirements, Role, Update
 
 
 class Guidance(Method):

@@ -34,12 +34,13 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from ..core.diffusion import Schedule
 from ..core.diffusion.multistep import multistep_sampler, told_time
 from ..core.diffusion.regression import LossType, distance
+from ..core.diffusion.sampler import Sampler
 from ..core.diffusion.solvers import trailing_walk
 from ..core.errors import UserError
 from ..core.plugin_api.batch import Batch
 from ..core.plugin_api.context import Context
 from ..core.plugin_api.hookspecs import hookimpl
-from ..core.plugin_api.method import Method, MethodSetup, Requirements, Role, Sampler, Update
+from ..core.plugin_api.method import Method, MethodSetup, Requirements, Role, Update
 
 
 class KD(Method):

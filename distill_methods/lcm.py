@@ -38,11 +38,12 @@ from ..core.diffusion import Prediction, Schedule
 from ..core.diffusion.consistency import consistency_function
 from ..core.diffusion.guidance import GuidanceRange, embedded_scale
 from ..core.diffusion.regression import LossType, distance
+from ..core.diffusion.sampler import Sampler
 from ..core.diffusion.segments import check_on_grid, even_times
 from ..core.plugin_api.batch import Batch
 from ..core.plugin_api.context import Context
 from ..core.plugin_api.hookspecs import hookimpl
-from ..core.plugin_api.method import Method, MethodSetup, Requirements, Role, Sampler, Update
+from ..core.plugin_api.method import Method, MethodSetup, Requirements, Role, Update
 
 
 class LCM(Method):

@@ -47,10 +47,11 @@ from torch import Tensor
 
 from ..core.diffusion import Schedule, append_dims
 from ..core.diffusion.guidance import GuidanceRange, embedded_scale
+from ..core.diffusion.sampler import Sampler
 from ..core.plugin_api.batch import Batch
 from ..core.plugin_api.context import Context
 from ..core.plugin_api.hookspecs import hookimpl
-from ..core.plugin_api.method import Method, MethodSetup, Requirements, Role, Sampler, Update
+from ..core.plugin_api.method import Method, MethodSetup, Requirements, Role, Update
 
 
 def flow_time(schedule: Schedule, t: Tensor) -> Tensor:

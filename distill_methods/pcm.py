@@ -58,12 +58,13 @@ from ..core.diffusion.adversarial import discriminator_loss, generator_loss
 from ..core.diffusion.consistency import trajectory_function
 from ..core.diffusion.guidance import GuidanceRange
 from ..core.diffusion.regression import LossType, distance
+from ..core.diffusion.sampler import Sampler
 from ..core.diffusion.segments import check_on_grid, even_times, noise_further, segment_edge
 from ..core.diffusion.weights import Weight, ever_positive, weight_at
 from ..core.plugin_api.batch import Batch, Conditioning
 from ..core.plugin_api.context import Context
 from ..core.plugin_api.hookspecs import hookimpl
-from ..core.plugin_api.method import Method, MethodSetup, Requirements, Role, Sampler, Update
+from ..core.plugin_api.method import Method, MethodSetup, Requirements, Role, Update
 
 EMPTY_PROMPTS = 0.1
 """Share of samples without their prompt where the solver is not guided, as the authors'."""

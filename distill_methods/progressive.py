@@ -41,12 +41,14 @@ from torch import Tensor
 from ..core.diffusion import Prediction, Schedule
 from ..core.diffusion.guidance import GuidanceRange, embedded_scale
 from ..core.diffusion.regression import SnrWeight, distance, snr_weight
+from ..core.diffusion.sampler import Sampler
 from ..core.diffusion.solvers import Walk, data_of_step, deterministic_sampler, step_to, trailing_walk
 from ..core.errors import UserError
 from ..core.plugin_api.batch import Batch, Conditioning
 from ..core.plugin_api.context import Context
 from ..core.plugin_api.hookspecs import hookimpl
-from ..core.plugin_api.method import Method, MethodSetup, Requirements, Role, Sampler, Stage, Update
+from ..core.plugin_api.method import Method, MethodSetup, Requirements, Role, Update
+from ..core.plugin_api.stage import Stage
 from ..core.settings.types import Integers, split_numbers
 
 Shares = Annotated[tuple[Annotated[float, Field(gt=0, le=1e6)], ...], BeforeValidator(split_numbers)]

@@ -35,12 +35,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from torch import Tensor
 
 from ..core.diffusion import Schedule
+from ..core.diffusion.sampler import Sampler
 from ..core.diffusion.weights import Number, Weight, ever_positive, weight_at
 from ..core.errors import UserError
 from ..core.plugin_api.batch import Batch
 from ..core.plugin_api.context import Context
 from ..core.plugin_api.hookspecs import hookimpl
-from ..core.plugin_api.method import Method, MethodPart, MethodSetup, Requirements, Role, Sampler, Stage, Update
+from ..core.plugin_api.method import Method, MethodPart, MethodSetup, Requirements, Role, Update
+from ..core.plugin_api.stage import Stage
 from ..core.utils.suggest import nearest
 
 STUDENT = "student"

@@ -64,13 +64,15 @@ from ..core.diffusion.adversarial import discriminator_loss, generator_loss
 from ..core.diffusion.consistency import trajectory_function
 from ..core.diffusion.guidance import GuidanceRange, embedded_scale
 from ..core.diffusion.regression import LossType, distance
+from ..core.diffusion.sampler import Sampler
 from ..core.diffusion.segments import check_on_grid, even_times, noise_further, segment_edge
 from ..core.diffusion.weights import Number, Weight, ever_positive, weight_at
 from ..core.errors import UserError
 from ..core.plugin_api.batch import Batch
 from ..core.plugin_api.context import Context
 from ..core.plugin_api.hookspecs import hookimpl
-from ..core.plugin_api.method import Method, MethodSetup, Requirements, Role, Sampler, Stage, Update
+from ..core.plugin_api.method import Method, MethodSetup, Requirements, Role, Update
+from ..core.plugin_api.stage import Stage
 
 PerStage = Annotated[list[Number], Field(min_length=1)]
 DEFAULT_ETA = 0.3

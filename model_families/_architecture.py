@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ._kohya import KohyaFormat
+from torch import Tensor
 
 MINIATURES = Path(__file__).parent / "assets"
 """Folder of the trained miniatures that ship, one of each family that has one."""
@@ -101,3 +101,45 @@ class Architecture:
     def shell(self, **parts: Any) -> Any:
         """A pipeline of these parts alone; the others are absent."""
         return self.pipeline_class()(**{**dict.fromkeys(self.components), **parts}, **self.arguments)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """An adapted layer: its weight changes by ``alpha / rank * up @ down``."""
+
+    down: Tensor  # (rank, in, ...)
+    up: Tensor  # (out, rank, ...)
+    alpha: float
+
+    @property
+    def rank(self) -> int:
+        """Inner size of the product."""
+        return len(self.down)
+
+
+Layers = dict[str, Layer]
+"""Path of a module -> its layer."""
+
+
+@dataclass(frozen=True)
+class KohyaFormat:
+    """What the format calls one architecture.
+
+    Attributes:
+        base_model: ``ss_base_model_version``.
+        architecture: ``modelspec.architecture``.
+        renamed: Layers by diffusers' module paths, and the denoiser's config, to layers by sd-scripts' paths. Raises
+            UserError for a layer that has none.
+        of_v: The first two of models that predict v, where they are told apart.
+        module: ``ss_network_module``.
+        second_generation: ``ss_v2``.
+        unread: diffusers' paths of modules that its own reader of the format leaves out.
+    """
+
+    base_model: str
+    architecture: str
+    renamed: Callable[[Layers, Mapping[str, Any]], Layers] = lambda layers, config: layers
+    of_v: tuple[str, str] | None = None
+    module: str = "networks.lora"
+    second_generation: bool = False
+    unread: tuple[str, ...] = ()

@@ -25,8 +25,8 @@ from ._source import empty_denoiser
 from ._usage import usage_snippet
 
 if TYPE_CHECKING:
+    from ..core.diffusion.sampler import Sampler
     from ..core.plugin_api.batch import Conditioning
-    from ..core.plugin_api.method import Sampler
 
 
 class DiffusersFamily(DiffusersModel):

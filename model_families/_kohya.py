@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import UserError
+from ._architecture import KohyaFormat, Layer, Layers
 from ._files import quiet_libraries
 from ._lora import WEIGHTS, read_lora
 
@@ -26,48 +26,6 @@ if TYPE_CHECKING:
 
 
 REMEDY = f"use student/{WEIGHTS}, which diffusers reads, and ComfyUI where it knows the architecture"
-
-
-@dataclass(frozen=True)
-class Layer:
-    """An adapted layer: its weight changes by ``alpha / rank * up @ down``."""
-
-    down: Tensor  # (rank, in, ...)
-    up: Tensor  # (out, rank, ...)
-    alpha: float
-
-    @property
-    def rank(self) -> int:
-        """Inner size of the product."""
-        return len(self.down)
-
-
-Layers = dict[str, Layer]
-"""Path of a module -> its layer."""
-
-
-@dataclass(frozen=True)
-class KohyaFormat:
-    """What the format calls one architecture.
-
-    Attributes:
-        base_model: ``ss_base_model_version``.
-        architecture: ``modelspec.architecture``.
-        renamed: Layers by diffusers' module paths, and the denoiser's config, to layers by sd-scripts' paths. Raises
-            UserError for a layer that has none.
-        of_v: The first two of models that predict v, where they are told apart.
-        module: ``ss_network_module``.
-        second_generation: ``ss_v2``.
-        unread: diffusers' paths of modules that its own reader of the format leaves out.
-    """
-
-    base_model: str
-    architecture: str
-    renamed: Callable[[Layers, Mapping[str, Any]], Layers] = lambda layers, config: layers
-    of_v: tuple[str, str] | None = None
-    module: str = "networks.lora"
-    second_generation: bool = False
-    unread: tuple[str, ...] = ()
 
 
 def export_kohya(

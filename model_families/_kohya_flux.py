@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..core.errors import UserError
-from ._kohya import REMEDY, KohyaFormat, Layers, at_scale_one, fused
+from ._architecture import KohyaFormat, Layers
+from ._kohya import REMEDY, at_scale_one, fused
 
 FINAL = "proj_out"
 _DOUBLE = {

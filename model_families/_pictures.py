@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from ._files import quiet_libraries
 
 if TYPE_CHECKING:
+    from ..core.diffusion.sampler import Sampler
     from ..core.plugin_api.batch import Conditioning
-    from ..core.plugin_api.method import Sampler
     from ._architecture import Architecture
 
 

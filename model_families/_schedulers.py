@@ -29,7 +29,7 @@ from ..core.diffusion.second_time import SCHEDULER
 from ._files import quiet_libraries
 
 if TYPE_CHECKING:
-    from ..core.plugin_api.method import Sampler
+    from ..core.diffusion.sampler import Sampler
 
 NOISE_KEYS = (
     "num_train_timesteps",

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ..core.errors import UserError
 from ..core.plugin_api.family import Capabilities
-from ._architecture import Architecture, ReadConfig, SingleFile
+from ._architecture import Architecture, KohyaFormat, ReadConfig, SingleFile
 from ._checks import check_unet
 from ._encoders import last_states
-from ._kohya import KohyaFormat
 from ._unet import UNetFamily
 
 if TYPE_CHECKING:

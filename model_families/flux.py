@@ -38,8 +38,8 @@ from ._networks import check_guidance
 from ._transformer import LORA_TARGETS, TransformerFamily, check_flow
 
 if TYPE_CHECKING:
+    from ..core.diffusion.sampler import Sampler
     from ..core.plugin_api.batch import Conditioning
-    from ..core.plugin_api.method import Sampler
     from ._source import TextEncoders
 
 PIPELINE_TOKENS = 512

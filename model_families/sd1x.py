@@ -6,8 +6,7 @@ from typing import ClassVar
 
 from ..core.plugin_api.family import ModelFamily
 from ..core.plugin_api.hookspecs import hookimpl
-from ._architecture import Architecture
-from ._kohya import KohyaFormat
+from ._architecture import Architecture, KohyaFormat
 from ._stable_diffusion import StableDiffusion, generation
 
 

@@ -21,10 +21,10 @@ from torch import Tensor
 from ..core.errors import UserError
 from ..core.plugin_api.family import Capabilities, MicroConditioning, ModelFamily
 from ..core.plugin_api.hookspecs import hookimpl
-from ._architecture import MINIATURES, Architecture, ReadConfig, SingleFile
+from ._architecture import MINIATURES, Architecture, KohyaFormat, ReadConfig, SingleFile
 from ._checks import check_unet
 from ._encoders import penultimate
-from ._kohya import KohyaFormat, original_unet
+from ._kohya import original_unet
 from ._unet import UNetFamily
 
 if TYPE_CHECKING:

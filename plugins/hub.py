@@ -14,7 +14,7 @@ from ..core.plugin_api.hookspecs import hookimpl
 from ..core.plugin_api.publisher import Publisher
 
 if TYPE_CHECKING:
-    from ..core.config import RunSettings
+    from ..core.settings.run_settings import RunSettings
 
 _PLACEHOLDER = re.compile(r"^(your|my|some|user|username|name|org|organization|example|placeholder)([-_].*)?$|[<>{}$]")
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")

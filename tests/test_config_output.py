@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
-from distill.core.config import check_output_dir, load_configuration
+from distill.core.config.load import load_configuration
 from distill.core.errors import ConfigError, UserError
 from distill.core.registry.registry import Registry
-from distill.core.runs.output_folder import clear_output_dir
+from distill.core.runs.output_folder import check_output_dir, clear_output_dir
 from support.pairs import PLUGIN, Pair
 
 

@@ -13,7 +13,7 @@ from distill.core.data.cache.encode import Share
 from distill.core.data.cache.pairs import PairMaker, WantedPairs, noise, noise_seed, pair_descriptor
 from distill.core.data.cache.tensor_cache import TensorCache, cache_folders
 from distill.core.diffusion.solvers import deterministic_sampler, trailing_walk
-from distill.core.evaluation.evaluate import fast_solver
+from distill.core.evaluation.plan import fast_solver
 from distill.core.plugin_api.family import ModelSettings
 from distill.core.settings.dataset_settings import DatasetSettings
 from distill.core.testing.paths import TABLE
@@ -274,7 +274,7 @@ def test_paths_end_in_the_pictures_of_the_plain_pipeline(tmp_path, solver):
     ((folder, descriptor),) = cache_folders(tmp_path / "out" / "cache" / "pairs" / "pairs")
     cache = TensorCache(folder.parent, descriptor, label="", say=print)
     cache.load()
-    from distill.core.config import load_configuration
+    from distill.core.config.load import load_configuration
     from distill.core.data.pipeline import DataPipeline
     from distill.core.registry.registry import Registry
 
@@ -441,7 +441,7 @@ def test_what_is_left_open_is_filled_in_and_said(tmp_path):
 
 
 def test_each_dataset_may_have_its_own(tmp_path):
-    from distill.core.config import load_configuration
+    from distill.core.config.load import load_configuration
     from distill.core.registry.registry import Registry
 
     other = {"id": "other", "instance_data_dir": "pictures", "distillation_cache": "fast"}

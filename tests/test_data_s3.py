@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from distill.core.config import load_configuration
+from distill.core.config.load import load_configuration
 from distill.core.errors import ConfigError, OutOfReach, UserError
 from distill.core.plugin_api.backend import Entry
 from distill.core.registry.registry import Registry

@@ -83,7 +83,7 @@ def of_family(registry, name: str, setting: str) -> bool:
 
 
 def test_every_setting_that_is_advised_is_accepted(workspace):
-    from distill.core.config import load_configuration
+    from distill.core.config.load import load_configuration
     from distill.core.registry.registry import Registry
 
     advised = list(dict.fromkeys(setting for page in PAGES for setting in settings_named(page)))

@@ -224,7 +224,7 @@ def loaded(content: str) -> None:
 
 def check_settings(block: Block) -> None:
     """Settings of a run, or the entries of a data file, are accepted; files and folders in them need not be there."""
-    from distill.core.config import load_configuration
+    from distill.core.config.load import load_configuration
     from distill.core.errors import ConfigError
     from distill.core.registry.registry import Registry
 

@@ -10,7 +10,7 @@ import pytest
 from distill.core.cli.evaluate import evaluate
 from distill.core.cli.generate import generate
 from distill.core.errors import UserError
-from distill.core.runs.builders import open_run
+from distill.core.runs.finished import open_run
 from distill.core.runs.output_folder import RESOLVED
 from PIL import Image
 from support.finished_run import write_finished_run

@@ -11,14 +11,15 @@ import torch
 from distill.core.cli.evaluate import read_steps
 from distill.core.errors import UserError
 from distill.core.evaluation.distances import frechet_distance, kernel_distance, relative_spread, root_mean_square
-from distill.core.evaluation.evaluate import evaluate, fast_solver, plan_evaluation
+from distill.core.evaluation.evaluate import evaluate
 from distill.core.evaluation.evaluate_run import num_real_images
 from distill.core.evaluation.evaluators import build_evaluators
+from distill.core.evaluation.plan import fast_solver, plan_evaluation
 from distill.core.evaluation.result import format_score
 from distill.core.plugin_api.evaluator import EvaluationSetting, Samples
 from distill.core.plugin_api.family import ExportInfo, ExtraLora
 from distill.core.registry.registry import Registry
-from distill.core.runs.builders import ExportedNetworks, parse_loras
+from distill.core.runs.finished import ExportedNetworks, parse_loras
 from distill.core.runs.model_card import without_folders, write_model_card
 from distill.core.runs.publishing import Publishers, build_publishers
 from distill.plugins.evaluators import JudgeEvaluator, PictureDistance, RandomConvolutions

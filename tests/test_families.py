@@ -12,9 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from distill.core.diffusion.sampler import Sampler
 from distill.core.errors import UserError
 from distill.core.plugin_api.family import ExportInfo, LoraSettings, MicroConditioning
-from distill.core.plugin_api.method import Sampler
 from distill.model_families._pictures import sample_latents
 from support.original_sdxl import write_single_file
 from support.pairs import distill, said

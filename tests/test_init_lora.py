@@ -4,10 +4,11 @@ from shutil import copyfile
 
 import pytest
 import torch
+from distill.core.diffusion.sampler import Sampler
 from distill.core.engine.networks import Networks
 from distill.core.errors import UserError
 from distill.core.plugin_api.family import ExportInfo, LoraSettings
-from distill.core.plugin_api.method import Role, Sampler
+from distill.core.plugin_api.method import Role
 from support.sdxl_setup import make_batch, make_setup
 from support.second_time import inputs, lora_student, make
 from support.tiny_sdxl import write_tiny_sdxl

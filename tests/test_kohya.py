@@ -6,9 +6,9 @@ import json
 
 import pytest
 import torch
+from distill.core.diffusion.sampler import Sampler
 from distill.core.errors import UserError
 from distill.core.plugin_api.family import ExportInfo, LoraSettings, ModelSettings
-from distill.core.plugin_api.method import Sampler
 from distill.core.plugin_api.publisher import PublishSetting
 from distill.model_families import _kohya as kohya
 from distill.model_families._kohya_flux import original_flux

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from distill.core.engine.lr import SHAPES, lr_lambda, staged
-from distill.core.plugin_api.method import Stage
+from distill.core.plugin_api.stage import Stage
 
 WARMUP, TOTAL = 5, 40
 

@@ -295,7 +295,7 @@ def test_a_schedule_free_run_resumes_validates_and_exports_its_average(tmp_path)
     ],
 )
 def test_learning_rates_where_none_is_given(settings, rate, tmp_path) -> None:
-    from distill.core.config import load_configuration
+    from distill.core.config.load import load_configuration
     from support.small_run import write_run
 
     config = write_run(tmp_path, **{"learning_rate": None, **settings})
@@ -307,7 +307,7 @@ def test_learning_rates_where_none_is_given(settings, rate, tmp_path) -> None:
 
 @pytest.mark.parametrize(("optimizer", "rate"), [("adamw", 1e-3), ("lion", 2e-4), ("prodigy", 1.0)])
 def test_a_recipe_made_for_adamw_is_fitted(optimizer, rate) -> None:
-    from distill.core.config import load_configuration
+    from distill.core.config.load import load_configuration
 
     found = load_configuration(REGISTRY, flags={"optimizer": optimizer})
     assert found.run.learning_rate == pytest.approx(rate)

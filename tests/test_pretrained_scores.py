@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from distill.core.cli import app
-from distill.core.config import load_configuration
+from distill.core.config.load import load_configuration
 from distill.core.errors import DistillError
 from distill.core.evaluation.distances import polynomial_distance
 from distill.core.evaluation.evaluate import _Scorers

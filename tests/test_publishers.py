@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from distill.core.cli.options import service_notices
-from distill.core.config import load_configuration
+from distill.core.config.load import load_configuration
 from distill.core.errors import UserError
 from distill.core.plugin_api.publisher import PublishSetting
 from distill.core.registry.registry import Registry

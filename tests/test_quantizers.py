@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from distill.core.config import load_configuration
+from distill.core.config.load import load_configuration
 from distill.core.engine.networks import Networks
 from distill.core.plugin_api.family import ExportInfo, LoraSettings, ModelSettings
 from distill.core.plugin_api.method import MethodSetup

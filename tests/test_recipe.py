@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from distill.core.config import load_configuration
+from distill.core.config.load import load_configuration
 from distill.core.diffusion import FlowSchedule
 from distill.core.engine.health import HealthMonitor
 from distill.core.engine.loop import Loop

@@ -6,8 +6,8 @@ import types
 
 import pytest
 import torch
+from distill.core.diffusion.sampler import Sampler
 from distill.core.plugin_api.family import MicroConditioning, ModelSettings
-from distill.core.plugin_api.method import Sampler
 from distill.model_families._unet import LORA_TARGETS
 from distill.model_families.sdxl import SDXL
 from support.tiny_sdxl import EDGE, SCALE_FACTOR, write_tiny_sdxl

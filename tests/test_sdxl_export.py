@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from distill.core.diffusion.sampler import Sampler
 from distill.core.errors import UserError
 from distill.core.plugin_api.family import ExportInfo, ExtraLora, LoraSettings, ModelSettings
-from distill.core.plugin_api.method import Sampler
 from distill.model_families._unet import LORA_TARGETS
 from distill.model_families.sdxl import SDXL
 from support.tiny_sdxl import EDGE, write_tiny_sdxl

@@ -8,8 +8,8 @@ import warnings
 import pytest
 import torch
 from distill.core.diffusion import Prediction
+from distill.core.diffusion.sampler import Sampler
 from distill.core.plugin_api.family import ExportInfo
-from distill.core.plugin_api.method import Sampler
 from support.second_time import PROMPTS, SEEDS, SIZE, make
 from support.tiny_sdxl import EDGE, SCALE_FACTOR, write_tiny_sdxl
 

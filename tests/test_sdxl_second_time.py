@@ -11,10 +11,10 @@ import pytest
 import torch
 from distill.core.diffusion import Prediction
 from distill.core.diffusion.flow_map import FlowMapScheduler, SecondTime
+from distill.core.diffusion.sampler import Sampler
 from distill.core.diffusion.schedule import from_scheduler_config
 from distill.core.diffusion.second_time import differentiable_forward
 from distill.core.plugin_api.family import ExportInfo, LoraSettings
-from distill.core.plugin_api.method import Sampler
 from support.second_time import PROMPTS, SEEDS, SIZE, add_lora, full_student, inputs, lora_student, make, trained
 from support.tiny_sdxl import write_tiny_sdxl
 from torch.autograd import forward_ad

@@ -13,8 +13,9 @@ from distill.core.engine.lr import lr_lambda, staged
 from distill.core.engine.networks import Networks
 from distill.core.engine.optimize import RoleOptimizer
 from distill.core.errors import UserError
-from distill.core.plugin_api.context import Context, Runtime, stage_of
-from distill.core.plugin_api.method import Role, Stage, Update
+from distill.core.plugin_api.context import Context, Runtime
+from distill.core.plugin_api.method import Role, Update
+from distill.core.plugin_api.stage import Stage, stage_of
 from distill.core.testing.gaussian import GaussianFamily, gaussian_batch
 from support.recipes import PLUGIN
 from support.small_run import execute, losses, write_run

@@ -18,7 +18,8 @@ from distill.core.engine.networks import Networks
 from distill.core.engine.optimize import RoleOptimizer
 from distill.core.errors import UserError
 from distill.core.plugin_api.context import Context, Runtime
-from distill.core.plugin_api.method import MethodSetup, Stage
+from distill.core.plugin_api.method import MethodSetup
+from distill.core.plugin_api.stage import Stage
 from distill.core.testing.draws import BatchedDraws
 from distill.core.testing.gaussian import GaussianFamily, denoise, gaussian_batch
 from distill.distill_methods import tcd

@@ -13,7 +13,8 @@ from distill.core.engine.optimize import RoleOptimizer
 from distill.core.errors import UserError
 from distill.core.plugin_api.context import Context, Runtime
 from distill.core.plugin_api.family import LoraSettings, ModelSettings
-from distill.core.plugin_api.method import MethodSetup, Stage
+from distill.core.plugin_api.method import MethodSetup
+from distill.core.plugin_api.stage import Stage
 from distill.core.utils.seeds import Draws
 from distill.distill_methods.tcd import TCD
 from distill.model_families.sdxl import SDXL

@@ -12,9 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
-from distill.core.engine.tracking import Trackers, build_trackers, missing_packages
+from distill.core.engine.tracking import Trackers, build_trackers
 from distill.core.plugin_api.tracker import RunInfo
 from distill.core.registry.registry import Registry
+from distill.core.utils.packages import missing_packages
 from distill.plugins.mlflow import MLflow, accepted, without_password
 from distill.plugins.trackio import Trackio
 from PIL import Image

@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from distill.core.engine.tracking import Trackers, build_trackers, missing_packages
+from distill.core.engine.tracking import Trackers, build_trackers
 from distill.core.plugin_api.tracker import RunInfo, Tracker
 from distill.core.registry.registry import Registry
+from distill.core.utils.packages import missing_packages
 from distill.plugins.tensorboard import TensorBoard
 from distill.plugins.wandb import WandB, logged_in, run_id
 from PIL import Image

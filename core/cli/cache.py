@@ -11,8 +11,8 @@ from . import options
 from .options import ConfigOption, DataOption, FamilyOption, ModelOption, OutputOption, PluginOption, SetOption
 
 if TYPE_CHECKING:
-    from ..config import Configuration
     from ..registry.registry import Registry
+    from ..settings.configuration import Configuration
 
 app = typer.Typer(help="Build, verify or clear the text and latent caches.", no_args_is_help=True)
 
@@ -33,7 +33,8 @@ def build(
     configuration, registry = options.load(
         family=family, config=config, data=data, model=model, output_dir=output_dir, overrides=set_, plugins=plugin
     )
-    from ..runs.builders import REPORTS_FOLDER, build_pipeline
+    from ..runs.builders import build_pipeline
+    from ..runs.output_folder import REPORTS_FOLDER
 
     pipeline = build_pipeline(configuration, registry, say=options.say)
     pipeline.prepare()
@@ -124,7 +125,7 @@ def _folders(configuration: Configuration, dataset: str | None) -> list[tuple[Pa
     """Folders and descriptors of all caches of the configuration's datasets, or of one dataset's or entry's alone."""
     from ..data.cache.cache_paths import CachePlaces, dataset_folders
     from ..data.cache.tensor_cache import cache_folders
-    from ..runs.builders import CACHE_FOLDER
+    from ..runs.output_folder import CACHE_FOLDER
 
     places = CachePlaces(configuration, configuration.run.output_dir / CACHE_FOLDER)
     pairs = {places.pairs(entry) for entry in configuration.distillation_caches if entry.id == dataset}
@@ -140,7 +141,7 @@ def _folders(configuration: Configuration, dataset: str | None) -> list[tuple[Pa
 def _side_files(configuration: Configuration, dataset: str | None) -> list[Path]:
     """Indexes, remembered settings and quarantine lists beside the latents."""
     from ..data.cache.cache_paths import CachePlaces
-    from ..runs.builders import CACHE_FOLDER
+    from ..runs.output_folder import CACHE_FOLDER
 
     places = CachePlaces(configuration, configuration.run.output_dir / CACHE_FOLDER)
     return [file for each in configuration.datasets if dataset in (None, each.id) for file in places.side_files(each)]

@@ -81,7 +81,7 @@ def show(
 @app.command()
 def schema(plugin: PluginOption = None) -> None:
     """Print the JSON Schema of the configuration, for editors."""
-    from ..config import json_schema
+    from ..config.schema import json_schema
     from ..registry.registry import Registry
 
     typer.echo(json.dumps(json_schema(Registry.load(plugin or ())), indent=2, ensure_ascii=False))

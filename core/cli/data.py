@@ -49,7 +49,8 @@ def report(
         overrides=set_,
         plugins=plugin,
     )
-    from ..runs.builders import REPORTS_FOLDER, build_pipeline
+    from ..runs.builders import build_pipeline
+    from ..runs.output_folder import REPORTS_FOLDER
 
     pipeline = build_pipeline(configuration, registry, say=options.say)
     folder = configuration.run.output_dir / REPORTS_FOLDER

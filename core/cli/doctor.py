@@ -27,8 +27,8 @@ from .options import (
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..config import Configuration
     from ..registry.registry import Registry
+    from ..settings.configuration import Configuration
     from ..utils.memory import MemorySettings
 
 REQUIRED = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "pydantic")
@@ -160,7 +160,8 @@ def memory_settings(configuration: Configuration, registry: Registry) -> MemoryS
 
     import torch
 
-    from ..runs.builders import build_family, build_method, default_resolution
+    from ..runs.builders import build_family, build_method
+    from ..settings.configuration import default_resolution
     from ..utils.memory import MemorySettings
 
     run = configuration.run

@@ -14,10 +14,10 @@ from .options import SetOption
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ..config import Configuration
     from ..evaluation.evaluate_run import RealImages
     from ..plugin_api.family import ModelFamily
     from ..registry.registry import Registry
+    from ..settings.configuration import Configuration
 
 
 def evaluate(
@@ -47,7 +47,8 @@ def evaluate(
 
     from ..evaluation.evaluate_run import evaluate_run
     from ..evaluation.evaluators import require_evaluators
-    from ..runs.builders import ExportedNetworks, build_family, build_method, open_run, parse_loras
+    from ..runs.builders import build_family, build_method
+    from ..runs.finished import ExportedNetworks, open_run, parse_loras
 
     loras = parse_loras(lora or [])
     given = {"evaluators": evaluators, "base_model_precision": base_model_precision}

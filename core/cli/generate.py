@@ -28,15 +28,10 @@ def generate(
     from ..drawing.grid import to_pictures
     from ..evaluation.sampling import Recipe, make_pictures, sampling
     from ..evaluation.validation import slug
-    from ..runs.builders import (
-        STUDENT_FOLDER,
-        ExportedNetworks,
-        build_family,
-        build_method,
-        default_resolution,
-        open_run,
-        parse_loras,
-    )
+    from ..runs.builders import build_family, build_method
+    from ..runs.finished import ExportedNetworks, open_run, parse_loras
+    from ..runs.output_folder import STUDENT_FOLDER
+    from ..settings.configuration import default_resolution
     from ..utils.files import save_picture
 
     loras = parse_loras(lora or [])

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from ..config import Configuration
     from ..registry.registry import Registry
+    from ..settings.configuration import Configuration
 
 MethodOption = Annotated[str | None, typer.Option("--method", help="Distillation method (`distill plugins list`).")]
 FamilyOption = Annotated[str | None, typer.Option("--family", help="Model family (`distill plugins list`).")]
@@ -39,7 +39,7 @@ def load(
     plugins: list[Path] | None = None,
 ) -> tuple[Configuration, Registry]:
     """The configuration of the options given, and the registry with its plugins."""
-    from ..config import load_configuration
+    from ..config.load import load_configuration
     from ..registry.registry import Registry
 
     registry = Registry.load(plugins or ())

@@ -10,14 +10,14 @@ import typer
 from . import options
 
 if TYPE_CHECKING:
-    from ..config import Configuration
     from ..registry.registry import Registry
+    from ..settings.configuration import Configuration
 
 
 def print_plan(configuration: Configuration, registry: Registry) -> None:
     """Check the model's files and the output folder, then print notices (stderr) and the plan (stdout)."""
-    from ..config import check_output_dir
     from ..runs.builders import build_family
+    from ..runs.output_folder import check_output_dir
 
     state = check_output_dir(configuration)
     build_family(configuration, registry).check_source()

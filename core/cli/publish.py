@@ -21,7 +21,8 @@ def publish(
 ) -> None:
     """Publish a finished run's student: hub, bucket, archive, a LoRA for ComfyUI (`distill plugins list`)."""
     from ..errors import DistillError
-    from ..runs.builders import STUDENT_FOLDER, open_run
+    from ..runs.finished import open_run
+    from ..runs.output_folder import STUDENT_FOLDER
     from ..runs.publishing import publishers_named
 
     configuration, registry = open_run(output_dir, overrides=set_ or ())

@@ -64,7 +64,7 @@ Problems = Iterator[tuple[str, str]]
 
 
 def _on_this_machine(quantizer: type[Any], run: RunSettings) -> Problems:
-    from ..runs.builders import resolve_device
+    from ..utils.devices import resolve_device
 
     reason = quantizer.usable(resolve_device(run.device)) if _there(run.device) else None
     if reason is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from hashlib import blake2b
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -112,3 +113,8 @@ def permute(indices: Int64s, size: int, key: int) -> Int64s:
         values[outside] = _feistel(values[outside], half, keys)
         outside = values >= size
     return values.astype(np.int64)
+
+
+def digest(text: str) -> bytes:
+    """128-bit hash of a text."""
+    return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()

@@ -40,10 +40,10 @@ from .samples.geometry import Geometry
 from .samples.images import BrokenImage, fit
 
 if TYPE_CHECKING:
-    from ..config import Configuration
     from ..plugin_api.backend import DataBackend
     from ..plugin_api.family import ModelFamily
     from ..registry.registry import Registry
+    from ..settings.configuration import Configuration
     from ..settings.dataset_settings import DatasetSettings
 
 

@@ -52,3 +52,8 @@ def embedded_scale(asked: float | None, scales: tuple[float, float]) -> float:
     if asked is not None and asked > 1 and low <= asked <= high:
         return asked
     return max((low + high) / 2, 1.0)
+
+
+def guides(guidance: float) -> bool:
+    """Whether the scale has an effect."""
+    return guidance not in (0, 1)

@@ -13,8 +13,8 @@ References:
 from __future__ import annotations
 
 from ..errors import UserError
-from ..plugin_api.method import Sampler
 from . import Schedule
+from .sampler import Sampler
 
 ONE_STEP_SHARE = 0.4
 """Where in the training timesteps a student of one step is told that it is, on a table of betas."""

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..plugin_api.method import Sampler
 from . import Prediction, Schedule, append_dims
+from .sampler import Sampler
 
 Coefficients = tuple[Tensor, Tensor]
 """alpha and sigma of one time per sample, shape (B,) each."""

@@ -16,7 +16,8 @@ from torch import Tensor
 from ..errors import PluginError
 from ..plugin_api.batch import Batch
 from ..plugin_api.context import Context
-from ..plugin_api.method import Method, Stage, Update
+from ..plugin_api.method import Method, Update
+from ..plugin_api.stage import Stage
 from ..registry.attribution import owner
 from .health import HealthMonitor
 from .networks import Networks

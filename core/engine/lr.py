@@ -26,7 +26,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ..plugin_api.method import Stage
+    from ..plugin_api.stage import Stage
 
 Shape = Callable[[float, float, float], float]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..utils.packages import install_line, missing
+from ..utils.packages import missing_packages
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -96,16 +96,3 @@ def build_trackers(registry: Registry, names: Sequence[str], configs: Mapping[st
         except Exception as error:  # as little as in its calls later
             say(switched_off(name, "when it was made", error))
     return Trackers(trackers, say)
-
-
-def missing_packages(packages: Mapping[str, str]) -> str | None:
-    """None, or a sentence that names the packages that cannot be imported and how to install them.
-
-    Args:
-        packages: Import name -> what to pip install.
-    """
-    absent = missing(packages)
-    if not absent:
-        return None
-    verb = "is" if len(absent) == 1 else "are"
-    return f"{' and '.join(absent)} {verb} not installed ({install_line(absent)})"

@@ -19,10 +19,10 @@ from .loop import NUM_TIME_BINS, Loop, StepResult
 from .metrics import MetricBuffer, MetricsFile
 
 if TYPE_CHECKING:
-    from ..config import RunSettings
     from ..plugin_api.batch import Batch
     from ..plugin_api.run_state import RunState
     from ..registry.registry import Registry
+    from ..settings.run_settings import RunSettings
     from .processes import Processes
     from .signals import StopRequest
     from .tracking import Trackers

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from statistics import median
 from typing import TYPE_CHECKING
 
@@ -13,128 +12,23 @@ from torch import Tensor
 
 from ..drawing.grid import to_pictures
 from ..plugin_api.evaluator import Evaluator, Samples
-from .sampling import Recipe, batch_size, make_pictures, plural, sampling, teacher_recipe
+from .plan import EvaluationPlan
+from .result import Row
+from .sampling import Recipe, batch_size, make_pictures, plural, sampling
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
     from torch import nn
 
     from ..plugin_api.batch import Conditioning
+    from ..plugin_api.context import NetworksByRole
     from ..plugin_api.family import ModelFamily
-    from ..plugin_api.method import Sampler
     from .result import Evaluation
-    from .sampling import NetworksByRole
 
 Say = Callable[[str], None]
 SHOWN = 8
 """Pictures of each recipe that go into ``evaluation.png``."""
 LATENCY_SECONDS = 2.0
 """How long the latency of a single picture is measured again and again, at most three times."""
-
-
-@dataclass(frozen=True)
-class EvaluationPlan:
-    """What is made and scored. Sample i has prompt i (cycled) and seed ``seed + i``, whoever makes it.
-
-    Attributes:
-        prompts: At least one.
-        recipes: Who is scored, the full teacher among them.
-        reference: The full teacher.
-        num_samples: Pictures of each recipe.
-        seed: Of the first sample.
-        width: Pixels.
-        height: Pixels.
-    """
-
-    prompts: tuple[str, ...]
-    recipes: tuple[Recipe, ...]
-    reference: Recipe
-    num_samples: int
-    seed: int
-    width: int
-    height: int
-
-    @property
-    def sample_prompts(self) -> list[str]:
-        """The prompt of each sample."""
-        return [self.prompts[index] for index in self.prompt_indices]
-
-    @property
-    def prompt_indices(self) -> list[int]:
-        """Index into the prompts of each sample."""
-        return [index % len(self.prompts) for index in range(self.num_samples)]
-
-    @property
-    def seeds(self) -> list[int]:
-        """The seed of each sample."""
-        return list(range(self.seed, self.seed + self.num_samples))
-
-
-def plan_evaluation(
-    family: ModelFamily,
-    sampler_for: Callable[[int], Sampler],
-    *,
-    prompts: Sequence[str],
-    num_samples: int,
-    seed: int,
-    resolution: tuple[int, int],
-    steps: Sequence[int] = (1, 2, 4, 8),
-    teacher_steps: Sequence[int] = (4, 50),
-    teacher_guidance: float | None = None,
-    role: str = "student",
-) -> EvaluationPlan:
-    """Teacher at few steps, a fast solver beside it, the student at each number of steps, the full teacher.
-
-    All of the teacher's recipes but the fast solver use one scheduler, and all of them one guidance.
-
-    Args:
-        family: For the teacher's usual guidance and the fast solver's settings.
-        sampler_for: The method's sampler at a number of steps.
-        prompts: At least one.
-        num_samples: Pictures of each recipe.
-        seed: Of the first sample.
-        resolution: (width, height) in pixels.
-        steps: Of the student.
-        teacher_steps: Of the teacher; the largest is the reference, the smallest also the fast solver's.
-        teacher_guidance: Guidance scale; None for the family's usual one.
-        role: The student's role.
-    """
-    counts = sorted(set(teacher_steps))
-    teachers = [teacher_recipe(family, count, teacher_guidance) for count in counts]
-    solver = fast_solver(family, counts[0], teachers[0].guidance)
-    samplers = [(count, sampler_for(count)) for count in sorted(set(steps))]
-    students = [Recipe("student", role, sampler, count, sampler.guidance_scale) for count, sampler in samplers]
-    recipes = (*teachers[:-1], solver, *students, teachers[-1])
-    return EvaluationPlan(tuple(prompts), recipes, teachers[-1], num_samples, seed, *resolution)
-
-
-def fast_solver(family: ModelFamily, steps: int, guidance: float) -> Recipe:
-    """DPM-Solver++ 2M, the teacher's best at few steps without any training (arXiv 2211.01095)."""
-    from ..plugin_api.method import Sampler
-
-    config: dict[str, object] = {"algorithm_type": "dpmsolver++", "solver_order": 2}
-    if family.prediction_type == "flow":
-        shift = getattr(family.schedule, "shift", 1.0)
-        config |= {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
-    else:
-        # begins at the last timestep: "leading" starts few-step pictures from what is not noise enough
-        config |= {"timestep_spacing": "trailing"}
-    sampler = Sampler("DPMSolverMultistepScheduler", config, steps, guidance)
-    return Recipe("teacher, DPM++ 2M", "teacher", sampler, steps, guidance, optional=True)
-
-
-@dataclass
-class Row:
-    """One recipe's result."""
-
-    recipe: Recipe
-    scores: dict[str, float] = field(default_factory=dict)
-    seconds_per_image: float = 0.0
-    """In batches of ``batch_size``, warm, without text encoding."""
-    seconds_single: float = 0.0
-    """Of one picture by itself, warm, without text encoding."""
-    pictures: list[Image] = field(default_factory=list)
-    """The first few, for people."""
 
 
 def evaluate(

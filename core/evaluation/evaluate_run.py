@@ -6,19 +6,20 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
-from ..runs.builders import default_resolution, evaluation_setting
-from .evaluate import evaluate, plan_evaluation
-from .evaluators import build_evaluators
+from ..settings.configuration import default_resolution
+from .evaluate import evaluate
+from .evaluators import build_evaluators, evaluation_setting
+from .plan import plan_evaluation
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..config import Configuration
+    from ..plugin_api.context import NetworksByRole
     from ..plugin_api.family import ModelFamily
     from ..plugin_api.method import Method
     from ..registry.registry import Registry
+    from ..settings.configuration import Configuration
     from .result import Evaluation
-    from .sampling import NetworksByRole
 
 Say = Callable[[str], None]
 MOST_REAL_IMAGES = 1000

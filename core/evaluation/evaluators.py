@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..engine.tracking import missing_packages
 from ..errors import UserError
 from ..plugin_api.evaluator import EvaluationSetting, Evaluator
-from ..runs.builders import early_evaluation_setting
+from ..plugin_api.family import ModelFamily
+from ..utils.packages import missing_packages
 
 if TYPE_CHECKING:
-    from ..config import Configuration
     from ..registry.registry import Registry
+    from ..settings.configuration import Configuration
 
 
 def build_evaluators(
@@ -70,3 +71,18 @@ def evaluation_notices(
 
 def _unusable(evaluator: type[Evaluator], setting: EvaluationSetting, config: Any) -> str | None:
     return missing_packages(evaluator.packages) or evaluator.usable(setting, config)
+
+
+def evaluation_setting(family: ModelFamily, *, num_data: int | None = None) -> EvaluationSetting:
+    """What evaluators may look at; `num_data` real pictures, where that is known."""
+    folder = Path(family.settings.source)
+    source = folder if folder.is_dir() else None
+    return EvaluationSetting(model_path=source, device=family.settings.device, num_data=num_data)
+
+
+def early_evaluation_setting(configuration: Configuration) -> EvaluationSetting:
+    """The same before there is a family: how many real pictures there will be is not known."""
+    run = configuration.run
+    folder = Path(run.pretrained_model_name_or_path or "")
+    known = run.pretrained_model_name_or_path is not None and folder.is_dir()
+    return EvaluationSetting(model_path=folder if known else None)

@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .sampling import describe_guidance, plural
+from .plan import EvaluationPlan
+from .sampling import Recipe, describe_guidance, plural
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from rich.table import Table
 
-    from .evaluate import EvaluationPlan, Row
+    from .plan import EvaluationPlan
 
 SCHEMA = 1
 
@@ -166,3 +167,17 @@ def format_score(value: float | None) -> str:
     if value is None:
         return "–"
     return f"{value:.3g}" if value == 0 or 1e-3 <= abs(value) < 1e4 else f"{value:.1e}"
+
+
+@dataclass
+class Row:
+    """One recipe's result."""
+
+    recipe: Recipe
+    scores: dict[str, float] = field(default_factory=dict)
+    seconds_per_image: float = 0.0
+    """In batches of ``batch_size``, warm, without text encoding."""
+    seconds_single: float = 0.0
+    """Of one picture by itself, warm, without text encoding."""
+    pictures: list[Image] = field(default_factory=list)
+    """The first few, for people."""

@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from ..diffusion.guidance import guides
+from ..plugin_api.context import NetworksByRole
+
 if TYPE_CHECKING:
+    from ..diffusion.sampler import Sampler
     from ..plugin_api.batch import Conditioning
     from ..plugin_api.family import ModelFamily
-    from ..plugin_api.method import Sampler
 
 BATCH_PIXELS = 2**18
 """Pixels of one batch: 64 pictures of 64 px, one of 512 px and above; keeps the autoencoder's peak memory flat."""
 LARGEST_BATCH = 64
-
-
-class NetworksByRole(Protocol):
-    """What gives networks their role: :class:`.networks.Networks` in a run, :class:`ExportedNetworks` after it."""
-
-    def use(self, role: str) -> AbstractContextManager[nn.Module]:
-        """The role's network with its adapters on, inside the block."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -62,11 +57,6 @@ def plural(count: int, noun: str) -> str:
 def describe_guidance(guidance: float) -> str:
     """``guidance 5``, or ``no guidance`` for 0 and 1."""
     return f"guidance {guidance:g}" if guides(guidance) else "no guidance"
-
-
-def guides(guidance: float) -> bool:
-    """Whether the scale has an effect."""
-    return guidance not in (0, 1)
 
 
 @contextmanager

@@ -11,20 +11,21 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..diffusion.guidance import guides
 from ..drawing.grid import GridRow, labelled_grid, to_pictures
 from ..errors import UserError
 from ..utils.files import save_picture
-from .sampling import Recipe, describe_guidance, guides, make_pictures, plural, sampling, teacher_recipe
+from .sampling import Recipe, describe_guidance, make_pictures, plural, sampling, teacher_recipe
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from ..config import RunSettings
+    from ..diffusion.sampler import Sampler
     from ..engine.tracking import Trackers
     from ..plugin_api.batch import Conditioning
+    from ..plugin_api.context import NetworksByRole
     from ..plugin_api.family import ModelFamily
-    from ..plugin_api.method import Sampler
-    from .sampling import NetworksByRole
+    from ..settings.run_settings import RunSettings
 
 __all__ = ["Shot", "ValidationPlan", "Validator", "describe", "slug"]
 

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from ..diffusion.prediction import Prediction, guide
 from ..utils.seeds import Draws
+from .stage import StageProgress, stage_of
 
 if TYPE_CHECKING:
     from ..diffusion.schedule import Grid, Schedule
-    from ..evaluation.sampling import NetworksByRole
     from .batch import Conditioning
     from .family import ModelFamily
-    from .method import Stage
+    from .stage import Stage
 
 
 @dataclass(frozen=True)
@@ -37,33 +38,6 @@ class Runtime:
     """The method's stages, in order."""
     average: Callable[[Sequence[Tensor]], None] | None = None
     """Averages tensors over processes, in place; None where there is one."""
-
-
-@dataclass(frozen=True)
-class StageProgress:
-    """Where in the method's stages a step lies.
-
-    Attributes:
-        index: Number of the stage, from 0.
-        name: Its name.
-        step: Steps since it began.
-        num_steps: Its length.
-    """
-
-    index: int
-    name: str
-    step: int
-    num_steps: int
-
-
-def stage_of(stages: Sequence[Stage], step: int) -> StageProgress:
-    """The stage that optimizer step `step` belongs to; steps past the end belong to the last."""
-    start = 0
-    for index, stage in enumerate(stages):
-        if step < start + stage.num_steps or index == len(stages) - 1:
-            return StageProgress(index, stage.name, step - start, stage.num_steps)
-        start += stage.num_steps
-    return StageProgress(0, "all", step, 0)
 
 
 class Context:
@@ -232,3 +206,11 @@ class Context:
         with self._runtime.networks.use(role) as heads, self._autocast():
             found = heads(features)
         return found.to(torch.promote_types(found.dtype, torch.float32))
+
+
+class NetworksByRole(Protocol):
+    """What gives networks their role: :class:`.networks.Networks` in a run, :class:`ExportedNetworks` after it."""
+
+    def use(self, role: str) -> AbstractContextManager[nn.Module]:
+        """The role's network with its adapters on, inside the block."""
+        ...

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from ..diffusion.sampler import Sampler
     from ..diffusion.schedule import Schedule
     from .batch import Conditioning
-    from .method import Sampler
 
 Precision = Literal["float32", "float16", "bfloat16"]
 

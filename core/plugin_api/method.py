@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
+from ..diffusion.sampler import Sampler
+from .stage import Stage
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -57,25 +60,6 @@ class Role:
     def source(self) -> str | None:
         """The role that decides this one's weights, for averages and copies."""
         return self.ema_of or self.copy_of
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A part of a run, in optimizer steps; what happens before its first step.
-
-    Attributes:
-        name: For people and logs.
-        num_steps: Its length.
-        copy: Role -> the role whose weights it takes before the first step (not done before the run's first).
-        reset: Roles whose optimizer starts afresh.
-        restart_learning_rate: Whether warm-up and decay of the learning rate are this stage's own.
-    """
-
-    name: str
-    num_steps: int
-    copy: Mapping[str, str] = field(default_factory=dict)
-    reset: Sequence[str] = ()
-    restart_learning_rate: bool = False
 
 
 @dataclass(frozen=True)
@@ -126,25 +110,6 @@ class Update:
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
     per_sample: Tensor | None = None
     t: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """How the student is to be run: validation, evaluation and export all use this same object.
-
-    Attributes:
-        scheduler: Name of a diffusers scheduler class.
-        config: Keyword arguments of the scheduler that differ from the model's own scheduler config.
-        num_inference_steps: The default number of steps.
-        guidance_scale: The pipeline's ``guidance_scale``; 0 means off.
-        call: Extra keyword arguments of the pipeline call for a number of steps, as ``{"sigmas": [...]}``.
-    """
-
-    scheduler: str
-    config: Mapping[str, Any]
-    num_inference_steps: int
-    guidance_scale: float
-    call: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

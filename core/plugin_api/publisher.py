@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict
 
 if TYPE_CHECKING:
-    from ..config import RunSettings
+    from ..settings.run_settings import RunSettings
     from .family import ModelFamily
 
 

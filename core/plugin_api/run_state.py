@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..config import Configuration
+    from ..settings.configuration import Configuration
     from .context import Context
     from .family import ModelFamily
     from .method import Method

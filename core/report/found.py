@@ -16,8 +16,7 @@ from ..engine.metrics import read_metrics
 from ..errors import UserError
 from ..evaluation.result import format_score
 from ..evaluation.sampling import describe_guidance
-from ..runs.builders import REPORTS_FOLDER
-from ..runs.output_folder import RESOLVED
+from ..runs.output_folder import REPORTS_FOLDER, RESOLVED
 from ..runs.run_log import Session, read_log
 from ..settings.secrets import shown
 from .pictures import Embedded, embedded

@@ -13,8 +13,8 @@ from .builders import build_family, build_method, lora_settings, method_needs
 from .run_log import RunLog
 
 if TYPE_CHECKING:
-    from ..config import Configuration
     from ..data.pipeline import DataPipeline
+    from ..diffusion.sampler import Sampler
     from ..engine.checkpoint import CheckpointStore
     from ..engine.networks import Networks
     from ..engine.optimize import RoleOptimizer
@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from ..engine.signals import StopRequest
     from ..engine.trainer import Trainer
     from ..evaluation.validation import Validator
-    from ..plugin_api.method import Sampler, Stage
+    from ..plugin_api.stage import Stage
     from ..registry.registry import Registry
+    from ..settings.configuration import Configuration
     from .publishing import Publishers
 
 Say = Callable[[str], None]

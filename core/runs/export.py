@@ -12,10 +12,10 @@ from .model_card import write_model_card
 
 if TYPE_CHECKING:
     from ..evaluation.result import Evaluation
-    from .run import Run
+    from .components import RunParts
 
 
-def export_info(run: Run, *, role: str | None = None) -> ExportInfo:
+def export_info(run: RunParts, *, role: str | None = None) -> ExportInfo:
     """What goes along with the student: its sampler, the shape of its adapter, where it comes from."""
     settings = run.settings
     return ExportInfo(
@@ -27,7 +27,7 @@ def export_info(run: Run, *, role: str | None = None) -> ExportInfo:
     )
 
 
-def export_student(run: Run, student: Path, *, role: str | None = None) -> None:
+def export_student(run: RunParts, student: Path, *, role: str | None = None) -> None:
     """Write a student aside and move it into place, so that what is there is whole.
 
     Args:
@@ -46,7 +46,7 @@ def export_student(run: Run, student: Path, *, role: str | None = None) -> None:
     run.say(f"student written to {student}")
 
 
-def export_online(run: Run, folder: Path) -> None:
+def export_online(run: RunParts, folder: Path) -> None:
     """Write the weights that the optimizer stepped, where the student is an average of them."""
     result = run.networks.roles[run.method.result_role()]
     if result.ema_of is None and run.networks.average is None:
@@ -55,7 +55,7 @@ def export_online(run: Run, folder: Path) -> None:
     export_student(run, folder, role=result.ema_of or result.name)
 
 
-def evaluate_student(run: Run) -> Evaluation:
+def evaluate_student(run: RunParts) -> Evaluation:
     """Teacher against student, as a table, as evaluation.json and as a picture, and to the trackers."""
     from ..evaluation.evaluate_run import evaluate_run
 
@@ -70,7 +70,7 @@ def evaluate_student(run: Run) -> Evaluation:
     return evaluation
 
 
-def publish_student(run: Run, student: Path, evaluation: Evaluation | None) -> None:
+def publish_student(run: RunParts, student: Path, evaluation: Evaluation | None) -> None:
     """Write the model card and hand the folder to the publishers; a publisher's failure is a warning."""
     grid = last_grid(run.settings.output_dir)
     write_model_card(student, run.config, run.family, export_info(run), evaluation=evaluation, grid=grid)

@@ -8,10 +8,10 @@ from ..plugin_api.precision import BASE
 from ..utils.memory import MemorySettings
 
 if TYPE_CHECKING:
-    from .run import Run
+    from .components import RunParts
 
 
-def memory_settings(run: Run) -> MemorySettings:
+def memory_settings(run: RunParts) -> MemorySettings:
     """The settings of a run whose networks are loaded."""
     settings, networks = run.settings, run.networks
     trained = [p for role in networks.trained_roles() for p in networks.parameters(role)]

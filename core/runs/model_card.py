@@ -12,9 +12,9 @@ from ..evaluation.sampling import describe_guidance, plural
 from ..utils.files import save_picture, write_text
 
 if TYPE_CHECKING:
-    from ..config import Configuration
     from ..evaluation.result import Evaluation
     from ..plugin_api.family import ExportInfo, ModelFamily
+    from ..settings.configuration import Configuration
 
 CARD = "README.md"
 GRID = "grid.png"

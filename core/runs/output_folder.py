@@ -14,6 +14,9 @@ from ..errors import ConfigError, Finding, UserError
 from ..settings.configuration import Configuration
 
 RESOLVED = "config.resolved.json"
+STUDENT_FOLDER = "student"
+CACHE_FOLDER = "cache"
+REPORTS_FOLDER = "data"
 RESULTS = (
     "metrics.jsonl", "tensorboard", "validation", "student", "student-online", "evaluation.json", "evaluation.png",
     "run.log", RESOLVED,

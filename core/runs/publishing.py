@@ -7,14 +7,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..engine.tracking import missing_packages
 from ..errors import UserError
 from ..plugin_api.publisher import PublishSetting
+from ..utils.packages import missing_packages
 
 if TYPE_CHECKING:
-    from ..config import Configuration
     from ..plugin_api.publisher import Publisher
     from ..registry.registry import Registry
+    from ..settings.configuration import Configuration
 
 Say = Callable[[str], None]
 

@@ -16,16 +16,15 @@ from ..engine.signals import StopRequest
 from ..errors import DistillError, Interrupted, UserError
 from ..evaluation.evaluators import evaluation_notices
 from ..utils.files import write_text
-from .builders import REPORTS_FOLDER
 from .components import RunParts, Say, to_stderr
-from .output_folder import RESOLVED, check_output_dir, clear_output_dir, named_step
+from .output_folder import REPORTS_FOLDER, RESOLVED, check_output_dir, clear_output_dir, named_step
 from .run_log import ENDS, ENDS_WELL
 
 if TYPE_CHECKING:
-    from ..config import Configuration
     from ..engine.progress import Progress
     from ..evaluation.result import Evaluation
     from ..registry.registry import Registry
+    from ..settings.configuration import Configuration
 
 MINIATURE = (
     "no model named: this distils the miniature that ships with the family, a small but real and trained model for "

@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from ..errors import UserError
 from ..utils.prompt_library import read_library
 from .dataset_settings import DatasetSettings
 from .run_settings import RunSettings
@@ -106,3 +107,21 @@ def dump_dataset(entry: DatasetSettings) -> dict[str, Any]:
     """An entry of the data file as it would be written in full."""
     own = without_secrets(entry.backend) if entry.backend is not None else {}
     return {**own, **without_secrets(entry)}
+
+
+def default_resolution(configuration: Configuration) -> tuple[int, int]:
+    """(width, height) in pixels of pictures: the first validation resolution, else a square of the first dataset's."""
+    run = configuration.run
+    if run.validation_resolution:
+        return run.validation_resolution[0]
+    if not configuration.datasets:
+        raise UserError("there is no dataset to take a resolution from", "set validation_resolution=1024x1024")
+    return data_resolution(configuration)
+
+
+def data_resolution(configuration: Configuration) -> tuple[int, int]:
+    """(width, height) in pixels of a square picture of the first dataset."""
+    dataset = configuration.datasets[0]
+    multiple = dataset.aspect_bucket_alignment
+    edge = max(1, round(dataset.square_edge / multiple)) * multiple
+    return edge, edge

@@ -93,7 +93,7 @@ class Subject:
 
     def need_packages(self) -> None:
         """Raise NotApplicable where a package that it declares is not installed."""
-        from ..engine.tracking import missing_packages
+        from ..utils.packages import missing_packages
 
         missing = missing_packages(getattr(self.cls, "packages", {}))
         if missing:

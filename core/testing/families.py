@@ -6,124 +6,24 @@ import io
 import tempfile
 from collections.abc import Iterator
 from contextlib import chdir, contextmanager, redirect_stderr
-from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..engine.networks import Networks
 from ..errors import UserError
-from ..plugin_api.family import ExportInfo, LoraSettings, MicroConditioning, ModelFamily, ModelSettings
-from ..plugin_api.method import Role, Sampler
+from ..plugin_api.family import ExportInfo
+from ..plugin_api.method import Role
 from .checks import NotApplicable, Subject, expect, failing
+from .model import LORA, PROMPTS, SEEDS, Kind, Model
 from .suite import Named
-from .walks import GUIDED, SEEDS, UNGUIDED, walk_is_generate
+from .walks import GUIDED, UNGUIDED, walk_is_generate
 
-PROMPTS = ("a red fox", "two blue boats on a lake")
-LORA = LoraSettings(rank=4, alpha=8.0)
 ROUNDING, PICTURE_ROUNDING = 1e-4, 2.5 / 255
 """Of a picture in [0, 1] that is made a second time, and of one that was an 8-bit picture in between."""
-Kind = Literal["lora", "full"]
-
-
-@dataclass
-class Model:
-    """The family on its small model; what checks share is loaded once.
-
-    Attributes:
-        subject: The family.
-    """
-
-    subject: Subject
-
-    @cached_property
-    def source(self) -> str:
-        """Folder of the model. Raises NotApplicable where the family offers none."""
-        self._keep = tempfile.TemporaryDirectory(prefix="distill-check-")
-        with failing("example()", "it is given an empty folder, and returns the folder of a small model"):
-            found = self.subject.own_example(Path(self._keep.name) / "model")
-        if found is None:
-            raise NotApplicable(
-                "it offers no small model to try: define `example(cls, folder)`, which writes a random tiny one into "
-                "the folder and returns its path"
-            )
-        return str(found)
-
-    def make(self, source: str | None = None) -> ModelFamily:
-        """The family anew."""
-        settings = ModelSettings(self.source if source is None else source, resolution=(self.edge, self.edge))
-        return self.subject.cls(self.subject.cls.Config(), settings)
-
-    @cached_property
-    def family(self) -> ModelFamily:
-        """The family."""
-        with failing("check_source()", "example() must return a model of this family"):
-            family = self.make()
-            family.check_source()
-        return family
-
-    @property
-    def edge(self) -> int:
-        """Pixels along an edge of pictures: a multiple of what the family asks for."""
-        return max(32, self.subject.cls.pixel_multiple)
-
-    @cached_property
-    def embeds(self) -> dict[str, Tensor]:
-        """Of the prompts."""
-        with failing("encode_prompts()", "it takes a list of texts"):
-            return dict(self.family.encode_prompts(PROMPTS))
-
-    @cached_property
-    def conditioned(self) -> dict[str, Tensor]:
-        """What the network takes for the prompts."""
-        size, embeds = [(self.edge, self.edge)] * len(PROMPTS), self.embeds
-        with failing("condition()", "it takes what encode_prompts() returned"):
-            return dict(self.family.condition(embeds, MicroConditioning(size, [(0, 0)] * len(PROMPTS), size)))
-
-    def inputs(self) -> tuple[Tensor, Tensor]:
-        """(x_t, time as fed) of two samples."""
-        family, g = self.family, torch.Generator().manual_seed(0)
-        edge = self.edge // family.scale_factor
-        x_t = torch.randn(len(PROMPTS), family.latent_channels, edge, edge, generator=g)
-        t = family.schedule.t_max * torch.tensor([0.3, 0.9], dtype=torch.float64)
-        return x_t, family.schedule.network_time(t).float()
-
-    @torch.no_grad()
-    def predict(self, network: nn.Module, **settings: Any) -> Tensor:
-        """The network's output."""
-        with failing("predict()", "it takes x_t (B, C, h, w), time (B,) and what condition() returned"):
-            return self.family.predict(network, *self.inputs(), self.conditioned, **settings)
-
-    @contextmanager
-    def student(self, kind: Kind) -> Iterator[nn.Module]:
-        """A student that is not its teacher any more."""
-        roles = [Role("teacher"), Role("student", trains=kind)]
-        with failing(f"making a student ({kind})", "see student_network() and lora_targets of distill.ModelFamily"):
-            networks = Networks(self.family, roles, lora=LORA if kind == "lora" else None, seed=0)
-        g = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for parameter in networks.parameters("student"):
-                parameter.add_(0.02 * torch.randn(parameter.shape, generator=g))
-        with networks.use("student") as network:
-            yield network
-
-    def sampler(self) -> Sampler:
-        """Two steps, as a method would name them."""
-        if self.family.schedule.clean_at_zero:
-            flow = {"shift": 1.0, "use_dynamic_shifting": False}
-            return Sampler("FlowMatchEulerDiscreteScheduler", flow, 2, 0.0, {"sigmas": [1.0, 0.6]})
-        return Sampler("DDIMScheduler", {"timestep_spacing": "trailing"}, 2, 0.0)
-
-    def pictures(self, network: nn.Module, *, family: ModelFamily | None = None) -> Tensor:
-        """Two pictures by the sampler."""
-        family = family or self.family
-        with failing("generate()", "it makes pictures (B, 3, H, W) in [0, 1]"), torch.no_grad():
-            return family.generate(
-                network, self.embeds, sampler=self.sampler(), seeds=SEEDS, width=self.edge, height=self.edge
-            )
 
 
 def checks(subject: Subject) -> list[Named]:

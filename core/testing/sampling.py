@@ -15,8 +15,8 @@ from .gaussian import Q
 from .paths import NOISE
 
 if TYPE_CHECKING:
+    from ..diffusion.sampler import Sampler
     from ..plugin_api.context import Context
-    from ..plugin_api.method import Sampler
 
 
 def build_scheduler(sampler: Sampler, schedule: Schedule, kind: str) -> Any:

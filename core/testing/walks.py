@@ -15,13 +15,12 @@ from ..plugin_api.batch import Conditioning
 from ..plugin_api.context import Context, Runtime
 from ..plugin_api.method import Role
 from .checks import NotApplicable, expect, failing
+from .model import SEEDS
 
 if TYPE_CHECKING:
-    from .families import Model
+    from .model import Model
 
 NUM_STEPS = 2
-SEEDS = (3, 8)
-"""Of the pictures that a family is asked for."""
 GUIDED, UNGUIDED = 3.0, 1.0
 TOLERANCE = 1e-4
 """Of pixels in [0, 1], between two ways through float32."""

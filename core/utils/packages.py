@@ -29,3 +29,16 @@ def problems(packages: Mapping[str, str]) -> Iterator[tuple[str, str]]:
 def install_line(packages: Mapping[str, str]) -> str:
     """``pip install 'a>=1' 'b'`` of import name -> what to pip install."""
     return " ".join(["pip install", *(f"'{install}'" for install in dict.fromkeys(packages.values()))])
+
+
+def missing_packages(packages: Mapping[str, str]) -> str | None:
+    """None, or a sentence that names the packages that cannot be imported and how to install them.
+
+    Args:
+        packages: Import name -> what to pip install.
+    """
+    absent = missing(packages)
+    if not absent:
+        return None
+    verb = "is" if len(absent) == 1 else "are"
+    return f"{' and '.join(absent)} {verb} not installed ({install_line(absent)})"

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+from distill.core.diffusion.sampler import Sampler
 from distill.core.plugin_api.family import Capabilities, ExportInfo, ModelFamily, ModelSettings
-from distill.core.plugin_api.method import Sampler
 from torch import Tensor, nn
 
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import torch
-from distill.core.config import load_configuration
+from distill.core.config.load import load_configuration
 from distill.core.engine.networks import Networks
 from distill.core.plugin_api.family import ExportInfo
 from distill.core.registry.registry import Registry

@@ -61,7 +61,7 @@ def write_run(root: Path, *, output: str = "out", model: Path | None = None, **s
 
 def execute(config_file: Path, **flags):
     """Run it in this process; returns (RunResult, lines said)."""
-    from distill.core.config import load_configuration
+    from distill.core.config.load import load_configuration
     from distill.core.registry.registry import Registry
     from distill.core.runs.run import run
 

@@ -10,8 +10,8 @@ from ..index.sequential import marks_path
 from .mirror import CachePlace
 
 if TYPE_CHECKING:
-    from ...config import Configuration
     from ...registry.registry import Registry
+    from ...settings.configuration import Configuration
     from ...settings.dataset_settings import DatasetSettings
 
 

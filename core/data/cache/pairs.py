@@ -17,8 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ...diffusion.guidance import guides
 from ...diffusion.solvers import Walk, trailing_walk
-from ...evaluation.sampling import guides
 from ...plugin_api.batch import Pairs
 from ...plugin_api.family import MicroConditioning
 from ...utils.seeds import derive_seed

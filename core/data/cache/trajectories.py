@@ -28,8 +28,8 @@ import torch
 from torch import Tensor, nn
 
 from ...diffusion import Prediction, append_dims
+from ...diffusion.guidance import guides
 from ...diffusion.solvers import Walk, step_to
-from ...evaluation.sampling import guides
 from ...plugin_api.context import Context, Runtime
 
 if TYPE_CHECKING:

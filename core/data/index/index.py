@@ -9,11 +9,9 @@ index that was there.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
-from hashlib import blake2b
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -26,9 +24,7 @@ from ..hashing import UInt64s
 from ..mapped import release
 from ..tables.external_sort import Spool, joined
 
-T = TypeVar("T")
 FORMAT = 2
-CHUNK = 8192
 
 DIGEST = pa.binary(16)
 SCHEMA = pa.schema(
@@ -53,21 +49,10 @@ FILTERED = "it does not meet the dataset's conditions"
 SAME_NAME = "another sample has the same name"
 
 
-def digest(text: str) -> bytes:
-    """128-bit hash of a text."""
-    return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-
-
 def as_keys(array: pa.Array) -> UInt64s:
     """A column of 16-byte hashes as unsigned integers of shape (n, 2), without a copy."""
     raw = np.frombuffer(array.buffers()[1] or b"", dtype=np.uint64)
     return raw[2 * array.offset : 2 * (array.offset + len(array))].reshape(-1, 2)
-
-
-def in_chunks(items: Iterator[T], size: int) -> Iterator[list[T]]:
-    """Lists of `size` items, the last one shorter."""
-    while chunk := list(islice(items, size)):
-        yield chunk
 
 
 class Index:

@@ -21,12 +21,13 @@ import pyarrow.compute as pc
 from ...errors import BadValue, UserError
 from ...plugin_api.backend import DataBackend, SampleBackend
 from ...utils.threads import threads
+from ..hashing import digest
 from ..progress import Progress
 from ..samples.captions import CaptionRules, caption_key, read_caption
 from ..samples.images import SUFFIXES, BrokenImage, probe, why_unread
-from ..tables.external_sort import Spool, between, joined, merge_table, open_run, write_run
+from ..tables.external_sort import CHUNK, Spool, between, joined, merge_table, open_run, write_run
 from .build_folder import Workshop
-from .index import CHUNK, NO_CAPTION, SCHEMA, Index, digest, open_index, write_index
+from .index import NO_CAPTION, SCHEMA, Index, open_index, write_index
 from .listing import LISTING, FileListing, SampleListing
 
 READ_ROWS = 2048

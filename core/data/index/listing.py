@@ -14,13 +14,25 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ...plugin_api.backend import DataBackend, SampleBackend, SampleChunk
+from ..hashing import digest
 from ..samples.captions import CaptionRules
 from ..samples.file_checks import named, vetted
 from ..samples.images import SUFFIXES
-from ..tables.external_sort import RUN_ROWS, Spool, between, joined, merge_table, open_run, sorted_table, write_run
+from ..tables.external_sort import (
+    CHUNK,
+    RUN_ROWS,
+    Spool,
+    between,
+    in_chunks,
+    joined,
+    merge_table,
+    open_run,
+    sorted_table,
+    write_run,
+)
 from ..tables.metadata_table import MetadataTable
 from .build_folder import Workshop
-from .index import CHUNK, SAME_NAME, digest, in_chunks
+from .index import SAME_NAME
 
 FILES = pa.schema(
     [("key", pa.large_string()), ("size", pa.int64()), ("version", pa.large_string()), ("problem", pa.large_string())]

@@ -19,8 +19,8 @@ from ...utils.threads import threads
 from ..samples.captions import read_text
 from ..samples.file_checks import named
 from ..tables.columns import CaptionColumns, Row
+from ..tables.external_sort import CHUNK, in_chunks
 from ..tables.readers import TABLES, Table, TableFile, decoded_line
-from .index import CHUNK, in_chunks
 
 if TYPE_CHECKING:
     from ...settings.dataset_settings import DatasetSettings

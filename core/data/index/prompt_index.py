@@ -9,9 +9,10 @@ from pathlib import Path
 import pyarrow as pa
 
 from ...errors import BadValue, UserError
+from ..hashing import digest
 from ..samples.captions import CaptionRules
 from .build_folder import Workshop
-from .index import NO_CAPTION, SCHEMA, Index, digest, open_index, write_index
+from .index import NO_CAPTION, SCHEMA, Index, open_index, write_index
 from .prompt_files import Chunk, PromptSource
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 from uuid import uuid4
 
 import numpy as np
@@ -18,6 +19,9 @@ import pyarrow.compute as pc
 
 from ...utils.files import write_whole
 
+T = TypeVar("T")
+CHUNK = 8192
+"""Rows that are worked on at once."""
 RUN_ROWS = 1 << 17
 """Rows that are sorted in memory at a time."""
 MERGE_ROWS = 1 << 18
@@ -229,3 +233,9 @@ def between(table: pa.Table, column: str, low: str, high: str) -> pa.Table:
     start = bisect_left(rows, low, key=lambda row: values[row].as_py())
     end = bisect_right(rows, high, lo=start, key=lambda row: values[row].as_py())
     return table.slice(start, end - start)
+
+
+def in_chunks(items: Iterator[T], size: int) -> Iterator[list[T]]:
+    """Lists of `size` items, the last one shorter."""
+    while chunk := list(islice(items, size)):
+        yield chunk

@@ -18,8 +18,8 @@ from pyarrow import csv as arrow_csv
 
 from ...errors import BadValue
 from ...utils.prompt_library import shortened
-from ..index.index import CHUNK, in_chunks
 from .columns import Columns, Row, names_in
+from .external_sort import CHUNK, in_chunks
 
 BATCH_BYTES = 64 * 2**20
 """Rows of a Parquet table are read in batches of about so many bytes."""

@@ -1,0 +1,22 @@
+"""Which device a run takes."""
+
+from __future__ import annotations
+
+from ..errors import UserError
+
+
+def resolve_device(device: str) -> str:
+    """``auto`` as what this machine has: cuda, mps or cpu; anything else must be there.
+
+    Raises:
+        UserError: The named device is not there.
+    """
+    import torch
+
+    if device != "auto":
+        if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+            raise UserError(f"device = {device!r}: this machine has no CUDA device", "use device=auto or device=cpu")
+        return device
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
