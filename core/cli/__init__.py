@@ -81,8 +81,8 @@ def named_failures(call: Callable[..., Any], *arguments: Any) -> Any:
     except DistillError:
         raise
     except Exception as error:
-        plugin_calls = sys.modules.get(f"{__name__.rsplit('.', 1)[0]}.plugin_calls")
-        failure = plugin_calls.named(error) if plugin_calls else None
+        attribution = sys.modules.get(f"{__name__.rsplit('.', 1)[0]}.registry.attribution")
+        failure = attribution.named(error) if attribution else None
         if failure is None:
             raise
         raise failure from error

@@ -23,7 +23,7 @@ ENTRY_POINTS = "distill.plugins"
 SELECTION = "DISTILL_PLUGINS"
 """Environment variable: which installed packages' plugins load."""
 BUILT_IN_PACKAGES = ("distill_methods", "model_families", "data_backends", "plugins")
-ROOT = __name__.rsplit(".", 2)[0]
+ROOT = __name__.rsplit(".", 3)[0]
 
 
 def built_in_modules() -> Iterator[ModuleType]:
