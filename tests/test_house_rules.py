@@ -9,7 +9,8 @@ import subprocess
 import sys
 import tomllib
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -57,7 +58,9 @@ def registry():
 def test_the_import_reader_resolves_relative_imports(tmp_path):
     path = tmp_path / "core" / "cli" / "x.py"
     path.parent.mkdir(parents=True)
-    path.write_text("from ...plugins import judge\nfrom ..method import Update\nimport distill.core.plugin_api.batch\n")
+    path.write_text(
+        "from ...plugins import judge\nfrom ..plugin_api.method import Update\nimport distill.core.plugin_api.batch\n"
+    )
     assert {"plugins.judge", "core.plugin_api.method.Update", "core.plugin_api.batch"} <= set(
         imported(path, root=tmp_path)
     )
@@ -71,6 +74,84 @@ def test_core_imports_none_of_the_four_folders():
         if name.split(".")[0] in FOLDERS
     ]
     assert not wrong, wrong
+
+
+WING = re.compile(r"^    (\w+) {2,}\S", re.MULTILINE)
+LOOSE_FILES = 4
+
+
+def wings() -> list[str]:
+    """The wings of ``core`` from the ground up, as the map in ``core/__init__.py`` lists them."""
+    return WING.findall(ast.get_docstring(ast.parse((ROOT / "core/__init__.py").read_text(encoding="utf-8"))) or "")
+
+
+def import_graph(root: Path) -> dict[str, set[str]]:
+    """Module of ``core`` -> modules of ``core`` that it imports, for types alone too."""
+    paths = {path: path.relative_to(root).with_suffix("").as_posix().replace("/", ".") for path in root.rglob("*.py")}
+    modules = {name.removesuffix(".__init__"): path for path, name in paths.items() if name.startswith("core")}
+    return {
+        name: {each for each in imported(path, root=root) if each in modules} - {name.rpartition(".")[0]}
+        for name, path in modules.items()
+    }
+
+
+def circles(graph: dict[str, set[str]]) -> list[str]:
+    """Modules that import themselves by way of others, one text for each that was found."""
+    try:
+        tuple(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        return [" <- ".join(error.args[1])]
+    return []
+
+
+def upward(graph: dict[str, set[str]], order: Sequence[str]) -> list[str]:
+    """Imports from a wing to one above it."""
+    level = {f"core.{name}": number for number, name in enumerate(order)}
+
+    def wing(module: str) -> str:
+        return ".".join(module.split(".")[:2])
+
+    return [
+        f"{module} imports {target}"
+        for module, targets in graph.items()
+        for target in sorted(targets)
+        if wing(module) in level and level.get(wing(target), -1) > level[wing(module)]
+    ]
+
+
+def test_the_map_of_core_names_every_wing_and_nothing_else():
+    found = {path.name.removesuffix(".py") for path in (ROOT / "core").iterdir() if not path.name.startswith("_")}
+    assert sorted(wings()) == sorted(found)
+    assert len(list((ROOT / "core").glob("*.py"))) <= LOOSE_FILES
+
+
+def test_every_wing_says_in_its_first_line_what_lives_there():
+    silent = [
+        relative(path)
+        for path in sorted((ROOT / "core").rglob("__init__.py"))
+        if len((ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split("\n")[0].split()) < 4
+    ]
+    assert not silent, silent
+
+
+def test_no_imports_run_in_a_circle_or_up():
+    graph = import_graph(ROOT)
+    assert not circles(graph)
+    assert not upward(graph, wings())
+
+
+def test_a_circle_and_an_import_up_are_found(tmp_path):
+    for name, text in {"utils/a": "from .b import x\n", "utils/b": "from __future__ import annotations\n"}.items():
+        path = tmp_path / "core" / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    assert not circles(import_graph(tmp_path))
+    (tmp_path / "core/utils/b.py").write_text("if TYPE_CHECKING:\n    from .a import X\n")
+    assert circles(import_graph(tmp_path))
+    (tmp_path / "core/cli").mkdir()
+    (tmp_path / "core/cli/c.py").write_text("")
+    (tmp_path / "core/utils/b.py").write_text("def f():\n    from ..cli.c import main\n")
+    assert upward(import_graph(tmp_path), ["utils", "cli"]) == ["core.utils.b imports core.cli.c"]
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
