@@ -1,6 +1,6 @@
 """Samples per second of each stage of the data path, of libraries that could decode, and beside other loaders.
 
-    python benchmarks/data.py [--pictures 20] [--resolution 256] [--rounds 3] [--json FILE]
+    python benchmarks/data.py [--images 20] [--resolution 256] [--rounds 3] [--json FILE]
 
 JPEGs of 1.5 megapixels with photo-like noise, made for the occasion. Stages, libraries and loaders without workers are
 told in samples per second of *CPU time of one core*, which another program on the machine changes little; loaders with
@@ -37,7 +37,7 @@ STEP_SECONDS = 0.2
 """Length of the training step that the wait for data is measured against."""
 
 
-def write_pictures(folder: Path, count: int) -> None:
+def write_images(folder: Path, count: int) -> None:
     """Smooth shapes with grain, as JPEGs of quality 90, and a caption each."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -48,16 +48,16 @@ def write_pictures(folder: Path, count: int) -> None:
         grain = rng.normal(0, 6, (SIZE[1], SIZE[0], 1))
         pixels = np.clip(np.asarray(coarse) + grain, 0, 255).astype(np.uint8)
         Image.fromarray(pixels).save(folder / f"{number:04d}.jpg", quality=90)
-        (folder / f"{number:04d}.txt").write_text(f"a smooth picture, number {number}")
+        (folder / f"{number:04d}.txt").write_text(f"a smooth image, number {number}")
 
 
 def open_pipeline(root: Path, resolution: int) -> Any:
-    """The data path of a run with the family's miniature over the pictures."""
+    """The data path of a run with the family's miniature over the images."""
     from distill.core.config.load import load_configuration
     from distill.core.registry.registry import Registry
     from distill.core.runs.builders import build_pipeline
 
-    data = [{"id": "pictures", "instance_data_dir": str(root / "pictures"), "resolution": resolution,
+    data = [{"id": "images", "instance_data_dir": str(root / "images"), "resolution": resolution,
              "resolution_type": "pixel_area", "crop": True, "crop_style": "center"}]  # fmt: skip
     (root / "data.json").write_text(json.dumps(data))
     registry = Registry.load(installed=False)
@@ -116,7 +116,7 @@ def stages(pipeline: Any) -> dict[str, float]:
     found["encode captions (miniature)"] = rate(count, lambda: pipeline._family.encode_prompts(captions))
     few = _tensor(np.stack([scaled(number) for number in range(min(8, count))]))
     _encode(pipeline._family, few[:1])
-    found["encode pictures (miniature)"] = rate(len(few), lambda: _encode(pipeline._family, few))
+    found["encode images (miniature)"] = rate(len(few), lambda: _encode(pipeline._family, few))
     pipeline.prepare()
     loader, steps = pipeline._ready(), max(1, count // 4)
     for step in range(steps):
@@ -247,13 +247,13 @@ class Files:
         return len(self.paths)
 
     def __getitem__(self, number: int) -> Any:
-        """One picture."""
+        """One image."""
         with Image.open(self.paths[number]) as image:
             return self.cut(image)
 
 
 def ours(dataset: Any, workers: int) -> Iterator[Any]:
-    """Our first pass over the pictures, as the latent cache is filled."""
+    """Our first pass over the images, as the latent cache is filled."""
     import torch
 
     def pixels(row: int) -> Any:
@@ -272,8 +272,8 @@ def loaders(pipeline: Any, root: Path, resolution: int, rounds: int, workers: in
     from torch.utils.data import DataLoader
 
     (dataset,) = pipeline._indexed()
-    cut, paths = Cut(resolution), sorted((root / "pictures").glob("*.jpg"))
-    hub: Any = load_dataset("imagefolder", data_dir=str(root / "pictures"), split="train", cache_dir=str(root / "hf"))
+    cut, paths = Cut(resolution), sorted((root / "images").glob("*.jpg"))
+    hub: Any = load_dataset("imagefolder", data_dir=str(root / "images"), split="train", cache_dir=str(root / "hf"))
     hub.set_transform(lambda rows: {"image": [cut(image) for image in rows["image"]]})
     options = {"batch_size": 4, "num_workers": workers}
     runs: dict[str, Callable[[], Iterator[Any]]] = {
@@ -292,12 +292,12 @@ def loaders(pipeline: Any, root: Path, resolution: int, rounds: int, workers: in
 
 def measure(root: Path, options: argparse.Namespace) -> dict[str, Any]:
     """All figures, printed as they come."""
-    write_pictures(root / "pictures", options.pictures)
+    write_images(root / "images", options.images)
     pipeline = open_pipeline(root, options.resolution)
     figures: dict[str, Any] = {"stages": stages(pipeline), "wait_share": wait_share(pipeline)}
     table("stage", figures["stages"])
     print(f"waiting for data with steps of {STEP_SECONDS} s: {figures['wait_share']:.4%} of the time\n")
-    contents = [path.read_bytes() for path in sorted((root / "pictures").glob("*.jpg"))[:32]]
+    contents = [path.read_bytes() for path in sorted((root / "images").glob("*.jpg"))[:32]]
     figures["libraries"] = libraries(contents, options.resolution, options.rounds)
     print("| decode and scale | samples per CPU second | largest difference of a pixel |\n| --- | --- | --- |")
     for name, (found, difference) in figures["libraries"].items():
@@ -322,8 +322,8 @@ def table(head: str, rates: dict[str, float], beside: str | None = None) -> None
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=20)
-    parser.add_argument("--resolution", type=int, default=256, help="edge of the training pictures in pixels")
+    parser.add_argument("--images", type=int, default=20)
+    parser.add_argument("--resolution", type=int, default=256, help="edge of the training images in pixels")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="also write the figures here")
     options = parser.parse_args()

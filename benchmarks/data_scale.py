@@ -3,7 +3,7 @@
     python benchmarks/data_scale.py output/scale --counts 10000 100000 1000000 10000000
 
 Each size is measured in a fresh process, on an index and caches of made-up samples that are written here in chunks:
-whole in every column, but there are no pictures. Everything that a start does is measured; `_cpu_s` is processor time,
+whole in every column, but there are no images. Everything that a start does is measured; `_cpu_s` is processor time,
 `own_` memory is that of the process itself, without the pages of mapped files, which are given back when others need
 memory.
 """
@@ -30,11 +30,11 @@ import pyarrow.compute as pc
 import torch
 from distill.core.data.cache import tensor_cache as cache_module
 from distill.core.data.cache.cache_builder import latent_descriptor, text_descriptor
-from distill.core.data.cache.cache_paths import CachePlaces
+from distill.core.data.cache.cache_paths import CachePaths
 from distill.core.data.cache.tensor_cache import TensorCache
 from distill.core.data.dataset import Dataset
 from distill.core.data.hashing import mix
-from distill.core.data.index.build_folder import Workshop
+from distill.core.data.index.build_folder import BuildFolder
 from distill.core.data.index.index import SCHEMA, Index, write_index
 from distill.core.data.index.index_builder import source_of
 from distill.core.data.pipeline import DataPipeline
@@ -63,7 +63,7 @@ class MadeUp(SampleBackend):
         """Always the same."""
         return "made up"
 
-    def samples(self, *, pictures: bool = True) -> Iterator[SampleChunk]:
+    def samples(self, *, images: bool = True) -> Iterator[SampleChunk]:
         """Never asked for."""
         raise AssertionError("the index was built anew")
 
@@ -121,7 +121,7 @@ def rows(count: int) -> Iterator[pa.RecordBatch]:
             "caption_version": empty, "place": empty, "width": pa.array(shapes[:, 0]), "height": pa.array(shapes[:, 1]),
             "draw": pa.array(hashes),
             "identity": cache_module.as_binary(np.stack([mix(hashes), hashes], 1)),
-            "captions": pa.LargeListArray.from_arrays(ends, joined(words, " is the number of a picture of nothing")),
+            "captions": pa.LargeListArray.from_arrays(ends, joined(words, " is the number of an image of nothing")),
             "digests": pa.LargeListArray.from_arrays(ends, digests), "problem": empty,
         }  # fmt: skip
         yield pa.RecordBatch.from_arrays([columns[name] for name in SCHEMA.names], schema=SCHEMA)
@@ -135,16 +135,16 @@ def joined(words: pa.Array, end: str) -> pa.Array:
 def make(root: Path, count: int) -> float:
     """Write index and caches of `count` samples; returns the seconds that the index took."""
     shutil.rmtree(root, ignore_errors=True)
-    own, places = settings(root), CachePlaces(configuration(root), root / "cache")
+    own, paths = settings(root), CachePaths(configuration(root), root / "cache")
     started = time.perf_counter()
-    with Workshop(places.index(own)) as workshop:
+    with BuildFolder(paths.index(own)) as build_folder:
         rules, source = CaptionRules(own).identity(), source_of(MadeUp(None))
-        index = write_index(rows(count), places.index(own), rules, source, folder=workshop.folder)
+        index = write_index(rows(count), paths.index(own), rules, source, folder=build_folder.folder)
     took = time.perf_counter() - started
     family: Any = Nothing()
     dataset = Dataset(own, MadeUp(None), index, Geometry(own, multiple=8))
-    fill(places.latents(own), latent_descriptor(family, own.id), dataset.entry_keys(dataset.rows, 0), "latents")
-    fill(places.texts(own), text_descriptor(family), index.caption_digests, "embeds")
+    fill(paths.latents(own), latent_descriptor(family, own.id), dataset.entry_keys(dataset.rows, 0), "latents")
+    fill(paths.texts(own), text_descriptor(family), index.caption_digests, "embeds")
     return took
 
 
@@ -163,8 +163,8 @@ def measure(root: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"import_mib": resident("VmHWM"), "import_own_mib": resident("RssAnon")}
     threading.Thread(target=watch, args=(found,), daemon=True).start()
     own, family = settings(root), Nothing()
-    places = CachePlaces(configuration(root), root / "cache")
-    index = timed(found, "open", lambda: Index(places.index(own)))
+    paths = CachePaths(configuration(root), root / "cache")
+    index = timed(found, "open", lambda: Index(paths.index(own)))
     found["count"] = len(index)
     timed(found, "dataset", partial(Dataset, own, MadeUp(None), index, Geometry(own, multiple=8)))
     del index
@@ -174,7 +174,7 @@ def measure(root: Path) -> dict[str, Any]:
         say=lambda line: None,
     )  # type: ignore[arg-type]  # fmt: skip
     report = timed(found, "prepare", data.prepare)
-    assert report.captions_encoded == report.pictures_encoded == 0
+    assert report.captions_encoded == report.images_encoded == 0
     timed(found, "fingerprint", data.fingerprint)
     found["peak_mib"], found["own_mib"] = resident("VmHWM"), resident("RssAnon")
     loader, epoch = data._ready(), int(data.steps_per_epoch())

@@ -1,4 +1,4 @@
-"""A method without a teacher: the student learns to denoise the pictures, as the teacher itself was trained.
+"""A method without a teacher: the student learns to denoise the images, as the teacher itself was trained.
 
 It is what distillation is compared with in `smaller.py`, and a whole method in one file.
 """
@@ -41,16 +41,16 @@ class Denoising(Method):
 
     @classmethod
     def requires(cls, config: Any, setup: MethodSetup) -> Requirements:
-        """Pictures, and a finite x_0."""
+        """Images, and a finite x_0."""
         return Requirements(finite_snr=True)
 
     def updates(self, context: Context, batch: Batch, step: int) -> Iterator[Update]:
         """One step of arXiv 2006.11239 at a random time of the whole table."""
         assert batch.latents is not None
-        schedule, draws, x_0 = context.schedule, context.draws, batch.latents
+        schedule, rng, x_0 = context.schedule, context.rng, batch.latents
         times = context.grid(schedule.num_train_timesteps).times
-        t = times[draws.integers("index", len(times))]
-        eps = draws.randn("noise", x_0.shape[1:]).to(x_0.dtype)
+        t = times[rng.integers("index", len(times))]
+        eps = rng.randn("noise", x_0.shape[1:]).to(x_0.dtype)
         output = context.predict("student", schedule.add_noise(x_0, eps, t), t, batch.cond).x0
         weight = snr_weight(schedule.log_snr(t), "truncated_snr").to(output.dtype)
         losses = weight * distance(output, x_0, loss_type="l2", huber_c=0.0)

@@ -4,7 +4,7 @@
     python benchmarks/gpu.py --small --device cpu --steps 4        # the same on a small network, to try the script
 
 Writes an SDXL of the published sizes with random weights (2.57B parameters in the UNet, 7 GB on disk in half precision)
-and sixteen random pictures of 1024x1024, then calls `distill run` once for each row of the table: whole runs, with
+and sixteen random images of 1024x1024, then calls `distill run` once for each row of the table: whole runs, with
 caches, clipping, metrics and export. Speed is the median over the steps after the first ten; it does not depend on the
 weights' values. Memory is what torch allocated at most.
 """
@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from step_workspace import write_model, write_pictures
+from step_workspace import write_images, write_model
 
 WARM_UP = 10
 ROWS: dict[str, list[str]] = {
@@ -121,10 +121,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     workspace = given.workspace.resolve()
     if not (workspace / "model" / "model_index.json").is_file():
         write_model(workspace / "model") if given.small else write_sdxl(workspace / "model", given.device)
-    write_pictures(workspace / "pictures", edge=128 if given.small else 1024)
-    data = [
-        {"id": "pictures", "instance_data_dir": str(workspace / "pictures"), "cache_dir_vae": str(workspace / "vae")}
-    ]
+    write_images(workspace / "images", edge=128 if given.small else 1024)
+    data = [{"id": "images", "instance_data_dir": str(workspace / "images"), "cache_dir_vae": str(workspace / "vae")}]
     data += [{"id": "text", "dataset_type": "text_embeds", "default": True, "cache_dir": str(workspace / "text")}]
     (workspace / "data.json").write_text(json.dumps(data))
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"

@@ -1,4 +1,4 @@
-"""Every method on the miniature SDXL at an equal budget of network evaluations: one table, one picture.
+"""Every method on the miniature SDXL at an equal budget of network evaluations: one table, one image.
 
     python benchmarks/methods.py --budget 24000 --seeds 1,2,3 --num-samples 400 --jobs 2 --output output/methods
 
@@ -32,7 +32,7 @@ COUNTER = ROOT / "benchmarks" / "count_evaluations.py"
 STEPS = (1, 2, 4, 8)
 PROBE_STEPS = 20
 SHOWN = 8
-"""Pictures of each row that :func:`distill.core.evaluation.evaluate.evaluate` keeps."""
+"""Images of each row that :func:`distill.core.evaluation.evaluate.evaluate` keeps."""
 SCORES = {
     "prompt_agreement_judge": "agreement ↑",
     "frechet_distance_to_data_judge": "distance to data ↓",
@@ -54,7 +54,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def command(name: str, output: Path, *, seed: int, steps: int) -> list[str]:
-    """The run of a row for a number of steps, without pictures and scores of its own."""
+    """The run of a row for a number of steps, without images and scores of its own."""
     method, settings = VARIANTS[name]
     settings = {
         **settings, "seed": seed, "max_train_steps": steps, "evaluation_num_samples": 0,
@@ -99,8 +99,8 @@ def train(
     return steps, {"-".join(at): folder / "-".join(at) for at in cells}
 
 
-def score(folders: Mapping[str, Path], *, num_samples: int, per_prompt: int, pictures: Path) -> list[dict[str, Any]]:
-    """Rows of teacher and students, each with its scores; the first pictures of each go to `pictures`."""
+def score(folders: Mapping[str, Path], *, num_samples: int, per_prompt: int, images: Path) -> list[dict[str, Any]]:
+    """Rows of teacher and students, each with its scores; the first images of each go to `images`."""
     from distill.core.data.pipeline import DataPipeline
     from distill.core.evaluation.evaluate import evaluate
     from distill.core.evaluation.evaluators import build_evaluators, evaluation_setting
@@ -132,11 +132,11 @@ def score(folders: Mapping[str, Path], *, num_samples: int, per_prompt: int, pic
     networks = Students(family, {name: folder / "student" for name, folder in folders.items()})
     recipes = [*teachers, *(each for name, folder in folders.items() for each in students(name, folder, family))]
     found = evaluate(family, networks, replace(plan, recipes=tuple(recipes)), evaluators, data=real, say=print)
-    pictures.mkdir(parents=True, exist_ok=True)
+    images.mkdir(parents=True, exist_ok=True)
     for row in found.rows:
-        for index, picture in enumerate(row.pictures):
-            picture.save(pictures / f"{row.recipe.role}-{row.recipe.steps}-{index}{_solver(row.recipe)}.png")
-    (pictures / "prompts.json").write_text(json.dumps(list(plan.sample_prompts[:SHOWN])))
+        for index, image in enumerate(row.images):
+            image.save(images / f"{row.recipe.role}-{row.recipe.steps}-{index}{_solver(row.recipe)}.png")
+    (images / "prompts.json").write_text(json.dumps(list(plan.sample_prompts[:SHOWN])))
     return [
         {"row": row.recipe.role, "name": row.recipe.name, "steps": row.recipe.steps, "guidance": row.recipe.guidance,
          **row.scores, "seconds_per_image": row.seconds_per_image}
@@ -180,16 +180,16 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def side_by_side(names: Sequence[str], pictures: Path, *, seed: str, steps: int) -> Any:
+def side_by_side(names: Sequence[str], images: Path, *, seed: str, steps: int) -> Any:
     """The first prompts, the teacher at few and many steps and a column for each method's first student."""
     from distill.core.drawing.grid import GridRow, labelled_grid
     from PIL import Image
 
     columns = [("teacher", steps), *((f"{name}-{seed}", steps) for name in names), ("teacher", 50)]
-    columns = [(who, count) for who, count in columns if (pictures / f"{who}-{count}-0.png").exists()]
-    prompts = json.loads((pictures / "prompts.json").read_text())
+    columns = [(who, count) for who, count in columns if (images / f"{who}-{count}-0.png").exists()]
+    prompts = json.loads((images / "prompts.json").read_text())
     rows = [
-        GridRow(prompt, [Image.open(pictures / f"{who}-{count}-{index}.png") for who, count in columns], "")
+        GridRow(prompt, [Image.open(images / f"{who}-{count}-{index}.png") for who, count in columns], "")
         for index, prompt in enumerate(prompts)
     ]
     heads = [f"{who.rpartition('-')[0] or who}\n{count} steps" for who, count in columns]
@@ -230,8 +230,8 @@ def main() -> None:
     steps, folders = train(names, seeds, budget=arguments.budget, folder=runs, jobs=arguments.jobs)
     if arguments.train_only:
         return
-    pictures = arguments.output / "pictures"
-    rows = score(folders, num_samples=arguments.num_samples, per_prompt=arguments.per_prompt, pictures=pictures)
+    images = arguments.output / "images"
+    rows = score(folders, num_samples=arguments.num_samples, per_prompt=arguments.per_prompt, images=images)
     found = {
         "commit": commit(), "budget": arguments.budget, "steps": steps, "seeds": seeds,
         "num_samples": arguments.num_samples, "per_prompt": arguments.per_prompt, "rows": rows,
@@ -239,7 +239,7 @@ def main() -> None:
     text = f"{heading(found)}\n\n{table(rows)}"
     (arguments.output / "methods.json").write_text(json.dumps(found, indent=1) + "\n")
     (arguments.output / "methods.md").write_text(text + "\n")
-    side_by_side(names, pictures, seed=seeds[0], steps=4).save(arguments.output / "methods.png")
+    side_by_side(names, images, seed=seeds[0], steps=4).save(arguments.output / "methods.png")
     print(text)
 
 

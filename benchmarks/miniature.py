@@ -1,11 +1,11 @@
-"""Train the miniature SDXL teacher that ships with the package, its captioned pictures, and its judge.
+"""Train the miniature SDXL teacher that ships with the package, its captioned images, and its judge.
 
-    python benchmarks/miniature.py data      # compose the training pool and write the shipped picture set
+    python benchmarks/miniature.py data      # compose the training pool and write the shipped image set
     python benchmarks/miniature.py vae       # the autoencoder, then the latents of the whole pool
     python benchmarks/miniature.py judge     # the classifier that scores prompt agreement
     python benchmarks/miniature.py unet      # tokenizers, both text encoders and the UNet, jointly; writes the teacher
     python benchmarks/miniature.py refine    # trains that teacher further, from the weights that `unet` wrote
-    python benchmarks/miniature.py report    # the figures and picture grids of the model card
+    python benchmarks/miniature.py report    # the figures and image grids of the model card
 
 Seeds are fixed; every stage leaves its result in `--work` or in the assets. About an hour on two cores.
 Needs the Noto Color Emoji font (Debian: fonts-noto-color-emoji) and fonttools, beside the package's own dependencies.
@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
-from distill.plugins.judge import Judge
+from distill.plugins.miniature_classifier import MiniatureClassifier
 from PIL import Image
 from torch import Tensor, nn
 
@@ -37,7 +37,7 @@ import miniature_data as scenes  # noqa: E402
 import miniature_networks as networks  # noqa: E402
 
 ASSETS = ROOT / "model_families" / "assets"
-TEACHER, PICTURES = ASSETS / "sdxl_miniature", ASSETS / "emoji_scenes"
+TEACHER, IMAGES = ASSETS / "sdxl_miniature", ASSETS / "emoji_scenes"
 POOL_SIZE, SHIPPED_SIZE, HELD_OUT_SIZE = 60_000, 1_200, 4_000
 UNET_STEPS, REFINE_STEPS = 5000, 4500
 SIZE = scenes.RESOLUTION
@@ -65,15 +65,15 @@ def compose_pool(count: int, seed: int, *, crop_probability: float) -> dict[str,
 
 
 def make_data(work: Path) -> None:
-    """Compose the training pool and the held-out pool, and write the picture set that ships."""
+    """Compose the training pool and the held-out pool, and write the image set that ships."""
     for name, count, seed, cropped in (("pool", POOL_SIZE, 1, 0.15), ("held_out", HELD_OUT_SIZE, 2, 0.0)):
         np.savez(work / f"{name}.npz", **compose_pool(count, seed, crop_probability=cropped))  # type: ignore[arg-type]
         progress(f"{name}: {count} scenes")
-    PICTURES.mkdir(parents=True, exist_ok=True)
+    IMAGES.mkdir(parents=True, exist_ok=True)
     shipped = compose_pool(SHIPPED_SIZE, 3, crop_probability=0.0)
     for index, (pixels, caption) in enumerate(zip(shipped["pixels"], shipped["captions"], strict=True), start=1):
-        Image.fromarray(pixels).save(PICTURES / f"{index:04d}.png", optimize=True)
-        (PICTURES / f"{index:04d}.txt").write_text(f"{caption}\n", encoding="utf-8")
+        Image.fromarray(pixels).save(IMAGES / f"{index:04d}.png", optimize=True)
+        (IMAGES / f"{index:04d}.txt").write_text(f"{caption}\n", encoding="utf-8")
     TEACHER.mkdir(parents=True, exist_ok=True)
     (TEACHER / "prompts.txt").write_text("\n".join(scenes.prompts()) + "\n", encoding="utf-8")
 
@@ -110,16 +110,16 @@ def decayed(step: int, steps: int, *, warmup: int, decay_from: float) -> float:
 # --------------------------------------------------------------------------------------------------------- judge
 
 
-def train_judge(work: Path, *, steps: int = 1600, batch_size: int = 64) -> None:
+def train_classifier(work: Path, *, steps: int = 1600, batch_size: int = 64) -> None:
     """Train the classifier on the pool, half of each batch through the autoencoder.
 
-    It must judge what a picture shows and be blind to what every decoded picture loses, for students and teacher alike.
+    It must judge what an image shows and be blind to what every decoded image loses, for students and teacher alike.
     """
     torch.manual_seed(0)
     pool, held_out = load_pool(work, "pool"), load_pool(work, "held_out")
     vae, latents = load_vae(), np.load(work / "latents.npy", mmap_mode="r")
     vocabulary = {"kind": list(scenes.KINDS), "colour": list(scenes.COLOURS), "texture": list(scenes.TEXTURES)}
-    judge = Judge(vocabulary, resolution=SIZE)
+    judge = MiniatureClassifier(vocabulary, resolution=SIZE)
     progress(f"judge: {sum(p.numel() for p in judge.parameters()) / 1e6:.2f}M parameters")
     optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.02, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: decayed(s, steps, warmup=100, decay_from=0.1))
@@ -138,7 +138,7 @@ def train_judge(work: Path, *, steps: int = 1600, batch_size: int = 64) -> None:
         if step % 250 == 0:
             progress(f"judge step {step} loss {loss.item():.4f}")
     judge.eval().save_pretrained(TEACHER / "judge")
-    judge = Judge.from_pretrained(TEACHER / "judge")
+    judge = MiniatureClassifier.from_pretrained(TEACHER / "judge")
     captions, real = held_out["captions"].tolist(), to_images(held_out["pixels"])
     again = decode(vae, encode_pool(vae, held_out["pixels"]) * vae.config.scaling_factor)
     for name, images in (("held-out scenes", real), ("of them through the autoencoder", again)):
@@ -153,7 +153,7 @@ def load_vae() -> AutoencoderKL:
 
 @torch.no_grad()
 def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    """Scaled latents -> pictures in [0, 1]."""
+    """Scaled latents -> images in [0, 1]."""
     pieces = [vae.decode(piece / vae.config.scaling_factor).sample for piece in latents.split(250)]
     return (torch.cat(pieces) / 2 + 0.5).clamp(0, 1)
 
@@ -198,13 +198,13 @@ def train_vae(work: Path, *, steps: int = 1400, batch_size: int = 32) -> None:
 
 @torch.no_grad()
 def encode_pool(vae: AutoencoderKL, pixels: np.ndarray) -> Tensor:
-    """The mean latents of all pictures, unscaled; (N, 4, S/2, S/2)."""
+    """The mean latents of all images, unscaled; (N, 4, S/2, S/2)."""
     chunks = torch.arange(len(pixels)).split(500)
     return torch.cat([vae.encode(to_images(pixels[c.numpy()]) * 2 - 1).latent_dist.mean for c in chunks])
 
 
 def psnr(decoded: Tensor, images: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of pictures in [-1, 1]."""
+    """Peak signal-to-noise ratio in dB of images in [-1, 1]."""
     return 10 * math.log10(4 / (decoded - images).square().mean().item())
 
 
@@ -341,11 +341,11 @@ def generate(
     batch_size: int = 64,
     call: Mapping[str, Any] | None = None,
 ) -> Tensor:
-    """Pictures in [0, 1], (N, 3, S, S); the noise depends on the seed and the place in the list alone."""
+    """Images in [0, 1], (N, 3, S, S); the noise depends on the seed and the place in the list alone."""
     noise = torch.randn(len(captions), 4, SIZE // 2, SIZE // 2, generator=torch.Generator().manual_seed(seed))
-    pictures = []
+    images = []
     for start in range(0, len(captions), batch_size):
-        pictures.append(
+        images.append(
             pipeline(
                 prompt=captions[start : start + batch_size],
                 latents=noise[start : start + batch_size].clone(),
@@ -358,7 +358,7 @@ def generate(
                 **(call or {}),
             ).images
         )
-    return torch.cat(pictures)
+    return torch.cat(images)
 
 
 def frechet(first: Tensor, second: Tensor) -> float:
@@ -370,9 +370,9 @@ def frechet(first: Tensor, second: Tensor) -> float:
     return float(gap + cov_1.trace() + cov_2.trace() - 2 * root_trace)
 
 
-def picture_grid(pictures: Tensor, columns: int, enlarge: int = 3) -> Image.Image:
-    """(N, 3, S, S) in [0, 1] as one picture, row by row."""
-    rows = [torch.cat(list(row), dim=-1) for row in pictures.split(columns)]
+def image_grid(images: Tensor, columns: int, enlarge: int = 3) -> Image.Image:
+    """(N, 3, S, S) in [0, 1] as one image, row by row."""
+    rows = [torch.cat(list(row), dim=-1) for row in images.split(columns)]
     array = (torch.cat(rows, dim=-2).permute(1, 2, 0).clamp(0, 1) * 255).round().byte().numpy()
     image = Image.fromarray(array)
     return image.resize((image.width * enlarge, image.height * enlarge), Image.Resampling.NEAREST)
@@ -390,7 +390,7 @@ def report(
     """Judge accuracy, reconstruction, and agreement and distance of the teacher in `folder` at several step counts."""
     held_out, pipeline = load_pool(work, "held_out"), DiffusionPipeline.from_pretrained(folder).to(torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    judge = Judge.from_pretrained(folder / "judge")
+    judge = MiniatureClassifier.from_pretrained(folder / "judge")
     real, captions = to_images(held_out["pixels"]), held_out["captions"].tolist()
     vae = pipeline.vae
     with torch.no_grad():
@@ -402,14 +402,14 @@ def report(
         "judge_accuracy_decoded": judge.agreement(decoded.clamp(0, 1), captions[:500]).float().mean().item(),
         "distance_floor": frechet(real_features[:samples], real_features[samples:]),
     }
-    picture_grid(torch.cat([real[:64], decoded[:64]]), 16).save(work / "reconstructions.png")
+    image_grid(torch.cat([real[:64], decoded[:64]]), 16).save(work / "reconstructions.png")
     for steps in step_counts:
         started = time.perf_counter()
-        pictures = generate(pipeline, captions[:samples], steps=steps, guidance=guidance, seed=0, call=call)
-        figures[f"agreement_{steps}"] = judge.agreement(pictures, captions[:samples]).float().mean().item()
-        figures[f"distance_{steps}"] = frechet(judge.features(pictures), real_features[samples:])
-        figures[f"seconds_per_picture_{steps}"] = (time.perf_counter() - started) / samples
-        picture_grid(pictures[:96], 16).save(work / f"teacher_{steps}_steps.png")
+        images = generate(pipeline, captions[:samples], steps=steps, guidance=guidance, seed=0, call=call)
+        figures[f"agreement_{steps}"] = judge.agreement(images, captions[:samples]).float().mean().item()
+        figures[f"distance_{steps}"] = frechet(judge.features(images), real_features[samples:])
+        figures[f"seconds_per_image_{steps}"] = (time.perf_counter() - started) / samples
+        image_grid(images[:96], 16).save(work / f"teacher_{steps}_steps.png")
         progress(f"teacher {steps} steps: { {k: round(v, 4) for k, v in figures.items() if k.endswith(f'_{steps}')} }")
     (work / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
     progress(json.dumps(figures, indent=2))
@@ -421,23 +421,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=("data", "judge", "vae", "unet", "refine", "report"))
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "miniature", help="folder for what does not ship")
-    parser.add_argument("--assets", type=Path, default=ASSETS, help="folder of the teacher and of the picture set")
+    parser.add_argument("--assets", type=Path, default=ASSETS, help="folder of the teacher and of the image set")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, help="training steps, in place of the stage's own number")
-    parser.add_argument("--samples", type=int, default=1000, help="pictures per row of the report")
+    parser.add_argument("--samples", type=int, default=1000, help="images per row of the report")
     parser.add_argument("--guidance", type=float, default=4.0)
     parser.add_argument("--sampler-steps", default="1,2,4,8,50", help="rows of the report")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    global TEACHER, PICTURES
-    TEACHER, PICTURES = arguments.assets / TEACHER.name, arguments.assets / PICTURES.name
+    global TEACHER, IMAGES
+    TEACHER, IMAGES = arguments.assets / TEACHER.name, arguments.assets / IMAGES.name
     arguments.work.mkdir(parents=True, exist_ok=True)
     lengths = {"steps": arguments.steps} if arguments.steps else {}
     match arguments.stage:
         case "data":
             make_data(arguments.work)
         case "judge":
-            train_judge(arguments.work, **lengths)
+            train_classifier(arguments.work, **lengths)
         case "vae":
             train_vae(arguments.work, **lengths)
         case "unet":

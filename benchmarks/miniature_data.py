@@ -1,9 +1,9 @@
-"""Open-captioned emoji scenes: the pictures that the miniature SDXL teacher is trained on.
+"""Open-captioned emoji scenes: the images that the miniature SDXL teacher is trained on.
 
 A scene is one emoji (Noto Color Emoji, read from the font's CBDT bitmaps) placed on a textured ground. Its caption
 names the *kind* of thing ("cat") and, mostly, the colour of the ground. Which of the kind's emoji it is, where it
 stands, how large, turned, mirrored and tinted it is, and the whole texture of the ground are left open: one caption has
-very many right pictures, so that a solver with few steps blurs them while one with many steps does not.
+very many right images, so that a solver with few steps blurs them while one with many steps does not.
 """
 
 from __future__ import annotations
@@ -56,19 +56,19 @@ TEXTURES = ("plain", "stripes", "checker", "dots", "rings")
 
 TEMPLATES = (
     "a {kind} on a {colour} ground",
-    "a {colour} picture with a {kind}",
-    "a picture of a {kind} on {colour}",
+    "a {colour} image with a {kind}",
+    "an image of a {kind} on {colour}",
     "{kind}, {colour} ground",
     "a {kind} in front of a {colour} wall",
     "a {kind}",
-    "a picture with a {kind}",
+    "an image with a {kind}",
 )
 TEMPLATE_WEIGHTS = np.array([4, 3, 3, 3, 3, 2, 2]) / 20
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture, what its caption says, and what the caption leaves open."""
+    """One image, what its caption says, and what the caption leaves open."""
 
     pixels: np.ndarray  # (RESOLUTION, RESOLUTION, 3) uint8
     caption: str
@@ -170,11 +170,11 @@ def compose(emoji: dict[str, list[Image.Image]], rng: np.random.Generator, *, cr
     size = RESOLUTION + (int(rng.integers(1, 9)) if rng.random() < crop_probability else 0)
     top, left = (int(value) for value in rng.integers(0, size - RESOLUTION + 1, 2))
     picked = emoji[kind_name][rng.integers(len(emoji[kind_name]))]
-    picture = place_emoji(paint_ground(colour_name, TEXTURES[texture], size, rng), picked, rng)
-    picture = picture[top : top + RESOLUTION, left : left + RESOLUTION]
+    image = place_emoji(paint_ground(colour_name, TEXTURES[texture], size, rng), picked, rng)
+    image = image[top : top + RESOLUTION, left : left + RESOLUTION]
     template = TEMPLATES[rng.choice(len(TEMPLATES), p=TEMPLATE_WEIGHTS)]
     return Scene(
-        pixels=(picture.clip(0, 1) * 255 + 0.5).astype(np.uint8),
+        pixels=(image.clip(0, 1) * 255 + 0.5).astype(np.uint8),
         caption=template.format(kind=kind_name, colour=colour_name),
         labels={"kind": int(kind), "colour": int(colour), "texture": int(texture)},
         original_size=(size, size),

@@ -3,7 +3,7 @@
     python benchmarks/miniature.py data --assets build/scratch   # the training pool, if it is not there
     python benchmarks/miniature_families.py sd2x                 # a UNet that predicts v, begun from SDXL's UNet
     python benchmarks/miniature_families.py sd3                  # a transformer on a flow, from scratch
-    python benchmarks/miniature_families.py report --family sd3  # the figures and picture grids of the model card
+    python benchmarks/miniature_families.py report --family sd3  # the figures and image grids of the model card
 
 Seeds are fixed. Needs what `miniature.py` needs.
 """
@@ -72,7 +72,7 @@ class Scenes:
 
 
 class Teacher(nn.Module):
-    """A text-to-picture model that is trained as a whole, but for its autoencoder."""
+    """A text-to-image model that is trained as a whole, but for its autoencoder."""
 
     folder: Path
     call: ClassVar[dict[str, Any]] = {}
@@ -218,7 +218,7 @@ class SD3Teacher(Teacher):
         t5 = self.text_encoder_3(self.tokens[2][captions]).last_hidden_state
         kept = (
             torch.rand(len(captions), 1, 1, device=t5.device) > 0.2
-        ).float()  # it may be left out when pictures are made
+        ).float()  # it may be left out when images are made
         return torch.cat([states, kept * t5], dim=1), torch.cat([output.text_embeds for output in outputs], dim=-1)
 
     def loss(self, x_0: Tensor, captions: Tensor) -> Tensor:
@@ -288,7 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu", help="as `cuda`, where there is one")
     parser.add_argument("--steps", type=int, help="training steps, in place of the stage's own number")
-    parser.add_argument("--samples", type=int, default=1000, help="pictures per row of the report")
+    parser.add_argument("--samples", type=int, default=1000, help="images per row of the report")
     parser.add_argument("--guidance", type=float, help="of the report, in place of the miniature's own")
     parser.add_argument("--sampler-steps", default="1,2,4,8,50", help="rows of the report")
     given = parser.parse_args(arguments)

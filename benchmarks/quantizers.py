@@ -42,8 +42,8 @@ def network(device: str) -> nn.Module:
 
 def call(unet: nn.Module, device: str) -> torch.Tensor:
     """One forward of 1024 x 1024 pixels from fixed inputs."""
-    draws = torch.Generator().manual_seed(1)
-    given = [torch.randn(shape, generator=draws).to(device) for shape in ((1, 4, 128, 128), (1, 77, 2048), (1, 1280))]
+    rng = torch.Generator().manual_seed(1)
+    given = [torch.randn(shape, generator=rng).to(device) for shape in ((1, 4, 128, 128), (1, 77, 2048), (1, 1280))]
     added = {"text_embeds": given[2], "time_ids": torch.zeros(1, 6, device=device)}
     with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
         return unet(given[0], torch.tensor([500], device=device), given[1], added_cond_kwargs=added).sample

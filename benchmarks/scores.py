@@ -26,7 +26,7 @@ from torch import nn
 SCORES = {
     "prompt_agreement_judge": "prompt agreement",
     "frechet_distance_to_data_judge": "Fréchet distance to data (judge features)",
-    "distance_to_teacher_pixels": "distance to the full teacher's picture",
+    "distance_to_teacher_pixels": "distance to the full teacher's image",
 }
 
 
@@ -78,7 +78,7 @@ def score(folders: dict[str, Path], *, num_samples: int) -> dict[str, Any]:
         seed=0,
         cache_root=first / "cache",
         say=print,
-        pictures=method_needs(configuration, registry, family).pictures,
+        images=method_needs(configuration, registry, family).images,
     )
     data.prepare()
     plan = plan_evaluation(

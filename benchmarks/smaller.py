@@ -3,7 +3,7 @@
     python benchmarks/smaller.py --steps 1000 --seeds 1,2 --num-samples 400 --output output/smaller
 
 On the miniature SDXL the student has no middle block and attention at the coarsest level alone. Both begin with the
-weights of the layers that it keeps and see the same pictures in the same order; both are scored at 25 steps on the same
+weights of the layers that it keeps and see the same images in the same order; both are scored at 25 steps on the same
 prompts and noise. What has finished is taken as it is.
 """
 
@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("output/smaller"))
     given = parser.parse_args()
     seeds = [int(seed) for seed in given.seeds.split(",")]
-    print("| student at 25 steps | agreement | distance to data | distance to the full teacher's picture |")
+    print("| student at 25 steps | agreement | distance to data | distance to the full teacher's image |")
     print("| --- | --- | --- | --- |")
     for row in ROWS:
         scores = [

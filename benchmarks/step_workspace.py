@@ -1,4 +1,4 @@
-"""What the step benchmark runs on: a random miniature SDXL of 7.8M parameters, 16 random pictures, two config files."""
+"""What the step benchmark runs on: a random miniature SDXL of 7.8M parameters, 16 random images, two config files."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ TEXT_WIDTH = 128
 
 
 def write_workspace(folder: Path) -> Path:
-    """Write model, pictures and configuration into `folder` and return it."""
+    """Write model, images and configuration into `folder` and return it."""
     write_model(folder / "model")
-    write_pictures(folder / "pictures")
+    write_images(folder / "images")
     run = {
         "model_type": "lora",
         "model_family": "sdxl",
@@ -29,7 +29,7 @@ def write_workspace(folder: Path) -> Path:
         "checkpoint_step_interval": 0,
     }
     data = [
-        {"id": "pictures", "instance_data_dir": str(folder / "pictures"), "cache_dir_vae": str(folder / "vae")},
+        {"id": "images", "instance_data_dir": str(folder / "images"), "cache_dir_vae": str(folder / "vae")},
         {"id": "text", "dataset_type": "text_embeds", "default": True, "cache_dir": str(folder / "text")},
     ]
     (folder / "config.json").write_text(json.dumps(run, indent=2))
@@ -37,17 +37,17 @@ def write_workspace(folder: Path) -> Path:
     return folder
 
 
-def write_pictures(folder: Path, *, count: int = 16, edge: int = EDGE * FACTOR) -> None:
-    """Random pictures with captions."""
+def write_images(folder: Path, *, count: int = 16, edge: int = EDGE * FACTOR) -> None:
+    """Random images with captions."""
     import numpy
     from PIL import Image
 
     folder.mkdir(parents=True, exist_ok=True)
-    draws = numpy.random.default_rng(0)
+    rng = numpy.random.default_rng(0)
     for number in range(count):
-        pixels = draws.integers(0, 256, (edge, edge, 3), dtype=numpy.uint8)
+        pixels = rng.integers(0, 256, (edge, edge, 3), dtype=numpy.uint8)
         Image.fromarray(pixels).save(folder / f"{number:02}.png")
-        (folder / f"{number:02}.txt").write_text(f"picture number {number}")
+        (folder / f"{number:02}.txt").write_text(f"image number {number}")
 
 
 def write_model(folder: Path) -> None:

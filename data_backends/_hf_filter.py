@@ -47,7 +47,7 @@ class Filter:
 
     Attributes:
         conditions: On columns.
-        min_width: Upright width in pixels that a picture has at least.
+        min_width: Upright width in pixels that an image has at least.
         min_height: Upright height in pixels.
     """
 
@@ -88,7 +88,7 @@ class Filter:
         return all(condition.holds(row) for condition in self.conditions)
 
     def fits(self, width: int, height: int) -> bool:
-        """Whether a picture is large enough."""
+        """Whether an image is large enough."""
         return width >= self.min_width and height >= self.min_height
 
 

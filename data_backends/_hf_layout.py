@@ -19,7 +19,7 @@ class Layout:
     """What the columns of a dataset mean.
 
     Attributes:
-        image: Column of the pictures, None where they are not wanted.
+        image: Column of the images, None where they are not wanted.
         captions: Where captions stand, None where there are none.
         labels: Columns of numbered classes -> the classes' names.
         name: Column of the samples' names.
@@ -35,13 +35,13 @@ class Layout:
     filter: Filter
 
     @classmethod
-    def of(cls, config: Any, features: Mapping[str, Any], *, pictures: bool, captions: bool) -> Layout:
+    def of(cls, config: Any, features: Mapping[str, Any], *, images: bool, captions: bool) -> Layout:
         """As the entry's keys say, or the usual ones.
 
         Args:
             config: The entry's keys.
             features: Type of each column.
-            pictures: Whether pictures are wanted.
+            images: Whether images are wanted.
             captions: Whether there must be a column of captions.
 
         Raises:
@@ -55,21 +55,21 @@ class Layout:
             columns.wanted(key, [name] if (name := getattr(config, key)) else [])
         chosen = Filter.of(config.filter_func)
         chosen.check(columns)
-        image = _image_column(config, columns, features) if pictures or config.image_column else None
+        image = _image_column(config, columns, features) if images or config.image_column else None
         sizes = (config.width_column, config.height_column)
         labels = {name: each.names for name, each in features.items() if _is_label(each)}
         named = sizes if all(sizes) else None
-        return cls(image if pictures else None, found, labels, config.filename_column, named, chosen)
+        return cls(image if images else None, found, labels, config.filename_column, named, chosen)
 
     @property
-    def looks_at_pictures(self) -> bool:
-        """Whether a sample's name, size and version are learnt from its picture, rather than from other columns."""
+    def looks_at_images(self) -> bool:
+        """Whether a sample's name, size and version are learnt from its image, rather than from other columns."""
         return self.image is not None and not (self.name and self.sizes)
 
     @property
     def columns(self) -> list[str]:
         """The columns of the dataset that are read to list its samples."""
-        names = [self.image if self.looks_at_pictures else None, self.name, *(self.sizes or ()), *self.filter.names]
+        names = [self.image if self.looks_at_images else None, self.name, *(self.sizes or ()), *self.filter.names]
         names += self.captions.names if self.captions is not None else []
         return list(dict.fromkeys(name.partition(".")[0] for name in names if name))
 
@@ -96,24 +96,24 @@ def _is_label(feature: object) -> bool:
 
 
 def _names(features: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Columns, with dots into what is nested; a picture is not looked into."""
+    """Columns, with dots into what is nested; an image is not looked into."""
     for name, feature in features.items():
         yield f"{prefix}{name}"
         inner = getattr(feature, "feature", feature)
-        if isinstance(inner, Mapping) and not _holds_picture(inner):
+        if isinstance(inner, Mapping) and not _holds_image(inner):
             yield from _names(inner, f"{prefix}{name}.")
 
 
-def _holds_picture(feature: object) -> bool:
+def _holds_image(feature: object) -> bool:
     from datasets import Image
 
     return isinstance(feature, Image) or (isinstance(feature, Mapping) and "bytes" in feature)
 
 
 def _image_column(config: Any, columns: Columns, features: Mapping[str, Any]) -> str:
-    found = [name for name, feature in features.items() if _holds_picture(feature)]
+    found = [name for name, feature in features.items() if _holds_image(feature)]
     if config.image_column is None and "image" not in features and len(found) != 1:
-        known = f"its columns of pictures are {', '.join(map(repr, found))}" if found else "no column holds pictures"
+        known = f"its columns of images are {', '.join(map(repr, found))}" if found else "no column holds images"
         there = ", ".join(map(repr, features))
         problem = f"the dataset has no column 'image', and {known}; it has {there}"
         raise BadValue("image_column", None, problem, "name one of them as image_column")

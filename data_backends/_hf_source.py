@@ -39,7 +39,7 @@ SLICE = re.compile(r"(?P<name>[^\[\]+]+)\[(?P<start>\d*):(?P<end>\d*)\]")
 THREADS_END_SECONDS = 0.3
 """Arrow's threads end a little after a broken-off stream; an interpreter that ends before them is aborted."""
 
-Walk = Generator[tuple[int, Row, Callable[[], str]], None, None]
+RowScan = Generator[tuple[int, Row, Callable[[], str]], None, None]
 """(number of the row, the row, gives what reading goes on behind it by)."""
 
 
@@ -65,7 +65,7 @@ class Source:
 
     @property
     def folder(self) -> Path | None:
-        """The folder that its pictures' names are relative to."""
+        """The folder that its images' names are relative to."""
         if self.path is not None:
             return self.path if self.path.is_dir() else self.path.parent
         files = [Path(file) for file in self.config.data_files if "*" not in file]
@@ -162,13 +162,13 @@ class Source:
         apart = self._reader in COLUMNAR and len(columns) < len(self.features)
         return self._build(columns=list(columns)) if apart else self._builder
 
-    def table(self, columns: Sequence[str], picture: str | None) -> Any:
-        """The split with random access: mapped from the library's cache, pictures as bytes."""
+    def table(self, columns: Sequence[str], image: str | None) -> Any:
+        """The split with random access: mapped from the library's cache, images as bytes."""
         if self.is_saved:
             dataset = self._saved_part()
-        else:  # with pictures all columns are kept, so that another choice of them prepares nothing anew
-            dataset = self._prepared(self._builder if picture else self._builder_of(columns))
-        return _undecoded(dataset.select_columns(list(columns)), picture)
+        else:  # with images all columns are kept, so that another choice of them prepares nothing anew
+            dataset = self._prepared(self._builder if image else self._builder_of(columns))
+        return _undecoded(dataset.select_columns(list(columns)), image)
 
     def _prepared(self, builder: Any) -> Any:
         self._names_of_splits(_splits(builder))
@@ -192,8 +192,8 @@ class Source:
             raise BadValue("split", split, f"a part {kind} is given in rows", remedy)
         return match["name"], int(match["start"] or 0), int(match["end"]) if match["end"] else None
 
-    def stream(self, columns: Sequence[str], picture: str | None) -> Any:
-        """The split to be read in its order, pictures as bytes."""
+    def stream(self, columns: Sequence[str], image: str | None) -> Any:
+        """The split to be read in its order, images as bytes."""
         if self.is_saved:
             dataset = self._saved_part().to_iterable_dataset()
         else:
@@ -204,7 +204,7 @@ class Source:
             _, start, end = self._part()
             dataset = dataset.skip(start) if start else dataset
             dataset = dataset if end is None else dataset.take(end - start)
-        return _undecoded(dataset.decode(False).select_columns(list(columns)), picture)
+        return _undecoded(dataset.decode(False).select_columns(list(columns)), image)
 
     def _streamed(self, builder: Any) -> Any:
         names = "+".join(self._names_of_splits(_splits(builder)))
@@ -214,11 +214,11 @@ class Source:
 
     # -- reading ----------------------------------------------------------------------------------------------------
 
-    def walk(self, columns: Sequence[str], picture: str | None, resume: str = "") -> Walk:
+    def scan(self, columns: Sequence[str], image: str | None, resume: str = "") -> RowScan:
         """Rows in order, from the start or behind the row that gave `resume`."""
         start, state = json.loads(resume) if resume else (0, None)
         if not self.config.streaming:
-            table = self.table(columns, picture)
+            table = self.table(columns, image)
             if start >= len(table):  # nothing lies behind the last row, and select() refuses to say so
                 return
             part = table.select(range(start, len(table))) if start else table
@@ -226,7 +226,7 @@ class Source:
                 for number, row in enumerate(part, start):
                     yield number, row, lambda number=number: json.dumps([number + 1, None])
             return
-        dataset = self.stream(columns, picture)
+        dataset = self.stream(columns, image)
         if state is not None:
             dataset.load_state_dict(state)
         _let_threads_end()
@@ -291,7 +291,7 @@ class Source:
         if self.config.data_files:
             remedy = "give files that are there and whole"
             return BadValue("data_files", list(self.config.data_files), f"cannot be read: {text}", remedy)
-        remedy = "check its files: .parquet, .arrow, .tar, .jsonl, .csv, or pictures with metadata"
+        remedy = "check its files: .parquet, .arrow, .tar, .jsonl, .csv, or images with metadata"
         return BadValue("dataset_name", name, f"cannot be read: {text}", remedy)
 
 
@@ -303,12 +303,12 @@ def _errors() -> tuple[type[Exception], ...]:
     return (OSError, ValueError, KeyError, pa.ArrowException, tarfile.TarError, _http_error(), DatasetsError)
 
 
-def _undecoded(dataset: Any, picture: str | None) -> Any:
+def _undecoded(dataset: Any, image: str | None) -> Any:
     from datasets import Image
 
-    if picture is None or not isinstance(dataset.features[picture], Image):
+    if image is None or not isinstance(dataset.features[image], Image):
         return dataset
-    return dataset.cast_column(picture, Image(decode=False))
+    return dataset.cast_column(image, Image(decode=False))
 
 
 def _splits(builder: Any) -> list[str]:

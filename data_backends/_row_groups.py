@@ -1,5 +1,5 @@
 # pyright: reportAttributeAccessIssue=false
-"""Pictures inside Parquet tables, found again by their row: row groups are read whole and kept for a while."""
+"""Images inside Parquet tables, found again by their row: row groups are read whole and kept for a while."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..core.data.tables.locations import Located
+from ..core.data.tables.locations import Location
 from ..core.data.tables.readers import bytes_inside
 from ..core.errors import BadValue
-from ..core.plugin_api.backend import Passage
+from ..core.plugin_api.backend import SequentialChunk
 
 KEPT_BYTES = 512 * 2**20
-"""Of pictures in row groups that are kept in memory, the one in use apart."""
+"""Of images in row groups that are kept in memory, the one in use apart."""
 LARGEST_GROUP = 2 * 2**30
-"""Bytes of pictures in one row group at most."""
+"""Bytes of images in one row group at most."""
 
 
 @dataclass(frozen=True)
 class _Group:
-    """One row group: its file, its number there, its first row among all, its rows, and the bytes of its pictures."""
+    """One row group: its file, its number there, its first row among all, its rows, and the bytes of its images."""
 
-    file: Located
+    file: Location
     metadata: Any
     number: int
     first: int
@@ -40,15 +40,15 @@ class _Group:
 
 
 class RowGroups:
-    """The pictures of some Parquet files, by row from 0 over all files.
+    """The images of some Parquet files, by row from 0 over all files.
 
     Args:
         key: The entry's key that names the files.
         files: Where they are.
-        column: The column of pictures.
+        column: The column of images.
     """
 
-    def __init__(self, key: str, files: Sequence[Located], column: str) -> None:
+    def __init__(self, key: str, files: Sequence[Location], column: str) -> None:
         from pyarrow.parquet import read_metadata
 
         self._groups: list[_Group] = []
@@ -71,28 +71,28 @@ class RowGroups:
 
     @property
     def num_bytes(self) -> int:
-        """Of all pictures."""
+        """Of all images."""
         return sum(group.size for group in self._groups)
 
     def open(self, row: int) -> BinaryIO:
-        """The bytes of a row's picture."""
+        """The bytes of a row's image."""
         number = bisect_right(self._starts, row) - 1
         group = self._groups[number]
         if row >= group.first + group.rows:
             raise FileNotFoundError(f"the table has no row {row}")
-        return _stream(self._pictures(number), row - group.first)
+        return _stream(self._images(number), row - group.first)
 
-    def passing(self, resume: str) -> Iterator[Passage]:
-        """All pictures, a row group at a time."""
+    def sequential(self, resume: str) -> Iterator[SequentialChunk]:
+        """All images, a row group at a time."""
         for number in range(int(resume or 0), len(self._groups)):
             group = self._groups[number]
-            pictures = self._read(group)
-            places = range(group.first, group.first + group.rows)
-            openers = [partial(_stream, pictures, row) for row in range(group.rows)]
-            yield Passage(places, openers, places.stop, str(number + 1))
+            images = self._read(group)
+            positions = range(group.first, group.first + group.rows)
+            openers = [partial(_stream, images, row) for row in range(group.rows)]
+            yield SequentialChunk(positions, openers, positions.stop, str(number + 1))
 
-    def _pictures(self, number: int) -> pa.ChunkedArray:
-        """The pictures of a row group; read once although many threads ask."""
+    def _images(self, number: int) -> pa.ChunkedArray:
+        """The images of a row group; read once although many threads ask."""
         with self._lock:
             known = self._kept.get(number)
             future = self._kept.setdefault(number, Future())
@@ -128,8 +128,8 @@ class RowGroups:
         return column
 
 
-def _stream(pictures: pa.ChunkedArray, row: int) -> BinaryIO:
-    data = pictures[row].as_py()
+def _stream(images: pa.ChunkedArray, row: int) -> BinaryIO:
+    data = images[row].as_py()
     if data is None:
         raise FileNotFoundError(f"row {row} of its row group has no bytes")
     return io.BytesIO(data)
@@ -140,7 +140,7 @@ def _size(group: Any, name: str) -> int:
     return sum(column.total_uncompressed_size for column in columns if column.path_in_schema == name)
 
 
-def _too_large(key: str, file: Located, number: int, size: int) -> BadValue:
-    problem = f"row group {number} holds {size / 2**30:.1f} GiB of pictures, and one of them is read with all"
+def _too_large(key: str, file: Location, number: int, size: int) -> BadValue:
+    problem = f"row group {number} holds {size / 2**30:.1f} GiB of images, and one of them is read with all"
     remedy = "write the table again in row groups of some hundred rows: row_group_size=100"
     return BadValue(key, file.place, problem, remedy)

@@ -10,17 +10,17 @@ from pathlib import PurePath, PurePosixPath
 from typing import Any
 
 from ..core.data.tables.columns import CAPTIONS, CaptionColumns, Columns, Row, edge_of, value_of
-from ..core.data.tables.locations import Located, at
+from ..core.data.tables.locations import Location, at
 from ..core.errors import BadValue
 from ..core.plugin_api.backend import SampleChunk
 from ..core.storage import is_remote
 
-PICTURES = ("image", "file_name", "filename", "path", "image_path", "url", "image_url")
-"""Columns of pictures that are looked for where none is named."""
+IMAGES = ("image", "file_name", "filename", "path", "image_path", "url", "image_url")
+"""Columns of images that are looked for where none is named."""
 BYTES, PATH = "bytes", "path"
-"""Fields of a picture's struct, as Hugging Face's libraries write it."""
+"""Fields of an image's struct, as Hugging Face's libraries write it."""
 AT = "at:"
-"""Begins the places of pictures that are files, ``at:TABLE:PATH``; those inside a table have a row's number alone."""
+"""Begins the places of images that are files, ``at:TABLE:PATH``; those inside a table have a row's number alone."""
 
 
 @dataclass(frozen=True)
@@ -55,37 +55,37 @@ class Layout:
     """Which columns hold what.
 
     Attributes:
-        picture: The column of pictures; None where there is none, which is well for captions alone.
+        image: The column of images; None where there is none, which is well for captions alone.
         captions: The columns of captions; None where there are none.
         name: The column of names.
         width: The column of widths.
         height: The column of heights.
     """
 
-    picture: str | None
+    image: str | None
     captions: CaptionColumns | None
     name: str | None
     width: str | None
     height: str | None
 
     @classmethod
-    def of(cls, columns: Columns, config: Any, *, pictures: bool, captions: bool = False) -> Layout:
+    def of(cls, columns: Columns, config: Any, *, images: bool, captions: bool = False) -> Layout:
         """As the entry's keys say.
 
         Args:
             columns: Those that there are.
             config: The entry's own keys.
-            pictures: Whether there must be pictures.
+            images: Whether there must be images.
             captions: Whether there must be captions.
 
         Raises:
             BadValue: A column is not there.
         """
         given = [config.image_column] if config.image_column is not None else []
-        if pictures:
-            picture = columns.required("image_column", given, PICTURES)[0]
+        if images:
+            image = columns.required("image_column", given, IMAGES)[0]
         else:
-            picture = next(iter(columns.wanted("image_column", given)), None) or columns.usual(PICTURES)
+            image = next(iter(columns.wanted("image_column", given)), None) or columns.usual(IMAGES)
         found = None
         if captions or config.caption_column or config.fallback_caption_column or columns.usual(CAPTIONS):
             found = CaptionColumns.of(columns, config.caption_column, config.fallback_caption_column)
@@ -97,10 +97,10 @@ class Layout:
         if (width is None) != (height is None):
             missing = "width_column" if width is None else "height_column"
             raise BadValue(missing, None, "is required beside the other edge's column", "name both or neither")
-        return cls(picture, found, one["filename_column"], width, height)
+        return cls(image, found, one["filename_column"], width, height)
 
 
-def root_of(config: Any, table: Located) -> str:
+def root_of(config: Any, table: Location) -> str:
     """What paths in the table are relative to: ``instance_data_dir``, else the folder of the table."""
     if config.instance_data_dir is not None:
         return config.instance_data_dir.rstrip("/") or "/"
@@ -108,7 +108,7 @@ def root_of(config: Any, table: Located) -> str:
 
 
 def resolved(path: str, root: str) -> str:
-    """The path or URL of a picture, from what stands in a table."""
+    """The path or URL of an image, from what stands in a table."""
     return path if is_remote(path) or PurePath(path).is_absolute() else f"{root}/{path}"
 
 
@@ -124,22 +124,22 @@ class Reader:
     def __init__(self, layout: Layout, root: str, table: int) -> None:
         self.layout, self.root, self.table = layout, root, table
 
-    def columns(self, there: Columns, *, pictures: bool, inside: bool) -> list[str]:
+    def columns(self, there: Columns, *, images: bool, inside: bool) -> list[str]:
         """What must be read of a table.
 
         Args:
             there: The columns that it has.
-            pictures: Whether pictures are wanted.
-            inside: Whether the column of pictures holds their bytes.
+            images: Whether images are wanted.
+            inside: Whether the column of images holds their bytes.
         """
-        layout, picture = self.layout, self.layout.picture
+        layout, image = self.layout, self.layout.image
         wanted = [layout.name, layout.width, layout.height, *(layout.captions.names if layout.captions else ())]
-        if picture is not None and not pictures and inside:
-            picture = f"{picture}.{PATH}" if there.has(f"{picture}.{PATH}") else None
-        return [name for name in (picture, *wanted) if name is not None]
+        if image is not None and not images and inside:
+            image = f"{image}.{PATH}" if there.has(f"{image}.{PATH}") else None
+        return [name for name in (image, *wanted) if name is not None]
 
     def sample(self, number: int, row: Row) -> Sample:
-        """The sample of a row, its picture looked at.
+        """The sample of a row, its image looked at.
 
         Args:
             number: Of the row among all, from 0.
@@ -147,7 +147,7 @@ class Reader:
         """
         from ..core.data.samples.images import BrokenImage, probe
 
-        data, path = self._picture(row)
+        data, path = self._image(row)
         key = self._key(number, row, path)
         try:
             captions = self.layout.captions.texts(row) if self.layout.captions else []
@@ -156,7 +156,7 @@ class Reader:
                 size = (width, height) if width and height else probe(io.BytesIO(data))
                 return Sample(key, str(number), len(data), digest(data), captions, *size)
             if not path:
-                return Sample(key, problem=f"it has no picture: the column {self.layout.picture!r} is empty")
+                return Sample(key, problem=f"it has no image: the column {self.layout.image!r} is empty")
             return self._file(key, path, captions, width, height)
         except (BrokenImage, ValueError) as error:
             return Sample(key, problem=str(error))
@@ -164,8 +164,8 @@ class Reader:
             return Sample(key, problem=error.strerror or str(error))
 
     def prompt(self, number: int, row: Row) -> Sample:
-        """The captions of a row, under the name that its picture has."""
-        key = self._key(number, row, self._picture(row)[1])
+        """The captions of a row, under the name that its image has."""
+        key = self._key(number, row, self._image(row)[1])
         try:
             return Sample(key, captions=self.layout.captions.texts(row) if self.layout.captions else [])
         except ValueError as error:
@@ -178,9 +178,9 @@ class Reader:
         file = at(whole).known()
         return Sample(key, place, file.size, file.version, captions, width, height)
 
-    def _picture(self, row: Row) -> tuple[bytes | None, str | None]:
-        """Bytes and path of a row's picture."""
-        value = value_of(row, self.layout.picture) if self.layout.picture is not None else None
+    def _image(self, row: Row) -> tuple[bytes | None, str | None]:
+        """Bytes and path of a row's image."""
+        value = value_of(row, self.layout.image) if self.layout.image is not None else None
         data, path = (value.get(BYTES), value.get(PATH)) if isinstance(value, Mapping) else (value, value)
         return data if isinstance(data, bytes) else None, path.strip() if isinstance(path, str) else None
 
@@ -191,7 +191,7 @@ class Reader:
         return self.named(path) if path else f"row-{number:09d}"
 
     def named(self, path: str) -> str:
-        """The name of a picture that has a path: as it is written, or below the root; of a URL, without its query,
+        """The name of an image that has a path: as it is written, or below the root; of a URL, without its query,
         which may be a signature.
         """
         if not is_remote(path) and not PurePath(path).is_absolute():
@@ -207,5 +207,5 @@ class Reader:
 
 
 def digest(data: bytes) -> str:
-    """A version: the hash of a picture's bytes."""
+    """A version: the hash of an image's bytes."""
     return blake2b(data, digest_size=16).hexdigest()

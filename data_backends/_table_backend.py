@@ -1,4 +1,4 @@
-"""What backends of tables have in common: a picture in each row, inside the table, in a file or behind a URL."""
+"""What backends of tables have in common: an image in each row, inside the table, in a file or behind a URL."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import BinaryIO, ClassVar
 
 from ..core.data.tables.columns import Columns
-from ..core.data.tables.locations import Located, at, identity_of, locate
+from ..core.data.tables.locations import Location, at, identity_of, locate
 from ..core.data.tables.readers import Rows, Table, TableFile
 from ..core.plugin_api.backend import SampleBackend, SampleChunk
 from ..core.settings.dataset_settings import ColumnSettings
@@ -18,21 +18,21 @@ from ..core.storage import is_remote
 from ._rows import AT, Layout, Reader, chunk_of, resolved, root_of
 
 THREADS = 8
-"""Pictures that are looked at together."""
+"""Images that are looked at together."""
 
 
 class TableSettings(ColumnSettings):
     """Keys of all tables."""
 
     instance_data_dir: PathOrUrl | None = None
-    """Folder or URL that pictures' paths are relative to; absent: the folder of the table."""
+    """Folder or URL that images' paths are relative to; absent: the folder of the table."""
     image_column: str | None = None
-    """Column of pictures: paths, URLs, bytes, or structs of bytes and path. Absent: `image`, `file_name`, `filename`,
+    """Column of images: paths, URLs, bytes, or structs of bytes and path. Absent: `image`, `file_name`, `filename`,
     `path`, `image_path`, `url`, else `image_url`."""
 
 
 class TableBackend(SampleBackend):
-    """Rows of tables of one kind. A row's name is the path of its picture, unless a column of names is given."""
+    """Rows of tables of one kind. A row's name is the path of its image, unless a column of names is given."""
 
     table: ClassVar[type[Table]]
     suffixes: ClassVar[Sequence[str]]
@@ -52,7 +52,7 @@ class TableBackend(SampleBackend):
         return ", ".join(self.given)
 
     @cached_property
-    def files(self) -> Sequence[Located]:
+    def files(self) -> Sequence[Location]:
         """The tables. Raises BadValue where there is none."""
         return locate(self.file_key, self.given, self.suffixes)
 
@@ -60,41 +60,41 @@ class TableBackend(SampleBackend):
         """Names, sizes and versions of the tables, and which of their columns are read."""
         return identity_of(self.files, self.config.model_dump(mode="json", exclude={self.file_key}))
 
-    def check_samples(self, *, pictures: bool, captions: bool) -> None:
+    def check_samples(self, *, images: bool, captions: bool) -> None:
         """The first table is there and has the columns that are needed, unless only the network could say so."""
         if not any(map(is_remote, self.given)):
-            Layout.of(self._there(self._table(self.files[0])), self.config, pictures=pictures, captions=captions)
+            Layout.of(self._columns_of(self._table(self.files[0])), self.config, images=images, captions=captions)
 
-    def samples(self, *, pictures: bool = True) -> Iterator[SampleChunk]:
-        """Every row of every table, the bytes of pictures inside them hashed and their headers read."""
+    def samples(self, *, images: bool = True) -> Iterator[SampleChunk]:
+        """Every row of every table, the bytes of images inside them hashed and their headers read."""
         number = 0
         with ThreadPoolExecutor(THREADS) as pool:
             for table, file in enumerate(self.files):
-                for part, reader in self._rows(table, file, pictures=pictures):
-                    read = reader.sample if pictures else reader.prompt
+                for part, reader in self._rows(table, file, images=images):
+                    read = reader.sample if images else reader.prompt
                     numbers = range(number, number + len(part.rows))
                     yield chunk_of(list(pool.map(read, numbers, part.rows)))
                     number = numbers.stop
 
-    def _rows(self, number: int, file: Located, *, pictures: bool) -> Iterator[tuple[Rows, Reader]]:
+    def _rows(self, number: int, file: Location, *, images: bool) -> Iterator[tuple[Rows, Reader]]:
         table = self._table(file)
-        there = self._there(table)
-        reader = Reader(Layout.of(there, self.config, pictures=pictures), root_of(self.config, file), number)
-        inside = reader.layout.picture is not None and table.holds_bytes(reader.layout.picture)
-        for part in table.rows(reader.columns(there, pictures=pictures, inside=inside)):
+        there = self._columns_of(table)
+        reader = Reader(Layout.of(there, self.config, images=images), root_of(self.config, file), number)
+        inside = reader.layout.image is not None and table.holds_bytes(reader.layout.image)
+        for part in table.rows(reader.columns(there, images=images, inside=inside)):
             yield part, reader
 
     @staticmethod
-    def _there(table: Table) -> Columns:
+    def _columns_of(table: Table) -> Columns:
         columns = table.columns()
         if not columns.names:
             raise table.empty()
         return columns
 
-    def _table(self, file: Located) -> Table:
+    def _table(self, file: Location) -> Table:
         return self.table(TableFile(self.file_key, file.place, file.open))
 
     def open(self, key: str) -> BinaryIO:
-        """A picture that is a file."""
+        """An image that is a file."""
         table, _, path = key.removeprefix(AT).partition(":")
         return at(resolved(path, root_of(self.config, self.files[int(table)]))).open()

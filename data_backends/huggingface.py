@@ -19,7 +19,7 @@ from pydantic import Field, field_validator
 from ..core.data.index.index import FILTERED
 from ..core.data.tables.columns import Row, value_of
 from ..core.errors import BadValue
-from ..core.plugin_api.backend import DataBackend, Passage, SampleBackend, SampleChunk
+from ..core.plugin_api.backend import DataBackend, SampleBackend, SampleChunk, SequentialChunk
 from ..core.plugin_api.hookspecs import hookimpl
 from ..core.settings.dataset_settings import ColumnSettings
 from ..core.settings.types import HubOrPath, LocalPath
@@ -31,13 +31,13 @@ from ._hf_source import Source
 CHUNK = 512
 """Samples that are handed on at a time."""
 GROUP = 16
-"""Pictures of a stream that are handed on at a time."""
+"""Images of a stream that are handed on at a time."""
 HUB_PATH = re.compile(r"hf://datasets/[^@]+@[^/]+/(?P<key>.+)")
 SNAPSHOT = re.compile(r".*/snapshots/[0-9a-f]+/(?P<key>.+)")
 
 
 def probe(stream: BinaryIO) -> tuple[int, int]:
-    """Upright width and height by the header; Pillow is imported when the first picture is looked at."""
+    """Upright width and height by the header; Pillow is imported when the first image is looked at."""
     from ..core.data.samples import images
 
     return images.probe(stream)
@@ -55,7 +55,7 @@ class HuggingFaceBackend(SampleBackend):
         """Which dataset, and what its columns mean."""
 
         dataset_name: HubOrPath
-        """Hub id; or a folder or file of this machine (Parquet, Arrow, JSON, CSV, tars, pictures with metadata,
+        """Hub id; or a folder or file of this machine (Parquet, Arrow, JSON, CSV, tars, images with metadata,
         `save_to_disk`); or the name of a format, with data_files."""
         dataset_config: str | None = None
         """Configuration of the dataset, where it has several."""
@@ -67,7 +67,7 @@ class HuggingFaceBackend(SampleBackend):
         revision: str = "main"
         """Branch, tag or commit on the hub. Once all is cached, a commit (40 digits) is not asked for on the hub."""
         image_column: str | None = None
-        """Column of the pictures. Absent: `image`, else the only column of pictures."""
+        """Column of the images. Absent: `image`, else the only column of images."""
         streaming: bool = False
         """Read the dataset in its order without downloading it, once for sizes and captions and once for latents."""
         filter_func: dict[str, Any] = Field(default_factory=dict)
@@ -105,10 +105,10 @@ class HuggingFaceBackend(SampleBackend):
         if not self.source.on_hub:
             self.identity()
 
-    def check_samples(self, *, pictures: bool, captions: bool) -> None:
+    def check_samples(self, *, images: bool, captions: bool) -> None:
         """On this machine, the columns are there. Raises BadValue."""
         if not self.source.on_hub:
-            Layout.of(self.config, self.source.features, pictures=pictures, captions=captions)
+            Layout.of(self.config, self.source.features, images=images, captions=captions)
 
     def identity(self) -> str:
         """The dataset as the library knows it, and the keys that choose samples of it."""
@@ -124,18 +124,16 @@ class HuggingFaceBackend(SampleBackend):
 
     @cached_property
     def _version(self) -> str:
-        """Of pictures that are not looked at: they may have changed whenever the dataset has."""
+        """Of images that are not looked at: they may have changed whenever the dataset has."""
         return blake2b(self.source.identity().encode(), digest_size=16).hexdigest()
 
     @cached_property
     def _layout(self) -> Layout:
-        return Layout.of(self.config, self.source.features, pictures=True, captions=False)
+        return Layout.of(self.config, self.source.features, images=True, captions=False)
 
-    def samples(self, *, pictures: bool = True) -> Iterator[SampleChunk]:
-        """All rows in their order; without pictures the columns of pictures are not read."""
-        layout = (
-            self._layout if pictures else Layout.of(self.config, self.source.features, pictures=False, captions=True)
-        )
+    def samples(self, *, images: bool = True) -> Iterator[SampleChunk]:
+        """All rows in their order; without images the columns of images are not read."""
+        layout = self._layout if images else Layout.of(self.config, self.source.features, images=False, captions=True)
         return self._samples(layout, "")
 
     def samples_after(self, resume: str) -> Iterator[SampleChunk]:
@@ -143,8 +141,8 @@ class HuggingFaceBackend(SampleBackend):
         return self._samples(self._layout, resume)
 
     def _samples(self, layout: Layout, resume: str) -> Iterator[SampleChunk]:
-        rows = self.source.walk(layout.columns, layout.image if layout.looks_at_pictures else None, resume)
-        # a row at a time: its picture is let go before the next one comes
+        rows = self.source.scan(layout.columns, layout.image if layout.looks_at_images else None, resume)
+        # a row at a time: its image is let go before the next one comes
         seen = ((self._sample(layout, number, row), mark) for number, row, mark in rows)
         while taken := list(islice(seen, CHUNK)):
             columns = zip(*(sample.columns() for sample, _ in taken), strict=True)
@@ -166,16 +164,16 @@ class HuggingFaceBackend(SampleBackend):
         return sample
 
     def _look_at(self, layout: Layout, row: Row, sample: Sample) -> None:
-        """Size, version and width and height of a picture. Raises ValueError when it cannot be used."""
+        """Size, version and width and height of an image. Raises ValueError when it cannot be used."""
         sample.width, sample.height = layout.size(row)
-        if not layout.looks_at_pictures:
+        if not layout.looks_at_images:
             sample.version = self._version
             if not sample.width and self.in_order:
                 raise ValueError(f"{' or '.join(layout.sizes or ())} holds no size")
             return
         from ..core.data.samples.images import BrokenImage
 
-        found = self._picture(row[layout.image or ""])
+        found = self._image(row[layout.image or ""])
         if isinstance(found, bytes):
             sample.size, sample.version = len(found), blake2b(found, digest_size=16).hexdigest()
         else:
@@ -191,10 +189,10 @@ class HuggingFaceBackend(SampleBackend):
         except (FileNotFoundError, PermissionError) as error:
             raise ValueError(error.strerror or str(error)) from error
 
-    # -- pictures ---------------------------------------------------------------------------------------------------
+    # -- images ---------------------------------------------------------------------------------------------------
 
-    def _picture(self, value: object) -> bytes | str:
-        """A picture's bytes, or the path or URL where they are. Raises ValueError when there is none."""
+    def _image(self, value: object) -> bytes | str:
+        """An image's bytes, or the path or URL where they are. Raises ValueError when there is none."""
         path: object = None
         if isinstance(value, Mapping):
             value, path = value.get("bytes"), value.get("path")
@@ -203,7 +201,7 @@ class HuggingFaceBackend(SampleBackend):
         if isinstance(value, bytes):
             return value
         if value is not None or not isinstance(path, str):
-            raise ValueError("it has no picture" if value is None else f"its picture is {type(value).__name__}")
+            raise ValueError("it has no image" if value is None else f"its image is {type(value).__name__}")
         return self._place(path)
 
     def _place(self, path: str) -> str:
@@ -222,13 +220,13 @@ class HuggingFaceBackend(SampleBackend):
         return path
 
     def _opened(self, found: bytes | str) -> BinaryIO:
-        """The bytes of a picture. Raises FileNotFoundError, PermissionError; OutOfReach for a place in the network."""
+        """The bytes of an image. Raises FileNotFoundError, PermissionError; OutOfReach for a place in the network."""
         if isinstance(found, bytes):
             return io.BytesIO(found)
         return self.source.fetched(found) if "://" in found else Path(found).open("rb")
 
     def _key(self, layout: Layout, number: int, row: Row) -> str:
-        """The sample's name: of its column, else of its picture's path, else its row's number."""
+        """The sample's name: of its column, else of its image's path, else its row's number."""
         name = value_of(row, layout.name) if layout.name is not None else None
         if name is not None:
             return str(name)
@@ -237,7 +235,7 @@ class HuggingFaceBackend(SampleBackend):
         return self._relative(path) if isinstance(path, str) and path else f"{number:09d}"
 
     def _relative(self, path: str) -> str:
-        """A picture's path within its dataset."""
+        """An image's path within its dataset."""
         for pattern in (HUB_PATH, SNAPSHOT):
             match = pattern.fullmatch(path)
             if match is not None:
@@ -248,30 +246,30 @@ class HuggingFaceBackend(SampleBackend):
         return PurePosixPath(path).name if "://" in path or path.startswith("/") else os.path.normpath(path)
 
     @cached_property
-    def _pictures(self) -> Any:
+    def _images(self) -> Any:
         assert self._layout.image is not None
         return self.source.table([self._layout.image], self._layout.image)
 
     def open(self, key: str) -> BinaryIO:
-        """The picture of one row."""
+        """The image of one row."""
         try:
-            found = self._picture(self._pictures[int(key)][self._layout.image])
-        except (ValueError, IndexError) as error:  # no picture there; no such row any more
+            found = self._image(self._images[int(key)][self._layout.image])
+        except (ValueError, IndexError) as error:  # no image there; no such row any more
             raise FileNotFoundError(str(error)) from error
         return self._opened(found)
 
-    def passing(self, resume: str = "") -> Generator[Passage, None, None]:
-        """Pictures of a stream; nothing else of it is read."""
+    def sequential(self, resume: str = "") -> Generator[SequentialChunk, None, None]:
+        """Images of a stream; nothing else of it is read."""
         image = self._layout.image
         assert image is not None
-        rows = self.source.walk([image], image, resume)
+        rows = self.source.scan([image], image, resume)
         while taken := list(islice(rows, GROUP)):
             openers = [partial(self._open_value, row[image]) for _, row, _ in taken]
-            yield Passage([number for number, _, _ in taken], openers, taken[-1][0] + 1, taken[-1][2]())
+            yield SequentialChunk([number for number, _, _ in taken], openers, taken[-1][0] + 1, taken[-1][2]())
 
     def _open_value(self, value: object) -> BinaryIO:
         try:
-            return self._opened(self._picture(value))
+            return self._opened(self._image(value))
         except ValueError as error:
             raise FileNotFoundError(str(error)) from error
 

@@ -22,7 +22,7 @@ KINDS = (
     (stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"), (stat.S_ISCHR, "a device"),
     (stat.S_ISBLK, "a device"),
 )  # fmt: skip
-"""What may bear a picture's name, is no file, and would be waited for without end."""
+"""What may bear an image's name, is no file, and would be waited for without end."""
 
 
 class LocalBackend(DataBackend):
@@ -38,7 +38,7 @@ class LocalBackend(DataBackend):
         """Where the folder or the file is."""
 
         instance_data_dir: PathOrUrl | None = None
-        """The folder with the pictures (a relative path is relative to the file that names it)."""
+        """The folder with the images (a relative path is relative to the file that names it)."""
         prompts_file: LocalPath | None = None
         """For `prompts`, instead of a folder of .txt files: one .txt, .json, .jsonl, .csv or .parquet file."""
 
@@ -70,7 +70,7 @@ class LocalBackend(DataBackend):
                 remedy = "set type to the kind of place that it is (s3), or keep a table of URLs (type csv)"
                 raise BadValue("instance_data_dir", place, "is a URL, and type local reads folders", remedy)
             problem = "is a file, not a folder" if self.root.exists() else "does not exist"
-            remedy = "give the folder of the pictures (of prompts, .txt files): --set data.<id>.instance_data_dir=DIR"
+            remedy = "give the folder of the images (of prompts, .txt files): --set data.<id>.instance_data_dir=DIR"
             raise BadValue("instance_data_dir", place, problem, remedy)
 
     @property
@@ -97,7 +97,7 @@ class LocalBackend(DataBackend):
             what = "is a file" if self.root.exists() else "does not exist"
             raise UserError(
                 f"instance_data_dir = {str(self.root)!r} {what}",
-                "give the folder that holds the pictures (a relative path is relative to the file that names it)",
+                "give the folder that holds the images (a relative path is relative to the file that names it)",
             )
         try:
             above, levels = [_identity(self.root)], [("", _sorted_names(self.root))]

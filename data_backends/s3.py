@@ -32,7 +32,7 @@ class S3Backend(DataBackend):
         aws_bucket_name: str = Field(min_length=1)
         """Name of the bucket."""
         aws_data_prefix: str = ""
-        """The folder in the bucket, as `pictures/cats`; empty: all of it."""
+        """The folder in the bucket, as `images/cats`; empty: all of it."""
         aws_prompts_file: str | None = None
         """For `prompts`: the one object with them, below aws_data_prefix (.txt, .json, .jsonl, .csv or .parquet);
         absent: all .txt objects."""

@@ -1,4 +1,4 @@
-"""Tables with a picture in each row: comma separated values, JSON lines, Parquet."""
+"""Tables with an image in each row: comma separated values, JSON lines, Parquet."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Annotated, BinaryIO
 from pydantic import BeforeValidator, Field
 
 from ..core.data.tables.readers import CsvTable, JsonLinesTable, ParquetTable
-from ..core.plugin_api.backend import DataBackend, Passage, SampleChunk
+from ..core.plugin_api.backend import DataBackend, SampleChunk, SequentialChunk
 from ..core.plugin_api.hookspecs import hookimpl
 from ..core.settings.types import PathOrUrl, one_or_many
 from ._row_groups import KEPT_BYTES, RowGroups
 from ._rows import Layout
 from ._table_backend import TableBackend, TableSettings
 
-Places = Annotated[tuple[PathOrUrl, ...], Field(min_length=1), BeforeValidator(one_or_many)]
+Locations = Annotated[tuple[PathOrUrl, ...], Field(min_length=1), BeforeValidator(one_or_many)]
 
 
 def _aliases(kind: str) -> Mapping[str, str]:
@@ -25,7 +25,7 @@ def _aliases(kind: str) -> Mapping[str, str]:
 
 
 class CsvBackend(TableBackend):
-    """Rows of .csv (or .tsv) tables, with the path or URL of a picture in each."""
+    """Rows of .csv (or .tsv) tables, with the path or URL of an image in each."""
 
     name = "csv"
     table, suffixes, file_key = CsvTable, (".csv", ".tsv"), "csv_file"
@@ -34,7 +34,7 @@ class CsvBackend(TableBackend):
     class Config(TableSettings):
         """Where the tables are, and what stands in which column."""
 
-        csv_file: Places
+        csv_file: Locations
         """One or several: a file, a folder of them, a glob or a brace range `{000..012}`, here or as a URL."""
 
     @property
@@ -44,7 +44,7 @@ class CsvBackend(TableBackend):
 
 
 class JsonLinesBackend(TableBackend):
-    """Rows of .jsonl tables, an object on each line, with the path or URL of a picture in each."""
+    """Rows of .jsonl tables, an object on each line, with the path or URL of an image in each."""
 
     name = "jsonl"
     table, suffixes, file_key = JsonLinesTable, (".jsonl", ".ndjson"), "jsonl_file"
@@ -53,7 +53,7 @@ class JsonLinesBackend(TableBackend):
     class Config(TableSettings):
         """Where the tables are, and what stands in which column."""
 
-        jsonl_file: Places
+        jsonl_file: Locations
         """One or several: a file, a folder of them, a glob or a brace range `{000..012}`, here or as a URL."""
 
     @property
@@ -63,7 +63,7 @@ class JsonLinesBackend(TableBackend):
 
 
 class ParquetBackend(TableBackend):
-    """Rows of .parquet tables, with a picture, or the path or URL of one, in each."""
+    """Rows of .parquet tables, with an image, or the path or URL of one, in each."""
 
     name = "parquet"
     table, suffixes, file_key = ParquetTable, (".parquet",), "parquet_file"
@@ -72,7 +72,7 @@ class ParquetBackend(TableBackend):
     class Config(TableSettings):
         """Where the tables are, and what stands in which column."""
 
-        parquet_file: Places
+        parquet_file: Locations
         """One or several: a file, a folder of them, a glob or a brace range `{000..012}`, here or as a URL."""
 
     @property
@@ -82,30 +82,30 @@ class ParquetBackend(TableBackend):
 
     @cached_property
     def _groups(self) -> RowGroups | None:
-        """Where pictures lie inside the tables; None where they are files."""
+        """Where images lie inside the tables; None where they are files."""
         table = self._table(self.files[0])
-        column = Layout.of(table.columns(), self.config, pictures=True).picture
+        column = Layout.of(table.columns(), self.config, images=True).image
         assert column is not None
         return RowGroups(self.file_key, self.files, column) if table.holds_bytes(column) else None
 
     @property
     def in_order(self) -> bool:
-        """Whether there are more pictures inside the tables than fit into memory."""
+        """Whether there are more images inside the tables than fit into memory."""
         return self._groups is not None and self._groups.num_bytes > KEPT_BYTES
 
-    def samples(self, *, pictures: bool = True) -> Iterator[SampleChunk]:
+    def samples(self, *, images: bool = True) -> Iterator[SampleChunk]:
         """Every row of every table. Raises BadValue where row groups are too large to be read again."""
-        if pictures:
+        if images:
             _ = self._groups
-        yield from super().samples(pictures=pictures)
+        yield from super().samples(images=images)
 
-    def passing(self, resume: str = "") -> Generator[Passage, None, None]:
-        """All pictures inside the tables, a row group at a time."""
+    def sequential(self, resume: str = "") -> Generator[SequentialChunk, None, None]:
+        """All images inside the tables, a row group at a time."""
         assert self._groups is not None
-        yield from self._groups.passing(resume)
+        yield from self._groups.sequential(resume)
 
     def open(self, key: str) -> BinaryIO:
-        """A picture inside a table by its row, or one that is a file."""
+        """An image inside a table by its row, or one that is a file."""
         if key.isdecimal():
             assert self._groups is not None
             return self._groups.open(int(key))

@@ -1,4 +1,4 @@
-"""Shards of tar archives: pictures, each with its caption beside it under the same name (the WebDataset layout)."""
+"""Shards of tar archives: images, each with its caption beside it under the same name (the WebDataset layout)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pydantic import BeforeValidator, Field
 
 from ..core.data.samples.captions import read_text
 from ..core.data.tables.columns import CAPTIONS, CaptionColumns, Columns, Row, edge_of, names_in, value_of
-from ..core.data.tables.locations import Located, identity_of, locate
+from ..core.data.tables.locations import Location, identity_of, locate
 from ..core.errors import BadValue
 from ..core.plugin_api.backend import DataBackend, SampleBackend, SampleChunk
 from ..core.plugin_api.hookspecs import hookimpl
@@ -34,7 +34,7 @@ LARGEST_TEXT = 2**20
 
 
 class WebDatasetBackend(SampleBackend):
-    """Pictures in .tar shards, each with a .txt or a .json of the same name. A sample's name is its picture's."""
+    """Images in .tar shards, each with a .txt or a .json of the same name. A sample's name is its image's."""
 
     name = "webdataset"
 
@@ -50,7 +50,7 @@ class WebDatasetBackend(SampleBackend):
         return ", ".join(self.config.shards)
 
     @cached_property
-    def files(self) -> Sequence[Located]:
+    def files(self) -> Sequence[Location]:
         """The shards. Raises BadValue where there is none."""
         return locate("shards", self.config.shards, (".tar",))
 
@@ -58,29 +58,29 @@ class WebDatasetBackend(SampleBackend):
         """Names, sizes and versions of the shards, and what is read in them."""
         return identity_of(self.files, self.config.model_dump(mode="json", exclude={"shards"}))
 
-    def check_samples(self, *, pictures: bool, captions: bool) -> None:
+    def check_samples(self, *, images: bool, captions: bool) -> None:
         """The first shard is there and is an archive, unless only the network could say so."""
-        del pictures, captions
+        del images, captions
         if any(map(is_remote, self.config.shards)):
             return
         with self.files[0].open() as stream:
             try:
                 next(members(stream, self.files[0].size), None)
             except Damaged as error:
-                remedy = "give .tar archives that are whole (a picture and its .txt or .json side by side)"
+                remedy = "give .tar archives that are whole (an image and its .txt or .json side by side)"
                 raise BadValue("shards", self.files[0].place, str(error), remedy) from error
 
-    def samples(self, *, pictures: bool = True) -> Iterator[SampleChunk]:
-        """All shards, some at a time; pictures are hashed and their headers read."""
+    def samples(self, *, images: bool = True) -> Iterator[SampleChunk]:
+        """All shards, some at a time; images are hashed and their headers read."""
 
         def scan(number: int) -> list[Sample]:
-            return Shard(number, self.files[number], self.config, pictures=pictures).samples()
+            return Shard(number, self.files[number], self.config, images=images).samples()
 
         for found in _several(scan, range(len(self.files))):
             yield chunk_of(found)
 
     def open(self, key: str) -> BinaryIO:
-        """A picture's bytes: that part of its shard is read, and no other."""
+        """An image's bytes: that part of its shard is read, and no other."""
         shard, offset, size = map(int, key.split(":"))
         data = self.files[shard].read(offset, size)
         if len(data) != size:
@@ -118,14 +118,14 @@ class Shard:
         number: Among all.
         file: Where it is.
         config: The columns of .json members.
-        pictures: Whether pictures are read.
+        images: Whether images are read.
     """
 
-    def __init__(self, number: int, file: Located, config: Any, *, pictures: bool) -> None:
-        self.number, self.file, self.config, self.pictures = number, file, config, pictures
+    def __init__(self, number: int, file: Location, config: Any, *, images: bool) -> None:
+        self.number, self.file, self.config, self.images = number, file, config, images
 
     def samples(self) -> list[Sample]:
-        """Its pictures (or, without pictures, whatever has a caption); behind them what is wrong with the archive."""
+        """Its images (or, without images, whatever has a caption); behind them what is wrong with the archive."""
         found: list[Sample] = []
         groups: dict[str, _Group] = {}
         damage = []
@@ -134,10 +134,10 @@ class Shard:
                 for member in members(stream, self.file.size):
                     self._take(member, stream, found, groups)
             except Damaged as error:
-                damage = [Sample(self.file.name, problem=f"{error}; {len(found):,} pictures before that are used")]
-        if not self.pictures:
-            pictured = {_stem(sample.key) for sample in found}
-            found += [Sample(name) for name in groups if name not in pictured]
+                damage = [Sample(self.file.name, problem=f"{error}; {len(found):,} images before that are used")]
+        if not self.images:
+            shown = {_stem(sample.key) for sample in found}
+            found += [Sample(name) for name in groups if name not in shown]
         return [*(self._captioned(sample, groups) for sample in found), *damage]
 
     def _take(self, member: Member, stream: BinaryIO, found: list[Sample], groups: dict[str, _Group]) -> None:
@@ -148,7 +148,7 @@ class Shard:
             return
         suffix = path.suffix.lower()
         if suffix[1:] in SUFFIXES:
-            found.append(self._picture(member, stream) if self.pictures else Sample(member.name))
+            found.append(self._image(member, stream) if self.images else Sample(member.name))
         elif suffix in (TEXT, JSON):
             group = groups.setdefault(_stem(member.name), _Group())
             stream.seek(member.offset)
@@ -158,7 +158,7 @@ class Shard:
             else:
                 group.record = data
 
-    def _picture(self, member: Member, stream: BinaryIO) -> Sample:
+    def _image(self, member: Member, stream: BinaryIO) -> Sample:
         from ..core.data.samples.images import BrokenImage, probe
 
         stream.seek(member.offset)

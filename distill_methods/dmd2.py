@@ -1,7 +1,7 @@
 r"""Improved distribution matching distillation: the student's samples are to be distributed as the teacher's.
 
 A second network, the fake score, learns to denoise what the student makes. Where it and the teacher disagree, the
-student's distribution differs from the teacher's, and the difference says where to move each sample. No picture is
+student's distribution differs from the teacher's, and the difference says where to move each sample. No image is
 needed, and no path of the teacher is followed.
 
 One training step, with the student's times t_1 > ... > t_N (999, 749, 499, 249 for N = 4):
@@ -18,7 +18,7 @@ One training step, with the student's times t_1 > ... > t_N (999, 749, 499, 249 
                                               + discriminator_weight (what the heads minimise)
     heads, every step:         L = discriminator_weight (softplus(-l(real_t)) + softplus(l(x_t)))
 
-with logits l of small heads on the first half of the fake-score network; pictures (real) are needed for these alone.
+with logits l of small heads on the first half of the fake-score network; images (real) are needed for these alone.
 "5:1" counts optimizer steps of the run: each is one of the fake score, and the last of five is one of the student too,
 on the same samples, made before it.
 
@@ -51,21 +51,21 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from ..core.diffusion import FlowSchedule, Prediction, Schedule, append_dims, guide
+from ..core.diffusion import FlowSchedule, Prediction, Schedule, append_dims, classifier_free_guidance
 from ..core.diffusion.adversarial import discriminator_loss, generator_loss
 from ..core.diffusion.distribution_matching import (
     Divergence,
     DivergenceWeights,
     augmentation_gradient,
     denoising_target,
-    matching_gradient,
-    matching_loss,
+    distribution_matching_gradient,
+    distribution_matching_loss,
     sid_loss,
 )
-from ..core.diffusion.multistep import multistep_sampler, told_time
+from ..core.diffusion.multistep import multistep_sampler, one_step_timestep
 from ..core.diffusion.regression import distance
 from ..core.diffusion.sampler import Sampler
-from ..core.diffusion.solvers import trailing_walk
+from ..core.diffusion.solvers import trailing_timesteps
 from ..core.diffusion.weights import Weight, ever_positive, weight_at
 from ..core.plugin_api.batch import Batch
 from ..core.plugin_api.context import Context
@@ -84,7 +84,7 @@ class DMD2(Method):
         model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
         num_inference_steps: int = Field(4, ge=1, le=50)
-        """N, the calls of the student that make a picture, in training and when it is used."""
+        """N, the calls of the student that make an image, in training and when it is used."""
         one_step_time: int | None = Field(None, ge=1)
         """Timestep (of the model's training timesteps) that a student of one step is told; None: 399, on a flow 1."""
         guidance_scale: float = Field(8.0, ge=1, le=100)
@@ -104,15 +104,15 @@ class DMD2(Method):
         sid_alpha: float = Field(1.0, ge=0, le=2)
         """a of the loss sid; 1 and 1.2 are the paper's."""
         divergence: Divergence = "reverse_kl"
-        """What is to become small; all but reverse_kl weigh samples by the heads' density ratio and need pictures."""
+        """What is to become small; all but reverse_kl weigh samples by the heads' density ratio and need images."""
         max_density_ratio: float = Field(10.0, gt=1, le=1e4)
         """The heads' density ratio is kept between this and one over this."""
         gan_weight: Weight = 0.0
-        """Weight of the adversarial term of the student; above 0 it needs pictures. The paper's is 5e-3."""
+        """Weight of the adversarial term of the student; above 0 it needs images. The paper's is 5e-3."""
         discriminator_weight: Weight = 1e-2
         """Weight of the heads' loss, in their own update and in the fake score's."""
         adapt_features: bool = True
-        """Whether the fake score, whose features the heads read, learns to tell pictures from samples as well."""
+        """Whether the fake score, whose features the heads read, learns to tell images from samples as well."""
         fake_score_learning_rate: float | None = Field(None, gt=0, le=1)
         """Learning rate of the fake score; None is the run's."""
         discriminator_learning_rate: float | None = Field(None, gt=0, le=1)
@@ -120,7 +120,7 @@ class DMD2(Method):
 
         @property
         def discriminates(self) -> bool:
-            """Whether there are heads, and pictures for them."""
+            """Whether there are heads, and images for them."""
             return ever_positive(self.gan_weight) or self.divergence != "reverse_kl"
 
         @model_validator(mode="after")
@@ -162,8 +162,8 @@ class DMD2(Method):
 
     @classmethod
     def requires(cls, config: Any, setup: MethodSetup) -> Requirements:
-        """A finite x0 everywhere; pictures and features where there are heads."""
-        return Requirements(pictures=config.discriminates, features=config.discriminates, finite_snr=True)
+        """A finite x0 everywhere; images and features where there are heads."""
+        return Requirements(images=config.discriminates, features=config.discriminates, finite_snr=True)
 
     def updates(self, context: Context, batch: Batch, step: int) -> Iterator[Update]:
         """The student on its turn, then the fake score, then the heads, all on the same samples."""
@@ -171,7 +171,7 @@ class DMD2(Method):
         sample = self._simulate(context, batch, with_gradient=turn)
         if turn:
             yield self._student(context, batch, sample)
-            self._weights.settle(context.average)  # of all micro-batches by now
+            self._weights.update(context.average)  # of all micro-batches by now
         x = sample.x.detach()
         del sample
         if not self.config.discriminates:
@@ -186,7 +186,7 @@ class DMD2(Method):
     def _simulate(self, context: Context, batch: Batch, *, with_gradient: bool) -> _Sample:
         """Samples of the student as it will be used, ended after a random number of its calls."""
         count = self.config.num_inference_steps
-        calls = 1 + context.draws.shared_integer("calls", count)
+        calls = 1 + context.rng.shared_integer("calls", count)
         x, times = _noise(context, batch, "start"), self._times(context.schedule, count)[:calls]
         dtype = torch.float64 if context.schedule.clean_at_zero else torch.int64
         each = [torch.full((len(batch),), time, dtype=dtype, device=context.device) for time in times]
@@ -196,7 +196,7 @@ class DMD2(Method):
 
     def _student(self, context: Context, batch: Batch, sample: _Sample) -> Update:
         """Move the samples to where the teacher has more of them and the fake score fewer."""
-        losses, t = (self._sid if self.config.loss == "sid" else self._matching)(context, batch, sample)
+        losses, t = (self._sid if self.config.loss == "sid" else self._distribution_matching)(context, batch, sample)
         calls = torch.full((), float(sample.calls), device=losses.device)
         metrics = {"matching": losses.detach().mean(), "simulated_calls": calls}
         weight = weight_at(self.config.gan_weight, context.step)
@@ -206,36 +206,36 @@ class DMD2(Method):
             losses = losses + weight * adversarial
         return Update("student", losses.mean(), metrics, per_sample=losses.detach(), t=t)
 
-    def _matching(self, context: Context, batch: Batch, sample: _Sample) -> tuple[Tensor, Tensor]:
+    def _distribution_matching(self, context: Context, batch: Batch, sample: _Sample) -> tuple[Tensor, Tensor]:
         """Losses (B,) whose gradient is the gap of the denoised samples, and the times of comparison."""
         config, x = self.config, sample.x.detach()
         decoupled = config.guidance == "decoupled"
-        share = context.draws.uniform("matching/time", config.min_time, config.max_time)
+        share = context.rng.uniform("matching/time", config.min_time, config.max_time)
         with torch.no_grad():
             x_t, t = _noised(context, batch, x, share, "matching")
             fake = _x0(context.predict("fake_score", x_t, t, batch.cond))
             real = self._real(context, batch, x_t, t, scale=1.0 if decoupled else config.guidance_scale)
-            gradient = matching_gradient(x, real, fake, normalise=config.normalise)
+            gradient = distribution_matching_gradient(x, real, fake, normalise=config.normalise)
             if config.divergence != "reverse_kl":
                 gradient = gradient * append_dims(self._ratio_weights(context, batch, x_t, t, share), gradient)
             if decoupled:
                 gradient = gradient + self._augmentation(context, batch, x, highest=sample.share)
-        return matching_loss(sample.x, gradient), t
+        return distribution_matching_loss(sample.x, gradient), t
 
     def _real(self, context: Context, batch: Batch, x_t: Tensor, t: Tensor, *, scale: float) -> Tensor:
         """D_real at `x_t`, guided."""
         if scale == 1:
             return _x0(context.predict("teacher", x_t, t, batch.cond))
-        cond, uncond = (_exact(half) for half in context.with_and_without("teacher", x_t, t, batch.cond))
-        return guide(cond, uncond, torch.full_like(t, scale, dtype=torch.float64)).x0
+        cond, uncond = (_exact(half) for half in context.predict_cond_uncond("teacher", x_t, t, batch.cond))
+        return classifier_free_guidance(cond, uncond, torch.full_like(t, scale, dtype=torch.float64)).x0
 
     def _augmentation(self, context: Context, batch: Batch, x: Tensor, *, highest: float) -> Tensor:
         """What guidance adds, at noise below that of the student's last call: above it all is decided already."""
         config = self.config
         high = max(config.min_time, min(config.max_time, highest))
-        share = context.draws.uniform("augmentation/time", config.min_time, high)
+        share = context.rng.uniform("augmentation/time", config.min_time, high)
         x_t, t = _noised(context, batch, x, share, "augmentation")
-        cond, uncond = (_x0(half) for half in context.with_and_without("teacher", x_t, t, batch.cond))
+        cond, uncond = (_x0(half) for half in context.predict_cond_uncond("teacher", x_t, t, batch.cond))
         return augmentation_gradient(x, cond, uncond, scale=config.guidance_scale, normalise=config.normalise)
 
     def _ratio_weights(self, context: Context, batch: Batch, x_t: Tensor, t: Tensor, share: Tensor) -> Tensor:
@@ -246,50 +246,50 @@ class DMD2(Method):
     def _sid(self, context: Context, batch: Batch, sample: _Sample) -> tuple[Tensor, Tensor]:
         """The loss of score identity distillation (B,), through both denoisers, and the times of comparison."""
         config, x = self.config, sample.x
-        share = context.draws.uniform("matching/time", config.min_time, config.max_time)
+        share = context.rng.uniform("matching/time", config.min_time, config.max_time)
         x_t, t = _noised(context, batch, x, share, "matching")
         fake = _x0(context.predict("fake_score", x_t, t, batch.cond))
         real = self._real(context, batch, x_t, t, scale=config.guidance_scale)
         return sid_loss(x, real, fake, alpha=config.sid_alpha, normalise=config.normalise), t
 
     def _adversarial(self, context: Context, batch: Batch, x: Tensor) -> Tensor:
-        """How far the samples (B, ...) are from passing for pictures, shape (B,)."""
-        x_t, t = _noised(context, batch, x, context.draws.uniform("adversarial/time"), "adversarial")
+        """How far the samples (B, ...) are from passing for images, shape (B,)."""
+        x_t, t = _noised(context, batch, x, context.rng.uniform("adversarial/time"), "adversarial")
         features = context.features("fake_score", x_t, t, batch.cond)
         return generator_loss(context.logits("discriminator", features), kind="softplus")
 
     # -- what follows the student -----------------------------------------------------------------------------------
 
     def _fake_score(self, context: Context, batch: Batch, x: Tensor, *, features: Sequence[Tensor]) -> Update:
-        """Learn to denoise the samples `x`, and to see what sets them apart from pictures."""
-        eps, t = _noise(context, batch, "fake"), _time_at(context.schedule, context.draws.uniform("fake/time"))
+        """Learn to denoise the samples `x`, and to see what sets them apart from images."""
+        eps, t = _noise(context, batch, "fake"), _time_at(context.schedule, context.rng.uniform("fake/time"))
         prediction = context.predict("fake_score", context.schedule.add_noise(x, eps, t), t, batch.cond)
-        target = denoising_target(prediction.kind, x, eps, t, context.schedule)
+        target = denoising_target(prediction.prediction_type, x, eps, t, context.schedule)
         losses = distance(prediction.output.to(target.dtype), target, loss_type="l2", huber_c=0.0)
         metrics = {"fake_score/denoising": losses.detach().mean()}
         if features and self.config.adapt_features:
-            apart = self._apart(context, features)[0]
+            apart = self._discriminator_loss(context, features)[0]
             losses = losses + weight_at(self.config.discriminator_weight, context.step) * apart
         return Update("fake_score", losses.mean(), metrics, per_sample=losses.detach(), t=t)
 
     def _features(self, context: Context, batch: Batch, x: Tensor) -> list[Tensor]:
-        """Features of noised pictures, then of noised samples, each (2 B, C_k, h_k, w_k)."""
+        """Features of noised images, then of noised samples, each (2 B, C_k, h_k, w_k)."""
         assert batch.latents is not None
-        draws, pictures = context.draws, batch.latents
-        real, t_real = _noised(context, batch, pictures, draws.uniform("real/time"), "real")
-        fake, t_fake = _noised(context, batch, x, draws.uniform("sample/time"), "sample")
+        rng, images = context.rng, batch.latents
+        real, t_real = _noised(context, batch, images, rng.uniform("real/time"), "real")
+        fake, t_fake = _noised(context, batch, x, rng.uniform("sample/time"), "sample")
         cond = {name: torch.cat([value, value]) for name, value in batch.cond.items()}
         with torch.set_grad_enabled(self.config.adapt_features):
             return context.features("fake_score", torch.cat([real, fake]), torch.cat([t_real, t_fake]), cond)
 
-    def _apart(self, context: Context, features: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """What the heads minimise (B,), and their logits (B, K) of pictures and samples."""
+    def _discriminator_loss(self, context: Context, features: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """What the heads minimise (B,), and their logits (B, K) of images and samples."""
         real, fake = context.logits("discriminator", features).chunk(2)
         return discriminator_loss(real, fake, kind="softplus"), real, fake
 
     def _discriminator(self, context: Context, features: Sequence[Tensor]) -> Update:
-        """Tell pictures from samples by features that are given."""
-        losses, real, fake = self._apart(context, features)
+        """Tell images from samples by features that are given."""
+        losses, real, fake = self._discriminator_loss(context, features)
         metrics = {
             "discriminator/real": real.detach().sigmoid().mean(),
             "discriminator/fake": fake.detach().sigmoid().mean(),
@@ -302,8 +302,8 @@ class DMD2(Method):
     def _times(self, schedule: Schedule, num_steps: int) -> list[float]:
         """The times of `num_steps` calls, falling: evenly spaced, or where a student of one step is told it is."""
         if num_steps > 1 or self.config.num_inference_steps > 1:
-            return trailing_walk(schedule, num_steps).times.tolist()
-        return [told_time(schedule, self.config.one_step_time, key="distillation_config.dmd2.one_step_time")]
+            return trailing_timesteps(schedule, num_steps).times.tolist()
+        return [one_step_timestep(schedule, self.config.one_step_time, key="distillation_config.dmd2.one_step_time")]
 
     def sampler(
         self, schedule: Schedule, *, num_inference_steps: int | None = None, guidance_scale: float | None = None
@@ -363,7 +363,7 @@ def _noise(context: Context, batch: Batch, name: str) -> Tensor:
     shape = batch.latent_shape if batch.latents is None else batch.latents.shape[1:]
     given = [*batch.cond.values()] if batch.latents is None else [batch.latents]
     wide = any(value.dtype == torch.float64 for value in given)
-    return context.draws.randn(f"{name}/noise", shape).to(torch.float64 if wide else torch.float32)
+    return context.rng.randn(f"{name}/noise", shape).to(torch.float64 if wide else torch.float32)
 
 
 def _time_at(schedule: Schedule, share: Tensor) -> Tensor:

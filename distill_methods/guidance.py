@@ -39,7 +39,7 @@ from ..core.plugin_api.method import Method, MethodSetup, Requirements, Role, Up
 
 
 class Guidance(Method):
-    """Guidance distillation: the pictures of guidance without its second call, at the teacher's number of steps."""
+    """Guidance distillation: the images of guidance without its second call, at the teacher's number of steps."""
 
     name = "guidance"
 
@@ -62,27 +62,27 @@ class Guidance(Method):
         """The base, and a student that takes w where it is trained in full over a range."""
         return [
             Role("teacher"),
-            Role("student", trains=setup.model_type, guidance_embedding=config.is_told(setup.model_type)),
+            Role("student", trains=setup.model_type, guidance_embedding=config.takes_guidance(setup.model_type)),
         ]
 
     @classmethod
     def requires(cls, config: Any, setup: MethodSetup) -> Requirements:
-        """Pictures; a finite x0 everywhere; a guidance input for full training over a range."""
-        return Requirements(guidance_embedding=config.is_told(setup.model_type), finite_snr=True)
+        """Images; a finite x0 everywhere; a guidance input for full training over a range."""
+        return Requirements(guidance_embedding=config.takes_guidance(setup.model_type), finite_snr=True)
 
     def updates(self, context: Context, batch: Batch, step: int) -> Iterator[Update]:
         """One step of algorithm 1 of arXiv 2210.03142."""
         assert batch.latents is not None
-        config, schedule, draws, x_0 = self.config, context.schedule, context.draws, batch.latents
+        config, schedule, rng, x_0 = self.config, context.schedule, context.rng, batch.latents
         times = context.grid(schedule.num_train_timesteps).times
-        t = times[draws.integers("index", len(times))]
-        eps = draws.randn("noise", x_0.shape[1:]).to(x_0.dtype)
+        t = times[rng.integers("index", len(times))]
+        eps = rng.randn("noise", x_0.shape[1:]).to(x_0.dtype)
         x_t = schedule.add_noise(x_0, eps, t)
-        told = config.is_told(self.setup.model_type)
-        scale = draws.uniform("w", *(config.scales if told else (self._middle, self._middle)))
+        told = config.takes_guidance(self.setup.model_type)
+        scale = rng.uniform("w", *(config.scales if told else (self._middle, self._middle)))
 
         with torch.no_grad():
-            target = context.teacher_cfg(x_t, t, batch.cond, scale).x0
+            target = context.predict_guided(x_t, t, batch.cond, scale).x0
         output = context.predict("student", x_t, t, batch.cond, guidance=scale - 1 if told else None).x0
 
         weight = snr_weight(schedule.log_snr(t), config.loss_weight).to(output.dtype)
@@ -101,7 +101,7 @@ class Guidance(Method):
         A student that takes w gets the middle of its range unless another scale of it is asked for; the others have
         their guidance built in, and theirs is off.
         """
-        told = self.config.is_told(self.setup.model_type)
+        told = self.config.takes_guidance(self.setup.model_type)
         guidance = embedded_scale(guidance_scale, self.config.scales) if told else guidance_scale or 0.0
         steps = num_inference_steps or self.config.num_inference_steps
         return deterministic_sampler(schedule, steps, guidance, spacing=None)
@@ -109,7 +109,7 @@ class Guidance(Method):
     def notices(self) -> list[str]:
         """Which guidance the student learns."""
         low, high = self.config.scales
-        if self.config.is_told(self.setup.model_type):
+        if self.config.takes_guidance(self.setup.model_type):
             return [f"guidance: the student takes the guidance scale as an input, {low:g} to {high:g}"]
         line = f"guidance: the student has the guidance scale {self._middle:g} built in"
         return [line + (f", the middle of {low:g} to {high:g}: a LoRA has no input for it" if low < high else "")]

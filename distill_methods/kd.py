@@ -1,16 +1,16 @@
 r"""Knowledge distillation: the student learns where the teacher's sampler ends from each noise it begins with.
 
-A deterministic sampler is a function of its noise. Its pairs (z, x(z)) are made once, before training
+A deterministic sampler is a function of its noise. Its trajectories (z, x(z)) are made once, before training
 (``dataset_type: distillation_cache``), and one step regresses on them:
 
     L = || D_theta(z, T) - x(z) ||^2                                                          one step
 
-With N steps the student also learns from the points that N even steps of the teacher's path begin at,
+With N steps the student also learns from the points that N even steps of the teacher's trajectory begin at,
 
     i ~ U{0 .. N-1},   L = || D_theta(x_{t_i}, t_i) - x(z) ||^2,   x_{t_0} = z                N steps
 
 and is then run with fresh noise between its steps: each denoises to the end of the path through the point it sees. D is
-the network's x_0. No teacher is called in training, and no picture is needed.
+the network's x_0. No teacher is called in training, and no image is needed.
 
 A regression on one noise has one answer, so nothing is averaged but what the student cannot tell apart: unlike a
 regression on data, its minimum is the exact flow map, at the times it is trained at. What a network of finite size
@@ -32,10 +32,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..core.diffusion import Schedule
-from ..core.diffusion.multistep import multistep_sampler, told_time
+from ..core.diffusion.multistep import multistep_sampler, one_step_timestep
 from ..core.diffusion.regression import LossType, distance
 from ..core.diffusion.sampler import Sampler
-from ..core.diffusion.solvers import trailing_walk
+from ..core.diffusion.solvers import trailing_timesteps
 from ..core.errors import UserError
 from ..core.plugin_api.batch import Batch
 from ..core.plugin_api.context import Context
@@ -44,7 +44,7 @@ from ..core.plugin_api.method import Method, MethodSetup, Requirements, Role, Up
 
 
 class KD(Method):
-    """Knowledge distillation on pairs of noise and the teacher's latents: 1 or a few steps, a warm-up for others."""
+    """Knowledge distillation on trajectories of noise and the teacher's latents: 1 or a few steps, a warm-up for others."""
 
     name = "kd"
 
@@ -54,7 +54,7 @@ class KD(Method):
         model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
         num_inference_steps: int = Field(4, ge=1, le=16)
-        """N, the steps of the student: 1 learns from noise alone, more from as many points of the teacher's path."""
+        """N, the steps of the student: 1 learns from noise alone, more from as many points of the teacher's trajectory."""
         one_step_time: int | None = Field(None, ge=1)
         """Timestep (of the model's training timesteps) that a student of one step is told; None: 399, on a flow 1."""
         loss_type: LossType = "l2"
@@ -83,26 +83,26 @@ class KD(Method):
 
     @classmethod
     def requires(cls, config: Any, setup: MethodSetup) -> Requirements:
-        """Paths of the teacher instead of pictures; a finite x0 everywhere."""
-        return Requirements(pictures=False, trajectory_points=config.num_inference_steps, finite_snr=True)
+        """Paths of the teacher instead of images; a finite x0 everywhere."""
+        return Requirements(images=False, trajectory_points=config.num_inference_steps, finite_snr=True)
 
     def updates(self, context: Context, batch: Batch, step: int) -> Iterator[Update]:
         """Regress on the path's end from one of its points."""
-        assert batch.pairs is not None
-        config, pairs = self.config, batch.pairs
-        stride = len(pairs.times) // config.num_inference_steps
-        x_t, t = pairs.at(stride * context.draws.integers("point", config.num_inference_steps))
+        assert batch.trajectories is not None
+        config, trajectories = self.config, batch.trajectories
+        stride = len(trajectories.times) // config.num_inference_steps
+        x_t, t = trajectories.at(stride * context.rng.integers("point", config.num_inference_steps))
         if config.num_inference_steps == 1:
             t = torch.full_like(t, self._times(context.schedule, 1)[0])
-        output = context.predict("student", x_t, t, pairs.cond).x0
-        losses = distance(output, pairs.data, loss_type=config.loss_type, huber_c=config.huber_c)
+        output = context.predict("student", x_t, t, trajectories.cond).x0
+        losses = distance(output, trajectories.data, loss_type=config.loss_type, huber_c=config.huber_c)
         yield Update("student", losses.mean(), per_sample=losses.detach(), t=t)
 
     def _times(self, schedule: Schedule, num_steps: int) -> list[float]:
-        """The times of `num_steps` calls, falling: of the teacher's path, or what a student of one step is told."""
+        """The times of `num_steps` calls, falling: of the teacher's trajectory, or what a student of one step is told."""
         if self.config.num_inference_steps > 1:
-            return trailing_walk(schedule, num_steps).times.tolist()
-        return [told_time(schedule, self.config.one_step_time, key="distillation_config.kd.one_step_time")]
+            return trailing_timesteps(schedule, num_steps).times.tolist()
+        return [one_step_timestep(schedule, self.config.one_step_time, key="distillation_config.kd.one_step_time")]
 
     def sampler(
         self, schedule: Schedule, *, num_inference_steps: int | None = None, guidance_scale: float | None = None

@@ -85,15 +85,15 @@ class LCM(Method):
             return [Role("teacher"), Role("student", trains="lora")]
         return [
             Role("teacher"),
-            Role("student", trains="full", guidance_embedding=config.is_told(setup.model_type)),
+            Role("student", trains="full", guidance_embedding=config.takes_guidance(setup.model_type)),
             Role("target", ema_of="student", ema_decay=0.95),
         ]
 
     @classmethod
     def requires(cls, config: Any, setup: MethodSetup) -> Requirements:
-        """Pictures; equal passes of student and target; a guidance input for a full model's range; a finite x0."""
+        """Images; equal passes of student and target; a guidance input for a full model's range; a finite x0."""
         return Requirements(
-            guidance_embedding=config.is_told(setup.model_type),
+            guidance_embedding=config.takes_guidance(setup.model_type),
             zero_dropout=True,
             divides_timesteps=config.num_ddim_timesteps,
             finite_snr=True,
@@ -104,8 +104,8 @@ class LCM(Method):
         return self.setup.model_type == "lora"
 
     @property
-    def _told(self) -> bool:
-        return self.config.is_told(self.setup.model_type)
+    def _takes_guidance(self) -> bool:
+        return self.config.takes_guidance(self.setup.model_type)
 
     def result_role(self) -> str:
         """The EMA is what full training exports."""
@@ -114,17 +114,17 @@ class LCM(Method):
     def updates(self, context: Context, batch: Batch, step: int) -> Iterator[Update]:
         """One step of algorithm 1 of arXiv 2310.04378."""
         assert batch.latents is not None
-        config, schedule, draws, x_0 = self.config, context.schedule, context.draws, batch.latents
+        config, schedule, rng, x_0 = self.config, context.schedule, context.rng, batch.latents
         grid = context.grid(config.num_ddim_timesteps)
-        i = draws.integers("index", len(grid))
+        i = rng.integers("index", len(grid))
         t, t_prev = grid.times[i], grid.previous[i]
-        eps = draws.randn("noise", x_0.shape[1:]).to(x_0.dtype)
+        eps = rng.randn("noise", x_0.shape[1:]).to(x_0.dtype)
         x_t = schedule.add_noise(x_0, eps, t)
-        scale = draws.uniform("w", *config.scales)
-        w = scale - 1 if self._told else None
+        scale = rng.uniform("w", *config.scales)
+        w = scale - 1 if self._takes_guidance else None
 
         with torch.no_grad():
-            x_prev = context.teacher_cfg(x_t, t, batch.cond, scale).jump(t_prev)
+            x_prev = context.predict_guided(x_t, t, batch.cond, scale).ddim_step(t_prev)
             target_role = "student" if self._lora else "target"
             target = self._f(context.predict(target_role, x_prev, t_prev, batch.cond, guidance=w))
         output = self._f(context.predict("student", x_t, t, batch.cond, guidance=w))
@@ -144,7 +144,7 @@ class LCM(Method):
         """
         steps = num_inference_steps or self.config.num_inference_steps
         check_on_grid(self.name, steps, num_grid_steps=self.config.num_ddim_timesteps)
-        guidance = embedded_scale(guidance_scale, self.config.scales) if self._told else guidance_scale or 0.0
+        guidance = embedded_scale(guidance_scale, self.config.scales) if self._takes_guidance else guidance_scale or 0.0
         if schedule.clean_at_zero:
             sigmas = even_times(schedule, num_steps=steps, num_grid_steps=self.config.num_ddim_timesteps)
             # the grid is shifted already: the scheduler must not do it again

@@ -120,15 +120,15 @@ class MeanFlow(Method):
     @classmethod
     def roles(cls, config: Any, setup: MethodSetup) -> Sequence[Role]:
         """The student takes a second time; a full one takes w as well where w is a range."""
-        full, embedded = setup.model_type == "full", config.is_told(setup.model_type)
+        full, embedded = setup.model_type == "full", config.takes_guidance(setup.model_type)
         trains = "full" if full else "lora"
         return [Role("teacher"), Role("student", trains=trains, guidance_embedding=embedded, second_time=True)]
 
     @classmethod
     def requires(cls, config: Any, setup: MethodSetup) -> Requirements:
-        """Pictures; a second time; equal passes for value and derivative; a finite x0 everywhere."""
+        """Images; a second time; equal passes for value and derivative; a finite x0 everywhere."""
         return Requirements(
-            guidance_embedding=config.is_told(setup.model_type),
+            guidance_embedding=config.takes_guidance(setup.model_type),
             second_time=True,
             zero_dropout=True,
             forward_ad=config.derivative == "exact",
@@ -138,23 +138,23 @@ class MeanFlow(Method):
     def updates(self, context: Context, batch: Batch, step: int) -> Iterator[Update]:
         """One step of algorithm 1 of arXiv 2505.13447, with the teacher's guided velocity."""
         assert batch.latents is not None
-        config, schedule, draws, x_0 = self.config, context.schedule, context.draws, batch.latents
+        config, schedule, rng, x_0 = self.config, context.schedule, context.rng, batch.latents
         t, r = self._times(context)
-        eps = draws.randn("noise", x_0.shape[1:]).to(x_0.dtype)
+        eps = rng.randn("noise", x_0.shape[1:]).to(x_0.dtype)
         x_t = schedule.add_noise(x_0, eps, t)
-        scale = draws.uniform("w", *config.scales)
-        w = scale - 1 if config.is_told(self.setup.model_type) else None
+        scale = rng.uniform("w", *config.scales)
+        w = scale - 1 if config.takes_guidance(self.setup.model_type) else None
 
         def u_theta(x: Tensor, t: Tensor) -> Tensor:
-            return context.predict("student", x, t, batch.cond, guidance=w, r=r).as_kind("flow")
+            return context.predict("student", x, t, batch.cond, guidance=w, r=r).as_type("flow")
 
         with torch.no_grad():
-            guided = context.teacher_cfg(x_t, t, batch.cond, scale)
+            guided = context.predict_guided(x_t, t, batch.cond, scale)
             speed = flow_time_speed(schedule, t)
             tangents = (append_dims(speed, x_t) * guided.velocity, speed)
             derivative = context.jvp(u_theta, (x_t, t), tangents, step=self._difference_step)
             interval = (flow_time(schedule, t) - flow_time(schedule, r)) * self._warmup(step)
-            target = guided.as_kind("flow") - append_dims(interval, x_t) * derivative
+            target = guided.as_type("flow") - append_dims(interval, x_t) * derivative
         error = ((u_theta(x_t, t) - target) ** 2).flatten(1)
 
         squared = error.sum(1)
@@ -164,15 +164,15 @@ class MeanFlow(Method):
 
     def _times(self, context: Context) -> tuple[Tensor, Tensor]:
         """T >= r of shape (B,), float64, in the schedule's units; exactly equal for `equal_share` of the samples."""
-        config, schedule, draws = self.config, context.schedule, context.draws
-        shares = torch.stack([draws.uniform(f"time-{number}") for number in range(2)], dim=1)
+        config, schedule, rng = self.config, context.schedule, context.rng
+        shares = torch.stack([rng.uniform(f"time-{number}") for number in range(2)], dim=1)
         ends = flow_time(schedule, torch.tensor([0.0, schedule.t_max], dtype=torch.float64, device=shares.device))
         margin = self._difference_step or 0.0  # both sides of a difference must lie inside
         low, high = ends[0] + margin, ends[1] - margin
         tau = truncated_logit_normal(shares, mean=config.time_mean, std=config.time_std, low=low, high=high)
         times = time_of_flow_time(schedule, tau)
         t, r = times.amax(1), times.amin(1)
-        equal = draws.uniform("equal") < config.equal_share
+        equal = rng.uniform("equal") < config.equal_share
         return t, torch.where(equal, t, r)
 
     @property
@@ -191,7 +191,7 @@ class MeanFlow(Method):
         A student that takes w gets the guidance asked for, or the middle of its range where that lies outside.
         """
         steps = num_inference_steps or self.config.num_inference_steps
-        told = self.config.is_told(self.setup.model_type)
+        told = self.config.takes_guidance(self.setup.model_type)
         guidance = embedded_scale(guidance_scale, self.config.scales) if told else 0.0
         return Sampler("FlowMapScheduler", {}, steps, guidance)
 
@@ -200,7 +200,7 @@ class MeanFlow(Method):
         low, high = self.config.scales
         if low == high:
             line = f"meanflow: the teacher's guidance scale is {low:g}, and the student has it built in"
-        elif self.config.is_told(self.setup.model_type):
+        elif self.config.takes_guidance(self.setup.model_type):
             line = f"meanflow: the student takes a guidance scale of {low:g} to {high:g} as an input"
         else:
             line = (

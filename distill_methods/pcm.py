@@ -59,7 +59,7 @@ from ..core.diffusion.consistency import trajectory_function
 from ..core.diffusion.guidance import GuidanceRange
 from ..core.diffusion.regression import LossType, distance
 from ..core.diffusion.sampler import Sampler
-from ..core.diffusion.segments import check_on_grid, even_times, noise_further, segment_edge
+from ..core.diffusion.segments import check_on_grid, even_times, renoise, segment_edge
 from ..core.diffusion.weights import Weight, ever_positive, weight_at
 from ..core.plugin_api.batch import Batch, Conditioning
 from ..core.plugin_api.context import Context
@@ -145,7 +145,7 @@ class PCM(Method):
 
     @classmethod
     def requires(cls, config: Any, setup: MethodSetup) -> Requirements:
-        """Pictures; equal passes of student and target; a finite x0; features where there is an adversarial term."""
+        """Images; equal passes of student and target; a finite x0; features where there is an adversarial term."""
         return Requirements(
             features=ever_positive(config.adversarial_weight),
             zero_dropout=True,
@@ -164,12 +164,12 @@ class PCM(Method):
     def updates(self, context: Context, batch: Batch, step: int) -> Iterator[Update]:
         """One step of algorithm 1 of arXiv 2405.18407, with the terms of its equation 9."""
         assert batch.latents is not None
-        config, schedule, draws, x_0 = self.config, context.schedule, context.draws, batch.latents
+        config, schedule, rng, x_0 = self.config, context.schedule, context.rng, batch.latents
         grid = context.grid(config.num_ddim_timesteps)
-        i = draws.integers("index", len(grid))
+        i = rng.integers("index", len(grid))
         lower, upper = phase_of(i, num_steps=len(grid), num_phases=config.num_phases)
         t, t_prev, s = grid.times[i], grid.previous[i], grid.previous[lower]
-        eps = draws.randn("noise", x_0.shape[1:]).to(x_0.dtype)
+        eps = rng.randn("noise", x_0.shape[1:]).to(x_0.dtype)
         x_t = schedule.add_noise(x_0, eps, t)
         cond = self._prompts(context, batch.cond)
 
@@ -185,9 +185,9 @@ class PCM(Method):
             return
 
         # truncated to a whole timestep where the schedule counts them
-        u = (s + draws.uniform("further") * (grid.times[upper] - s)).to(s.dtype)
+        u = (s + rng.uniform("further") * (grid.times[upper] - s)).to(s.dtype)
         real, fake = (
-            noise_further(schedule, x_s, s, u, draws.randn(f"further/{name}", x_0.shape[1:]).to(x_0.dtype))
+            renoise(schedule, x_s, s, u, rng.randn(f"further/{name}", x_0.shape[1:]).to(x_0.dtype))
             for name, x_s in (("real", target), ("fake", output))
         )
         features = context.features("teacher", fake, u, cond)
@@ -204,16 +204,16 @@ class PCM(Method):
     def _solve(self, context: Context, x_t: Tensor, t: Tensor, t_prev: Tensor, cond: Conditioning) -> Tensor:
         """x': one step of the teacher's solver."""
         if self.config.cfg_free:
-            return context.predict("teacher", x_t, t, cond).jump(t_prev)
-        scale = context.draws.uniform("w", *self.config.scales)
-        return context.teacher_cfg(x_t, t, cond, scale).jump(t_prev)
+            return context.predict("teacher", x_t, t, cond).ddim_step(t_prev)
+        scale = context.rng.uniform("w", *self.config.scales)
+        return context.predict_guided(x_t, t, cond, scale).ddim_step(t_prev)
 
     def _prompts(self, context: Context, cond: Conditioning) -> Conditioning:
         """`cond`, with a share of the samples unconditional."""
         share = self.config.share_without_prompt
         if share == 0:
             return cond
-        empty, uncond = context.draws.uniform("empty") < share, context.uncond(cond)
+        empty, uncond = context.rng.uniform("empty") < share, context.uncond(cond)
         return {
             name: torch.where(append_dims(empty, value).bool(), uncond[name], value) for name, value in cond.items()
         }

@@ -3,7 +3,7 @@ r"""Progressive distillation: a student makes in one step what its teacher makes
 A stage has a student of N steps from the noisiest time to the data. One training step, t being the start of one of the
 N, s its end, and u the point between, where the teacher of 2 N steps stops over:
 
-    i ~ U{0 .. N-1},  t -> u -> s  the points 2 i, 2 i + 1, 2 i + 2 of the walk of 2 N steps
+    i ~ U{0 .. N-1},  t -> u -> s  the points 2 i, 2 i + 1, 2 i + 2 of the timestep grid of 2 N steps
     x_t  = alpha_t x_0 + sigma_t eps                                          from data
     x_u, x_s = two DDIM (Euler) steps of the teacher from x_t
     x_0* = (x_s - (sigma_s / sigma_t) x_t) / (alpha_s - (sigma_s / sigma_t) alpha_t)
@@ -18,7 +18,7 @@ one; later teachers have it in them. A LoRA has no guidance input: a range of w 
 number by default. Full training over a range (w_min < w_max) tells the student w in all stages, as stage two of Meng et
 al. does: their two stages in one run.
 
-The walk is that of DDIM with trailing spacing and its last step ends at the data, on a table of betas too: it is what
+The timestep grid is that of DDIM with trailing spacing and its last step ends at the data, on a table of betas too: it is what
 the sampler does. x_0 is divided by alpha_t (0.068 at SDXL's last timestep, so an eps network's errors count 14.6-fold
 there); with zero terminal SNR there is no x_0 of eps, and only v, x_0 and flow predictions are accepted.
 
@@ -42,7 +42,7 @@ from ..core.diffusion import Prediction, Schedule
 from ..core.diffusion.guidance import GuidanceRange, embedded_scale
 from ..core.diffusion.regression import SnrWeight, distance, snr_weight
 from ..core.diffusion.sampler import Sampler
-from ..core.diffusion.solvers import Walk, data_of_step, deterministic_sampler, step_to, trailing_walk
+from ..core.diffusion.solvers import TimestepGrid, data_of_step, deterministic_sampler, step_to, trailing_timesteps
 from ..core.errors import UserError
 from ..core.plugin_api.batch import Batch, Conditioning
 from ..core.plugin_api.context import Context
@@ -96,7 +96,7 @@ class Progressive(Method):
 
     def __init__(self, config: Any, setup: MethodSetup) -> None:
         super().__init__(config, setup)
-        self._walks: dict[int, Walk] = {}
+        self._timestep_grids: dict[int, TimestepGrid] = {}
 
     @classmethod
     def example(cls) -> Mapping[str, Any]:
@@ -106,14 +106,14 @@ class Progressive(Method):
     @classmethod
     def roles(cls, config: Any, setup: MethodSetup) -> Sequence[Role]:
         """The base, the student, and the student of the stage before (a frozen adapter or network)."""
-        student = Role("student", trains=setup.model_type, guidance_embedding=config.is_told(setup.model_type))
+        student = Role("student", trains=setup.model_type, guidance_embedding=config.takes_guidance(setup.model_type))
         before = [Role("stage_teacher", copy_of="student")] if len(config.student_steps) > 1 else []
         return [Role("teacher"), student, *before]
 
     @classmethod
     def requires(cls, config: Any, setup: MethodSetup) -> Requirements:
-        """Pictures; a finite x0 everywhere; a guidance input for full training over a range of guidance."""
-        return Requirements(guidance_embedding=config.is_told(setup.model_type), finite_snr=True)
+        """Images; a finite x0 everywhere; a guidance input for full training over a range of guidance."""
+        return Requirements(guidance_embedding=config.takes_guidance(setup.model_type), finite_snr=True)
 
     @classmethod
     def stages(cls, config: Any, *, total_steps: int) -> Sequence[Stage]:
@@ -134,18 +134,18 @@ class Progressive(Method):
     def updates(self, context: Context, batch: Batch, step: int) -> Iterator[Update]:
         """One step of algorithm 2 of arXiv 2202.00512."""
         assert batch.latents is not None
-        config, draws, x_0 = self.config, context.draws, batch.latents
+        config, rng, x_0 = self.config, context.rng, batch.latents
         num_steps = config.student_steps[context.stage.index]
-        walk = self._walk(context, 2 * num_steps)
-        point = 2 * draws.integers("index", num_steps)
-        t = walk.times[point]
-        eps = draws.randn("noise", x_0.shape[1:]).to(x_0.dtype)
+        timesteps = self._timestep_grid(context, 2 * num_steps)
+        point = 2 * rng.integers("index", num_steps)
+        t = timesteps.times[point]
+        eps = rng.randn("noise", x_0.shape[1:]).to(x_0.dtype)
         x_t = context.schedule.add_noise(x_0, eps, t)
-        scale = draws.uniform("w", *config.scales)
-        w = scale - 1 if config.is_told(self.setup.model_type) else None
+        scale = rng.uniform("w", *config.scales)
+        w = scale - 1 if config.takes_guidance(self.setup.model_type) else None
 
         with torch.no_grad():
-            target = self._target(context, walk, point, x_t, batch.cond, scale)
+            target = self._target(context, timesteps, point, x_t, batch.cond, scale)
         output = context.predict("student", x_t, t, batch.cond, guidance=w).x0
 
         weight = snr_weight(context.schedule.log_snr(t), config.loss_weight).to(output.dtype)
@@ -153,28 +153,28 @@ class Progressive(Method):
         yield Update("student", losses.mean(), per_sample=losses.detach(), t=t)
 
     def _target(
-        self, context: Context, walk: Walk, point: Tensor, x_t: Tensor, cond: Conditioning, scale: Tensor
+        self, context: Context, timesteps: TimestepGrid, point: Tensor, x_t: Tensor, cond: Conditioning, scale: Tensor
     ) -> Tensor:
-        """x_0* of the teacher's two steps from `x_t` at `point` (B,) of the walk."""
-        t, u = walk.times[point], walk.times[point + 1]
-        x_u = step_to(self._teacher(context, x_t, t, cond, scale), walk.at(point + 1))
-        x_s = step_to(self._teacher(context, x_u, u, cond, scale), walk.at(point + 2))
-        return data_of_step(x_t, x_s, start=walk.at(point), end=walk.at(point + 2))
+        """x_0* of the teacher's two steps from `x_t` at `point` (B,) of the timestep grid."""
+        t, u = timesteps.times[point], timesteps.times[point + 1]
+        x_u = step_to(self._teacher(context, x_t, t, cond, scale), timesteps.at(point + 1))
+        x_s = step_to(self._teacher(context, x_u, u, cond, scale), timesteps.at(point + 2))
+        return data_of_step(x_t, x_s, start=timesteps.at(point), end=timesteps.at(point + 2))
 
-    def _walk(self, context: Context, num_steps: int) -> Walk:
+    def _timestep_grid(self, context: Context, num_steps: int) -> TimestepGrid:
         """On the device; making one anew would copy to it at every step."""
-        if num_steps not in self._walks:
-            self._walks[num_steps] = trailing_walk(context.schedule, num_steps).to(context.device)
-        return self._walks[num_steps]
+        if num_steps not in self._timestep_grids:
+            self._timestep_grids[num_steps] = trailing_timesteps(context.schedule, num_steps).to(context.device)
+        return self._timestep_grids[num_steps]
 
     def _teacher(self, context: Context, x: Tensor, t: Tensor, cond: Conditioning, scale: Tensor) -> Prediction:
         """The guided base in the first stage, the student of the stage before in the others."""
         if context.stage.index > 0:
-            w = scale - 1 if self.config.is_told(self.setup.model_type) else None
+            w = scale - 1 if self.config.takes_guidance(self.setup.model_type) else None
             return context.predict("stage_teacher", x, t, cond, guidance=w)
         if self.config.scales == (1.0, 1.0):
             return context.predict("teacher", x, t, cond)
-        return context.teacher_cfg(x, t, cond, scale)
+        return context.predict_guided(x, t, cond, scale)
 
     def sampler(
         self, schedule: Schedule, *, num_inference_steps: int | None = None, guidance_scale: float | None = None
@@ -184,8 +184,8 @@ class Progressive(Method):
         A student that takes w gets the middle of its range unless another scale of it is asked for.
         """
         steps = self.config.student_steps
-        trailing_walk(schedule, 2 * steps[0])  # refuses a teacher of more steps than the model has timesteps
-        told = self.config.is_told(self.setup.model_type)
+        trailing_timesteps(schedule, 2 * steps[0])  # refuses a teacher of more steps than the model has timesteps
+        told = self.config.takes_guidance(self.setup.model_type)
         guidance = embedded_scale(guidance_scale, self.config.scales) if told else guidance_scale or 0.0
         return deterministic_sampler(schedule, num_inference_steps or steps[-1], guidance)
 
@@ -197,7 +197,7 @@ class Progressive(Method):
         line = f"progressive: {stages} steps, the first teacher at guidance scale {scales}"
         if not self.config.is_range:
             return [line]
-        told = self.config.is_told(self.setup.model_type)
+        told = self.config.takes_guidance(self.setup.model_type)
         return [f"{line}, {'which the student takes as an input' if told else 'averaged: a LoRA has no input for it'}"]
 
 

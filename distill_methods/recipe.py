@@ -158,17 +158,17 @@ class Recipe(Method):
         active = [(term, term.config.weight_at(step, stage)) for term in self._terms]
         running = [(term, weight, term.method.updates(context, batch, step)) for term, weight in active if weight > 0]
         while running:
-            shares: list[Share] = []
+            weighteds: list[WeightedUpdate] = []
             waiting = []
             for term, weight, generator in running:
                 for update in generator:
                     if update.role == STUDENT:
-                        shares.append(Share(term.label, weight, update))
+                        weighteds.append(WeightedUpdate(term.label, weight, update))
                         waiting.append((term, weight, generator))
                         break
                     yield replace(update, metrics=_prefixed(term.label, update.metrics))
-            if shares:
-                yield joint(shares)
+            if weighteds:
+                yield joint(weighteds)
             running = waiting
 
     @property
@@ -215,7 +215,7 @@ class ActiveTerm:
 
 
 @dataclass(frozen=True)
-class Share:
+class WeightedUpdate:
     """A term's loss of the student at one step, and what it weighs."""
 
     label: str
@@ -223,24 +223,27 @@ class Share:
     update: Update
 
 
-def joint(shares: Sequence[Share]) -> Update:
+def joint(weighteds: Sequence[WeightedUpdate]) -> Update:
     """One update of the student: the weighted sum of the terms' losses.
 
     Losses of single samples add up where every term gives them. Times are kept where one term alone contributes: terms
     draw their own, and a sum of losses has none.
     """
-    loss = torch.stack([share.weight * share.update.loss for share in shares]).sum()
+    loss = torch.stack([weighted.weight * weighted.update.loss for weighted in weighteds]).sum()
     metrics: dict[str, Tensor] = {}
-    for share in shares:
-        own = {"loss": share.update.loss.detach(), "weight": torch.full_like(share.update.loss.detach(), share.weight)}
-        metrics |= _prefixed(share.label, {**own, **share.update.metrics})
-    each = [share.weight * sample for share in shares if (sample := share.update.per_sample) is not None]
+    for weighted in weighteds:
+        own = {
+            "loss": weighted.update.loss.detach(),
+            "weight": torch.full_like(weighted.update.loss.detach(), weighted.weight),
+        }
+        metrics |= _prefixed(weighted.label, {**own, **weighted.update.metrics})
+    each = [weighted.weight * sample for weighted in weighteds if (sample := weighted.update.per_sample) is not None]
     return Update(
         STUDENT,
         loss,
         metrics=metrics,
-        per_sample=torch.stack(each).sum(0) if len(each) == len(shares) else None,
-        t=shares[0].update.t if len(shares) == 1 else None,
+        per_sample=torch.stack(each).sum(0) if len(each) == len(weighteds) else None,
+        t=weighteds[0].update.t if len(weighteds) == 1 else None,
     )
 
 

@@ -65,7 +65,7 @@ from ..core.diffusion.consistency import trajectory_function
 from ..core.diffusion.guidance import GuidanceRange, embedded_scale
 from ..core.diffusion.regression import LossType, distance
 from ..core.diffusion.sampler import Sampler
-from ..core.diffusion.segments import check_on_grid, even_times, noise_further, segment_edge
+from ..core.diffusion.segments import check_on_grid, even_times, renoise, segment_edge
 from ..core.diffusion.weights import Number, Weight, ever_positive, weight_at
 from ..core.errors import UserError
 from ..core.plugin_api.batch import Batch
@@ -136,7 +136,7 @@ class TCD(Method):
         if setup.model_type == "lora":
             roles = [Role("teacher"), Role("student", trains="lora")]
         else:
-            student = Role("student", trains="full", guidance_embedding=config.is_told(setup.model_type))
+            student = Role("student", trains="full", guidance_embedding=config.takes_guidance(setup.model_type))
             roles = [Role("teacher"), student, Role("target", ema_of="student", ema_decay=0.95)]
         if _ever(config.adversarial_weight):
             roles.append(Role("discriminator", trains="head", learning_rate=config.discriminator_learning_rate))
@@ -144,9 +144,9 @@ class TCD(Method):
 
     @classmethod
     def requires(cls, config: Any, setup: MethodSetup) -> Requirements:
-        """Pictures; equal passes of student and target; a finite x0; features where there is an adversarial term."""
+        """Images; equal passes of student and target; a finite x0; features where there is an adversarial term."""
         return Requirements(
-            guidance_embedding=config.is_told(setup.model_type),
+            guidance_embedding=config.takes_guidance(setup.model_type),
             features=_ever(config.adversarial_weight),
             zero_dropout=True,
             divides_timesteps=config.num_ddim_timesteps,
@@ -170,8 +170,8 @@ class TCD(Method):
         return self.setup.model_type == "lora"
 
     @property
-    def _told(self) -> bool:
-        return self.config.is_told(self.setup.model_type)
+    def _takes_guidance(self) -> bool:
+        return self.config.takes_guidance(self.setup.model_type)
 
     def result_role(self) -> str:
         """The EMA is what full training exports."""
@@ -180,21 +180,21 @@ class TCD(Method):
     def updates(self, context: Context, batch: Batch, step: int) -> Iterator[Update]:
         """One step of algorithm 1 of arXiv 2402.19159, inside the segments of arXiv 2404.13686."""
         assert batch.latents is not None
-        config, schedule, draws, x_0 = self.config, context.schedule, context.draws, batch.latents
+        config, schedule, rng, x_0 = self.config, context.schedule, context.rng, batch.latents
         grid, num_steps = context.grid(config.num_ddim_timesteps), config.num_ddim_timesteps
         num_segments = _of_stage(config.stage_segments, context)
-        i = draws.integers("index", num_steps)
+        i = rng.integers("index", num_steps)
         edge = segment_edge(i, num_steps=num_steps, num_segments=num_segments)
-        j = edge + (draws.uniform("target") * (i - edge + 1)).long()
+        j = edge + (rng.uniform("target") * (i - edge + 1)).long()
         t, t_prev, s = grid.times[i], grid.previous[i], grid.previous[j]
-        eps = draws.randn("noise", x_0.shape[1:]).to(x_0.dtype)
+        eps = rng.randn("noise", x_0.shape[1:]).to(x_0.dtype)
         x_t = schedule.add_noise(x_0, eps, t)
         low, high = config.scales
-        scale = draws.uniform("w", low, high)
-        w = scale - 1 if self._told else None
+        scale = rng.uniform("w", low, high)
+        w = scale - 1 if self._takes_guidance else None
 
         with torch.no_grad():
-            x_prev = context.teacher_cfg(x_t, t, batch.cond, scale).jump(t_prev)
+            x_prev = context.predict_guided(x_t, t, batch.cond, scale).ddim_step(t_prev)
             target_role = "student" if self._lora else "target"
             target = trajectory_function(context.predict(target_role, x_prev, t_prev, batch.cond, guidance=w), s)
         output = trajectory_function(context.predict("student", x_t, t, batch.cond, guidance=w), s)
@@ -208,9 +208,9 @@ class TCD(Method):
             return
 
         reach = -(-num_steps // num_segments)
-        u = grid.previous[(j + draws.integers("further", reach)).clamp(max=num_steps - 1)]
-        noise = draws.randn("renoise", x_0.shape[1:]).to(x_0.dtype)
-        fake, real = (noise_further(schedule, x_s, s, u, noise) for x_s in (output, target))
+        u = grid.previous[(j + rng.integers("further", reach)).clamp(max=num_steps - 1)]
+        noise = rng.randn("renoise", x_0.shape[1:]).to(x_0.dtype)
+        fake, real = (renoise(schedule, x_s, s, u, noise) for x_s in (output, target))
         features = context.features("teacher", fake, u, batch.cond)
         adversarial = generator_loss(context.logits("discriminator", features), kind="hinge")
         losses = losses + weight * adversarial
@@ -237,7 +237,7 @@ class TCD(Method):
         """
         steps, num_grid_steps = num_inference_steps or self.config.num_inference_steps, self.config.num_ddim_timesteps
         check_on_grid(self.name, steps, num_grid_steps=num_grid_steps)
-        guidance = embedded_scale(guidance_scale, self.config.scales) if self._told else guidance_scale or 0.0
+        guidance = embedded_scale(guidance_scale, self.config.scales) if self._takes_guidance else guidance_scale or 0.0
         eta = gamma(self.config.eta, flow=schedule.clean_at_zero)
         if schedule.clean_at_zero:
             # the grid is shifted already: the scheduler must not do it again

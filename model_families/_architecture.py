@@ -36,7 +36,7 @@ class Architecture:
 
     Attributes:
         title: What messages call it, with its article: ``an SDXL``.
-        pipeline: Class of diffusers that makes pictures with it.
+        pipeline: Class of diffusers that makes images with it.
         accepted: Classes that ``model_index.json`` may name.
         denoiser: Name of the network that is distilled.
         denoiser_class: Its class in diffusers.

@@ -1,4 +1,4 @@
-"""What the families have in common that are made of diffusers' models: networks, pictures, students on disk."""
+"""What the families have in common that are made of diffusers' models: networks, images, students on disk."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from ..core.plugin_api.family import ExportInfo, ExtraLora, Precision
 from ..core.plugin_api.precision import BASE
 from . import _export as exporting
 from ._files import quiet_libraries
+from ._images import build_pipeline, call_arguments, evaluating, sample_latents
 from ._kohya import export_kohya, no_form
 from ._lora import attach, fuse, student_folder
 from ._model import DiffusersModel
-from ._pictures import build_pipeline, call_arguments, evaluating, sample_latents
 from ._schedulers import build_scheduler
 from ._source import empty_denoiser
 from ._usage import usage_snippet
@@ -60,7 +60,7 @@ class DiffusersFamily(DiffusersModel):
         return latents
 
     def from_network(self, latents: Tensor, *, size: tuple[int, int]) -> Tensor:
-        """The reverse of :meth:`to_network`, (B, C, h, w) of pictures of `size` (width, height) in pixels."""
+        """The reverse of :meth:`to_network`, (B, C, h, w) of images of `size` (width, height) in pixels."""
         return latents
 
     # -- network ----------------------------------------------------------------------------------------------------
@@ -95,7 +95,7 @@ class DiffusersFamily(DiffusersModel):
     def forward_ad(self) -> AbstractContextManager[None]:
         return differentiable_forward()
 
-    # -- pictures and export ----------------------------------------------------------------------------------------
+    # -- images and export ----------------------------------------------------------------------------------------
 
     def generate(
         self,
@@ -127,7 +127,7 @@ class DiffusersFamily(DiffusersModel):
         scheduler = self.scheduler(sampler)
         pipeline = build_pipeline(self.architecture, network, scheduler, scale_factor=self.scale_factor)
         at_once = max(1, self.config.latents_at_once * self.scale_factor**2 // (width * height))
-        pictures = []
+        images = []
         with evaluating(network), sampled_by(network, scheduler):
             for at in range(0, len(seeds), at_once):
                 chosen = slice(at, at + at_once)
@@ -139,8 +139,8 @@ class DiffusersFamily(DiffusersModel):
                     size=(width, height),
                     call=call,
                 )
-                pictures.append(self.decode_latents(latents).cpu())
-        return torch.cat(pictures)
+                images.append(self.decode_latents(latents).cpu())
+        return torch.cat(images)
 
     def _sample(
         self,
@@ -248,5 +248,5 @@ class DiffusersFamily(DiffusersModel):
         )
 
     def snippet_call(self, info: ExportInfo) -> dict[str, Any]:
-        """Arguments of a plain call that make the engine's pictures: guidance, and what differs from the defaults."""
+        """Arguments of a plain call that make the engine's images: guidance, and what differs from the defaults."""
         return {"guidance_scale": info.sampler.guidance_scale}

@@ -57,7 +57,7 @@ def encode_pixels(vae: Any, pixels: Tensor, generator: Sequence[torch.Generator]
 
 @torch.no_grad()
 def decode(vae: Any, latents: Tensor) -> Tensor:
-    """Pictures (B, 3, H, W) in [0, 1], float32, of scaled `latents`."""
+    """Images (B, 3, H, W) in [0, 1], float32, of scaled `latents`."""
     latents = latents.to(vae.device, vae.dtype)
     shift, std = _statistics(vae.config, latents)
     pixels = vae.decode(latents * std / vae.config.scaling_factor + shift, return_dict=False)[0]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..core.diffusion.second_time import SCHEDULER, active_second_time, export_second_time, put_aside
+from ..core.diffusion.second_time import SCHEDULER, active_second_time, detached_second_time, export_second_time
 from ..core.errors import UserError
 from ._files import quiet_libraries
 from ._lora import WEIGHTS
@@ -81,11 +81,11 @@ def export_pipeline(
         arguments: Of the pipeline's constructor, in addition to the architecture's.
     """
     with quiet_libraries():
-        # a scheduler that plain diffusers lacks stays out: better no picture than one without the second time
+        # a scheduler that plain diffusers lacks stays out: better no image than one without the second time
         own = None if info.sampler.scheduler == SCHEDULER else scheduler
         parts: dict[str, Any] = {architecture.denoiser: network, "vae": vae, "scheduler": own}
         pipeline = architecture.shell(**parts, **text.tokenizers, **text.encoders, **arguments)
-        with put_aside(network):
+        with detached_second_time(network):
             pipeline.save_pretrained(folder, safe_serialization=True)
     if info.metadata:
         (folder / "metadata.json").write_text(json.dumps(dict(info.metadata), indent=2) + "\n", encoding="utf-8")
@@ -117,7 +117,7 @@ def student_lora(architecture: Architecture, folder: Path) -> list[tuple[str, fl
 def refill(architecture: Architecture, network: nn.Module, folder: Path, *, adapter: str) -> None:
     """Give the weights of `adapter` the type that they were exported in.
 
-    What attached it has rounded them to the type of the base, and with that another picture than the trained one's.
+    What attached it has rounded them to the type of the base, and with that another image than the trained one's.
     """
     from safetensors.torch import load_file
 

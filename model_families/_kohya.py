@@ -70,17 +70,17 @@ def export_kohya(
     layers, about = read_layers(student / WEIGHTS, architecture.denoiser)
     state = tensors(form.renamed(layers, config), dtype)
     file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_name(f".{file.stem}.partial.safetensors")
+    temporary = file.with_name(f".{file.stem}.partial.safetensors")
     try:
-        write_file(aside, state, {**about, **header(form, layers, title=title, predicts_v=predicts_v)})
-        lost = sorted(layers.keys() - readable(aside, architecture, config))
+        write_file(temporary, state, {**about, **header(form, layers, title=title, predicts_v=predicts_v)})
+        lost = sorted(layers.keys() - readable(temporary, architecture, config))
     except BaseException:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     if set(lost) - set(form.unread):
-        aside.unlink()
+        temporary.unlink()
         raise UserError(f"diffusers would not read {len(lost)} layers of the file, as {lost[0]}", REMEDY)
-    os.replace(aside, file)
+    os.replace(temporary, file)
     return [f"ComfyUI reads {name} in it, diffusers leaves it out" for name in lost]
 
 

@@ -41,7 +41,7 @@ class DiffusersModel(ModelFamily):
     position_edge: ClassVar[int] = 1
     """Latents along an edge of what the network sees as one position."""
     native_edge: ClassVar[int] = 1024
-    """Pixels along an edge of the pictures that the models of the family are made for."""
+    """Pixels along an edge of the images that the models of the family are made for."""
     upcasts_vae: ClassVar[bool] = False
     """Whether the pipeline heeds ``force_upcast`` of the autoencoder."""
 
@@ -54,12 +54,12 @@ class DiffusersModel(ModelFamily):
         """Type of the autoencoder. ``auto``: float32 when its config says force_upcast and the pipeline heeds it
         (SDXL's own overflows in float16), else the type of the other frozen weights."""
         vae_tiling: bool = False
-        """Whether large pictures go through the autoencoder in tiles: less memory, faint seams."""
+        """Whether large images go through the autoencoder in tiles: less memory, faint seams."""
         latents_at_once: int = Field(default=4 * 128 * 128, ge=1)
-        """Latent positions of the pictures that are generated in one call of the pipeline (the default is four pictures
+        """Latent positions of the images that are generated in one call of the pipeline (the default is four images
         of 1024 x 1024 pixels); fewer need less memory."""
         decoded_pixels_at_once: int = Field(default=1024 * 1024, ge=1)
-        """Pixels of the pictures that the autoencoder decodes in one go; fewer need less memory."""
+        """Pixels of the images that the autoencoder decodes in one go; fewer need less memory."""
 
     def __init__(self, config: Any, settings: ModelSettings) -> None:
         super().__init__(config, settings)
@@ -200,7 +200,7 @@ class DiffusersModel(ModelFamily):
             extras = self._loras([(extra.path, extra.weight) for extra in self._beside])
             attach(self.architecture, own, {f"extra_{n}": lora for n, lora in enumerate(extras)})
             for encoder in text.encoders.values():
-                self._settle(encoder.requires_grad_(False).eval())
+                self._finalize(encoder.requires_grad_(False).eval())
             self._text = text
         return self._text
 
@@ -209,7 +209,7 @@ class DiffusersModel(ModelFamily):
         wide = encoder._keep_in_fp32_modules or ()  # their type decides that of what comes before them
         self.settings.precision.place(encoder, text_encoder(number), device=self.settings.device, keep=tuple(wide))
 
-    def _settle(self, encoder: Any) -> None:
+    def _finalize(self, encoder: Any) -> None:
         """LoRAs that were put beside each other get the type and the place of the other weights."""
         for name, weight in encoder.named_parameters():
             if "lora_" in name:

@@ -1,4 +1,4 @@
-"""The schedulers of diffusers that pictures are made with.
+"""The schedulers of diffusers that images are made with.
 
 Where samplers begin and end, for T training timesteps and N steps (a method chooses by its :class:`Sampler`):
 
@@ -91,7 +91,7 @@ def _for_unets(scheduler: Any) -> Any:
 
 
 def with_fixed_shift(config: Mapping[str, Any], *, num_positions: int) -> dict[str, Any]:
-    """A scheduler config whose shift does not depend on the resolution: that of pictures of `num_positions`.
+    """A scheduler config whose shift does not depend on the resolution: that of images of `num_positions`.
 
     Pipelines shift s to m s / (1 + (m - 1) s) with m = exp(mu), or mu itself (``time_shift_type`` linear), where mu is
     linear in the number of positions that the transformer sees: base_shift at base_image_seq_len, max_shift at

@@ -150,12 +150,12 @@ def smaller_transformer_config(config: Mapping[str, Any], kept: Mapping[str, Seq
 
 def kept_transformer_weights(state: Mapping[str, Tensor], kept: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
     """Of a transformer's weights, those of the blocks in `kept` (name of the list -> indices) and all others."""
-    places = {name: {old: new for new, old in enumerate(indices)} for name, indices in kept.items()}
+    positions = {name: {old: new for new, old in enumerate(indices)} for name, indices in kept.items()}
     found: dict[str, Tensor] = {}
     for name, value in state.items():
         parts = name.split(".")
-        if parts[0] in places:
-            place = places[parts[0]].get(int(parts[1]))
+        if parts[0] in positions:
+            place = positions[parts[0]].get(int(parts[1]))
             if place is None:
                 continue
             parts[1] = str(place)

@@ -23,7 +23,7 @@ LORA_TARGETS = (
     *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
     *("norm1.linear", "norm1_context.linear"),
 )
-"""The attention and feed-forward layers of blocks with two streams, of pictures and of text, and the modulations that
+"""The attention and feed-forward layers of blocks with two streams, of images and of text, and the modulations that
 tell these blocks the time: a few-step student answers a time otherwise than its teacher."""
 NUM_FEATURES = 4
 """At most so many activations are features."""
@@ -82,7 +82,7 @@ class TransformerFamily(DiffusersFamily):
         return add_second_time(network, name=name, path="time_text_embed.timestep_embedder", width=width)
 
     def features(self, network: nn.Module, x_t: Tensor, time: Tensor, cond: Conditioning) -> list[Tensor]:
-        """States of the picture's stream after up to four blocks of the first half, evenly spaced, as (B, D, h, w)."""
+        """States of the image's stream after up to four blocks of the first half, evenly spaced, as (B, D, h, w)."""
         transformer: Any = network
         chosen = feature_blocks(transformer)
         grid = [edge // self.position_edge for edge in x_t.shape[-2:]]
@@ -90,7 +90,7 @@ class TransformerFamily(DiffusersFamily):
             return outputs_inside(
                 [transformer.transformer_blocks[index] for index in chosen],
                 lambda: self.predict(transformer, x_t, time, cond),
-                pick=lambda output: output[1].transpose(1, 2).unflatten(2, grid),  # (text's states, picture's)
+                pick=lambda output: output[1].transpose(1, 2).unflatten(2, grid),  # (text's states, image's)
                 stop=False,
             )
 

@@ -8,13 +8,13 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..core.diffusion.second_time import add_second_time, telling
+from ..core.diffusion.second_time import add_second_time, second_time_input
 from ..core.errors import UserError
 from ..core.plugin_api.batch import Conditioning
 from ._architecture import Architecture
 from ._diffusers import DiffusersFamily
+from ._images import guidance_scale_embedding
 from ._networks import check_guidance, outputs_inside, own_state
-from ._pictures import guidance_scale_embedding
 from ._smaller import kept_unet_weights, smaller_unet_config
 from ._source import empty_denoiser
 
@@ -123,7 +123,7 @@ class UNetFamily(DiffusersFamily):
         dtype = self.input_weight(unet).dtype
         width = unet.config.time_cond_proj_dim
         check_guidance(guidance, taken=width is not None)
-        with telling(unet, time, second_time):
+        with second_time_input(unet, time, second_time):
             return unet(
                 x_t.to(dtype),
                 time,

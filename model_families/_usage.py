@@ -22,7 +22,7 @@ def usage_snippet(
     neutral: bool,
     call: Mapping[str, Any],
 ) -> str:
-    """Plain diffusers code that makes a picture with the exported student.
+    """Plain diffusers code that makes an image with the exported student.
 
     Args:
         architecture: Whose pipeline it is.

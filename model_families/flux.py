@@ -5,11 +5,11 @@ have four axes everywhere but inside the calls of the network and of the pipelin
 (B, 512, 4096) and CLIP's pooled ones (B, 768).
 
 *dev* takes the guidance scale as an input: its guided prediction is one call, and there is none without guidance. Where
-no scale is asked for, by a method or of a picture, it is told ``embedded_guidance``. *schnell* takes none: guidance is
+no scale is asked for, by a method or of an image, it is told ``embedded_guidance``. *schnell* takes none: guidance is
 the usual one of two calls then (``true_cfg_scale``), against the encoded empty prompt.
 
 The grid of times is shifted by the resolution: m = exp(mu), mu linear in the number of patches. The teacher's own
-scheduler does so for every picture; the schedule of a run, and its students' sampler, have the shift of the run's
+scheduler does so for every image; the schedule of a run, and its students' sampler, have the shift of the run's
 resolution.
 
 References:
@@ -27,7 +27,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..core.diffusion.second_time import telling
+from ..core.diffusion.second_time import second_time_input
 from ..core.plugin_api.family import Capabilities, ExportInfo, ModelFamily
 from ..core.plugin_api.hookspecs import hookimpl
 from ._architecture import Architecture, ReadConfig
@@ -164,11 +164,11 @@ class Flux(TransformerFamily):
         transformer: Any = network
         dtype = self.input_weight(transformer).dtype
         states, (height, width) = cond["prompt_embeds"].to(dtype), x_t.shape[-2:]
-        with telling(transformer, time, second_time):
+        with second_time_input(transformer, time, second_time):
             packed = transformer(
                 hidden_states=pack(x_t.to(dtype)),
                 timestep=time.to(dtype) / 1000,
-                guidance=self._told(transformer, guidance, like=time),
+                guidance=self._guidance_input(transformer, guidance, like=time),
                 pooled_projections=cond["pooled_prompt_embeds"].to(dtype),
                 encoder_hidden_states=states,
                 txt_ids=states.new_zeros(states.shape[1], 3),
@@ -177,7 +177,7 @@ class Flux(TransformerFamily):
             )[0]
         return unpack(packed, height, width)
 
-    def _told(self, network: nn.Module, guidance: Tensor | None, *, like: Tensor) -> Tensor | None:
+    def _guidance_input(self, network: nn.Module, guidance: Tensor | None, *, like: Tensor) -> Tensor | None:
         """The guidance scale (B,) that the network is told, of the paper's w; None where it takes none."""
         if not self.takes_guidance(network):
             check_guidance(guidance, taken=False)
@@ -186,7 +186,7 @@ class Flux(TransformerFamily):
             return guidance + 1
         return torch.full(like.shape, self.config.embedded_guidance, dtype=torch.float32, device=like.device)
 
-    # -- pictures -----------------------------------------------------------------------------------------------------
+    # -- images -----------------------------------------------------------------------------------------------------
 
     def guidance_call(self, network: nn.Module, scale: float) -> dict[str, Any]:
         if self.takes_guidance(network):

@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and 3.5: a transformer over text and picture, trained by flow matching, with three text encoders.
+"""Stable Diffusion 3 and 3.5: a transformer over text and image, trained by flow matching, with three text encoders.
 
 The network sees the penultimate states of two CLIP encoders, side by side and padded with zeros to the width of T5's,
 followed by T5's states: (B, 77 + 256, 4096); and the projections of both CLIP encoders (B, 2048). T5 may be left out:
@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..core.diffusion.second_time import telling
+from ..core.diffusion.second_time import second_time_input
 from ..core.plugin_api.family import Capabilities, ExportInfo, ModelFamily
 from ..core.plugin_api.hookspecs import hookimpl
 from ._architecture import MINIATURES, Architecture, ReadConfig
@@ -143,7 +143,7 @@ class SD3(TransformerFamily):
         check_guidance(guidance, taken=False)
         transformer: Any = network
         dtype = self.input_weight(transformer).dtype
-        with telling(transformer, time, second_time):
+        with second_time_input(transformer, time, second_time):
             return transformer(
                 hidden_states=x_t.to(dtype),
                 timestep=time,

@@ -35,7 +35,7 @@ class PretrainedConfig(BaseModel):
     label: str | None = Field(default=None, pattern=r"^[a-z0-9_]+$")
     """Name of the network in the names of scores; absent: the last part of the id or path."""
     batch_size: int = Field(default=32, ge=1)
-    """Pictures in one pass of the network."""
+    """Images in one pass of the network."""
 
 
 def label_of(config: Any) -> str:
@@ -87,19 +87,19 @@ def _hub_problem(name: str, revision: str | None, *, weights: bool) -> str | Non
     return None
 
 
-def load(config: Any, device: str, *, pictures_only: bool = False) -> tuple[Any, Any]:
-    """(model in eval mode without gradients on `device`, its processor, or that of pictures alone)."""
+def load(config: Any, device: str, *, images_only: bool = False) -> tuple[Any, Any]:
+    """(model in eval mode without gradients on `device`, its processor, or that of images alone)."""
     from transformers import AutoImageProcessor, AutoModel, AutoProcessor
 
     revision = {} if config.revision is None else {"revision": config.revision}
     model: Any = AutoModel.from_pretrained(config.model, use_safetensors=True, **revision)
-    kind: Any = AutoImageProcessor if pictures_only else AutoProcessor
+    kind: Any = AutoImageProcessor if images_only else AutoProcessor
     own = {} if config.processor else revision  # the revision is the model's
     processor = kind.from_pretrained(config.processor or config.model, **own)
     return model.requires_grad_(False).eval().to(device), processor
 
 
-def pixels(processor: Any, pictures: list[Image], device: str) -> Tensor:
-    """What the network sees of pictures, shape (B, 3, h, w)."""
-    own = getattr(processor, "image_processor", processor)  # a processor of pictures alone is its own
-    return own(images=pictures, return_tensors="pt")["pixel_values"].to(device)
+def pixels(processor: Any, images: list[Image], device: str) -> Tensor:
+    """What the network sees of images, shape (B, 3, h, w)."""
+    own = getattr(processor, "image_processor", processor)  # a processor of images alone is its own
+    return own(images=images, return_tensors="pt")["pixel_values"].to(device)

@@ -61,15 +61,15 @@ class Archive(Publisher):
         names = [f"{self.setting.run_name}/{path.relative_to(student).as_posix()}" for path in members]
         pack = _pack_zip if self.config.format == "zip" else _pack_tar
         file.parent.mkdir(parents=True, exist_ok=True)
-        aside = file.with_name(f".{file.name}.partial")
+        temporary = file.with_name(f".{file.name}.partial")
         try:
-            with aside.open("wb") as stream:
+            with temporary.open("wb") as stream:
                 pack(stream, members, names, self.config.compression)
                 stream.flush()
                 os.fsync(stream.fileno())
-            os.replace(aside, file)
+            os.replace(temporary, file)
         finally:
-            aside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
         return str(file)
 
 

@@ -1,7 +1,7 @@
-r"""Agreement with the prompt by networks of pictures and text: the CLIP score, and rewards trained on people's choices.
+r"""Agreement with the prompt by networks of images and text: the CLIP score, and rewards trained on people's choices.
 
-    CLIP score = 100 max(cos(picture, prompt), 0)                     (mean over the pictures)
-    reward     = exp(logit_scale) cos(picture, prompt)                (PickScore: a CLIP trained on choices)
+    CLIP score = 100 max(cos(image, prompt), 0)                     (mean over the images)
+    reward     = exp(logit_scale) cos(image, prompt)                (PickScore: a CLIP trained on choices)
 
 References:
     Hessel et al., CLIPScore, arXiv 2104.08718.
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class PromptAgreement(Evaluator):
-    """What is shared: the cosine of picture and prompt in the space of one network; abstract."""
+    """What is shared: the cosine of image and prompt in the space of one network; abstract."""
 
     packages: ClassVar[Mapping[str, str]] = pretrained.PACKAGES
     by_default: ClassVar[bool] = False
@@ -44,16 +44,16 @@ class PromptAgreement(Evaluator):
         return self._loaded
 
     def cosines(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Of each picture and its prompt, shape (N,), float64."""
+        """Of each image and its prompt, shape (N,), float64."""
         import torch
 
-        from ..core.drawing.grid import to_pictures
+        from ..core.drawing.grid import to_images
 
         (model, processor), size, found = self._network(), self.config.batch_size, []
         for start in range(0, len(images), size):
             part = slice(start, start + size)
             words = processor.tokenizer(list(prompts[part]), padding=True, truncation=True, return_tensors="pt")
-            seen = pretrained.pixels(processor, to_pictures(images[part]), self.setting.device)
+            seen = pretrained.pixels(processor, to_images(images[part]), self.setting.device)
             with torch.no_grad():
                 output = model(pixel_values=seen, **words.to(self.setting.device))
             # transformers gives both embeddings normed
@@ -62,7 +62,7 @@ class PromptAgreement(Evaluator):
 
 
 class ClipScore(PromptAgreement):
-    """How well pictures show their prompts, by a CLIP: 100 times the cosine, not below 0, on average."""
+    """How well images show their prompts, by a CLIP: 100 times the cosine, not below 0, on average."""
 
     name: ClassVar[str] = "clip_score"
 
@@ -77,15 +77,15 @@ class ClipScore(PromptAgreement):
         self.higher_is_better = {f"clip_score_{self.label}": True}
 
     def score(self, samples: Samples) -> dict[str, float]:
-        """The mean over the pictures."""
+        """The mean over the images."""
         cosines = self.cosines(samples.images, samples.prompts)
         return {f"clip_score_{self.label}": float(100 * cosines.clamp(min=0).mean())}
 
 
 class Reward(PromptAgreement):
-    """What people would think of pictures, by a CLIP that was trained on their choices (PickScore).
+    """What people would think of images, by a CLIP that was trained on their choices (PickScore).
 
-    Beside the reward: the probability that the student's picture is chosen over the full teacher's of the same noise.
+    Beside the reward: the probability that the student's image is chosen over the full teacher's of the same noise.
     """
 
     name: ClassVar[str] = "reward"
@@ -102,7 +102,7 @@ class Reward(PromptAgreement):
         self._reference: tuple[Tensor, Tensor] | None = None
 
     def score(self, samples: Samples) -> dict[str, float]:
-        """The mean reward, and the mean probability of being chosen over the teacher's picture."""
+        """The mean reward, and the mean probability of being chosen over the teacher's image."""
         rewards = self._rewards(samples.images, samples.prompts)
         scores = {f"reward_{self.label}": float(rewards.mean())}
         if samples.reference is None:

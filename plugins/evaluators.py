@@ -1,4 +1,4 @@
-"""The evaluators that ship: distance to the teacher's picture, distances to the data, agreement with the prompt.
+"""The evaluators that ship: distance to the teacher's image, distances to the data, agreement with the prompt.
 
 Every score says which space it lives in. Without downloaded weights there is no Inception network here, hence no "FID".
 """
@@ -16,26 +16,26 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BATCH = 128
-JUDGE_FOLDER = "judge"
+CLASSIFIER_FOLDER = "judge"
 FEWEST_DATA = 2
-"""Pictures on either side that a distance between distributions needs."""
+"""Images on either side that a distance between distributions needs."""
 
 
 def too_few_data(setting: EvaluationSetting) -> str | None:
-    """Why no distance to real pictures can be measured; None where it can, or where that is not known yet."""
+    """Why no distance to real images can be measured; None where it can, or where that is not known yet."""
     if setting.num_data is not None and setting.num_data < FEWEST_DATA:
-        return f"it measures distances to real pictures, and the data has {setting.num_data or 'none'}"
+        return f"it measures distances to real images, and the data has {setting.num_data or 'none'}"
     return None
 
 
-class PictureDistance(Evaluator):
-    """How far each picture is from the full teacher's, made from the same noise: root mean square, pixels in [0, 1]."""
+class ImageDistance(Evaluator):
+    """How far each image is from the full teacher's, made from the same noise: root mean square, pixels in [0, 1]."""
 
     name: ClassVar[str] = "picture_distance"
     higher_is_better: ClassVar[Mapping[str, bool]] = {"distance_to_teacher_pixels": False}
 
     def score(self, samples: Samples) -> dict[str, float]:
-        """Mean over the pictures; nothing for the full teacher itself."""
+        """Mean over the images; nothing for the full teacher itself."""
         from ..core.evaluation.distances import root_mean_square
 
         if samples.reference is None:
@@ -44,10 +44,10 @@ class PictureDistance(Evaluator):
 
 
 class FeatureDistance(Evaluator):
-    """Distances between generated pictures and the data in one feature space.
+    """Distances between generated images and the data in one feature space.
 
-    The Fréchet distance needs more pictures than features; below that only the kernel distance is given. Where prompts
-    come more than once, the diversity of their pictures is measured in the same space.
+    The Fréchet distance needs more images than features; below that only the kernel distance is given. Where prompts
+    come more than once, the diversity of their images is measured in the same space.
     """
 
     space: str
@@ -60,12 +60,12 @@ class FeatureDistance(Evaluator):
 
     @property
     def at_once(self) -> int:
-        """Pictures in one pass of the network."""
+        """Images in one pass of the network."""
         return BATCH
 
     @abstractmethod
     def features(self, images: Tensor) -> Tensor:
-        """Features (B, F) of pictures (B, 3, H, W) in [0, 1]."""
+        """Features (B, F) of images (B, 3, H, W) in [0, 1]."""
 
     def _all_features(self, images: Tensor) -> Tensor:
         import torch
@@ -74,7 +74,7 @@ class FeatureDistance(Evaluator):
             return torch.cat([self.features(part).double().cpu() for part in images.split(self.at_once)])
 
     def both_features(self, samples: Samples) -> tuple[Tensor, Tensor] | None:
-        """Features of the pictures (N, F) and of the data (M, F), float64; None where there are too few of either."""
+        """Features of the images (N, F) and of the data (M, F), float64; None where there are too few of either."""
         if samples.data is None or min(len(samples.data), len(samples.images)) < FEWEST_DATA:
             return None
         if self._data is not samples.data or self._data_features is None:
@@ -99,8 +99,8 @@ class FeatureDistance(Evaluator):
 class RandomConvolutions(FeatureDistance):
     """Distances in the space of a fixed random convolution network, which needs no weights from anywhere.
 
-    Three levels of random filters of unit gain with a rectifier between them, on pictures scaled to 64 pixels; of each
-    level the mean and the spread of every channel over the picture: 3 x 2 x 8 = 48 features of texture and colour.
+    Three levels of random filters of unit gain with a rectifier between them, on images scaled to 64 pixels; of each
+    level the mean and the spread of every channel over the image: 3 x 2 x 8 = 48 features of texture and colour.
     """
 
     name: ClassVar[str] = "random_convolutions"
@@ -115,7 +115,7 @@ class RandomConvolutions(FeatureDistance):
 
     @classmethod
     def usable(cls, setting: EvaluationSetting, config: Any = None) -> str | None:
-        """Only with pictures to measure the distance to."""
+        """Only with images to measure the distance to."""
         return too_few_data(setting)
 
     def features(self, images: Tensor) -> Tensor:
@@ -136,7 +136,7 @@ class RandomConvolutions(FeatureDistance):
         return torch.cat(found, dim=1)
 
 
-class JudgeEvaluator(FeatureDistance):
+class MiniatureClassifierEvaluator(FeatureDistance):
     """Agreement with the prompt, and distances to the data, by the small classifier that lies beside a model.
 
     It is there for models whose folder has ``judge/``: the miniatures that ship with the package.
@@ -152,33 +152,33 @@ class JudgeEvaluator(FeatureDistance):
     }
 
     def __init__(self, config: Any, setting: EvaluationSetting) -> None:
-        from .judge import Judge
+        from .miniature_classifier import MiniatureClassifier
 
         super().__init__(config, setting)
         assert setting.model_path is not None
-        self._judge = Judge.from_pretrained(setting.model_path / JUDGE_FOLDER)
+        self._classifier = MiniatureClassifier.from_pretrained(setting.model_path / CLASSIFIER_FOLDER)
 
     @classmethod
     def usable(cls, setting: EvaluationSetting, config: Any = None) -> str | None:
         """Only beside a local model that has a judge."""
-        if setting.model_path is None or not (setting.model_path / JUDGE_FOLDER).is_dir():
-            return f"the model has no folder {JUDGE_FOLDER}/"
+        if setting.model_path is None or not (setting.model_path / CLASSIFIER_FOLDER).is_dir():
+            return f"the model has no folder {CLASSIFIER_FOLDER}/"
         return None
 
     def features(self, images: Tensor) -> Tensor:
         """The classifier's penultimate features, (B, F)."""
-        return self._judge.features(images)
+        return self._classifier.features(images)
 
     def score(self, samples: Samples) -> dict[str, float]:
-        """Share of pictures that show what their prompt says, and the distances to the data."""
+        """Share of images that show what their prompt says, and the distances to the data."""
         size, total = len(samples.images), 0
         for start in range(0, size, BATCH):
             part = slice(start, start + BATCH)
-            total += int(self._judge.agreement(samples.images[part], samples.prompts[part]).sum())
+            total += int(self._classifier.agreement(samples.images[part], samples.prompts[part]).sum())
         return {"prompt_agreement_judge": total / size, **super().score(samples)}
 
 
 @hookimpl
 def register_evaluators() -> Sequence[type[Evaluator]]:
-    """Picture distance, random convolutions, judge."""
-    return [PictureDistance, RandomConvolutions, JudgeEvaluator]
+    """Image distance, random convolutions, judge."""
+    return [ImageDistance, RandomConvolutions, MiniatureClassifierEvaluator]

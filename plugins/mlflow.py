@@ -31,11 +31,11 @@ LONGEST_VALUE = 6000
 LONGEST_NAME = 250
 """Letters of a metric's name."""
 LONGEST_FILE = 120
-"""Letters of a picture's name, whose file has the step, the time and a number of 32 letters as well."""
+"""Letters of an image's name, whose file has the step, the time and a number of 32 letters as well."""
 
 
 class MLflow(Tracker):
-    """One MLflow run: metrics, parameters, pictures and texts, continued under the same id when the run is resumed.
+    """One MLflow run: metrics, parameters, images and texts, continued under the same id when the run is resumed.
 
     Parameters cannot be changed once they are written: a resumed run keeps those it began with, and the configuration
     that it went on with lies in the artifact ``config.json``.
@@ -130,7 +130,7 @@ class MLflow(Tracker):
         self._sent = time.monotonic()
 
     def images(self, name: str, images: Mapping[str, Image], step: int) -> None:
-        """Pictures under ``images/``, by step."""
+        """Images under ``images/``, by step."""
         self._send()
         for caption, image in images.items():
             key = accepted(f"{name}/{caption}", more="", longest=LONGEST_FILE)
@@ -153,7 +153,7 @@ def accepted(name: str, *, more: str = ":", longest: int = LONGEST_NAME) -> str:
     """The name with an underscore for each letter that MLflow refuses; a longer one loses its middle.
 
     Args:
-        name: Of a metric, picture or text.
+        name: Of a metric, image or text.
         more: Letters that it takes beside letters, digits and ``_-. /``.
         longest: Letters that it takes.
     """

@@ -1,4 +1,4 @@
-"""TensorBoard: scalars, pictures, text and hyperparameters under ``output_dir/tensorboard``."""
+"""TensorBoard: scalars, images, text and hyperparameters under ``output_dir/tensorboard``."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class TensorBoard(Tracker):
             self._writer.add_scalar(name, value, step)
 
     def images(self, name: str, images: Mapping[str, Image], step: int) -> None:
-        """One picture per caption, under ``name/caption``."""
+        """One image per caption, under ``name/caption``."""
         import numpy as np
 
         for caption, image in images.items():

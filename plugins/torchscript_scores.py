@@ -42,7 +42,7 @@ class NetworkConfig(BaseModel):
     network: LocalPath | None = None
     """The TorchScript file."""
     batch_size: int = Field(default=32, ge=1)
-    """Pictures in one pass of the network."""
+    """Images in one pass of the network."""
 
 
 def problem(evaluator: str, file: str, config: Any) -> str | None:
@@ -66,15 +66,15 @@ def load(path: LocalPath, device: str) -> Any:
 
 
 def as_bytes(images: Tensor) -> Tensor:
-    """Pictures as 8-bit files hold them, (B, 3, H, W) uint8."""
+    """Images as 8-bit files hold them, (B, 3, H, W) uint8."""
     return images.clamp(0, 1).mul(255).round().byte()
 
 
 class InceptionDistance(FeatureDistance):
     """FID and KID: Fréchet and kernel distance to the data in the features of the Inception network of 2015.
 
-    Pictures are brought to 299 pixels inside the network, as TensorFlow did. The FID has a bias that is large with few
-    pictures: below `fewest_pictures` of either kind only the KID is given, which has none.
+    Images are brought to 299 pixels inside the network, as TensorFlow did. The FID has a bias that is large with few
+    images: below `fewest_pictures` of either kind only the KID is given, which has none.
     """
 
     name: ClassVar[str] = "fid"
@@ -83,10 +83,10 @@ class InceptionDistance(FeatureDistance):
     file: ClassVar[str] = "inception-2015-12-05.pt"
 
     class Config(NetworkConfig):
-        """Where the Inception network is, and from how many pictures on there is a FID."""
+        """Where the Inception network is, and from how many images on there is a FID."""
 
         fewest_pictures: int = Field(default=NUM_FEATURES, ge=FEWEST_DATA)
-        """Pictures, generated and real, that a FID takes. Papers use 5,000 to 50,000; compare only equal numbers."""
+        """Images, generated and real, that a FID takes. Papers use 5,000 to 50,000; compare only equal numbers."""
 
     def __init__(self, config: Any, setting: EvaluationSetting) -> None:
         super().__init__(config, setting)
@@ -94,7 +94,7 @@ class InceptionDistance(FeatureDistance):
 
     @classmethod
     def usable(cls, setting: EvaluationSetting, config: Any = None) -> str | None:
-        """Only with the network's file, and with pictures to measure the distance to."""
+        """Only with the network's file, and with images to measure the distance to."""
         return problem(cls.name, cls.file, config or cls.Config()) or too_few_data(setting)
 
     @property
@@ -113,7 +113,7 @@ class InceptionDistance(FeatureDistance):
         return found
 
     def score(self, samples: Samples) -> dict[str, float]:
-        """The KID, and the FID where there are pictures enough."""
+        """The KID, and the FID where there are images enough."""
         from ..core.evaluation.distances import frechet_distance, polynomial_distance
 
         both = self.both_features(samples)
@@ -126,7 +126,7 @@ class InceptionDistance(FeatureDistance):
 
 
 class PerceptualDistance(Evaluator):
-    """LPIPS: how different each picture looks from the full teacher's, made from the same noise, by a VGG16."""
+    """LPIPS: how different each image looks from the full teacher's, made from the same noise, by a VGG16."""
 
     name: ClassVar[str] = "lpips"
     by_default: ClassVar[bool] = False
@@ -137,7 +137,7 @@ class PerceptualDistance(Evaluator):
         """Where the VGG16 is."""
 
         batch_size: int = Field(default=1, ge=1)
-        """Pictures in one pass of the network; one of 1024 x 1024 pixels takes about two gigabytes."""
+        """Images in one pass of the network; one of 1024 x 1024 pixels takes about two gigabytes."""
 
     def __init__(self, config: Any, setting: EvaluationSetting) -> None:
         super().__init__(config, setting)
@@ -149,7 +149,7 @@ class PerceptualDistance(Evaluator):
         return problem(cls.name, cls.file, config or cls.Config())
 
     def score(self, samples: Samples) -> dict[str, float]:
-        """Mean over the pictures; nothing for the full teacher itself."""
+        """Mean over the images; nothing for the full teacher itself."""
         import torch
 
         if samples.reference is None:

@@ -79,7 +79,7 @@ class Trackio(Tracker):
         self._run.log(dict(metrics), step=step)
 
     def images(self, name: str, images: Mapping[str, Image], step: int) -> None:
-        """One picture per caption, under ``name/caption``."""
+        """One image per caption, under ``name/caption``."""
         trackio = importlib.import_module("trackio")
         for caption, image in images.items():
             self._run.log({f"{name}/{caption}": trackio.Image(image, caption=caption)}, step=step)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TWO_TOWERS = "clip"
-"""``model_type`` of networks of pictures and text, whose pictures are seen through a projection."""
+"""``model_type`` of networks of images and text, whose images are seen through a projection."""
 
 
 class VisionFeatures(FeatureDistance):
@@ -49,7 +49,7 @@ class VisionFeatures(FeatureDistance):
 
     @classmethod
     def usable(cls, setting: EvaluationSetting, config: Any = None) -> str | None:
-        """Only with the network, here or on the hub, and with pictures to measure the distance to."""
+        """Only with the network, here or on the hub, and with images to measure the distance to."""
         return pretrained.problem(cls.name, config or cls.Config()) or too_few_data(setting)
 
     @property
@@ -59,12 +59,12 @@ class VisionFeatures(FeatureDistance):
 
     def features(self, images: Tensor) -> Tensor:
         """The network's pooled output (B, F): of a CLIP the projected one, of a network without any the mean state."""
-        from ..core.drawing.grid import to_pictures
+        from ..core.drawing.grid import to_images
 
         if self._loaded is None:
-            self._loaded = pretrained.load(self.config, self.setting.device, pictures_only=True)
+            self._loaded = pretrained.load(self.config, self.setting.device, images_only=True)
         model, processor = self._loaded
-        seen = pretrained.pixels(processor, to_pictures(images), self.setting.device)
+        seen = pretrained.pixels(processor, to_images(images), self.setting.device)
         if model.config.model_type == TWO_TOWERS:
             return model.visual_projection(model.vision_model(pixel_values=seen).pooler_output)
         output = model(pixel_values=seen)

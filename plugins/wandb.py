@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class WandB(Tracker):
     """One wandb run, continued under the same id when the run is resumed.
 
-    wandb has one axis for a run and refuses to go back on it, while pictures and figures of one step come at different
+    wandb has one axis for a run and refuses to go back on it, while images and figures of one step come at different
     moments; so each call carries the step as ``train/step``, which all charts are drawn over.
     """
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from distill.core.cli import COMMANDS, main
 from distill.core.errors import Interrupted, PluginError, UserError
-from support.pairs import PLUGIN, Pair, distill, said
+from support.config_files import PLUGIN, Pair, distill, said
 
 HEAVY = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "pydantic", "PIL")
 
@@ -176,7 +176,7 @@ def test_config_init_writes_a_pair_that_is_usable_once_the_paths_are_there(model
     comments = [line for line in text.splitlines() if line.lstrip().startswith("#")]
     assert len(comments) >= len(keys) - 2  # every key has its meaning above it
     assert yaml.safe_load(text)["model_type"] == model_type
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     checked = distill("config", "check", "--config", tmp_path / "start" / "config.yaml")
     assert checked.exit_code == 0, checked.output
     again = distill("config", "init", tmp_path / "start")

@@ -12,7 +12,7 @@ from distill.core.config.requirements import check_requirements
 from distill.core.errors import ConfigError
 from distill.core.registry.registry import Registry
 from distill.core.settings.run_settings import RunSettings
-from support.pairs import PLUGIN, Pair, distill
+from support.config_files import PLUGIN, Pair, distill
 
 QUICKSTART = Path(__file__).resolve().parent.parent / "docs" / "quickstart"
 
@@ -48,11 +48,11 @@ def findings(load, *arguments, **options):
 
 
 def quickstart(tmp_path, *more):
-    pictures, model = tmp_path / "pictures", tmp_path / "model"
-    pictures.mkdir()
+    images, model = tmp_path / "images", tmp_path / "model"
+    images.mkdir()
     model.mkdir()
     files = ["--config", QUICKSTART / "config.json", "--data", QUICKSTART / "multidatabackend.json"]
-    paths = ["--model", model, "--set", f"data.your-dataset-name.instance_data_dir={pictures}"]
+    paths = ["--model", model, "--set", f"data.your-dataset-name.instance_data_dir={images}"]
     return distill("config", "check", *files, *paths, *more)
 
 
@@ -261,19 +261,19 @@ def test_parts_of_what_is_not_chosen_are_checked_and_said_to_have_no_effect(load
 
 def test_relative_paths_are_relative_to_their_file(tmp_path, registry, monkeypatch):
     (tmp_path / "a").mkdir()
-    (tmp_path / "b" / "pictures").mkdir(parents=True)
+    (tmp_path / "b" / "images").mkdir(parents=True)
     (tmp_path / "here").mkdir()
     pair = Pair(tmp_path / "a", {"data_backend_config": "../b/data.json", "validation_prompt_library": "prompts.txt"})
     pair.write()
     (tmp_path / "a" / "prompts.txt").write_text("one\ntwo\n")
-    data = [{"id": "pets", "instance_data_dir": "pictures", "cache_dir_vae": "cache"}]
+    data = [{"id": "pets", "instance_data_dir": "images", "cache_dir_vae": "cache"}]
     (tmp_path / "b" / "data.json").write_text(json.dumps(data))
     monkeypatch.chdir(tmp_path / "here")
     found = load_configuration(registry, config_file=pair.config_file)
     assert found.run.pretrained_model_name_or_path == str(tmp_path / "a" / "model")
     assert found.run.output_dir == tmp_path / "a" / "out"
-    assert found.datasets[0].instance_data_dir == str(tmp_path / "b" / "pictures")
-    assert found.datasets[0].backend.instance_data_dir == str(tmp_path / "b" / "pictures")
+    assert found.datasets[0].instance_data_dir == str(tmp_path / "b" / "images")
+    assert found.datasets[0].backend.instance_data_dir == str(tmp_path / "b" / "images")
     assert found.datasets[0].cache_dir_vae == tmp_path / "b" / "cache"
     assert found.validation_prompts == ("one", "two")
     flags = load_configuration(registry, config_file=pair.config_file, flags={"output_dir": "mine"})
@@ -295,7 +295,7 @@ def test_the_data_file_is_looked_for_beside_the_config_then_in_the_output_then_h
     places = [here, tmp_path / "out", tmp_path]
     for number, place in enumerate(places):  # from the weakest to the strongest
         place.mkdir(exist_ok=True)
-        entry = {"id": f"set-{number}", "instance_data_dir": str(tmp_path / "pictures")}
+        entry = {"id": f"set-{number}", "instance_data_dir": str(tmp_path / "images")}
         (place / "multidatabackend.json").write_text(json.dumps([entry]))
         found = load_configuration(registry, config_file=pair.config_file)
         assert found.datasets[0].id == f"set-{number}"
@@ -318,7 +318,7 @@ def test_flags_beat_the_file_and_overrides_beat_flags(load):
 
 
 def test_overrides_reach_datasets_by_id_even_with_dots(load):
-    more = [{"id": "pets.v2", "instance_data_dir": "pictures"}]
+    more = [{"id": "pets.v2", "instance_data_dir": "images"}]
     found = load({}, {}, more=more, overrides=["data.pets.v2.repeats=2", "data.pets.repeats=1"])
     assert [entry.repeats for entry in found.datasets] == [1, 2]
 
@@ -440,7 +440,7 @@ def test_overwriting_is_not_reproduced(load):
 def test_a_finished_run_loads_where_its_data_are_not(load, registry, tmp_path):
     file = tmp_path / "config.resolved.json"
     file.write_text(json.dumps(load().resolved()))
-    (tmp_path / "pictures").rmdir()
+    (tmp_path / "images").rmdir()
     (tmp_path / "model").rmdir()
     with pytest.raises(ConfigError):
         load_configuration(registry, config_file=file)
@@ -453,7 +453,7 @@ def test_a_finished_run_loads_where_its_data_are_not(load, registry, tmp_path):
 @pytest.fixture
 def miniature(registry, tmp_path, monkeypatch):
     folder = tmp_path / "miniature"
-    (folder / "pictures").mkdir(parents=True)
+    (folder / "images").mkdir(parents=True)
     recipe = {
         "max_train_steps": 300,
         "learning_rate": 3e-4,
@@ -461,7 +461,7 @@ def miniature(registry, tmp_path, monkeypatch):
         "aspect_bucket_alignment": 8,
         "distillation_config": {"lcm": {"w_min": 2, "w_max": 6}, "needy": {"grid": 10}},
         "validation_prompt": ["a cat"],
-        "data": [{"id": "shipped", "instance_data_dir": "pictures"}],
+        "data": [{"id": "shipped", "instance_data_dir": "images"}],
     }
     (folder / "recipe.json").write_text(json.dumps(recipe))
     monkeypatch.setattr(registry.get("family", "plain-family"), "miniature", folder)
@@ -476,7 +476,7 @@ def test_without_a_model_the_miniature_and_its_recipe_are_used(miniature, regist
     assert found.run.pretrained_model_name_or_path == str(miniature)
     assert (found.run.max_train_steps, found.run.learning_rate) == (300, 3e-4)
     assert (found.method.w_min, found.method.w_max) == (2, 6)
-    assert found.datasets[0].instance_data_dir == str(miniature / "pictures")
+    assert found.datasets[0].instance_data_dir == str(miniature / "images")
     assert found.datasets[0].resolution == 32
     assert found.notices == ()
 
@@ -498,7 +498,7 @@ def test_the_recipe_does_not_lend_its_learning_rate_to_another_model_type(miniat
     assert same.run.learning_rate == 3e-4
 
 
-def test_own_pictures_with_the_miniature(miniature, registry, tmp_path):
+def test_own_images_with_the_miniature(miniature, registry, tmp_path):
     pair = Pair(tmp_path)
     pair.write()
     found = load_configuration(registry, data_file=pair.data_file, flags={"model_family": "plain-family"})

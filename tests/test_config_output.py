@@ -9,7 +9,7 @@ from distill.core.config.load import load_configuration
 from distill.core.errors import ConfigError, UserError
 from distill.core.registry.registry import Registry
 from distill.core.runs.output_folder import check_output_dir, clear_output_dir
-from support.pairs import PLUGIN, Pair
+from support.config_files import PLUGIN, Pair
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from distill.core.testing import Check, ConformanceError, check_plugin, checks_o
 from distill.core.testing.report import outcome_of
 from support.broken_plugins import BROKEN, BROKEN_FAMILY, FAMILIES, GOOD
 from support.cases import registry
-from support.pairs import distill, said
+from support.config_files import distill, said
 from support.recipes import term
 from support.s3_server import KEY_ID, REGION, SECRET, s3, s3_server  # noqa: F401 - fixtures
 from support.sources import write_csv, write_jsonl, write_parquet, write_shards
@@ -29,16 +29,16 @@ def placed(write):
 
     def example(folder, files):
         for key, data in files.items():
-            path = folder / "pictures" / key
+            path = folder / "images" / key
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
-        return write(folder / "pictures", folder)
+        return write(folder / "images", folder)
 
     return example
 
 
-def shards(pictures, root):
-    write_shards(pictures, root / "shards")
+def shards(images, root):
+    write_shards(images, root / "shards")
     return {"shards": str(root / "shards" / "shard-{000..002}.tar")}
 
 
@@ -50,16 +50,14 @@ EXAMPLES = {
     "family sd3": MODELS["sd3"].write,
     "family flux": MODELS["flux-dev"].write,
     "data_backend csv": placed(
-        lambda pictures, root: {"csv_file": write_csv(pictures, root / "t.csv"), "instance_data_dir": pictures}
+        lambda images, root: {"csv_file": write_csv(images, root / "t.csv"), "instance_data_dir": images}
     ),
     "data_backend jsonl": placed(
-        lambda pictures, root: {"jsonl_file": write_jsonl(pictures, root / "t.jsonl"), "instance_data_dir": pictures}
+        lambda images, root: {"jsonl_file": write_jsonl(images, root / "t.jsonl"), "instance_data_dir": images}
     ),
-    "data_backend parquet": placed(
-        lambda pictures, root: {"parquet_file": write_parquet(pictures, root / "t.parquet")}
-    ),
+    "data_backend parquet": placed(lambda images, root: {"parquet_file": write_parquet(images, root / "t.parquet")}),
     "data_backend huggingface": placed(
-        lambda pictures, root: {"dataset_name": str(write_parquet(pictures, root / "t.parquet"))}
+        lambda images, root: {"dataset_name": str(write_parquet(images, root / "t.parquet"))}
     ),
     "data_backend webdataset": placed(shards),
 }
@@ -111,9 +109,9 @@ def test_a_bucket_conforms(s3, monkeypatch):  # noqa: F811
         monkeypatch.setenv(f"AWS_{name}", value)
     located._store.cache_clear()
 
-    def fill(pictures, root):
-        s3.fill("shelf", "pictures", pictures)
-        return {"aws_bucket_name": "shelf", "aws_data_prefix": "pictures"}
+    def fill(images, root):
+        s3.fill("shelf", "images", images)
+        return {"aws_bucket_name": "shelf", "aws_data_prefix": "images"}
 
     outcomes = [outcome_of(check) for check in checks_of(registry().get("data_backend", "s3"), example=placed(fill))]
     assert not [outcome for outcome in outcomes if outcome.result == "failed" or "offers no place" in outcome.reason]
@@ -143,7 +141,7 @@ SQLITE = Path(__file__).parent.parent / "examples" / "distill-studio" / "distill
         ("return io.BytesIO(row[0])", "return io.BytesIO(row[0][1:])", "read the content whole"),
         ("        captions=[[row[3]]", "        captions=[[row[9]]", "IndexError"),
         (
-            "yield chunk(rows, resume=after, pictures=pictures)",
+            "yield chunk(rows, resume=after, images=images)",
             "yield rows",
             "samples() yields list; yield SampleChunks",
         ),

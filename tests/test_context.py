@@ -6,13 +6,13 @@ from itertools import pairwise
 
 import pytest
 import torch
-from distill.core.diffusion import guide
+from distill.core.diffusion import classifier_free_guidance
 from distill.core.engine.networks import Networks
 from distill.core.plugin_api.context import Context, Runtime
 from distill.core.plugin_api.method import Role
 from distill.core.testing.gaussian import GaussianFamily, denoise
 from distill.core.testing.paths import PATHS
-from distill.core.utils.seeds import Draws
+from distill.core.utils.seeds import RngStreams
 
 MEAN, SIZE = 0.6, 6
 COND = {"mean": torch.full((SIZE, 1), MEAN, dtype=torch.float64)}
@@ -29,7 +29,7 @@ def make(path="eps", *, num_times=8, average=None):
 
 
 def noise(context, name="x"):
-    return context.draws.randn(name, (1,)).double()
+    return context.rng.randn(name, (1,)).double()
 
 
 # -- joint calls ------------------------------------------------------------------------------------------------------
@@ -41,15 +41,17 @@ def test_with_and_without_are_the_two_predictions_and_one_call(path):
     x, t = noise(context), grid.times[[1, 2, 3, 4, 5, 6]]
     calls, predict = [], family.predict
     family.predict = lambda network, x_t, *a, **k: (calls.append(len(x_t)), predict(network, x_t, *a, **k))[1]
-    cond, uncond = context.with_and_without("student", x, t, COND)
+    cond, uncond = context.predict_cond_uncond("student", x, t, COND)
     assert calls == [2 * SIZE]
     apart = [context.predict("student", x, t, c) for c in (COND, {"mean": torch.zeros(SIZE, 1).double()})]
     for ours, theirs in zip((cond, uncond), apart, strict=True):
         torch.testing.assert_close(ours.output, theirs.output, rtol=1e-13, atol=1e-13)
-        assert ours.kind == theirs.kind
+        assert ours.prediction_type == theirs.prediction_type
         torch.testing.assert_close(ours.x0, theirs.x0, rtol=1e-12, atol=1e-12)
     scale = torch.linspace(0, 8, SIZE).double()
-    torch.testing.assert_close(context.teacher_cfg(x, t, COND, scale).x0, guide(*apart, scale).x0, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        context.predict_guided(x, t, COND, scale).x0, classifier_free_guidance(*apart, scale).x0, rtol=1e-9, atol=1e-9
+    )
     if context.schedule.alpha(t).min() > 0:
         expected = denoise(context.schedule, x, t, torch.zeros(SIZE, 1).double())
         torch.testing.assert_close(uncond.x0, expected, rtol=1e-9, atol=1e-9)
@@ -58,11 +60,11 @@ def test_with_and_without_are_the_two_predictions_and_one_call(path):
 def test_guidance_may_be_of_any_role():
     context, _, networks, grid = make()
     x, t, scale = noise(context), grid.times[3].expand(SIZE), torch.full((SIZE,), 2.0).double()
-    before = context.teacher_cfg(x, t, COND, scale)
+    before = context.predict_guided(x, t, COND, scale)
     for parameter in networks.parameters("student"):
         parameter.data *= 1.5
-    assert torch.equal(context.teacher_cfg(x, t, COND, scale).x0, before.x0)
-    assert not torch.equal(context.teacher_cfg(x, t, COND, scale, role="student").x0, before.x0)
+    assert torch.equal(context.predict_guided(x, t, COND, scale).x0, before.x0)
+    assert not torch.equal(context.predict_guided(x, t, COND, scale, role="student").x0, before.x0)
 
 
 # -- rollouts ---------------------------------------------------------------------------------------------------------
@@ -74,10 +76,10 @@ def test_a_rollout_is_multistep_sampling_written_out(path):
     times = [grid.times[i].expand(SIZE) for i in (7, 4, 2)]
     start = noise(context)
     found = context.rollout("student", times, start, COND, name="roll")
-    x, draws = start, Draws(3, 5, range(SIZE))
+    x, rng = start, RngStreams(3, 5, range(SIZE))
     for i in range(2):
         x_0 = denoise(context.schedule, x, times[i], COND["mean"])
-        x = context.schedule.add_noise(x_0, draws.randn(f"roll/{i}", (1,)).double(), times[i + 1])
+        x = context.schedule.add_noise(x_0, rng.randn(f"roll/{i}", (1,)).double(), times[i + 1])
     torch.testing.assert_close(found.x_t, x, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(found.x0, denoise(context.schedule, x, times[2], COND["mean"]), rtol=1e-9, atol=1e-9)
     assert torch.equal(found.t, times[2])
@@ -146,8 +148,8 @@ def test_jvp_of_what_does_not_depend_on_its_input_says_so():
 
 
 def test_shared_integers_are_one_for_all_samples_and_processes_and_uniform_over_steps():
-    seen = [Draws(3, step, range(4)).shared_integer("calls", 4) for step in range(4000)]
-    assert seen == [Draws(3, step, (17,)).shared_integer("calls", 4) for step in range(4000)], "whoever asks"
+    seen = [RngStreams(3, step, range(4)).shared_integer("calls", 4) for step in range(4000)]
+    assert seen == [RngStreams(3, step, (17,)).shared_integer("calls", 4) for step in range(4000)], "whoever asks"
     counts = torch.bincount(torch.tensor(seen), minlength=4)
     assert len(counts) == 4
     chi_square = ((counts - 1000.0) ** 2 / 1000).sum()
@@ -158,18 +160,18 @@ def test_shared_integers_are_one_for_all_samples_and_processes_and_uniform_over_
 
 def test_shared_integers_depend_on_seed_and_name_and_on_no_samples_draw():
     asked = ((3, "a"), (3, "b"), (4, "a"))
-    names = [[Draws(seed, step, ()).shared_integer(name, 100) for step in range(50)] for seed, name in asked]
+    names = [[RngStreams(seed, step, ()).shared_integer(name, 100) for step in range(50)] for seed, name in asked]
     for i, j in ((0, 1), (0, 2), (1, 2)):
         assert sum(a == b for a, b in zip(names[i], names[j], strict=True)) < 8
-    own = [Draws(3, step, (0,)).integers("a", 100).item() for step in range(50)]
+    own = [RngStreams(3, step, (0,)).integers("a", 100).item() for step in range(50)]
     assert sum(a == b for a, b in zip(names[0], own, strict=True)) < 8
 
 
 def test_draws_of_a_sample_depend_on_its_position_alone():
-    whole, part = Draws(3, 5, range(6)), Draws(3, 5, (4, 1))
+    whole, part = RngStreams(3, 5, range(6)), RngStreams(3, 5, (4, 1))
     for draw in (lambda d: d.randn("n", (3, 2)), lambda d: d.uniform("u", 2, 5), lambda d: d.integers("i", 1000)):
         assert torch.equal(draw(whole)[[4, 1]], draw(part))
-        assert not torch.equal(draw(whole), draw(Draws(3, 6, range(6))))
+        assert not torch.equal(draw(whole), draw(RngStreams(3, 6, range(6))))
 
 
 def test_statistics_are_averaged_over_processes_where_there_are_several():
@@ -187,7 +189,7 @@ def test_a_context_knows_its_step_and_hands_on_its_run():
     context, *_ = make()
     other = context.at(9, (2, 3))
     assert (context.step, other.step) == (5, 9)
-    assert other.draws.positions == (2, 3)
+    assert other.rng.positions == (2, 3)
     assert other.grid(8) is context.grid(8), "made once"
 
 

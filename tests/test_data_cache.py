@@ -145,10 +145,10 @@ def test_failures_are_remembered_with_their_shard(tmp_path):
 
     cache = open_cache(tmp_path)
     cache.write(keys(1), entries(1), [Failure(keys(2)[0].tobytes().hex(), "b.png", "truncated")])
-    cache.write(keys(), {}, [Failure(keys(3)[0].tobytes().hex(), "c.png", "no picture")])
+    cache.write(keys(), {}, [Failure(keys(3)[0].tobytes().hex(), "c.png", "no image")])
     again = open_cache(tmp_path)
     assert again.failed(keys(1, 2, 3)).tolist() == [False, True, True]
-    assert again.failure(keys(3)[0]).reason == "no picture"
+    assert again.failure(keys(3)[0]).reason == "no image"
 
 
 def test_two_writers_do_not_meet(tmp_path):

@@ -15,7 +15,7 @@ def test_build_verify_clear(tmp_path):
     config = write_run(tmp_path)
     built = cache("build", "--config", str(config))
     assert built.exit_code == 0, built.output
-    assert "13 captions and 13 pictures encoded" in built.output
+    assert "13 captions and 13 images encoded" in built.output
     assert "everything was cached" in cache("build", "--config", str(config)).output
 
     verified = cache("verify", "--config", str(config))
@@ -28,10 +28,10 @@ def test_build_verify_clear(tmp_path):
     damaged = cache("verify", "--config", str(config))
     assert damaged.exit_code == 1
     assert shard.name in damaged.output
-    assert "13 pictures encoded" in cache("build", "--config", str(config)).output
+    assert "13 images encoded" in cache("build", "--config", str(config)).output
 
     next(path for path in tmp_path.rglob("*.png") if path.with_suffix(".txt").exists()).unlink()
-    assert cache("verify", "--config", str(config)).output.count("1 orphaned") == 2, "a picture and its caption"
+    assert cache("verify", "--config", str(config)).output.count("1 orphaned") == 2, "an image and its caption"
     assert "freed" in cache("clear", "--orphaned", "--yes", "--config", str(config)).output
     assert "nothing orphaned" in cache("clear", "--orphaned", "--yes", "--config", str(config)).output
     assert "everything was cached" in cache("build", "--config", str(config)).output
@@ -45,12 +45,12 @@ def test_build_verify_clear(tmp_path):
     assert "no cache to clear" in cache("clear", "--config", str(config), "--yes").output
 
 
-def test_no_pictures_is_the_users_mistake(tmp_path):
+def test_no_images_is_the_users_mistake(tmp_path):
     config = write_run(tmp_path)
     (tmp_path / "empty").mkdir()
     data = [{"id": "none", "instance_data_dir": "empty"}]
     (tmp_path / "multidatabackend.json").write_text(json.dumps(data))
     result = cache("build", "--config", str(config))
     assert result.exit_code == 2
-    assert "dataset 'none' has no picture to train on" in result.output
+    assert "dataset 'none' has no image to train on" in result.output
     assert str(tmp_path / "empty") in result.output

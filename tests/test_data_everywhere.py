@@ -1,4 +1,4 @@
-"""The same pictures from every kind of place: the same batches, bit for bit, in the same order."""
+"""The same images from every kind of place: the same batches, bit for bit, in the same order."""
 
 import json
 import shutil
@@ -16,8 +16,8 @@ COMMON = {"random_flip": True, "caption_dropout_probability": 0.2, "crop": True,
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    return write_folder(tmp_path_factory.mktemp("everywhere") / "pictures")
+def images(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("everywhere") / "images")
 
 
 def csv_source(folder, root):
@@ -70,9 +70,9 @@ def loaded(settings, root):
 
 
 @pytest.fixture(scope="module")
-def expected(pictures, tmp_path_factory):
+def expected(images, tmp_path_factory):
     root = tmp_path_factory.mktemp("local")
-    settings = source("set", "local", root / "vae", instance_data_dir=pictures, **COMMON)
+    settings = source("set", "local", root / "vae", instance_data_dir=images, **COMMON)
     return loaded(settings, root)
 
 
@@ -84,19 +84,19 @@ def hugging_face(monkeypatch):
 
 
 @pytest.mark.parametrize("make", LOCAL, ids=lambda make: make.__name__.removesuffix("_source"))
-def test_the_same_pictures_give_the_same_batches(make, pictures, expected, tmp_path):
-    kind, keys = make(pictures, tmp_path)
+def test_the_same_images_give_the_same_batches(make, images, expected, tmp_path):
+    kind, keys = make(images, tmp_path)
     assert loaded(source("set", kind, tmp_path / "vae", **keys, **COMMON), tmp_path) == expected
 
 
 @pytest.fixture
-def bucket(s3, pictures, tmp_path, monkeypatch):  # noqa: F811
-    """A bucket with the pictures as objects, in shards and in tables; the usual variables say how it is reached."""
+def bucket(s3, images, tmp_path, monkeypatch):  # noqa: F811
+    """A bucket with the images as objects, in shards and in tables; the usual variables say how it is reached."""
     s3.bucket("everywhere")
-    write_shards(pictures, tmp_path / "all" / "shards")
-    write_parquet(pictures, tmp_path / "all" / "t.parquet")
-    write_csv(pictures, tmp_path / "all" / "t.csv")
-    s3.fill("everywhere", "pictures", pictures)
+    write_shards(images, tmp_path / "all" / "shards")
+    write_parquet(images, tmp_path / "all" / "t.parquet")
+    write_csv(images, tmp_path / "all" / "t.csv")
+    s3.fill("everywhere", "images", images)
     s3.fill("everywhere", "all", tmp_path / "all")
     for name, value in (("ENDPOINT_URL", s3.endpoint), ("ACCESS_KEY_ID", KEY_ID), ("SECRET_ACCESS_KEY", SECRET),
                         ("DEFAULT_REGION", REGION)):  # fmt: skip
@@ -107,23 +107,23 @@ def bucket(s3, pictures, tmp_path, monkeypatch):  # noqa: F811
 
 
 REMOTE = {
-    "bucket": ("s3", {"aws_bucket_name": "everywhere", "aws_data_prefix": "pictures"}),
+    "bucket": ("s3", {"aws_bucket_name": "everywhere", "aws_data_prefix": "images"}),
     "shards": ("webdataset", {"shards": "s3://everywhere/all/shards/shard-{000..002}.tar"}),
     "shards-glob": ("webdataset", {"shards": "s3://everywhere/all/shards/*.tar"}),
     "parquet": ("parquet", {"parquet_file": "s3://everywhere/all"}),
-    "csv": ("csv", {"csv_file": "s3://everywhere/all/t.csv", "instance_data_dir": "s3://everywhere/pictures"}),
+    "csv": ("csv", {"csv_file": "s3://everywhere/all/t.csv", "instance_data_dir": "s3://everywhere/images"}),
 }
 
 
 @pytest.mark.parametrize("name", REMOTE)
-def test_the_same_pictures_from_a_bucket_give_the_same_batches(name, bucket, expected, tmp_path):
+def test_the_same_images_from_a_bucket_give_the_same_batches(name, bucket, expected, tmp_path):
     kind, keys = REMOTE[name]
     assert loaded(source("set", kind, tmp_path / "vae", **keys, **COMMON), tmp_path) == expected
 
 
 @pytest.fixture
-def website(pictures, tmp_path):
-    """Address of a plain file server with the pictures, tables and shards."""
+def website(images, tmp_path):
+    """Address of a plain file server with the images, tables and shards."""
     from functools import partial
     from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
     from threading import Thread
@@ -133,11 +133,11 @@ def website(pictures, tmp_path):
             pass
 
     site = tmp_path / "site"
-    shutil.copytree(pictures, site / "pictures")
-    write_shards(pictures, site / "shards")
-    write_parquet(pictures, site / "t.parquet")
-    write_csv(pictures, site / "t.csv")
-    write_jsonl(pictures, site / "t.jsonl")
+    shutil.copytree(images, site / "images")
+    write_shards(images, site / "shards")
+    write_parquet(images, site / "t.parquet")
+    write_csv(images, site / "t.csv")
+    write_jsonl(images, site / "t.jsonl")
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(site))) as server:
         Thread(target=server.serve_forever, daemon=True).start()
         located._store.cache_clear()
@@ -147,18 +147,18 @@ def website(pictures, tmp_path):
 
 
 SITE = {
-    "csv": ("csv", {"csv_file": "{}/t.csv", "instance_data_dir": "{}/pictures"}),
-    "jsonl": ("jsonl", {"jsonl_file": "{}/t.jsonl", "instance_data_dir": "{}/pictures"}),
+    "csv": ("csv", {"csv_file": "{}/t.csv", "instance_data_dir": "{}/images"}),
+    "jsonl": ("jsonl", {"jsonl_file": "{}/t.jsonl", "instance_data_dir": "{}/images"}),
     "parquet": ("parquet", {"parquet_file": "{}/t.parquet"}),
     "shards": ("webdataset", {"shards": "{}/shards/shard-{{000..002}}.tar"}),
 }
 
 
 @pytest.mark.parametrize("name", SITE)
-def test_the_same_pictures_from_a_web_server_give_the_same_batches(name, website, expected, tmp_path):
+def test_the_same_images_from_a_web_server_give_the_same_batches(name, website, expected, tmp_path):
     kind, keys = SITE[name]
-    places = {key: value.format(website) for key, value in keys.items()}
-    assert loaded(source("set", kind, tmp_path / "vae", **places, **COMMON), tmp_path) == expected
+    paths = {key: value.format(website) for key, value in keys.items()}
+    assert loaded(source("set", kind, tmp_path / "vae", **paths, **COMMON), tmp_path) == expected
 
 
 STRATEGIES = {
@@ -173,28 +173,28 @@ STRATEGIES = {
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_captions_are_made_in_the_same_way_from_every_source(strategy, pictures, tmp_path):
+def test_captions_are_made_in_the_same_way_from_every_source(strategy, images, tmp_path):
     rules = {**STRATEGIES[strategy], "caption_dropout_probability": 0.1}
-    expected = loaded(source("set", "local", tmp_path / "vae", instance_data_dir=pictures, **rules), tmp_path)
+    expected = loaded(source("set", "local", tmp_path / "vae", instance_data_dir=images, **rules), tmp_path)
     for make in LOCAL:
         if make is beside_source and "caption_strategy" in rules:
             continue  # its strategy says that the captions are in the table
         if strategy == "joined" and make not in (csv_source, shards_source):
             continue  # lists of captions have no lines to join
         (root := tmp_path / make.__name__).mkdir()
-        kind, keys = make(pictures, root)
+        kind, keys = make(images, root)
         found = loaded(source("set", kind, root / "vae", **{**keys, **rules}), root)
         assert found == expected, make.__name__
 
 
 @pytest.mark.slow
-def test_training_needs_another_type_and_place_only(tmp_path, pictures):
+def test_training_needs_another_type_and_place_only(tmp_path, images):
     """A whole run on each; the data file differs in ``type`` and where things lie."""
     found = {}
     for make in (None, csv_source, jsonl_source, parquet_source, shards_source):
         name = make.__name__ if make else "local"
         (tmp_path / name).mkdir()
-        kind, keys = make(pictures, tmp_path / name) if make else ("local", {"instance_data_dir": pictures})
+        kind, keys = make(images, tmp_path / name) if make else ("local", {"instance_data_dir": images})
         config = write_run(
             tmp_path, output=name, max_train_steps=3, validation_step_interval=0, checkpoint_step_interval=0
         )

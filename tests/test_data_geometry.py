@@ -17,12 +17,12 @@ def geometry(tmp_path, multiple=8, **settings) -> Geometry:
     )
 
 
-def draws(count: int, seed: int = 0) -> np.ndarray:
+def rng(count: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 2**63, count).astype(np.uint64)
 
 
 def plan(geometry: Geometry, sizes=SIZES):
-    return geometry.plan(sizes[:, 0], sizes[:, 1], draws(len(sizes)))
+    return geometry.plan(sizes[:, 0], sizes[:, 1], rng(len(sizes)))
 
 
 @pytest.mark.parametrize("crop", [False, True])
@@ -102,14 +102,12 @@ def test_filters_name_their_reason(tmp_path):
 def test_random_crops_are_for_good_and_cover_the_range(tmp_path):
     made = geometry(tmp_path, crop=True, crop_style="random", resolution_type="pixel")
     width, height = np.full(4000, 1024), np.full(4000, 512)
-    first, again = (made.plan(width, height, draws(4000)) for _ in range(2))
+    first, again = (made.plan(width, height, rng(4000)) for _ in range(2))
     assert np.array_equal(first.left, again.left)
     assert first.left.min() == 0
     assert first.left.max() == 512
     assert abs(first.left.mean() - 256) < 15
-    corner = geometry(tmp_path, crop=True, crop_style="corner", resolution_type="pixel").plan(
-        width, height, draws(4000)
-    )
+    corner = geometry(tmp_path, crop=True, crop_style="corner", resolution_type="pixel").plan(width, height, rng(4000))
     assert not corner.left.any()
     assert (flipped_left(corner) == 512).all()
 
@@ -118,5 +116,5 @@ def test_millions_of_rows_take_a_second(tmp_path):
     count = 1_000_000
     width, height = (np.random.default_rng(seed).integers(300, 4000, count).astype(np.int32) for seed in (1, 2))
     made, start = geometry(tmp_path), time.process_time()
-    made.plan(width, height, draws(count))
+    made.plan(width, height, rng(count))
     assert time.process_time() - start < 2

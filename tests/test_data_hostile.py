@@ -16,7 +16,7 @@ from support.hostile import EDGE, encode, fill_hostile, one_bit_png, quadrants
 
 CPU_SECONDS = 30
 EXTRA_BYTES = 1.3e9
-"""Room for one picture of 128 million pixels, decoded and converted."""
+"""Room for one image of 128 million pixels, decoded and converted."""
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def every_reason(dataset):
     return dataset.counts.quarantined | rest | {"line.png": "too long and narrow"}
 
 
-def test_odd_pictures_have_the_right_pixels(hostile):
+def test_odd_images_have_the_right_pixels(hostile):
     _, cases, data, *_ = hostile
     (dataset,) = data._datasets
     for row in dataset.rows:
@@ -106,11 +106,11 @@ def test_the_quarantine_file_has_a_line_for_each(hostile):
 def test_broken_files_whose_names_have_line_breaks_take_one_line(tmp_path):
     folder = fill(tmp_path / "set", [(EDGE, EDGE)])
     (folder / "two\nlines: x.png").write_bytes(b"")
-    (folder / "red\x1b[31m.png").write_bytes(b"no picture")
+    (folder / "red\x1b[31m.png").write_bytes(b"no image")
     data, lines = pipeline(entry(folder), root=tmp_path)
     data.prepare()
     assert (tmp_path / "cache" / "set" / "set.quarantine.txt").read_text().splitlines() == [
-        "red\\x1b[31m.png: it is in no picture format that can be read",
+        "red\\x1b[31m.png: it is in no image format that can be read",
         "two\\nlines: x.png: it is empty (0 bytes)",
     ]
     assert not any("\x1b" in line or "\n" in line for line in lines)
@@ -170,15 +170,15 @@ def test_folders_may_lie_deeper_than_calls_may(tmp_path):
         subprocess.run(["rm", "-rf", str(folder)], check=True)  # deeper than Python's own rmtree goes
 
 
-def test_large_pictures_are_decoded_one_after_the_other(monkeypatch):
+def test_large_images_are_decoded_one_after_the_other(monkeypatch):
     from concurrent.futures import ThreadPoolExecutor
 
     monkeypatch.setattr(images, "_budget", images._Budget(2 * EDGE * EDGE))
     data, inside, most = encode(quadrants(), "PNG"), [], []
 
     def work(_: int) -> None:
-        with images.decoded(data) as picture:
-            inside.append(picture.size)
+        with images.decoded(data) as image:
+            inside.append(image.size)
             most.append(len(inside))
             time.sleep(0.01)
             inside.pop()

@@ -27,7 +27,7 @@ def library(tmp_path, monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Pictures in folders, each with a caption."""
+    """Images in folders, each with a caption."""
     fill(tmp_path / "set" / "cats", MIXED[:6])
     fill(tmp_path / "set" / "dogs", MIXED[6:], start=6)
     (tmp_path / "set" / "cats" / "003.txt").write_text("one\ntwo")
@@ -81,10 +81,10 @@ def test_nothing_is_made_again_until_it_changes(folder, tmp_path, streaming):
     place.rmdir()
     parquet([(name, data, text) for name, data, text in rows if name != "cats/001.png"], place)
     pipeline(hf(place, streaming=streaming), root=tmp_path, family=family)[0].prepare()
-    assert not family.batches, "the other pictures' bytes are what they were"
+    assert not family.batches, "the other images' bytes are what they were"
 
 
-def test_sizes_and_names_from_columns_leave_pictures_for_the_latents(folder, tmp_path, monkeypatch):
+def test_sizes_and_names_from_columns_leave_images_for_the_latents(folder, tmp_path, monkeypatch):
     place = parquet(rows_of(folder), tmp_path / "pq")
     keys = {"width_column": "w", "height_column": "h", "filename_column": "file", "streaming": True}
     looked = []
@@ -100,12 +100,12 @@ def test_sizes_and_names_from_columns_leave_pictures_for_the_latents(folder, tmp
 def test_captions_of_several_nested_and_fallback_columns(folder, tmp_path):
     place = parquet(rows_of(folder), tmp_path / "pq")
     found = chunks(backend(place, caption_column=["meta.caption", "file"]))
-    assert found["cats/001.png"] == (["picture number 1", "cats/001.png"], "")
+    assert found["cats/001.png"] == (["image number 1", "cats/001.png"], "")
     rows = [(name, data, "" if name == "cats/001.png" else text) for name, data, text in rows_of(folder)]
     gaps = parquet(rows, tmp_path / "gaps")
     found = chunks(backend(gaps, caption_column="caption", fallback_caption_column="file"))
     assert found["cats/001.png"][0] == ["cats/001.png"]
-    assert found["cats/002.png"][0] == ["picture number 2"]
+    assert found["cats/002.png"][0] == ["image number 2"]
     assert chunks(backend(place, caption_column="w"))["cats/000.png"] == ([], "'w' is 32, not a text")
 
 
@@ -113,9 +113,9 @@ def test_class_labels_are_captions_by_name(tmp_path, folder):
     from datasets import ClassLabel, Dataset, Features, Image
 
     rows = rows_of(folder)[:3]
-    features = Features({"picture": Image(), "label": ClassLabel(names=["a cat", "a dog"])})
-    pictures = [{"bytes": data, "path": None} for _, data, _ in rows]
-    Dataset.from_dict({"picture": pictures, "label": [1, 0, 1]}, features=features).save_to_disk(tmp_path / "d")
+    features = Features({"image": Image(), "label": ClassLabel(names=["a cat", "a dog"])})
+    images = [{"bytes": data, "path": None} for _, data, _ in rows]
+    Dataset.from_dict({"image": images, "label": [1, 0, 1]}, features=features).save_to_disk(tmp_path / "d")
     found = chunks(backend(tmp_path / "d", caption_column="label"))
     assert found == {f"{n:09d}": ([text], "") for n, text in enumerate(["a dog", "a cat", "a dog"])}
 
@@ -125,7 +125,7 @@ def test_class_labels_are_captions_by_name(tmp_path, folder):
     [
         ({"meta.score": {">=": 3, "<": 5}}, 2),
         ({"file": ["cats/000.png", "dogs/006.png", "no"]}, 2),
-        ({"caption": "picture number 1"}, 1),
+        ({"caption": "image number 1"}, 1),
         ({"meta.score": {"not in": [0, 1]}}, 8),
         ({"quality_thresholds": {"score": 8}, "quality_column": "meta"}, 2),
         ({"min_width": 48}, sum(width >= 48 for width, _ in MIXED)),
@@ -152,30 +152,30 @@ def test_parts_of_a_split(folder, tmp_path, streaming):
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["table", "stream"])
-def test_captions_alone_read_no_picture(folder, tmp_path, monkeypatch, streaming):
+def test_captions_alone_read_no_image(folder, tmp_path, monkeypatch, streaming):
     place = parquet(rows_of(folder), tmp_path / "pq")
     read = []
     from distill.data_backends._hf_source import Source
 
     walk = Source.walk
 
-    def spied(self, columns, picture, resume=""):
-        read.append((list(columns), picture))
-        for each in walk(self, columns, picture, resume):
+    def spied(self, columns, image, resume=""):
+        read.append((list(columns), image))
+        for each in walk(self, columns, image, resume):
             assert set(each[1]) == set(columns)
             yield each
 
     monkeypatch.setattr(Source, "walk", spied)
     settings = prompts("p", instance_data_dir=tmp_path)
     config = HuggingFaceBackend.Config(dataset_name=str(place), caption_column="meta.caption", streaming=streaming)
-    data, _ = pipeline(settings.model_copy(update={"backend": config}), root=tmp_path, pictures=False)
+    data, _ = pipeline(settings.model_copy(update={"backend": config}), root=tmp_path, images=False)
     data.prepare()
     assert data.num_samples == len(MIXED)
     assert read == [(["meta"], None)]
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["table", "stream"])
-def test_broken_and_absent_pictures_are_set_aside(folder, tmp_path, streaming):
+def test_broken_and_absent_images_are_set_aside(folder, tmp_path, streaming):
     rows = rows_of(folder)
     rows[2] = (rows[2][0], rows[2][1][:20], rows[2][2])
     rows[5] = (rows[5][0], rows[5][1][:200], rows[5][2])
@@ -193,7 +193,7 @@ def mistake(folder: Path, **keys) -> BadValue:
 
     def use() -> None:
         source.check()
-        source.check_samples(pictures=True, captions=True)
+        source.check_samples(images=True, captions=True)
         list(source.samples())
 
     with pytest.raises(BadValue) as caught:
@@ -210,7 +210,7 @@ def mistake(folder: Path, **keys) -> BadValue:
             "no column 'captoin'; it has 'image', 'caption'",
             "'caption'",
         ),
-        ({"image_column": "picture"}, "image_column", "no column 'picture'", "image_column"),
+        ({"image_column": "image"}, "image_column", "no column 'image'", "image_column"),
         ({"filter_func": {"scroe": 1}}, "filter_func", "no column 'scroe'", "filter_func"),
         ({"filter_func": {"caption": {">": 3}}}, "filter_func", "cannot be compared with 3", "kind"),
         ({"split": "tarin"}, "split", "no split 'tarin'; it has 'train'", "did you mean 'train'"),
@@ -272,7 +272,7 @@ def test_a_foreign_dataset_opens_no_file_of_this_machine(tmp_path, folder):
     secret.write_bytes((folder / "cats" / "000.png").read_bytes())
     source = HuggingFaceBackend(HuggingFaceBackend.Config(dataset_name="someone/something"))
     with pytest.raises(ValueError, match="names the file"):
-        source._picture({"bytes": None, "path": str(secret)})
+        source._image({"bytes": None, "path": str(secret)})
     assert source._relative("hf://datasets/someone/something@0123abc/train/cats/1.png") == "train/cats/1.png"
     assert source._relative("/cache/datasets--a--b/snapshots/0123abc/train/1.png") == "train/1.png"
 
@@ -281,7 +281,7 @@ def test_a_csv_of_paths_and_a_single_file(folder, tmp_path):
     lines = ["image,caption", *(f"{name},{json.dumps(text)}" for name, _, text in rows_of(folder)[4:])]
     (folder / "list.csv").write_text("\n".join(lines))
     found = chunks(HuggingFaceBackend(HuggingFaceBackend.Config(dataset_name=str(folder / "list.csv"))))
-    assert found["cats/004.png"] == (["picture number 4"], "")
+    assert found["cats/004.png"] == (["image number 4"], "")
     place = parquet(rows_of(folder), tmp_path / "pq")
     one = sorted(place.iterdir())[0]
     keys = {"dataset_name": "parquet", "data_files": (str(one),)}

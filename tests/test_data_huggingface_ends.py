@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.config_files import Pair, distill, said
 from support.data_helpers import pipeline, take
 from support.hf_sets import FORMS, parquet, rows_of
-from support.pairs import Pair, distill, said
 from test_data_huggingface import folder, hf, library  # noqa: F401 - fixtures
 from test_data_pipeline import MIXED, by_position
 
@@ -54,7 +54,7 @@ elif stop == "latents":
     family.encode_images = kill_after(family.encode_images, calls)
 data, _ = pipeline(hf(root / form, where=root, streaming=True), root=root, family=family)
 data.prepare()
-print("encoded", family.num_pictures)
+print("encoded", family.num_images)
 """
 
 
@@ -75,11 +75,11 @@ def test_killed_builds_of_a_stream_go_on_where_they_were(folder, tmp_path, form)
     assert code == -signal.SIGKILL
     index = [int(line.split()[1]) for line in lines]
     assert index[:4] == [6, 7, 8, 9], "the listing goes on behind its last chunk"
-    assert index[4:] == list(range(len(index) - 4)), "then the pictures pass by once"
+    assert index[4:] == list(range(len(index) - 4)), "then the images pass by once"
     code, lines = run("rest")
     assert code == 0
     assert lines[-1] != f"encoded {len(MIXED)}"
-    assert lines[0] not in ("rest 0", "rest 1"), "pictures whose latents are there do not pass by again"
+    assert lines[0] not in ("rest 0", "rest 1"), "images whose latents are there do not pass by again"
     resumed, _ = pipeline(hf(tmp_path / form, where=tmp_path, streaming=True), root=tmp_path)
     whole, _ = pipeline(hf(tmp_path / form, where=tmp_path / "whole", streaming=True), root=tmp_path / "whole")
     assert by_position([take(resumed, 15)]) == by_position([take(whole, 15)])

@@ -1,4 +1,4 @@
-"""Pictures of any kind come out upright, RGB and on white; broken ones are named."""
+"""Images of any kind come out upright, RGB and on white; broken ones are named."""
 
 import io
 
@@ -24,7 +24,7 @@ def quadrants() -> Image.Image:
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_undone(orientation):
     undo = {1: [], 2: [0], 3: [3], 4: [1], 5: [5], 6: [2], 7: [6], 8: [4]}[orientation]
-    # what a camera stores is the upright picture under the inverse transposition
+    # what a camera stores is the upright image under the inverse transposition
     stored = quadrants()
     for method in undo:
         stored = stored.transpose(Image.Transpose(method))
@@ -80,10 +80,10 @@ def test_other_modes():
             source = ImageCms.profileToProfile(
                 red, ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB"
             )
-        picture = decode(encode(source, format))
-        assert picture.mode == "RGB", mode
+        image = decode(encode(source, format))
+        assert image.mode == "RGB", mode
         if mode in ("CMYK", "YCbCr"):
-            assert np.abs(np.asarray(picture)[4, 4].astype(int) - (200, 30, 30)).max() < 12, (mode, format)
+            assert np.abs(np.asarray(image)[4, 4].astype(int) - (200, 30, 30)).max() < 12, (mode, format)
     gif = encode(red, "GIF", save_all=True, append_images=[Image.new("RGB", (8, 8), "blue")])
     assert np.asarray(decode(gif))[0, 0, 0] > 150  # the first frame
 
@@ -109,7 +109,7 @@ def test_scaling_a_part_equals_scaling_all_and_cropping():
     assert np.array_equal(flipped[:, ::-1], ours)
 
 
-def test_extreme_pictures_do_not_grow_on_the_way():
+def test_extreme_images_do_not_grow_on_the_way():
     thin = Image.new("RGB", (1, 30000), "red")
     assert fit(thin, 64, 64).shape == (64, 64, 3)
     assert (fit(Image.new("RGB", (1, 1), "red"), 8, 16) == (255, 0, 0)).all()

@@ -11,11 +11,11 @@ import pyarrow as pa
 import pytest
 from distill.core.data.index import index_builder as index_build
 from distill.core.data.index import listing
-from distill.core.data.index.build_folder import workshop_of
+from distill.core.data.index.build_folder import build_folder_of
 from distill.core.data.index.index_builder import IndexBuilder
 from distill.core.data.progress import default_progress
 from distill.core.data.samples.captions import CaptionRules
-from distill.core.data.tables import external_sort as spool
+from distill.core.data.tables import external_sort as external_table
 from distill.core.errors import OutOfReach
 from distill.core.plugin_api.backend import Entry, SampleChunk
 from distill.data_backends.local import LocalBackend
@@ -26,7 +26,7 @@ SIZES = [(8, 8), (16, 8), (8, 16)] * 40
 
 
 class Counting(LocalBackend):
-    """Counts the pictures that are opened, and goes out of reach when there were enough."""
+    """Counts the images that are opened, and goes out of reach when there were enough."""
 
     limit = 10**9
 
@@ -45,9 +45,9 @@ class Counting(LocalBackend):
 @pytest.fixture
 def small(monkeypatch):
     """Runs, merges and what is kept aside a few rows each, so that little sets meet them all."""
-    monkeypatch.setattr(spool, "RUN_ROWS", 16)
-    monkeypatch.setattr(spool, "SMALLEST_BATCH", 4)
-    monkeypatch.setattr(spool, "MERGE_ROWS", 4)
+    monkeypatch.setattr(external_table, "RUN_ROWS", 16)
+    monkeypatch.setattr(external_table, "SMALLEST_BATCH", 4)
+    monkeypatch.setattr(external_table, "MERGE_ROWS", 4)
     monkeypatch.setattr(listing, "RUN_ROWS", 16)
     monkeypatch.setattr(listing, "CHUNK", 8)
     monkeypatch.setattr(index_build, "CHUNK", 8)
@@ -71,7 +71,7 @@ def same_bytes(one: Path, two: Path) -> bool:
 
 def test_rows_come_out_as_they_went_in_whatever_their_order(tmp_path, small):
     folder = fill(tmp_path / "a" / "set", SIZES)
-    (folder / "003.png").write_bytes(b"no picture")
+    (folder / "003.png").write_bytes(b"no image")
     (folder / "004.txt").unlink()
     (folder / "5").mkdir()
     (folder / "007.png").rename(folder / "5" / "007.png")
@@ -83,15 +83,15 @@ def test_rows_come_out_as_they_went_in_whatever_their_order(tmp_path, small):
     problems = {index.key(row): index.problem(row) for row in range(len(index)) if index.problem(row)}
     nothing = "it has no caption"
     assert problems == {
-        "003.png": "it is in no picture format that can be read", "004.png": nothing, "5/007.png": nothing,
+        "003.png": "it is in no image format that can be read", "004.png": nothing, "5/007.png": nothing,
         "008.old.png": nothing,
     }  # fmt: skip
     for row, name in enumerate(names):
         if name not in problems:
             number = int(name[:3])
             assert (index.width[row], index.height[row]) == SIZES[number]
-            assert index.caption(int(index.caption_offsets[row])) == f"picture number {number}"
-    assert not workshop_of(tmp_path / "i.arrow").exists()
+            assert index.caption(int(index.caption_offsets[row])) == f"image number {number}"
+    assert not build_folder_of(tmp_path / "i.arrow").exists()
 
 
 def test_what_was_read_before_it_went_out_of_reach_is_not_read_again(tmp_path, small):
@@ -108,13 +108,13 @@ def test_what_was_read_before_it_went_out_of_reach_is_not_read_again(tmp_path, s
     build(tmp_path / "broken.arrow", settings, backend)
     assert 12 <= len(backend.opened) <= 14  # at most those that were under way in other threads come again
     assert same_bytes(tmp_path / "whole.arrow", tmp_path / "broken.arrow")
-    assert not workshop_of(tmp_path / "broken.arrow").exists()
+    assert not build_folder_of(tmp_path / "broken.arrow").exists()
 
 
-def test_other_rules_for_captions_open_no_picture(tmp_path, small):
+def test_other_rules_for_captions_open_no_image(tmp_path, small):
     folder = fill(tmp_path / "set", SIZES[:20])
     build(tmp_path / "i.arrow", *files(folder))
-    settings, backend = files(folder, caption_filter_list=("picture",))
+    settings, backend = files(folder, caption_filter_list=("image",))
     index, builder = build(tmp_path / "i.arrow", settings, backend)
     assert (builder.num_read, backend.opened) == (20, [])
     assert index.caption(0) == "number 0"
@@ -152,7 +152,7 @@ def test_a_build_killed_at_nine_tenths_goes_on(tmp_path):
     assert 12 <= builder.num_read <= 12 + 2 * 8  # chunks of eight were kept whole
     whole, _ = build(tmp_path / "whole.arrow", *files(folder))
     assert same_bytes(killed.path, whole.path)
-    assert not workshop_of(killed.path).exists()
+    assert not build_folder_of(killed.path).exists()
 
 
 # -- samples -----------------------------------------------------------------------------------------------------------
@@ -164,7 +164,7 @@ class Shards(Memory):
     breaks_at = None
     told = 0
 
-    def samples(self, *, pictures=True):
+    def samples(self, *, images=True):
         yield from self._tell(0)
 
     def samples_after(self, resume):
@@ -195,7 +195,7 @@ def test_a_listing_that_breaks_off_goes_on_behind_what_it_told(tmp_path, small, 
     broken, _ = build(tmp_path / "broken.arrow", settings, Shards(None))
     assert Shards.told == chunks
     assert same_bytes(whole.path, broken.path)
-    assert not workshop_of(broken.path).exists()
+    assert not build_folder_of(broken.path).exists()
 
 
 def test_a_broken_sample_does_not_make_every_start_list_again(tmp_path, monkeypatch):
@@ -203,7 +203,7 @@ def test_a_broken_sample_does_not_make_every_start_list_again(tmp_path, monkeypa
         monkeypatch.setattr(Memory, name, type(getattr(Memory, name))())
     folder = fill(tmp_path / "set", SIZES[:6])
     load(Memory, folder)
-    Memory.data["002.png"] = (b"no picture", ["x"])
+    Memory.data["002.png"] = (b"no image", ["x"])
     settings = entry(folder)
     build(tmp_path / "i.arrow", settings, Memory(None))
     Memory.opened.clear()
@@ -239,10 +239,10 @@ def test_columns_on_disk_are_the_columns(tmp_path):
     ]
     whole = pa.RecordBatch.from_pylist(rows, schema)
     pieces = [whole.slice(0, 4), whole.slice(4, 0), whole.slice(4, 5)]
-    table = spool.Spool(schema, tmp_path).extend(pieces).table()
+    table = external_table.ExternalTable(schema, tmp_path).extend(pieces).table()
     assert table.to_pylist() == rows
     assert all(column.num_chunks == 1 for column in table.columns)
-    assert spool.Spool(schema, tmp_path).table().to_pylist() == []
+    assert external_table.ExternalTable(schema, tmp_path).table().to_pylist() == []
 
 
 def test_runs_are_merged_in_order(tmp_path, small):
@@ -253,9 +253,9 @@ def test_runs_are_merged_in_order(tmp_path, small):
         pa.RecordBatch.from_pydict({"key": [k for k, _ in part], "place": [p for _, p in part]}, schema=schema)
         for part in (pairs[start : start + 7] for start in range(0, 500, 7))
     ]
-    table = spool.sorted_table(iter(batches), ["key", "place"], schema, tmp_path)
+    table = external_table.sorted_table(iter(batches), ["key", "place"], schema, tmp_path)
     assert list(zip(table["key"].to_pylist(), table["place"].to_pylist(), strict=True)) == sorted(pairs)
-    part = spool.between(table, "key", "20", "30z")
+    part = external_table.between(table, "key", "20", "30z")
     assert part["key"].to_pylist() == [key for key, _ in sorted(pairs) if "20" <= key <= "30z"]
 
 

@@ -11,7 +11,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from distill.core.data.order import Curriculum, Order, Span, Stream
+from distill.core.data.order import Curriculum, SampleOrder, Span, Stream
 from support import two_processes
 from support.data_helpers import entry, fill, pipeline, take
 from test_data_pipeline import MIXED, by_position
@@ -20,7 +20,7 @@ STREAMS = [Stream("a/1", 7, Fraction(2)), Stream("a/2", 3, Fraction(2)), Stream(
 
 
 def test_orders_are_those_that_checkpoints_were_written_with():
-    order = Order(STREAMS, global_batch=4, seed=3)
+    order = SampleOrder(STREAMS, global_batch=4, seed=3)
     found = [(batch.stream, batch.indices.tolist(), batch.epoch) for batch in map(order.at, (0, 1, 2, 3, 4, 7, 1234))]
     assert found == GOLDEN
     plan = Curriculum(STREAMS, [Span(), Span(3), Span(0, 9)], global_batch=2, seed=5)
@@ -36,7 +36,7 @@ GOLDEN_CURRICULUM = [(0, [1, 3]), (0, [5, 6]), (1, [1, 0]), (0, [4, 3]), (0, [3,
 
 def test_each_stream_has_batches_of_its_own_size_and_is_seen_as_often_as_asked():
     streams = [STREAMS[0], Stream("c", 9, Fraction(1, 3), 3), Stream("d", 5, Fraction(3), 5)]
-    order = Order(streams, global_batch=2, seed=0)
+    order = SampleOrder(streams, global_batch=2, seed=0)
     assert order.steps_per_epoch == 14 / 2 + 3 / 3 + 15 / 5
     assert order.samples_per_epoch / order.steps_per_epoch == 32 / 11
     counts, steps = Counter(), Counter()
@@ -126,8 +126,8 @@ def launch(root: Path, start: int, stops: tuple[int, int]) -> list[dict[int, lis
 def test_two_processes_four_workers_three_datasets_a_kill_and_a_resume(tmp_path):
     """Every sample as often as asked, over four epochs; and an error of one process ends both."""
     sizes = {"one": MIXED, "two": [(32, 32)] * 8, "three": [(32, 32)] * 6 + [(64, 32)] * 2}
-    for name, pictures in sizes.items():
-        fill(tmp_path / name, pictures)
+    for name, images in sizes.items():
+        fill(tmp_path / name, images)
     assert 4 * (20 / 4 + 4 / 4 + 4 / 2) == 32  # steps in four epochs
     first = launch(tmp_path, 0, (21, 17))  # killed at different moments; the last checkpoint is that of step 15
     second = launch(tmp_path, 15, (32, 32))

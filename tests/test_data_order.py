@@ -8,7 +8,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 from distill.core.data.hashing import combine, fractions, permute
-from distill.core.data.order import Curriculum, Order, Span, Stream
+from distill.core.data.order import Curriculum, SampleOrder, Span, Stream
 from distill.core.errors import UserError
 
 STREAMS = [Stream("a/1", 7, Fraction(2)), Stream("a/2", 3, Fraction(2)), Stream("b/1", 5, Fraction(1, 2))]
@@ -34,7 +34,7 @@ def test_permutations_look_random(size):
 
 
 def test_every_sample_comes_exactly_as_often_as_asked():
-    order = Order(STREAMS, global_batch=4, seed=3)
+    order = SampleOrder(STREAMS, global_batch=4, seed=3)
     epochs = 8  # 8 x (14, 6, 2.5) samples are whole batches of 4
     steps = round(order.steps_per_epoch * epochs)
     assert steps * 4 == 8 * 22.5
@@ -44,7 +44,7 @@ def test_every_sample_comes_exactly_as_often_as_asked():
 
 
 def test_no_sample_falls_behind_after_any_epoch():
-    order = Order(STREAMS, global_batch=4, seed=3)
+    order = SampleOrder(STREAMS, global_batch=4, seed=3)
     counts = {number: np.zeros(stream.size, int) for number, stream in enumerate(STREAMS)}
     epoch = 0
     for step in range(200):
@@ -58,27 +58,27 @@ def test_no_sample_falls_behind_after_any_epoch():
 
 
 def test_random_access_equals_walking():
-    walked = [Order(STREAMS, global_batch=4, seed=1).at(step).indices.tolist() for step in range(60)]
-    order = Order(STREAMS, global_batch=4, seed=1)
+    walked = [SampleOrder(STREAMS, global_batch=4, seed=1).at(step).indices.tolist() for step in range(60)]
+    order = SampleOrder(STREAMS, global_batch=4, seed=1)
     assert [order.at(step).indices.tolist() for step in range(60)] == walked
     for step in (59, 0, 31, 30):
         assert order.at(step).indices.tolist() == walked[step]
-    assert [Order(STREAMS, global_batch=4, seed=2).at(step).indices.tolist() for step in range(60)] != walked
+    assert [SampleOrder(STREAMS, global_batch=4, seed=2).at(step).indices.tolist() for step in range(60)] != walked
 
 
 def test_steps_worked_out_together_are_those_worked_out_alone():
     streams = [Stream("a", 70_000), Stream("b", 5000, Fraction(7, 3), 12), Stream("c", 3, Fraction(3))]
-    order = Order(streams, global_batch=4, seed=2)
+    order = SampleOrder(streams, global_batch=4, seed=2)
     for start in (0, 17_000, int(2 * order.steps_per_epoch) - 3000):
         walked = [order.at(step) for step in range(start, start + 6000)]
         for step in (*range(0, 6000, 97), 5999):
-            alone = Order(streams, global_batch=4, seed=2).at(start + step)
+            alone = SampleOrder(streams, global_batch=4, seed=2).at(start + step)
             assert (alone.stream, alone.epoch) == (walked[step].stream, walked[step].epoch)
             assert alone.indices.tolist() == walked[step].indices.tolist()
 
 
 def test_epochs_are_shuffled_differently():
-    order = Order([Stream("a", 64)], global_batch=4, seed=0)
+    order = SampleOrder([Stream("a", 64)], global_batch=4, seed=0)
     epochs = [[order.at(step).indices.tolist() for step in range(16 * e, 16 * e + 16)] for e in range(2)]
     assert np.array_equal(np.sort(epochs[0], axis=None), np.arange(64))
     assert np.array_equal(np.sort(epochs[1], axis=None), np.arange(64))
@@ -86,7 +86,7 @@ def test_epochs_are_shuffled_differently():
 
 
 def test_tens_of_millions_cost_nothing():
-    order = Order([Stream("a", 30_000_000, Fraction(101)), Stream("b", 40_000_000)], global_batch=16, seed=0)
+    order = SampleOrder([Stream("a", 30_000_000, Fraction(101)), Stream("b", 40_000_000)], global_batch=16, seed=0)
     order.at(0)
     start = time.process_time()
     for step in range(0, 10**8, 10**7):
@@ -99,7 +99,7 @@ def test_tens_of_millions_cost_nothing():
 
 
 def test_a_bucket_smaller_than_the_batch_waits_until_it_fills_one():
-    order = Order([Stream("large", 8), Stream("small", 1)], global_batch=4, seed=0)
+    order = SampleOrder([Stream("large", 8), Stream("small", 1)], global_batch=4, seed=0)
     batches = [order.at(step) for step in range(9)]  # four epochs: 8 + 1 batches
     assert Counter(batch.stream for batch in batches) == {0: 8, 1: 1}
 
@@ -121,7 +121,7 @@ def test_hashes_depend_on_everything():
     base = combine(identity, [np.zeros(10, np.int64), np.ones(10, np.int64)])
     swapped = combine(identity, [np.ones(10, np.int64), np.zeros(10, np.int64)])
     assert len(np.unique(np.concatenate([base, swapped]), axis=0)) == 20
-    draws = np.arange(20_000, dtype=np.uint64)
-    one, two = fractions(draws, 1), fractions(draws, 2)
+    rng = np.arange(20_000, dtype=np.uint64)
+    one, two = fractions(rng, 1), fractions(rng, 2)
     assert abs(one.mean() - 0.5) < 0.01
     assert abs(np.corrcoef(one, two)[0, 1]) < 0.03

@@ -15,7 +15,7 @@ import pytest
 import torch
 from distill.core.errors import DistillError, UserError
 from PIL import Image
-from support.data_helpers import FakeFamily, entry, fill, picture, pipeline, take
+from support.data_helpers import FakeFamily, entry, fill, image, pipeline, take
 
 MIXED = [(32, 32)] * 5 + [(64, 32)] * 3 + [(32, 64)] * 2
 
@@ -40,7 +40,7 @@ def test_batches_carry_latents_embeddings_and_sizes(tmp_path):
     family = FakeFamily()
     data, _ = pipeline(entry(folder), root=tmp_path, family=family, micro=2)
     report = data.prepare()
-    assert report.pictures_encoded == report.captions_encoded == data.num_samples == 10
+    assert report.images_encoded == report.captions_encoded == data.num_samples == 10
     assert family.released == 2  # the text encoders before the autoencoder comes, and that one afterwards
     assert data.steps_per_epoch() == 5
     for batches in take(data, 10):
@@ -49,7 +49,7 @@ def test_batches_carry_latents_embeddings_and_sizes(tmp_path):
         assert batch.latents.shape == (2, 3, batch.cond["time_ids"][0, 4] // 8, batch.cond["time_ids"][0, 5] // 8)
         assert batch.cond["time_ids"].dtype == torch.float32
         assert batch.cond["time_ids"][0, :2].tolist() == [height, width]
-        assert batch.captions[0] == f"picture number {int(Path(batch.keys[0]).stem)}"
+        assert batch.captions[0] == f"image number {int(Path(batch.keys[0]).stem)}"
         assert torch.equal(batch.cond["pooled"], FakeFamily().encode_prompts(list(batch.captions))["pooled"])
         if (width, height) == (32, 32):
             pixels = np.asarray(Image.open(folder / Path(batch.keys[0]).name)).astype(np.float32) / 127.5 - 1
@@ -139,7 +139,7 @@ def test_time_ids_after_a_flip_count_from_the_other_side(tmp_path):
     for (batch,) in take(data, 24):
         top, left = batch.cond["time_ids"][0, 2:4].tolist()
         seen.setdefault((top, left), batch.latents[0, 0].mean(0))
-    assert set(seen) == {(0.0, 0.0), (0.0, 88.0)}  # the resized picture is 120 wide, the crop 32: 120 - 32 - 0
+    assert set(seen) == {(0.0, 0.0), (0.0, 88.0)}  # the resized image is 120 wide, the crop 32: 120 - 32 - 0
     plain, mirrored = seen[0.0, 0.0], seen[0.0, 88.0]
     assert plain.diff().gt(0).all()
     assert (mirrored - plain.flip(0)).abs().max() < 0.1
@@ -177,30 +177,30 @@ def test_what_changed_is_made_anew_and_said(tmp_path):
         family = family or FakeFamily()
         data, lines = pipeline(entry(folder, **settings), root=tmp_path, family=family)
         data.prepare()
-        return family.num_pictures, len(family.prompts), " ".join(lines)
+        return family.num_images, len(family.prompts), " ".join(lines)
 
-    pictures, prompts, said = run(resolution=48)
-    assert (pictures, prompts) == (10, 0)
-    assert "latents of 'set': resolution 32.0 -> 48.0, so 10 pictures are encoded anew" in said
+    images, prompts, said = run(resolution=48)
+    assert (images, prompts) == (10, 0)
+    assert "latents of 'set': resolution 32.0 -> 48.0, so 10 images are encoded anew" in said
     assert run(resolution=32)[:2] == (0, 0)  # the earlier ones were kept
-    assert run(crop=True)[0] == 5  # only the pictures that the setting changes
+    assert run(crop=True)[0] == 5  # only the images that the setting changes
     assert run(minimum_image_size=40)[:2] == (0, 0)  # a filter changes no pixels
-    pictures, prompts, said = run(FakeFamily(vae="v2"))
-    assert (pictures, prompts) == (10, 0)
+    images, prompts, said = run(FakeFamily(vae="v2"))
+    assert (images, prompts) == (10, 0)
     assert "the autoencoder is another one" in said
-    pictures, prompts, said = run(FakeFamily(text="t2"))
-    assert (pictures, prompts) == (0, 10)
+    images, prompts, said = run(FakeFamily(text="t2"))
+    assert (images, prompts) == (0, 10)
     assert "the text encoders have changed" in said
 
     run()
-    picture(32, 32, 99).save(folder / "000.png")
+    image(32, 32, 99).save(folder / "000.png")
     (folder / "001.txt").write_text("something else")
-    picture(32, 32, 98).save(folder / "new.png")
+    image(32, 32, 98).save(folder / "new.png")
     (folder / "new.txt").write_text("something else")
     (folder / "002.png").unlink()
-    pictures, prompts, said = run()
-    assert (pictures, prompts) == (2, 1)
-    assert "10 of 10 pictures" in said
+    images, prompts, said = run()
+    assert (images, prompts) == (2, 1)
+    assert "10 of 10 images" in said
 
 
 def test_one_text_cache_serves_all_datasets(tmp_path):
@@ -223,7 +223,7 @@ def test_a_damaged_shard_is_found_and_made_anew(tmp_path):
     again, lines = pipeline(settings, root=tmp_path, family=family)
     report = again.prepare()
     assert report.damaged_shards == 1
-    assert family.num_pictures in (1, 2)
+    assert family.num_images in (1, 2)
     assert any("is damaged (its checksum is wrong)" in line for line in lines)
     assert by_position([take(again, 10)]) == before
 
@@ -269,7 +269,7 @@ def test_a_killed_build_goes_on_where_it_was(tmp_path):
     family = FakeFamily()
     data, _ = pipeline(entry(tmp_path / "set", **settings), root=tmp_path, family=family)
     data.prepare()
-    # two calls filled the first shard (one picture of it is broken), the third call was lost
+    # two calls filled the first shard (one image of it is broken), the third call was lost
     assert family.batches == [(2, 3, 704, 704), (2, 3, 704, 704), (2, 3, 704, 704)]
     assert not family.prompts
     fresh = FakeFamily()
@@ -284,22 +284,22 @@ def test_a_killed_build_goes_on_where_it_was(tmp_path):
 # -- hostile files -----------------------------------------------------------------------------------------------------
 
 
-def test_broken_pictures_are_named_and_the_run_goes_on(tmp_path):
+def test_broken_images_are_named_and_the_run_goes_on(tmp_path):
     folder = fill(tmp_path / "set", [(32, 32)] * 6)
     (folder / "zero.png").write_bytes(b"")
-    (folder / "text.JPG").write_text("I am no picture")
+    (folder / "text.JPG").write_text("I am no image")
     whole = (folder / "003.png").read_bytes()
     (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
     (folder / "deep").mkdir()
-    picture(32, 32).save(folder / "deep" / "no caption \u00fc.png")
-    picture(32, 32).save(folder / "latin.png")
+    image(32, 32).save(folder / "deep" / "no caption \u00fc.png")
+    image(32, 32).save(folder / "latin.png")
     for name in ("zero", "text", "cut"):
         (folder / f"{name}.txt").write_text("broken")
     (folder / "latin.txt").write_bytes(b"caf\xe9")
     (folder / "loop").symlink_to(folder)
     (folder / "dangling.png").symlink_to(folder / "nowhere.png")
     (folder / ".hidden.png").write_bytes(b"")
-    (folder / "README.md").write_text("not a picture")
+    (folder / "README.md").write_text("not an image")
     for _ in range(2):  # the second time from the caches
         data, lines = pipeline(entry(folder), root=tmp_path)
         report = data.prepare()
@@ -362,7 +362,7 @@ def test_a_run_that_goes_on_keeps_to_the_samples_that_it_began_with(tmp_path, mo
         again, _ = pipeline(entry(folder), root=tmp_path, resumes=True)
         report = again.prepare()
         assert report.datasets["set"].quarantined == aside
-        assert report.pictures_encoded == 0
+        assert report.images_encoded == 0
         assert again.fingerprint() == first.fingerprint()
         assert by_position([take(again, 6)]) == by_position([take(first, 6)])
     other, _ = pipeline(entry(folder), root=tmp_path)
@@ -387,7 +387,7 @@ def test_names_that_are_no_text_are_set_aside(tmp_path):
     [
         ({}, {}, ["looked in", "it is empty", "instance_data_dir"]),
         ({"a.md": b"x"}, {}, ["1 other files (a.md", ".jpg"]),
-        ({"a.png": b"x", "a.txt": b"y"}, {}, ["1 broken (first: a.png", "no picture format"]),
+        ({"a.png": b"x", "a.txt": b"y"}, {}, ["1 broken (first: a.png", "no image format"]),
     ],
 )
 def test_nothing_to_train_on_says_what_was_looked_for(tmp_path, files, settings, words):
@@ -399,14 +399,14 @@ def test_nothing_to_train_on_says_what_was_looked_for(tmp_path, files, settings,
     with pytest.raises(UserError) as raised:
         data.prepare()
     assert raised.value.exit_code == 2
-    for word in ["dataset 'set' has no picture to train on", str(folder), *words]:
+    for word in ["dataset 'set' has no image to train on", str(folder), *words]:
         assert word in str(raised.value), str(raised.value)
 
 
 def test_nothing_left_says_which_filter(tmp_path):
     folder = fill(tmp_path / "set", [(32, 32)] * 3, captions=False)
     for settings, words in (
-        ({}, "3 pictures in .*, none with a caption.*000.txt"),
+        ({}, "3 images in .*, none with a caption.*000.txt"),
         ({"caption_strategy": "filename", "minimum_image_size": 99}, "3 smaller than minimum_image_size"),
     ):
         with pytest.raises(UserError, match=words):
@@ -473,8 +473,8 @@ def test_two_processes_share_the_work(tmp_path):
     import threading
 
     from distill.core.data.cache.cache_builder import CacheBuilder
-    from distill.core.data.cache.cache_paths import CachePlaces
-    from distill.core.data.cache.encode import Share
+    from distill.core.data.cache.cache_paths import CachePaths
+    from distill.core.data.cache.encode import WorkerShard
     from distill.core.data.progress import default_progress
     from distill.core.data.report.summary import DataReport
 
@@ -485,10 +485,10 @@ def test_two_processes_share_the_work(tmp_path):
     settings = entry(folder, write_batch_size=3)
     opened, _ = pipeline(settings, root=tmp_path)
     opened._indexed()
-    places = CachePlaces(opened._config, tmp_path / "cache")
+    paths = CachePaths(opened._config, tmp_path / "cache")
 
     @contextlib.contextmanager
-    def together():
+    def synchronized():
         yield
         barrier.wait()
 
@@ -496,8 +496,8 @@ def test_two_processes_share_the_work(tmp_path):
         own, _ = pipeline(settings, root=tmp_path)
         datasets = own._indexed()
         builder = CacheBuilder(
-            families[rank], places, share=Share(rank, 2), workers=1, progress=default_progress(print), say=print,
-            together=together,
+            families[rank], paths, shard=WorkerShard(rank, 2), workers=1, progress=default_progress(print), say=print,
+            synchronized=synchronized,
         )  # fmt: skip
         builder.build(datasets, DataReport())
         used[rank] = datasets[0].rows.tolist()
@@ -507,7 +507,7 @@ def test_two_processes_share_the_work(tmp_path):
         thread.start()
     for thread in threads:
         thread.join(60)
-    assert [family.num_pictures for family in families] == [6, 5]
+    assert [family.num_images for family in families] == [6, 5]
     assert used[0] == used[1] == [row for row in range(12) if row != 5]
     again = FakeFamily()
     pipeline(settings, root=tmp_path, family=again)[0].prepare()

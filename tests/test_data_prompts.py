@@ -14,8 +14,8 @@ from distill.core.errors import Interrupted, UserError
 from distill.core.evaluation.evaluators import build_evaluators
 from distill.core.plugin_api.evaluator import EvaluationSetting
 from distill.core.registry.registry import Registry
+from support.config_files import distill, said
 from support.data_helpers import FakeFamily, entry, fill, pipeline, prompts, take
-from support.pairs import distill, said
 from support.small_run import execute, losses, write_run
 from test_data_pipeline import MIXED
 
@@ -73,7 +73,7 @@ def test_every_source_gives_the_same_prompts(name, tmp_path):
     WRITERS[name](tmp_path / name)
     key = "instance_data_dir" if name == "folder" else "prompts_file"
     family = FakeFamily()
-    data, lines = pipeline(prompts("p", **{key: tmp_path / name}), root=tmp_path, family=family, pictures=False)
+    data, lines = pipeline(prompts("p", **{key: tmp_path / name}), root=tmp_path, family=family, images=False)
     report = data.prepare()
     assert (data.num_samples, data.steps_per_epoch(), report.captions_encoded) == (10, 5, 10)
     assert not family.batches
@@ -96,10 +96,10 @@ def test_every_source_gives_the_same_prompts(name, tmp_path):
 def test_keys_say_where_a_prompt_stands(tmp_path):
     (tmp_path / "p.txt").write_text("one\n\nthree\n")
     write_folder(tmp_path / "folder")
-    file, _ = pipeline(prompts("f", prompts_file=tmp_path / "p.txt"), root=tmp_path, pictures=False)
-    folder, _ = pipeline(prompts("d", instance_data_dir=tmp_path / "folder"), root=tmp_path, pictures=False)
+    file, _ = pipeline(prompts("f", prompts_file=tmp_path / "p.txt"), root=tmp_path, images=False)
+    folder, _ = pipeline(prompts("d", instance_data_dir=tmp_path / "folder"), root=tmp_path, images=False)
     whole, _ = pipeline(
-        prompts("w", instance_data_dir=tmp_path / "folder", disable_multiline_split=True), root=tmp_path, pictures=False
+        prompts("w", instance_data_dir=tmp_path / "folder", disable_multiline_split=True), root=tmp_path, images=False
     )
     found = {}
     for data, steps in ((file, 1), (folder, 5), (whole, 1)):
@@ -120,7 +120,7 @@ def test_what_is_empty_or_broken_is_left_out_and_counted(tmp_path):
     (tmp_path / "folder" / "d.txt").write_text("\n")
     table = prompts("table", prompts_file=tmp_path / "p.parquet", caption_filter_list=("a bad word",))
     folder = prompts("folder", instance_data_dir=tmp_path / "folder")
-    data, lines = pipeline(table, folder, root=tmp_path, pictures=False)
+    data, lines = pipeline(table, folder, root=tmp_path, images=False)
     report = data.prepare()
     assert data.num_samples == 12
     assert report.datasets["table"].left_out == {"no caption": 3}
@@ -131,7 +131,7 @@ def test_what_is_empty_or_broken_is_left_out_and_counted(tmp_path):
     (tmp_path / "p.txt").write_text("a bad word\n")
     empty = prompts("empty", prompts_file=tmp_path / "p.txt", caption_filter_list=("a bad word",))
     with pytest.raises(UserError, match="dataset 'empty' has no prompt to train on: all 1 in .*p.txt.*no caption"):
-        pipeline(empty, root=tmp_path, pictures=False)[0].prepare()
+        pipeline(empty, root=tmp_path, images=False)[0].prepare()
 
 
 def test_several_nested_and_fallback_columns(tmp_path):
@@ -145,7 +145,7 @@ def test_several_nested_and_fallback_columns(tmp_path):
     for file in ("p.parquet", "p.jsonl"):
         columns = {"caption_column": ("a", "m.c", "m.t.v"), "fallback_caption_column": ("back",)}
         entry = prompts("p", prompts_file=tmp_path / file, **columns)
-        data, _ = pipeline(entry, root=tmp_path / file.replace(".", "-"), pictures=False)
+        data, _ = pipeline(entry, root=tmp_path / file.replace(".", "-"), images=False)
         assert data.prepare().datasets["p"].left_out == {"no caption": 1}
         found = {}
         for (batch,) in take(data, 5):
@@ -162,7 +162,7 @@ def test_a_mistake_far_into_a_file_names_its_line(tmp_path):
     (tmp_path / "p.jsonl").write_bytes(rows + b'{"caption": 3}\n')
     said = {".txt": "line 20001 is not UTF-8", ".csv": "Row #20002: Expected 1", ".jsonl": "line 20001: 'caption' is 3"}
     for suffix, message in said.items():
-        data, _ = pipeline(prompts("p", prompts_file=tmp_path / f"p{suffix}"), root=tmp_path, pictures=False)
+        data, _ = pipeline(prompts("p", prompts_file=tmp_path / f"p{suffix}"), root=tmp_path, images=False)
         with pytest.raises(UserError, match=rf"data\.p\.prompts_file = '.*p{suffix}': .*{message}"):
             data.prepare()
 
@@ -170,13 +170,13 @@ def test_a_mistake_far_into_a_file_names_its_line(tmp_path):
 # -- rules and order ---------------------------------------------------------------------------------------------------
 
 
-def test_caption_rules_and_limits_work_as_for_pictures(tmp_path):
+def test_caption_rules_and_limits_work_as_for_images(tmp_path):
     (tmp_path / "p.txt").write_text("".join(f"red, ugly, thing {number}\n" for number in range(12)))
     settings = {
         "caption_filter_list": ("ugly,",), "instance_prompt": "sks", "prepend_instance_prompt": True,
         "caption_shuffle": True, "caption_dropout_probability": 0.4, "max_num_samples": 8, "resolution": 64,
     }  # fmt: skip
-    data, _ = pipeline(prompts("p", prompts_file=tmp_path / "p.txt", **settings), root=tmp_path, pictures=False)
+    data, _ = pipeline(prompts("p", prompts_file=tmp_path / "p.txt", **settings), root=tmp_path, images=False)
     report = data.prepare()
     assert report.datasets["p"].left_out == {"beyond max_num_samples": 4}
     batches = [batch for (batch,) in take(data, 40)]
@@ -189,12 +189,12 @@ def test_caption_rules_and_limits_work_as_for_pictures(tmp_path):
     assert {batch.latent_shape for batch in batches} == {(3, 8, 8)}
 
 
-def test_prompts_and_pictures_mix_where_no_pictures_are_needed(tmp_path):
-    pictures = entry(fill(tmp_path / "set", MIXED), repeats=1)
+def test_prompts_and_images_mix_where_no_images_are_needed(tmp_path):
+    images = entry(fill(tmp_path / "set", MIXED), repeats=1)
     alone = prompts("p", prompts_file=lines_file(tmp_path, 6), probability=0.5)
     late = prompts("late", prompts_file=lines_file(tmp_path, 4, name="late.csv.txt"), start_step=23)
     family = FakeFamily()
-    data, _ = pipeline(pictures, alone, late, root=tmp_path, family=family, micro=4, pictures=False)
+    data, _ = pipeline(images, alone, late, root=tmp_path, family=family, micro=4, images=False)
     data.prepare()
     steps = take(data, 43)
     early = Counter(key.split("/")[0] for batches in steps[:23] for batch in batches for key in batch.keys)
@@ -206,13 +206,13 @@ def test_prompts_and_pictures_mix_where_no_pictures_are_needed(tmp_path):
     assert len(data.captions(100)) == 16  # four prompts stand in both files
 
 
-def test_without_pictures_a_picture_dataset_has_the_same_samples_less_its_latents(tmp_path):
+def test_without_images_a_image_dataset_has_the_same_samples_less_its_latents(tmp_path):
     folder = fill(tmp_path / "set", MIXED)
     settings = {"random_flip": True, "caption_dropout_probability": 0.3}
     with_latents, _ = pipeline(entry(folder, **settings), root=tmp_path / "1", micro=2)
     family = FakeFamily(vae="never opened")
     family.encode_images = None
-    without, _ = pipeline(entry(folder, **settings), root=tmp_path / "2", family=family, micro=2, pictures=False)
+    without, _ = pipeline(entry(folder, **settings), root=tmp_path / "2", family=family, micro=2, images=False)
     for (full,), (bare,) in zip(take(with_latents, 12), take(without, 12), strict=True):
         assert full.latent_shape == bare.latent_shape == tuple(full.latents.shape[1:])
         assert bare.latents is None
@@ -230,13 +230,13 @@ def test_how_the_batch_is_cut_and_where_it_starts_change_nothing(tmp_path):
         for rank in range(world):
             data, _ = pipeline(
                 prompts("p", prompts_file=file, caption_dropout_probability=0.3), root=tmp_path, micro=micro,
-                accumulation=accumulation, rank=rank, world=world, pictures=False,
+                accumulation=accumulation, rank=rank, world=world, images=False,
             )  # fmt: skip
             ranks.append(take(data, 12))
         cut.append(without_latents(ranks))
     assert cut[0] == cut[1] == cut[2]
     again, _ = pipeline(
-        prompts("p", prompts_file=file, caption_dropout_probability=0.3), root=tmp_path, micro=4, pictures=False
+        prompts("p", prompts_file=file, caption_dropout_probability=0.3), root=tmp_path, micro=4, images=False
     )
     assert without_latents([take(again, 5, start=7)]) == cut[0][7:]
 
@@ -244,7 +244,7 @@ def test_how_the_batch_is_cut_and_where_it_starts_change_nothing(tmp_path):
 def test_the_fingerprint_follows_the_prompts_and_not_their_place(tmp_path):
     def fingerprint(file: Path, cache: str, **settings) -> str:
         return pipeline(
-            prompts("p", prompts_file=file, **settings), root=tmp_path / cache, pictures=False
+            prompts("p", prompts_file=file, **settings), root=tmp_path / cache, images=False
         )[0].fingerprint()  # fmt: skip
 
     here = fingerprint(lines_file(tmp_path / "here"), "1")
@@ -259,7 +259,7 @@ def test_only_new_prompts_are_encoded(tmp_path):
     file, family = lines_file(tmp_path), FakeFamily()
 
     def prepare() -> int:
-        return pipeline(prompts("p", prompts_file=file), root=tmp_path, family=family, pictures=False)[
+        return pipeline(prompts("p", prompts_file=file), root=tmp_path, family=family, images=False)[
             0
         ].prepare().captions_encoded  # fmt: skip
 
@@ -272,16 +272,16 @@ def test_only_new_prompts_are_encoded(tmp_path):
     assert prepare() == 1
 
 
-def test_a_pipeline_for_pictures_does_not_take_prompts(tmp_path):
+def test_a_pipeline_for_images_does_not_take_prompts(tmp_path):
     with pytest.raises(AssertionError):
         pipeline(prompts("p", prompts_file=lines_file(tmp_path)), root=tmp_path)
 
 
-# -- no real pictures --------------------------------------------------------------------------------------------------
+# -- no real images --------------------------------------------------------------------------------------------------
 
 
-def test_without_real_pictures_what_compares_with_them_is_left_out_with_the_reason(tmp_path):
-    data, _ = pipeline(prompts("p", prompts_file=lines_file(tmp_path)), root=tmp_path, pictures=False)
+def test_without_real_images_what_compares_with_them_is_left_out_with_the_reason(tmp_path):
+    data, _ = pipeline(prompts("p", prompts_file=lines_file(tmp_path)), root=tmp_path, images=False)
     assert data.real_images(8, 16, 24).shape == (0, 3, 24, 16)
     assert len(data.captions(4)) == 4
     config = SimpleNamespace(run=SimpleNamespace(evaluators=()), evaluators={})
@@ -289,7 +289,7 @@ def test_without_real_pictures_what_compares_with_them_is_left_out_with_the_reas
     known = EvaluationSetting(model_path=None, num_data=0)
     usable, left_out = build_evaluators(registry, config, known)  # type: ignore[arg-type]
     assert "random_convolutions" not in usable
-    assert left_out["random_convolutions"] == "it measures distances to real pictures, and the data has none"
+    assert left_out["random_convolutions"] == "it measures distances to real images, and the data has none"
     unknown, _ = build_evaluators(registry, config, EvaluationSetting(model_path=None))  # type: ignore[arg-type]
     assert "random_convolutions" in unknown
 
@@ -298,7 +298,7 @@ def test_without_real_pictures_what_compares_with_them_is_left_out_with_the_reas
 
 
 def write_prompts_run(root: Path, *, output: str = "out", **settings) -> Path:
-    """Like ``write_run``, with 13 captions and no picture."""
+    """Like ``write_run``, with 13 captions and no image."""
     config = write_run(root, output=output, distillation_method="rehearsal", distillation_config={}, **settings)
     (root / "prompts.jsonl").write_text("".join(json.dumps({"text": f"noise {n}"}) + "\n" for n in range(13)))
     data = [{"id": "alone", "dataset_type": "prompts", "prompts_file": "prompts.jsonl"}]
@@ -311,7 +311,7 @@ def no_latents(monkeypatch):
     from distill.model_families.sdxl import SDXL
 
     def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("no picture is to be encoded")
+        raise AssertionError("no image is to be encoded")
 
     monkeypatch.setattr(SDXL, "encode_images", refuse)
 
@@ -324,7 +324,7 @@ def test_a_run_on_captions_alone_resumes_bit_for_bit_and_is_scored(tmp_path, no_
     assert result.evaluation.num_data == 0
     assert "distance_to_teacher_pixels" in result.evaluation.score_names
     assert not [name for name in result.evaluation.score_names if "to_data" in name]
-    assert "no real pictures to compare with" in capsys.readouterr().err
+    assert "no real images to compare with" in capsys.readouterr().err
     assert "13 of 13 prompts in 1 bucket (32x32: 13)" in " ".join(lines)
     assert not list((tmp_path / "whole" / "cache").rglob("vae*"))
     short = write_prompts_run(tmp_path, output="parts", max_train_steps=5, **settings)
@@ -372,7 +372,7 @@ def test_the_commands_work_on_captions_alone(tmp_path, no_latents, monkeypatch):
     assert not opened
 
 
-def test_pictures_of_a_run_that_needs_none_are_compared_with(tmp_path, no_latents):
+def test_images_of_a_run_that_needs_none_are_compared_with(tmp_path, no_latents):
     config = write_run(tmp_path, distillation_method="rehearsal", distillation_config={}, max_train_steps=2,
                        evaluation_num_samples=2, evaluation_steps=[1], validation_step_interval=0)  # fmt: skip
     result, _ = execute(config, plugins=[PLUGIN])
@@ -395,7 +395,7 @@ def test_a_file_that_the_backend_would_not_read_is_refused(tmp_path):
     assert "type local" in remedy
 
 
-def test_keys_about_pictures_are_said_to_do_nothing(tmp_path):
+def test_keys_about_images_are_said_to_do_nothing(tmp_path):
     config = write_prompts_run(tmp_path)
     file = tmp_path / "multidatabackend.json"
     (spoilt,) = json.loads(file.read_text())

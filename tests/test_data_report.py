@@ -10,7 +10,7 @@ import pytest
 from distill.core.cli import app
 from distill.core.data.dataset import Dataset
 from distill.core.data.index.index import SCHEMA, Index, write_index
-from distill.core.data.report.statistics import survey
+from distill.core.data.report.statistics import statistics_of
 from distill.core.data.samples.geometry import Geometry
 from distill.core.drawing.charts import Panel, draw, nice_step, short_number
 from distill.core.engine.trainer import Trainer
@@ -30,15 +30,15 @@ def test_figures_are_those_of_the_files(tmp_path):
     folder = fill(tmp_path / "set", [*MIXED, (640, 480), (32, 8)])
     (folder / "000.txt").write_text("one\ntwo words\nthree long words")
     (folder / "001.txt").write_text("")
-    (folder / "002.png").write_bytes(b"no picture")
+    (folder / "002.png").write_bytes(b"no image")
     (folder / "two\nlines.png").write_bytes(b"")
     data, _ = pipeline(entry(folder, repeats=1, maximum_aspect_ratio=3), root=tmp_path, micro=4)
     figures = report_of(data, tmp_path / "out")
-    assert (figures["found"], figures["used"], figures["noun"]) == (13, 9, "picture")
+    assert (figures["found"], figures["used"], figures["noun"]) == (13, 9, "image")
     assert figures["left_out"] == {"no caption": 1, "wider than maximum_aspect_ratio": 1}
     assert figures["without_caption"] == ["001.png"]
     assert figures["broken"] == {
-        "002.png": "it is in no picture format that can be read", "two\nlines.png": "it is empty (0 bytes)",
+        "002.png": "it is in no image format that can be read", "two\nlines.png": "it is empty (0 bytes)",
     }  # fmt: skip
     assert figures["width"] == {"lowest": 32, "median": 32, "highest": 640}
     assert figures["height"] == {"lowest": 32, "median": 32, "highest": 480}
@@ -66,7 +66,7 @@ def test_bucket_fill_is_what_the_order_gives(tmp_path):
     assert (buckets[32, 32]["full_batches"], buckets[32, 32]["carried_over"]) == (2, 2)
 
 
-def test_the_page_and_the_pictures(tmp_path):
+def test_the_page_and_the_images(tmp_path):
     folder = fill(tmp_path / "set", MIXED)
     (folder / "000.txt").write_text("a | b <b>bold</b> `code`")
     (folder / "003.png").write_bytes((folder / "003.png").read_bytes()[:1000])
@@ -75,21 +75,21 @@ def test_the_page_and_the_pictures(tmp_path):
     assert sorted(path.name for path in report.folder.iterdir()) == [
         "contact-sheet.png", "report.json", "report.md", "report.png",
     ]  # fmt: skip
-    assert "| pictures used | 10 |" in report.text
+    assert "| images used | 10 |" in report.text
     assert "a \\| b \\<b>bold\\</b> \\`code\\`" in report.text
     sheet = Image.open(report.folder / "contact-sheet.png")
     colours = np.asarray(sheet.convert("RGB")).reshape(-1, 3)
-    assert len(np.unique(colours, axis=0)) > 1000  # pictures of noise
-    assert report.pictures.keys() == {"charts", "contact sheet"}
+    assert len(np.unique(colours, axis=0)) > 1000  # images of noise
+    assert report.images.keys() == {"charts", "contact sheet"}
     data.prepare()  # decodes, and finds what the headers do not tell
     (after,) = data.write_reports(tmp_path / "out")
     assert "003.png: image file is truncated" in after.text
     assert not data.write_reports(tmp_path / "out")  # nothing has changed
 
 
-def test_prompts_have_a_report_without_pictures(tmp_path):
+def test_prompts_have_a_report_without_images(tmp_path):
     (tmp_path / "p.txt").write_text("a fox\na fox in deep snow\nwords " + "word " * 60)
-    data, _ = pipeline(prompts("p", prompts_file=tmp_path / "p.txt"), root=tmp_path, pictures=False)
+    data, _ = pipeline(prompts("p", prompts_file=tmp_path / "p.txt"), root=tmp_path, images=False)
     figures = report_of(data, tmp_path / "out", "p")
     assert (figures["noun"], figures["sizes"], figures["width"]) == ("prompt", None, None)
     assert figures["words"] == {"lowest": 2, "median": 5, "highest": 61}
@@ -110,7 +110,7 @@ def test_only_the_first_process_writes(tmp_path):
 
 
 def synthetic(path, count: int) -> Index:
-    """An index of `count` pictures of a thousand sizes, one caption each."""
+    """An index of `count` images of a thousand sizes, one caption each."""
     rng = np.random.default_rng(0)
     caption = pa.array([" ".join(["word"] * (number % 40 + 1)) for number in range(1000)], pa.large_string())
     numbers = rng.integers(0, 1000, count)
@@ -138,7 +138,7 @@ def test_large_sets_take_seconds(tmp_path, count):
     backend = SimpleNamespace(location="nowhere")
     dataset = Dataset(settings, backend, index, Geometry(settings, multiple=8))
     start = time.process_time()
-    figures = survey(dataset, global_batch=64, heaviest=1.0)
+    figures = statistics_of(dataset, global_batch=64, heaviest=1.0)
     seconds = time.process_time() - start
     print(f"{count:,} rows: {seconds:.2f} s")
     assert figures.used == count
@@ -162,8 +162,8 @@ def test_the_command_needs_no_weights(tmp_path):
     assert result.exit_code == 0, result.output
     page = tmp_path / "out" / "data" / "noise" / "report.md"
     assert str(page) in result.output
-    assert "13 of 13 pictures" in result.output
-    assert "| pictures used | 13 |" in page.read_text()
+    assert "13 of 13 images" in result.output
+    assert "| images used | 13 |" in page.read_text()
 
 
 def test_a_run_reports_its_data_and_hardly_waits_for_it(tmp_path):

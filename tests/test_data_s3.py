@@ -1,4 +1,4 @@
-"""Pictures and prompts in a bucket: the samples of a folder, every account kept secret, every mistake named."""
+"""Images and prompts in a bucket: the samples of a folder, every account kept secret, every mistake named."""
 
 import json
 from pathlib import Path
@@ -56,9 +56,9 @@ def test_a_bucket_gives_the_batches_of_the_folder(tmp_path, s3, bucket):  # noqa
     assert local.fingerprint() == far.fingerprint()
     again = FakeFamily()
     pipeline(remote(s3, "set", "pre"), root=tmp_path / "3", family=again)[0].prepare()
-    before = again.num_pictures
+    before = again.num_images
     pipeline(remote(s3, "set", "pre"), root=tmp_path / "3", family=again)[0].prepare()
-    assert again.num_pictures == before == 10
+    assert again.num_images == before == 10
 
 
 def test_only_headers_are_read_for_the_index(tmp_path, s3, bucket):  # noqa: F811
@@ -92,9 +92,9 @@ def test_prompts_in_a_bucket(tmp_path, s3, bucket):  # noqa: F811
         ("prompts_file", ("p", {"aws_prompts_file": "all.jsonl"})),
     ):
         path = tmp_path / ("texts" if place == "instance_data_dir" else "all.jsonl")
-        local, _ = pipeline(prompts("words", **{place: path}), root=tmp_path / f"1{place}", pictures=False)
+        local, _ = pipeline(prompts("words", **{place: path}), root=tmp_path / f"1{place}", images=False)
         settings = remote(s3, "words", own[0], dataset_type="prompts", **own[1])
-        far, _ = pipeline(settings, root=tmp_path / f"2{place}", pictures=False)
+        far, _ = pipeline(settings, root=tmp_path / f"2{place}", images=False)
         assert local.prepare().num_samples == far.prepare().num_samples == (3 if place == "instance_data_dir" else 2)
         assert local.fingerprint() == far.fingerprint()
 
@@ -137,7 +137,7 @@ def test_single_objects_that_are_refused_are_set_aside(tmp_path, s3, bucket):  #
 
 
 def test_a_server_that_is_gone_ends_the_build_soon(tmp_path, s3, bucket):  # noqa: F811
-    """Not after every one of its pictures has had its retries."""
+    """Not after every one of its images has had its retries."""
     s3.fill(bucket, "pre", fill(tmp_path / "set", [(32, 32)] * 60))
     with FaultyProxy(s3.port) as proxy:
         proxy.fault(Fault("drop"), match="GET .*png", times=10_000)
@@ -154,7 +154,7 @@ def test_a_server_that_is_gone_ends_the_build_soon(tmp_path, s3, bucket):  # noq
         ({"aws_bucket_name": "a/b"}, "data.set.aws_bucket_name"), ({"aws_endpoint_url": "host:9000"}, "is no address"),
         ({"aws_secret_access_key": None}, "aws_secret_access_key is required"),
         ({"aws_bucket_nam": "x"}, "did you mean 'aws_bucket_name'"),
-        ({"instance_data_dir": "pictures"}, "is not read by the data backend 's3'"),
+        ({"instance_data_dir": "images"}, "is not read by the data backend 's3'"),
     ],
 )  # fmt: skip
 def test_mistakes_are_found_before_anything_is_asked(tmp_path, s3, change, said):  # noqa: F811
@@ -208,9 +208,9 @@ def test_secrets_are_never_written(tmp_path, s3, monkeypatch):  # noqa: F811
 def test_a_resolved_configuration_runs_again(tmp_path, s3, bucket, monkeypatch):  # noqa: F811
     monkeypatch.setenv("MY_ID", KEY_ID)
     monkeypatch.setenv("MY_SECRET", SECRET)
-    from support.small_run import write_pictures
+    from support.small_run import write_images
 
-    s3.fill(bucket, "noise", write_pictures(tmp_path / "pictures"))
+    s3.fill(bucket, "noise", write_images(tmp_path / "images"))
     account = {"aws_access_key_id": "{env:MY_ID}", "aws_secret_access_key": "{env:MY_SECRET}"}
     data = [{"id": "noise", **s3.keys(bucket, aws_data_prefix="noise", **account)}]
     file = write_run_again(tmp_path, "far", data)

@@ -13,7 +13,7 @@ from test_data_pipeline import MIXED, by_position
 
 
 class Memory(SampleBackend):
-    """Pictures and captions in a dict; `opened` tells which were asked for."""
+    """Images and captions in a dict; `opened` tells which were asked for."""
 
     name = "memory"
     data: dict[str, tuple[bytes, list[str]]] = {}
@@ -28,7 +28,7 @@ class Memory(SampleBackend):
     def identity(self) -> str:
         return self.stamp
 
-    def samples(self, *, pictures: bool = True) -> Iterator[SampleChunk]:
+    def samples(self, *, images: bool = True) -> Iterator[SampleChunk]:
         if not self.data:
             raise BadValue("memory_key", "x", "holds nothing", "fill it")
         rows = [*((key, key) for key in reversed(self.data)), *self.extra]
@@ -83,7 +83,7 @@ def test_nothing_is_read_again_until_it_changes(tmp_path, memory, monkeypatch):
     memory.opened.clear()
     pipeline(entry(folder), root=tmp_path)[0].prepare()
     assert not memory.opened
-    monkeypatch.setattr(memory, "stamp", "2")  # the source may have changed: its pictures say that they have not
+    monkeypatch.setattr(memory, "stamp", "2")  # the source may have changed: its images say that they have not
     (key, (data, _)), *_ = memory.data.items()
     memory.data[key] = (data, ["another caption"])
     family = FakeFamily()
@@ -116,7 +116,7 @@ def test_captions_alone(tmp_path, memory):
     from support.data_helpers import prompts
 
     folder.joinpath("x.txt").write_text("never read")
-    data, _ = pipeline(prompts("p", instance_data_dir=folder), root=tmp_path, pictures=False)
+    data, _ = pipeline(prompts("p", instance_data_dir=folder), root=tmp_path, images=False)
     data.prepare()
     assert data.num_samples == 11
     keys = {key for step in take(data, 11) for batch in step for key in batch.keys}

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from distill.core.data.hashing import Lookup, mix
-from distill.core.data.order import Order, Stream
+from distill.core.data.order import SampleOrder, Stream
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "data_scale.py"
 
@@ -55,7 +55,7 @@ def test_the_memory_of_an_order_does_not_grow_with_its_samples():
 
     peaks = []
     for size in (10**4, 10**7):
-        order = Order([Stream("a", size), Stream("b", size // 2)], global_batch=16, seed=0)
+        order = SampleOrder([Stream("a", size), Stream("b", size // 2)], global_batch=16, seed=0)
         tracemalloc.start()
         for step in range(0, 500, 7):
             order.at(step)

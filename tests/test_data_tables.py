@@ -9,8 +9,8 @@ import pytest
 from distill.core.errors import UserError
 from distill.data_backends import _row_groups
 from distill.data_backends.tables import ParquetBackend
+from support.config_files import Pair, distill, said
 from support.data_helpers import FakeFamily, fill, pipeline, prompts, source, take
-from support.pairs import Pair, distill, said
 from support.sources import add, rows, write_csv, write_folder, write_parquet, write_shards
 
 SIZES = [(32, 32)] * 4
@@ -30,7 +30,7 @@ def captions_of(data, steps):
 
 def test_rows_that_cannot_be_used_are_set_aside_with_their_reason(tmp_path):
     folder = fill(tmp_path / "set", SIZES)
-    (folder / "bad.png").write_bytes(b"no picture")
+    (folder / "bad.png").write_bytes(b"no image")
     lines = [
         {"image": "000.png", "caption": "good"}, {"image": "gone.png", "caption": "x"}, {"image": None, "caption": "x"},
         {"image": "bad.png", "caption": "x"}, {"image": "001.png", "caption": 3}, {"image": "002.png", "caption": None},
@@ -41,7 +41,7 @@ def test_rows_that_cannot_be_used_are_set_aside_with_their_reason(tmp_path):
     assert counts.left_out == {"no caption": 1}
     assert {key: why.split(":")[0] for key, why in counts.quarantined.items()} == {
         "gone.png": "No such file or directory",
-        "row-000000002": "it has no picture",
+        "row-000000002": "it has no image",
         "bad.png": counts.quarantined["bad.png"],
         "001.png": "'caption' is 3, not a text",
     }
@@ -62,7 +62,7 @@ def test_bytes_inside_a_table_are_hashed_and_read_again_only_when_they_change(tm
         family = FakeFamily()
         settings = source("t", "parquet", tmp_path / "vae", parquet_file=tmp_path / "t.parquet")
         prepared(settings, tmp_path, family=family)
-        return family.num_pictures
+        return family.num_images
 
     write(found)
     assert encoded() == 3
@@ -72,10 +72,10 @@ def test_bytes_inside_a_table_are_hashed_and_read_again_only_when_they_change(tm
     assert not opened, "an index of a table that has not changed is taken as it is"
     monkeypatch.undo()
     write([found[1], found[0], ("002.png", (folder / "003.png").read_bytes())])
-    assert encoded() == 1, "moved rows keep their latents; a changed picture is encoded"
+    assert encoded() == 1, "moved rows keep their latents; a changed image is encoded"
 
 
-def test_a_row_group_is_read_once_for_its_pictures(tmp_path, monkeypatch):
+def test_a_row_group_is_read_once_for_its_images(tmp_path, monkeypatch):
     folder = write_folder(tmp_path / "set", 10)
     backend = ParquetBackend(ParquetBackend.Config(parquet_file=write_parquet(folder, tmp_path / "t.parquet")))
     read = []
@@ -84,14 +84,14 @@ def test_a_row_group_is_read_once_for_its_pictures(tmp_path, monkeypatch):
         _row_groups.RowGroups, "_read", lambda self, group: read.append(group.number) or inner(self, group)
     )
     chunks = list(backend.samples())
-    places = dict(pair for chunk in chunks for pair in zip(chunk.keys, chunk.places, strict=True))
+    positions = dict(pair for chunk in chunks for pair in zip(chunk.keys, chunk.positions, strict=True))
     for name, data, _ in rows(folder):
-        assert backend.open(places[name]).read() == data
+        assert backend.open(positions[name]).read() == data
     assert sorted(read) == [0, 1]
     assert not backend.in_order
-    passed = [opened().read() for passage in backend.passing() for opened in passage.pictures]
+    passed = [opened().read() for chunk in backend.sequential() for opened in chunk.images]
     assert passed == [data for _, data, _ in rows(folder)]
-    assert [passage.places[0] for passage in backend.passing("1")] == [5]
+    assert [chunk.positions[0] for chunk in backend.sequential("1")] == [5]
     monkeypatch.setattr(_row_groups, "LARGEST_GROUP", 100)
     again = source("t", "parquet", tmp_path / "vae", parquet_file=tmp_path / "t.parquet")
     with pytest.raises(UserError, match="row_group_size=100"):
@@ -108,7 +108,7 @@ def test_sizes_in_columns_spare_the_probing_and_are_checked_in_the_end(tmp_path,
     assert "it is 32x32" in counts.quarantined["001.png"]
 
 
-def test_a_table_beside_pictures_gives_captions_and_sizes(tmp_path):
+def test_a_table_beside_images_gives_captions_and_sizes(tmp_path):
     folder = fill(tmp_path / "set", SIZES, captions=False)
     table = {"id": ["000", "./001.png", "gone"], "caption": [["one", "two"], ["three"], ["x"]],
              "width": [32, 32, 1], "height": [32, 32, 1]}  # fmt: skip
@@ -116,7 +116,7 @@ def test_a_table_beside_pictures_gives_captions_and_sizes(tmp_path):
     keys = {"metadata_file": "meta.parquet", "caption_strategy": "parquet", "metadata_backend": "parquet"}
     data, counts, lines = prepared(source("t", "local", tmp_path / "vae", instance_data_dir=folder, **keys), tmp_path)
     assert (counts.used, counts.left_out) == (2, {"no caption": 2})
-    assert any("1 rows of meta.parquet are of no picture" in line for line in lines)
+    assert any("1 rows of meta.parquet are of no image" in line for line in lines)
     assert set(captions_of(data, 8).values()) == {"one", "two", "three"}
     table["caption"][1] = ["four"]
     pq.write_table(pa.table(table), folder / "meta.parquet")
@@ -127,14 +127,14 @@ def test_a_table_beside_pictures_gives_captions_and_sizes(tmp_path):
 def test_prompts_come_from_tables_and_shards(tmp_path):
     folder = write_folder(tmp_path / "set", 6)
     wanted = {line for _, _, text in rows(folder) for line in text.splitlines()}
-    places = {
+    positions = {
         "csv": {"csv_file": write_csv(folder, tmp_path / "t.csv")},
         "parquet": {"parquet_file": write_parquet(folder, tmp_path / "t.parquet")},
         "webdataset": {"shards": write_shards(folder, tmp_path / "shards")},
     }
-    for kind, keys in places.items():
+    for kind, keys in positions.items():
         settings = source("p", kind, tmp_path / "vae", dataset_type="prompts", **keys)
-        data, counts, _ = prepared(settings, tmp_path / kind, pictures=False)
+        data, counts, _ = prepared(settings, tmp_path / kind, images=False)
         texts = {line for text in captions_of(data, 10).values() for line in text.split("\n")}
         assert {" ".join(text.split()) for text in texts} <= {
             *wanted,
@@ -165,7 +165,7 @@ def test_of_damaged_shards_the_good_part_is_used(tmp_path):
     assert counts.used == 3 + 2 + 4
     assert "cut short" in counts.quarantined["shard-000.tar"]
     assert "damaged at byte" in counts.quarantined["shard-001.tar"]
-    assert "2 pictures before that are used" in counts.quarantined["shard-001.tar"]
+    assert "2 images before that are used" in counts.quarantined["shard-001.tar"]
     assert "compressed" in counts.quarantined["shard-003.tar"]
     assert "empty" in counts.quarantined["shard-004.tar"]
 
@@ -184,7 +184,7 @@ def test_members_that_are_no_samples_and_captions_that_are_none(tmp_path):
             add(archive, name.replace(".png", beside), text)
         add(archive, "._0.png", b"of a Mac")
         add(archive, "readme.md", b"text")
-        add(archive, "3.png", b"no picture")
+        add(archive, "3.png", b"no image")
     data, counts, _ = prepared(source("t", "webdataset", tmp_path / "vae", shards=tmp_path / "s.tar"), tmp_path)
     assert set(captions_of(data, 4).items()) <= {("t/a/0.png#0", "x"), ("t/a/0.png#1", "y")}
     assert counts.used == 1
@@ -197,7 +197,7 @@ def test_members_that_are_no_samples_and_captions_that_are_none(tmp_path):
 
 def test_other_tools_keys_are_read(tmp_path):
     pair = Pair(tmp_path)
-    (tmp_path / "t.csv").write_text("link,words\npictures/a.png,a\n")
+    (tmp_path / "t.csv").write_text("link,words\nimages/a.png,a\n")
     (tmp_path / "meta.jsonl").write_text('{"id": "a", "tags": "a"}')
     table = {
         "path": "meta.jsonl",
@@ -207,7 +207,7 @@ def test_other_tools_keys_are_read(tmp_path):
     }
     pair.data = [
         {"id": "one", "type": "csv", "csv_file": "t.csv", "csv_url_column": "link", "csv_caption_column": "words"},
-        {"id": "two", "instance_data_dir": "pictures", "caption_strategy": "jsonl", "parquet": table},
+        {"id": "two", "instance_data_dir": "images", "caption_strategy": "jsonl", "parquet": table},
     ]
     pair.write()
     result = distill("config", "check", *pair.options())

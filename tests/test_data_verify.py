@@ -7,7 +7,7 @@ from test_data_pipeline import MIXED, by_position
 def found(data):
     return {
         (each.name, len(each.cache)): (each.needed, each.missing, each.num_orphaned, len(each.damaged))
-        for each in data.surveys()
+        for each in data.cache_states()
     }
 
 
@@ -22,7 +22,7 @@ def test_each_entry_is_accounted_for(tmp_path):
         ("captions of 'set', 'other'", 13): (13, 0, 0, 0),
     }  # fmt: skip
     (folder / "000.png").unlink()
-    pipeline(one, root=tmp_path, family=FakeFamily(vae="v2"))[0].prepare()  # another autoencoder, for nine pictures
+    pipeline(one, root=tmp_path, family=FakeFamily(vae="v2"))[0].prepare()  # another autoencoder, for nine images
     shard = max((tmp_path / "cache" / "vae" / "other").rglob("*.safetensors"))
     data = bytearray(shard.read_bytes())
     data[-3] ^= 1
@@ -34,11 +34,11 @@ def test_each_entry_is_accounted_for(tmp_path):
     }  # fmt: skip
     assert found(alone) == wanted
     assert any("its checksum is wrong" in line for line in said)
-    lines = [survey.line() for survey in alone.surveys()]
+    lines = [statistics_of.line() for statistics_of in alone.cache_states()]
     assert any("9 needed, 0 missing, 1 orphaned" in line for line in lines), lines
 
     before = by_position([take(alone, 9)])
-    assert sum(survey.remove_orphaned() for survey in alone.surveys()) > 0
+    assert sum(statistics_of.remove_orphaned() for statistics_of in alone.cache_states()) > 0
     family = FakeFamily()
     after, _ = pipeline(one, root=tmp_path, family=family)
     kept = {name: counts for name, counts in found(after).items() if counts != (0, 0, 0, 0)}
@@ -55,7 +55,7 @@ def test_what_a_setting_changes_is_missing_and_what_it_leaves_is_orphaned(tmp_pa
         ({"resolution": 48}, (10, 10, 10), (10, 0, 0)),
         ({"crop": True}, (10, 5, 5), (10, 0, 0)),
         ({"random_flip": True}, (20, 10, 0), (10, 0, 0)),
-        ({"caption_filter_list": ("picture",)}, (10, 0, 0), (10, 10, 10)),
+        ({"caption_filter_list": ("image",)}, (10, 0, 0), (10, 10, 10)),
         ({"caption_strategy": "instanceprompt", "instance_prompt": "one"}, (10, 0, 0), (1, 1, 10)),
         ({"prepend_instance_prompt": True, "instance_prompt": "a"}, (10, 0, 0), (10, 10, 10)),
     ):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from distill.core.diffusion import DDPMSchedule, FlowSchedule, Prediction, guide, scale_from_paper
+from distill.core.diffusion import DDPMSchedule, FlowSchedule, Prediction, classifier_free_guidance, scale_from_paper
 from distill.core.diffusion.prediction import PREDICTION_TYPES
 from distill.core.errors import UserError
 
@@ -72,9 +72,9 @@ def test_every_kind_gives_the_pair_back(name, kind):
     torch.testing.assert_close(prediction.x0, x_0)
     torch.testing.assert_close(prediction.eps, eps)
     for other in PREDICTION_TYPES:
-        again = Prediction(prediction.as_kind(other), x_t, t, schedule, other)
+        again = Prediction(prediction.as_type(other), x_t, t, schedule, other)
         torch.testing.assert_close(again.x0, x_0)
-    torch.testing.assert_close(prediction.jump(t), x_t)
+    torch.testing.assert_close(prediction.ddim_step(t), x_t)
 
 
 def test_half_precision_is_converted_in_fp32():
@@ -95,7 +95,7 @@ def test_jump_is_diffusers_ddim_step(kind):
     schedule = SCHEDULES["ddpm"]
     x_t, raw = torch.randn(2, 1, 4, 4, 4, dtype=torch.float64)
     for t in (999, 499, 39):
-        ours = Prediction(raw, x_t, torch.tensor([t]), schedule, kind).jump(torch.tensor([t - 20]))
+        ours = Prediction(raw, x_t, torch.tensor([t]), schedule, kind).ddim_step(torch.tensor([t - 20]))
         expected = theirs.step(raw, t, x_t).prev_sample
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 
@@ -108,7 +108,7 @@ def test_jump_is_diffusers_euler_step_on_a_flow():
     schedule = FlowSchedule(shift=3.0)
     x, v = torch.randn(2, 1, 4, 4, 4)
     sigma, following = theirs.sigmas[2:4].double()
-    ours = Prediction(v, x, sigma[None], schedule, "flow").jump(following[None])
+    ours = Prediction(v, x, sigma[None], schedule, "flow").ddim_step(following[None])
     expected = theirs.step(v, theirs.timesteps[2], x).prev_sample
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
@@ -135,12 +135,12 @@ def test_guidance_conventions_agree():
     x_t, c, u = torch.randn(3, 2, 4, 4, 4, dtype=torch.float64)
     cond, uncond = (Prediction(raw, x_t, t, schedule, "epsilon") for raw in (c, u))
     w = torch.tensor([2.0, 6.5], dtype=torch.float64)
-    ours = guide(cond, uncond, scale_from_paper(w))
+    ours = classifier_free_guidance(cond, uncond, scale_from_paper(w))
     paper = cond.x0 + w.reshape(2, 1, 1, 1) * (cond.x0 - uncond.x0)
     torch.testing.assert_close(ours.x0, paper)
     # guided x0 and eps still make up x_t
-    torch.testing.assert_close(ours.jump(t), x_t)
-    same = guide(cond, uncond, torch.ones(2, dtype=torch.float64))
+    torch.testing.assert_close(ours.ddim_step(t), x_t)
+    same = classifier_free_guidance(cond, uncond, torch.ones(2, dtype=torch.float64))
     torch.testing.assert_close(same.eps, c)
 
 
@@ -166,6 +166,6 @@ def test_perfect_denoiser_integrates_to_the_exact_flow_map():
             t = grid.times[j].expand(len(x))
             a = schedule.alpha(t)[:, None]
             denoised = m + a * q**2 * (state - a * m) / variance(t)[:, None]
-            state = Prediction(denoised, state, t, schedule, "sample").jump(grid.previous[j].expand(len(x)))
+            state = Prediction(denoised, state, t, schedule, "sample").ddim_step(grid.previous[j].expand(len(x)))
         assert (state - exact).abs().max() < 0.01 * exact.std()
         assert math.isfinite(state.sum())

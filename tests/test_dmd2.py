@@ -11,7 +11,7 @@ from distill.core.engine.progress import Progress
 from distill.core.errors import UserError
 from distill.core.plugin_api.method import MethodSetup
 from distill.core.testing.trial import split
-from distill.core.utils.seeds import Draws
+from distill.core.utils.seeds import RngStreams
 from distill.distill_methods.dmd2 import DMD2
 from support.sdxl_methods import call, table
 from support.small_run import execute, write_run
@@ -40,12 +40,12 @@ class Paper:
 
     def __init__(self, trial, batch, step):
         self.trial, self.batch = trial, batch
-        self.draws = Draws(0, step, batch.positions)
+        self.rng = RngStreams(0, step, batch.positions)
         self.bar = table()
-        self.calls = 1 + self.draws.shared_integer("calls", 4)
+        self.calls = 1 + self.rng.shared_integer("calls", 4)
 
     def randn(self, name):
-        return self.draws.randn(name, LATENT).double()
+        return self.rng.randn(name, LATENT).double()
 
     def noised(self, x, t, eps):
         return shaped(self.bar[t].sqrt()) * x + shaped((1 - self.bar[t]).sqrt()) * eps
@@ -57,7 +57,7 @@ class Paper:
         return (x_t - shaped((1 - self.bar[t]).sqrt()) * eps) / shaped(self.bar[t].sqrt())
 
     def times(self, name, low, high):
-        return (self.draws.uniform(f"{name}/time", low, high) * 1000).floor().long()
+        return (self.rng.uniform(f"{name}/time", low, high) * 1000).floor().long()
 
     def simulate(self):
         """Backward simulation with the student as it is; the gradient of the last call alone."""
@@ -88,7 +88,7 @@ class Paper:
 
 def turns_of_all_lengths():
     """The first turns of the student whose simulations have 1, 2, 3 and 4 calls."""
-    lengths = {Draws(0, step, ()).shared_integer("calls", 4): step for step in range(99, 0, -5)}
+    lengths = {RngStreams(0, step, ()).shared_integer("calls", 4): step for step in range(99, 0, -5)}
     return [lengths[calls] for calls in range(4)]
 
 
@@ -131,9 +131,7 @@ def test_the_length_of_the_simulation_is_shared_and_uniform(folder):
     batch = trial.batch(0)
     lengths = []
     for step in range(64):
-        found = {
-            1 + trial.context.at(step, part.positions).draws.shared_integer("calls", 4) for part in split(batch, 4)
-        }
+        found = {1 + trial.context.at(step, part.positions).rng.shared_integer("calls", 4) for part in split(batch, 4)}
         assert len(found) == 1
         lengths.append(found.pop())
     assert np.bincount(lengths)[1:].min() > 6
@@ -150,7 +148,7 @@ def test_the_length_of_the_simulation_is_shared_and_uniform(folder):
 def test_only_the_last_call_of_the_simulation_carries_a_gradient(folder):
     trial = trial_of(folder)
     batch = trial.batch(0)
-    step = next(s for s in range(50) if trial.context.at(s, (0,)).draws.shared_integer("calls", 4) == 3)
+    step = next(s for s in range(50) if trial.context.at(s, (0,)).rng.shared_integer("calls", 4) == 3)
     seen = []
     original = trial.family.predict
     trial.family.predict = lambda *args, **kw: seen.append(torch.is_grad_enabled()) or original(*args, **kw)
@@ -188,7 +186,7 @@ def test_the_adversarial_term_adds_its_own_gradient(folder):
 
 
 @pytest.mark.parametrize("adapt", [True, False])
-def test_heads_and_features_learn_to_tell_pictures_from_samples(folder, adapt):
+def test_heads_and_features_learn_to_tell_images_from_samples(folder, adapt):
     trial = trial_of(folder, gan_weight=0.25, discriminator_weight=0.1, adapt_features=adapt)
     batch, step = trial.batch(0), 0
     paper = Paper(trial, batch, step)
@@ -296,19 +294,19 @@ def test_the_scheduler_makes_what_training_simulates(tmp_path, kind):
     """diffusers' scheduler, fed the student's outputs and the simulation's noise, gives the simulation's sample."""
     trial = trial_of(write_tiny_sdxl(tmp_path / "model", prediction_type=kind))
     batch = trial.batch(0)
-    step = next(s for s in range(50) if trial.context.at(s, (0,)).draws.shared_integer("calls", 4) == 3)
+    step = next(s for s in range(50) if trial.context.at(s, (0,)).rng.shared_integer("calls", 4) == 3)
     context = trial.context.at(step, batch.positions)
     sample = trial.method._simulate(context, batch, with_gradient=False)
     assert sample.calls == 4
     sampler = trial.method.sampler(trial.family.schedule)
     scheduler = trial.family.scheduler(sampler)
     scheduler.set_timesteps(**sampler.call)
-    x = context.draws.randn("start/noise", LATENT).double()
+    x = context.rng.randn("start/noise", LATENT).double()
     for i, time in enumerate(scheduler.timesteps):
         t = time.expand(len(batch)) if kind == "epsilon" else (time / 1000).double().expand(len(batch))
         with torch.no_grad():
             output = context.predict("student", x, t, batch.cond).output
-        noise = context.draws.randn(f"simulation/{i}", LATENT).double()
+        noise = context.rng.randn(f"simulation/{i}", LATENT).double()
         x = stepped(scheduler, output, time, x, noise)
     torch.testing.assert_close(x, sample.x, rtol=1e-4, atol=1e-4)
 

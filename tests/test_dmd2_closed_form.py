@@ -33,10 +33,10 @@ def score(schedule, x_t, t, mean, width):
 
 def noised(context, x, name, low, high):
     """x_t and t as the method draws them."""
-    share = context.draws.uniform(f"{name}/time", low, high)
+    share = context.rng.uniform(f"{name}/time", low, high)
     schedule = context.schedule
     t = schedule.shifted(share) if schedule.clean_at_zero else (share * 1000).floor().long()
-    return schedule.add_noise(x, context.draws.randn(f"{name}/noise", x.shape[1:]).double(), t), t
+    return schedule.add_noise(x, context.rng.randn(f"{name}/noise", x.shape[1:]).double(), t), t
 
 
 def gradient_of(method, context, batch, x, *, share=1.0):
@@ -198,7 +198,7 @@ def wrong_sign(x, real, fake, *, normalise):
 
 @pytest.mark.parametrize("wrong", [teacher_alone, wrong_sign])
 def test_another_gradient_does_not(monkeypatch, wrong):
-    monkeypatch.setattr(dmd2, "matching_gradient", wrong)
+    monkeypatch.setattr(dmd2, "distribution_matching_gradient", wrong)
     _, (mean, std) = train("eps")
     print(f"{wrong.__name__}: {mean:.3f} {std:.3f}")
     assert abs(mean - MEAN) > 0.3 or abs(std - Q) > 0.5 * Q

@@ -98,7 +98,7 @@ def test_every_setting_that_is_advised_is_accepted(workspace):
             config_file=workspace / "config.json",
             data_file=workspace / "multidatabackend.json",
             flags=flags if "sdxl" in own or not own else {**flags, "model_family": own[0]},
-            overrides=[f"data.your-dataset-name.instance_data_dir={workspace / 'pictures'}", setting],
+            overrides=[f"data.your-dataset-name.instance_data_dir={workspace / 'images'}", setting],
         )
 
 

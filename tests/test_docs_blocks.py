@@ -28,7 +28,7 @@ from support.quickstart import (
     command,
     no_services,
     sets,
-    write_pictures,
+    write_images,
     write_workspace,
 )
 from support.tiny_families import write_tiny_sd3
@@ -58,16 +58,16 @@ PROGRAMS = ("distill", "python", "pip", "pytest", "accelerate", "torchrun", "ten
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory) -> Path:
-    """The quickstart's files, a fine-tune, a style, pictures of a domain and of edges: what the pages suppose."""
+    """The quickstart's files, a fine-tune, a style, images of a domain and of edges: what the pages suppose."""
     root = write_workspace(tmp_path_factory.mktemp("docs") / "original")
     write_tiny_sdxl(root / "fine-tune", seed=1)
     write_tiny_sd3(root / "tiny-sd3")
-    write_pictures(root / "domain-pictures", count=4, seed=1)
-    shutil.copyfile(root / "pictures" / "00.png", root / "edges.png")
+    write_images(root / "domain-images", count=4, seed=1)
+    shutil.copyfile(root / "images" / "00.png", root / "edges.png")
     (root / "prompts.txt").write_text("a fox in the snow\na harbour at sunrise\n", encoding="utf-8")
     write_style(root / "model", root / "style.safetensors")
-    with zipfile.ZipFile(root / "pictures.zip", "w") as archive:
-        for path in sorted((root / "pictures").iterdir()):
+    with zipfile.ZipFile(root / "images.zip", "w") as archive:
+        for path in sorted((root / "images").iterdir()):
             archive.write(path, path.name)
     return root
 
@@ -235,8 +235,8 @@ def check_settings(block: Block) -> None:
         return
     entries = isinstance(found, list)
     run = json.loads(Path("config.json").read_text()) | ({} if entries else found)
-    needs_no_pictures = entries and not any(each.get("dataset_type", "image") == "image" for each in found)
-    run |= {"distillation_method": "kd", "distillation_config": {}} if needs_no_pictures else {}
+    needs_no_images = entries and not any(each.get("dataset_type", "image") == "image" for each in found)
+    run |= {"distillation_method": "kd", "distillation_config": {}} if needs_no_images else {}
     backends = [*(ROOT / "examples").glob("*/distill_*/*_backend.py"), *Path.cwd().glob("*_backend.py")]
     run |= {"plugins": list({path.name: str(path) for path in backends}.values())}  # the page's own come first
     Path("checked.json").write_text(json.dumps(run))
@@ -305,9 +305,9 @@ def check_results(page: str, workspace: Path) -> None:
     output = workspace / "output"
     if page == "docs/lcm.md":
         names = ("", "-2", "-3", "-two", "-style", "-fine-tune", "-edges", "-full")
-        for picture in (Image.open(workspace / f"harbour{name}.png") for name in names):
-            assert picture.size == (EDGE, EDGE)
-            assert all(low < high for low, high in picture.getextrema()), "neither black nor white"
+        for image in (Image.open(workspace / f"harbour{name}.png") for name in names):
+            assert image.size == (EDGE, EDGE)
+            assert all(low < high for low, high in image.getextrema()), "neither black nor white"
     if page == "CONTRIBUTING.md":
         lines = (output / "fixed-guidance" / "losses.txt").read_text().splitlines()
         assert [int(line.split()[0]) for line in lines] == [1, 2]
@@ -317,7 +317,7 @@ def check_results(page: str, workspace: Path) -> None:
             resolved = json.loads((output / name / "config.resolved.json").read_text())
             assert (resolved["distillation_method"], (output / name / "student").is_dir()) == ("leap", True)
     if page == "docs/tutorials/your-own-tracker.md":
-        assert {path.suffix for path in (output / "pictures" / "pictures").iterdir()} == {".jpg"}
+        assert {path.suffix for path in (output / "images" / "images").iterdir()} == {".jpg"}
 
 
 SLOW = [block for page in PAGES for block in blocks(page) if "slow" in block.comments]

@@ -22,10 +22,10 @@ from distill.core.registry.registry import Registry
 from distill.core.runs.finished import ExportedNetworks, parse_loras
 from distill.core.runs.model_card import without_folders, write_model_card
 from distill.core.runs.publishing import Publishers, build_publishers
-from distill.plugins.evaluators import JudgeEvaluator, PictureDistance, RandomConvolutions
+from distill.plugins.evaluators import ImageDistance, MiniatureClassifierEvaluator, RandomConvolutions
 from distill.plugins.hub import HuggingFaceHub
 from PIL import Image
-from support.fake_family import FakeFamily, FakeNetworks, fake_sampler, picture
+from support.fake_family import FakeFamily, FakeNetworks, fake_sampler, image
 
 # -- distances ---------------------------------------------------------------------------------------------------------
 
@@ -116,7 +116,7 @@ def test_kernel_distance_has_no_bias_at_few_samples_and_does_not_depend_on_the_u
     assert kernel_distance(100 * a - 7, 100 * b - 7) == pytest.approx(kernel_distance(a, b), rel=1e-3)
 
 
-def test_root_mean_square_is_per_picture():
+def test_root_mean_square_is_per_image():
     a = torch.zeros(2, 3, 4, 4)
     b = torch.stack([torch.full((3, 4, 4), 0.5), torch.zeros(3, 4, 4)])
     assert root_mean_square(a, b).tolist() == [0.5, 0.0]
@@ -127,23 +127,23 @@ def test_root_mean_square_is_per_picture():
 ANYWHERE = EvaluationSetting(model_path=None)
 
 
-def pictures(count: int, away: float = 0.0, edge: int = 32) -> torch.Tensor:
-    return torch.stack([picture(1, seed, away, edge, edge) for seed in range(count)])
+def make_images(count: int, away: float = 0.0, edge: int = 32) -> torch.Tensor:
+    return torch.stack([image(1, seed, away, edge, edge) for seed in range(count)])
 
 
-def test_picture_distance_is_to_the_picture_of_the_same_noise():
-    score = PictureDistance(PictureDistance.Config(), ANYWHERE).score
+def test_picture_distance_is_to_the_image_of_the_same_noise():
+    score = ImageDistance(ImageDistance.Config(), ANYWHERE).score
     prompts = ["a"] * 4
-    assert score(Samples(pictures(4), prompts, reference=pictures(4) + 0.25)) == {
+    assert score(Samples(make_images(4), prompts, reference=make_images(4) + 0.25)) == {
         "distance_to_teacher_pixels": pytest.approx(0.25)
     }
-    assert score(Samples(pictures(4), prompts)) == {}
+    assert score(Samples(make_images(4), prompts)) == {}
 
 
-def test_random_convolutions_tell_more_distant_pictures_apart():
+def test_random_convolutions_tell_more_distant_images_apart():
     evaluator = RandomConvolutions(RandomConvolutions.Config(), ANYWHERE)
-    data = torch.stack([picture(2, seed, 0.0, 32, 32) for seed in range(100)])
-    scores = [evaluator.score(Samples(pictures(100, away), ["a"] * 100, data=data)) for away in (0.0, 0.3, 0.9)]
+    data = torch.stack([image(2, seed, 0.0, 32, 32) for seed in range(100)])
+    scores = [evaluator.score(Samples(make_images(100, away), ["a"] * 100, data=data)) for away in (0.0, 0.3, 0.9)]
     for name in ("kernel_distance_to_data_random_convolutions", "frechet_distance_to_data_random_convolutions"):
         values = [score[name] for score in scores]
         assert values == sorted(values)
@@ -153,23 +153,23 @@ def test_random_convolutions_tell_more_distant_pictures_apart():
 
 def test_random_convolutions_are_the_same_everywhere_and_see_the_arrangement():
     first, second = (RandomConvolutions(RandomConvolutions.Config(), ANYWHERE) for _ in range(2))
-    images = pictures(4)
+    images = make_images(4)
     assert torch.equal(first.features(images), second.features(images))
     shuffled = images.flatten(2)[:, :, torch.randperm(32 * 32, generator=torch.Generator().manual_seed(0))]
     change = (first.features(shuffled.reshape(images.shape)) - first.features(images)).abs().mean()
     assert change > 0.05, "features that see only the colours would not change"
 
 
-def test_few_pictures_have_no_frechet_distance_and_no_data_no_distance():
+def test_few_images_have_no_frechet_distance_and_no_data_no_distance():
     evaluator = RandomConvolutions(RandomConvolutions.Config(), ANYWHERE)
     prompts = [f"prompt {number}" for number in range(8)]
-    assert list(evaluator.score(Samples(pictures(8), prompts, data=pictures(100)))) == [
+    assert list(evaluator.score(Samples(make_images(8), prompts, data=make_images(100)))) == [
         "kernel_distance_to_data_random_convolutions"
     ]
-    assert evaluator.score(Samples(pictures(8), ["a"] * 8)) == {}
+    assert evaluator.score(Samples(make_images(8), ["a"] * 8)) == {}
 
 
-def test_diversity_is_none_for_one_picture_many_times_and_one_for_pictures_that_differ_as_the_data_does():
+def test_diversity_is_none_for_one_image_many_times_and_one_for_images_that_differ_as_the_data_does():
     reference = torch.randn(400, 6, generator=torch.Generator().manual_seed(0))
     prompts = ["a", "b"] * 100
     same = torch.stack([torch.zeros(6), torch.ones(6)]).repeat(100, 1)
@@ -177,25 +177,27 @@ def test_diversity_is_none_for_one_picture_many_times_and_one_for_pictures_that_
     drawn = torch.randn(200, 6, generator=torch.Generator().manual_seed(1))
     assert relative_spread(drawn, prompts, reference) == pytest.approx(1, abs=0.05)
     assert relative_spread(drawn / 2, prompts, reference) == pytest.approx(0.5, abs=0.03)
-    assert relative_spread(drawn, list(range(200)), reference) is None, "no prompt has two pictures"
+    assert relative_spread(drawn, list(range(200)), reference) is None, "no prompt has two images"
 
 
 @pytest.fixture
-def model_with_judge(tmp_path: Path) -> Path:
-    from distill.plugins.judge import Judge
+def model_with_classifier(tmp_path: Path) -> Path:
+    from distill.plugins.miniature_classifier import MiniatureClassifier
 
     torch.manual_seed(0)
-    Judge({"thing": ["cat", "dog"]}, channels=(4, 4, 4, 8), resolution=16).save_pretrained(tmp_path / "model" / "judge")
+    MiniatureClassifier({"thing": ["cat", "dog"]}, channels=(4, 4, 4, 8), resolution=16).save_pretrained(
+        tmp_path / "model" / "judge"
+    )
     return tmp_path / "model"
 
 
-def test_the_judge_is_used_where_the_model_has_one(tmp_path, model_with_judge):
-    assert "judge/" in (JudgeEvaluator.usable(ANYWHERE) or "")
-    assert JudgeEvaluator.usable(EvaluationSetting(model_path=tmp_path))
-    setting = EvaluationSetting(model_path=model_with_judge)
-    assert JudgeEvaluator.usable(setting) is None
-    evaluator = JudgeEvaluator(JudgeEvaluator.Config(), setting)
-    images = pictures(200)
+def test_the_judge_is_used_where_the_model_has_one(tmp_path, model_with_classifier):
+    assert "judge/" in (MiniatureClassifierEvaluator.usable(ANYWHERE) or "")
+    assert MiniatureClassifierEvaluator.usable(EvaluationSetting(model_path=tmp_path))
+    setting = EvaluationSetting(model_path=model_with_classifier)
+    assert MiniatureClassifierEvaluator.usable(setting) is None
+    evaluator = MiniatureClassifierEvaluator(MiniatureClassifierEvaluator.Config(), setting)
+    images = make_images(200)
     as_cats = evaluator.score(Samples(images, ["a cat"] * 200, data=images))
     as_dogs = evaluator.score(Samples(images, ["a dog"] * 200, data=images))
     assert as_cats["prompt_agreement_judge"] + as_dogs["prompt_agreement_judge"] == pytest.approx(1)
@@ -226,11 +228,11 @@ def run_evaluation(family: FakeFamily, tmp_path: Path, *, data: torch.Tensor | N
 def test_all_start_from_the_same_noise_and_the_teacher_has_one_guidance(tmp_path):
     family = FakeFamily()
     found = run_evaluation(family, tmp_path)
-    assert [(row.recipe.name, row.recipe.steps) for row in found.rows] == [
+    assert [(row.sampling_plan.name, row.sampling_plan.steps) for row in found.rows] == [
         ("teacher", 4), ("teacher, DPM++ 2M", 4), ("student", 1), ("student", 2), ("student", 4), ("student", 8),
         ("teacher", 50),
     ]  # fmt: skip
-    assert {row.recipe.guidance for row in found.rows if row.recipe.role == "teacher"} == {7.0}
+    assert {row.sampling_plan.guidance for row in found.rows if row.sampling_plan.role == "teacher"} == {7.0}
     full: dict[tuple, list[int]] = {}
     for call in family.calls:
         if len(call.seeds) > 1:
@@ -256,7 +258,7 @@ def test_a_fast_solver_that_the_pipeline_does_not_take_is_left_out_and_nothing_e
     family.generate = refusing  # type: ignore[method-assign]
     refused = "DPMSolverMultistepScheduler"
     found = evaluate(family, FakeNetworks(), plan_for(family, num_samples=2), {}, say=lines.append)
-    assert [row.recipe.name for row in found.rows] == ["teacher", *["student"] * 4, "teacher"]
+    assert [row.sampling_plan.name for row in found.rows] == ["teacher", *["student"] * 4, "teacher"]
     assert any("teacher, DPM++ 2M is left out" in line and "custom sigmas" in line for line in lines)
     refused = "LCMScheduler"
     with pytest.raises(ValueError, match="custom sigmas"):
@@ -264,9 +266,12 @@ def test_a_fast_solver_that_the_pipeline_does_not_take_is_left_out_and_nothing_e
 
 
 def test_scores_order_the_recipes_as_they_are_made(tmp_path):
-    data = torch.stack([picture(sum(b"a red fish") % 997, seed, 0.0, 32, 32) for seed in range(100)])
+    data = torch.stack([image(sum(b"a red fish") % 997, seed, 0.0, 32, 32) for seed in range(100)])
     found = run_evaluation(FakeFamily(), tmp_path, data=data)
-    distance = {(row.recipe.role, row.recipe.steps): row.scores.get("distance_to_teacher_pixels") for row in found.rows}
+    distance = {
+        (row.sampling_plan.role, row.sampling_plan.steps): row.scores.get("distance_to_teacher_pixels")
+        for row in found.rows
+    }
     assert distance["teacher", 50] is None
     assert distance["student", 8] < distance["student", 4] < distance["student", 1] < distance["teacher", 4]
     kernel = [row.scores["kernel_distance_to_data_random_convolutions"] for row in found.rows]
@@ -280,7 +285,7 @@ def test_evaluation_is_written_for_programs_and_for_people(tmp_path):
 
     from rich.console import Console
 
-    found = run_evaluation(FakeFamily(), tmp_path, data=pictures(60))
+    found = run_evaluation(FakeFamily(), tmp_path, data=make_images(60))
     found.loras = {"/styles/ink.safetensors": 0.8}
     files = found.save(tmp_path)
     assert [file.name for file in files] == ["evaluation.json", "evaluation.png"]
@@ -309,7 +314,7 @@ def test_evaluation_is_written_for_programs_and_for_people(tmp_path):
 
 def test_steps_are_taken_once_and_in_order():
     plan = plan_for(FakeFamily(), steps=(4, 1, 4), teacher_steps=(50,), teacher_guidance=3.0)
-    assert [(r.role, r.steps) for r in plan.recipes] == [
+    assert [(r.role, r.steps) for r in plan.sampling_plans] == [
         ("teacher", 50),
         ("student", 1),
         ("student", 4),
@@ -341,7 +346,7 @@ def test_evaluators_that_are_named_are_the_ones_used(tmp_path):
     assert (list(usable), left_out) == (["picture_distance"], {})
 
 
-def test_real_pictures_are_as_many_as_memory_allows():
+def test_real_images_are_as_many_as_memory_allows():
     assert num_real_images(32, 32) == 1000
     assert num_real_images(1024, 1024) * 3 * 4 * 1024**2 <= 2**30
 
@@ -414,7 +419,7 @@ def test_the_model_card_shows_use_scores_and_config_but_no_folders(tmp_path):
     config = SimpleNamespace(run=run, miniature=False, resolved=lambda: resolved)
     family = FakeFamily()
     info = ExportInfo(sampler=fake_sampler(4), model_type="lora")
-    evaluation = run_evaluation(family, tmp_path, data=pictures(60))
+    evaluation = run_evaluation(family, tmp_path, data=make_images(60))
     card = write_model_card(student, config, family, info, evaluation=evaluation, grid=grid).read_text()  # type: ignore[arg-type]
     assert card.startswith("---\nlibrary_name: diffusers\n")
     assert 'base_model: "fake"' in card
@@ -427,7 +432,7 @@ def test_the_model_card_shows_use_scores_and_config_but_no_folders(tmp_path):
     assert (student / "evaluation.png").is_file()
     bare = write_model_card(student, config, family, info).read_text()  # type: ignore[arg-type]
     assert "## Scores" not in bare
-    assert "## Pictures" not in bare
+    assert "## Images" not in bare
 
 
 def test_folders_are_cut_down_to_their_last_part():

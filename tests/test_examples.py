@@ -82,11 +82,11 @@ def place(tmp_path_factory) -> Place:
 def write_database(file: Path) -> None:
     rng = np.random.default_rng(0)
     with closing(sqlite3.connect(file)) as connection, connection:
-        connection.execute("CREATE TABLE photos (name TEXT PRIMARY KEY, picture BLOB, caption TEXT)")
+        connection.execute("CREATE TABLE photos (name TEXT PRIMARY KEY, image BLOB, caption TEXT)")
         for number in range(6):
-            picture = io.BytesIO()
-            Image.fromarray(rng.integers(0, 255, (EDGE, EDGE, 3), dtype=np.uint8)).save(picture, "PNG")
-            row = (f"{number}.png", picture.getvalue(), f"a noise number {number}")
+            image = io.BytesIO()
+            Image.fromarray(rng.integers(0, 255, (EDGE, EDGE, 3), dtype=np.uint8)).save(image, "PNG")
+            row = (f"{number}.png", image.getvalue(), f"a noise number {number}")
             connection.execute("INSERT INTO photos VALUES (?, ?, ?)", row)
         connection.execute("INSERT INTO photos VALUES ('empty.png', NULL, 'nothing')")
 
@@ -95,8 +95,8 @@ def write_database(file: Path) -> None:
 def output(place) -> Path:
     """Of a run whose method, family, data backend and tracker are all other people's."""
     place.python("-m", "distill_studio.auraflow", "model")
-    write_database(place.work / "pictures.sqlite")
-    entry = {"id": "shop", "type": "sqlite", "database": "pictures.sqlite", "table": "photos"}
+    write_database(place.work / "images.sqlite")
+    entry = {"id": "shop", "type": "sqlite", "database": "images.sqlite", "table": "photos"}
     (place.work / "config.json").write_text(json.dumps(CONFIG))
     (place.work / "data.json").write_text(json.dumps([entry]))
     place.python("-m", "distill", "run", "--config", "config.json", "--data", "data.json")
@@ -131,11 +131,11 @@ def test_one_run_uses_all_four(output):
             assert table[row["step"], name] == pytest.approx(row[name]), "the tracker wrote what the run said"
     assert all(row["loss"] > 0 for row in rows)
     report = (output / "data" / "shop" / "report.md").read_text()
-    assert "it has no picture" in report, "a row without a picture is said, and the six others are used"
+    assert "it has no image" in report, "a row without an image is said, and the six others are used"
 
 
 def test_the_student_is_the_pipelines_of_diffusers(output):
-    """The LoRA loads into the plain pipeline and changes the picture."""
+    """The LoRA loads into the plain pipeline and changes the image."""
     import torch
     from diffusers import AuraFlowPipeline, FlowMatchEulerDiscreteScheduler
 
@@ -144,16 +144,16 @@ def test_the_student_is_the_pipelines_of_diffusers(output):
     pipe = AuraFlowPipeline.from_pretrained(output.parent / "model", scheduler=scheduler)
     pipe.set_progress_bar_config(disable=True)
 
-    def picture() -> np.ndarray:
+    def image() -> np.ndarray:
         call = {"num_inference_steps": 2, "sigmas": [1.0, 0.634], "guidance_scale": 0.0, "output_type": "np"}
         generator = torch.Generator().manual_seed(0)
         return pipe("a noise", width=EDGE, height=EDGE, generator=generator, **call).images[0]
 
-    before = picture()
+    before = image()
     pipe.load_lora_weights(student)
-    assert np.abs(picture() - before).max() > 1e-4
+    assert np.abs(image() - before).max() > 1e-4
     pipe.disable_lora()
-    assert np.array_equal(picture(), before), "switched off, it is the teacher"
+    assert np.array_equal(image(), before), "switched off, it is the teacher"
 
 
 def test_the_packages_own_tests_pass(place):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from distill.core.diffusion import Prediction
-from distill.core.diffusion.solvers import step_to, trailing_walk
+from distill.core.diffusion.solvers import step_to, trailing_timesteps
 from distill.core.registry.registry import Registry
 from distill.core.testing.gaussian import affine_of, gaussian_batch
 from distill.core.testing.paths import PATHS, train
-from distill.core.utils.seeds import Draws
+from distill.core.utils.seeds import RngStreams
 from support.closed_form import GuidedFamily
 from support.pages import ROOT
 
@@ -18,9 +18,12 @@ MEAN, SCALE, STEPS, TEACHER_STEPS = 0.6, 2.0, 2, 4
 
 def sample(predict, schedule, num_steps):
     """`num_steps` steps of the walk from 512 noises; `predict` makes a Prediction of (x, t)."""
-    walk, x = trailing_walk(schedule, num_steps), Draws(1, 0, tuple(range(512))).randn("start", (1,)).double()
-    for j, t in enumerate(walk.times):
-        x = step_to(predict(x, t.expand(len(x))), walk.at(torch.full((len(x),), j + 1)))
+    timesteps, x = (
+        trailing_timesteps(schedule, num_steps),
+        RngStreams(1, 0, tuple(range(512))).randn("start", (1,)).double(),
+    )
+    for j, t in enumerate(timesteps.times):
+        x = step_to(predict(x, t.expand(len(x))), timesteps.at(torch.full((len(x),), j + 1)))
     return x
 
 
@@ -35,7 +38,7 @@ def test_two_steps_of_the_student_are_eight_of_the_teacher(path):
     leap = Registry.load([ROOT / "examples/distill-research/distill_research/leap.py"], installed=False)
     method = leap.get("method", "leap")
     config = method.Config(num_inference_steps=STEPS, teacher_steps=TEACHER_STEPS, guidance_scale=SCALE)
-    family = GuidedFamily(schedule, kind, trailing_walk(schedule, STEPS * TEACHER_STEPS).times)
+    family = GuidedFamily(schedule, kind, trailing_timesteps(schedule, STEPS * TEACHER_STEPS).times)
     _, _, context = train(
         method, config, family, lambda step: gaussian_batch(step, 32, mean=MEAN), num_steps=150, lr=5e-2
     )

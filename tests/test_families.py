@@ -1,6 +1,6 @@
 """What every family but SDXL (which has tests of its own) owes to plain diffusers, on random tiny models.
 
-Encoders, the network, pictures and students on disk are compared with the family's own text-to-image pipeline. A model
+Encoders, the network, images and students on disk are compared with the family's own text-to-image pipeline. A model
 that is added to ``tiny_families.MODELS`` is here by itself.
 """
 
@@ -15,9 +15,9 @@ import torch
 from distill.core.diffusion.sampler import Sampler
 from distill.core.errors import UserError
 from distill.core.plugin_api.family import ExportInfo, LoraSettings, MicroConditioning
-from distill.model_families._pictures import sample_latents
+from distill.model_families._images import sample_latents
+from support.config_files import distill, said
 from support.original_sdxl import write_single_file
-from support.pairs import distill, said
 from support.tiny_families import EDGE, MODELS, SCALE_FACTOR, SHORT
 
 PROMPTS = ["a red fox", "two blue boats on a lake in the evening sun"]
@@ -51,8 +51,8 @@ def denoiser(pipeline):
     return pipeline.unet if hasattr(pipeline, "unet") else pipeline.transformer
 
 
-def pictures(pipeline, *, prompts=PROMPTS, **arguments):
-    """A plain call with a generator for each picture."""
+def images(pipeline, *, prompts=PROMPTS, **arguments):
+    """A plain call with a generator for each image."""
     generators = [torch.Generator().manual_seed(seed) for seed in SEEDS[: len(prompts)]]
     settings = {"num_inference_steps": STEPS, "output_type": "pt", **SIZE, **arguments}
     return pipeline(prompts, generator=generators, **settings).images
@@ -200,7 +200,7 @@ def encoded(pipeline, prompts):
     return {"prompt_embeds": found[0], "pooled_prompt_embeds": pooled}
 
 
-def test_pictures_are_encoded_and_decoded_with_scale_and_shift_once(model):
+def test_images_are_encoded_and_decoded_with_scale_and_shift_once(model):
     family, vae = model.family, model.pipeline.vae
     pixels = torch.rand(2, 3, EDGE, EDGE, generator=torch.Generator().manual_seed(0)) * 2 - 1
     shift = vae.config.shift_factor or 0.0
@@ -230,7 +230,7 @@ def trace(pipeline, noise, **arguments):
         return output
 
     network.forward = types.MethodType(spy, network)
-    pictures(pipeline, latents=noise, output_type="latent", **arguments)
+    images(pipeline, latents=noise, output_type="latent", **arguments)
     network.forward = forward
     return calls
 
@@ -375,7 +375,7 @@ def test_a_second_time_starts_at_nothing_and_has_exact_derivatives(model):
     torch.testing.assert_close(exact, difference, rtol=0, atol=2e-2 * float(exact.abs().max()))
 
 
-# -- pictures ---------------------------------------------------------------------------------------------------------
+# -- images ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("guided", [False, True])
@@ -383,7 +383,7 @@ def test_generate_equals_a_plain_call(model, guided):
     arguments = model.tiny.guided if guided else model.tiny.unguided
     scale = model.tiny.scale(arguments)
     ours = generate(model.family, model.family.load_network(), guidance_scale=scale)
-    expected = pictures(model.pipeline, **arguments)
+    expected = images(model.pipeline, **arguments)
     assert ours.shape == (2, 3, EDGE, EDGE)
     torch.testing.assert_close(ours, expected, rtol=0, atol=2e-5)
     other = generate(model.family, model.family.load_network(), guidance_scale=2 * scale + 1)
@@ -402,7 +402,7 @@ def sampler_for(family):
 
 
 def exported(family, folder, kind, sampler, *, second_time=False):
-    """(the engine's pictures, the network) of a student that was exported to `folder`."""
+    """(the engine's images, the network) of a student that was exported to `folder`."""
     if kind == "lora":
         network = with_adapter(family)
     else:
@@ -420,14 +420,14 @@ def exported(family, folder, kind, sampler, *, second_time=False):
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
-def test_an_exported_student_makes_the_engines_pictures_in_the_plain_pipeline(model, tmp_path, kind):
+def test_an_exported_student_makes_the_engines_images_in_the_plain_pipeline(model, tmp_path, kind):
     import diffusers
 
     family, sampler = model.tiny.make(model.folder), sampler_for(model.family)
     ours = exported(family, tmp_path, kind, sampler)
     pipeline = plain(model.folder if kind == "lora" else tmp_path, model.tiny)
     if kind == "lora":
-        without = pictures(pipeline, **model.tiny.unguided)
+        without = images(pipeline, **model.tiny.unguided)
         pipeline.load_lora_weights(tmp_path)
         pipeline.scheduler = getattr(diffusers, sampler.scheduler).from_pretrained(tmp_path, subfolder="scheduler")
         assert (without - ours).abs().max() > 1e-3
@@ -435,7 +435,7 @@ def test_an_exported_student_makes_the_engines_pictures_in_the_plain_pipeline(mo
         expected = {key.partition(".lora_")[0] for key, _ in with_adapter(family).named_parameters() if "lora_" in key}
         assert trained == expected, "every layer was read"
     call = {**model.tiny.unguided, "num_inference_steps": 2, **sampler.call}
-    torch.testing.assert_close(pictures(pipeline, **call), ours, rtol=0, atol=2e-5)
+    torch.testing.assert_close(images(pipeline, **call), ours, rtol=0, atol=2e-5)
     again = model.tiny.make(model.folder)
     loaded = again.load_student(tmp_path)
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
@@ -455,7 +455,7 @@ def test_a_student_with_a_second_time_runs_in_the_plain_pipeline(model, tmp_path
     else:
         pipeline = plain(tmp_path, model.tiny, scheduler=None)
     run_path(str(tmp_path / "flow_map.py"))["attach"](pipeline, tmp_path)
-    expected = pictures(pipeline, num_inference_steps=2, **model.tiny.unguided)
+    expected = images(pipeline, num_inference_steps=2, **model.tiny.unguided)
     torch.testing.assert_close(ours, expected, rtol=0, atol=2e-5)
 
 
@@ -482,7 +482,7 @@ def test_a_teacher_lora_is_part_of_the_teacher(model, tmp_path):
     pipeline.load_lora_weights(tmp_path / "style", adapter_name="style")
     pipeline.set_adapters(["style"], [0.7])
     ours = generate(family, network, guidance_scale=model.tiny.scale(model.tiny.unguided))
-    torch.testing.assert_close(ours, pictures(pipeline, **model.tiny.unguided), rtol=0, atol=5e-5)
+    torch.testing.assert_close(ours, images(pipeline, **model.tiny.unguided), rtol=0, atol=5e-5)
     assert family.fingerprint("denoiser") != model.family.fingerprint("denoiser")
     assert family.fingerprint("vae") == model.family.fingerprint("vae")
 

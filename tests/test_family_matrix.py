@@ -2,7 +2,7 @@
 
 Its holes lack an input for a range of guidance; they train with one scale.
 In each cell the student moves, with finite gradients; the teacher stays bitwise what it was; a checkpoint resumes bit
-for bit; and the student makes pictures.
+for bit; and the student makes images.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def test_it_trains(cell, folder_of, tmp_path):
     fresh.run(HALF, STEPS)
     ours, theirs = own_weights(fresh.networks), own_weights(trial.networks)
     assert all(same(ours[role], theirs[role]) for role in ours)
-    check_pictures(trial)
+    check_images(trial)
 
 
 def check_training(trial, start):
@@ -86,15 +86,15 @@ def check_training(trial, start):
     assert all(torch.equal(base[key], tensor) for key, tensor in trial.pristine.items())
 
 
-def check_pictures(trial):
+def check_images(trial):
     family, networks = trial.family, trial.networks
     for role in networks.roles:
         networks.module(role).float()
     sampler = trial.method.sampler(family.schedule, num_inference_steps=2)
     with networks.use(trial.method.result_role()) as network:
-        pictures = family.generate(
+        images = family.generate(
             network, family.encode_prompts(["a red fox"]), sampler=sampler, seeds=[1], width=EDGE, height=EDGE
         )
-    assert pictures.shape == (1, 3, EDGE, EDGE)
-    assert pictures.isfinite().all()
-    assert pictures.std() > 0
+    assert images.shape == (1, 3, EDGE, EDGE)
+    assert images.isfinite().all()
+    assert images.std() > 0

@@ -57,7 +57,7 @@ def build(model, optimizer="adamw", quantizer=None):
     rate = plugin.default_learning_rate or RATES.get(optimizer, 1e-2)
     stepped = plugin.build(parameters, OptimizerSettings(rate, 0.9, 0.999, 1e-8, 0.0))
     role = RoleOptimizer(
-        stepped, parameters, learning_rate=rate, schedule=lambda step: 1.0, max_grad_norm=1.0, care=plugin
+        stepped, parameters, learning_rate=rate, schedule=lambda step: 1.0, max_grad_norm=1.0, update_policy=plugin
     )
     loop = Loop(method, context, networks, {"student": role}, health=HealthMonitor(3))
     return loop, make_batch(family, 2, dtype=torch.float32)

@@ -8,7 +8,7 @@ from distill.core.diffusion import FlowSchedule, Prediction
 from distill.core.plugin_api.method import MethodSetup
 from distill.core.testing.gaussian import affine_of, gaussian_batch
 from distill.core.testing.paths import PATHS, TABLE, train
-from distill.core.utils.seeds import Draws
+from distill.core.utils.seeds import RngStreams
 from distill.distill_methods.guidance import Guidance
 from pydantic import ValidationError
 from support.closed_form import GuidedFamily
@@ -46,10 +46,10 @@ def rms(x):
 def noised(schedule, count=256):
     """(x_t, t) over all training times, of data of the prompt."""
     times = schedule.grid(schedule.num_train_timesteps).times
-    draws = Draws(3, 0, tuple(range(count)))
+    rng = RngStreams(3, 0, tuple(range(count)))
     x_0 = gaussian_batch(99, count, mean=MEAN).latents
     t = times[torch.arange(count) % len(times)]
-    return schedule.add_noise(x_0, draws.randn("noise", (1,)).double(), t), t
+    return schedule.add_noise(x_0, rng.randn("noise", (1,)).double(), t), t
 
 
 def student_x0(context, x, t, w):
@@ -93,7 +93,7 @@ def test_on_a_mixture_a_student_of_one_scale_is_the_guided_teacher(path):
     )
     batch = mixture_batch(1000, 256, mean=MEAN)
     t = schedule.grid(4).times[torch.arange(256) % 4]
-    x = schedule.add_noise(batch.latents, Draws(3, 0, batch.positions).randn("noise", (1,)).double(), t)
+    x = schedule.add_noise(batch.latents, RngStreams(3, 0, batch.positions).randn("noise", (1,)).double(), t)
     exact, _ = guided_parts(*schedule.coefficients(t, x), x, batch.cond["mean"], 3.0)
     plain, _ = guided_parts(*schedule.coefficients(t, x), x, batch.cond["mean"], 1.0)
     error, wrong = rms(student_x0(context, x, t, None) - exact), rms(plain - exact)
@@ -107,12 +107,14 @@ def test_the_middle_of_a_range_is_what_the_range_averages_to(schedule):
     x, t = noised(schedule)
     g = torch.Generator().manual_seed(0)
     out = torch.randn(2, *x.shape, generator=g, dtype=torch.float64)
-    from distill.core.diffusion import guide
+    from distill.core.diffusion import classifier_free_guidance
 
     pair = [Prediction(part, x, t, schedule, "v_prediction") for part in out]
     scales = torch.linspace(2, 10, 101, dtype=torch.float64)
-    mean = torch.stack([guide(*pair, s.expand(len(x))).x0 for s in scales]).mean(0)
-    torch.testing.assert_close(mean, guide(*pair, torch.full((len(x),), 6.0)).x0, rtol=1e-9, atol=1e-9)
+    mean = torch.stack([classifier_free_guidance(*pair, s.expand(len(x))).x0 for s in scales]).mean(0)
+    torch.testing.assert_close(
+        mean, classifier_free_guidance(*pair, torch.full((len(x),), 6.0)).x0, rtol=1e-9, atol=1e-9
+    )
 
 
 # -- one step on SDXL -------------------------------------------------------------------------------------------------
@@ -121,14 +123,14 @@ def test_the_middle_of_a_range_is_what_the_range_averages_to(schedule):
 def papers_loss(parts, batch, *, step, told):
     """Algorithm 1 of arXiv 2210.03142, in eps of SDXL's table, with nothing of the method's or the diffusion core's."""
     config, n = parts.method.config, len(batch)
-    draws = Draws(0, step, batch.positions)
-    t = draws.integers("index", 1000)
-    omega = draws.uniform("w", config.w_min, config.w_max)
+    rng = RngStreams(0, step, batch.positions)
+    t = rng.integers("index", 1000)
+    omega = rng.uniform("w", config.w_min, config.w_max)
     if not told:
         omega = torch.full_like(omega, (config.w_min + config.w_max) / 2)
     bar = table()[t].reshape(n, 1, 1, 1)
     a, s, w = bar.sqrt(), (1 - bar).sqrt(), omega - 1
-    x_t = a * batch.latents + s * draws.randn("noise", batch.latents.shape[1:]).double()
+    x_t = a * batch.latents + s * rng.randn("noise", batch.latents.shape[1:]).double()
     with torch.no_grad():
         with_prompt, without = (
             (x_t - s * call(parts.networks, "teacher", x_t, t, batch.cond, prompt=p)) / a for p in (True, False)
@@ -233,7 +235,7 @@ def test_the_sampler_has_the_teachers_steps_and_a_guidance_of_the_range(schedule
 
 
 def test_with_the_models_own_spacing_ddim_is_the_models_own_euler():
-    """The student's sampler makes the teacher's picture: SDXL's Euler scheduler, in DDIM's clothes."""
+    """The student's sampler makes the teacher's image: SDXL's Euler scheduler, in DDIM's clothes."""
     from distill.core.testing.paths import NOISE as SDXL
     from distill.model_families._schedulers import build_scheduler
 

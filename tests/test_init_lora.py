@@ -1,4 +1,4 @@
-"""Starting from an earlier student's LoRA: the same pictures at another scale, and clear refusals."""
+"""Starting from an earlier student's LoRA: the same images at another scale, and clear refusals."""
 
 from shutil import copyfile
 

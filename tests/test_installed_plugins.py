@@ -11,8 +11,8 @@ import pytest
 from distill.core.errors import UserError
 from distill.core.registry.registry import Registry
 from distill.core.utils.packages import is_installed
+from support.config_files import distill, said
 from support.installed import install, tracker
-from support.pairs import distill, said
 
 
 @pytest.fixture(autouse=True)

@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from distill.core.data.cache.trajectories import follow
+from distill.core.data.cache.teacher_trajectory import follow
 from distill.core.diffusion import FlowSchedule, Prediction
-from distill.core.diffusion.solvers import trailing_walk
+from distill.core.diffusion.solvers import trailing_timesteps
 from distill.core.errors import UserError
-from distill.core.plugin_api.batch import Batch, Pairs
+from distill.core.plugin_api.batch import Batch, Trajectories
 from distill.core.plugin_api.method import MethodSetup, Requirements
 from distill.core.testing.gaussian import GaussianFamily, Q, raw_output
 from distill.core.testing.paths import PATHS, TABLE, train
@@ -35,9 +35,9 @@ def exact(schedule, x, t):
 
 
 def pairs_of(schedule, kind, noise, *, num_steps, points, solver="ddim"):
-    walk, keep = trailing_walk(schedule, num_steps), list(range(0, num_steps, num_steps // points))
-    path = follow(teacher(schedule, kind), noise, walk, solver=solver, keep=keep)
-    return Pairs(path.points, walk.times[keep], path.data, {"mean": torch.full_like(noise, MEAN)})
+    timesteps, keep = trailing_timesteps(schedule, num_steps), list(range(0, num_steps, num_steps // points))
+    path = follow(teacher(schedule, kind), noise, timesteps, solver=solver, keep=keep)
+    return Trajectories(path.points, timesteps.times[keep], path.data, {"mean": torch.full_like(noise, MEAN)})
 
 
 def noise_of(step, size=128):
@@ -67,10 +67,10 @@ def test_the_solvers_error_falls_with_its_steps(path):
 def test_points_are_where_even_steps_begin():
     kind, schedule = PATHS["eps"]
     made = pairs_of(schedule, kind, noise_of(0), num_steps=20, points=4)
-    assert made.times.tolist() == trailing_walk(schedule, 4).times.tolist() == [999, 749, 499, 249]
+    assert made.times.tolist() == trailing_timesteps(schedule, 4).times.tolist() == [999, 749, 499, 249]
     assert torch.equal(made.noise, noise_of(0))
     x, t = made.at(torch.tensor([0, 3] * 64))
-    assert torch.equal(x[:2], torch.stack([made.path[0, 0], made.path[1, 3]]))
+    assert torch.equal(x[:2], torch.stack([made.points[0, 0], made.points[1, 3]]))
     assert t[:2].tolist() == [999, 249]
 
 
@@ -85,7 +85,7 @@ def trained(path, *, num_steps, student_steps, broken=False):
     family = GaussianFamily(schedule, kind, times)
     pairs = pairs_of(schedule, kind, noise_of(0, 256), num_steps=num_steps, points=student_steps)
     pairs = replace(pairs, data=pairs.data.roll(1, 0)) if broken else pairs
-    batch = Batch(None, pairs.cond, ("",) * 256, tuple(range(256)), pairs=pairs)
+    batch = Batch(None, pairs.cond, ("",) * 256, tuple(range(256)), trajectories=pairs)
     _, _, context = train(KD, method.config, family, lambda step: batch, num_steps=200, lr=5e-2)
     return context, times
 
@@ -124,9 +124,9 @@ def test_the_parametrisation_leaves_the_loss_unchanged(schedule):
         if schedule.zero_terminal_snr and kind == "epsilon":
             continue  # no x0 of eps at the noisiest time: refused by what the method requires
         method = KD(KD.Config(num_inference_steps=STEPS), MethodSetup("full"))
-        family = GaussianFamily(schedule, kind, trailing_walk(schedule, STEPS).times)
+        family = GaussianFamily(schedule, kind, trailing_timesteps(schedule, STEPS).times)
         pairs = pairs_of(schedule, "v_prediction", noise_of(0), num_steps=20, points=STEPS)
-        batch = Batch(None, pairs.cond, ("",) * 128, tuple(range(128)), pairs=pairs)
+        batch = Batch(None, pairs.cond, ("",) * 128, tuple(range(128)), trajectories=pairs)
         _, _, context = train(KD, method.config, family, lambda step: batch, num_steps=0, lr=1.0)  # noqa: B023
         (update,) = method.updates(context.at(0, batch.positions), batch, 0)
         losses.append(update.loss.item())
@@ -163,6 +163,6 @@ def test_a_student_of_one_step_is_told_a_time_of_its_own():
 
 
 def test_what_several_terms_need_is_a_path_that_serves_them_all():
-    needs = [Requirements(trajectory_points=points, pictures=False) for points in (0, 2, 3)]
-    assert Requirements.union(needs) == Requirements(trajectory_points=6, pictures=False)
+    needs = [Requirements(trajectory_points=points, images=False) for points in (0, 2, 3)]
+    assert Requirements.union(needs) == Requirements(trajectory_points=6, images=False)
     assert Requirements.union(needs[:1]).trajectory_points == 0

@@ -1,4 +1,4 @@
-"""LoRAs in kohya's format: the file alone, in plain diffusers, makes the student's pictures."""
+"""LoRAs in kohya's format: the file alone, in plain diffusers, makes the student's images."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def publish(family, student, **config):
     return publisher.publish(student)
 
 
-def pictures(folder, lora=None, *, seed=3, edge=EDGE, **call):
+def images(folder, lora=None, *, seed=3, edge=EDGE, **call):
     """What plain diffusers makes of the model in `folder`, with a LoRA (file or folder) loaded the documented way."""
     from diffusers import DiffusionPipeline
 
@@ -75,7 +75,7 @@ TINY_SDXL = Tiny("sdxl", write_tiny_sdxl)
 @pytest.mark.parametrize(
     ("name", "base"), [("sdxl", "sdxl_base_v1-0"), ("sd1x", "sd_v1"), ("sd2x-v", "sd_v2_v"), ("flux-dev", "flux1")]
 )
-def test_the_file_makes_the_students_picture_in_plain_diffusers(name, base, tmp_path):
+def test_the_file_makes_the_students_image_in_plain_diffusers(name, base, tmp_path):
     """On linear layers and convolutions alike, with an alpha that is not the rank."""
     tiny = {"sdxl": TINY_SDXL, **MODELS}[name]
     model, flow = tiny.write(tmp_path / "model"), name == "flux-dev"
@@ -87,7 +87,7 @@ def test_the_file_makes_the_students_picture_in_plain_diffusers(name, base, tmp_
     file = tmp_path / "out" / "fox-kohya.safetensors"
     assert place == str(file)
     call = tiny.unguided if flow else {}
-    expected, ours, without = (pictures(model, lora, **call) for lora in (student, file, None))
+    expected, ours, without = (images(model, lora, **call) for lora in (student, file, None))
     assert (expected - without).abs().max() > 0.01, "the LoRA does something"
     torch.testing.assert_close(ours, expected, rtol=0, atol=2e-5)
     with safe_open(file, framework="pt") as opened:
@@ -109,7 +109,7 @@ def test_the_miniatures_student_is_the_same_in_both_formats(tmp_path):
     student = write_student(family, tmp_path / "student")
     publish(family, student)
     expected, ours, without = (
-        pictures(SDXL.miniature, lora, edge=64) for lora in (student, tmp_path / "fox-kohya.safetensors", None)
+        images(SDXL.miniature, lora, edge=64) for lora in (student, tmp_path / "fox-kohya.safetensors", None)
     )
     assert (expected - without).abs().max() > 0.05
     torch.testing.assert_close(ours, expected, rtol=0, atol=2e-5)

@@ -14,7 +14,7 @@ from distill.core.engine.optimize import RoleOptimizer
 from distill.core.plugin_api.context import Context, Runtime
 from distill.core.plugin_api.method import MethodSetup, Update
 from distill.core.testing.gaussian import GaussianFamily, affine_of, gaussian_batch
-from distill.core.utils.seeds import Draws
+from distill.core.utils.seeds import RngStreams
 from distill.distill_methods.lcm import LCM, consistency_function, distance
 
 N, SCALE, MEAN = 8, 2.0, 0.6
@@ -26,13 +26,13 @@ class TeacherTarget(LCM):
 
     def updates(self, context, batch, step):
         grid = context.schedule.grid(N)
-        i = context.draws.integers("index", N)
+        i = context.rng.integers("index", N)
         t, t_prev = grid.times[i], grid.previous[i]
-        x_t = context.schedule.add_noise(batch.latents, context.draws.randn("noise", (1,)).double(), t)
+        x_t = context.schedule.add_noise(batch.latents, context.rng.randn("noise", (1,)).double(), t)
         scale = torch.full((len(batch),), SCALE, dtype=torch.float64)
         with torch.no_grad():
-            x_prev = context.teacher_cfg(x_t, t, batch.cond, scale).jump(t_prev)
-            target = self._f(context.teacher_cfg(x_prev, t_prev, batch.cond, scale))
+            x_prev = context.predict_guided(x_t, t, batch.cond, scale).ddim_step(t_prev)
+            target = self._f(context.predict_guided(x_prev, t_prev, batch.cond, scale))
         output = self._f(context.predict("student", x_t, t, batch.cond))
         yield Update("student", distance(output, target, loss_type="l2", huber_c=1e-3).mean())
 
@@ -68,16 +68,16 @@ def fixed_point(schedule, x, index):
     for j in range(index, -1, -1):
         t = grid.times[j].expand(len(x))
         a, b = affine_of("sample", schedule, t[:1])
-        x = Prediction(a * x + b * SCALE * MEAN, x, t, schedule, "sample").jump(grid.previous[j].expand(len(x)))
+        x = Prediction(a * x + b * SCALE * MEAN, x, t, schedule, "sample").ddim_step(grid.previous[j].expand(len(x)))
     return x
 
 
 def sampling_error(method, family, networks, schedule, num_steps):
     """RMS difference of few-step samples (LCM's multistep sampling, same noise) to those of the fixed point."""
-    draws = Draws(1, 0, tuple(range(512)))
+    rng = RngStreams(1, 0, tuple(range(512)))
     grid = schedule.grid(N)
     indices = [N - 1 - j * N // num_steps for j in range(num_steps)]
-    noise = draws.randn("start", (1,)).double()
+    noise = rng.randn("start", (1,)).double()
     ours = exact = schedule.sigma(grid.times[-1:]) * noise
     cond = {"mean": torch.full_like(noise, MEAN)}
     for j, index in enumerate(indices):
@@ -89,7 +89,7 @@ def sampling_error(method, family, networks, schedule, num_steps):
         )
         exact = fixed_point(schedule, exact, index)
         if j + 1 < num_steps:
-            fresh = draws.randn(f"again{j}", (1,)).double()
+            fresh = rng.randn(f"again{j}", (1,)).double()
             following = grid.times[indices[j + 1]].expand(len(noise))
             ours, exact = (schedule.add_noise(x, fresh, following) for x in (ours, exact))
     return (ours - exact).square().mean().sqrt().item()

@@ -5,7 +5,7 @@ import pytest
 import torch
 from distill.core.errors import DistillError
 from distill.core.plugin_api.method import Update
-from distill.core.utils.seeds import Draws
+from distill.core.utils.seeds import RngStreams
 from support.sdxl_setup import make_batch, make_loop, make_setup, split
 from support.tiny_sdxl import write_tiny_sdxl
 
@@ -32,10 +32,10 @@ def papers_loss(family, networks, batch, *, model_type, seed, step, config):
     betas = torch.from_numpy(np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
     bar = torch.cumprod(1 - betas, 0)
     x0, n = batch.latents, len(batch)
-    draws = Draws(seed, step, batch.positions)
-    i = draws.integers("index", 50)
-    eps = draws.randn("noise", x0.shape[1:]).double()
-    omega = draws.uniform("w", config.w_min, config.w_max)  # guidance scale
+    rng = RngStreams(seed, step, batch.positions)
+    i = rng.integers("index", 50)
+    eps = rng.randn("noise", x0.shape[1:]).double()
+    omega = rng.uniform("w", config.w_min, config.w_max)  # guidance scale
     t = (i + 1) * 20 - 1
     t_prev = torch.maximum(t - 20, torch.zeros_like(t))
     a, s = bar[t].sqrt().reshape(n, 1, 1, 1), (1 - bar[t]).sqrt().reshape(n, 1, 1, 1)

@@ -9,9 +9,9 @@ from distill.core.diffusion.distribution_matching import (
     DivergenceWeights,
     augmentation_gradient,
     denoising_target,
+    distribution_matching_gradient,
+    distribution_matching_loss,
     divergence_weight,
-    matching_gradient,
-    matching_loss,
     sid_loss,
 )
 
@@ -60,7 +60,7 @@ def test_weighted_score_gaps_are_the_gradient_of_the_divergence(divergence):
 
 def test_the_loss_has_the_given_gradient():
     x, gradient = some(3, 4, 2, 2).requires_grad_(), some(3, 4, 2, 2, seed=1)
-    losses = matching_loss(x, gradient)
+    losses = distribution_matching_loss(x, gradient)
     torch.testing.assert_close(losses, gradient.square().flatten(1).mean(1) / 2)
     losses.sum().backward()
     torch.testing.assert_close(x.grad, gradient / 16)
@@ -68,18 +68,18 @@ def test_the_loss_has_the_given_gradient():
 
 def test_the_normaliser_is_of_each_sample_and_never_zero():
     x, real, fake = some(3, 4, 2, 2), some(3, 4, 2, 2, seed=1), some(3, 4, 2, 2, seed=2)
-    plain, normalised = (matching_gradient(x, real, fake, normalise=n) for n in (False, True))
+    plain, normalised = (distribution_matching_gradient(x, real, fake, normalise=n) for n in (False, True))
     for i in range(3):
         torch.testing.assert_close(normalised[i], plain[i] / (x[i] - real[i]).abs().mean())
-    assert torch.isfinite(matching_gradient(x, x, fake, normalise=True)).all()
+    assert torch.isfinite(distribution_matching_gradient(x, x, fake, normalise=True)).all()
 
 
 def test_both_parts_make_the_guided_gap():
     x, cond, uncond, fake = (some(3, 5, seed=seed) for seed in range(4))
     guided = uncond + 7.5 * (cond - uncond)
-    parts = matching_gradient(x, cond, fake, normalise=False)
+    parts = distribution_matching_gradient(x, cond, fake, normalise=False)
     parts = parts + augmentation_gradient(x, cond, uncond, scale=7.5, normalise=False)
-    torch.testing.assert_close(parts, matching_gradient(x, guided, fake, normalise=False))
+    torch.testing.assert_close(parts, distribution_matching_gradient(x, guided, fake, normalise=False))
 
 
 def test_sid_is_the_papers_product():
@@ -119,7 +119,7 @@ def test_reverse_kl_leaves_samples_alone():
     weights = DivergenceWeights("reverse_kl", max_ratio=10)
     for step in range(3):
         assert torch.equal(weights(3 * some(8, seed=step), torch.rand(8)), torch.ones(8, dtype=torch.float64))
-        weights.settle(nothing)
+        weights.update(nothing)
     assert weights.state_dict() == {}
 
 
@@ -130,7 +130,7 @@ def test_the_mean_weight_becomes_one_whatever_the_heads_offset():
         x = 1 + some(64, seed=step)
         log_ratio = (x - 1) ** 2 / 2 - x**2 / 2
         found = weights(log_ratio - 1.5, torch.rand(64, generator=torch.Generator().manual_seed(step)))
-        weights.settle(nothing)
+        weights.update(nothing)
     r = log_ratio.exp()
     expected = r / (1 + r)
     assert found.mean().item() == pytest.approx(1, abs=0.15)
@@ -145,14 +145,14 @@ def test_batches_and_processes_do_not_matter():
     for step in range(4):
         log_ratio, share = some(8, seed=step), torch.rand(8, generator=torch.Generator().manual_seed(step))
         expected = whole(log_ratio, share)
-        whole.settle(nothing)
+        whole.update(nothing)
         pieces = [parts(log_ratio[i : i + 2], share[i : i + 2]) for i in range(0, 8, 2)]
         for _ in pieces:  # as each micro-batch's generator goes on
-            parts.settle(nothing)
+            parts.update(nothing)
         split = [rank(log_ratio[4 * n : 4 * n + 4], share[4 * n : 4 * n + 4]) for n, rank in enumerate(ranks)]
         mean = torch.stack([rank._seen for rank in ranks]).mean(0)
         for rank in ranks:
-            rank.settle(lambda tensors, mean=mean: tensors[0].copy_(mean))
+            rank.update(lambda tensors, mean=mean: tensors[0].copy_(mean))
         torch.testing.assert_close(torch.cat(pieces), expected)
         torch.testing.assert_close(torch.cat(split), expected)
     assert (whole.state_dict()["means"] - 1).abs().max() > 0.01

@@ -20,11 +20,11 @@ from distill.core.plugin_api import context as context_module
 from distill.core.plugin_api.context import Context, Runtime
 from distill.core.plugin_api.method import MethodSetup
 from distill.core.testing import gaussian
-from distill.core.testing.draws import BatchedDraws
 from distill.core.testing.gaussian import gaussian_batch, gaussian_map
 from distill.core.testing.paths import NOISE as SDXL
 from distill.core.testing.paths import PATHS, TABLE, train
-from distill.core.utils.seeds import Draws
+from distill.core.testing.rng import BatchedRngStreams
+from distill.core.utils.seeds import RngStreams
 from distill.distill_methods.meanflow import (
     MeanFlow,
     adaptive_weight,
@@ -34,9 +34,9 @@ from distill.distill_methods.meanflow import (
     truncated_logit_normal,
 )
 from support import mixture
+from support.config_files import distill, said
 from support.flow_map_net import FlowMapFamily, gaussian_du, gaussian_u
 from support.mixture import mixture_batch
-from support.pairs import distill, said
 from support.tiny_sdxl import write_tiny_sdxl
 from support.trial import LORA, make_trial
 
@@ -93,8 +93,8 @@ def test_a_jump_is_a_step_along_the_average_velocity(path):
     prediction = Prediction(output, x, t, schedule, kind)
     norm, norm_r = (append_dims(schedule.alpha(time) + schedule.sigma(time), x) for time in (t, r))
     interval = append_dims(flow_time(schedule, t) - flow_time(schedule, r), x)
-    z_rho = x / norm - interval * prediction.as_kind("flow")
-    torch.testing.assert_close(norm_r * z_rho, prediction.jump(r), rtol=1e-9, atol=1e-9)
+    z_rho = x / norm - interval * prediction.as_type("flow")
+    torch.testing.assert_close(norm_r * z_rho, prediction.ddim_step(r), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("path", ["eps", "v-zero-snr", "flow"])
@@ -147,10 +147,10 @@ def test_derivatives_exact_by_differences_and_analytic_agree(path):
     analytic = gaussian_du(z, tau[:, None], rho[:, None], mean)
 
     def u(x, t):
-        return context.predict("student", x, t, batch.cond, r=r).as_kind("flow")
+        return context.predict("student", x, t, batch.cond, r=r).as_type("flow")
 
     torch.testing.assert_close(u(x_t, t), gaussian_u(z, tau[:, None], rho[:, None], mean), rtol=1e-8, atol=1e-8)
-    guided = context.teacher_cfg(x_t, t, batch.cond, torch.full((SIZE,), SCALE, dtype=torch.float64))
+    guided = context.predict_guided(x_t, t, batch.cond, torch.full((SIZE,), SCALE, dtype=torch.float64))
     speed = flow_time_speed(schedule, t)
     tangents = (append_dims(speed, x_t) * guided.velocity, speed)
     torch.testing.assert_close(context.jvp(u, (x_t, t), tangents), analytic, rtol=1e-8, atol=1e-8)
@@ -176,21 +176,21 @@ def teach(path, data="gaussian", *, num_steps, scale=SCALE):
     config = MeanFlow.Config(w_min=scale, w_max=scale, derivative="difference", difference_step=1e-3, **EVERYWHERE)
     batch_of, size, lr = (gaussian_batch, 2048, 7e-3) if data == "gaussian" else (mixture_batch, 1024, 2e-2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(context_module, "Draws", BatchedDraws)
+        patch.setattr(context_module, "Draws", BatchedRngStreams)
         return train(
             MeanFlow, config, FlowMapFamily(schedule, kind, data), lambda step: batch_of(step, size, mean=MEAN),
             num_steps=num_steps, lr=lr,
         )[2]  # fmt: skip
 
 
-def walk(context, num_steps, jump):
+def walk(context, num_steps, ddim_step):
     """`num_steps` jumps from noise to time 0, the same noise each time; jump(x, t, r) -> x_r."""
     schedule = context.schedule
     edges = torch.linspace(schedule.t_max, 0, num_steps + 1, dtype=torch.float64)
-    noise = Draws(1, 0, tuple(range(256))).randn("start", (1,)).double()
+    noise = RngStreams(1, 0, tuple(range(256))).randn("start", (1,)).double()
     x = schedule.sigma(edges[:1]) * noise
     for t, r in itertools.pairwise(edges):
-        x = jump(x, t.expand(256), r.expand(256))
+        x = ddim_step(x, t.expand(256), r.expand(256))
     return x
 
 
@@ -203,14 +203,14 @@ def errors(context, num_steps, *, exact, guided):
 
     def student(x, t, r):
         with torch.no_grad():
-            return context.predict("student", x, t, {"mean": c}, r=r).jump(r)
+            return context.predict("student", x, t, {"mean": c}, r=r).ddim_step(r)
 
     def without(x, t, r):
         (alpha_r, sigma_r), (x_0, eps) = schedule.coefficients(r, x), guided(*schedule.coefficients(t, x), x)
         return alpha_r * x_0 + sigma_r * eps
 
     truth = walk(context, 1, exact)
-    found = (walk(context, num_steps, jump) - truth for jump in (student, without))
+    found = (walk(context, num_steps, ddim_step) - truth for ddim_step in (student, without))
     return tuple(error.square().mean().sqrt().item() for error in found)
 
 
@@ -356,7 +356,7 @@ def papers_loss(trial, batch, *, step):
     bar = torch.cumprod(1 - betas, 0)
     theta = torch.acos(bar.sqrt())
     config, x0, n = trial.method.config, batch.latents, len(batch)
-    draws = Draws(0, step, batch.positions)
+    rng = RngStreams(0, step, batch.positions)
 
     def rows(value):
         return value.reshape(n, 1, 1, 1)
@@ -373,11 +373,11 @@ def papers_loss(trial, batch, *, step):
         torch.tensor(config.time_mean, dtype=torch.float64), torch.tensor(config.time_std, dtype=torch.float64)
     )
     low, high = (normal.cdf(torch.logit(tau_of(theta[end]))) for end in (0, -1))
-    drawn = [torch.sigmoid(normal.icdf(low + (high - low) * draws.uniform(f"time-{k}"))) for k in (0, 1)]
+    drawn = [torch.sigmoid(normal.icdf(low + (high - low) * rng.uniform(f"time-{k}"))) for k in (0, 1)]
     tau, rho = torch.maximum(*drawn), torch.minimum(*drawn)
-    rho = torch.where(draws.uniform("equal") < config.equal_share, tau, rho)
-    z = rows(1 - tau) * x0 + rows(tau) * draws.randn("noise", x0.shape[1:]).double()
-    scale, r = draws.uniform("w", config.w_min, config.w_max), time_of(rho)
+    rho = torch.where(rng.uniform("equal") < config.equal_share, tau, rho)
+    z = rows(1 - tau) * x0 + rows(tau) * rng.randn("noise", x0.shape[1:]).double()
+    scale, r = rng.uniform("w", config.w_min, config.w_max), time_of(rho)
 
     def u(role, z, tau, cond, r=None, w=None):
         with trial.networks.use(role) as network:

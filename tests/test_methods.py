@@ -19,7 +19,7 @@ from distill.core.settings.run_settings import RunSettings
 from distill.core.testing.trial import base_weights, own_weights, same
 from distill.model_families.sdxl import SDXL
 from support.cases import SETTINGS, config_of, found_of, refusal, registry
-from support.pairs import distill, said
+from support.config_files import distill, said
 from support.tiny_sdxl import EDGE, write_tiny_sdxl
 from support.trial import LORA, held_bytes, make_trial
 
@@ -147,7 +147,7 @@ def _is_network(networks, role):
     return networks.roles[role].trains != "head"
 
 
-def test_its_sampler_makes_pictures_and_the_exported_student_the_same(cell, trained, tmp_path):
+def test_its_sampler_makes_images_and_the_exported_student_the_same(cell, trained, tmp_path):
     trial, role = trained.trial, trained.trial.method.result_role()
     family, networks = trial.family, trial.networks
     for module in {id(networks.module(name)): networks.module(name) for name in networks.roles}.values():
@@ -156,16 +156,16 @@ def test_its_sampler_makes_pictures_and_the_exported_student_the_same(cell, trai
     embeds = family.encode_prompts(["a red fox", "two boats"])
     ask = {"sampler": sampler, "seeds": [1, 2], "width": EDGE, "height": EDGE}
     with networks.use(role) as network:
-        pictures = family.generate(network, embeds, **ask)
+        images = family.generate(network, embeds, **ask)
         info = ExportInfo(sampler, cell[1], LORA if cell[1] == "lora" else None, adapter=role)
         family.export(network, tmp_path / "student", info)
     with networks.use("teacher") as network:
         teachers = family.generate(network, embeds, **{**ask, "sampler": None, "num_inference_steps": 2})
-    assert pictures.shape == (2, 3, EDGE, EDGE)
-    assert pictures.isfinite().all()
-    assert (pictures - teachers).abs().max() > 1e-3
+    assert images.shape == (2, 3, EDGE, EDGE)
+    assert images.isfinite().all()
+    assert (images - teachers).abs().max() > 1e-3
     loaded = family.load_student(tmp_path / "student")
-    torch.testing.assert_close(family.generate(loaded, embeds, **ask), pictures, rtol=0, atol=1e-5)
+    torch.testing.assert_close(family.generate(loaded, embeds, **ask), images, rtol=0, atol=1e-5)
 
 
 def test_the_family_can_do_what_it_needs(cell):
@@ -196,7 +196,7 @@ def test_plugins_show_says_what_it_is_what_it_takes_and_what_it_needs(name):
             continue
         needs = found.requires(found.Config(), MethodSetup(model_type))
         own = text.partition(f"model_type {model_type}: ")[2].partition("model_type")[0]
-        assert own.startswith("pictures with captions" if needs.pictures else "captions alone, no pictures")
+        assert own.startswith("images with captions" if needs.images else "captions alone, no images")
         assert ("distillation cache" in own) == (needs.trajectory_points > 0)
         assert ("second time" in own.partition("networks:")[0]) == needs.second_time
         assert ("features from inside" in own) == needs.features

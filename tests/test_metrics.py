@@ -74,8 +74,8 @@ def test_wrong_metrics_are_refused() -> None:
 
 
 def test_floats_round_trip_to_the_bit(tmp_path: Path) -> None:
-    draws = random.Random(0)
-    values = [struct.unpack("d", draws.randbytes(8))[0] for _ in range(2000)] + [
+    rng = random.Random(0)
+    values = [struct.unpack("d", rng.randbytes(8))[0] for _ in range(2000)] + [
         0.1,
         -0.0,
         5e-324,
@@ -254,7 +254,7 @@ SDXL = memory.MemorySettings(
 
 
 def test_estimate_of_sdxl_agrees_with_what_autograd_saves() -> None:
-    """14.9 GB of activations were counted on SDXL's UNet, bf16, LoRA rank 64, one picture of 1024 px."""
+    """14.9 GB of activations were counted on SDXL's UNet, bf16, LoRA rank 64, one image of 1024 px."""
     estimate = memory.estimate(SDXL)
     assert estimate.activations == pytest.approx(954_664 * 128 * 128, rel=0.1)
     assert estimate.weights == 2 * SDXL.base_parameters

@@ -28,16 +28,18 @@ each = pytest.mark.parametrize(
 
 
 def parameters(plugin: type[OptimizerPlugin], seed: int = 0, shapes=((8, 4), (4,))) -> list[torch.nn.Parameter]:
-    draws = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
     dtype = getattr(torch, plugin.parameter_dtype)
-    return [torch.nn.Parameter(torch.randn(shape, generator=draws).to(dtype)) for shape in shapes]
+    return [torch.nn.Parameter(torch.randn(shape, generator=rng).to(dtype)) for shape in shapes]
 
 
 def wrapped(plugin: type[OptimizerPlugin], weights: list[torch.nn.Parameter], **changes) -> RoleOptimizer:
     """As the engine has it."""
     built, rate = plugin(plugin.Config()), plugin.default_learning_rate or SETTINGS.learning_rate
     optimizer = built.build(weights, replace(SETTINGS, learning_rate=rate, **changes))
-    return RoleOptimizer(optimizer, weights, learning_rate=rate, schedule=lambda step: 1.0, max_grad_norm=0, care=built)
+    return RoleOptimizer(
+        optimizer, weights, learning_rate=rate, schedule=lambda step: 1.0, max_grad_norm=0, update_policy=built
+    )
 
 
 def loss_of(weights: list[torch.nn.Parameter], seed: int) -> torch.Tensor:
@@ -128,7 +130,7 @@ def test_schedule_free_is_evaluated_at_its_average() -> None:
         average = [torch.stack(column).mean(0) for column in zip(*iterates, strict=True)]
         for weight, expected in zip(weights, average, strict=True):
             torch.testing.assert_close(weight.detach(), expected, rtol=1e-4, atol=1e-5)
-    optimizer.settle()
+    optimizer.finalize()
     assert not any(torch.equal(a, b) for a, b in zip(weights, held, strict=True))
 
 
@@ -209,10 +211,10 @@ def test_bf16_second_moment_follows_gradients_that_shrink() -> None:
     """In bfloat16 it would stay where it was after 500 steps: 0.999 v rounds to v."""
     weight = torch.nn.Parameter(torch.ones(512, dtype=torch.bfloat16))
     optimizer = PLUGINS["adamw_bf16"](OptimizerPlugin.Config()).build([weight], SETTINGS)
-    draws, expected = torch.Generator().manual_seed(0), 0.0
+    rng, expected = torch.Generator().manual_seed(0), 0.0
     for number in range(4000):
         scale = 1.0 if number < 1000 else 0.1
-        weight.grad = (scale * torch.randn(512, generator=draws)).bfloat16()
+        weight.grad = (scale * torch.randn(512, generator=rng)).bfloat16()
         optimizer.step()
         expected = 0.999 * expected + 0.001 * scale**2
     assert optimizer.state[weight]["exp_avg_sq"].mean().item() == pytest.approx(expected, rel=0.1)

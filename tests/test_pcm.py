@@ -96,13 +96,13 @@ def walk(teacher, schedule, x, index, edge, num_steps):
     return x
 
 
-def jump(trained, x, index, edge, *, c=MEAN):
+def ddim_step(trained, x, index, edge, *, c=MEAN):
     """The student's J from grid index `index` to where step `edge` ends."""
     method, networks, context = trained
     grid = context.schedule.grid(method.config.num_ddim_timesteps)
     t, cond = grid.times[index].expand(len(x)), {"mean": torch.full_like(x, c)}
     with torch.no_grad():
-        return context.predict(method.result_role(), x, t, cond).jump(grid.previous[edge].expand(len(x)))
+        return context.predict(method.result_role(), x, t, cond).ddim_step(grid.previous[edge].expand(len(x)))
 
 
 def errors(trained, teacher, *, make_batch=gaussian_batch, c=MEAN):
@@ -129,7 +129,7 @@ def errors(trained, teacher, *, make_batch=gaussian_batch, c=MEAN):
         ratio = schedule.sigma(end) / schedule.sigma(t)
         at_end = walk(teacher, schedule, x, i, 0, num_steps)
         to_end = move(schedule, x, (at_end - ratio * x) / (schedule.alpha(end) - ratio * schedule.alpha(t)), t, s)
-        ours = jump(trained, x, i, edge, c=c)
+        ours = ddim_step(trained, x, i, edge, c=c)
         found.append([(part - exact).square().mean() for part in (ours, from_teacher, to_end)])
     return torch.tensor(found).mean(0).sqrt().tolist()
 
@@ -142,7 +142,7 @@ def sample(trained, x, num_steps):
     ends = [*times[1:], float(grid.previous[0])]
     for t, u in zip(times, ends, strict=True):
         index, end = ((grid.times - t).abs().argmin(), (grid.previous - u).abs().argmin())
-        x = jump(trained, x, index, end)
+        x = ddim_step(trained, x, index, end)
     return x
 
 
@@ -247,15 +247,17 @@ def test_phases_tile_the_grid_and_begin_where_the_sampler_stands(num_steps, num_
 def test_targets_end_at_the_edge_and_noise_stays_in_the_phase(monkeypatch, name, num_phases):
     family = family_of(name, 8, mixed=True)
     method, _, context = make(family, num_ddim_timesteps=8, num_phases=num_phases, adversarial_weight=0.1)
-    jumps, further = [], []
-    real_jump, real_noise = pcm.trajectory_function, pcm.noise_further
-    monkeypatch.setattr(pcm, "trajectory_function", lambda p, s: jumps.append((p, s, real_jump(p, s))) or jumps[-1][2])
+    steps_taken, further = [], []
+    real_ddim_step, real_noise = pcm.trajectory_function, pcm.renoise
     monkeypatch.setattr(
-        pcm, "noise_further", lambda schedule, x, s, u, e: further.append((s, u)) or real_noise(schedule, x, s, u, e)
+        pcm, "trajectory_function", lambda p, s: steps_taken.append((p, s, real_ddim_step(p, s))) or steps_taken[-1][2]
+    )
+    monkeypatch.setattr(
+        pcm, "renoise", lambda schedule, x, s, u, e: further.append((s, u)) or real_noise(schedule, x, s, u, e)
     )
     batch = mixture.mixture_batch(0, 400, mean=MEAN)
     list(method.updates(context.at(0, batch.positions), batch, 0))
-    (target, s, x_s), (student, s_student, _) = jumps
+    (target, s, x_s), (student, s_student, _) = steps_taken
     assert torch.equal(s, s_student)
     grid = family.schedule.grid(8)
     index = torch.searchsorted(grid.times, student.t)

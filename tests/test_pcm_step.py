@@ -11,7 +11,7 @@ from distill.core.engine.optimize import RoleOptimizer
 from distill.core.plugin_api.context import Context, Runtime
 from distill.core.plugin_api.family import LoraSettings, ModelSettings
 from distill.core.plugin_api.method import MethodSetup
-from distill.core.utils.seeds import Draws
+from distill.core.utils.seeds import RngStreams
 from distill.distill_methods.pcm import PCM
 from distill.model_families.sdxl import SDXL
 from support.sdxl_setup import make_batch, split
@@ -50,10 +50,10 @@ def papers_losses(family, networks, batch, *, step, config, model_type):
     betas = torch.from_numpy(np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
     bar = torch.cumprod(1 - betas, 0)
     x0, n = batch.latents, len(batch)
-    draws = Draws(0, step, batch.positions)
+    rng = RngStreams(0, step, batch.positions)
     shaped = lambda v: v.reshape(n, 1, 1, 1)  # noqa: E731
     at = lambda t: (shaped(bar[t].sqrt()), shaped((1 - bar[t]).sqrt()))  # noqa: E731
-    i = draws.integers("index", N)
+    i = rng.integers("index", N)
     t = (i + 1) * (1000 // N) - 1
     t_prev = (t - 1000 // N).clamp(min=0)
     inner = torch.from_numpy(np.floor(np.linspace(0, N, num=M, endpoint=False)).astype(np.int64))
@@ -61,11 +61,11 @@ def papers_losses(family, networks, batch, *, step, config, model_type):
     s = ((edge + 1) * (1000 // N) - 1 - 1000 // N).clamp(min=0)
     top = (edge + N // M) * (1000 // N) - 1
     (a, sg), (a_, sg_), (a_s, sg_s) = at(t), at(t_prev), at(s)
-    x_t = a * x0 + sg * draws.randn("noise", x0.shape[1:]).double()
+    x_t = a * x0 + sg * rng.randn("noise", x0.shape[1:]).double()
 
     cond = dict(batch.cond)
     share = 0.0 if not config.cfg_free else 0.1 if config.empty_prompt_share is None else config.empty_prompt_share
-    empty = draws.uniform("empty") < share
+    empty = rng.uniform("empty") < share
     for name in ("prompt_embeds", "pooled_prompt_embeds"):
         cond[name] = torch.where(empty.reshape(-1, *[1] * (cond[name].ndim - 1)), 0.0, cond[name])
 
@@ -82,7 +82,7 @@ def papers_losses(family, networks, batch, *, step, config, model_type):
     with torch.no_grad():
         e = call("teacher", x_t, t)
         if not config.cfg_free:
-            g = shaped(draws.uniform("w", config.w_min, config.w_max))
+            g = shaped(rng.uniform("w", config.w_min, config.w_max))
             e_u = call("teacher", x_t, t, prompt=False)
             e = e_u + g * (e - e_u)
         x_prev = a_ * (x_t - sg * e) / a + sg_ * e
@@ -93,11 +93,11 @@ def papers_losses(family, networks, batch, *, step, config, model_type):
     if not config.adversarial_weight:
         return loss, None
 
-    u = s + (draws.uniform("further") * (top - s)).floor().long()
+    u = s + (rng.uniform("further") * (top - s)).floor().long()
     ratio = shaped((bar[u] / bar[s]).sqrt())
 
     def judged(x_s, name):
-        eps = draws.randn(f"further/{name}", x0.shape[1:]).double()
+        eps = rng.randn(f"further/{name}", x0.shape[1:]).double()
         x_u = ratio * x_s + (1 - ratio**2).sqrt() * eps  # add_noise from s to u of a variance-preserving process
         with networks.use("teacher") as module:
             return networks.module("discriminator")(family.features(module, x_u, u, cond))

@@ -8,8 +8,8 @@ import pytest
 from distill.core.engine.tracking import build_trackers
 from distill.core.registry.attribution import short
 from distill.core.registry.registry import Registry
+from support.config_files import Pair, distill, said
 from support.installed import install, tracker
-from support.pairs import Pair, distill, said
 from support.small_run import write_run
 from support.tiny_sdxl import write_tiny_sdxl
 

@@ -34,7 +34,7 @@ EDGE = 32
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory) -> Path:
-    """A random CLIP in transformers' layout, whose processor only scales and norms pictures of its own size."""
+    """A random CLIP in transformers' layout, whose processor only scales and norms images of its own size."""
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
     folder = tmp_path_factory.mktemp("networks") / "Tiny-CLIP"
@@ -70,8 +70,8 @@ def dino(tmp_path_factory) -> Path:
     return folder
 
 
-def images(count: int, *, seed: int = 0, edge: int = EDGE) -> torch.Tensor:
-    """Pictures that 8 bits hold exactly."""
+def random_images(count: int, *, seed: int = 0, edge: int = EDGE) -> torch.Tensor:
+    """Images that 8 bits hold exactly."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (count, 3, edge, edge), generator=generator).float() / 255
 
@@ -80,10 +80,10 @@ def make(kind, setting=ANYWHERE, **config) -> Evaluator:
     return kind(kind.Config(**config), setting)
 
 
-# -- picture and prompt ------------------------------------------------------------------------------------------------
+# -- image and prompt ------------------------------------------------------------------------------------------------
 
 
-def cosines(folder: Path, pictures: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+def cosines(folder: Path, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
     """By the network's two halves, in float64, with the processing and the norms written out."""
     from transformers import CLIPModel, CLIPTokenizer
 
@@ -92,26 +92,26 @@ def cosines(folder: Path, pictures: torch.Tensor, prompts: list[str]) -> torch.T
     std = torch.tensor([0.26862954, 0.26130258, 0.27577711], dtype=torch.float64)[:, None, None]
     tokens = CLIPTokenizer.from_pretrained(folder)(prompts, padding="max_length", truncation=True, return_tensors="pt")
     with torch.no_grad():
-        seen = model.visual_projection(model.vision_model((pictures.double() - mean) / std).pooler_output)
+        seen = model.visual_projection(model.vision_model((images.double() - mean) / std).pooler_output)
         read = model.text_projection(model.text_model(**tokens).pooler_output)
     return (seen * read).sum(1) / (seen.square().sum(1) * read.square().sum(1)).sqrt()
 
 
 def test_the_clip_score_is_a_hundred_cosines_and_never_below_nothing(clip):
-    pictures, expected = images(3), cosines(clip, images(3), PROMPTS)
+    images, expected = random_images(3), cosines(clip, random_images(3), PROMPTS)
     assert expected.min() < 0 < expected.max(), "both cases are there"
     evaluator = make(ClipScore, model=str(clip), batch_size=2)
-    (score,) = evaluator.score(Samples(pictures, PROMPTS)).items()
+    (score,) = evaluator.score(Samples(images, PROMPTS)).items()
     assert score[0] == "clip_score_tiny_clip"
     assert score[1] == pytest.approx(float(100 * expected.clamp(min=0).mean()), abs=1e-4)
     assert evaluator.higher_is_better == {"clip_score_tiny_clip": True}
 
 
 def test_a_reward_is_the_scaled_cosine_and_is_compared_with_the_teachers(clip):
-    ours, theirs = images(3), images(3, seed=1)
+    ours, theirs = random_images(3), random_images(3, seed=1)
     evaluator = make(Reward, model=str(clip), label="liking")
     found = evaluator.score(Samples(ours, PROMPTS, theirs))
-    rewards, reference = (10 * cosines(clip, pictures, PROMPTS) for pictures in (ours, theirs))
+    rewards, reference = (10 * cosines(clip, images, PROMPTS) for images in (ours, theirs))
     assert found["reward_liking"] == pytest.approx(float(rewards.mean()), abs=1e-4)
     chosen = torch.softmax(torch.stack([rewards, reference]), dim=0)[0]
     assert found["chosen_over_teacher_liking"] == pytest.approx(float(chosen.mean()), abs=1e-5)
@@ -124,7 +124,7 @@ def test_a_reward_is_the_scaled_cosine_and_is_compared_with_the_teachers(clip):
 
 def test_long_prompts_are_cut_and_other_sizes_are_scaled(clip):
     evaluator = make(ClipScore, model=str(clip))
-    found = evaluator.score(Samples(images(1, edge=48), ["fox " * 100]))
+    found = evaluator.score(Samples(random_images(1, edge=48), ["fox " * 100]))
     assert math.isfinite(found["clip_score_tiny_clip"])
 
 
@@ -134,12 +134,12 @@ def test_long_prompts_are_cut_and_other_sizes_are_scaled(clip):
 def test_distances_in_given_features_are_those_of_the_networks_output(dino):
     from transformers import Dinov2Model
 
-    ours, data = images(12, edge=28), images(15, seed=1, edge=28)
+    ours, data = random_images(12, edge=28), random_images(15, seed=1, edge=28)
     evaluator = make(VisionFeatures, model=str(dino), batch_size=5)
     found = evaluator.score(Samples(ours, ["a"] * 12, data=data))
     model = Dinov2Model.from_pretrained(dino).eval()
     with torch.no_grad():
-        a, b = (model((pictures - 0.5) / 0.25).pooler_output.double().numpy() for pictures in (ours, data))
+        a, b = (model((images - 0.5) / 0.25).pooler_output.double().numpy() for images in (ours, data))
     mean = ((a.mean(0) - b.mean(0)) ** 2).sum()
     cov_a, cov_b = np.cov(a.T), np.cov(b.T)
     # the trace of the root of a product is the sum of the roots of its eigenvalues
@@ -152,26 +152,26 @@ def test_distances_in_given_features_are_those_of_the_networks_output(dino):
     assert same["kernel_distance_to_data_dinov2_tiny"] < found["kernel_distance_to_data_dinov2_tiny"]
 
 
-def test_of_a_clip_the_projected_picture_is_the_feature(clip):
+def test_of_a_clip_the_projected_image_is_the_feature(clip):
     """Which lies in the space of the prompts: its cosine with one is that of the CLIP score."""
     from transformers import CLIPModel, CLIPTokenizer
 
-    evaluator, pictures = make(VisionFeatures, model=str(clip)), images(2)
+    evaluator, images = make(VisionFeatures, model=str(clip)), random_images(2)
     with torch.no_grad():
-        found = evaluator.features(pictures).double()
+        found = evaluator.features(images).double()
         model = CLIPModel.from_pretrained(clip).eval()
         tokens = CLIPTokenizer.from_pretrained(clip)(PROMPTS[:2], padding=True, return_tensors="pt")
         read = model.text_projection(model.text_model(**tokens).pooler_output).double()
     assert found.shape == (2, 24)
     cosine = torch.nn.functional.cosine_similarity(found, read)
-    torch.testing.assert_close(cosine, cosines(clip, pictures, PROMPTS[:2]), rtol=0, atol=1e-5)
+    torch.testing.assert_close(cosine, cosines(clip, images, PROMPTS[:2]), rtol=0, atol=1e-5)
 
 
 # -- the networks of FID and LPIPS -------------------------------------------------------------------------------------
 
 
 class Inception(torch.nn.Module):
-    """Called as the published file is: pictures of 8 bits, and 2048 features."""
+    """Called as the published file is: images of 8 bits, and 2048 features."""
 
     def __init__(self, num_features: int = 2048):
         super().__init__()
@@ -198,10 +198,10 @@ def script(module: torch.nn.Module, path: Path) -> Path:
 
 def test_fid_and_kid_are_those_of_the_features_by_explicit_sums(tmp_path):
     network = script(Inception(), tmp_path / "inception-2015-12-05.pt")
-    ours, data = images(5), images(4, seed=1)
+    ours, data = random_images(5), random_images(4, seed=1)
     few = make(InceptionDistance, network=network, batch_size=2)
     samples = Samples(ours, ["a"] * 5, data=data)
-    assert set(few.score(samples)) == {"kid"}, "a FID of so few pictures says nothing"
+    assert set(few.score(samples)) == {"kid"}, "a FID of so few images says nothing"
     found = make(InceptionDistance, network=network, fewest_pictures=4).score(samples)
     a, b = (Inception()((x * 255).round().byte(), return_features=True).double() for x in (ours, data))
 
@@ -211,7 +211,7 @@ def test_fid_and_kid_are_those_of_the_features_by_explicit_sums(tmp_path):
     within = [np.mean([kernel(x, y) for i, x in enumerate(s) for j, y in enumerate(s) if i != j]) for s in (a, b)]
     across = np.mean([kernel(x, y) for x in a for y in b])
     assert found["kid"] == pytest.approx(sum(within) - 2 * across, rel=1e-6)
-    # of so few pictures the product of the covariances has the eigenvalues of a small matrix, and else zeros
+    # of so few images the product of the covariances has the eigenvalues of a small matrix, and else zeros
     x, y = ((s - s.mean(0)) / (len(s) - 1) ** 0.5 for s in (a, b))
     cross = torch.linalg.eigvals(y @ x.T @ x @ y.T).real.clamp(min=0).sqrt().sum()
     frechet = (a.mean(0) - b.mean(0)).square().sum() + x.square().sum() + y.square().sum() - 2 * cross
@@ -226,7 +226,7 @@ def test_the_polynomial_distance_of_two_sets_that_are_known():
 
 def test_lpips_is_the_squared_distance_in_the_networks_space(tmp_path):
     network = script(Vgg(), tmp_path / "vgg16.pt")
-    ours, theirs = images(3), images(3, seed=1)
+    ours, theirs = random_images(3), random_images(3, seed=1)
     evaluator = make(PerceptualDistance, network=network, batch_size=2)
     expected = float((ours - theirs).square().flatten(1).sum(1).mean())
     assert evaluator.score(Samples(ours, PROMPTS, theirs)) == {"lpips_to_teacher": pytest.approx(expected, rel=1e-5)}
@@ -235,7 +235,7 @@ def test_lpips_is_the_squared_distance_in_the_networks_space(tmp_path):
 
 
 def test_only_the_inception_network_makes_a_fid(tmp_path):
-    samples = Samples(images(3), PROMPTS, data=images(3))
+    samples = Samples(random_images(3), PROMPTS, data=random_images(3))
     other = script(Inception(64), tmp_path / "other.pt")
     with pytest.raises(DistillError, match="64 features, not 2048"):
         make(InceptionDistance, network=other).score(samples)
@@ -274,7 +274,7 @@ def test_a_folder_must_hold_safetensors_and_the_hub_must_answer(clip, tmp_path, 
     bare = Path(shutil.copytree(clip, tmp_path / "bare"))
     (bare / "model.safetensors").unlink()
     assert "no model.safetensors" in (ClipScore.usable(ANYWHERE, ClipScore.Config(model=str(bare))) or "")
-    assert "distances to real pictures" in (
+    assert "distances to real images" in (
         VisionFeatures.usable(EvaluationSetting(None, num_data=1), VisionFeatures.Config(model=str(clip))) or ""
     )
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -366,7 +366,7 @@ def test_an_evaluator_that_fails_costs_its_own_scores_only(tmp_path, clip):
     usable, _ = build_evaluators(registry, configuration, ANYWHERE)
     said: list[str] = []
     scorers = _Scorers(usable, {}, said.append)
-    samples = Samples(images(3), PROMPTS, images(3, seed=1), images(3, seed=2))
+    samples = Samples(random_images(3), PROMPTS, random_images(3, seed=1), random_images(3, seed=2))
     for _ in range(2):
         assert set(scorers.score(samples)) == {
             "distance_to_teacher_pixels",

@@ -5,12 +5,12 @@ from itertools import pairwise
 import pytest
 import torch
 from distill.core.diffusion import FlowSchedule, Prediction
-from distill.core.diffusion.solvers import data_of_step, step_to, trailing_walk
+from distill.core.diffusion.solvers import data_of_step, step_to, trailing_timesteps
 from distill.core.plugin_api.method import MethodSetup
 from distill.core.testing.gaussian import Q, affine_of, gaussian_batch
 from distill.core.testing.paths import NOISE as SDXL
 from distill.core.testing.paths import PATHS, TABLE, ZERO_SNR, train
-from distill.core.utils.seeds import Draws
+from distill.core.utils.seeds import RngStreams
 from distill.distill_methods.progressive import Progressive
 from support.closed_form import GuidedFamily
 from support.mixture import MixtureFamily, guided_parts, mixture_batch
@@ -29,36 +29,36 @@ def settings(*steps, **more):
 def test_one_step_read_backwards_is_the_identity(path):
     """A prediction of x0* jumps onto x_s exactly: between times, and to the data at the last step."""
     _, schedule = PATHS[path]
-    walk = trailing_walk(schedule, 8)
+    timesteps = trailing_timesteps(schedule, 8)
     g = torch.Generator().manual_seed(0)
     x_t, x_s = (torch.randn(8, 3, 2, generator=g, dtype=torch.float64) for _ in range(2))
     start, end = torch.arange(8), torch.arange(1, 9)
-    x_0 = data_of_step(x_t, x_s, start=walk.at(start), end=walk.at(end))
-    prediction = Prediction(x_0, x_t, walk.times, schedule, "sample")
-    torch.testing.assert_close(step_to(prediction, walk.at(end)), x_s, rtol=1e-11, atol=1e-11)
-    inner = Prediction(x_0[:-1], x_t[:-1], walk.times[:-1], schedule, "sample")
-    torch.testing.assert_close(inner.jump(walk.times[1:]), x_s[:-1], rtol=1e-11, atol=1e-11)
+    x_0 = data_of_step(x_t, x_s, start=timesteps.at(start), end=timesteps.at(end))
+    prediction = Prediction(x_0, x_t, timesteps.times, schedule, "sample")
+    torch.testing.assert_close(step_to(prediction, timesteps.at(end)), x_s, rtol=1e-11, atol=1e-11)
+    inner = Prediction(x_0[:-1], x_t[:-1], timesteps.times[:-1], schedule, "sample")
+    torch.testing.assert_close(inner.ddim_step(timesteps.times[1:]), x_s[:-1], rtol=1e-11, atol=1e-11)
     assert torch.equal(x_0[-1], x_s[-1]), "the last step ends at the data: x0* is where the teacher ended"
 
 
 def test_on_a_flow_the_target_is_the_average_velocity():
     schedule = FlowSchedule(shift=3.0)
-    walk = trailing_walk(schedule, 4)
+    timesteps = trailing_timesteps(schedule, 4)
     g = torch.Generator().manual_seed(0)
     x_t, x_s = (torch.randn(4, 5, generator=g, dtype=torch.float64) for _ in range(2))
-    t, s = walk.sigma[:-1], walk.sigma[1:]
-    x_0 = data_of_step(x_t, x_s, start=walk.at(torch.arange(4)), end=walk.at(torch.arange(1, 5)))
-    velocity = Prediction(x_0, x_t, walk.times, schedule, "sample").as_kind("flow")
+    t, s = timesteps.sigma[:-1], timesteps.sigma[1:]
+    x_0 = data_of_step(x_t, x_s, start=timesteps.at(torch.arange(4)), end=timesteps.at(torch.arange(1, 5)))
+    velocity = Prediction(x_0, x_t, timesteps.times, schedule, "sample").as_type("flow")
     torch.testing.assert_close(velocity, (x_t - x_s) / (t - s)[:, None], rtol=1e-12, atol=1e-12)
 
 
 def test_two_equal_steps_are_one():
     """A teacher that says the same x0 and eps twice is copied as it is."""
-    walk = trailing_walk(TABLE, 8)
+    timesteps = trailing_timesteps(TABLE, 8)
     x_0, eps = torch.randn(2, 1, 6, dtype=torch.float64)
-    x = [walk.alpha[j] * x_0 + walk.sigma[j] * eps for j in range(9)]
+    x = [timesteps.alpha[j] * x_0 + timesteps.sigma[j] * eps for j in range(9)]
     for j in range(0, 8, 2):
-        at = [walk.at(torch.tensor([k])) for k in (j, j + 2)]
+        at = [timesteps.at(torch.tensor([k])) for k in (j, j + 2)]
         torch.testing.assert_close(data_of_step(x[j], x[j + 2], start=at[0], end=at[1]), x_0, rtol=1e-11, atol=1e-11)
 
 
@@ -78,12 +78,12 @@ def test_the_walk_is_that_of_diffusers_ddim(schedule, num_steps):
     }  # fmt: skip
     scheduler = build_scheduler(model, sampler)
     scheduler.set_timesteps(num_steps)
-    walk = trailing_walk(schedule, num_steps)
-    assert scheduler.timesteps.tolist() == walk.times.tolist()
+    timesteps = trailing_timesteps(schedule, num_steps)
+    assert scheduler.timesteps.tolist() == timesteps.times.tolist()
     assert scheduler.timesteps[0] == 999
     # DDIM goes on by T // N: the walk's next time where that is T / N, within a timestep of it elsewhere
     ends = [int(t) - 1000 // num_steps for t in scheduler.timesteps]
-    off = [abs(end - t) for end, t in zip(ends, walk.times[1:].tolist(), strict=False)]
+    off = [abs(end - t) for end, t in zip(ends, timesteps.times[1:].tolist(), strict=False)]
     if 1000 % num_steps:
         assert max(off) == 1
         return
@@ -93,9 +93,9 @@ def test_the_walk_is_that_of_diffusers_ddim(schedule, num_steps):
     for j, t in enumerate(scheduler.timesteps):
         x = scheduler.step(torch.tanh(x + j), t, x, return_dict=False)[0]
     ours = start
-    for j, t in enumerate(walk.times):
+    for j, t in enumerate(timesteps.times):
         prediction = Prediction(torch.tanh(ours + j), ours, t.expand(3), schedule, "v_prediction")
-        ours = step_to(prediction, walk.at(torch.tensor([j + 1] * 3)))
+        ours = step_to(prediction, timesteps.at(torch.tensor([j + 1] * 3)))
     torch.testing.assert_close(x, ours, rtol=0, atol=1e-5)
 
 
@@ -109,16 +109,16 @@ def test_on_a_flow_the_sampler_walks_the_training_times(shift):
     model = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": shift, "num_train_timesteps": 1000}
     scheduler = build_scheduler(model, sampler)
     scheduler.set_timesteps(**sampler.call)
-    walk = trailing_walk(schedule, 2)
-    torch.testing.assert_close(scheduler.sigmas.double(), walk.sigma, rtol=1e-6, atol=0)
-    torch.testing.assert_close(scheduler.timesteps.double(), 1000 * walk.times, rtol=1e-6, atol=0)
+    timesteps = trailing_timesteps(schedule, 2)
+    torch.testing.assert_close(scheduler.sigmas.double(), timesteps.sigma, rtol=1e-6, atol=0)
+    torch.testing.assert_close(scheduler.timesteps.double(), 1000 * timesteps.times, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("path", PATHS)
 def test_the_points_of_a_walk_are_every_second_one_of_the_finer_walk(path):
     _, schedule = PATHS[path]
     for num_steps in (32, 16, 8, 4, 2, 1):
-        coarse, fine = trailing_walk(schedule, num_steps), trailing_walk(schedule, 2 * num_steps)
+        coarse, fine = trailing_timesteps(schedule, num_steps), trailing_timesteps(schedule, 2 * num_steps)
         assert torch.equal(coarse.times, fine.times[::2])
         assert torch.equal(coarse.sigma, fine.sigma[::2])
         assert len(set(fine.times.tolist())) == 2 * num_steps
@@ -131,14 +131,14 @@ def test_the_points_of_a_walk_are_every_second_one_of_the_finer_walk(path):
 
 def start_points(schedule, count=512):
     """What a sampler starts from."""
-    return Draws(1, 0, tuple(range(count))).randn("start", (1,)).double()
+    return RngStreams(1, 0, tuple(range(count))).randn("start", (1,)).double()
 
 
 def sample(predict, schedule, x, num_steps):
     """`num_steps` steps of the walk; `predict` makes a Prediction of (x, t)."""
-    walk = trailing_walk(schedule, num_steps)
-    for j, t in enumerate(walk.times):
-        x = step_to(predict(x, t.expand(len(x))), walk.at(torch.full((len(x),), j + 1)))
+    timesteps = trailing_timesteps(schedule, num_steps)
+    for j, t in enumerate(timesteps.times):
+        x = step_to(predict(x, t.expand(len(x))), timesteps.at(torch.full((len(x),), j + 1)))
     return x
 
 
@@ -162,8 +162,8 @@ def gaussian_teacher(schedule, scale=SCALE):
 
 def exact_gaussian_end(schedule, scale=SCALE):
     """The guided probability-flow map of N(g c, q^2), from the start to the data."""
-    walk = trailing_walk(schedule, 1)
-    alpha, sigma = walk.alpha[0], walk.sigma[0]
+    timesteps = trailing_timesteps(schedule, 1)
+    alpha, sigma = timesteps.alpha[0], timesteps.sigma[0]
     mean = scale * MEAN
     return mean + Q * (start_points(schedule) - alpha * mean) / (alpha**2 * Q**2 + sigma**2).sqrt()
 
@@ -175,8 +175,8 @@ def rms(x):
 def train_gaussian(path, steps, *, per_stage=150, **config):
     """The context of a run of these student_steps, and its schedule."""
     kind, schedule = PATHS[path]
-    walk = trailing_walk(schedule, 2 * steps[0])
-    family = GuidedFamily(schedule, kind, walk.times)
+    timesteps = trailing_timesteps(schedule, 2 * steps[0])
+    family = GuidedFamily(schedule, kind, timesteps.times)
     _, _, context = train(
         Progressive, settings(*steps, **config), family, lambda step: gaussian_batch(step, 32, mean=MEAN),
         num_steps=per_stage * len(steps), lr=5e-2,
@@ -223,7 +223,7 @@ def test_a_student_that_takes_w_composes_the_steps_at_every_guidance(path):
 @pytest.mark.parametrize("path", ["eps", "flow-shift"])
 def test_on_a_mixture_the_student_composes_the_finer_steps(path):
     kind, schedule = PATHS[path]
-    family = MixtureFamily(schedule, kind, trailing_walk(schedule, 8).times, prompts=(MEAN,))
+    family = MixtureFamily(schedule, kind, trailing_timesteps(schedule, 8).times, prompts=(MEAN,))
     _, _, context = train(
         Progressive, settings(4, 2), family, lambda step: mixture_batch(step, 256, mean=MEAN),
         num_steps=300, lr=0.1,

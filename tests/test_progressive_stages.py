@@ -6,7 +6,7 @@ import pytest
 import torch
 from distill.core.errors import UserError
 from distill.core.plugin_api.method import MethodSetup
-from distill.core.utils.seeds import Draws
+from distill.core.utils.seeds import RngStreams
 from distill.distill_methods.progressive import Progressive
 from pydantic import ValidationError
 from support.resuming import resumed_equals_whole
@@ -33,10 +33,10 @@ def make(folder, model_type="lora", **more):
 def papers_loss(parts, batch, *, step, stage, told):
     """Algorithm 2 of arXiv 2202.00512, in eps of SDXL's table, with nothing of the method's or the diffusion core's."""
     config, bar, n = parts.method.config, table(), len(batch)
-    draws = Draws(0, step, batch.positions)
+    rng = RngStreams(0, step, batch.positions)
     num_steps = config.student_steps[stage]
-    i = draws.integers("index", num_steps)
-    omega = draws.uniform("w", config.w_min, config.w_max)
+    i = rng.integers("index", num_steps)
+    omega = rng.uniform("w", config.w_min, config.w_max)
     w = omega - 1 if told else None
     start, middle, end = (torch.round(1000 - (2 * i + k) * 1000 / (2 * num_steps)).long() - 1 for k in range(3))
 
@@ -51,7 +51,7 @@ def papers_loss(parts, batch, *, step, stage, told):
         return without + omega.reshape(n, 1, 1, 1) * (with_prompt - without)
 
     (a_t, s_t), (a_u, s_u), (a_s, s_s) = level(start), level(middle), level(end)
-    x_t = a_t * batch.latents + s_t * draws.randn("noise", batch.latents.shape[1:]).double()
+    x_t = a_t * batch.latents + s_t * rng.randn("noise", batch.latents.shape[1:]).double()
     with torch.no_grad():
         e_t = teacher(x_t, start)
         x_u = a_u * (x_t - s_t * e_t) / a_t + s_u * e_t

@@ -122,14 +122,14 @@ def student_on(family):
     """Networks of an LCM whose adapter does something."""
     method = LCM(LCM.Config(), MethodSetup("lora"))
     networks = Networks(family, method.roles(method.config, method.setup), lora=LoraSettings(4, 8.0), seed=0)
-    draws = torch.Generator().manual_seed(5)
+    rng = torch.Generator().manual_seed(5)
     for key, parameter in networks.named_parameters("student").items():
         if "lora_B" in key:
-            parameter.data.copy_(0.05 * torch.randn(parameter.shape, generator=draws))
+            parameter.data.copy_(0.05 * torch.randn(parameter.shape, generator=rng))
     return method, networks
 
 
-def picture(family, network, method):
+def image(family, network, method):
     embeds = family.encode_prompts(["a red thing"])
     sampler = method.sampler(family.schedule, num_inference_steps=2)
     return family.generate(network, embeds, sampler=sampler, seeds=[3], width=32, height=32)
@@ -144,19 +144,19 @@ def test_the_exported_student_is_the_trained_one_on_the_same_base(name, dtype, s
     assert len(said) == 1
     assert f"quantised by {name}" in said[0]
     with networks.use("student") as network:
-        trained = picture(family, network, method)
+        trained = image(family, network, method)
         info = ExportInfo(method.sampler(family.schedule), "lora", LoraSettings(4, 8.0))
         family.export(network, tmp_path / "student", info)
     with networks.use("teacher") as network:
-        teacher = picture(family, network, method)
+        teacher = image(family, network, method)
     bare = family_on(sdxl, name, dtype)
-    assert torch.equal(teacher, picture(bare, bare.load_network(), method)), "adapters off: the quantised base"
+    assert torch.equal(teacher, image(bare, bare.load_network(), method)), "adapters off: the quantised base"
     again = family_on(sdxl, name, dtype)
-    assert torch.equal(picture(again, again.load_student(tmp_path / "student"), method), trained)
+    assert torch.equal(image(again, again.load_student(tmp_path / "student"), method), trained)
     assert not torch.equal(teacher, trained)
 
     plain = family_on(sdxl, None, dtype)
-    unquantised = picture(plain, plain.load_student(tmp_path / "student"), method)
+    unquantised = image(plain, plain.load_student(tmp_path / "student"), method)
     assert 0 < (unquantised - trained).abs().mean() < 0.05
 
 

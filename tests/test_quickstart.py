@@ -11,7 +11,7 @@ from PIL import Image
 from support.quickstart import (
     FILES,
     NOTICES,
-    NUM_PICTURES,
+    NUM_IMAGES,
     SIZES,
     TINY,
     TINY_DATA,
@@ -82,7 +82,7 @@ def test_what_ran_is_what_the_files_say(finished):
 
 def test_config_check_prints_the_expected_notices_and_no_others(workspace):
     with no_services(workspace):
-        folder = f"{DATASET}.instance_data_dir=pictures"
+        folder = f"{DATASET}.instance_data_dir=images"
         said = command("config", "check", *PATHS, "--output-dir", "other", "--set", folder)
     assert said.code == 0, said.err
     assert said.out.splitlines() == [f"notice: {notice}" for notice in NOTICES]
@@ -116,19 +116,19 @@ def test_the_run_estimates_its_own_length(finished):
     assert "validation not counted" in line
 
 
-def test_fewer_than_ten_thousand_pictures_are_said_before_training(finished):
+def test_fewer_than_ten_thousand_images_are_said_before_training(finished):
     lines = finished.said.err.splitlines()
     (warning,) = [number for number, line in enumerate(lines) if "are fewer than the 10,000" in line]
-    assert lines[warning].startswith(f"{NUM_PICTURES} pictures")
+    assert lines[warning].startswith(f"{NUM_IMAGES} images")
     assert "expect" in lines[warning]
     assert warning < next(number for number, line in enumerate(lines) if line.startswith("step 1/6"))
 
 
-def test_pictures_of_several_aspect_ratios_land_in_buckets(finished):
+def test_images_of_several_aspect_ratios_land_in_buckets(finished):
     (line,) = [line for line in finished.said.err.splitlines() if line.startswith("dataset 'your-dataset-name'")]
-    assert f"{NUM_PICTURES} of {NUM_PICTURES} pictures in 3 buckets" in line
+    assert f"{NUM_IMAGES} of {NUM_IMAGES} images in 3 buckets" in line
     for width, height in SIZES:
-        assert f"{width}x{height}: {NUM_PICTURES // len(SIZES)}" in line
+        assert f"{width}x{height}: {NUM_IMAGES // len(SIZES)}" in line
 
 
 def test_validation_is_made_at_each_resolution_with_the_teacher_beside_it(finished):

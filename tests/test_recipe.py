@@ -21,7 +21,7 @@ from distill.core.plugin_api.method import MethodSetup
 from distill.core.registry.registry import Registry
 from distill.core.testing.gaussian import GaussianFamily, affine_of, gaussian_batch
 from support.closed_form import GuidedFamily
-from support.pairs import Pair, distill, said
+from support.config_files import Pair, distill, said
 from support.recipes import PLUGIN, recipe, term
 from support.small_run import execute, losses, write_run
 
@@ -190,7 +190,7 @@ def test_a_term_that_never_weighs_has_no_networks_and_no_needs(registry):
 def test_needs_are_the_union(registry):
     found = registry.get("method", "recipe")
     needs = found.requires(recipe(registry, term("turns"), term("lcm", **LCM)), MethodSetup("lora"))
-    assert needs.pictures
+    assert needs.images
     assert needs.zero_dropout
     assert needs.finite_snr
     assert not needs.features
@@ -222,7 +222,7 @@ def one():
 def x0_at(training, step):
     batch = one()
     t = SCHEDULE.grid(4).times[2:3]
-    eps = training.context.at(step, (0,)).draws.randn("noise", (1,)).double()
+    eps = training.context.at(step, (0,)).rng.randn("noise", (1,)).double()
     x_t = SCHEDULE.add_noise(batch.latents, eps, t)
     with torch.no_grad():
         return training.context.predict("student", x_t, t, batch.cond).x0.item()

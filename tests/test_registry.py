@@ -10,7 +10,7 @@ import distill
 import pytest
 from distill.core.errors import PluginError, UserError
 from distill.core.registry.registry import KINDS, Registry, hook_names
-from support.pairs import PLUGIN
+from support.config_files import PLUGIN
 
 
 def module(name="plugin_of_the_test", **functions):

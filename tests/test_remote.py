@@ -310,7 +310,7 @@ def test_retry_after_is_waited_for(s3, proxy):  # noqa: F811
 # -- accounts ---------------------------------------------------------------------------------------------------------
 
 
-def test_rejected_credentials_end_the_run_rather_than_every_picture(through, proxy):
+def test_rejected_credentials_end_the_run_rather_than_every_image(through, proxy):
     through.write("a", b"x")
     for code in ("ExpiredToken", "InvalidAccessKeyId", "SignatureDoesNotMatch"):
         proxy.fault(Fault("status", status=403, code=code))

@@ -14,8 +14,8 @@ from distill.core.drawing import curves
 from distill.core.drawing.curves import curve, short, smoothed, thinned, ticks
 from distill.core.errors import UserError
 from distill.core.plugin_api.run_state import RunState
-from distill.core.report.found import MOST_GRIDS
 from distill.core.report.page import write_report
+from distill.core.report.run_contents import MOST_GRIDS
 from distill.core.runs.run_log import ENDS, ENDS_WELL, RunLog, read_log
 from distill.plugins import report as plugin
 from PIL import Image
@@ -43,7 +43,7 @@ def test_it_has_every_part(folder):
     texts = "finished at 2026-01-02 03:03 UTC", "import torch", "in two lines", "2026-01-02 03:02:00"
     for said in ("run-1", "lcm", "sdxl", "big", *figures, *texts):
         assert said in page.text, said
-    assert len(page.pictures()) == 5
+    assert len(page.images()) == 5
     assert "s3cr3t" not in html
 
 
@@ -84,7 +84,7 @@ def test_a_long_run_stays_small_and_keeps_its_spikes(tmp_path):
         shutil.copyfile(folder / "hard.png", grid)
     html, page = page_of(folder)
     assert len(html) < 10_000_000
-    assert len(page.pictures()) == MOST_GRIDS + 2
+    assert len(page.images()) == MOST_GRIDS + 2
     steps = [figure["data-step"] for figure in page.all("figure") if "data-step" in figure]
     assert (steps[0], steps[-1]) == ("10", "400")
     assert "12 of 40 validations" in page.text
@@ -124,7 +124,7 @@ def test_a_run_that_has_only_begun_has_a_page(tmp_path):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     _, page = page_of(folder)
     assert "The student is not exported yet" in page.text
-    assert not page.pictures()
+    assert not page.images()
     (folder / "metrics.jsonl").write_text('{"step": 1, "loss": "NaN"}\n{"step": 2, "lo')
     _, page = page_of(folder)
     assert "not finite at step 1" in page.text
@@ -152,8 +152,8 @@ def test_its_failure_ends_nothing(tmp_path):
     assert len(said) == 1
     assert said[0].startswith("warning: report.html could not be written; later: distill report ")
     folder = write_folder(tmp_path / "run")
-    picture = folder / "evaluation.png"
-    picture.write_bytes(b"no picture")
+    image = folder / "evaluation.png"
+    image.write_bytes(b"no image")
     plugin.on_exception(state(folder, said), ValueError("x"))
     assert "UnidentifiedImageError" in said[1]
     plugin.on_run_end(state(folder, said, main=False))
@@ -213,10 +213,10 @@ def test_places_of_a_curve_are_inside_its_frame_and_in_order():
     steps, values = np.arange(1.0, 101.0), np.geomspace(1e-5, 10, 100)
     found = curve("loss", steps, values)
     assert found.logarithmic
-    places = [tuple(map(float, place.split(","))) for place in found.path[1:].split("L")]
-    assert places[0] == (curves.LEFT, curves.BOTTOM)
-    assert places[-1] == (curves.RIGHT, curves.TOP)
-    heights = [y for _, y in places]
+    positions = [tuple(map(float, place.split(","))) for place in found.points[1:].split("L")]
+    assert positions[0] == (curves.LEFT, curves.BOTTOM)
+    assert positions[-1] == (curves.RIGHT, curves.TOP)
+    heights = [y for _, y in positions]
     assert np.allclose(np.diff(heights), (curves.TOP - curves.BOTTOM) / 99, atol=0.11), "straight on this axis"
     assert [tick.label for tick in found.y_ticks] == ["1e-5", "0.001", "0.1", "10"]
 

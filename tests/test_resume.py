@@ -60,11 +60,11 @@ def test_resume_after_the_end_of_a_shorter_run_continues_it(tmp_path):
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 
-def test_a_run_with_other_pictures_is_not_resumed(tmp_path):
+def test_a_run_with_other_images_is_not_resumed(tmp_path):
     config = write_run(tmp_path, max_train_steps=2, validation_step_interval=0)
     execute(config)
-    shutil.copy(tmp_path / "pictures" / "00.png", tmp_path / "pictures" / "more.png")
-    (tmp_path / "pictures" / "more.txt").write_text("one more")
+    shutil.copy(tmp_path / "images" / "00.png", tmp_path / "images" / "more.png")
+    (tmp_path / "images" / "more.txt").write_text("one more")
     with pytest.raises(UserError, match="checkpoint-2 cannot be resumed: its samples are not those"):
         execute(config)
 

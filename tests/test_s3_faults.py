@@ -1,4 +1,4 @@
-"""A whole run whose pictures, caches and checkpoints are in a bucket that goes away and comes back."""
+"""A whole run whose images, caches and checkpoints are in a bucket that goes away and comes back."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from distill.core.errors import OutOfReach, UserError
 from safetensors.torch import load_file
 from support.faulty_proxy import Fault, FaultyProxy
 from support.s3_server import S3Server, s3, s3_server  # noqa: F401
-from support.small_run import execute, losses, write_pictures, write_run
+from support.small_run import execute, losses, write_images, write_run
 from test_distributed_run import COMMAND, ENVIRONMENT
 from test_mirror import check_whole
 
@@ -30,7 +30,7 @@ def configure(
         **server.keys("data", aws_max_attempts=patience, aws_timeout_seconds=timeout),
         "aws_endpoint_url": endpoint,
     }
-    data = [{"id": "noise", **reach, "aws_data_prefix": "pictures"}]
+    data = [{"id": "noise", **reach, "aws_data_prefix": "images"}]
     data += [
         {"id": id, "dataset_type": kind, **reach, "aws_data_prefix": f"{prefix}/{id}", "write_batch_size": 4}
         for id, kind in PARTS.items()
@@ -47,7 +47,7 @@ def same_student(one: Path, other: Path) -> bool:
 
 def test_a_bucket_that_goes_away_at_any_time_changes_nothing(tmp_path, s3, capsys):  # noqa: F811
     bucket = s3.bucket("data")
-    s3.fill(bucket, "pictures", write_pictures(tmp_path / "pictures"))
+    s3.fill(bucket, "images", write_images(tmp_path / "images"))
     with FaultyProxy(s3.port) as proxy:
         execute(configure(tmp_path, "whole", s3, proxy.endpoint, "whole"))
 
@@ -91,7 +91,7 @@ def test_a_bucket_that_goes_away_at_any_time_changes_nothing(tmp_path, s3, capsy
 @pytest.mark.parametrize(("status", "code"), [(403, "AccessDenied"), (404, "NoSuchKey")])
 def test_objects_that_are_refused_or_gone_are_set_aside_and_places_are_named(tmp_path, s3, capsys, status, code):  # noqa: F811
     bucket = s3.bucket("data")
-    s3.fill(bucket, "pictures", write_pictures(tmp_path / "pictures"))
+    s3.fill(bucket, "images", write_images(tmp_path / "images"))
     refused = Fault("status", status=status, code=code)
     with FaultyProxy(s3.port) as proxy:
         # a place that cannot be written, or not be listed: nothing trains, the entry is named, the next start goes on
@@ -119,9 +119,9 @@ def test_objects_that_are_refused_or_gone_are_set_aside_and_places_are_named(tmp
         assert same_student(tmp_path / "cut", tmp_path / "alone")
         proxy.clear()
 
-        # a picture, another one's caption, and a picture whose header could be read: set aside and named
-        proxy.fault(Fault("none"), match=r"GET .*pictures/07\.png", times=1)
-        for match in (r"GET .*pictures/03\.png", r"GET .*pictures/05\.txt", r"GET .*pictures/07\.png"):
+        # an image, another one's caption, and an image whose header could be read: set aside and named
+        proxy.fault(Fault("none"), match=r"GET .*images/07\.png", times=1)
+        for match in (r"GET .*images/03\.png", r"GET .*images/05\.txt", r"GET .*images/07\.png"):
             proxy.fault(refused, match=match, times=10_000)
         file = configure(tmp_path, "fewer", s3, proxy.endpoint, "fewer")
         _, lines = execute(file)
@@ -141,17 +141,17 @@ def test_objects_that_are_refused_or_gone_are_set_aside_and_places_are_named(tmp
 
 
 def same_names(lines: list[str], names: set[str], reason: str = "") -> bool:
-    """Whether exactly these pictures are said to be set aside, for that reason."""
+    """Whether exactly these images are said to be set aside, for that reason."""
     said = [line for line in lines if "set aside" in line]
-    pictures = {f"{number:02d}.png" for number in range(13)}
-    return {name for name in pictures if any(name in line for line in said)} == names and all(
+    images = {f"{number:02d}.png" for number in range(13)}
+    return {name for name in images if any(name in line for line in said)} == names and all(
         reason in line for line in said
     )
 
 
 def test_a_checkpoint_that_is_named_is_fetched(tmp_path, s3):  # noqa: F811
     bucket = s3.bucket("data")
-    s3.fill(bucket, "pictures", write_pictures(tmp_path / "pictures"))
+    s3.fill(bucket, "images", write_images(tmp_path / "images"))
     execute(configure(tmp_path, "whole", s3, s3.endpoint, "whole"))
     with pytest.raises(
         UserError, match=r"checkpoint-3.*neither as a path nor in .* nor in s3://data/whole/checkpoints/"
@@ -166,7 +166,7 @@ def test_a_checkpoint_that_is_named_is_fetched(tmp_path, s3):  # noqa: F811
 
 def test_two_processes_share_a_bucket_and_train_as_one(tmp_path, s3):  # noqa: F811
     bucket = s3.bucket("data")
-    s3.fill(bucket, "pictures", write_pictures(tmp_path / "pictures"))
+    s3.fill(bucket, "images", write_images(tmp_path / "images"))
     execute(configure(tmp_path, "one", s3, s3.endpoint, "one"))
     file = configure(tmp_path, "two", s3, s3.endpoint, "two")
     settings = json.loads(file.read_text())

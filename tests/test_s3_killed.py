@@ -8,7 +8,7 @@ import pytest
 from distill.core.engine.remote_checkpoints import MirroredStore
 from distill.core.errors import OutOfReach
 from support.s3_server import S3Server, without_account
-from support.small_run import execute, losses, write_pictures
+from support.small_run import execute, losses, write_images
 from test_mirror import check_whole
 from test_s3_faults import configure, same_student
 
@@ -21,7 +21,7 @@ def server(tmp_path, monkeypatch):
     without_account(monkeypatch)
     (tmp_path / "server").mkdir()
     server = S3Server(tmp_path / "server")
-    server.fill(server.bucket("data"), "pictures", write_pictures(tmp_path / "pictures"))
+    server.fill(server.bucket("data"), "images", write_images(tmp_path / "images"))
     yield server
     server.close()
 
@@ -73,7 +73,7 @@ def manifests(server: S3Server, prefix: str) -> set[int]:
 def test_a_run_rides_out_a_server_that_is_killed_or_silent_again_and_again(tmp_path, server, frozen):
     execute(configure(tmp_path, "whole", server, server.endpoint, "whole"))
     moments = [
-        ("GET /data/pictures", 9),
+        ("GET /data/images", 9),
         ("PUT /data/ridden/texts", 2),
         ("PUT /data/ridden/latents", 3),
         ("PUT /data/ridden/checkpoints/checkpoint-2", 2),
@@ -88,7 +88,7 @@ def test_a_run_rides_out_a_server_that_is_killed_or_silent_again_and_again(tmp_p
     assert manifests(server, "ridden") == set(STEPS)
 
 
-@pytest.mark.parametrize("moment", [("GET /data/pictures", 9), ("PUT /data/cut/latents", 3)])
+@pytest.mark.parametrize("moment", [("GET /data/images", 9), ("PUT /data/cut/latents", 3)])
 def test_a_run_whose_server_stays_dead_while_it_caches_ends_resumable(tmp_path, server, moment):
     execute(configure(tmp_path, "whole", server, server.endpoint, "whole"))
     file = configure(tmp_path, "cut", server, server.endpoint, "cut")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from distill.core.cli.scaffold import Names
 from distill.core.registry.registry import KINDS, Registry
-from support.pairs import distill, said
+from support.config_files import distill, said
 from support.small_run import losses, write_run
 
 SPOKEN = [kind.replace("_", "-") for kind in KINDS]
@@ -127,10 +127,10 @@ def test_a_run_uses_all_of_them_at_once(site, tmp_path, monkeypatch):
         log_step_interval=1,
     )
     (tmp_path / "shelf").mkdir()
-    with zipfile.ZipFile(tmp_path / "pictures.zip", "w") as archive:
-        for path in sorted((tmp_path / "pictures").iterdir()):
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        for path in sorted((tmp_path / "images").iterdir()):
             archive.write(path, path.name)
-    entry = {"id": "zipped", "type": "made-data-backend", "zip_file": "pictures.zip"}
+    entry = {"id": "zipped", "type": "made-data-backend", "zip_file": "images.zip"}
     (tmp_path / "multidatabackend.json").write_text(json.dumps([entry]))
     result = distill("run", "--config", str(config))
     assert result.exit_code == 0, result.output

@@ -1,4 +1,4 @@
-"""The SDXL family against plain diffusers: encoders, conditioning, the network, pictures."""
+"""The SDXL family against plain diffusers: encoders, conditioning, the network, images."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def plain(folder, **arguments):
     return pipeline
 
 
-def pictures(pipeline, prompts, seeds, **arguments):
-    """A plain pipeline call with a generator for each picture."""
+def images(pipeline, prompts, seeds, **arguments):
+    """A plain pipeline call with a generator for each image."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     settings = {"width": EDGE, "height": EDGE, "output_type": "pt", **arguments}
     return pipeline(prompts, generator=generators, **settings).images
@@ -154,9 +154,9 @@ def test_sampled_latents_depend_on_their_own_generator_only(family):
     def sample(rows, seeds):
         return family.encode_images(pixels[rows], [torch.Generator().manual_seed(seed) for seed in seeds])
 
-    together = sample([0, 1, 2], [5, 6, 7])
-    torch.testing.assert_close(together[1:2], sample([1], [6]), rtol=1e-4, atol=1e-5)
-    assert (together - family.encode_images(pixels)).abs().max() > 1e-3
+    synchronized = sample([0, 1, 2], [5, 6, 7])
+    torch.testing.assert_close(synchronized[1:2], sample([1], [6]), rtol=1e-4, atol=1e-5)
+    assert (synchronized - family.encode_images(pixels)).abs().max() > 1e-3
 
 
 def test_float16_autoencoder_is_refused_unless_it_is_a_fixed_one(tiny):
@@ -181,7 +181,7 @@ def trace(pipeline, prompts, *, steps, guidance, dtype=torch.float32):
 
     pipeline.unet.forward = types.MethodType(spy, pipeline.unet)
     noise = torch.randn(len(prompts), 4, EDGE // SCALE_FACTOR, EDGE // SCALE_FACTOR, dtype=dtype)
-    pictures(
+    images(
         pipeline,
         prompts,
         [0] * len(prompts),
@@ -297,7 +297,7 @@ def test_guidance_and_its_embedding_go_together(family):
 
 
 def test_guidance_embedding_is_diffusers_own(pipeline):
-    from distill.model_families._pictures import guidance_scale_embedding
+    from distill.model_families._images import guidance_scale_embedding
 
     w = torch.tensor([0.0, 0.37, 7.5, 14.0])
     expected = pipeline.get_guidance_scale_embedding(w, embedding_dim=256)
@@ -310,7 +310,7 @@ def test_generate_equals_a_plain_pipeline_call(family, pipeline, guidance):
     ours = family.generate(
         network, embeds, sampler=EULER, seeds=seeds, width=EDGE, height=EDGE, guidance_scale=guidance
     )
-    expected = pictures(pipeline, PROMPTS, seeds, num_inference_steps=3, guidance_scale=guidance)
+    expected = images(pipeline, PROMPTS, seeds, num_inference_steps=3, guidance_scale=guidance)
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours, expected, rtol=0, atol=2e-5)
 
@@ -320,7 +320,7 @@ def test_generate_with_the_models_own_scheduler(family, pipeline):
     ours = family.generate(
         family.load_network(), embeds, sampler=None, seeds=[9], width=EDGE, height=EDGE, num_inference_steps=4
     )
-    torch.testing.assert_close(ours, pictures(pipeline, PROMPTS[:1], [9], num_inference_steps=4), rtol=0, atol=2e-5)
+    torch.testing.assert_close(ours, images(pipeline, PROMPTS[:1], [9], num_inference_steps=4), rtol=0, atol=2e-5)
 
 
 def test_generate_with_lcm_and_its_noise_between_steps(family, pipeline):
@@ -331,7 +331,7 @@ def test_generate_with_lcm_and_its_noise_between_steps(family, pipeline):
     )
     own = pipeline.scheduler
     pipeline.scheduler = LCMScheduler.from_config(own.config, original_inference_steps=50)
-    expected = pictures(pipeline, PROMPTS, [3, 1, 2], num_inference_steps=3, guidance_scale=0.0)
+    expected = images(pipeline, PROMPTS, [3, 1, 2], num_inference_steps=3, guidance_scale=0.0)
     pipeline.scheduler = own
     torch.testing.assert_close(ours, expected, rtol=0, atol=2e-5)
 
@@ -351,25 +351,25 @@ def test_negative_prompts_count_only_under_guidance(family, pipeline):
             negative_embeds=negative_embeds,
         )
 
-    expected = pictures(
+    expected = images(
         pipeline, PROMPTS, [0, 1, 2], num_inference_steps=3, guidance_scale=4.0, negative_prompt=["x"] * 3
     )
     torch.testing.assert_close(ours(4.0, negative), expected, rtol=0, atol=2e-5)
     assert torch.equal(ours(0.0, negative), ours(0.0, None))
 
 
-def test_a_picture_depends_on_its_own_seed_only(tiny):
+def test_a_image_depends_on_its_own_seed_only(tiny):
     """Also across the micro-batches of the pipeline calls."""
     small = make(tiny, {"latents_at_once": 2 * 16 * 16})
     network, embeds = small.load_network(), small.encode_prompts(PROMPTS)
-    together = small.generate(network, embeds, sampler=LCM, seeds=[4, 5, 6], width=EDGE, height=EDGE)
+    synchronized = small.generate(network, embeds, sampler=LCM, seeds=[4, 5, 6], width=EDGE, height=EDGE)
     for n in range(3):
         one = {key: value[n : n + 1] for key, value in embeds.items()}
         alone = small.generate(network, one, sampler=LCM, seeds=[4 + n], width=EDGE, height=EDGE)
-        torch.testing.assert_close(together[n : n + 1], alone, rtol=0, atol=2e-5)
+        torch.testing.assert_close(synchronized[n : n + 1], alone, rtol=0, atol=2e-5)
 
 
-def test_pictures_of_any_aspect(family):
+def test_images_of_any_aspect(family):
     embeds = family.encode_prompts(PROMPTS[:1])
     shape = family.generate(family.load_network(), embeds, sampler=LCM, seeds=[0], width=40, height=24).shape
     assert shape == (1, 3, 24, 40)
@@ -387,7 +387,7 @@ def test_the_samplers_sigmas_reach_the_pipeline_and_hold_for_their_steps_only(fa
     sampler = Sampler("EulerDiscreteScheduler", {}, 2, 0.0, call={"sigmas": [9.0, 2.0]})
     network, embeds = family.load_network(), family.encode_prompts(PROMPTS[:1])
     ours = family.generate(network, embeds, sampler=sampler, seeds=[0], width=EDGE, height=EDGE)
-    expected = pictures(pipeline, PROMPTS[:1], [0], sigmas=[9.0, 2.0], guidance_scale=0.0)
+    expected = images(pipeline, PROMPTS[:1], [0], sigmas=[9.0, 2.0], guidance_scale=0.0)
     torch.testing.assert_close(ours, expected, rtol=0, atol=2e-5)
     with pytest.raises(ValueError, match="for 2 steps"):
         family.generate(network, embeds, sampler=sampler, seeds=[0], width=EDGE, height=EDGE, num_inference_steps=4)
@@ -416,7 +416,7 @@ def test_guidance_embedding_is_fed_by_the_pipeline_as_scale_minus_one(family):
     embeds = family.encode_prompts(PROMPTS[:1])
     call = {"sampler": sampler, "seeds": [0], "width": EDGE, "height": EDGE}
     default = family.generate(student, embeds, **call)
-    from distill.model_families._pictures import guidance_scale_embedding
+    from distill.model_families._images import guidance_scale_embedding
 
     assert len(seen) == 2, "one call each step: no second pass for guidance"
     torch.testing.assert_close(seen[0], guidance_scale_embedding(torch.tensor([7.0]), 256), rtol=0, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Students on disk: loaded in plain diffusers they make the same pictures; LoRAs compose; teachers carry theirs."""
+"""Students on disk: loaded in plain diffusers they make the same images; LoRAs compose; teachers carry theirs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def student(tiny, tmp_path_factory):
-    """(folder of an exported LoRA student, its pictures)."""
+    """(folder of an exported LoRA student, its images)."""
     folder = tmp_path_factory.mktemp("run") / "student"
     family = make(tiny)
     network = with_adapter(family.load_network(), "student")
@@ -52,7 +52,7 @@ def plain(folder, **arguments):
     return pipeline
 
 
-def pictures(pipeline, **arguments):
+def make_images(pipeline, **arguments):
     generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
     settings = {"num_inference_steps": 3, "guidance_scale": 0.0, **SIZE, **arguments}
     return pipeline(PROMPTS, generator=generators, output_type="pt", **settings).images
@@ -98,13 +98,13 @@ def lcm(pipeline, folder):
 # -- LoRA -------------------------------------------------------------------------------------------------------------
 
 
-def test_an_exported_lora_makes_the_same_pictures_in_plain_diffusers(tiny, student):
+def test_an_exported_lora_makes_the_same_images_in_plain_diffusers(tiny, student):
     """With alpha three times the rank, on convolutions and linear layers alike."""
     folder, expected = student
     pipeline = lcm(plain(tiny), folder)
-    without = pictures(pipeline)
+    without = make_images(pipeline)
     pipeline.load_lora_weights(folder)
-    torch.testing.assert_close(pictures(pipeline), expected, rtol=0, atol=2e-5)
+    torch.testing.assert_close(make_images(pipeline), expected, rtol=0, atol=2e-5)
     assert (without - expected).abs().max() > 0.05, "the adapter does something"
     config = pipeline.unet.peft_config["default_0"]
     assert (config.r, config.lora_alpha) == (4, 12.0)
@@ -170,10 +170,10 @@ def test_extra_loras_compose_with_the_student(tiny, student, style):
     ours = family.generate(network, family.encode_prompts(PROMPTS), sampler=LCM, seeds=SEEDS, **SIZE)
     pipeline = lcm(plain(tiny), folder)
     pipeline.load_lora_weights(folder, adapter_name="student")
-    alone = pictures(pipeline)
+    alone = make_images(pipeline)
     pipeline.load_lora_weights(style, adapter_name="style")
     pipeline.set_adapters(["student", "style"], [1.0, 0.6])
-    expected = pictures(pipeline)
+    expected = make_images(pipeline)
     assert (alone - expected).abs().max() > 1e-3
     torch.testing.assert_close(ours, expected, rtol=0, atol=2e-5)
     assert family.fingerprint("text") != make(tiny).fingerprint("text")
@@ -201,7 +201,7 @@ def test_a_student_works_in_the_controlnet_pipeline(tiny, student):
     hint = torch.rand(2, 3, EDGE, EDGE, generator=torch.Generator().manual_seed(0))
 
     def controlled(scale):
-        return pictures(pipeline, image=hint, controlnet_conditioning_scale=scale)
+        return make_images(pipeline, image=hint, controlnet_conditioning_scale=scale)
 
     torch.testing.assert_close(controlled(0.0), student[1], rtol=0, atol=2e-5)
     assert (controlled(1.0) - student[1]).abs().max() > 1e-3
@@ -218,10 +218,10 @@ def test_a_teacher_lora_is_part_of_the_teacher(tiny, style):
     assert not any("lora" in name for name, _ in network.named_parameters())
     assert not any(parameter.requires_grad for parameter in network.parameters())
     pipeline = plain(tiny)
-    without = pictures(pipeline)
+    without = make_images(pipeline)
     pipeline.load_lora_weights(style, adapter_name="style")
     pipeline.set_adapters(["style"], [0.7])
-    expected = pictures(pipeline)
+    expected = make_images(pipeline)
     embeds, _, pooled, _ = pipeline.encode_prompt(PROMPTS)
     ours = family.encode_prompts(PROMPTS)
     torch.testing.assert_close(ours["prompt_embeds"], embeds, rtol=0, atol=1e-5)
@@ -282,7 +282,7 @@ def test_loras_that_do_not_fit_are_refused(tiny, tmp_path):
 
 
 def test_a_full_student_with_a_guidance_embedding_reloads_and_equals(tiny, tmp_path):
-    """The pipeline feeds the scale minus one by itself; pictures differ between scales."""
+    """The pipeline feeds the scale minus one by itself; images differ between scales."""
     family = make(tiny)
     student = family.student_network(family.load_network(), guidance_embedding=True)
     torch.nn.init.normal_(student.time_embedding.cond_proj.weight, std=0.3, generator=torch.Generator().manual_seed(0))
@@ -294,8 +294,8 @@ def test_a_full_student_with_a_guidance_embedding_reloads_and_equals(tiny, tmp_p
     assert type(pipeline.scheduler).__name__ == "LCMScheduler"
     assert pipeline.unet.config.time_cond_proj_dim == 256
     assert pipeline.config.force_zeros_for_empty_prompt
-    torch.testing.assert_close(pictures(pipeline, guidance_scale=8.0), expected, rtol=0, atol=2e-5)
-    assert (pictures(pipeline, guidance_scale=4.0) - expected).abs().max() > 1e-3
+    torch.testing.assert_close(make_images(pipeline, guidance_scale=8.0), expected, rtol=0, atol=2e-5)
+    assert (make_images(pipeline, guidance_scale=4.0) - expected).abs().max() > 1e-3
     again = make(tiny)
     reloaded = again.load_student(tmp_path)
     ours = again.generate(reloaded, again.encode_prompts(PROMPTS), sampler=sampler, seeds=SEEDS, **SIZE)

@@ -52,7 +52,7 @@ def test_the_second_half_is_not_computed_and_nothing_stays_behind(family):
     assert torch.equal(family.predict(network, x_t, t, cond), before)
 
 
-def test_gradients_reach_the_picture_and_the_adapter_as_differences_say(family):
+def test_gradients_reach_the_image_and_the_adapter_as_differences_say(family):
     network = add_lora(family.load_network(), "student").double()
     x_t, t, _, cond = inputs(family, dtype=torch.float64)
     weights = [torch.randn(f.shape[1:], dtype=torch.float64) for f in family.features(network, x_t, t, cond)]

@@ -1,4 +1,4 @@
-"""The samplers that methods name, on SDXL: what their pictures are, and where they start and end."""
+"""The samplers that methods name, on SDXL: what their images are, and where they start and end."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def families(tmp_path_factory):
     return found
 
 
-def pictures(family, sampler, network=None):
+def make_images(family, sampler, network=None):
     network = family.load_network() if network is None else network
     return family.generate(network, family.encode_prompts(PROMPTS), sampler=sampler, seeds=SEEDS, **SIZE)
 
@@ -51,7 +51,7 @@ def walk(family, edges, *, scale=1.0):
             time = torch.full((len(x),), t)
             output = family.predict(network, x, time, cond)
             prediction = Prediction(output, x, time, family.schedule, family.prediction_type)
-            x = prediction.x0 if u is None else prediction.jump(torch.full((len(x),), u))
+            x = prediction.x0 if u is None else prediction.ddim_step(torch.full((len(x),), u))
         return family.decode_latents(x)
 
 
@@ -62,14 +62,14 @@ def test_ddim_trailing_starts_at_the_end_and_jumps_to_the_data(families, model, 
     assert times[0] == 999
     sampler = Sampler("DDIMScheduler", DDIM.config, steps, 0.0)
     expected = walk(families[model], zip(times, [*times[1:], None], strict=True))
-    torch.testing.assert_close(pictures(families[model], sampler), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(make_images(families[model], sampler), expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("model", list(MODELS))
 def test_tcd_without_noise_jumps_to_the_first_time_of_the_table(families, model):
     times = [999, 759, 499, 259]
     expected = walk(families[model], zip(times, [*times[1:], 0], strict=True))
-    torch.testing.assert_close(pictures(families[model], TCD), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(make_images(families[model], TCD), expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("model", ["epsilon", "v"])
@@ -79,21 +79,21 @@ def test_euler_trailing_is_ddim_from_slightly_less_noise(families, model):
     sigma = float(family.schedule.sigma(torch.tensor(999)))
     assert sigma == pytest.approx(0.99766, abs=1e-4)
     expected = walk(family, zip(times, [*times[1:], None], strict=True), scale=sigma)
-    torch.testing.assert_close(pictures(family, EULER), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(make_images(family, EULER), expected, rtol=0, atol=1e-4)
 
 
 def test_euler_under_zero_snr_starts_a_hair_from_pure_noise(families):
     """Its sigma must be finite: alpha^2 = 2^-24."""
     times = [999, 749, 499, 249]
     expected = walk(families["zero_snr"], zip(times, [*times[1:], None], strict=True))
-    torch.testing.assert_close(pictures(families["zero_snr"], EULER), expected, rtol=0, atol=2e-3)
+    torch.testing.assert_close(make_images(families["zero_snr"], EULER), expected, rtol=0, atol=2e-3)
 
 
 def test_eta_of_tcd_reaches_the_scheduler(families):
     family = families["epsilon"]
-    noisy, quiet = pictures(family, TCD_NOISY), pictures(family, TCD)
+    noisy, quiet = make_images(family, TCD_NOISY), make_images(family, TCD)
     assert (noisy - quiet).abs().max() > 1e-3
-    torch.testing.assert_close(noisy, pictures(family, TCD_NOISY))
+    torch.testing.assert_close(noisy, make_images(family, TCD_NOISY))
 
 
 def test_the_times_of_a_sampler_are_the_ones_the_network_sees(families):
@@ -103,7 +103,7 @@ def test_the_times_of_a_sampler_are_the_ones_the_network_sees(families):
     network.register_forward_pre_hook(lambda module, args: seen.append(float(args[1])))
     for sampler in SAMPLERS.values():
         seen.clear()
-        pictures(family, sampler, network)
+        make_images(family, sampler, network)
         first = [999, 759, 499, 259] if sampler.scheduler in ("TCDScheduler", "LCMScheduler") else [999, 749, 499, 249]
         assert seen == first, sampler
 
@@ -111,12 +111,12 @@ def test_the_times_of_a_sampler_are_the_ones_the_network_sees(families):
 @pytest.mark.parametrize("name", list(SAMPLERS))
 @pytest.mark.parametrize("model", list(MODELS))
 def test_every_sampler_runs_and_is_exported_as_it_ran(families, tmp_path, model, name):
-    """The exported scheduler, loaded by plain diffusers into a plain pipeline, makes the engine's pictures."""
+    """The exported scheduler, loaded by plain diffusers into a plain pipeline, makes the engine's images."""
     import diffusers
     from diffusers import StableDiffusionXLPipeline
 
     family, sampler = families[model], SAMPLERS[name]
-    expected = pictures(family, sampler)
+    expected = make_images(family, sampler)
     assert torch.isfinite(expected).all()
     student = family.student_network(family.load_network(), guidance_embedding=False)
     family.export(student, tmp_path, ExportInfo(sampler, "full"))

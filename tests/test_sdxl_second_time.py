@@ -281,7 +281,7 @@ def test_its_steps_are_jumps_of_the_prediction_and_end_at_the_data(name, steps):
         r = float(times[i + 1]) if i + 1 < steps else 0.0
         assert scheduler.pair == pytest.approx((float(time), r))
         prediction = Prediction(output, y, own[i].expand(2), schedule, kind)
-        y = prediction.jump(own[i + 1].expand(2)) if i + 1 < steps else prediction.x0
+        y = prediction.ddim_step(own[i + 1].expand(2)) if i + 1 < steps else prediction.x0
         x = scheduler.step(output, time, x, return_dict=False)[0]
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
 
@@ -318,7 +318,7 @@ def test_its_times_may_be_named_or_begin_late():
         FlowMapScheduler(rescale_betas_zero_snr=True).set_timesteps(4)
 
 
-# -- pictures ---------------------------------------------------------------------------------------------------------
+# -- images ---------------------------------------------------------------------------------------------------------
 
 
 def by_hand(family, network, guidance, *, steps, size=32):
@@ -339,7 +339,7 @@ def by_hand(family, network, guidance, *, steps, size=32):
             without = family.predict(network, x, t_, family.uncond(cond), second_time=r_)
             output = without + guidance * (output - without)
         prediction = Prediction(output, x, t_ / own, schedule, kind)
-        x = prediction.jump(r_ / own) if r else prediction.x0
+        x = prediction.ddim_step(r_ / own) if r else prediction.x0
     return family.decode_latents(x)
 
 
@@ -347,7 +347,7 @@ def by_hand(family, network, guidance, *, steps, size=32):
     ("kind", "zero_snr", "guidance"),
     [("epsilon", False, 0.0), ("epsilon", False, 4.0), ("v_prediction", True, 0.0), ("flow", False, 0.0)],
 )
-def test_pictures_are_a_loop_of_jumps_with_the_next_time_fed(tmp_path, kind, zero_snr, guidance):
+def test_images_are_a_loop_of_jumps_with_the_next_time_fed(tmp_path, kind, zero_snr, guidance):
     family = make(write_tiny_sdxl(tmp_path / "model", prediction_type=kind, zero_snr=zero_snr))
     network = lora_student(family)
     embeds = family.encode_prompts(PROMPTS)
@@ -379,7 +379,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 
 base, lora, full, out = sys.argv[1:]
-pictures = {}
+images = {}
 for name, folder in (("lora", lora), ("full", full)):
     if name == "lora":
         pipe = StableDiffusionXLPipeline.from_pretrained(base)
@@ -394,18 +394,18 @@ for name, folder in (("lora", lora), ("full", full)):
             ["a red fox", "two boats"], generator=generators, output_type="pt", width=32, height=32,
             num_inference_steps=steps, guidance_scale=guidance,
         ).images
-        pictures[f"{name}-{steps}"] = images
+        images[f"{name}-{steps}"] = images
 assert not any(module.split(".")[0] == "distill" for module in sys.modules), "plain diffusers alone"
-torch.save(pictures, out)
+torch.save(images, out)
 """
 
 
 @pytest.fixture(scope="module")
 def students(family, tmp_path_factory):
-    """Both kinds of student with the engine's pictures: {kind: (folder, {steps: images})}."""
+    """Both kinds of student with the engine's images: {kind: (folder, {steps: images})}."""
     folder, embeds, found = tmp_path_factory.mktemp("students"), family.encode_prompts(PROMPTS), {}
     for kind, network in (("lora", lora_student(family)), ("full", full_student(family))):
-        pictures = {
+        images = {
             steps: family.generate(
                 network, embeds, sampler=FLOW_MAP, seeds=SEEDS, num_inference_steps=steps, guidance_scale=guidance,
                 **SIZE,
@@ -415,19 +415,19 @@ def students(family, tmp_path_factory):
         before = set(network.state_dict())
         family.export(network, folder / kind, ExportInfo(FLOW_MAP, kind, LoraSettings(4, 8.0)))
         assert set(network.state_dict()) == before
-        found[kind] = folder / kind, pictures
+        found[kind] = folder / kind, images
     return found
 
 
-def test_students_make_the_same_pictures_in_plain_diffusers_alone(tiny, students, tmp_path):
-    out = tmp_path / "pictures.pt"
+def test_students_make_the_same_images_in_plain_diffusers_alone(tiny, students, tmp_path):
+    out = tmp_path / "images.pt"
     arguments = [str(tiny), str(students["lora"][0]), str(students["full"][0]), str(out)]
     done = subprocess.run([sys.executable, "-I", "-c", ALONE, *arguments], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "not used" not in done.stderr, "unet/ holds the network's own weights only"
     alone = torch.load(out)
-    for kind, (_, pictures) in students.items():
-        for steps, expected in pictures.items():
+    for kind, (_, images) in students.items():
+        for steps, expected in images.items():
             assert (alone[f"{kind}-{steps}"] - expected).abs().max() < 1e-5, (kind, steps)
 
 
@@ -440,12 +440,12 @@ def test_a_full_student_is_not_run_by_accident_without_its_second_time(students)
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_load_student_restores_it(tiny, students, kind):
-    folder, pictures = students[kind]
+    folder, images = students[kind]
     family = make(tiny)
     network = family.load_student(folder)
     assert not any(parameter.requires_grad for parameter in network.parameters())
     embeds = family.encode_prompts(PROMPTS)
-    for steps, expected in pictures.items():
+    for steps, expected in images.items():
         ours = family.generate(
             network, embeds, sampler=FLOW_MAP, seeds=SEEDS, num_inference_steps=steps,
             guidance_scale=4.0 if steps == 2 else 0.0, **SIZE,

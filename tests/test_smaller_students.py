@@ -12,7 +12,7 @@ import pytest
 import torch
 from distill.core.errors import UserError
 from distill.core.plugin_api.family import MicroConditioning
-from support.pairs import distill, said
+from support.config_files import distill, said
 from support.small_run import execute, losses, write_run
 from support.tiny_families import EDGE, MODELS, SCALE_FACTOR, Tiny
 from support.tiny_sdxl import write_tiny_sdxl

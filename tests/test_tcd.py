@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, TCDScheduler
 from distill.core.diffusion import DDPMSchedule, FlowSchedule
-from distill.core.diffusion.segments import even_times, noise_further, segment_edge
+from distill.core.diffusion.segments import even_times, renoise, segment_edge
 from distill.core.engine.health import HealthMonitor
 from distill.core.engine.loop import Loop
 from distill.core.engine.networks import Networks
@@ -20,8 +20,8 @@ from distill.core.errors import UserError
 from distill.core.plugin_api.context import Context, Runtime
 from distill.core.plugin_api.method import MethodSetup
 from distill.core.plugin_api.stage import Stage
-from distill.core.testing.draws import BatchedDraws
 from distill.core.testing.gaussian import GaussianFamily, denoise, gaussian_batch
+from distill.core.testing.rng import BatchedRngStreams
 from distill.distill_methods import tcd
 from distill.distill_methods.tcd import TCD, stage_lengths
 from pydantic import ValidationError
@@ -82,14 +82,14 @@ def train(family, *, steps, make_batch, lr=3e-2, size=256, **settings):
     before = {key: value.clone() for key, value in networks.base.state_dict().items()}
     optimizers = {role: optimizer_of(networks, role, lr=lr, steps=steps) for role in networks.trained_roles()}
     loop = Loop(method, context, networks, optimizers, health=HealthMonitor(1))
-    with patch("distill.core.plugin_api.context.Draws", BatchedDraws):
+    with patch("distill.core.plugin_api.context.Draws", BatchedRngStreams):
         for step in range(steps):
             loop.step(step, [make_batch(step, size, mean=MEAN)])
     assert all(torch.equal(value, before[key]) for key, value in networks.base.state_dict().items()), "teacher moved"
     return method, family, networks
 
 
-def jumps(method, family, networks, x, index):
+def steps_taken(method, family, networks, x, index):
     """The student's x_0 at grid index `index`."""
     schedule = family.schedule
     t = schedule.grid(method.config.num_ddim_timesteps).times[index]
@@ -109,7 +109,7 @@ def errors(trained, teacher, *, num_segments, make_batch):
     for i, t in enumerate(grid.times):
         x = schedule.add_noise(x_0, eps, t.expand(len(x_0)))
         exact, mistaken = (fixed_x_0(teacher, schedule, x, i, wrong=flag, **how) for flag in (False, True))
-        ours = jumps(*trained, x, i)
+        ours = steps_taken(*trained, x, i)
         for j in range(max(edge for edge in edges(num_steps, num_segments) if edge <= i), i + 1):
             ends = [move(schedule, x, part, t, grid.previous[j]) for part in (ours, exact, mistaken)]
             right.append((ends[0] - ends[1]).square().mean())
@@ -158,7 +158,7 @@ def test_segments_of_one_step_are_the_teachers_ddim_steps(name):
         t, s = grid.times[i], grid.previous[i]
         plain = denoise(schedule, untrained, t.expand(256), torch.full_like(untrained, MEAN))
         ours, untrained = (
-            move(schedule, ours, jumps(*trained, ours, i), t, s),
+            move(schedule, ours, steps_taken(*trained, ours, i), t, s),
             move(schedule, untrained, plain, t, s),
         )
         exact = move(schedule, exact, teacher(exact, t.expand(256)), t, s)
@@ -219,7 +219,7 @@ def test_a_part_of_the_noise_anew_suits_a_student_of_one_segment_best():
                 s = ((1 - eta) * end).floor().long()
                 x = move(DDPM, x, fixed_x_0(teacher, DDPM, x, stop, num_steps=40), grid.times[stop], s)
                 noise = torch.randn(size, 1, generator=draw, dtype=torch.float64)
-                x = noise_further(DDPM, x, s.expand(size), end.expand(size), noise)
+                x = renoise(DDPM, x, s.expand(size), end.expand(size), noise)
             found[eta] = (x.sort(0).values - exact.sort(0).values).abs().mean().item()
         print(num_steps, found)
         assert found[0.3] < found[0.0] < found[1.0]
@@ -359,7 +359,7 @@ def test_the_sampler_is_strategic_stochastic_sampling_on_the_training_grid(eta, 
             ours = x_s
         else:
             noise = torch.randn(64, 1, generator=generators[1], dtype=torch.float64)
-            ours = noise_further(DDPM, x_s, s.expand(64), following.expand(64), noise)
+            ours = renoise(DDPM, x_s, s.expand(64), following.expand(64), noise)
         torch.testing.assert_close(theirs, ours, rtol=2e-4, atol=2e-4)  # the scheduler's table is float32
 
 
@@ -390,10 +390,10 @@ def test_noise_added_in_two_parts_is_noise_added_at_once():
         zero, one = torch.zeros(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
         alpha_s, sigma_s = schedule.coefficients(s, one)
         alpha_u, sigma_u = schedule.coefficients(u, one)
-        kept, added = noise_further(schedule, one, s, u, zero), noise_further(schedule, zero, s, u, one)
+        kept, added = renoise(schedule, one, s, u, zero), renoise(schedule, zero, s, u, one)
         torch.testing.assert_close(kept * alpha_s, alpha_u)
         torch.testing.assert_close((kept * sigma_s) ** 2 + added**2, sigma_u**2)
-        assert torch.equal(noise_further(schedule, one, s, s, one), one)
+        assert torch.equal(renoise(schedule, one, s, s, one), one)
 
 
 # -- configuration ----------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from distill.core.plugin_api.context import Context, Runtime
 from distill.core.plugin_api.family import LoraSettings, ModelSettings
 from distill.core.plugin_api.method import MethodSetup
 from distill.core.plugin_api.stage import Stage
-from distill.core.utils.seeds import Draws
+from distill.core.utils.seeds import RngStreams
 from distill.distill_methods.tcd import TCD
 from distill.model_families.sdxl import SDXL
 from safetensors.torch import load_file
@@ -54,15 +54,15 @@ def written_out(family, networks, context, batch, *, model_type, step, num_segme
     """The losses of student and discriminator from alphas_cumprod alone, without the helpers of method and core."""
     betas = torch.from_numpy(np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
     bar = torch.cumprod(1 - betas, 0)
-    x_0, n, draws = batch.latents, len(batch), Draws(0, step, batch.positions)
-    i, share = draws.integers("index", 50).tolist(), draws.uniform("target").tolist()
+    x_0, n, rng = batch.latents, len(batch), RngStreams(0, step, batch.positions)
+    i, share = rng.integers("index", 50).tolist(), rng.uniform("target").tolist()
     edge = [max(e for e in [-(-b * 50 // num_segments) for b in range(num_segments)] if e <= index) for index in i]
     j = [e + int(u * (index - e + 1)) for index, e, u in zip(i, edge, share, strict=True)]
-    further = draws.integers("further", -(-50 // num_segments)).tolist()
+    further = rng.integers("further", -(-50 // num_segments)).tolist()
     points = [0, *range(19, 1000, 20)]
     t, t_prev, s = (torch.tensor([points[p + up] for p in at]) for at, up in ((i, 1), (i, 0), (j, 0)))
     u = torch.tensor([points[min(p + more, 49)] for p, more in zip(j, further, strict=True)])
-    g = draws.uniform("w", config.w_min, config.w_max)
+    g = rng.uniform("w", config.w_min, config.w_max)
 
     def a(time):
         return bar[time].sqrt().reshape(n, 1, 1, 1)
@@ -82,20 +82,20 @@ def written_out(family, networks, context, batch, *, model_type, step, num_segme
                 x, time, encoder_hidden_states=keep * c["prompt_embeds"], added_cond_kwargs=added, **extra
             ).sample
 
-    def jump(x, eps, start, end):
+    def ddim_step(x, eps, start, end):
         return a(end) * (x - b(start) * eps) / a(start) + b(end) * eps
 
-    x_t = a(t) * x_0 + b(t) * draws.randn("noise", x_0.shape[1:]).double()
+    x_t = a(t) * x_0 + b(t) * rng.randn("noise", x_0.shape[1:]).double()
     w = g - 1 if model_type == "full" else None
     with torch.no_grad():
         cond, uncond = (network("teacher", x_t, t, prompt=flag) for flag in (True, False))
-        x_prev = jump(x_t, uncond + g.reshape(n, 1, 1, 1) * (cond - uncond), t, t_prev)
+        x_prev = ddim_step(x_t, uncond + g.reshape(n, 1, 1, 1) * (cond - uncond), t, t_prev)
         role = "student" if model_type == "lora" else "target"
-        target = jump(x_prev, network(role, x_prev, t_prev, w=w), t_prev, s)
-    output = jump(x_t, network("student", x_t, t, w=w), t, s)
+        target = ddim_step(x_prev, network(role, x_prev, t_prev, w=w), t_prev, s)
+    output = ddim_step(x_t, network("student", x_t, t, w=w), t, s)
     consistency = ((output - target) ** 2).mean()
 
-    kept, noise = a(u) / a(s), draws.randn("renoise", x_0.shape[1:]).double()
+    kept, noise = a(u) / a(s), rng.randn("renoise", x_0.shape[1:]).double()
     added = (1 - bar[u].reshape(n, 1, 1, 1) / bar[s].reshape(n, 1, 1, 1)).clamp(min=0).sqrt() * noise
 
     def judged(x):

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from distill.core.diffusion import FlowSchedule, Prediction
-from distill.core.diffusion.adversarial import HIDDEN, PLACES, Heads, discriminator_loss, generator_loss
+from distill.core.diffusion.adversarial import HIDDEN, POSITIONS, Heads, discriminator_loss, generator_loss
 from distill.core.diffusion.consistency import boundary_scalings, consistency_function, trajectory_function
 from distill.core.diffusion.regression import distance, snr_weight, truncated_snr
 from distill.core.diffusion.weights import Weight, ever_positive, weight_at
@@ -22,7 +22,7 @@ def said(schedule, kind, x_t, t, x_0, eps):
     """A prediction that says (x_0, eps) at x_t, in the parametrisation `kind`."""
     pair = Prediction(x_0, x_t, t, schedule, "sample")
     object.__setattr__(pair, "eps", eps)
-    return Prediction(pair.as_kind(kind), x_t, t, schedule, kind)
+    return Prediction(pair.as_type(kind), x_t, t, schedule, kind)
 
 
 # -- consistency ------------------------------------------------------------------------------------------------------
@@ -191,7 +191,7 @@ def test_gradients_through_the_heads_are_those_of_differences():
 def test_no_level_of_features_outweighs_another():
     heads = Heads([8, 300])
     logits = heads([torch.randn(2, 8, 64, 32), torch.randn(2, 300, 3, 2)])
-    assert logits.shape == (2, PLACES * PLACES + 3 * 2)
+    assert logits.shape == (2, POSITIONS * POSITIONS + 3 * 2)
     assert all(conv.out_channels in (8, HIDDEN, 1) for conv in heads.modules() if isinstance(conv, torch.nn.Conv2d))
 
 

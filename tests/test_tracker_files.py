@@ -21,7 +21,7 @@ from distill.plugins.trackio import Trackio
 from PIL import Image
 from support.tracker_readers import READERS, Written
 
-PICTURE = Image.linear_gradient("L").resize((40, 24)).convert("RGB")
+IMAGE = Image.linear_gradient("L").resize((40, 24)).convert("RGB")
 HPARAMS = {"learning_rate": 1e-4, "method": "lcm", "lora_rank": 64, "flip": True}
 CONFIG = {"seed": 1, "data": [{"id": "foxes"}]}
 EVERY = tuple(READERS)
@@ -80,8 +80,8 @@ def check_whole(run: Written) -> None:
     assert run.scalars["lr"] == [(step, pytest.approx(1e-4)) for step in (1, 2, 3)]
     (_, score) = run.scalars["scores/student_4_steps/prompt_agreement_judge"][-1]
     assert score == 0.75
-    assert set(run.pictures) == {("validation/grid", 3)}
-    assert run.pictures["validation/grid", 3].convert("RGB").tobytes() == PICTURE.tobytes()
+    assert set(run.images) == {("validation/grid", 3)}
+    assert run.images["validation/grid", 3].convert("RGB").tobytes() == IMAGE.tobytes()
     assert set(run.texts) == {("config", 0)}
     assert "**seed**: <1>" in run.texts["config", 0].replace("&lt;", "<").replace("&gt;", ">")
     assert float(run.hparams["learning_rate"]) == pytest.approx(1e-4)
@@ -92,12 +92,12 @@ def check_whole(run: Written) -> None:
 def write_whole(trackers: Trackers) -> None:
     trackers.text("config", "**seed**: <1>", 0)
     log(trackers, range(1, 4))
-    trackers.images("validation", {"grid": PICTURE}, 3)
+    trackers.images("validation", {"grid": IMAGE}, 3)
     trackers.finish({"scores/student_4_steps/prompt_agreement_judge": 0.75})
 
 
 @each_tracker(*EVERY)
-def test_scalars_pictures_text_settings_and_scores_are_read_back(name, tmp_path):
+def test_scalars_images_text_settings_and_scores_are_read_back(name, tmp_path):
     write_whole(opened(tmp_path / "run", name))
     (run,) = READERS[name](tmp_path / "run")
     check_whole(run)
@@ -137,14 +137,14 @@ def test_all_at_once_write_the_same_whatever_figures_come(folder):
     trackers.log({"loss": math.nan, "x0/α (β)": math.inf, "big": 1e300}, 1)
     trackers.log({"loss": 2.0, "x0/α (β)": -math.inf, "big": 0.0}, 10_000)
     assert trackers.names == tuple(names), "figures that are not finite switch no tracker off"
-    trackers.images("validation", {"teacher & <student>": PICTURE}, 1)
+    trackers.images("validation", {"teacher & <student>": IMAGE}, 1)
     trackers.finish({})
     assert trackers.names == ()
     for name in names:
         (run,) = READERS[name](folder)
         assert run.last("loss")[10_000] == 2.0, name
         assert len(run.scalars) >= 3, name
-        assert len(run.pictures) == 1, name
+        assert len(run.images) == 1, name
 
 
 @each_tracker(*EVERY)

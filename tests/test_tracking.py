@@ -108,12 +108,12 @@ def board(folder: Path, **extra: object) -> TensorBoard:
     return tracker
 
 
-def test_tensorboard_holds_scalars_pictures_text_and_hparams(tmp_path):
+def test_tensorboard_holds_scalars_images_text_and_hparams(tmp_path):
     tracker = board(tmp_path, hparams={"learning_rate": 1e-4, "method": "lcm", "rank": 64, "flip": True})
     for step in (1, 2, 3):
         tracker.log({"train/loss": 1 / step, "train/lr": 1e-4}, step)
-    picture = Image.linear_gradient("L").resize((40, 24)).convert("RGB")
-    tracker.images("validation", {"grid": picture}, 3)
+    image = Image.linear_gradient("L").resize((40, 24)).convert("RGB")
+    tracker.images("validation", {"grid": image}, 3)
     tracker.text("config", "**seed**: 1", 0)
     tracker.finish({"scores/student_4_steps/prompt_agreement_judge": 0.75})
 
@@ -123,7 +123,7 @@ def test_tensorboard_holds_scalars_pictures_text_and_hparams(tmp_path):
     assert [event.value for event in losses] == pytest.approx([1, 1 / 2, 1 / 3])
     stored = read.Images("validation/grid")[0]
     assert stored.step == 3
-    assert Image.open(io.BytesIO(stored.encoded_image_string)).tobytes() == picture.tobytes()
+    assert Image.open(io.BytesIO(stored.encoded_image_string)).tobytes() == image.tobytes()
     text = read.Tensors("config/text_summary")[0].tensor_proto.string_val[0]
     assert text == b"**seed**: 1"
     score = read.Scalars("scores/student_4_steps/prompt_agreement_judge")[0]

@@ -1,4 +1,4 @@
-"""Grids that can be looked at, and validation: same prompts and seeds, the teacher's pictures made once."""
+"""Grids that can be looked at, and validation: same prompts and seeds, the teacher's images made once."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from distill.core.drawing.grid import GridRow, fit, labelled_grid, to_pictures, to_tensor
+from distill.core.drawing.grid import GridRow, fit, labelled_grid, to_images, to_tensor
 from distill.core.engine.tracking import Trackers
 from distill.core.errors import UserError
-from distill.core.evaluation.sampling import Recipe, batch_size, describe_guidance, plural, sampling
+from distill.core.evaluation.sampling import SamplingPlan, batch_size, describe_guidance, plural, sampling
 from distill.core.evaluation.validation import ValidationPlan, Validator, slug
 from distill.core.utils.prompt_library import read_library
 from PIL import Image
-from support.fake_family import FakeFamily, FakeNetworks, fake_sampler, picture
+from support.fake_family import FakeFamily, FakeNetworks, fake_sampler, image
 
 # -- grids -----------------------------------------------------------------------------------------------------------
 
@@ -24,7 +24,7 @@ def coloured(width: int, height: int, colour: tuple[int, int, int]) -> Image.Ima
 
 
 @pytest.mark.parametrize(("edge", "expected"), [(8, 128), (32, 128), (48, 144), (127, 254), (128, 128), (400, 400)])
-def test_small_pictures_are_enlarged_by_whole_factors_and_pixels_stay_pixels(edge, expected):
+def test_small_images_are_enlarged_by_whole_factors_and_pixels_stay_pixels(edge, expected):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (edge, edge, 3), dtype=np.uint8))
     enlarged = fit(noise)
     assert enlarged.size == (expected, expected)
@@ -33,11 +33,11 @@ def test_small_pictures_are_enlarged_by_whole_factors_and_pixels_stay_pixels(edg
 
 
 @pytest.mark.parametrize(("size", "expected"), [((1024, 1024), (512, 512)), ((1280, 768), (512, 307))])
-def test_large_pictures_are_scaled_down_keeping_their_aspect(size, expected):
+def test_large_images_are_scaled_down_keeping_their_aspect(size, expected):
     assert fit(coloured(*size, (1, 2, 3))).size == expected
 
 
-def test_every_picture_stands_in_the_grid_and_labels_leave_ink():
+def test_every_image_stands_in_the_grid_and_labels_leave_ink():
     red, green, blue = (255, 0, 0), (0, 255, 0), (0, 0, 255)
     colours = [red, green, blue]
     rows = [GridRow(f"prompt {n}", [coloured(32, 32, colour) for colour in colours]) for n in range(2)]
@@ -53,7 +53,7 @@ def test_every_picture_stands_in_the_grid_and_labels_leave_ink():
     assert (above < 100).any(), "no column label"
 
 
-def test_mixed_aspects_and_absent_pictures_do_not_overlap():
+def test_mixed_aspects_and_absent_images_do_not_overlap():
     tall, wide = coloured(768, 1280, (200, 0, 0)), coloured(1280, 768, (0, 200, 0))
     rows = [GridRow("a", [tall, None]), GridRow("b", [wide, wide])]
     grid = np.asarray(labelled_grid(rows, ["x", "y"]))
@@ -68,13 +68,13 @@ def test_long_labels_are_cut_to_the_row():
 
 
 def test_a_row_of_another_length_is_refused():
-    with pytest.raises(ValueError, match="'a' has 1 pictures for 2 columns"):
+    with pytest.raises(ValueError, match="'a' has 1 images for 2 columns"):
         labelled_grid([GridRow("a", [None])], ["x", "y"])
 
 
-def test_pictures_and_tensors_convert_both_ways():
+def test_images_and_tensors_convert_both_ways():
     images = (torch.rand(3, 3, 8, 6, generator=torch.Generator().manual_seed(0)) * 255).round() / 255
-    assert torch.allclose(to_tensor(to_pictures(images)), images, atol=1e-6)
+    assert torch.allclose(to_tensor(to_images(images)), images, atol=1e-6)
 
 
 # -- sampling ----------------------------------------------------------------------------------------------------------
@@ -90,7 +90,7 @@ def test_words_for_steps_and_guidance():
     ]
 
 
-def test_batches_shrink_with_the_size_of_the_pictures():
+def test_batches_shrink_with_the_size_of_the_images():
     assert batch_size(32, 32) == batch_size(64, 64) == 64
     assert batch_size(256, 256) == 4
     assert batch_size(1024, 1024) == 1
@@ -118,9 +118,9 @@ def plan(**changes: object) -> ValidationPlan:
     values = {
         "prompts": ("a red fish", "two birds"),
         "resolutions": ((32, 32), (48, 32)),
-        "student": Recipe("student", "student", fake_sampler(), 4, 0.0),
-        "teacher_few": Recipe("teacher", "teacher", None, 4, 7.0),
-        "teacher_full": Recipe("teacher", "teacher", None, 50, 7.0),
+        "student": SamplingPlan("student", "student", fake_sampler(), 4, 0.0),
+        "teacher_few": SamplingPlan("teacher", "teacher", None, 4, 7.0),
+        "teacher_full": SamplingPlan("teacher", "teacher", None, 50, 7.0),
         "negative_prompt": "blurry",
         "seed": 5,
         "num_images": 2,
@@ -137,10 +137,10 @@ def test_every_prompt_at_every_resolution_and_seed_by_all_three(tmp_path):
     family = FakeFamily()
     folder = Validator(family, plan(), tmp_path).run(250, FakeNetworks(), no_trackers())
     assert folder == tmp_path / "validation" / "step-000250"
-    pictures = sorted(path.name for path in folder.glob("*.png"))
-    assert len(pictures) == 2 * 2 * 2 + 1
-    assert "grid.png" in pictures
-    assert "00-a-red-fish-48x32-seed6.png" in pictures
+    images = sorted(path.name for path in folder.glob("*.png"))
+    assert len(images) == 2 * 2 * 2 + 1
+    assert "grid.png" in images
+    assert "00-a-red-fish-48x32-seed6.png" in images
     assert len(list((tmp_path / "validation" / "teacher").glob("*.png"))) == 2 * 8
     assert not list(tmp_path.rglob("*.partial"))
     made = {(call.role, call.steps): set() for call in family.calls}
@@ -153,10 +153,10 @@ def test_every_prompt_at_every_resolution_and_seed_by_all_three(tmp_path):
     assert made == {("teacher", 4): noise, ("teacher", 50): noise, ("student", 4): noise}
 
 
-def test_a_picture_shows_its_own_prompt_and_seed(tmp_path):
+def test_a_image_shows_its_own_prompt_and_seed(tmp_path):
     folder = Validator(FakeFamily(), plan(), tmp_path).run(1, FakeNetworks(), no_trackers())
     code = sum(b"two birds") % 997
-    expected = picture(code, 6, 0.2 / 4, 48, 32)
+    expected = image(code, 6, 0.2 / 4, 48, 32)
     stored = to_tensor([Image.open(folder / "01-two-birds-48x32-seed6.png")])[0]
     assert torch.allclose(stored, expected, atol=1 / 255)
 
@@ -178,11 +178,11 @@ def test_the_teacher_is_asked_once_a_run_and_not_again_after_a_resume(tmp_path):
 
 
 @pytest.mark.parametrize("change", ["guidance", "model", "negative", "seed", "interrupted"])
-def test_a_picture_of_another_teacher_is_not_taken_for_this_one(tmp_path, change):
+def test_a_image_of_another_teacher_is_not_taken_for_this_one(tmp_path, change):
     Validator(FakeFamily(), plan(), tmp_path).run(1, FakeNetworks(), no_trackers())
     family, changed = FakeFamily(), plan()
     if change == "guidance":
-        changed = plan(teacher_full=Recipe("teacher", "teacher", None, 50, 3.0))
+        changed = plan(teacher_full=SamplingPlan("teacher", "teacher", None, 50, 3.0))
     elif change == "model":
         family.print = "v2"
     elif change == "negative":

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
-from support.pairs import Pair, distill, said
+from support.config_files import Pair, distill, said
 
 CONFIG, DATA, COMMAND_LINE = "config.json", "multidatabackend.json", "command line"
 
@@ -41,8 +41,8 @@ def entry(**values):
     return lambda pair: pair.data.append(values)
 
 
-def alone(text=None, *, name="p.txt", needs_pictures=False, **values):
-    """One dataset of captions alone, read from a file with this text, and a method that needs no pictures."""
+def alone(text=None, *, name="p.txt", needs_images=False, **values):
+    """One dataset of captions alone, read from a file with this text, and a method that needs no images."""
 
     def spoil(pair):
         if text is not None:
@@ -50,7 +50,7 @@ def alone(text=None, *, name="p.txt", needs_pictures=False, **values):
             (pair.folder / name).write_bytes(content)
         pair.data = [{"id": "alone", "dataset_type": "prompts", "prompts_file": name, **values}]
         pair.data = [{key: value for key, value in pair.data[0].items() if value is not None}]
-        pair.config |= {"distillation_method": "needy", "distillation_config": {"needs_pictures": needs_pictures}}
+        pair.config |= {"distillation_method": "needy", "distillation_config": {"needs_images": needs_images}}
 
     return spoil
 
@@ -148,7 +148,7 @@ WRONG = [
     Wrong("tracker", run(report_to="tensorbord"), CONFIG, "report_to", "'tensorbord'", "did you mean 'tensorboard'"),
     Wrong("second tracker", run(report_to="tensorboard,wnadb"), CONFIG, "report_to", "'wnadb'", "did you mean 'wandb'"),
     Wrong("backend", pets(type="lokal"), DATA, "data.pets.type", "'lokal'", "did you mean 'local'"),
-    Wrong("evaluator", run(evaluators="pictures"), CONFIG, "evaluators", "'pictures'", "registered:"),
+    Wrong("evaluator", run(evaluators="images"), CONFIG, "evaluators", "'images'", "registered:"),
     Wrong("publisher", run(publish_to="hubb"), CONFIG, "publish_to", "'hubb'", "did you mean 'hub'"),
     Wrong("flag method", flags("--method", "pcmm"), COMMAND_LINE, "distillation_method", "'pcmm'", "registered:"),
     # types
@@ -176,7 +176,7 @@ WRONG = [
     Wrong("method limit", lcm(num_ddim_timesteps=0), CONFIG, "distillation_config.lcm.num_ddim_timesteps", "0", "at least 1"),
     Wrong("probability", pets(probability=-1), DATA, "data.pets.probability", "-1", "at least 0"),
     # missing files
-    Wrong("no pictures", pets(instance_data_dir="nowhere"), DATA, "data.pets.instance_data_dir", "nowhere", "--set data.pets.instance_data_dir=DIR"),
+    Wrong("no images", pets(instance_data_dir="nowhere"), DATA, "data.pets.instance_data_dir", "nowhere", "--set data.pets.instance_data_dir=DIR"),
     Wrong("no model", run(pretrained_model_name_or_path="./missing"), CONFIG, "pretrained_model_name_or_path", "missing", "give a hub id"),
     Wrong("no single file", run(pretrained_model_name_or_path="x.safetensors"), CONFIG, "pretrained_model_name_or_path", "x.safetensors", "that is there"),
     Wrong("no vae", run(pretrained_vae_model_name_or_path="/none/vae"), CONFIG, "pretrained_vae_model_name_or_path", "/none/vae", "give a hub id"),
@@ -202,14 +202,14 @@ WRONG = [
     Wrong("downsample", pets(maximum_image_size=500, target_downsample_size=900), DATA, "data.pets.target_downsample_size", "900", "leave it out"),
     Wrong("aspects", pets(minimum_aspect_ratio=2, maximum_aspect_ratio=1), DATA, "data.pets.minimum_aspect_ratio", "2.0", "raise the other"),
     Wrong("curriculum", pets(start_step=5, end_step=5), DATA, "data.pets.end_step", "5", "raise end_step"),
-    Wrong("twice", entry(id="pets", instance_data_dir="pictures"), DATA, "data.pets.id", "'pets'", "an id of its own"),
+    Wrong("twice", entry(id="pets", instance_data_dir="images"), DATA, "data.pets.id", "'pets'", "an id of its own"),
     *[
-        Wrong(f"id {id!r}", entry(id=id, instance_data_dir="pictures"), DATA, f"data.{id}.id", id, "not `.` or `..`")
+        Wrong(f"id {id!r}", entry(id=id, instance_data_dir="images"), DATA, f"data.{id}.id", id, "not `.` or `..`")
         for id in ("..", ".", "a/b", "../up", "/abs", "a\\b")
     ],
-    Wrong("no id", entry(instance_data_dir="pictures"), DATA, "data.[1].id", "None", "Unique name"),
+    Wrong("no id", entry(instance_data_dir="images"), DATA, "data.[1].id", "None", "Unique name"),
     Wrong("no dataset left", pets(disabled=True), DATA, "data", "['pets']", "set disabled to false"),
-    Wrong("no folder", lambda pair: pair.data[0].pop("instance_data_dir"), DATA, "data.pets.instance_data_dir", "None", "The folder with the pictures"),
+    Wrong("no folder", lambda pair: pair.data[0].pop("instance_data_dir"), DATA, "data.pets.instance_data_dir", "None", "The folder with the images"),
     Wrong("no probability", pets(probability=0), DATA, "data.pets.probability", "0", "above 0"),
     Wrong("caption without prompt", pets(caption_strategy="instanceprompt"), DATA, "data.pets.instance_prompt", "None", "a photo of"),
     Wrong("text cache id", pets(text_embeds="texts"), DATA, "data.pets.text_embeds", "'texts'", "text_embeds entries: none"),
@@ -236,7 +236,7 @@ WRONG = [
     Wrong("deepspeed", run(deepspeed_config="ds.json"), CONFIG, "deepspeed_config", "'ds.json'", "accelerate"),
     # captions alone
     Wrong("no prompts file", alone(), DATA, "data.alone.prompts_file", "p.txt", "give a file that is there"),
-    Wrong("folder as prompts", alone(name="pictures"), DATA, "data.alone.prompts_file", "pictures", "into a .txt file"),
+    Wrong("folder as prompts", alone(name="images"), DATA, "data.alone.prompts_file", "images", "into a .txt file"),
     Wrong("empty prompts", alone("\n \n"), DATA, "data.alone.prompts_file", "p.txt", "one prompt per line"),
     Wrong("kind of prompts", alone("x", name="p.tsv"), DATA, "data.alone.prompts_file", "p.tsv", "one prompt per line"),
     Wrong("encoding of prompts", alone(b"a\n\xff"), DATA, "data.alone.prompts_file", "line 2 is not UTF-8", "as UTF-8"),
@@ -250,14 +250,14 @@ WRONG = [
     Wrong("commas in prompts", alone("caption\na\nb, c\n", name="p.csv"), DATA, "data.alone.prompts_file", "Row #3", "in double quotes"),
     Wrong("not a table", alone("a", name="p.parquet"), DATA, "data.alone.prompts_file", "Parquet", "write the table again"),
     Wrong("column of lines", alone("a", caption_column="a"), DATA, "data.alone.caption_column", "'a'", "leave caption_column out"),
-    Wrong("no place of prompts", alone(prompts_file=None), DATA, "data.alone.instance_data_dir", "None", "The folder with the pictures"),
-    Wrong("two places of prompts", alone("a", instance_data_dir="pictures"), DATA, "data.alone.prompts_file", "p.txt", "one of the values"),
-    Wrong("folder without prompts", alone(prompts_file=None, instance_data_dir="pictures"), DATA, "data.alone.instance_data_dir", "holds no .txt file", "as prompts_file"),
+    Wrong("no place of prompts", alone(prompts_file=None), DATA, "data.alone.instance_data_dir", "None", "The folder with the images"),
+    Wrong("two places of prompts", alone("a", instance_data_dir="images"), DATA, "data.alone.prompts_file", "p.txt", "one of the values"),
+    Wrong("folder without prompts", alone(prompts_file=None, instance_data_dir="images"), DATA, "data.alone.instance_data_dir", "holds no .txt file", "as prompts_file"),
     Wrong("no folder of prompts", alone(prompts_file=None, instance_data_dir="gone"), DATA, "data.alone.instance_data_dir", "gone", ".txt files"),
     Wrong("aspect of prompts", alone("a", crop_aspect="closest"), DATA, "data.alone.crop_aspect", "'closest'", "other resolutions"),
     Wrong("strategy of prompts", alone("a", caption_strategy="filename"), DATA, "data.alone.caption_strategy", "'filename'", "prepend_instance_prompt"),
-    Wrong("prompts of pictures", pets(instance_data_dir=None, prompts_file="p.txt"), DATA, "data.pets.prompts_file", "p.txt", '"dataset_type": "prompts"'),
-    Wrong("column of pictures", pets(caption_column="text"), DATA, "data.pets.caption_column", "['text']", '"dataset_type": "prompts"'),
+    Wrong("prompts of images", pets(instance_data_dir=None, prompts_file="p.txt"), DATA, "data.pets.prompts_file", "p.txt", '"dataset_type": "prompts"'),
+    Wrong("column of images", pets(caption_column="text"), DATA, "data.pets.caption_column", "['text']", '"dataset_type": "prompts"'),
     Wrong("fallback of lines", alone("a", fallback_caption_column="a"), DATA, "data.alone.fallback_caption_column", "['a']", "leave fallback_caption_column out"),
     Wrong("second column", alone("caption,n\na,1\n", name="p.csv", caption_column=["caption", "tag"]), DATA, "data.alone.caption_column", "no column 'tag'", "name one of them"),
     Wrong("nested column", alone('{"meta": {"caption": "a"}}', name="p.jsonl"), DATA, "data.alone.caption_column", "it has 'meta', 'meta.caption'", "name one of them"),
@@ -269,20 +269,20 @@ WRONG = [
     Wrong("no table", table(None), DATA, "data.pets.csv_file", "pets.csv", "give files that are there"),
     Wrong("no key of a table", table(None, csv_file=None), DATA, "data.pets.csv_file", "None", "a folder of them"),
     Wrong("empty table", table(""), DATA, "data.pets.csv_file", "pets.csv", "first line with the columns' names"),
-    Wrong("no column of pictures", table("pitcure,caption\n"), DATA, "data.pets.image_column", "it has 'pitcure', 'caption'", "name one of them"),
-    Wrong("wrong column of pictures", table("image,caption\n", image_column="imag"), DATA, "data.pets.image_column", "'imag'", "did you mean 'image'"),
+    Wrong("no column of images", table("pitcure,caption\n"), DATA, "data.pets.image_column", "it has 'pitcure', 'caption'", "name one of them"),
+    Wrong("wrong column of images", table("image,caption\n", image_column="imag"), DATA, "data.pets.image_column", "'imag'", "did you mean 'image'"),
     Wrong("no column of captions", table("image,prompt\n"), DATA, "data.pets.caption_column", "it has 'image', 'prompt'", "name one of them"),
     Wrong("wrong name column", table("image,caption\n", filename_column="name"), DATA, "data.pets.filename_column", "'name'", "name one of them"),
     Wrong("width alone", table("image,caption,w\n", width_column="w"), DATA, "data.pets.height_column", "None", "both or neither"),
     Wrong("key twice", table("image,caption\n", csv_url_column="caption", image_column="image"), DATA, "data.pets.image_column", "'caption'", "keep one of them"),
     Wrong("range of tables", table("", csv_file="pets-{9..1}.csv"), DATA, "data.pets.csv_file", "{9..1}", "{000..012}"),
-    Wrong("folder without tables", table(None, csv_file="pictures"), DATA, "data.pets.csv_file", "holds no .csv or .tsv file", "a folder of"),
+    Wrong("folder without tables", table(None, csv_file="images"), DATA, "data.pets.csv_file", "holds no .csv or .tsv file", "a folder of"),
     Wrong("shards of text", table("a cat", type="webdataset", csv_file=None, shards="pets.csv"), DATA, "data.pets.shards", "no tar archive", "side by side"),
     Wrong("kind of metadata", pets(metadata_file="m.tsv", caption_strategy="csv"), DATA, "data.pets.metadata_file", ".tsv", "one of these formats"),
     Wrong("no metadata", pets(metadata_file="m.csv", caption_strategy="csv"), DATA, "data.pets.metadata_file", "does not exist", "that is there"),
     Wrong("URL as folder", pets(instance_data_dir="s3://bucket/pets"), DATA, "data.pets.instance_data_dir", "s3://bucket/pets", "type csv"),
-    Wrong("pictures needed", alone("a", needs_pictures=True), DATA, "data.alone.dataset_type", "the method 'needy' needs pictures", "or choose a method that needs none"),
-    Wrong("pictures needed of all", both(alone("a", needs_pictures=True), entry(id="pets", instance_data_dir="pictures")), DATA, "data.alone.dataset_type", "'prompts'", "leave the entry out"),
+    Wrong("images needed", alone("a", needs_images=True), DATA, "data.alone.dataset_type", "the method 'needy' needs images", "or choose a method that needs none"),
+    Wrong("images needed of all", both(alone("a", needs_images=True), entry(id="pets", instance_data_dir="images")), DATA, "data.alone.dataset_type", "'prompts'", "leave the entry out"),
     # what a method needs and a family cannot do
     Wrong("dropout", run(lora_dropout=0.1), CONFIG, "lora_dropout", "0.1", "set lora_dropout to 0"),
     Wrong(
@@ -428,7 +428,7 @@ def test_every_command_refuses_an_unknown_option(tmp_path):
 
 def test_json_of_the_wrong_type_inside_the_data_is_one_finding(tmp_path):
     pair = Pair(tmp_path)
-    pair.data = json.loads('[{"id": "pets", "instance_data_dir": {"path": "pictures"}}]')
+    pair.data = json.loads('[{"id": "pets", "instance_data_dir": {"path": "images"}}]')
     pair.write()
     result = distill("config", "check", *pair.options())
     assert result.exit_code == 2

@@ -17,7 +17,7 @@ COMMANDS = {
     "run": "A distillation run, start to end.",
     "evaluate": "Score a student against its teacher.",
     "report": "A run as one page, while it goes or long after.",
-    "generate": "Make pictures with a student.",
+    "generate": "Make images with a student.",
     "publish": "Publish a finished student.",
     "config": "Check, show or start a configuration.",
     "plugins": "What is there, and from where.",
@@ -82,7 +82,7 @@ def named_failures(call: Callable[..., Any], *arguments: Any) -> Any:
         raise
     except Exception as error:
         attribution = sys.modules.get(f"{__name__.rsplit('.', 1)[0]}.registry.attribution")
-        failure = attribution.named(error) if attribution else None
+        failure = attribution.attribute_error(error) if attribution else None
         if failure is None:
             raise
         raise failure from error

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Build, verify or clear the text and latent caches.", no_args_is_help=True)
 
-OnlyDataset = Annotated[str | None, typer.Option("--dataset", help="Only the latents, or pairs, of this entry's id.")]
+OnlyDataset = Annotated[
+    str | None, typer.Option("--dataset", help="Only the latents, or trajectories, of this entry's id.")
+]
 
 
 @app.command()
@@ -62,12 +64,12 @@ def verify(
     from ..errors import DistillError
     from ..runs.builders import build_pipeline
 
-    found = list(build_pipeline(configuration, registry, say=options.say).surveys())
-    for survey in found:
-        options.say(survey.line())
-    if any(survey.num_orphaned for survey in found):
+    found = list(build_pipeline(configuration, registry, say=options.say).cache_states())
+    for state in found:
+        options.say(state.line())
+    if any(state.num_orphaned for state in found):
         options.say("orphaned entries are of use to other configurations only; `distill cache clear --orphaned`")
-    if damaged := sum(len(survey.damaged) for survey in found):
+    if damaged := sum(len(state.damaged) for state in found):
         raise DistillError(f"{damaged} damaged files were removed; `distill cache build` or the next run restores them")
 
 
@@ -109,39 +111,40 @@ def clear(
 def _clear_orphaned(configuration: Configuration, registry: Registry, dataset: str | None, *, yes: bool) -> None:
     from ..runs.builders import build_pipeline
 
-    found = list(build_pipeline(configuration, registry, say=options.say).surveys())
+    found = list(build_pipeline(configuration, registry, say=options.say).cache_states())
     found = [each for each in found if each.num_orphaned and dataset in (None, each.cache.descriptor.get("dataset"))]
-    for survey in found:
-        options.say(survey.line())
+    for state in found:
+        options.say(state.line())
     if not found:
         options.say("there is nothing orphaned")
     elif not yes:
         typer.confirm(f"Remove {sum(each.num_orphaned for each in found):,} orphaned entries?", abort=True, err=True)
-    freed = sum(survey.remove_orphaned() for survey in found)
+    freed = sum(state.remove_orphaned() for state in found)
     options.say(f"freed {freed / 2**20:,.1f} MiB")
 
 
 def _folders(configuration: Configuration, dataset: str | None) -> list[tuple[Path, dict[str, object]]]:
     """Folders and descriptors of all caches of the configuration's datasets, or of one dataset's or entry's alone."""
-    from ..data.cache.cache_paths import CachePlaces, dataset_folders
+    from ..data.cache.cache_paths import CachePaths, dataset_folders
     from ..data.cache.tensor_cache import cache_folders
     from ..runs.output_folder import CACHE_FOLDER
 
-    places = CachePlaces(configuration, configuration.run.output_dir / CACHE_FOLDER)
-    pairs = {places.pairs(entry) for entry in configuration.distillation_caches if entry.id == dataset}
+    paths = CachePaths(configuration, configuration.run.output_dir / CACHE_FOLDER)
+    trajectories = {paths.trajectories(entry) for entry in configuration.distillation_caches if entry.id == dataset}
     found = {
         folder: descriptor
-        for parent in dataset_folders(places, configuration.datasets)
+        for parent in dataset_folders(paths, configuration.datasets)
         for folder, descriptor in cache_folders(parent)
-        if dataset in (None, descriptor.get("dataset")) or (parent in pairs and descriptor["kind"] == "pairs")
+        if dataset in (None, descriptor.get("dataset"))
+        or (parent in trajectories and descriptor["kind"] == "trajectories")
     }
     return sorted(found.items())
 
 
 def _side_files(configuration: Configuration, dataset: str | None) -> list[Path]:
     """Indexes, remembered settings and quarantine lists beside the latents."""
-    from ..data.cache.cache_paths import CachePlaces
+    from ..data.cache.cache_paths import CachePaths
     from ..runs.output_folder import CACHE_FOLDER
 
-    places = CachePlaces(configuration, configuration.run.output_dir / CACHE_FOLDER)
-    return [file for each in configuration.datasets if dataset in (None, each.id) for file in places.side_files(each)]
+    paths = CachePaths(configuration, configuration.run.output_dir / CACHE_FOLDER)
+    return [file for each in configuration.datasets if dataset in (None, each.id) for file in paths.side_files(each)]

@@ -28,7 +28,7 @@ def evaluate(
     teacher_steps: Annotated[
         str | None, typer.Option(help="Numbers of steps of the teacher, as 4,50; the largest is the full teacher.")
     ] = None,
-    num_samples: Annotated[int | None, typer.Option(min=1, help="Pictures per score; the run's by default.")] = None,
+    num_samples: Annotated[int | None, typer.Option(min=1, help="Images per score; the run's by default.")] = None,
     evaluators: Annotated[
         str | None, typer.Option(metavar="NAMES", help="Evaluators, as clip_score,fid; the run's by default.")
     ] = None,
@@ -109,10 +109,10 @@ def read_steps(option: str, text: str | None) -> tuple[int, ...] | None:
 def _data(
     configuration: Configuration, registry: Registry, family: ModelFamily, count: int
 ) -> tuple[Sequence[str], RealImages | None]:
-    """Captions and pictures of the run's data; the validation prompts and no pictures where it cannot be read."""
+    """Captions and images of the run's data; the validation prompts and no images where it cannot be read."""
     from ..runs.builders import build_pipeline
 
-    pipeline = build_pipeline(configuration, registry, say=_say, family=family, pairs=False)
+    pipeline = build_pipeline(configuration, registry, say=_say, family=family, trajectories=False)
     try:
         pipeline.prepare()
     except UserError as error:

@@ -1,4 +1,4 @@
-"""`distill generate`: a picture from a finished run's student."""
+"""`distill generate`: an image from a finished run's student."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 
 def generate(
     output_dir: Annotated[Path, typer.Argument(help="The output folder of a finished run.")],
-    prompt: Annotated[str, typer.Option(help="What the picture shows.")],
+    prompt: Annotated[str, typer.Option(help="What the image shows.")],
     steps: Annotated[
         int | None, typer.Option(min=1, max=1000, help="Number of steps; the student's own by default.")
     ] = None,
@@ -24,15 +24,15 @@ def generate(
         str | None, typer.Option(help="Quantizer of the base, or no_change; the run's by default.")
     ] = None,
 ) -> None:
-    """Make a picture with a finished run's student."""
-    from ..drawing.grid import to_pictures
-    from ..evaluation.sampling import Recipe, make_pictures, sampling
+    """Make an image with a finished run's student."""
+    from ..drawing.grid import to_images
+    from ..evaluation.sampling import SamplingPlan, make_images, sampling
     from ..evaluation.validation import slug
     from ..runs.builders import build_family, build_method
     from ..runs.finished import ExportedNetworks, open_run, parse_loras
     from ..runs.output_folder import STUDENT_FOLDER
     from ..settings.configuration import default_resolution
-    from ..utils.files import save_picture
+    from ..utils.files import save_image
 
     loras = parse_loras(lora or [])
     named = [] if base_model_precision is None else [f"base_model_precision={base_model_precision}"]
@@ -45,12 +45,12 @@ def generate(
         guidance_scale=run.validation_guidance,
     )
     role = method.result_role()
-    recipe = Recipe("student", role, sampler, sampler.num_inference_steps, sampler.guidance_scale)
+    recipe = SamplingPlan("student", role, sampler, sampler.num_inference_steps, sampler.guidance_scale)
     width, height = default_resolution(configuration)
     networks = ExportedNetworks(family, output_dir / STUDENT_FOLDER, extra_loras=loras)
     embeds = family.encode_prompts([prompt])
     with sampling(networks, role) as network:
-        batches = list(make_pictures(family, network, recipe, embeds, [0], [seed], width=width, height=height))
+        batches = list(make_images(family, network, recipe, embeds, [0], [seed], width=width, height=height))
     file = out or output_dir / "generated" / f"{slug(prompt)}-{recipe.steps}steps-seed{seed}.png"
-    save_picture(to_pictures(batches[0])[0], file)
+    save_image(to_images(batches[0])[0], file)
     print(f"wrote {file} ({width}x{height}, {recipe.label.splitlines()[1]}, seed {seed})", file=sys.stderr)

@@ -40,13 +40,13 @@ def plan(configuration: Configuration, registry: Registry) -> Iterator[tuple[str
         yield f"  {name}", str(value)
     for entry in configuration.datasets:
         size = f"{entry.resolution:g} ({entry.resolution_type})"
-        kind = "" if entry.has_pictures else "captions alone of "
+        kind = "" if entry.has_images else "captions alone of "
         where = registry.get("data_backend", entry.type)(entry.backend).location
         own = f", {entry.train_batch_size} samples per micro-batch" if entry.train_batch_size else ""
         yield "data", f"{entry.id}: {kind}{where}, resolution {size}{own}"
     for entry in configuration.distillation_caches:
         how = f"{entry.num_inference_steps} steps of the teacher ({entry.solver}) at guidance {entry.guidance_scale:g}"
-        yield "pairs", f"{entry.id}: {how}, {entry.num_pairs_per_prompt} per caption and size"
+        yield "trajectories", f"{entry.id}: {how}, {entry.num_pairs_per_prompt} per caption and size"
     ends = [f"{run.max_train_steps} steps"] if run.max_train_steps else []
     ends += [f"{run.num_train_epochs} epochs"] if run.num_train_epochs else []
     batch = f"{run.train_batch_size} x {run.gradient_accumulation_steps} samples per step and process"

@@ -165,10 +165,10 @@ def needs(method: type[Method]) -> list[str]:
 
 
 def _needs(needed: Requirements, model_type: str) -> list[str]:
-    words = ["pictures with captions" if needed.pictures else "captions alone, no pictures"]
+    words = ["images with captions" if needed.images else "captions alone, no images"]
     if needed.trajectory_points:
         points = "" if needed.trajectory_points == 1 else f" and {needed.trajectory_points} points of the path"
-        words += [f"pairs of noise and the teacher's latents{points} (a distillation cache)"]
+        words += [f"trajectories of noise and the teacher's latents{points} (a distillation cache)"]
     words += [meaning for switch, meaning in SWITCHES.items() if getattr(needed, switch)]
     words += ["lora_dropout 0"] if needed.zero_dropout and model_type == "lora" else []
     words += [f"a grid of {needed.divides_timesteps} times"] if needed.divides_timesteps else []

@@ -40,7 +40,7 @@ def run(
 ) -> None:
     """Distil a teacher into a few-step student: caches, training, validation, export, scores.
 
-    Without --model it uses the miniature that ships with the family, and its pictures.
+    Without --model it uses the miniature that ships with the family, and its images.
     """
     configuration, registry = options.load(
         config=config,

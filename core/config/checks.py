@@ -21,7 +21,7 @@ MIN_PIXELS = 8
 _DEVICE = re.compile(r"(auto|cpu|mps|cuda(:\d+)?)$")
 
 
-class Report:
+class ConfigReport:
     """Collects findings and notices about the run's keys, with the file that each value came from."""
 
     def __init__(self, layers: Layers, findings: list[Finding], notices: list[str]) -> None:
@@ -43,7 +43,7 @@ class Report:
         return self.layers.given(key)
 
 
-def check_run(run: RunSettings, report: Report, *, to_train: bool = True) -> None:
+def check_run(run: RunSettings, report: ConfigReport, *, to_train: bool = True) -> None:
     """Everything about the run's keys that no single field's limits can say.
 
     Args:
@@ -58,7 +58,7 @@ def check_run(run: RunSettings, report: Report, *, to_train: bool = True) -> Non
     check_sizes(run, "", report.refuse)
 
 
-def _check_length(run: RunSettings, report: Report) -> None:
+def _check_length(run: RunSettings, report: ConfigReport) -> None:
     steps, epochs = run.max_train_steps, run.num_train_epochs
     if steps is None and epochs is None:
         problem = "is required: neither max_train_steps nor num_train_epochs is set"
@@ -81,7 +81,7 @@ def cuda_available() -> bool:
     return torch.cuda.is_available()
 
 
-def _check_precision(run: RunSettings, report: Report) -> None:
+def _check_precision(run: RunSettings, report: ConfigReport) -> None:
     if not _DEVICE.match(run.device):
         remedy = "accepted: auto, cpu, cuda, cuda:0, ..."
         report.refuse("device", run.device, "is not a device", remedy)
@@ -95,7 +95,7 @@ def _check_precision(run: RunSettings, report: Report) -> None:
         report.refuse("mixed_precision", run.mixed_precision, problem, "set mixed_precision to bf16 or no")
 
 
-def _check_lora(run: RunSettings, report: Report) -> None:
+def _check_lora(run: RunSettings, report: ConfigReport) -> None:
     if run.model_type == "lora":
         return
     if run.init_lora is not None:
@@ -107,12 +107,12 @@ def _check_lora(run: RunSettings, report: Report) -> None:
         report.note(f"{', '.join(unused)}: no effect with model_type full")
 
 
-def _check_validation(run: RunSettings, report: Report) -> None:
+def _check_validation(run: RunSettings, report: ConfigReport) -> None:
     if run.validation_negative_prompt and (run.validation_guidance or 0) <= 1:
         report.note("validation_negative_prompt has no effect without guidance (validation_guidance is 0 or 1)")
 
 
-def _check_paths(run: RunSettings, report: Report) -> None:
+def _check_paths(run: RunSettings, report: ConfigReport) -> None:
     models = {
         "pretrained_model_name_or_path": run.pretrained_model_name_or_path,
         "pretrained_vae_model_name_or_path": run.pretrained_vae_model_name_or_path,
@@ -143,7 +143,7 @@ def _check_paths(run: RunSettings, report: Report) -> None:
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
-def _check_tracking(run: RunSettings, report: Report) -> None:
+def _check_tracking(run: RunSettings, report: ConfigReport) -> None:
     if run.push_to_hub and not run.hub_model_id:
         report.note("push_to_hub is set without hub_model_id: the student stays on this machine")
     if run.hub_model_id and not run.push_to_hub:
@@ -182,10 +182,10 @@ def _check_order(settings: Any, prefix: str, refuse: Refuse) -> None:
 
     low, high, target = settings.minimum_image_size, settings.maximum_image_size, settings.target_downsample_size
     if low is not None and high is not None and area(low) > area(high):
-        problem = f"is above maximum_image_size = {high:g}, so every picture would be left out"
+        problem = f"is above maximum_image_size = {high:g}, so every image would be left out"
         refuse(f"{prefix}minimum_image_size", low, problem, "lower minimum_image_size or raise maximum_image_size")
     if target is not None and high is not None and area(target) > area(high):
-        problem = f"is above maximum_image_size = {high:g}: pictures cannot be scaled down to a larger size"
+        problem = f"is above maximum_image_size = {high:g}: images cannot be scaled down to a larger size"
         refuse(f"{prefix}target_downsample_size", target, problem, "lower it to maximum_image_size or leave it out")
 
 
@@ -195,7 +195,7 @@ def check_dataset(entry: DatasetSettings, refuse: Refuse) -> None:
     check_sizes(entry, prefix, refuse)
     low, high = entry.minimum_aspect_ratio, entry.maximum_aspect_ratio
     if low is not None and high is not None and low > high:
-        problem = f"is above maximum_aspect_ratio = {high:g}, so every picture would be left out"
+        problem = f"is above maximum_aspect_ratio = {high:g}, so every image would be left out"
         refuse(f"{prefix}minimum_aspect_ratio", low, problem, "lower one or raise the other")
     if entry.end_step is not None and entry.end_step <= entry.start_step:
         problem = f"is not above start_step = {entry.start_step}, so the dataset would never be used"

@@ -27,9 +27,9 @@ from .normalise import (
     rename_dataset_keys,
     rename_dataset_values,
 )
-from .pair_entries import check_pair_keys
-from .prompt_entries import Refuse, check_captions, check_kind, check_prompts, without_pictures
+from .prompt_entries import Refuse, check_captions, check_kind, check_prompts, without_images
 from .reading import COMMAND_LINE, SUFFIXES, Layers, Origin, fill_environment, read_file, strip_dashes
+from .trajectory_entries import check_trajectory_keys
 
 if TYPE_CHECKING:
     from ..registry.registry import Registry
@@ -69,7 +69,7 @@ class RawEntry:
 
 @dataclass
 class Datasets:
-    """What comes out: enabled datasets of pictures or prompts, and places for caches."""
+    """What comes out: enabled datasets of images or prompts, and places for caches."""
 
     training: list[DatasetSettings] = field(default_factory=list)
     caches: list[DatasetSettings] = field(default_factory=list)
@@ -196,7 +196,7 @@ class DatasetsCheck:
         check_captions(entry, refuse, with_samples=issubclass(backend, SampleBackend))
         if self.to_train:
             self._check_place(entry, refuse)
-            if not entry.has_pictures and len(self.findings) == before:
+            if not entry.has_images and len(self.findings) == before:
                 check_prompts(entry, self.registry, refuse)
 
     def _check_cache(self, raw: RawEntry, entry: DatasetSettings) -> None:
@@ -214,7 +214,7 @@ class DatasetsCheck:
             backend = self.registry.get("data_backend", entry.type)(entry.backend)
             backend.check()
             if isinstance(backend, SampleBackend):
-                backend.check_samples(pictures=entry.has_pictures, captions=entry.needs_captions)
+                backend.check_samples(images=entry.has_images, captions=entry.needs_captions)
             elif entry.metadata_is_here:
                 from ..data.tables.metadata_table import MetadataTable
 
@@ -259,15 +259,15 @@ class DatasetsCheck:
         if not isinstance(entry, DatasetSettings) or backend is None:
             return None
         ours = {key: value for key, value in values.items() if key in own}
-        entry = check_pair_keys(entry, set(settings), partial(self._refuse, raw))
+        entry = check_trajectory_keys(entry, set(settings), partial(self._refuse, raw))
         kind = self.registry.get("data_backend", entry.type)
         if entry.dataset_type not in (*TRAINED_ON, "checkpoints") and kind.on_this_machine:
             return self._writable(entry)  # a cache on this machine lies in its cache_dir
         part = check.validate(backend, ours, raw.prefix, origin)
         if part is None:
             return None
-        if not entry.has_pictures:
-            entry = without_pictures(entry, set(settings), self.notices)
+        if not entry.has_images:
+            entry = without_images(entry, set(settings), self.notices)
         return self._writable(entry.model_copy(update={"backend": part}))
 
     def _backend(self, raw: RawEntry) -> type[BaseModel] | None:

@@ -155,7 +155,7 @@ def matrix_page(registry: Registry) -> str:
         "\n".join(f"{number}. {reason}" for number, reason in enumerate(reasons, 1)),
         f"{', '.join(made_of_others)}: wherever all of its terms run.",
         "`pytest -m slow tests/test_family_matrix.py` trains each cell on a random tiny model: the student moves, the "
-        "teacher stays bitwise, a checkpoint resumes, pictures are sampled.",
+        "teacher stays bitwise, a checkpoint resumes, images are sampled.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ConfigError, Finding, UserError
 from ..settings.configuration import PARTS, Configuration
 from ..settings.run_settings import RunSettings
-from .checks import Report, check_run
+from .checks import ConfigReport, check_run
 from .datasets import Datasets, DatasetsCheck, RawEntry, apply_overrides, find_data_file, read_data_file, read_entries
 from .findings import PartCheck
 from .normalise import align_rounding, megapixel_notices, refuse_not_yet, rename_run_keys
-from .pair_entries import PairNeeds, PairsCheck
 from .parts import Parts, PartsCheck
 from .quantisation import check_quantisation
 from .reading import COMMAND_LINE, Layers, Origin, fill_environment, nested, parse_override, read_file, strip_dashes
-from .requirements import check_pictures, check_requirements, check_smaller_student, trajectory_points
+from .requirements import check_images, check_requirements, check_smaller_student, trajectory_points
+from .trajectory_entries import TrajectoryCheck, TrajectoryNeeds
 
 if TYPE_CHECKING:
     from ..registry.registry import Registry
@@ -52,7 +52,7 @@ def load_configuration(
     Raises:
         ConfigError: With all findings.
     """
-    loader = Loader(registry, config_file=Path(config_file) if config_file else None, to_train=to_train)
+    loader = ConfigurationLoader(registry, config_file=Path(config_file) if config_file else None, to_train=to_train)
     given = {key: value for key, value in (flags or {}).items() if value is not None}
     configuration = loader.load(Path(data_file) if data_file else None, given, overrides)
     if loader.findings or configuration is None:
@@ -61,7 +61,7 @@ def load_configuration(
 
 
 @dataclass
-class Loader:
+class ConfigurationLoader:
     """One pass over all sources; findings and notices gather on the way."""
 
     registry: Registry
@@ -92,7 +92,7 @@ class Loader:
         run = self._run(check) if self.readable else None
         parts = check.validate(run)
         if run is not None:
-            check_run(run, Report(self.layers, self.findings, self.notices), to_train=self.to_train)
+            check_run(run, ConfigReport(self.layers, self.findings, self.notices), to_train=self.to_train)
             megapixel_notices(run, "", self.notices)
             self._compare(run, parts, check)
         entries = self._entries(run, data_file, inline, recipe_data)
@@ -232,7 +232,7 @@ class Loader:
         if method is None or config is None:
             return
         files = {entry.id: entry.layers.origin("dataset_type").file for entry in entries}
-        self.findings.extend(check_pictures(method, config, run, datasets.training, files=files))
+        self.findings.extend(check_images(method, config, run, datasets.training, files=files))
 
     def _give_pairs(
         self, run: RunSettings, parts: Parts, check: PartsCheck, entries: list[RawEntry], datasets: Datasets
@@ -242,11 +242,11 @@ class Loader:
         config = parts["distillation_config"].get(method.name) if method else None
         if method is None or family is None or config is None or self.findings:
             return
-        points, place = trajectory_points(method, config, run), f"{run.output_dir}/cache/pairs"
-        needs = PairNeeds(method.name, points, family.default_guidance, place)
+        points, place = trajectory_points(method, config, run), f"{run.output_dir}/cache/trajectories"
+        needs = TrajectoryNeeds(method.name, points, family.default_guidance, place)
         files = {entry.id: entry.layers.fallback.file for entry in entries}
-        pairs = PairsCheck(needs, files, self.findings, self.notices)
-        datasets.training, datasets.caches = pairs.resolve(datasets.training, datasets.caches)
+        trajectories = TrajectoryCheck(needs, files, self.findings, self.notices)
+        datasets.training, datasets.caches = trajectories.resolve(datasets.training, datasets.caches)
 
     def _entries(
         self, run: RunSettings | None, data_file: Path | None, inline: Any, recipe: list[RawEntry] | None

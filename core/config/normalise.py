@@ -19,7 +19,7 @@ DATASET_VALUES = {
     ("crop_style", "centre"): "center",
 }
 METADATA_OBJECTS = ("parquet", "huggingface")
-"""Keys of objects with an entry's columns, in the established trainer: of a table beside the pictures, of a dataset."""
+"""Keys of objects with an entry's columns, in the established trainer: of a table beside the images, of a dataset."""
 METADATA_KEYS = {"path": "metadata_file", "identifier_includes_extension": ""}
 """Its keys that have another name here, or are not needed: names match with and without their suffix."""
 NOT_YET = {

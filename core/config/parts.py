@@ -103,12 +103,12 @@ class PartsCheck:
 
     def elsewhere(self) -> dict[str, str]:
         """Keys that are known at another level than the run's -> where."""
-        places = {key: f"the data file, as data.<id>.{key}" for key in DatasetSettings.model_fields}
+        homes = {key: f"the data file, as data.<id>.{key}" for key in DatasetSettings.model_fields}
         for key, kind in PARTS.items():
             if kind in self.classes:
                 part = self.classes[kind]
-                places |= {name: f"{key}.{part.name}.{name}" for name in part.Config.model_fields}
-        return {key: place for key, place in places.items() if key not in RunSettings.model_fields}
+                homes |= {name: f"{key}.{part.name}.{name}" for name in part.Config.model_fields}
+        return {key: place for key, place in homes.items() if key not in RunSettings.model_fields}
 
     def validate(self, run: RunSettings | None) -> Parts:
         """Every part that is in use or was given."""

@@ -11,33 +11,33 @@ if TYPE_CHECKING:
     from ..registry.registry import Registry
 
 Refuse = Callable[[str, object, str, str], None]
-ABOUT_PICTURES = (
+ABOUT_IMAGES = (
     "crop", "crop_style", "minimum_image_size", "maximum_image_size", "target_downsample_size",
     "aspect_bucket_rounding", "minimum_aspect_ratio", "maximum_aspect_ratio", "max_upscale_threshold", "random_flip",
     "cache_dir_vae", "vae_batch_size",
 )  # fmt: skip
-"""Keys that decide what happens to pictures, hence nothing where there are none."""
+"""Keys that decide what happens to images, hence nothing where there are none."""
 
 
-def without_pictures(entry: DatasetSettings, given: Collection[str], notices: list[str]) -> DatasetSettings:
-    """The entry with the keys that are about pictures at their defaults; those that were given are named in a notice.
+def without_images(entry: DatasetSettings, given: Collection[str], notices: list[str]) -> DatasetSettings:
+    """The entry with the keys that are about images at their defaults; those that were given are named in a notice.
 
     Args:
         entry: Of prompts.
         given: Keys that the entry itself has, rather than the run.
         notices: Where the notice goes.
     """
-    defaults = {name: DatasetSettings.model_fields[name].default for name in ABOUT_PICTURES}
-    idle = [name for name in ABOUT_PICTURES if name in given and getattr(entry, name) != defaults[name]]
+    defaults = {name: DatasetSettings.model_fields[name].default for name in ABOUT_IMAGES}
+    idle = [name for name in ABOUT_IMAGES if name in given and getattr(entry, name) != defaults[name]]
     if idle:
-        notices.append(f"data.{entry.id}: {', '.join(idle)}: no effect on prompts, which have no pictures")
+        notices.append(f"data.{entry.id}: {', '.join(idle)}: no effect on prompts, which have no images")
     return entry.model_copy(update=defaults)
 
 
 def check_kind(entry: DatasetSettings, refuse: Refuse) -> None:
     """Keys that fit the one kind of dataset only."""
     prefix = f"data.{entry.id}."
-    if entry.has_pictures:
+    if entry.has_images:
         if entry.prompts_file is not None:
             problem = "is for captions alone, and this entry is of dataset_type image"
             remedy = 'add "dataset_type": "prompts", or leave it out'
@@ -62,15 +62,15 @@ def check_captions(entry: DatasetSettings, refuse: Refuse, *, with_samples: bool
         with_samples: Whether its backend's samples come with their captions.
     """
     prefix = f"data.{entry.id}."
-    table = entry.has_pictures and not with_samples
+    table = entry.has_images and not with_samples
     if entry.metadata_file is not None and not table:
-        problem = "is a table beside picture files, and this entry has none"
+        problem = "is a table beside image files, and this entry has none"
         refuse(f"{prefix}metadata_file", entry.metadata_file, problem, "leave it out: captions come with the samples")
     if entry.caption_strategy not in _strategies(entry, with_samples=with_samples):
         _refuse_strategy(entry, refuse, with_samples=with_samples)
     if table and entry.metadata_backend != "discovery" and not entry.sizes_in_table:
         problem = "takes sizes from a table, and none is named"
-        remedy = 'add "metadata_file": "metadata.parquet", or leave it out: sizes are then read from the pictures'
+        remedy = 'add "metadata_file": "metadata.parquet", or leave it out: sizes are then read from the images'
         refuse(f"{prefix}metadata_backend", entry.metadata_backend, problem, remedy)
     if entry.metadata_file is None:
         _check_columns(entry, refuse)
@@ -78,19 +78,19 @@ def check_captions(entry: DatasetSettings, refuse: Refuse, *, with_samples: bool
 
 def _strategies(entry: DatasetSettings, *, with_samples: bool) -> Collection[str]:
     if with_samples:
-        return ("textfile", *OF_THE_SOURCE, *(("filename", "instanceprompt") if entry.has_pictures else ()))
-    if not entry.has_pictures:
+        return ("textfile", *OF_THE_SOURCE, *(("filename", "instanceprompt") if entry.has_images else ()))
+    if not entry.has_images:
         return ("textfile",)
     return ("textfile", "filename", "instanceprompt", *(OF_A_TABLE if entry.metadata_file is not None else ()))
 
 
 def _refuse_strategy(entry: DatasetSettings, refuse: Refuse, *, with_samples: bool) -> None:
-    if not entry.has_pictures:
+    if not entry.has_images:
         where = "with the samples" if with_samples else "in prompts_file or in the .txt files of instance_data_dir"
         problem = f"prompts stand {where}: must be 'textfile'"
         remedy = "leave it out; instance_prompt goes in front of all with prepend_instance_prompt"
     elif entry.caption_strategy in OF_A_TABLE:
-        problem = f"takes captions from a table, and {entry.type!r} has picture files and no table"
+        problem = f"takes captions from a table, and {entry.type!r} has image files and no table"
         remedy = (
             'name the table that lies beside them, as "metadata_file": "metadata.jsonl"; or set type to the table\'s'
         )

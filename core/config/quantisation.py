@@ -66,12 +66,12 @@ Problems = Iterator[tuple[str, str]]
 def _on_this_machine(quantizer: type[Any], run: RunSettings) -> Problems:
     from ..utils.devices import resolve_device
 
-    reason = quantizer.usable(resolve_device(run.device)) if _there(run.device) else None
+    reason = quantizer.usable(resolve_device(run.device)) if _available(run.device) else None
     if reason is not None:
         yield f"cannot be used here: {reason}", f"set it to {NO_CHANGE}, or to another of `distill plugins list`"
 
 
-def _there(device: str) -> bool:
+def _available(device: str) -> bool:
     """Whether the device is on this machine; one that is not is refused by its own key."""
     from .checks import cuda_available
 

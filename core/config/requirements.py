@@ -135,7 +135,7 @@ def _with_parts(method: type[Method], config: Any, path: str) -> Iterator[tuple[
         yield from _with_parts(part.found, part.settings, f"{path}.{place}.config")
 
 
-def check_pictures(
+def check_images(
     method: type[Method],
     method_config: Any,
     run: RunSettings,
@@ -143,7 +143,7 @@ def check_pictures(
     *,
     files: Mapping[str, str],
 ) -> list[Finding]:
-    """Findings of datasets that have captions alone, where the method needs pictures.
+    """Findings of datasets that have captions alone, where the method needs images.
 
     Args:
         method: The chosen method.
@@ -154,14 +154,14 @@ def check_pictures(
     """
     from ..plugin_api.method import MethodSetup
 
-    prompts = [entry for entry in datasets if not entry.has_pictures]
+    prompts = [entry for entry in datasets if not entry.has_images]
     setup = MethodSetup(model_type=run.model_type, use_ema=run.use_ema)
-    if not prompts or not method.requires(method_config, setup).pictures:
+    if not prompts or not method.requires(method_config, setup).images:
         return []
     alone = len(prompts) == len(datasets)
-    problem = f"the method {method.name!r} needs pictures, and this dataset has captions alone"
+    problem = f"the method {method.name!r} needs images, and this dataset has captions alone"
     problem += "; no other has any" if alone else ""
-    remedy = "name a folder of pictures with captions (dataset_type image)" if alone else "leave the entry out"
+    remedy = "name a folder of images with captions (dataset_type image)" if alone else "leave the entry out"
     return [
         Finding(
             files[entry.id],

@@ -39,9 +39,9 @@ RUN_VALUES: dict[str, Any] = {
     "seed": 42,
 }
 DATA_VALUES: dict[str, Any] = {
-    "id": "my-pictures",
+    "id": "my-images",
     "type": "local",
-    "instance_data_dir": "../pictures",
+    "instance_data_dir": "../images",
     "caption_strategy": "textfile",
     "crop": False,
     "resolution": 1.0,
@@ -81,8 +81,8 @@ def starting_config(registry: Registry, *, method: str, family: str, model_type:
 
 
 def starting_data() -> str:
-    """A YAML list of datasets: one folder of pictures with captions beside them, and a text cache."""
-    lines = ["# Where the pictures are. Relative paths are relative to this file."]
+    """A YAML list of datasets: one folder of images with captions beside them, and a text cache."""
+    lines = ["# Where the images are. Relative paths are relative to this file."]
     for index, (key, value) in enumerate(DATA_VALUES.items()):
         start = "- " if index == 0 else "  "
         lines += [f"  {_comment(DatasetSettings, key)}", f"{start}{key}: {json.dumps(value)}"]

@@ -1,4 +1,4 @@
-"""One dataset: its index, which pictures or prompts are used, and the buckets that they fall into."""
+"""One dataset: its index, which images or prompts are used, and the buckets that they fall into."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..errors import UserError
 from ..plugin_api.backend import DataBackend, SampleBackend
 from .hashing import Int64s, UInt64s, combine, permute
 from .index.index import FILTERED, NO_CAPTION, Index, describe_listing
-from .index.sequential import Opener, places_of, read_in_order
+from .index.sequential import Opener, positions_of, read_in_order
 from .order import Span, Stream
 from .samples.geometry import REASONS, Geometry, Plan, flipped_left
 from .samples.images import BrokenImage, decoded, read_file, scale_and_crop
@@ -32,20 +32,20 @@ CHUNK = 1 << 18
 
 @dataclass
 class Counts:
-    """What became of a dataset's pictures, or of its prompts where it has no pictures.
+    """What became of a dataset's images, or of its prompts where it has no images.
 
     Attributes:
-        noun: What is counted: ``picture`` or ``prompt``.
-        found: Files that look like pictures.
-        used: Pictures that are trained on.
-        left_out: Pictures left out on purpose, by reason.
+        noun: What is counted: ``image`` or ``prompt``.
+        found: Files that look like images.
+        used: Images that are trained on.
+        left_out: Images left out on purpose, by reason.
         quarantined: Broken files, name and reason.
-        buckets: Pictures by (width, height).
+        buckets: Images by (width, height).
         captions: Different texts.
-        without_caption: The first picture that has none.
+        without_caption: The first image that has none.
     """
 
-    noun: str = "picture"
+    noun: str = "image"
     found: int = 0
     used: int = 0
     left_out: dict[str, int] = field(default_factory=dict)
@@ -61,7 +61,7 @@ def in_parts(values: NDArray[Any]) -> Iterator[NDArray[Any]]:
 
 
 class Dataset:
-    """The pictures (or prompts) of one data-file entry that pass its filters, grouped by bucket.
+    """The images (or prompts) of one data-file entry that pass its filters, grouped by bucket.
 
     Attributes:
         rows: Index rows in use, those of one bucket together; shape (n,).
@@ -72,7 +72,7 @@ class Dataset:
 
     def __init__(self, settings: DatasetSettings, backend: DataBackend, index: Index, geometry: Geometry) -> None:
         self.settings, self.backend, self.index, self.geometry = settings, backend, index, geometry
-        self.counts = Counts("picture" if settings.has_pictures else "prompt", found=len(index))
+        self.counts = Counts("image" if settings.has_images else "prompt", found=len(index))
         self.dropped: dict[str, str] = {}
         self._record_problems()
         rows, shapes = self._filter()
@@ -83,7 +83,7 @@ class Dataset:
         """The dataset's name."""
         return self.settings.id
 
-    # -- which pictures ---------------------------------------------------------------------------------------------
+    # -- which images ---------------------------------------------------------------------------------------------
 
     def _record_problems(self) -> None:
         without = np.flatnonzero(self.index.having(NO_CAPTION))
@@ -133,7 +133,7 @@ class Dataset:
         self.counts.buckets = dict(zip(self.shapes, (int(count) for count in counts), strict=True))
 
     def drop(self, broken: Mapping[int, str]) -> None:
-        """Leave out rows whose pictures turned out to be broken, row -> reason."""
+        """Leave out rows whose images turned out to be broken, row -> reason."""
         named = {self.index.key(row): reason for row, reason in broken.items()}
         self.dropped |= named
         self.counts.quarantined |= named
@@ -144,14 +144,14 @@ class Dataset:
         self._group(self.rows[keep][order], shapes[keep][order])
 
     def check_not_empty(self) -> None:
-        """Raise UserError, saying what was looked for and where, when no picture is left."""
+        """Raise UserError, saying what was looked for and where, when no image is left."""
         if not self.counts.used:
             raise UserError(*_nothing_left(self))
 
-    # -- one picture ------------------------------------------------------------------------------------------------
+    # -- one image ------------------------------------------------------------------------------------------------
 
     def plan(self, rows: Int64s) -> Plan:
-        """Scaling and crop of pictures, by index row."""
+        """Scaling and crop of images, by index row."""
         return self.geometry.plan(self.index.width[rows], self.index.height[rows], self.index.draw[rows])
 
     def entry_keys(self, rows: Int64s, flip: int) -> UInt64s:
@@ -165,31 +165,31 @@ class Dataset:
 
     @property
     def in_order(self) -> bool:
-        """Whether its pictures can only be read in the order that they lie in."""
+        """Whether its images can only be read in the order that they lie in."""
         return isinstance(self.backend, SampleBackend) and self.backend.in_order
 
     def opened(self, rows: Int64s) -> Iterator[tuple[int, Opener]]:
-        """Index rows, each with what opens its picture: in any order at any time, except where a source is read in its
+        """Index rows, each with what opens its image: in any order at any time, except where a source is read in its
         order; then they come in that one, and those that do not pass by are left out.
         """
         if not (isinstance(self.backend, SampleBackend) and self.in_order):
             yield from ((row, partial(self._open, row)) for row in rows.tolist())
             return
-        places = places_of(self.index, rows)
-        order = np.argsort(places)
-        found = dict(zip(places.tolist(), rows.tolist(), strict=True))
-        for place, opener in read_in_order(self.backend, self.index.path, places[order]):
+        positions = positions_of(self.index, rows)
+        order = np.argsort(positions)
+        found = dict(zip(positions.tolist(), rows.tolist(), strict=True))
+        for place, opener in read_in_order(self.backend, self.index.path, positions[order]):
             yield found[place], opener
 
     def _open(self, row: int) -> BinaryIO:
         return self.backend.open(self.index.place(row))
 
-    def picture(self, row: int, use: Callable[[Image.Image], T], opener: Opener | None = None) -> T:
-        """What `use` makes of the decoded picture. Raises BrokenImage; OSError when the file cannot be read.
+    def image(self, row: int, use: Callable[[Image.Image], T], opener: Opener | None = None) -> T:
+        """What `use` makes of the decoded image. Raises BrokenImage; OSError when the file cannot be read.
 
         Args:
             row: Index row.
-            use: Called with the picture, which is not to be kept.
+            use: Called with the image, which is not to be kept.
             opener: What opens it, as :meth:`opened` gives it; needed where a source is read in its order.
         """
         with self._open(row) if opener is None else opener() as stream:
@@ -203,7 +203,7 @@ class Dataset:
             return use(image)
 
     def pixels(self, row: int, *, flip: bool, opener: Opener | None = None) -> NDArray[np.uint8]:
-        """The training picture, shape (H, W, 3). Arguments and errors as :meth:`picture`."""
+        """The training image, shape (H, W, 3). Arguments and errors as :meth:`image`."""
         plan = self.plan(np.array([row]))
         cut = partial(
             scale_and_crop,
@@ -213,10 +213,10 @@ class Dataset:
             bucket=(int(plan.bucket_w[0]), int(plan.bucket_h[0])),
             flip=flip,
         )
-        return self.picture(row, cut, opener)
+        return self.image(row, cut, opener)
 
     def crop_left(self, plan: Plan, flip: NDArray[np.bool_]) -> Int64s:
-        """The left edge of the crop as the network is told, in pixels of the scaled picture, mirrored or not."""
+        """The left edge of the crop as the network is told, in pixels of the scaled image, mirrored or not."""
         return np.where(flip, flipped_left(plan), plan.left)
 
     # -- order ------------------------------------------------------------------------------------------------------
@@ -254,10 +254,10 @@ class Dataset:
 
 
 def _nothing_left(dataset: Dataset) -> tuple[str, str]:
-    """What to say of a dataset without a usable picture, and how to mend it."""
+    """What to say of a dataset without a usable image, and how to mend it."""
     counts, settings, where = dataset.counts, dataset.settings, dataset.backend.location
     head = f"dataset {settings.id!r} has no {counts.noun} to train on: "
-    if not settings.has_pictures:
+    if not settings.has_images:
         return _no_prompt_left(head, dataset)
     if isinstance(dataset.backend, SampleBackend) and counts.left_out.get("no caption", 0) == counts.found:
         seen = f"none of its {counts.found:,} samples has a caption" if counts.found else "it has no samples"
@@ -266,17 +266,17 @@ def _nothing_left(dataset: Dataset) -> tuple[str, str]:
         total, sample = describe_listing(dataset.backend)
         seen = f"it holds {total} other files ({', '.join(sample)}, ...)" if total else "it is empty"
         return (
-            f"{head}looked in {where} and below for .jpg, .png, .webp and other picture files; {seen}",
-            f"point {dataset.backend.place_keys[0]} at the folder with the pictures, or set disabled: true",
+            f"{head}looked in {where} and below for .jpg, .png, .webp and other image files; {seen}",
+            f"point {dataset.backend.place_keys[0]} at the folder with the images, or set disabled: true",
         )
     if counts.left_out.get("no caption") == counts.found:
         return (
-            f"{head}{counts.found} pictures in {where}, none with a caption: caption_strategy = textfile looks for a "
+            f"{head}{counts.found} images in {where}, none with a caption: caption_strategy = textfile looks for a "
             f".txt of the same name (such as {counts.without_caption.rsplit('.', 1)[0]}.txt)",
             "add the .txt files, or set caption_strategy to filename or instanceprompt",
         )
     return (
-        f"{head}all {counts.found:,} pictures in {where} were left out: {_reasons(counts)}",
+        f"{head}all {counts.found:,} images in {where} were left out: {_reasons(counts)}",
         f"loosen what leaves them out, as --set data.{settings.id}.KEY=VALUE (what the entry does not say is the "
         "run's), or set disabled: true",
     )

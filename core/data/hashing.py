@@ -63,13 +63,13 @@ class Lookup:
         self._low, self._high = keys[order, 0], keys[order, 1]
 
     def find(self, wanted: UInt64s) -> Int64s:
-        """Places among the keys, -1 for those that are not there; shape (m,), for `wanted` of shape (m, 2)."""
-        places = np.full(len(wanted), -1, np.int64)
+        """Positions among the keys, -1 for those that are not there; shape (m,), for `wanted` of shape (m, 2)."""
+        positions = np.full(len(wanted), -1, np.int64)
         for start in range(0, len(wanted), LOOKUP_ROWS):
-            self._find(wanted[start : start + LOOKUP_ROWS], places[start : start + LOOKUP_ROWS])
-        return places
+            self._find(wanted[start : start + LOOKUP_ROWS], positions[start : start + LOOKUP_ROWS])
+        return positions
 
-    def _find(self, wanted: UInt64s, places: Int64s) -> None:
+    def _find(self, wanted: UInt64s, positions: Int64s) -> None:
         rows = np.argsort(wanted[:, 0])  # neighbours are found near each other, which the processor's caches like
         at = np.searchsorted(self._low, wanted[rows, 0])
         while len(rows):
@@ -78,7 +78,7 @@ class Lookup:
             near = self._low[at] == wanted[rows, 0]
             rows, at = rows[near], at[near]
             hit = self._high[at] == wanted[rows, 1]
-            places[rows[hit]] = self._order[at[hit]]
+            positions[rows[hit]] = self._order[at[hit]]
             rows, at = rows[~hit], at[~hit] + 1  # another key with the same first half, once in an age
 
 

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 import torch
 
-from ..plugin_api.batch import Batch, Conditioning, Pairs
+from ..plugin_api.batch import Batch, Conditioning, Trajectories
 from ..plugin_api.family import MicroConditioning
-from ..utils.seeds import Draws
+from ..utils.seeds import RngStreams
 from .cache.encode import LATENTS
-from .cache.pairs import CachedPairs, plain_picture
 from .cache.tensor_cache import TensorCache
+from .cache.trajectory_cache import CachedTrajectories, uncropped_image
 from .dataset import Dataset
 from .hashing import Int64s
 from .order import Curriculum
@@ -33,11 +33,11 @@ class CachedLatents:
 
     Attributes:
         cache: Where they are.
-        places: Where each picture's are in it, plain and mirrored; shape (flips, n), n as in ``dataset.rows``.
+        positions: Where each image's are in it, plain and mirrored; shape (flips, n), n as in ``dataset.rows``.
     """
 
     cache: TensorCache
-    places: Int64s
+    positions: Int64s
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,11 @@ class CachedDataset:
     """A dataset with the places of its latents and captions in the caches.
 
     Attributes:
-        latents: Its latents, or None for a method that needs no pictures.
+        latents: Its latents, or None for a method that needs no images.
         texts: The embeddings of its captions.
         captions: Where each caption's embeddings are, as ``dataset.index.caption_digests``.
         first_stream: Number of its first bucket among the streams of all datasets.
-        pairs: Paths of the teacher for its captions, or None for a method that needs none.
+        trajectories: Paths of the teacher for its captions, or None for a method that needs none.
     """
 
     dataset: Dataset
@@ -57,7 +57,7 @@ class CachedDataset:
     texts: TensorCache
     captions: Int64s
     first_stream: int
-    pairs: CachedPairs | None = None
+    trajectories: CachedTrajectories | None = None
 
 
 SAMPLES_BETWEEN_RELEASES = 512
@@ -65,7 +65,7 @@ SAMPLES_BETWEEN_RELEASES = 512
 
 
 @dataclass(frozen=True)
-class Shape:
+class BatchLayout:
     """How a global batch is cut: micro-batch m of rank r has positions (m * world + r) * B ... + B."""
 
     micro_batch_size: int
@@ -73,7 +73,7 @@ class Shape:
     rank: int = 0
     world_size: int = 1
 
-    def of(self, dataset: Dataset) -> Shape:
+    def of(self, dataset: Dataset) -> BatchLayout:
         """How a global batch of this dataset is cut: it may have a micro-batch size of its own."""
         return replace(self, micro_batch_size=dataset.settings.train_batch_size or self.micro_batch_size)
 
@@ -88,14 +88,14 @@ class Shape:
         return np.arange(start, start + self.micro_batch_size)
 
 
-class Loader:
+class BatchLoader:
     """Makes the batches of any optimizer step.
 
     Args:
         datasets: All datasets, in the order of the streams.
         order: Which samples a step has.
         family: Turns embeddings and sizes into conditioning.
-        shape: How the global batch is cut, of datasets that say nothing else.
+        layout: How the global batch is cut, of datasets that say nothing else.
         seed: The run's seed.
     """
 
@@ -105,11 +105,11 @@ class Loader:
         order: Curriculum,
         family: ModelFamily,
         *,
-        shape: Shape,
+        layout: BatchLayout,
         seed: int,
     ) -> None:
         self.datasets, self.order, self.family = datasets, order, family
-        self.shape, self.seed = shape, seed
+        self.layout, self.seed = layout, seed
         self._firsts = np.array([each.first_stream for each in datasets])
         self._num_read = 0
 
@@ -117,7 +117,7 @@ class Loader:
         """This rank's micro-batches of optimizer step `step`."""
         chosen = self.order.at(step)
         source = self.datasets[int(np.searchsorted(self._firsts, chosen.stream, side="right")) - 1]
-        start, shape = source.dataset.starts[chosen.stream - source.first_stream], self.shape.of(source.dataset)
+        start, shape = source.dataset.starts[chosen.stream - source.first_stream], self.layout.of(source.dataset)
         self._num_read += shape.micro_batch_size * shape.accumulation
         if self._num_read > SAMPLES_BETWEEN_RELEASES:
             self._num_read = 0
@@ -128,45 +128,45 @@ class Loader:
             for positions in map(shape.positions, range(shape.accumulation))
         ]
 
-    def _batch(self, source: CachedDataset, places: Int64s, step: int, positions: np.ndarray) -> Batch:
-        """One micro-batch; `places` are positions in ``dataset.rows``."""
+    def _batch(self, source: CachedDataset, indices: Int64s, step: int, positions: np.ndarray) -> Batch:
+        """One micro-batch; `indices` are positions in ``dataset.rows``."""
         dataset, index = source.dataset, source.dataset.index
-        draws = Draws(self.seed, step, positions.tolist())
-        rows = dataset.rows[places]
-        flip = self._flip(dataset, draws, len(rows))
+        rng = RngStreams(self.seed, step, positions.tolist())
+        rows = dataset.rows[indices]
+        flip = self._flip(dataset, rng, len(rows))
         offsets = index.caption_offsets[rows]
         counts = index.caption_offsets[rows + 1] - offsets
-        number = (draws.uniform("caption").numpy() * counts).astype(np.int64) if counts.max() > 1 else 0 * counts
+        number = (rng.uniform("caption").numpy() * counts).astype(np.int64) if counts.max() > 1 else 0 * counts
         captions = offsets + number
-        latents = self._latents(source, places, flip)
+        latents = self._latents(source, indices, flip)
         embeds = source.texts.read(source.captions[captions])
         keys = [self._key(dataset, row, each, count) for row, each, count in zip(rows, number, counts, strict=True)]
         return Batch(
             latents=latents,
-            cond=self._condition(dataset, rows, flip, embeds, draws),
+            cond=self._condition(dataset, rows, flip, embeds, rng),
             keys=tuple(keys),
             positions=tuple(positions.tolist()),
             captions=tuple(index.caption(place) for place in captions),
             latent_shape=self._latent_shape(dataset, rows) if latents is None else tuple(latents.shape[1:]),
-            pairs=self._pairs(source, rows, captions, embeds, draws),
+            trajectories=self._trajectories(source, rows, captions, embeds, rng),
         )
 
-    def _pairs(
-        self, source: CachedDataset, rows: Int64s, captions: Int64s, embeds: Conditioning, draws: Draws
-    ) -> Pairs | None:
+    def _trajectories(
+        self, source: CachedDataset, rows: Int64s, captions: Int64s, embeds: Conditioning, rng: RngStreams
+    ) -> Trajectories | None:
         """One path of each caption, of a noise that is drawn."""
-        if source.pairs is None:
+        if source.trajectories is None:
             return None
         plan = source.dataset.plan(rows[:1])
-        micro = plain_picture(int(plan.bucket_w[0]), int(plan.bucket_h[0]), len(rows))
-        numbers = draws.integers("pair", len(source.pairs.places)).numpy()
-        return source.pairs.read(numbers, captions, self.family.condition(embeds, micro))
+        micro = uncropped_image(int(plan.bucket_w[0]), int(plan.bucket_h[0]), len(rows))
+        numbers = rng.integers("pair", len(source.trajectories.positions)).numpy()
+        return source.trajectories.read(numbers, captions, self.family.condition(embeds, micro))
 
     @staticmethod
-    def _latents(source: CachedDataset, places: Int64s, flip: np.ndarray) -> torch.Tensor | None:
+    def _latents(source: CachedDataset, indices: Int64s, flip: np.ndarray) -> torch.Tensor | None:
         if source.latents is None:
             return None
-        return source.latents.cache.read(source.latents.places[flip.astype(np.int64), places])[LATENTS].float()
+        return source.latents.cache.read(source.latents.positions[flip.astype(np.int64), indices])[LATENTS].float()
 
     def _latent_shape(self, dataset: Dataset, rows: Int64s) -> tuple[int, ...]:
         """(C, h, w) that the latents of these samples, all of one bucket, would have."""
@@ -174,10 +174,10 @@ class Loader:
         return (self.family.latent_channels, int(plan.bucket_h[0]) // factor, int(plan.bucket_w[0]) // factor)
 
     @staticmethod
-    def _flip(dataset: Dataset, draws: Draws, count: int) -> np.ndarray:
+    def _flip(dataset: Dataset, rng: RngStreams, count: int) -> np.ndarray:
         if not dataset.settings.random_flip:
             return np.zeros(count, np.bool_)
-        return draws.uniform("flip").numpy() < 0.5
+        return rng.uniform("flip").numpy() < 0.5
 
     @staticmethod
     def _key(dataset: Dataset, row: int, number: int, count: int) -> str:
@@ -185,14 +185,14 @@ class Loader:
         return f"{key}#{number}" if count > 1 else key
 
     def _condition(
-        self, dataset: Dataset, rows: Int64s, flip: np.ndarray, embeds: Conditioning, draws: Draws
+        self, dataset: Dataset, rows: Int64s, flip: np.ndarray, embeds: Conditioning, rng: RngStreams
     ) -> Conditioning:
         """Embeddings with each sample's sizes; the unconditional for those whose caption is dropped."""
         cond = self.family.condition(embeds, self._micro(dataset, rows, flip))
         probability = dataset.settings.caption_dropout_probability
         if not probability:
             return cond
-        dropped = draws.uniform("caption_dropout") < probability
+        dropped = rng.uniform("caption_dropout") < probability
         if not dropped.any():
             return cond
         uncond = self.family.uncond(cond)

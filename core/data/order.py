@@ -65,7 +65,7 @@ class Epoch:
     end: int
 
 
-class Order:
+class SampleOrder:
     """The endless sequence of global batches over `streams`."""
 
     def __init__(self, streams: Sequence[Stream], *, global_batch: int, seed: int) -> None:
@@ -117,11 +117,11 @@ class Order:
         """The batches of up to `count` steps from `step` on, within its epoch."""
         epoch = self._at_epoch_of(step)
         steps = np.arange(step, min(step + count, epoch.end)) - epoch.start
-        places = permute(steps, epoch.end - epoch.start, derive_seed(self.seed, "batch_order", epoch.number))
-        numbers = np.searchsorted(epoch.ends, places, side="right")
+        positions = permute(steps, epoch.end - epoch.start, derive_seed(self.seed, "batch_order", epoch.number))
+        numbers = np.searchsorted(epoch.ends, positions, side="right")
         begins = epoch.ends - np.diff(epoch.ends, prepend=0)
-        ordinals = epoch.first[numbers] + places - begins[numbers]
-        samples: list[Int64s] = [places] * len(places)
+        ordinals = epoch.first[numbers] + positions - begins[numbers]
+        samples: list[Int64s] = [positions] * len(positions)
         for number in np.unique(numbers).tolist():
             own = np.flatnonzero(numbers == number)
             for at, indices in zip(own.tolist(), self._samples(number, ordinals[own]), strict=True):
@@ -161,13 +161,13 @@ class Curriculum:
         borders = {0} | {span.start for span in spans} | {span.end for span in spans if span.end is not None}
         self._starts = np.array(sorted(borders), dtype=np.int64)
         self._members: list[list[int]] = []
-        self._orders: list[Order | None] = []
+        self._orders: list[SampleOrder | None] = []
         for number, start in enumerate(self._starts):
             members = [index for index, span in enumerate(spans) if span.covers(int(start)) and streams[index].rate > 0]
             own_seed = derive_seed(seed, "curriculum", number) if number else seed
             active = [streams[index] for index in members]
             self._members.append(members)
-            self._orders.append(Order(active, global_batch=global_batch, seed=own_seed) if active else None)
+            self._orders.append(SampleOrder(active, global_batch=global_batch, seed=own_seed) if active else None)
 
     @property
     def steps_per_epoch(self) -> float:

@@ -13,16 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..engine.processes import in_group, together
+from ..engine.processes import in_group, synchronized
 from ..plugin_api.batch import Batch
 from ..utils.files import write_whole
 from ..utils.seeds import derive_seed
 from ..utils.threads import threads
 from .cache.cache_builder import CacheBuilder, Caches
-from .cache.cache_paths import CachePlaces, dataset_folders
-from .cache.encode import Share, ahead, flips
-from .cache.pairs import pair_descriptor
-from .cache.verify import Survey, folders_beside, needs, surveys
+from .cache.cache_paths import CachePaths, dataset_folders
+from .cache.encode import WorkerShard, ahead, flips
+from .cache.trajectory_cache import trajectory_descriptor
+from .cache.verify import CacheState, cache_states, folders_beside, needs
 from .dataset import Dataset
 from .hashing import permute
 from .index.index import Index
@@ -30,7 +30,7 @@ from .index.index_builder import IndexBuilder
 from .index.prompt_files import open_source
 from .index.prompt_index import PromptIndexBuilder
 from .index.sequential import Opener
-from .loader import CachedDataset, CachedLatents, Loader, Prefetch, Shape
+from .loader import BatchLayout, BatchLoader, CachedDataset, CachedLatents, Prefetch
 from .order import Curriculum, Stream
 from .progress import Progress, default_progress
 from .report.dataset_report import DatasetReport, write_reports
@@ -53,7 +53,7 @@ class DataPipeline:
     Args:
         config: The run's configuration.
         registry: Where backends are found by name.
-        family: Encodes captions and pictures; its fingerprints are part of the cache keys.
+        family: Encodes captions and images; its fingerprints are part of the cache keys.
         micro_batch_size: Samples per micro-batch of one process.
         accumulation: Micro-batches per optimizer step.
         rank: Number of this process.
@@ -62,8 +62,8 @@ class DataPipeline:
         cache_root: Folder for caches that the data file gives no place.
         say: Takes lines for people.
         progress: How long work tells of itself; by default a bar in a terminal, plain lines elsewhere.
-        pictures: Whether batches carry latents; without, captions are enough and the autoencoder is not loaded.
-        pairs: Whether batches carry paths of the teacher, from the distillation cache that each dataset names.
+        images: Whether batches carry latents; without, captions are enough and the autoencoder is not loaded.
+        trajectories: Whether batches carry paths of the teacher, from the distillation cache that each dataset names.
         resumes: Whether a run goes on: what was set aside when it began stays so, for its samples are these.
     """
 
@@ -81,18 +81,18 @@ class DataPipeline:
         cache_root: Path,
         say: Callable[[str], None],
         progress: Progress | None = None,
-        pictures: bool = True,
-        pairs: bool = False,
+        images: bool = True,
+        trajectories: bool = False,
         resumes: bool = False,
     ) -> None:
-        assert not pictures or all(each.has_pictures for each in config.datasets)  # refused with the configuration
-        self._pictures, self._pairs, self._resumes = pictures, pairs, resumes
+        assert not images or all(each.has_images for each in config.datasets)  # refused with the configuration
+        self._images, self._trajectories, self._resumes = images, trajectories, resumes
         self._config, self._registry, self._family, self._say = config, registry, family, say
-        self._shape = Shape(micro_batch_size, accumulation, rank, world_size)
-        self._seed, self._places = seed, CachePlaces(config, cache_root, registry)
+        self._layout = BatchLayout(micro_batch_size, accumulation, rank, world_size)
+        self._seed, self._paths = seed, CachePaths(config, cache_root, registry)
         self._progress = progress or default_progress(say)
         self._datasets: list[Dataset] = []
-        self._loader: Loader | None = None
+        self._loader: BatchLoader | None = None
         self._open: list[Prefetch[list[Batch]]] = []
 
     # -- before the first step --------------------------------------------------------------------------------------
@@ -103,21 +103,21 @@ class DataPipeline:
         Raises:
             UserError: A dataset has nothing to train on, or its settings cannot be met.
         """
-        started, report, share = time.monotonic(), DataReport(pictures=self._pictures), self._share()
+        started, report, shard = time.monotonic(), DataReport(images=self._images), self._shard()
         self._datasets = []
         self._indexed()
         builder = CacheBuilder(
-            self._family, self._places, share=share, workers=self._config.run.num_workers,
-            progress=self._progress, say=self._say, together=together,
+            self._family, self._paths, shard=shard, workers=self._config.run.num_workers,
+            progress=self._progress, say=self._say, synchronized=synchronized,
         )  # fmt: skip
-        caches = builder.build(self._datasets, report, pictures=self._pictures, pairs=self._pairs)
+        caches = builder.build(self._datasets, report, images=self._images, trajectories=self._trajectories)
         for dataset in self._datasets:
             dataset.check_not_empty()
             dataset.index.release()
         self._loader = self._make_loader(caches)
         report.datasets = {dataset.id: dataset.counts for dataset in self._datasets}
         report.seconds = time.monotonic() - started
-        if share.rank == 0:
+        if shard.rank == 0:
             self._write_quarantine(report)
         for line in report.lines():
             self._say(line)
@@ -126,28 +126,28 @@ class DataPipeline:
     def _indexed(self) -> list[Dataset]:
         """The datasets with their indexes up to date, for which no encoder is needed."""
         if not self._datasets:
-            share = self._share()
-            self._datasets = [self._open_dataset(settings, share) for settings in self._config.datasets]
+            shard = self._shard()
+            self._datasets = [self._open_dataset(settings, shard) for settings in self._config.datasets]
         for dataset in self._datasets:
             dataset.check_not_empty()
         return self._datasets
 
-    def _share(self) -> Share:
+    def _shard(self) -> WorkerShard:
         if in_group():
-            return Share(self._shape.rank, self._shape.world_size)
-        return Share()
+            return WorkerShard(self._layout.rank, self._layout.world_size)
+        return WorkerShard()
 
-    def _open_dataset(self, settings: DatasetSettings, share: Share) -> Dataset:
+    def _open_dataset(self, settings: DatasetSettings, shard: WorkerShard) -> Dataset:
         backend = self._registry.get("data_backend", settings.type)(settings.backend)
-        path = self._places.index(settings)
+        path = self._paths.index(settings)
         rules = CaptionRules(settings)
         geometry = Geometry(settings, multiple=self._family.pixel_multiple)
-        with together():
-            index = self._build_index(settings, backend, rules, geometry) if share.rank == 0 else None
+        with synchronized():
+            index = self._build_index(settings, backend, rules, geometry) if shard.rank == 0 else None
         dataset = Dataset(settings, backend, index or Index(path), geometry)
-        aside = self._places.set_aside(settings)
-        if self._resumes and aside.exists():
-            names: dict[str, str] = json.loads(aside.read_bytes())
+        quarantined = self._paths.quarantine_file(settings)
+        if self._resumes and quarantined.exists():
+            names: dict[str, str] = json.loads(quarantined.read_bytes())
             rows = dataset.index.rows_of(names).tolist()
             dataset.drop({row: names[dataset.index.key(row)] for row in rows})
         return dataset
@@ -155,8 +155,8 @@ class DataPipeline:
     def _build_index(
         self, settings: DatasetSettings, backend: DataBackend, rules: CaptionRules, geometry: Geometry
     ) -> Index:
-        path, workers = self._places.index(settings), self._config.run.num_workers
-        if not settings.has_pictures:
+        path, workers = self._paths.index(settings), self._config.run.num_workers
+        if not settings.has_images:
             source = open_source(backend, settings, workers=workers)
             return PromptIndexBuilder(settings.id, source, rules, edge=geometry.square()).build(path)
         builder = IndexBuilder(
@@ -165,24 +165,24 @@ class DataPipeline:
         index = builder.build(path)
         if builder.num_unmatched:
             table = settings.metadata_file
-            self._say(f"dataset {settings.id!r}: {builder.num_unmatched:,} rows of {table} are of no picture there")
+            self._say(f"dataset {settings.id!r}: {builder.num_unmatched:,} rows of {table} are of no image there")
         return index
 
     def _write_quarantine(self, report: DataReport) -> None:
         for dataset in self._datasets:
-            path = self._places.quarantine(dataset.settings)
-            aside = self._places.set_aside(dataset.settings)
+            path = self._paths.quarantine(dataset.settings)
+            quarantined = self._paths.quarantine_file(dataset.settings)
             if dataset.dropped:
-                write_whole(aside, json.dumps(dataset.dropped, indent=1).encode())
+                write_whole(quarantined, json.dumps(dataset.dropped, indent=1).encode())
             else:
-                aside.unlink(missing_ok=True)
+                quarantined.unlink(missing_ok=True)
             broken = report.datasets[dataset.id].quarantined
             if broken:
                 write_whole(path, "".join(f"{line}\n" for line in named_with_reasons(broken)).encode())
             else:
                 path.unlink(missing_ok=True)
 
-    def _make_loader(self, caches: Caches) -> Loader:
+    def _make_loader(self, caches: Caches) -> BatchLoader:
         heaviest = max(dataset.settings.probability for dataset in self._datasets)
         cached, streams, spans = [], [], []
         for dataset in self._datasets:
@@ -190,43 +190,43 @@ class DataPipeline:
             if latents is not None:
                 latents.cache.release_lookup()  # places are all that is needed from here on
             captions = texts.locate(dataset.index.caption_digests)
-            pairs = caches.pairs.get(dataset.id)
-            cached.append(CachedDataset(dataset, latents, texts, captions, len(streams), pairs))
-            global_batch = self._shape.of(dataset).global_batch
+            trajectories = caches.trajectories.get(dataset.id)
+            cached.append(CachedDataset(dataset, latents, texts, captions, len(streams), trajectories))
+            global_batch = self._layout.of(dataset).global_batch
             own = dataset.streams(heaviest or 1.0, None if global_batch == self.global_batch else global_batch)
             streams += own
             spans += [dataset.span] * len(own)
-        order = Curriculum(streams, spans, global_batch=self._shape.global_batch, seed=self._seed)
-        pairs_alone = (each.cache for each in caches.pairs.values())
-        for cache in (*caches.texts.values(), *pairs_alone):
+        order = Curriculum(streams, spans, global_batch=self._layout.global_batch, seed=self._seed)
+        trajectories_alone = (each.cache for each in caches.trajectories.values())
+        for cache in (*caches.texts.values(), *trajectories_alone):
             cache.release_lookup()
-        return Loader(cached, order, self._family, shape=self._shape, seed=self._seed)
+        return BatchLoader(cached, order, self._family, layout=self._layout, seed=self._seed)
 
-    def _ready(self) -> Loader:
+    def _ready(self) -> BatchLoader:
         if self._loader is None:
             self.prepare()
         assert self._loader is not None
         return self._loader
 
-    def surveys(self) -> Iterator[Survey]:
+    def cache_states(self) -> Iterator[CacheState]:
         """Each cache against what the datasets need of it; indexes are brought up to date, nothing is encoded."""
         datasets = self._indexed()
-        parents = dataset_folders(self._places, [dataset.settings for dataset in datasets])
-        beside = folders_beside(self._places, parents)
-        needed = needs(self._family, self._places, datasets, pictures=self._pictures)
-        return surveys(needed, [*parents, *beside], self._say)
+        parents = dataset_folders(self._paths, [dataset.settings for dataset in datasets])
+        beside = folders_beside(self._paths, parents)
+        needed = needs(self._family, self._paths, datasets, images=self._images)
+        return cache_states(needed, [*parents, *beside], self._say)
 
     # -- training ---------------------------------------------------------------------------------------------------
 
     @property
     def num_samples(self) -> int:
-        """Pictures or prompts that are trained on, over all datasets."""
+        """Images or prompts that are trained on, over all datasets."""
         return sum(dataset.counts.used for dataset in self._indexed())
 
     @property
     def global_batch(self) -> int:
         """Samples per optimizer step over all processes, of datasets that have no ``train_batch_size`` of their own."""
-        return self._shape.global_batch
+        return self._layout.global_batch
 
     @property
     def samples_per_step(self) -> float:
@@ -269,9 +269,9 @@ class DataPipeline:
             choices = [settings.random_flip, settings.caption_dropout_probability, str(dataset.span)]
             hasher.update(json.dumps(choices).encode())
             dataset.hash_into(hasher)
-            if self._pairs:
-                entry = self._places.pair_entry(settings)
-                made = [pair_descriptor(self._family, entry), entry.num_pairs_per_prompt, entry.noise_seed]
+            if self._trajectories:
+                entry = self._paths.trajectory_entry(settings)
+                made = [trajectory_descriptor(self._family, entry), entry.num_pairs_per_prompt, entry.noise_seed]
                 hasher.update(json.dumps(made).encode())
         return hasher.hexdigest()
 
@@ -283,11 +283,11 @@ class DataPipeline:
 
     def write_reports(self, folder: Path) -> list[DatasetReport]:
         """A report of each dataset below `folder`, by the first process; returns those that are new or have changed."""
-        datasets = [(dataset, self._shape.of(dataset).global_batch) for dataset in self._indexed()]
-        return write_reports(datasets, folder) if self._shape.rank == 0 else []
+        datasets = [(dataset, self._layout.of(dataset).global_batch) for dataset in self._indexed()]
+        return write_reports(datasets, folder) if self._layout.rank == 0 else []
 
     def real_images(self, count: int, width: int, height: int) -> Tensor:
-        """Up to `count` pictures of all datasets, fitted to width x height, shape (M, 3, H, W), float32 in [0, 1].
+        """Up to `count` images of all datasets, fitted to width x height, shape (M, 3, H, W), float32 in [0, 1].
 
         Always the same ones for the same data; scaled to cover and cropped in the middle. None for prompts alone.
         """
@@ -295,22 +295,22 @@ class DataPipeline:
         def read(opened: tuple[Dataset, int, Opener]) -> tuple[tuple[str, int], np.ndarray | None]:
             dataset, row, opener = opened
             try:
-                return (dataset.id, row), dataset.picture(row, lambda picture: fit(picture, width, height), opener)
+                return (dataset.id, row), dataset.image(row, lambda image: fit(image, width, height), opener)
             except (BrokenImage, OSError):
                 return (dataset.id, row), None  # named by prepare(), or by the next run's
 
-        chosen = self._choose(count, [dataset for dataset in self._indexed() if dataset.settings.has_pictures])
+        chosen = self._choose(count, [dataset for dataset in self._indexed() if dataset.settings.has_images])
         workers = max(1, self._config.run.num_workers)
         with threads(workers) as pool:
             found = dict(ahead(pool, read, self._opened(chosen), depth=2 * workers))
-        pictures = [each for dataset, row in chosen if (each := found.get((dataset.id, row))) is not None]
-        if not pictures:
+        images = [each for dataset, row in chosen if (each := found.get((dataset.id, row))) is not None]
+        if not images:
             return torch.zeros(0, 3, height, width)
-        return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
+        return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
 
     @staticmethod
     def _opened(chosen: Sequence[tuple[Dataset, int]]) -> Iterator[tuple[Dataset, int, Opener]]:
-        """What opens each sample's picture, those of a dataset together."""
+        """What opens each sample's image, those of a dataset together."""
         for dataset in {dataset.id: dataset for dataset, _ in chosen}.values():
             rows = np.array([row for each, row in chosen if each is dataset])
             yield from ((dataset, row, opener) for row, opener in dataset.opened(rows))
@@ -328,21 +328,21 @@ class DataPipeline:
         """Samples of `datasets` in an order that depends on nothing but their number."""
         starts = np.cumsum([0, *(dataset.counts.used for dataset in datasets)])
         total = int(starts[-1])
-        places = permute(np.arange(min(count, total)), total, derive_seed(0, "real_images"))
-        numbers = np.searchsorted(starts, places, side="right") - 1
+        paths = permute(np.arange(min(count, total)), total, derive_seed(0, "real_images"))
+        numbers = np.searchsorted(starts, paths, side="right") - 1
         return [
             (datasets[number], int(datasets[number].rows[place - starts[number]]))
-            for number, place in zip(numbers.tolist(), places.tolist(), strict=True)
+            for number, place in zip(numbers.tolist(), paths.tolist(), strict=True)
         ]
 
 
 def _locate(dataset: Dataset, caches: Caches) -> CachedLatents | None:
-    """A dataset's latents with the place of each picture's, where there are any."""
+    """A dataset's latents with the place of each image's, where there are any."""
     cache = caches.latents.get(dataset.id)
     if cache is None:
         return None
-    places = [cache.locate(dataset.entry_keys(dataset.rows, flip)) for flip in flips(dataset)]
-    return CachedLatents(cache, np.stack(places))
+    paths = [cache.locate(dataset.entry_keys(dataset.rows, flip)) for flip in flips(dataset)]
+    return CachedLatents(cache, np.stack(paths))
 
 
 def _named(stream: Stream) -> list[object]:

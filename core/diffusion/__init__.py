@@ -1,16 +1,16 @@
 """The formalism: schedules, predictions, guidance. Pure functions of tensors; no config, no device."""
 
-from .prediction import Prediction, guide, scale_from_paper
-from .schedule import DDPMSchedule, FlowSchedule, Grid, Schedule, append_dims, from_scheduler_config
+from .prediction import Prediction, classifier_free_guidance, scale_from_paper
+from .schedule import DDPMSchedule, FlowSchedule, Schedule, SolverGrid, append_dims, from_scheduler_config
 
 __all__ = [
     "DDPMSchedule",
     "FlowSchedule",
-    "Grid",
     "Prediction",
     "Schedule",
+    "SolverGrid",
     "append_dims",
+    "classifier_free_guidance",
     "from_scheduler_config",
-    "guide",
     "scale_from_paper",
 ]

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 AdversarialLoss = Literal["hinge", "softplus"]
-PLACES = 4
+POSITIONS = 4
 """Logits per edge: every level speaks with at most 4 x 4 places, so that none outweighs the others."""
 HIDDEN = 64
 
@@ -54,7 +54,7 @@ def _head(channels: int) -> nn.Sequential:
 
 def _pooled(level: Tensor) -> Tensor:
     height, width = level.shape[-2:]
-    pooled = nn.functional.adaptive_avg_pool2d(level, (min(PLACES, height), min(PLACES, width)))
+    pooled = nn.functional.adaptive_avg_pool2d(level, (min(POSITIONS, height), min(POSITIONS, width)))
     # on CPUs GroupNorm's backward crashes for channels-last inputs that ask for no gradient (PyTorch 2.13);
     # contiguous() leaves the strides of a 1 x 1 level as they are
     return pooled.clone(memory_format=torch.contiguous_format)

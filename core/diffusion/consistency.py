@@ -41,4 +41,4 @@ def trajectory_function(prediction: Prediction, s: Tensor) -> Tensor:
     alpha_s x_0 + sigma_s eps is x_t at s = t only up to rounding; the boundary is set, not approximated.
     """
     at_boundary = append_dims((prediction.t == s).double(), prediction.x_t).bool()
-    return torch.where(at_boundary, prediction.x_t, prediction.jump(s))
+    return torch.where(at_boundary, prediction.x_t, prediction.ddim_step(s))

@@ -102,7 +102,7 @@ class DivergenceWeights:
         seen = torch.stack([zeros.scatter_add(0, slots, v) for v in (values, torch.ones_like(values))])
         self._seen = seen if self._seen is None else self._seen + seen
 
-    def settle(self, average: Callable[[Sequence[Tensor]], None]) -> None:
+    def update(self, average: Callable[[Sequence[Tensor]], None]) -> None:
         """Move the means by what was seen since the last call; every process must call it.
 
         Args:
@@ -131,7 +131,7 @@ def deviation(x: Tensor, denoised: Tensor) -> Tensor:
     return (x - denoised).detach().abs().mean(axes, keepdim=True).clamp(min=SMALLEST_DEVIATION)
 
 
-def matching_gradient(x: Tensor, real: Tensor, fake: Tensor, *, normalise: bool) -> Tensor:
+def distribution_matching_gradient(x: Tensor, real: Tensor, fake: Tensor, *, normalise: bool) -> Tensor:
     """(D_fake - D_real), divided by mean |x - D_real| if asked; all of shape (B, ...)."""
     gap = fake - real
     return gap / deviation(x, real) if normalise else gap
@@ -152,7 +152,7 @@ def augmentation_gradient(x: Tensor, cond: Tensor, uncond: Tensor, *, scale: flo
     return augmentation / deviation(x, cond) if normalise else augmentation
 
 
-def matching_loss(x: Tensor, gradient: Tensor) -> Tensor:
+def distribution_matching_loss(x: Tensor, gradient: Tensor) -> Tensor:
     """1/2 mean (x - sg(x - gradient))^2 of each sample, shape (B,): its derivative by x is `gradient` / elements."""
     return 0.5 * ((x - (x - gradient).detach()) ** 2).flatten(1).mean(1)
 
@@ -172,9 +172,9 @@ def sid_loss(x: Tensor, real: Tensor, fake: Tensor, *, alpha: float, normalise: 
     return (product / deviation(x, real) if normalise else product).flatten(1).mean(1)
 
 
-def denoising_target(kind: str, x_0: Tensor, eps: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
-    """What a network of parametrisation `kind` is trained to say of x_t = alpha_t x_0 + sigma_t eps; shape (B, ...)."""
-    if kind == "v_prediction":
+def denoising_target(prediction_type: str, x_0: Tensor, eps: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
+    """What a network of parametrisation `prediction_type` is trained to say of x_t = alpha_t x_0 + sigma_t eps; shape (B, ...)."""
+    if prediction_type == "v_prediction":
         alpha_t, sigma_t = schedule.coefficients(t, x_0)
         return alpha_t * eps - sigma_t * x_0
-    return {"epsilon": eps, "sample": x_0, "flow": eps - x_0}[kind]
+    return {"epsilon": eps, "sample": x_0, "flow": eps - x_0}[prediction_type]

@@ -299,7 +299,7 @@ class FlowMapScheduler(SchedulerMixin, ConfigMixin):
         return (0.0 if angle == math.pi / 2 else math.cos(angle)), math.sin(angle)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """x_t of data and noise at times of shape (B,), for pipelines that begin with a picture."""
+        """x_t of data and noise at times of shape (B,), for pipelines that begin with an image."""
         pairs = [self._coefficients(float(t)) for t in timesteps.tolist()]
         both = torch.tensor(pairs, dtype=original_samples.dtype, device=original_samples.device)
         alpha, sigma = (part.reshape(-1, *[1] * (original_samples.ndim - 1)) for part in both.T)

@@ -38,7 +38,7 @@ class GuidanceRange(BaseModel):
         """Whether there is more than one scale to tell a student of."""
         return self.w_min < self.w_max
 
-    def is_told(self, model_type: str) -> bool:
+    def takes_guidance(self, model_type: str) -> bool:
         """Whether a student of this type takes w as an input: one scale needs none, and a LoRA has none."""
         return model_type == "full" and self.is_range
 

@@ -20,7 +20,7 @@ ONE_STEP_SHARE = 0.4
 """Where in the training timesteps a student of one step is told that it is, on a table of betas."""
 
 
-def told_time(schedule: Schedule, asked: int | None, *, key: str) -> float:
+def one_step_timestep(schedule: Schedule, asked: int | None, *, key: str) -> float:
     """The time of the schedule that a student of one step is told.
 
     Args:

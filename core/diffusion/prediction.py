@@ -34,14 +34,14 @@ class Prediction:
         x_t: The noised input, shape (B, ...).
         t: Its time, shape (B,).
         schedule: The path that relates them.
-        kind: The parametrisation of `output`.
+        prediction_type: The parametrisation of `output`.
     """
 
     output: Tensor
     x_t: Tensor
     t: Tensor
     schedule: Schedule
-    kind: str
+    prediction_type: str
 
     @cached_property
     def _parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -52,11 +52,11 @@ class Prediction:
     def x0(self) -> Tensor:
         """The denoised data."""
         out, x, alpha, sigma = self._parts
-        if self.kind == "epsilon":
+        if self.prediction_type == "epsilon":
             return (x - sigma * out) / alpha
-        if self.kind == "v_prediction":
+        if self.prediction_type == "v_prediction":
             return (alpha * x - sigma * out) / (alpha**2 + sigma**2)
-        if self.kind == "flow":
+        if self.prediction_type == "flow":
             return (x - sigma * out) / (alpha + sigma)
         return out
 
@@ -64,11 +64,11 @@ class Prediction:
     def eps(self) -> Tensor:
         """The noise."""
         out, x, alpha, sigma = self._parts
-        if self.kind == "sample":
+        if self.prediction_type == "sample":
             return (x - alpha * out) / sigma
-        if self.kind == "v_prediction":
+        if self.prediction_type == "v_prediction":
             return (sigma * x + alpha * out) / (alpha**2 + sigma**2)
-        if self.kind == "flow":
+        if self.prediction_type == "flow":
             return (x + alpha * out) / (alpha + sigma)
         return out
 
@@ -85,7 +85,7 @@ class Prediction:
         sigma_dot = append_dims(self.schedule.sigma_dot(self.t), self.x_t)
         return alpha_dot * self.x0 + sigma_dot * self.eps
 
-    def jump(self, u: Tensor) -> Tensor:
+    def ddim_step(self, u: Tensor) -> Tensor:
         """Move to time `u` (B,) along this prediction: alpha_u x_0 + sigma_u eps.
 
         One DDIM step (arXiv 2010.02502) on a variance-preserving table, one Euler step on a flow.
@@ -93,11 +93,13 @@ class Prediction:
         alpha_u, sigma_u = self.schedule.coefficients(u, self.x_t)
         return alpha_u * self.x0 + sigma_u * self.eps
 
-    def as_kind(self, kind: str) -> Tensor:
+    def as_type(self, prediction_type: str) -> Tensor:
         """The raw output that a network of another parametrisation would have given."""
-        if kind == "flow":
+        if prediction_type == "flow":
             return self.eps - self.x0
-        return {"epsilon": lambda: self.eps, "sample": lambda: self.x0, "v_prediction": lambda: self.v}[kind]()
+        return {"epsilon": lambda: self.eps, "sample": lambda: self.x0, "v_prediction": lambda: self.v}[
+            prediction_type
+        ]()
 
 
 class GuidedPrediction(Prediction):
@@ -110,7 +112,7 @@ class GuidedPrediction(Prediction):
         object.__setattr__(self, "eps", uncond.eps + g * (cond.eps - uncond.eps))
 
 
-def guide(cond: Prediction, uncond: Prediction, scale: Tensor) -> Prediction:
+def classifier_free_guidance(cond: Prediction, uncond: Prediction, scale: Tensor) -> Prediction:
     """Classifier-free guidance uncond + g (cond - uncond) on the converted predictions (arXiv 2207.12598).
 
     Args:

@@ -1,4 +1,4 @@
-r"""Noise schedules: how a picture turns into noise.
+r"""Noise schedules: how an image turns into noise.
 
 Every schedule is a Gaussian path
 
@@ -36,7 +36,7 @@ def append_dims(value: Tensor, like: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Grid:
+class SolverGrid:
     """N steps of a solver over a schedule, from noisy (last) to clean (first).
 
     Attributes:
@@ -50,9 +50,9 @@ class Grid:
     def __len__(self) -> int:
         return len(self.times)
 
-    def to(self, device: str | torch.device) -> Grid:
+    def to(self, device: str | torch.device) -> SolverGrid:
         """The same grid on `device`."""
-        return Grid(self.times.to(device), self.previous.to(device))
+        return SolverGrid(self.times.to(device), self.previous.to(device))
 
 
 class Schedule(ABC):
@@ -90,7 +90,7 @@ class Schedule(ABC):
         """What the network is fed for time `t`."""
 
     @abstractmethod
-    def grid(self, num_steps: int) -> Grid:
+    def grid(self, num_steps: int) -> SolverGrid:
         """The solver's grid with `num_steps` steps."""
 
     @property
@@ -188,7 +188,7 @@ class DDPMSchedule(Schedule):
     def network_time(self, t: Tensor) -> Tensor:
         return t
 
-    def grid(self, num_steps: int) -> Grid:
+    def grid(self, num_steps: int) -> SolverGrid:
         """t_i = (i + 1) k - 1 with k = T // N, each step ending at max(t_i - k, 0): LCM's grid (arXiv 2310.04378)."""
         if not 1 <= num_steps <= self.num_train_timesteps:
             raise UserError(
@@ -197,7 +197,7 @@ class DDPMSchedule(Schedule):
             )
         k = self.num_train_timesteps // num_steps
         times = torch.arange(1, num_steps + 1, dtype=torch.int64) * k - 1
-        return Grid(times, (times - k).clamp(min=0))
+        return SolverGrid(times, (times - k).clamp(min=0))
 
 
 class FlowSchedule(Schedule):
@@ -247,10 +247,10 @@ class FlowSchedule(Schedule):
     def network_time(self, t: Tensor) -> Tensor:
         return t * self.num_train_timesteps
 
-    def grid(self, num_steps: int) -> Grid:
+    def grid(self, num_steps: int) -> SolverGrid:
         """sigma_j = shift(j / N), j = 1 .. N; the last target is sigma_0 = 0."""
         edges = self.shifted(torch.arange(num_steps + 1, dtype=torch.float64) / num_steps)
-        return Grid(edges[1:], edges[:-1])
+        return SolverGrid(edges[1:], edges[:-1])
 
 
 def _betas(config: Mapping[str, Any]) -> Tensor:

@@ -51,7 +51,7 @@ def differentiable_forward() -> Iterator[None]:
     """Kernels that have a forward-mode derivative, inside the block (:func:`torch.func.jvp`, dual numbers).
 
     Attention is computed by plain matrix products: the fused kernels have none. That holds the
-    (B, heads, queries, keys) weights in memory, so exact derivatives of large pictures are dear; differences of two
+    (B, heads, queries, keys) weights in memory, so exact derivatives of large images are dear; differences of two
     calls are not.
     """
     with sdpa_kernel(SDPBackend.MATH), _PlainNorms():
@@ -88,7 +88,7 @@ def _active_adapters(network: nn.Module) -> tuple[str, ...]:
     return () if layer is None or layer.disable_adapters else tuple(layer.active_adapters)
 
 
-def telling(network: nn.Module, t: Tensor, r: Tensor | None) -> AbstractContextManager[None]:
+def second_time_input(network: nn.Module, t: Tensor, r: Tensor | None) -> AbstractContextManager[None]:
     """Tell `network` both times, shape (B,) in its own units, inside the block (one forward); nothing where r is None.
 
     Raises ValueError when the network, with the adapters that are on, takes no second time.
@@ -143,7 +143,7 @@ def export_second_time(network: nn.Module, folder: Path, *, component: str, name
 
 
 @contextlib.contextmanager
-def put_aside(network: nn.Module) -> Iterator[None]:
+def detached_second_time(network: nn.Module) -> Iterator[None]:
     """`network` without its second times inside the block, for writing what plain diffusers reads."""
     times = network._modules.pop("second_time", None)
     try:

@@ -29,7 +29,7 @@ def segment_edge(index: Tensor, *, num_steps: int, num_segments: int) -> Tensor:
     return (number * num_steps + num_segments - 1) // num_segments
 
 
-def noise_further(schedule: Schedule, x_s: Tensor, s: Tensor, u: Tensor, eps: Tensor) -> Tensor:
+def renoise(schedule: Schedule, x_s: Tensor, s: Tensor, u: Tensor, eps: Tensor) -> Tensor:
     """A sample of p(x_u | x_s) for u >= s: r x_s + sqrt(sigma_u^2 - r^2 sigma_s^2) eps with r = alpha_u / alpha_s.
 
     `x_s` and `eps` of shape (B, ...), `s` and `u` of shape (B,). Exactly x_s where u = s; alpha_s must not be 0.

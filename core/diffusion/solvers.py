@@ -1,4 +1,4 @@
-r"""The deterministic sampler as a fixed walk from noise to data: its times, its steps, and a step read backwards.
+r"""The deterministic sampler as a fixed timestep grid from noise to data: its times, its steps, and a step read backwards.
 
 One step along a prediction from time t to time s,
 
@@ -33,7 +33,7 @@ Coefficients = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
-class Walk:
+class TimestepGrid:
     """N steps from the noisiest time to the data; step j goes from point j to point j + 1, and point N is the data.
 
     Attributes:
@@ -49,16 +49,16 @@ class Walk:
     def __len__(self) -> int:
         return len(self.times)
 
-    def to(self, device: str | torch.device) -> Walk:
-        """The same walk on `device`."""
-        return Walk(self.times.to(device), self.alpha.to(device), self.sigma.to(device))
+    def to(self, device: str | torch.device) -> TimestepGrid:
+        """The same timestep grid on `device`."""
+        return TimestepGrid(self.times.to(device), self.alpha.to(device), self.sigma.to(device))
 
     def at(self, point: Tensor) -> Coefficients:
         """(alpha, sigma) of points (B,)."""
         return self.alpha[point], self.sigma[point]
 
 
-def trailing_walk(schedule: Schedule, num_steps: int) -> Walk:
+def trailing_timesteps(schedule: Schedule, num_steps: int) -> TimestepGrid:
     """The steps T - 1, T - 1 - T/N, ... of ``timestep_spacing="trailing"``, or shift(1), shift(1 - 1/N), ... of a flow.
 
     The points of N steps are every second one of 2 N steps.
@@ -74,7 +74,7 @@ def trailing_walk(schedule: Schedule, num_steps: int) -> Walk:
             raise UserError(f"{num_steps} steps do not fit a model of {total} timesteps", f"choose 1 to {total} steps")
         times = (total - torch.arange(num_steps, dtype=torch.float64) * (total / num_steps)).round().long() - 1
     alpha, sigma = schedule.alpha(times), schedule.sigma(times)
-    return Walk(times, torch.cat([alpha, alpha.new_ones(1)]), torch.cat([sigma, sigma.new_zeros(1)]))
+    return TimestepGrid(times, torch.cat([alpha, alpha.new_ones(1)]), torch.cat([sigma, sigma.new_zeros(1)]))
 
 
 def step_to(prediction: Prediction, end: Coefficients) -> Tensor:
@@ -103,9 +103,9 @@ def data_of_step(x_t: Tensor, x_s: Tensor, *, start: Coefficients, end: Coeffici
 def deterministic_sampler(
     schedule: Schedule, num_steps: int, guidance_scale: float, *, spacing: str | None = "trailing"
 ) -> Sampler:
-    """DDIM (Euler on a flow), ending at the data; over :func:`trailing_walk` unless told otherwise.
+    """DDIM (Euler on a flow), ending at the data; over :func:`trailing_timesteps` unless told otherwise.
 
-    diffusers' DDIM goes on by T // N timesteps and the walk by T / N, which is one where N divides T.
+    diffusers' DDIM goes on by T // N timesteps and the timestep grid by T / N, which is one where N divides T.
 
     Args:
         schedule: The model's.
@@ -113,11 +113,11 @@ def deterministic_sampler(
         guidance_scale: The pipeline's; 0 is off.
         spacing: ``timestep_spacing`` on a table of betas; None: the model's own.
     """
-    walk = trailing_walk(schedule, num_steps)
+    timesteps = trailing_timesteps(schedule, num_steps)
     if schedule.clean_at_zero:
         # the times are shifted already: the scheduler must not do it again
         config = {"shift": 1.0, "use_dynamic_shifting": False}
-        call = {"sigmas": walk.sigma[:-1].tolist()}
+        call = {"sigmas": timesteps.sigma[:-1].tolist()}
         return Sampler("FlowMatchEulerDiscreteScheduler", config, num_steps, guidance_scale, call)
     config = {"set_alpha_to_one": True, "clip_sample": False}
     config |= {} if spacing is None else {"timestep_spacing": spacing}

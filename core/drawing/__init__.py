@@ -1,1 +1,1 @@
-"""Pictures of figures: grids of images, charts of data, curves of a run."""
+"""Images of figures: grids of images, charts of data, curves of a run."""

@@ -1,4 +1,4 @@
-"""Bar charts without a plotting library: panels with titles, named axes and counts, side by side in one picture."""
+"""Bar charts without a plotting library: panels with titles, named axes and counts, side by side in one image."""
 
 from __future__ import annotations
 
@@ -98,9 +98,9 @@ def _text(text: str, size: int) -> Image:
     from PIL import Image, ImageDraw
 
     chosen = font(size)
-    picture = Image.new("L", (round(chosen.getlength(text)) + 2, line_height(chosen) + 2), 0)
-    ImageDraw.Draw(picture).text((1, 0), text, 255, chosen)
-    return picture
+    image = Image.new("L", (round(chosen.getlength(text)) + 2, line_height(chosen) + 2), 0)
+    ImageDraw.Draw(image).text((1, 0), text, 255, chosen)
+    return image
 
 
 def _stamp(sheet: Image, mask: Image, place: tuple[int, int]) -> None:

@@ -147,10 +147,10 @@ class _Frame:
         return round(BOTTOM - (value - low) / (high - low) * (BOTTOM - TOP), 1)
 
     def path(self, steps: Floats, values: Floats) -> str:
-        places = [f"{self.x(step):g},{self.y(value):g}" for step, value in zip(steps, values, strict=True)]
-        if len(places) == 1:
-            places *= 2  # a line of no length with round ends is a dot
-        return "M" + "L".join(places)
+        positions = [f"{self.x(step):g},{self.y(value):g}" for step, value in zip(steps, values, strict=True)]
+        if len(positions) == 1:
+            positions *= 2  # a line of no length with round ends is a dot
+        return "M" + "L".join(positions)
 
     def values(self) -> Sequence[float]:
         low, high = self.y_range

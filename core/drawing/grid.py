@@ -1,4 +1,4 @@
-"""Labelled grids of pictures: rows are prompts, columns are who made the picture."""
+"""Labelled grids of images: rows are prompts, columns are who made the image."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ BACKGROUND, INK, FAINT, EMPTY = (255, 255, 255), (28, 28, 32), (112, 112, 122), 
 
 @dataclass(frozen=True)
 class GridRow:
-    """One row: its label, a smaller second line, and a picture (or None) for each column."""
+    """One row: its label, a smaller second line, and an image (or None) for each column."""
 
     label: str
-    pictures: Sequence[Image | None]
+    images: Sequence[Image | None]
     detail: str = ""
 
 
@@ -36,59 +36,57 @@ def labelled_grid(
     footer: str = "",
     largest_cell: int = LARGEST_CELL,
 ) -> Image:
-    """Draw the grid as one RGB picture.
+    """Draw the grid as one RGB image.
 
-    Pictures whose longer edge is below 128 px are enlarged by a whole factor (nearest neighbour, so that pixels stay
+    Images whose longer edge is below 128 px are enlarged by a whole factor (nearest neighbour, so that pixels stay
     pixels); those above `largest_cell` px are scaled down.
 
     Args:
-        rows: At least one row, each with one picture or None per column.
+        rows: At least one row, each with one image or None per column.
         columns: Headers; a line break starts a fainter second line (its number of steps, its guidance).
         title: Line above the grid.
         footer: Line below it.
-        largest_cell: Longest edge of a picture in the grid, in pixels.
+        largest_cell: Longest edge of an image in the grid, in pixels.
 
     Raises:
-        ValueError: A row has another number of pictures than there are columns.
+        ValueError: A row has another number of images than there are columns.
     """
     for row in rows:
-        if len(row.pictures) != len(columns):
-            raise ValueError(f"row {row.label!r} has {len(row.pictures)} pictures for {len(columns)} columns")
-    cells = [
-        [None if picture is None else fit(picture, largest=largest_cell) for picture in row.pictures] for row in rows
-    ]
+        if len(row.images) != len(columns):
+            raise ValueError(f"row {row.label!r} has {len(row.images)} images for {len(columns)} columns")
+    cells = [[None if image is None else fit(image, largest=largest_cell) for image in row.images] for row in rows]
     return _Layout(rows, columns, cells, title, footer).draw()
 
 
-def fit(picture: Image, *, largest: int = LARGEST_CELL) -> Image:
-    """The picture as RGB at a size that can be looked at."""
+def fit(image: Image, *, largest: int = LARGEST_CELL) -> Image:
+    """The image as RGB at a size that can be looked at."""
     from PIL import Image
 
-    picture = picture.convert("RGB")
-    longer = max(picture.size)
+    image = image.convert("RGB")
+    longer = max(image.size)
     if longer < SMALLEST_CELL:
         factor = -(-SMALLEST_CELL // longer)
-        return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+        return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
     if longer > largest:
-        size = [max(1, round(edge * largest / longer)) for edge in picture.size]
-        return picture.resize((size[0], size[1]), Image.Resampling.LANCZOS)
-    return picture
+        size = [max(1, round(edge * largest / longer)) for edge in image.size]
+        return image.resize((size[0], size[1]), Image.Resampling.LANCZOS)
+    return image
 
 
-def to_pictures(images: Tensor) -> list[Image]:
-    """Pictures of a tensor of shape (N, 3, H, W) in [0, 1]."""
+def to_images(images: Tensor) -> list[Image]:
+    """Images of a tensor of shape (N, 3, H, W) in [0, 1]."""
     from PIL import Image
 
     pixels = images.detach().float().clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(picture) for picture in pixels]
+    return [Image.fromarray(image) for image in pixels]
 
 
-def to_tensor(pictures: Sequence[Image]) -> Tensor:
-    """Shape (N, 3, H, W), float32 in [0, 1], of pictures of one size."""
+def to_tensor(images: Sequence[Image]) -> Tensor:
+    """Shape (N, 3, H, W), float32 in [0, 1], of images of one size."""
     import numpy as np
     import torch
 
-    pixels = np.stack([np.asarray(picture.convert("RGB")) for picture in pictures])
+    pixels = np.stack([np.asarray(image.convert("RGB")) for image in images])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div(255)
 
 

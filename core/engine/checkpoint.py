@@ -1,6 +1,6 @@
 """Checkpoints that are complete or absent, never half, and that hold no pickle.
 
-A checkpoint is written aside (``.checkpoint-<n>.partial``), each file and folder fsynced, its manifest of checksums
+A checkpoint is written to a temporary folder (``.checkpoint-<n>.partial``), each file and folder fsynced, its manifest of checksums
 last, and renamed to ``checkpoint-<n>`` in one move. Whatever moment the process dies at, the folders named
 ``checkpoint-<n>`` are whole. A partial that already has its manifest is whole too: the next start finishes its rename.
 """
@@ -119,24 +119,24 @@ class CheckpointStore:
             self._delete(path)
         return later
 
-    def bring(self, step: int | None = None) -> None:
+    def download(self, step: int | None = None) -> None:
         """Bring a checkpoint here from another place, where they are kept in one and it is not here.
 
         Args:
             step: Its step; None for the newest.
         """
 
-    def settle(self) -> None:
+    def wait(self) -> None:
         """Wait until nothing is under way any more; called when the run ends."""
 
     # -- the moves --------------------------------------------------------------------------------------------------
 
-    def _aside(self, step: int, suffix: str) -> Path:
+    def _temporary(self, step: int, suffix: str) -> Path:
         return self.output_dir / f".checkpoint-{step}.{suffix}"
 
     def _fresh(self, step: int) -> Path:
         """Where a checkpoint is made before it is moved into its place; nothing is there."""
-        partial = self._aside(step, "partial")
+        partial = self._temporary(step, "partial")
         _remove(partial)
         return partial
 
@@ -151,7 +151,7 @@ class CheckpointStore:
     def _move_into_place(self, partial: Path, final: Path) -> None:
         if final.exists():
             # Dying between these two renames loses nothing: the partial has its manifest, and the next start moves it.
-            replaced = self._aside(_step_of(final), "replaced")
+            replaced = self._temporary(_step_of(final), "replaced")
             _remove(replaced)
             os.rename(final, replaced)
             os.rename(partial, final)
@@ -175,10 +175,10 @@ class CheckpointStore:
 
     def _delete(self, path: Path) -> None:
         """Out of sight in one move first: a folder that dies half deleted must not bear the name of a checkpoint."""
-        aside = self._aside(_step_of(path), "deleted")
-        _remove(aside)
-        os.rename(path, aside)
-        _remove(aside)
+        temporary = self._temporary(_step_of(path), "deleted")
+        _remove(temporary)
+        os.rename(path, temporary)
+        _remove(temporary)
 
     def _recover(self) -> None:
         """Finish or remove what a killed process left."""
@@ -264,10 +264,10 @@ def _write(folder: Path, state: CheckpointState) -> None:
         "groups": list(state.tensors),
         "files": {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files},
     }
-    aside = folder / f"{MANIFEST}.partial"
-    aside.write_text(json.dumps(manifest, indent=2), "utf-8")
-    _sync_file(aside)
-    os.rename(aside, folder / MANIFEST)
+    temporary = folder / f"{MANIFEST}.partial"
+    temporary.write_text(json.dumps(manifest, indent=2), "utf-8")
+    _sync_file(temporary)
+    os.rename(temporary, folder / MANIFEST)
     sync_folder(folder)
 
 

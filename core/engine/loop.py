@@ -136,9 +136,9 @@ class Loop:
         """Copy weights and forget moments, as the stage that begins asks for."""
         for source in dict.fromkeys(stage.copy.values()):
             if source in self.optimizers:
-                self.optimizers[source].settle()
+                self.optimizers[source].finalize()
         for target, source in stage.copy.items():
-            self.networks.settle(source)
+            self.networks.apply_ema(source)
             self.networks.copy(target, source)
         for role in stage.reset:
             self.optimizers[role].reset()

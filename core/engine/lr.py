@@ -28,14 +28,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ..plugin_api.stage import Stage
 
-Shape = Callable[[float, float, float], float]
+DecayCurve = Callable[[float, float, float], float]
 
 
 def _restarts(p: float, num_cycles: float, power: float) -> float:
     return 0.0 if p >= 1 else (1 + math.cos(math.pi * ((num_cycles * p) % 1))) / 2
 
 
-SHAPES: dict[str, Shape | None] = {
+SHAPES: dict[str, DecayCurve | None] = {
     "constant": None,
     "constant_with_warmup": None,
     "linear": lambda p, num_cycles, power: 1 - p,

@@ -309,7 +309,7 @@ class Networks:
             self.average.update(self.parameters("student"))
 
     @torch.no_grad()
-    def settle(self, role: str) -> None:
+    def apply_ema(self, role: str) -> None:
         """The ``use_ema`` average becomes the student's weights: what the next stage starts from."""
         if self.average is not None and role == "student":
             self.average.copy_to(self.parameters("student"))

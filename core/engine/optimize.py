@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..plugin_api.optimizer import OptimizerCare
+from ..plugin_api.optimizer import UpdatePolicy
 
 
 class RoleOptimizer:
@@ -23,7 +23,7 @@ class RoleOptimizer:
         schedule: Factor of the learning rate by optimizer step (counted from 0).
         max_grad_norm: The global norm is clipped to this; 0 switches clipping off.
         scaler: For fp16, else None.
-        care: Knows what is special about the optimizer.
+        update_policy: Knows what is special about the optimizer.
     """
 
     def __init__(
@@ -35,12 +35,12 @@ class RoleOptimizer:
         schedule: Callable[[int], float],
         max_grad_norm: float,
         scaler: torch.amp.GradScaler | None = None,
-        care: OptimizerCare | None = None,
+        update_policy: UpdatePolicy | None = None,
     ) -> None:
         self.optimizer, self.parameters, self.scaler = optimizer, list(parameters), scaler
         self._learning_rate, self._schedule, self._max_grad_norm = learning_rate, schedule, max_grad_norm
         self._fused = bool(optimizer.defaults.get("fused"))
-        self._care = care or OptimizerCare()
+        self._update_policy = update_policy or UpdatePolicy()
         self._fresh: list[dict[str, Any]] | None = None
 
     def learning_rate(self, step: int) -> float:
@@ -62,25 +62,25 @@ class RoleOptimizer:
         return self._fresh
 
     @torch.no_grad()
-    def settle(self) -> None:
+    def finalize(self) -> None:
         """The weights to evaluate become the weights for good: what follows starts from them."""
         with self.evaluating():
-            settled = [parameter.detach().clone() for parameter in self.parameters]
-        for parameter, value in zip(self.parameters, settled, strict=True):
+            finalized = [parameter.detach().clone() for parameter in self.parameters]
+        for parameter, value in zip(self.parameters, finalized, strict=True):
             parameter.copy_(value)
 
     def evaluating(self) -> AbstractContextManager[None]:
         """Inside, the parameters hold the weights to validate, score and export."""
-        return self._care.evaluating(self.optimizer)
+        return self._update_policy.evaluating(self.optimizer)
 
     def state_dict(self) -> dict[str, Any]:
         """What decides the next steps."""
-        return self._care.state(self.optimizer)
+        return self._update_policy.state(self.optimizer)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned, bit for bit."""
         self._at_the_start()
-        self._care.load(self.optimizer, state)
+        self._update_policy.load(self.optimizer, state)
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient of `loss` in this role's own parameters and nowhere else."""

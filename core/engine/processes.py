@@ -64,9 +64,9 @@ class Processes:
         """Wait for all processes."""
         self._state.wait_for_everyone()
 
-    def together(self) -> AbstractContextManager[None]:
+    def synchronized(self) -> AbstractContextManager[None]:
         """A block that all processes leave together, or with the error of the one that failed in it."""
-        return together()
+        return synchronized()
 
     def gather(self, own: Any) -> list[Any]:
         """What each process gives, by rank; every process must call it."""
@@ -118,7 +118,7 @@ def gathered(own: Any) -> list[Any]:
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def synchronized() -> Iterator[None]:
     """All processes leave the block together; what ends it in one ends it in all, with the same message.
 
     Without it, a failure of one process leaves the others waiting for it at their next exchange. Inside the block no
@@ -129,14 +129,14 @@ def together() -> Iterator[None]:
         yield
     except BaseException as error:  # raised below, once the others know
         own = error
-    failures = [] if not in_group() else [each for each in gathered(None if own is None else _told(own)) if each]
+    failures = [] if not in_group() else [each for each in gathered(None if own is None else _summary(own)) if each]
     if own is not None:
         raise own
     if failures:
         raise _retold(*failures[0])
 
 
-def _told(error: BaseException) -> tuple[int, str]:
+def _summary(error: BaseException) -> tuple[int, str]:
     """Exit code and text of an error: errors themselves may not be fit for sending."""
     if isinstance(error, DistillError):
         return error.exit_code, str(error)

@@ -123,10 +123,10 @@ class MirroredStore(CheckpointStore):
     """
 
     def __init__(
-        self, output_dir: Path, *, limit: int | None, there: RemoteCheckpoints, say: Callable[[str], None]
+        self, output_dir: Path, *, limit: int | None, remote: RemoteCheckpoints, say: Callable[[str], None]
     ) -> None:
         super().__init__(output_dir, limit=limit)
-        self._there, self._tell = there, say
+        self._remote, self._tell = remote, say
         self._waiting: list[Path] = []
         self._copying: list[Path] = []
         self._running: Future[list[Path]] | None = None
@@ -164,7 +164,7 @@ class MirroredStore(CheckpointStore):
         left = list(paths)
         for path in reversed(paths):
             try:
-                self._there.upload(path)
+                self._remote.upload(path)
             except (DistillError, OSError) as error:
                 reason = str(error).splitlines()[0]
                 self._tell(f"warning: {path.name} is complete here but could not be copied: {reason}")
@@ -172,7 +172,7 @@ class MirroredStore(CheckpointStore):
             left.remove(path)
         return left
 
-    def settle(self) -> None:
+    def wait(self) -> None:
         """Wait for the copies, try once more those that failed, and say what is not there in the end."""
         failed = self._running is not None and bool(self._running.result())
         self._collect()
@@ -185,26 +185,26 @@ class MirroredStore(CheckpointStore):
             self._prune(keep=newest)
         missing = [path.name for path in self._waiting if path.exists()]
         if missing:
-            self._tell(f"warning: not copied to {self._there.backend.location}: {', '.join(missing)}")
+            self._tell(f"warning: not copied to {self._remote.backend.location}: {', '.join(missing)}")
 
-    def bring(self, step: int | None = None) -> None:
+    def download(self, step: int | None = None) -> None:
         """Bring the checkpoint of `step`, else the newest, here if it is only there."""
-        here, there = self._complete(), self._there.steps()
+        here, remote = self._complete(), self._remote.steps()
         if step is None:
-            wanted = [newest for newest in there[-1:] if newest > max(here, default=0)]
+            wanted = [newest for newest in remote[-1:] if newest > max(here, default=0)]
         else:
-            wanted = [step] if step in there and step not in here else []
+            wanted = [step] if step in remote and step not in here else []
         for number in wanted:
-            self._tell(f"fetching checkpoint-{number} from {self._there.backend.location}")
+            self._tell(f"fetching checkpoint-{number} from {self._remote.backend.location}")
             partial = self._fresh(number)
-            self._there.download(number, partial)
+            self._remote.download(number, partial)
             self._move_into_place(partial, self.output_dir / f"checkpoint-{number}")
 
     def discard_after(self, step: int) -> list[Path]:
         """Remove later checkpoints, here and there."""
-        later = [number for number in self._there.steps() if number > step]
+        later = [number for number in self._remote.steps() if number > step]
         if later:
             names = ", ".join(f"checkpoint-{number}" for number in later)
-            self._tell(f"later checkpoints are removed from {self._there.backend.location}: {names}")
-        self._there.remove(later)
+            self._tell(f"later checkpoints are removed from {self._remote.backend.location}: {names}")
+        self._remote.remove(later)
         return super().discard_after(step)

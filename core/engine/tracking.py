@@ -45,7 +45,7 @@ class Trackers:
         self._each("log", metrics, step)
 
     def images(self, name: str, images: Mapping[str, Image], step: int) -> None:
-        """Pictures by caption."""
+        """Images by caption."""
         self._each("images", name, images, step)
 
     def text(self, name: str, text: str, step: int) -> None:

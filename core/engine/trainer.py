@@ -59,7 +59,7 @@ class TimeBins:
 
 
 OTHER_SAMPLES = (
-    "its samples are not those that the run began with: pictures or captions were added, removed or changed, or some "
+    "its samples are not those that the run began with: images or captions were added, removed or changed, or some "
     "that were out of reach and set aside then can be read now"
 )
 
@@ -78,7 +78,7 @@ class Trainer:
         registry: Whose hooks are called.
         processes: Ranks.
         stop: Set by Ctrl-C and SIGTERM.
-        validate: Makes validation pictures of a step.
+        validate: Makes validation images of a step.
         identity: What must be the same when a checkpoint is resumed, by name.
         total_steps: The last step.
         on_step: Told (step, metrics or None) after every step, for progress displays.
@@ -160,7 +160,7 @@ class Trainer:
         """Write a checkpoint of the present step, unless there is one. Every process must call it."""
         if self._saved == self.step:
             return
-        with self.processes.together():
+        with self.processes.synchronized():
             self._write()
         folder = self.store.output_dir / f"checkpoint-{self.step}"
         self.registry.hook.on_checkpoint_saved(state=self.state, folder=folder, step=self.step)

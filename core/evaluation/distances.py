@@ -81,16 +81,16 @@ def _off_diagonal_mean(kernel: Tensor) -> Tensor:
 
 
 def relative_spread(features: Tensor, groups: Sequence[object], reference: Tensor) -> float | None:
-    """How different pictures of one prompt are: their mean distance in units of that of two real pictures.
+    """How different images of one prompt are: their mean distance in units of that of two real images.
 
     Args:
         features: Shape (N, F).
         groups: N prompts; only pairs of one prompt count.
-        reference: Features of real pictures, shape (M, F), M >= 2.
+        reference: Features of real images, shape (M, F), M >= 2.
 
     Returns:
-        0 where all pictures of a prompt are one, 1 where they differ like real pictures of different prompts; None
-        where no prompt has two pictures.
+        0 where all images of a prompt are one, 1 where they differ like real images of different prompts; None
+        where no prompt has two images.
     """
     numbers = {group: index for index, group in enumerate(dict.fromkeys(groups))}
     labels = torch.tensor([numbers[group] for group in groups])
@@ -102,5 +102,5 @@ def relative_spread(features: Tensor, groups: Sequence[object], reference: Tenso
 
 
 def root_mean_square(a: Tensor, b: Tensor) -> Tensor:
-    """Distance of each picture of `a` to the one of `b` at its place, (N, ...) -> (N,), in the units of the values."""
+    """Distance of each image of `a` to the one of `b` at its place, (N, ...) -> (N,), in the units of the values."""
     return (a.double() - b.double()).flatten(1).square().mean(dim=1).sqrt()

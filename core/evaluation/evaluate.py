@@ -1,4 +1,4 @@
-"""Evaluation: teacher against student, in scores, seconds and one picture."""
+"""Evaluation: teacher against student, in scores, seconds and one image."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..drawing.grid import to_pictures
+from ..drawing.grid import to_images
 from ..plugin_api.evaluator import Evaluator, Samples
 from .plan import EvaluationPlan
 from .result import Row
-from .sampling import Recipe, batch_size, make_pictures, plural, sampling
+from .sampling import SamplingPlan, batch_size, make_images, plural, sampling
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 Say = Callable[[str], None]
 SHOWN = 8
-"""Pictures of each recipe that go into ``evaluation.png``."""
+"""Images of each sampling plan that go into ``evaluation.png``."""
 LATENCY_SECONDS = 2.0
-"""How long the latency of a single picture is measured again and again, at most three times."""
+"""How long the latency of a single image is measured again and again, at most three times."""
 
 
 def evaluate(
@@ -41,16 +41,16 @@ def evaluate(
     say: Say = lambda line: None,
     left_out: Mapping[str, str] | None = None,
 ) -> Evaluation:
-    """Make every recipe's pictures from the same noise and score them.
+    """Make every sampling plan's images from the same noise and score them.
 
-    The full teacher comes first: its pictures are the reference of the others.
+    The full teacher comes first: its images are the reference of the others.
 
     Args:
         family: Encodes the prompts and runs the pipeline.
         networks: Gives the networks of the roles in the plan.
         plan: What to make.
         evaluators: By name; see :func:`.evaluators.build_evaluators`.
-        data: Real pictures (M, 3, H, W) in [0, 1] at the plan's size, or None.
+        data: Real images (M, 3, H, W) in [0, 1] at the plan's size, or None.
         say: Where progress goes, a line each.
         left_out: Evaluators that cannot be used here, with the reason.
     """
@@ -60,31 +60,31 @@ def evaluate(
     embeds = encode(family, plan.prompts)
     rows: dict[int, Row] = {}
     reference: Tensor | None = None
-    others = [recipe for recipe in plan.recipes if recipe is not plan.reference]
+    others = [sampling_plan for sampling_plan in plan.sampling_plans if sampling_plan is not plan.reference]
     # role by role, since changing the network can mean loading it
-    others.sort(key=lambda recipe: recipe.role != plan.reference.role)
-    for role, recipes in _by_role([plan.reference, *others]):
+    others.sort(key=lambda sampling_plan: sampling_plan.role != plan.reference.role)
+    for role, sampling_plans in _by_role([plan.reference, *others]):
         with sampling(networks, role) as network:
-            _warm_up(family, network, recipes[0], embeds, plan)
-            for recipe in recipes:
+            _warm_up(family, network, sampling_plans[0], embeds, plan)
+            for sampling_plan in sampling_plans:
                 try:
-                    images, row = _make(family, network, recipe, embeds, plan)
+                    images, row = _make(family, network, sampling_plan, embeds, plan)
                 except ValueError as error:
-                    if not recipe.optional:
+                    if not sampling_plan.optional:
                         raise
                     # some pipelines give a scheduler times of their own, which not every scheduler takes
-                    say(f"{recipe.name} is left out: {family.name} does not take its scheduler: {error}")
+                    say(f"{sampling_plan.name} is left out: {family.name} does not take its scheduler: {error}")
                     continue
-                reference = images if recipe is plan.reference else reference
-                beside = None if recipe is plan.reference else reference
+                reference = images if sampling_plan is plan.reference else reference
+                beside = None if sampling_plan is plan.reference else reference
                 row.scores = scorers.score(Samples(images, plan.sample_prompts, beside, data))
-                rows[id(recipe)] = row
-                steps = plural(recipe.steps, "step")
-                say(f"evaluated {recipe.name} at {steps}: {row.seconds_per_image:.3g} s per picture")
+                rows[id(sampling_plan)] = row
+                steps = plural(sampling_plan.steps, "step")
+                say(f"evaluated {sampling_plan.name} at {steps}: {row.seconds_per_image:.3g} s per image")
     better = {name: up for evaluator in evaluators.values() for name, up in evaluator.higher_is_better.items()}
     return Evaluation(
         plan=plan,
-        rows=[rows[id(recipe)] for recipe in plan.recipes if id(recipe) in rows],
+        rows=[rows[id(sampling_plan)] for sampling_plan in plan.sampling_plans if id(sampling_plan) in rows],
         higher_is_better=better,
         left_out=scorers.left_out,
         num_data=0 if data is None else len(data),
@@ -111,9 +111,9 @@ class _Scorers:
         return scores
 
 
-def _by_role(recipes: Sequence[Recipe]) -> Iterator[tuple[str, list[Recipe]]]:
-    for role in dict.fromkeys(recipe.role for recipe in recipes):
-        yield role, [recipe for recipe in recipes if recipe.role == role]
+def _by_role(sampling_plans: Sequence[SamplingPlan]) -> Iterator[tuple[str, list[SamplingPlan]]]:
+    for role in dict.fromkeys(sampling_plan.role for sampling_plan in sampling_plans):
+        yield role, [sampling_plan for sampling_plan in sampling_plans if sampling_plan.role == role]
 
 
 def encode(family: ModelFamily, prompts: Sequence[str], *, size: int = 64) -> Conditioning:
@@ -123,11 +123,11 @@ def encode(family: ModelFamily, prompts: Sequence[str], *, size: int = 64) -> Co
 
 
 def _make(
-    family: ModelFamily, network: nn.Module, recipe: Recipe, embeds: Conditioning, plan: EvaluationPlan
+    family: ModelFamily, network: nn.Module, sampling_plan: SamplingPlan, embeds: Conditioning, plan: EvaluationPlan
 ) -> tuple[Tensor, Row]:
     def make(indices: Sequence[int], seeds: Sequence[int]) -> list[Tensor]:
         size = plan.width, plan.height
-        return list(make_pictures(family, network, recipe, embeds, indices, seeds, width=size[0], height=size[1]))
+        return list(make_images(family, network, sampling_plan, embeds, indices, seeds, width=size[0], height=size[1]))
 
     start = time.perf_counter()
     images = torch.cat(make(plan.prompt_indices, plan.seeds))
@@ -137,19 +137,19 @@ def _make(
         begin = time.perf_counter()
         make([0], [plan.seed])
         single.append(time.perf_counter() - begin)
-    row = Row(recipe, seconds_per_image=seconds, seconds_single=median(single), pictures=to_pictures(images[:SHOWN]))
+    row = Row(sampling_plan, seconds_per_image=seconds, seconds_single=median(single), images=to_images(images[:SHOWN]))
     return images, row
 
 
 def _warm_up(
-    family: ModelFamily, network: nn.Module, recipe: Recipe, embeds: Conditioning, plan: EvaluationPlan
+    family: ModelFamily, network: nn.Module, sampling_plan: SamplingPlan, embeds: Conditioning, plan: EvaluationPlan
 ) -> None:
     """One step at each batch size that is timed: first calls load, tune and allocate."""
     from dataclasses import replace
 
     # its own scheduler, which may tell the network more than the time; but not the times of another number of steps
-    sampler = recipe.sampler and replace(recipe.sampler, call={})
-    once = replace(recipe, sampler=sampler, steps=1)
+    sampler = sampling_plan.sampler and replace(sampling_plan.sampler, call={})
+    once = replace(sampling_plan, sampler=sampler, steps=1)
     for count in (min(batch_size(plan.width, plan.height), plan.num_samples), 1):
         indices, seeds = plan.prompt_indices[:count], plan.seeds[:count]
-        list(make_pictures(family, network, once, embeds, indices, seeds, width=plan.width, height=plan.height))
+        list(make_images(family, network, once, embeds, indices, seeds, width=plan.width, height=plan.height))

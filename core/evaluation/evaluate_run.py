@@ -25,7 +25,7 @@ Say = Callable[[str], None]
 MOST_REAL_IMAGES = 1000
 REAL_BYTES = 2**30
 RealImages = Callable[[int, int, int], "Tensor"]
-"""(count, width, height) -> pictures (M, 3, H, W) in [0, 1]."""
+"""(count, width, height) -> images (M, 3, H, W) in [0, 1]."""
 
 
 def evaluate_run(
@@ -56,7 +56,7 @@ def evaluate_run(
         real_images: The data pipeline's; without it there are no distances to the data.
         steps: Of the student.
         teacher_steps: Of the teacher.
-        num_samples: Pictures per score.
+        num_samples: Images per score.
         resolution: (width, height) in pixels.
         loras: What stands beside the student's, for the record.
         say: Where progress goes.
@@ -91,10 +91,10 @@ def evaluate_run(
 
 
 def _real(real_images: RealImages | None, width: int, height: int, count: int, say: Say) -> Tensor | None:
-    """The real pictures to compare with; None, which is said, where there are none."""
+    """The real images to compare with; None, which is said, where there are none."""
     data = real_images(num_real_images(width, height, count), width, height) if real_images else None
     if data is None or not len(data):
-        say("there are no real pictures to compare with: distances to the data are left out")
+        say("there are no real images to compare with: distances to the data are left out")
         return None
     return data
 
@@ -122,7 +122,7 @@ def _require_something(prompts: Sequence[str], count: int) -> None:
 
 
 def num_real_images(width: int, height: int, num_samples: int = 0) -> int:
-    """Real pictures that distances are measured to, at most: as many as a gigabyte holds, up to a thousand, or up to
+    """Real images that distances are measured to, at most: as many as a gigabyte holds, up to a thousand, or up to
     as many as are generated where those are more.
     """
     return max(16, min(max(MOST_REAL_IMAGES, num_samples), REAL_BYTES // (3 * 4 * width * height)))

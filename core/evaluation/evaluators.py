@@ -74,14 +74,14 @@ def _unusable(evaluator: type[Evaluator], setting: EvaluationSetting, config: An
 
 
 def evaluation_setting(family: ModelFamily, *, num_data: int | None = None) -> EvaluationSetting:
-    """What evaluators may look at; `num_data` real pictures, where that is known."""
+    """What evaluators may look at; `num_data` real images, where that is known."""
     folder = Path(family.settings.source)
     source = folder if folder.is_dir() else None
     return EvaluationSetting(model_path=source, device=family.settings.device, num_data=num_data)
 
 
 def early_evaluation_setting(configuration: Configuration) -> EvaluationSetting:
-    """The same before there is a family: how many real pictures there will be is not known."""
+    """The same before there is a family: how many real images there will be is not known."""
     run = configuration.run
     folder = Path(run.pretrained_model_name_or_path or "")
     known = run.pretrained_model_name_or_path is not None and folder.is_dir()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .sampling import Recipe, teacher_recipe
+from .sampling import SamplingPlan, teacher_plan
 
 if TYPE_CHECKING:
     from ..diffusion.sampler import Sampler
@@ -19,17 +19,17 @@ class EvaluationPlan:
 
     Attributes:
         prompts: At least one.
-        recipes: Who is scored, the full teacher among them.
+        sampling_plans: Who is scored, the full teacher among them.
         reference: The full teacher.
-        num_samples: Pictures of each recipe.
+        num_samples: Images of each sampling plan.
         seed: Of the first sample.
         width: Pixels.
         height: Pixels.
     """
 
     prompts: tuple[str, ...]
-    recipes: tuple[Recipe, ...]
-    reference: Recipe
+    sampling_plans: tuple[SamplingPlan, ...]
+    reference: SamplingPlan
     num_samples: int
     seed: int
     width: int
@@ -66,13 +66,13 @@ def plan_evaluation(
 ) -> EvaluationPlan:
     """Teacher at few steps, a fast solver beside it, the student at each number of steps, the full teacher.
 
-    All of the teacher's recipes but the fast solver use one scheduler, and all of them one guidance.
+    All of the teacher's sampling plans but the fast solver use one scheduler, and all of them one guidance.
 
     Args:
         family: For the teacher's usual guidance and the fast solver's settings.
         sampler_for: The method's sampler at a number of steps.
         prompts: At least one.
-        num_samples: Pictures of each recipe.
+        num_samples: Images of each sampling plan.
         seed: Of the first sample.
         resolution: (width, height) in pixels.
         steps: Of the student.
@@ -81,15 +81,15 @@ def plan_evaluation(
         role: The student's role.
     """
     counts = sorted(set(teacher_steps))
-    teachers = [teacher_recipe(family, count, teacher_guidance) for count in counts]
+    teachers = [teacher_plan(family, count, teacher_guidance) for count in counts]
     solver = fast_solver(family, counts[0], teachers[0].guidance)
     samplers = [(count, sampler_for(count)) for count in sorted(set(steps))]
-    students = [Recipe("student", role, sampler, count, sampler.guidance_scale) for count, sampler in samplers]
-    recipes = (*teachers[:-1], solver, *students, teachers[-1])
-    return EvaluationPlan(tuple(prompts), recipes, teachers[-1], num_samples, seed, *resolution)
+    students = [SamplingPlan("student", role, sampler, count, sampler.guidance_scale) for count, sampler in samplers]
+    sampling_plans = (*teachers[:-1], solver, *students, teachers[-1])
+    return EvaluationPlan(tuple(prompts), sampling_plans, teachers[-1], num_samples, seed, *resolution)
 
 
-def fast_solver(family: ModelFamily, steps: int, guidance: float) -> Recipe:
+def fast_solver(family: ModelFamily, steps: int, guidance: float) -> SamplingPlan:
     """DPM-Solver++ 2M, the teacher's best at few steps without any training (arXiv 2211.01095)."""
     from ..diffusion.sampler import Sampler
 
@@ -98,7 +98,7 @@ def fast_solver(family: ModelFamily, steps: int, guidance: float) -> Recipe:
         shift = getattr(family.schedule, "shift", 1.0)
         config |= {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
     else:
-        # begins at the last timestep: "leading" starts few-step pictures from what is not noise enough
+        # begins at the last timestep: "leading" starts few-step images from what is not noise enough
         config |= {"timestep_spacing": "trailing"}
     sampler = Sampler("DPMSolverMultistepScheduler", config, steps, guidance)
-    return Recipe("teacher, DPM++ 2M", "teacher", sampler, steps, guidance, optional=True)
+    return SamplingPlan("teacher, DPM++ 2M", "teacher", sampler, steps, guidance, optional=True)

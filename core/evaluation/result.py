@@ -1,4 +1,4 @@
-"""What an evaluation found, for programs (JSON), for people (table, picture) and for trackers (scalars)."""
+"""What an evaluation found, for programs (JSON), for people (table, image) and for trackers (scalars)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .plan import EvaluationPlan
-from .sampling import Recipe, describe_guidance, plural
+from .sampling import SamplingPlan, describe_guidance, plural
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -22,14 +22,14 @@ SCHEMA = 1
 
 @dataclass
 class Evaluation:
-    """Rows in the order of the picture's columns: teacher at few steps, fast solver, student, full teacher.
+    """Rows in the order of the image's columns: teacher at few steps, fast solver, student, full teacher.
 
     Attributes:
         plan: What was made.
-        rows: One per recipe.
+        rows: One per sampling plan.
         higher_is_better: For each score.
         left_out: Evaluators that could not be used, with the reason.
-        num_data: Real pictures that distances are measured to.
+        num_data: Real images that distances are measured to.
         device: Where it ran.
         loras: LoRAs that stood beside the student's, in the teacher as well: path -> weight.
     """
@@ -48,7 +48,7 @@ class Evaluation:
         return list(dict.fromkeys(name for row in self.rows for name in row.scores))
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but the pictures."""
+        """Everything but the images."""
         plan = self.plan
         return {
             "schema": SCHEMA,
@@ -69,37 +69,41 @@ class Evaluation:
         """Scores by slash-separated name, as ``scores/student_4_steps/prompt_agreement_judge``."""
         found = {}
         for row in self.rows:
-            recipe = row.recipe
-            who = f"{recipe.name} {plural(recipe.steps, 'step')}".replace(",", "").replace("+", "p").replace(" ", "_")
+            sampling_plan = row.sampling_plan
+            who = (
+                f"{sampling_plan.name} {plural(sampling_plan.steps, 'step')}".replace(",", "")
+                .replace("+", "p")
+                .replace(" ", "_")
+            )
             values = {**row.scores, "seconds_per_image": row.seconds_per_image, "seconds_single": row.seconds_single}
             found |= {f"scores/{who}/{name}": value for name, value in values.items()}
         return found
 
     def table(self) -> Table:
-        """For a terminal of eighty columns: a row for each score, a column for each recipe."""
+        """For a terminal of eighty columns: a row for each score, a column for each sampling plan."""
         from rich import box
         from rich.table import Table
 
         table = Table(title=self._title(), box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
         table.add_column("", max_width=26, overflow="fold")
         for row in self.rows:
-            name = row.recipe.name.rsplit(", ", 1)[-1]
-            table.add_column(f"{name}\n{plural(row.recipe.steps, 'step')}", justify="right", no_wrap=True)
-        table.add_row("guidance", *(_guidance(row.recipe.guidance) for row in self.rows))
+            name = row.sampling_plan.name.rsplit(", ", 1)[-1]
+            table.add_column(f"{name}\n{plural(row.sampling_plan.steps, 'step')}", justify="right", no_wrap=True)
+        table.add_row("guidance", *(_guidance(row.sampling_plan.guidance) for row in self.rows))
         for score in self.score_names:
             cells = [format_score(row.scores.get(score)) for row in self.rows]
             table.add_row(self._header(score).replace("\n", " "), *cells)
-        for label, field_name in (("seconds per picture", "seconds_per_image"), ("alone", "seconds_single")):
+        for label, field_name in (("seconds per image", "seconds_per_image"), ("alone", "seconds_single")):
             table.add_row(label, *(format_score(getattr(row, field_name)) for row in self.rows))
         return table
 
     def markdown(self) -> str:
         """The same for a model card."""
         heads = ["", "steps", "guidance", *(self._header(name).replace("\n", " ") for name in self.score_names),
-                 "seconds per picture"]  # fmt: skip
+                 "seconds per image"]  # fmt: skip
         lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
         for row in self.rows:
-            cells = [row.recipe.name, str(row.recipe.steps), _guidance(row.recipe.guidance)]
+            cells = [row.sampling_plan.name, str(row.sampling_plan.steps), _guidance(row.sampling_plan.guidance)]
             cells += [format_score(row.scores.get(name)) for name in self.score_names]
             lines.append(f"| {' | '.join([*cells, format_score(row.seconds_per_image)])} |")
         return "\n".join(lines)
@@ -110,21 +114,21 @@ class Evaluation:
 
     def _title(self) -> str:
         plan = self.plan
-        data = f", distances to {self.num_data} pictures of the data" if self.num_data else ""
-        pictures = plural(plan.num_samples, "picture")
-        return f"Teacher and student: {pictures} each from the same noise, {plan.width}x{plan.height}{data}"
+        data = f", distances to {self.num_data} images of the data" if self.num_data else ""
+        images = plural(plan.num_samples, "image")
+        return f"Teacher and student: {images} each from the same noise, {plan.width}x{plan.height}{data}"
 
-    def picture(self) -> Image:
-        """The first prompts, a column per recipe."""
+    def image(self) -> Image:
+        """The first prompts, a column per sampling plan."""
         from ..drawing.grid import GridRow, labelled_grid
 
         plan = self.plan
-        shown = len(self.rows[0].pictures)
+        shown = len(self.rows[0].images)
         rows = [
-            GridRow(prompt, [row.pictures[index] for row in self.rows], f"seed {seed}")
+            GridRow(prompt, [row.images[index] for row in self.rows], f"seed {seed}")
             for index, (prompt, seed) in enumerate(zip(plan.sample_prompts[:shown], plan.seeds, strict=False))
         ]
-        columns = [row.recipe.label for row in self.rows]
+        columns = [row.sampling_plan.label for row in self.rows]
         beside = ", ".join(f"{Path(path).name} x {weight:g}" for path, weight in self.loras.items())
         return labelled_grid(
             rows,
@@ -136,22 +140,22 @@ class Evaluation:
 
     def save(self, folder: Path, *, suffix: str = "") -> list[Path]:
         """Write ``evaluation.json`` and ``evaluation.png`` (with `suffix`), each whole or not at all; returns them."""
-        from ..utils.files import save_picture, write_text
+        from ..utils.files import save_image, write_text
 
         files = [folder / f"evaluation{suffix}{ending}" for ending in (".json", ".png")]
         write_text(files[0], json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n")
-        save_picture(self.picture(), files[1])
+        save_image(self.image(), files[1])
         return files
 
 
 def _row_json(row: Row) -> dict[str, Any]:
-    recipe = row.recipe
+    sampling_plan = row.sampling_plan
     return {
-        "name": recipe.name,
-        "role": recipe.role,
-        "steps": recipe.steps,
-        "guidance": recipe.guidance,
-        "scheduler": recipe.sampler.scheduler if recipe.sampler else None,
+        "name": sampling_plan.name,
+        "role": sampling_plan.role,
+        "steps": sampling_plan.steps,
+        "guidance": sampling_plan.guidance,
+        "scheduler": sampling_plan.sampler.scheduler if sampling_plan.sampler else None,
         "scores": row.scores,
         "seconds_per_image": row.seconds_per_image,
         "seconds_single": row.seconds_single,
@@ -171,13 +175,13 @@ def format_score(value: float | None) -> str:
 
 @dataclass
 class Row:
-    """One recipe's result."""
+    """One sampling plan's result."""
 
-    recipe: Recipe
+    sampling_plan: SamplingPlan
     scores: dict[str, float] = field(default_factory=dict)
     seconds_per_image: float = 0.0
     """In batches of ``batch_size``, warm, without text encoding."""
     seconds_single: float = 0.0
-    """Of one picture by itself, warm, without text encoding."""
-    pictures: list[Image] = field(default_factory=list)
+    """Of one image by itself, warm, without text encoding."""
+    images: list[Image] = field(default_factory=list)
     """The first few, for people."""

@@ -1,4 +1,4 @@
-"""Pictures for people and for scores: many prompts and seeds through a family's plain pipeline, in batches."""
+"""Images for people and for scores: many prompts and seeds through a family's plain pipeline, in batches."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from ..plugin_api.family import ModelFamily
 
 BATCH_PIXELS = 2**18
-"""Pixels of one batch: 64 pictures of 64 px, one of 512 px and above; keeps the autoencoder's peak memory flat."""
+"""Pixels of one batch: 64 images of 64 px, one of 512 px and above; keeps the autoencoder's peak memory flat."""
 LARGEST_BATCH = 64
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """Who makes a picture, and how.
+class SamplingPlan:
+    """Who makes an image, and how.
 
     Attributes:
         name: For people: ``teacher``, ``student``, ``teacher, DPM++ 2M``.
@@ -72,14 +72,14 @@ def sampling(networks: NetworksByRole, role: str) -> Iterator[nn.Module]:
 
 
 def batch_size(width: int, height: int) -> int:
-    """How many pictures of this size go through in one batch."""
+    """How many images of this size go through in one batch."""
     return max(1, min(LARGEST_BATCH, BATCH_PIXELS // (width * height)))
 
 
-def make_pictures(
+def make_images(
     family: ModelFamily,
     network: nn.Module,
-    recipe: Recipe,
+    sampling_plan: SamplingPlan,
     embeds: Conditioning,
     which: Sequence[int],
     seeds: Sequence[int],
@@ -88,12 +88,12 @@ def make_pictures(
     height: int,
     negative: Conditioning | None = None,
 ) -> Iterator[Tensor]:
-    """Batches of pictures, each (b, 3, H, W) in [0, 1] on the CPU, in the order of `seeds`.
+    """Batches of images, each (b, 3, H, W) in [0, 1] on the CPU, in the order of `seeds`.
 
     Args:
         family: Knows the pipeline.
         network: As :func:`sampling` yields it.
-        recipe: Sampler, steps and guidance.
+        sampling_plan: Sampler, steps and guidance.
         embeds: Of P prompts, P in front.
         which: N indices into the prompts.
         seeds: N seeds.
@@ -108,12 +108,12 @@ def make_pictures(
         images = family.generate(
             network,
             {name: value[chosen] for name, value in embeds.items()},
-            sampler=recipe.sampler,
+            sampler=sampling_plan.sampler,
             seeds=seeds[part],
             width=width,
             height=height,
-            num_inference_steps=recipe.steps,
-            guidance_scale=recipe.guidance,
+            num_inference_steps=sampling_plan.steps,
+            guidance_scale=sampling_plan.guidance,
             negative_embeds=None if negative is None else repeat(negative, len(chosen)),
         )
         yield images.detach().float().cpu()
@@ -124,6 +124,6 @@ def repeat(embeds: Conditioning, count: int) -> Conditioning:
     return {name: value.expand(count, *value.shape[1:]).contiguous() for name, value in embeds.items()}
 
 
-def teacher_recipe(family: ModelFamily, steps: int, guidance: float | None) -> Recipe:
+def teacher_plan(family: ModelFamily, steps: int, guidance: float | None) -> SamplingPlan:
     """The teacher with the model's own scheduler, at the given guidance or the family's usual one."""
-    return Recipe("teacher", "teacher", None, steps, family.usual_guidance if guidance is None else guidance)
+    return SamplingPlan("teacher", "teacher", None, steps, family.usual_guidance if guidance is None else guidance)

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..diffusion.guidance import guides
-from ..drawing.grid import GridRow, labelled_grid, to_pictures
+from ..drawing.grid import GridRow, labelled_grid, to_images
 from ..errors import UserError
-from ..utils.files import save_picture
-from .sampling import Recipe, describe_guidance, make_pictures, plural, sampling, teacher_recipe
+from ..utils.files import save_image
+from .sampling import SamplingPlan, describe_guidance, make_images, plural, sampling, teacher_plan
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -36,7 +36,7 @@ MANY_ROWS = 8
 
 @dataclass(frozen=True)
 class Shot:
-    """One picture that everybody makes: what it shows, its size and its noise."""
+    """One image that everybody makes: what it shows, its size and its noise."""
 
     prompt: str
     width: int
@@ -52,19 +52,19 @@ class ValidationPlan:
     Attributes:
         prompts: At least one.
         resolutions: (width, height) in pixels; every prompt at every one.
-        student: The student's recipe.
+        student: The student's sampling plan.
         teacher_few: The teacher at as many steps as the student.
         teacher_full: The teacher at its best.
         negative_prompt: Has an effect where there is guidance.
-        seed: Seed of the first picture of each prompt and resolution.
-        num_images: Pictures of each prompt and resolution, with consecutive seeds.
+        seed: Seed of the first image of each prompt and resolution.
+        num_images: Images of each prompt and resolution, with consecutive seeds.
     """
 
     prompts: tuple[str, ...]
     resolutions: tuple[tuple[int, int], ...]
-    student: Recipe
-    teacher_few: Recipe
-    teacher_full: Recipe
+    student: SamplingPlan
+    teacher_few: SamplingPlan
+    teacher_full: SamplingPlan
     negative_prompt: str = ""
     seed: int = 0
     num_images: int = 1
@@ -102,9 +102,9 @@ class ValidationPlan:
         return cls(
             prompts=tuple(prompts),
             resolutions=tuple(run.validation_resolution) or (fallback_resolution,),
-            student=Recipe("student", role, sampler, steps, sampler.guidance_scale),
-            teacher_few=teacher_recipe(family, steps, guidance),
-            teacher_full=teacher_recipe(family, max(run.evaluation_teacher_steps), guidance),
+            student=SamplingPlan("student", role, sampler, steps, sampler.guidance_scale),
+            teacher_few=teacher_plan(family, steps, guidance),
+            teacher_full=teacher_plan(family, max(run.evaluation_teacher_steps), guidance),
             negative_prompt=run.validation_negative_prompt,
             seed=run.seed if run.validation_seed is None else run.validation_seed,
             num_images=run.num_validation_images,
@@ -126,9 +126,9 @@ class ValidationPlan:
 
 
 class Validator:
-    """Makes, keeps and reports the pictures of a plan.
+    """Makes, keeps and reports the images of a plan.
 
-    The teacher's pictures are made once and kept under ``validation/teacher/``, each under a name that says what
+    The teacher's images are made once and kept under ``validation/teacher/``, each under a name that says what
     decides it: a resumed run finds them again, one with another teacher, prompt or guidance does not.
 
     Args:
@@ -149,79 +149,82 @@ class Validator:
         if self.plan.negative_prompt:
             self._negative = self._family.encode_prompts([self.plan.negative_prompt])
 
-    def _recipes(self) -> tuple[Recipe, Recipe, Recipe]:
+    def _sampling_plans(self) -> tuple[SamplingPlan, SamplingPlan, SamplingPlan]:
         return self.plan.teacher_few, self.plan.student, self.plan.teacher_full
 
     def run(self, step: int, networks: NetworksByRole, trackers: Trackers) -> Path:
-        """Make the pictures of `step`; returns the folder with each of them and ``grid.png``."""
+        """Make the images of `step`; returns the folder with each of them and ``grid.png``."""
         folder = self._folder / f"step-{step:06d}"
-        few, student, full = self._recipes()
+        few, student, full = self._sampling_plans()
         made = self._make(networks, student, self._shots)
-        for shot, picture in zip(self._shots, made, strict=True):
-            save_picture(picture, folder / f"{shot.name}.png")
+        for shot, image in zip(self._shots, made, strict=True):
+            save_image(image, folder / f"{shot.name}.png")
         grid = self.grid(step, [self._kept(networks, few), made, self._kept(networks, full)])
-        save_picture(grid, folder / "grid.png")
+        save_image(grid, folder / "grid.png")
         trackers.images(FOLDER, {"grid": grid}, step)
         return folder
 
     def grid(self, step: int, columns: Sequence[Sequence[Image]]) -> Image:
-        """The pictures of teacher at few steps, student, full teacher, a row per shot."""
+        """The images of teacher at few steps, student, full teacher, a row per shot."""
         rows = [
-            GridRow(shot.prompt, pictures, f"{shot.width}x{shot.height}, seed {shot.seed}")
-            for shot, *pictures in zip(self._shots, *columns, strict=True)
+            GridRow(shot.prompt, images, f"{shot.width}x{shot.height}, seed {shot.seed}")
+            for shot, *images in zip(self._shots, *columns, strict=True)
         ]
         largest = 256 if len(rows) > MANY_ROWS else 512
         return labelled_grid(
-            rows, [recipe.label for recipe in self._recipes()], title=f"Step {step}", largest_cell=largest
+            rows,
+            [sampling_plan.label for sampling_plan in self._sampling_plans()],
+            title=f"Step {step}",
+            largest_cell=largest,
         )
 
-    def _kept(self, networks: NetworksByRole, recipe: Recipe) -> list[Image]:
-        """The teacher's pictures of every shot: those on disk, and the rest made now."""
+    def _kept(self, networks: NetworksByRole, sampling_plan: SamplingPlan) -> list[Image]:
+        """The teacher's images of every shot: those on disk, and the rest made now."""
         from PIL import Image
 
-        files = [self._teacher_file(recipe, shot) for shot in self._shots]
+        files = [self._teacher_file(sampling_plan, shot) for shot in self._shots]
         missing = [(file, shot) for file, shot in zip(files, self._shots, strict=True) if not file.is_file()]
-        made = self._make(networks, recipe, [shot for _, shot in missing])
-        for (file, _), picture in zip(missing, made, strict=True):
-            save_picture(picture, file)
-        pictures = []
+        made = self._make(networks, sampling_plan, [shot for _, shot in missing])
+        for (file, _), image in zip(missing, made, strict=True):
+            save_image(image, file)
+        images = []
         for file in files:
-            with Image.open(file) as picture:
-                pictures.append(picture.convert("RGB"))
-        return pictures
+            with Image.open(file) as image:
+                images.append(image.convert("RGB"))
+        return images
 
-    def _teacher_file(self, recipe: Recipe, shot: Shot) -> Path:
+    def _teacher_file(self, sampling_plan: SamplingPlan, shot: Shot) -> Path:
         parts = [self._family.fingerprint(part) for part in ("text", "denoiser", "vae")]
         settings = self._family.settings
         decisive = [*parts, settings.weight_dtype, shot.prompt, self.plan.negative_prompt, shot.width, shot.height,
-                    shot.seed, recipe.steps, recipe.guidance]  # fmt: skip
+                    shot.seed, sampling_plan.steps, sampling_plan.guidance]  # fmt: skip
         key = blake2b(json.dumps(decisive).encode(), digest_size=4).hexdigest()
-        return self._folder / TEACHER_FOLDER / f"{shot.name}-{recipe.steps}steps-{key}.png"
+        return self._folder / TEACHER_FOLDER / f"{shot.name}-{sampling_plan.steps}steps-{key}.png"
 
-    def _make(self, networks: NetworksByRole, recipe: Recipe, shots: Sequence[Shot]) -> list[Image]:
-        """Pictures in the order of `shots`; those of one size go through in batches."""
+    def _make(self, networks: NetworksByRole, sampling_plan: SamplingPlan, shots: Sequence[Shot]) -> list[Image]:
+        """Images in the order of `shots`; those of one size go through in batches."""
         made: dict[Shot, Image] = {}
         if not shots:
             return []
         if self._embeds is None:
             self.prepare()
         assert self._embeds is not None
-        with sampling(networks, recipe.role) as network:
+        with sampling(networks, sampling_plan.role) as network:
             for width, height in dict.fromkeys((shot.width, shot.height) for shot in shots):
                 alike = [shot for shot in shots if (shot.width, shot.height) == (width, height)]
-                batches = make_pictures(
+                batches = make_images(
                     self._family,
                     network,
-                    recipe,
+                    sampling_plan,
                     self._embeds,
                     [self.plan.prompts.index(shot.prompt) for shot in alike],
                     [shot.seed for shot in alike],
                     width=width,
                     height=height,
-                    negative=self._negative if guides(recipe.guidance) else None,
+                    negative=self._negative if guides(sampling_plan.guidance) else None,
                 )
-                pictures = [picture for batch in batches for picture in to_pictures(batch)]
-                made.update(zip(alike, pictures, strict=True))
+                images = [image for batch in batches for image in to_images(batch)]
+                made.update(zip(alike, images, strict=True))
         return [made[shot] for shot in shots]
 
 
@@ -235,6 +238,6 @@ def describe(plan: ValidationPlan) -> str:
     """One line for the start of a run."""
     student = plan.student
     return (
-        f"validation: {plural(len(plan.shots()), 'picture')} with {plural(student.steps, 'step')}, "
+        f"validation: {plural(len(plan.shots()), 'image')} with {plural(student.steps, 'step')}, "
         f"{describe_guidance(student.guidance)}, beside the teacher at {student.steps} and {plan.teacher_full.steps}"
     )

@@ -1,8 +1,8 @@
 """The contract of a data backend: where samples and caches live.
 
-There are two kinds. A :class:`DataBackend` keeps files under keys (a folder, a bucket): a picture is a file, and its
+There are two kinds. A :class:`DataBackend` keeps files under keys (a folder, a bucket): an image is a file, and its
 caption stands in a file beside it. A :class:`SampleBackend` keeps samples (rows of a table, members of an archive),
-each with its captions. Keys are names of samples: they do not depend on where the data lives, so that the same pictures
+each with its captions. Keys are names of samples: they do not depend on where the data lives, so that the same images
 give the same batches from every source.
 """
 
@@ -40,7 +40,7 @@ class Entry:
 class DataBackend(ABC):
     """List, open, test and write keys under one root.
 
-    What is not there raises FileNotFoundError, what may not be read PermissionError: the picture is set aside and the
+    What is not there raises FileNotFoundError, what may not be read PermissionError: the image is set aside and the
     run goes on. A place that does not answer after its retries raises :class:`distill.core.errors.OutOfReach`, and the
     run ends resumable.
     """
@@ -70,7 +70,7 @@ class DataBackend(ABC):
 
         Args:
             folder: Empty; whatever is needed may be written into it.
-            files: Pictures, and their captions in .txt files, by key (``a/001.png``, ``a/001.txt``).
+            files: Images, and their captions in .txt files, by key (``a/001.png``, ``a/001.txt``).
 
         Returns:
             The keys of an entry that names the place; None where such a place cannot be made on this machine.
@@ -144,18 +144,18 @@ class SampleChunk:
 
     Attributes:
         keys: Names of the samples, as ``cats/001.jpg``: the same wherever they live. Each name comes once.
-        places: What :meth:`SampleBackend.open` finds each picture's bytes by.
-        sizes: Bytes of the pictures, 0 where that is not known.
-        versions: Change when the picture does (a hash of its bytes, best).
+        positions: What :meth:`SampleBackend.open` finds each image's bytes by.
+        sizes: Bytes of the images, 0 where that is not known.
+        versions: Change when the image does (a hash of its bytes, best).
         captions: Each sample's texts as they stand there, before the dataset's rules for captions.
-        widths: Upright width in pixels, 0 where the picture itself must be asked.
-        heights: Upright height in pixels, 0 where the picture itself must be asked.
+        widths: Upright width in pixels, 0 where the image itself must be asked.
+        heights: Upright height in pixels, 0 where the image itself must be asked.
         problems: Why a sample cannot be used, empty where it can.
         resume: What :meth:`SampleBackend.samples_after` goes on behind this chunk by; empty where it cannot.
     """
 
     keys: Sequence[str]
-    places: Sequence[str]
+    positions: Sequence[str]
     sizes: Sequence[int]
     versions: Sequence[str]
     captions: Sequence[Sequence[str]]
@@ -169,18 +169,18 @@ class SampleChunk:
 
 
 @dataclass(frozen=True)
-class Passage:
-    """Some pictures of a source that is read in its order, in columns of one length.
+class SequentialChunk:
+    """Some images of a source that is read in its order, in columns of one length.
 
     Attributes:
-        places: Where they lie, growing.
-        pictures: Opens each one's bytes. Raises FileNotFoundError or PermissionError.
+        positions: Where they lie, growing.
+        images: Opens each one's bytes. Raises FileNotFoundError or PermissionError.
         end: Everything that lies before this place has passed by.
         resume: What :meth:`SampleBackend.passing` goes on behind this passage by.
     """
 
-    places: Sequence[int]
-    pictures: Sequence[Callable[[], BinaryIO]]
+    positions: Sequence[int]
+    images: Sequence[Callable[[], BinaryIO]]
     end: int
     resume: str
 
@@ -190,18 +190,18 @@ class SampleBackend(DataBackend):
 
     @property
     def in_order(self) -> bool:
-        """Whether pictures are read in the order that they lie in, by :meth:`passing`, and not by :meth:`open`.
+        """Whether images are read in the order that they lie in, by :meth:`passing`, and not by :meth:`open`.
 
-        The places of such samples are whole numbers, written in decimals, that grow in that order.
+        The positions of such samples are whole numbers, written in decimals, that grow in that order.
         """
         return False
 
-    def passing(self, resume: str = "") -> Generator[Passage, None, None]:
-        """All pictures in their order, or those behind the passage that carried `resume`; only for `in_order`."""
+    def sequential(self, resume: str = "") -> Generator[SequentialChunk, None, None]:
+        """All images in their order, or those behind the passage that carried `resume`; only for `in_order`."""
         raise NotImplementedError(f"{self.name} is in_order and has no `passing`")
 
-    def check_samples(self, *, pictures: bool, captions: bool) -> None:
-        """Look whether the source has pictures and captions where they are asked for, without the network.
+    def check_samples(self, *, images: bool, captions: bool) -> None:
+        """Look whether the source has images and captions where they are asked for, without the network.
 
         Raises:
             distill.core.errors.BadValue: It has not.
@@ -213,25 +213,25 @@ class SampleBackend(DataBackend):
         """A text that changes whenever the samples may have; cheap, for it is asked for at every start."""
 
     @abstractmethod
-    def samples(self, *, pictures: bool = True) -> Iterator[SampleChunk]:
+    def samples(self, *, images: bool = True) -> Iterator[SampleChunk]:
         """All samples, in any order, some thousand at a time.
 
         Args:
-            pictures: Whether pictures are wanted; without, captions are enough, and a source may hold nothing else.
+            images: Whether images are wanted; without, captions are enough, and a source may hold nothing else.
 
         Raises:
             distill.core.errors.BadValue: The source cannot be read as it is: a missing column, a broken file.
         """
 
     def samples_after(self, resume: str) -> Iterator[SampleChunk]:
-        """The rest of :meth:`samples`, with pictures, behind the chunk that carried `resume`: a listing that was
+        """The rest of :meth:`samples`, with images, behind the chunk that carried `resume`: a listing that was
         broken off goes on. Called only with what chunks carried, while :meth:`identity` is what it was.
         """
         raise NotImplementedError(f"{self.name} marks chunks with `resume` and has no `samples_after`")
 
     @abstractmethod
     def open(self, key: str) -> BinaryIO:
-        """A binary stream of one picture's bytes, by its place. Raises FileNotFoundError."""
+        """A binary stream of one image's bytes, by its place. Raises FileNotFoundError."""
 
     def list(self) -> Iterator[Entry]:
         """Every sample with its size and version, in the order of :meth:`samples`."""

@@ -12,17 +12,17 @@ Conditioning = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Pairs:
-    """Where the teacher's sampler began, stopped over and ended: one path per sample of a batch.
+class Trajectories:
+    """Where the teacher's sampler began, stopped over and ended: one trajectory per sample of a batch.
 
     Attributes:
-        path: Points of the path in the schedule's scaling, shape (B, P, C, h, w); the first is the noise it began from.
+        points: Points of the trajectory in the schedule's scaling, shape (B, P, C, h, w); the first is the noise it began from.
         times: Their times in the schedule's units, falling, shape (P,): where P even steps of a sampler begin.
         data: The scaled latents that it ended at, shape (B, C, h, w).
-        cond: What the teacher was told: the prompt, which is never dropped, and a plain picture of that size.
+        cond: What the teacher was told: the prompt, which is never dropped, and a plain image of that size.
     """
 
-    path: Tensor
+    points: Tensor
     times: Tensor
     data: Tensor
     cond: Conditioning
@@ -30,12 +30,12 @@ class Pairs:
     @property
     def noise(self) -> Tensor:
         """What the sampler began from, shape (B, C, h, w)."""
-        return self.path[:, 0]
+        return self.points[:, 0]
 
     def at(self, point: Tensor) -> tuple[Tensor, Tensor]:
         """The points of these numbers (B,), counted from 0 at the noise: (B, C, h, w), and their times (B,)."""
         rows = torch.arange(len(point), device=point.device)
-        return self.path[rows, point], self.times[point]
+        return self.points[rows, point], self.times[point]
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Batch:
         positions: Position of each sample in the global batch of this optimizer step; random draws depend on it.
         captions: The captions that ``cond`` was made from, for logs and error messages.
         latent_shape: (C, h, w) of one sample's latents, whether they are there or not.
-        pairs: Paths of the teacher for the same captions, or None for methods that need none.
+        trajectories: Trajectories of the teacher for the same captions, or None for methods that need none.
     """
 
     latents: Tensor | None
@@ -58,7 +58,7 @@ class Batch:
     positions: tuple[int, ...]
     captions: tuple[str, ...] = field(default=())
     latent_shape: tuple[int, ...] = ()
-    pairs: Pairs | None = None
+    trajectories: Trajectories | None = None
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -77,7 +77,12 @@ class Batch:
         def send_all(cond: Conditioning) -> Conditioning:
             return {name: send(value) for name, value in cond.items()}
 
-        pairs, latents = self.pairs, None if self.latents is None else send(self.latents)
-        if pairs is not None:
-            pairs = Pairs(send(pairs.path), send(pairs.times), send(pairs.data), send_all(pairs.cond))
-        return replace(self, latents=latents, cond=send_all(self.cond), pairs=pairs)
+        trajectories, latents = self.trajectories, None if self.latents is None else send(self.latents)
+        if trajectories is not None:
+            trajectories = Trajectories(
+                send(trajectories.points),
+                send(trajectories.times),
+                send(trajectories.data),
+                send_all(trajectories.cond),
+            )
+        return replace(self, latents=latents, cond=send_all(self.cond), trajectories=trajectories)

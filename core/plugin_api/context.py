@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from ..diffusion.prediction import Prediction, guide
-from ..utils.seeds import Draws
+from ..diffusion.prediction import Prediction, classifier_free_guidance
+from ..utils.seeds import RngStreams
 from .stage import StageProgress, stage_of
 
 if TYPE_CHECKING:
-    from ..diffusion.schedule import Grid, Schedule
+    from ..diffusion.schedule import Schedule, SolverGrid
     from .batch import Conditioning
     from .family import ModelFamily
     from .stage import Stage
@@ -32,7 +32,7 @@ class Runtime:
     seed: int
     device: torch.device
     autocast_dtype: torch.dtype | None = None
-    grids: dict[int, Grid] = field(default_factory=dict)
+    grids: dict[int, SolverGrid] = field(default_factory=dict)
     """Grids on the device by number of steps: making one anew would copy to the device at every step."""
     stages: Sequence[Stage] = ()
     """The method's stages, in order."""
@@ -52,7 +52,7 @@ class Context:
     def __init__(self, runtime: Runtime, *, step: int = 0, positions: Sequence[int] = ()) -> None:
         self._runtime = runtime
         self.step = step
-        self.draws = Draws(runtime.seed, step, positions, runtime.device)
+        self.rng = RngStreams(runtime.seed, step, positions, runtime.device)
         self.schedule: Schedule = runtime.family.schedule
         self.prediction_type = runtime.family.prediction_type
 
@@ -65,7 +65,7 @@ class Context:
         """The same run seen from another micro-batch."""
         return Context(self._runtime, step=step, positions=positions)
 
-    def grid(self, num_steps: int) -> Grid:
+    def grid(self, num_steps: int) -> SolverGrid:
         """The schedule's grid with `num_steps` steps, on the device."""
         grids = self._runtime.grids
         if num_steps not in grids:
@@ -117,7 +117,7 @@ class Context:
         """The unconditional counterpart of `cond`; what that is, the family decides."""
         return self._runtime.family.uncond(cond)
 
-    def teacher_cfg(
+    def predict_guided(
         self, x_t: Tensor, t: Tensor, cond: Conditioning, scale: Tensor, *, role: str = "teacher"
     ) -> Prediction:
         """The guided teacher: classifier-free, both halves in one batched call, or by the input that it has for it.
@@ -131,14 +131,16 @@ class Context:
         """
         if self._runtime.family.guided_by_input:
             return self.predict(role, x_t, t, cond, guidance=scale - 1)
-        return guide(*self.with_and_without(role, x_t, t, cond), scale)
+        return classifier_free_guidance(*self.predict_cond_uncond(role, x_t, t, cond), scale)
 
-    def with_and_without(self, role: str, x_t: Tensor, t: Tensor, cond: Conditioning) -> tuple[Prediction, Prediction]:
+    def predict_cond_uncond(
+        self, role: str, x_t: Tensor, t: Tensor, cond: Conditioning
+    ) -> tuple[Prediction, Prediction]:
         """The role's predictions with and without the prompt, in one batched call."""
         uncond = self.uncond(cond)
         both = {name: torch.cat([cond[name], uncond[name]]) for name in cond}
         joint = self.predict(role, torch.cat([x_t, x_t]), torch.cat([t, t]), both)
-        halves = [Prediction(half, x_t, t, self.schedule, joint.kind) for half in joint.output.chunk(2)]
+        halves = [Prediction(half, x_t, t, self.schedule, joint.prediction_type) for half in joint.output.chunk(2)]
         return halves[0], halves[1]
 
     # -- longer than one call of a network ---------------------------------------------------------------------------
@@ -158,7 +160,7 @@ class Context:
         with torch.no_grad():
             for i, (t, following) in enumerate(itertools.pairwise(times)):
                 x_0 = self.predict(role, x, t, cond).x0
-                eps = self.draws.randn(f"{name}/{i}", x.shape[1:]).to(x_0.dtype)
+                eps = self.rng.randn(f"{name}/{i}", x.shape[1:]).to(x_0.dtype)
                 x = self.schedule.add_noise(x_0, eps, following)
         return self.predict(role, x, times[-1], cond)
 

@@ -1,4 +1,4 @@
-"""The contract of an evaluator: scores of generated pictures."""
+"""The contract of an evaluator: scores of generated images."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Samples:
-    """Pictures of one sampler at one number of steps.
+    """Images of one sampler at one number of steps.
 
     Attributes:
         images: Shape (N, 3, H, W), float32 in [0, 1].
         prompts: N prompts.
-        reference: The full teacher's pictures from the same noise and prompts, or None for the teacher itself.
-        data: Real pictures of the data set, shape (M, 3, H, W), or None where there are none.
+        reference: The full teacher's images from the same noise and prompts, or None for the teacher itself.
+        data: Real images of the data set, shape (M, 3, H, W), or None where there are none.
     """
 
     images: Tensor
@@ -39,7 +39,7 @@ class EvaluationSetting:
     """Local folder of the teacher, or None when it is not a folder."""
     device: str = "cpu"
     num_data: int | None = None
-    """Real pictures that there are to compare with; None where that is not known yet."""
+    """Real images that there are to compare with; None where that is not known yet."""
 
 
 class Evaluator(ABC):

@@ -51,7 +51,7 @@ class ModelSettings:
         device: Where the networks run.
         revision: Revision of a hub model.
         config_source: Local folder with configs and tokenizers for a single-file model where there is no hub.
-        resolution: (width, height) in pixels of the run's pictures, for schedules that depend on it; None where the
+        resolution: (width, height) in pixels of the run's images, for schedules that depend on it; None where the
             run names none.
         precision: Quantizes networks as they load.
     """
@@ -69,7 +69,7 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class MicroConditioning:
-    """How each picture of a batch was scaled and cropped, in pixels, (height, width) or (top, left) per sample."""
+    """How each image of a batch was scaled and cropped, in pixels, (height, width) or (top, left) per sample."""
 
     original_size: Sequence[tuple[int, int]]
     crop_top_left: Sequence[tuple[int, int]]
@@ -88,7 +88,7 @@ class LoraSettings:
 
 @dataclass(frozen=True)
 class ExtraLora:
-    """A further LoRA to put beside the student's when pictures are made."""
+    """A further LoRA to put beside the student's when images are made."""
 
     path: str
     weight: float = 1.0
@@ -120,9 +120,9 @@ class ModelFamily(ABC):
     lora_targets: ClassVar[tuple[str, ...]]
     """Module names (suffixes) that a LoRA adapts unless the user says otherwise."""
     pixel_multiple: ClassVar[int] = 8
-    """Edges of pictures must be multiples of this, for any model of the family (an instance may be laxer)."""
+    """Edges of images must be multiples of this, for any model of the family (an instance may be laxer)."""
     default_guidance: ClassVar[float] = 5.0
-    """Guidance scale that its pictures are usually made with; the teacher's, where a run names none."""
+    """Guidance scale that its images are usually made with; the teacher's, where a run names none."""
     miniature: ClassVar[Path | None] = None
     """Folder of the trained miniature that ships with the package: model, ``recipe.json`` with run defaults."""
 
@@ -176,7 +176,7 @@ class ModelFamily(ABC):
 
     @property
     def usual_guidance(self) -> float:
-        """Guidance scale that pictures of this very model are usually made with."""
+        """Guidance scale that images of this very model are usually made with."""
         return self.default_guidance
 
     @property
@@ -200,11 +200,11 @@ class ModelFamily(ABC):
 
     @abstractmethod
     def encode_images(self, pixels: Tensor, generator: Sequence[torch.Generator] | None = None) -> Tensor:
-        """Scaled latents (B, C, h, w) of pictures (B, 3, H, W) in [-1, 1]; the mode without generators."""
+        """Scaled latents (B, C, h, w) of images (B, 3, H, W) in [-1, 1]; the mode without generators."""
 
     @abstractmethod
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) in [0, 1], float32, of scaled latents."""
+        """Images (B, 3, H, W) in [0, 1], float32, of scaled latents."""
 
     @abstractmethod
     def release_encoders(self) -> None:
@@ -294,7 +294,7 @@ class ModelFamily(ABC):
         """C_k of what :meth:`features` returns."""
         raise NotImplementedError(f"the family {self.name} has no features (capabilities.features)")
 
-    # -- pictures and export ----------------------------------------------------------------------------------------
+    # -- images and export ----------------------------------------------------------------------------------------
 
     @abstractmethod
     def generate(
@@ -310,13 +310,13 @@ class ModelFamily(ABC):
         guidance_scale: float | None = None,
         negative_embeds: Conditioning | None = None,
     ) -> Tensor:
-        """Pictures (B, 3, H, W) in [0, 1] by the plain diffusers pipeline around `network`.
+        """Images (B, 3, H, W) in [0, 1] by the plain diffusers pipeline around `network`.
 
         Args:
             network: Adapters already set by the caller.
             embeds: As :meth:`encode_prompts` returned them, B in front.
             sampler: The method's sampler, or None for the model's own scheduler.
-            seeds: B seeds; picture i depends on ``seeds[i]`` only (noise drawn by CPU generators).
+            seeds: B seeds; image i depends on ``seeds[i]`` only (noise drawn by CPU generators).
             width: Pixels.
             height: Pixels.
             num_inference_steps: Overrides the sampler's.

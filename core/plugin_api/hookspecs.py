@@ -84,7 +84,7 @@ def on_log(state: RunState, metrics: Mapping[str, float], step: int) -> None:
 
 @hookspec
 def on_validation_end(state: RunState, folder: Path, step: int) -> None:
-    """Validation pictures of `step` lie in `folder`."""
+    """Validation images of `step` lie in `folder`."""
 
 
 @hookspec

@@ -66,10 +66,10 @@ class Role:
 class Requirements:
     """What a method needs; compared with the family's capabilities before weights load."""
 
-    pictures: bool = True
-    """Whether batches carry latents of pictures; without, captions are enough."""
+    images: bool = True
+    """Whether batches carry latents of images; without, captions are enough."""
     trajectory_points: int = 0
-    """Points of the teacher's path that batches carry (``Batch.pairs``) beside its end: 0 for no path at all, 1 for its
+    """Points of the teacher's trajectory that batches carry (``Batch.trajectories``) beside its end: 0 for no path at all, 1 for its
     noise, k for the points where k even steps begin. A cache with a multiple of k serves too."""
     guidance_embedding: bool = False
     second_time: bool = False

@@ -27,7 +27,7 @@ class OptimizerSettings:
     """Optimizer steps of warm-up; for a :attr:`OptimizerPlugin.schedule_free` one to do itself."""
 
 
-class OptimizerCare:
+class UpdatePolicy:
     """How a built optimizer is saved, restored and put aside while its weights are used; here as torch's own are."""
 
     def state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -46,7 +46,7 @@ class OptimizerCare:
         yield
 
 
-class OptimizerPlugin(OptimizerCare, ABC):
+class OptimizerPlugin(UpdatePolicy, ABC):
     """Builds a torch optimizer."""
 
     name: ClassVar[str]

@@ -1,4 +1,4 @@
-"""The contract of a tracker: where a run's figures and pictures are watched."""
+"""The contract of a tracker: where a run's figures and images are watched."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class RunInfo:
 
 
 class Tracker(ABC):
-    """Writes scalars, pictures and text. Imports its library only when started. Steps count optimizer steps."""
+    """Writes scalars, images and text. Imports its library only when started. Steps count optimizer steps."""
 
     name: ClassVar[str]
     aliases: ClassVar[tuple[str, ...]] = ()
@@ -52,7 +52,7 @@ class Tracker(ABC):
         """Scalars of a step, by slash-separated name."""
 
     def images(self, name: str, images: Mapping[str, Image], step: int) -> None:  # noqa: B027
-        """Pictures by caption."""
+        """Images by caption."""
 
     def text(self, name: str, text: str, step: int) -> None:  # noqa: B027
         """Markdown text."""

@@ -29,7 +29,7 @@ _owners: dict[str, str] = {}
 # -- whose fault ------------------------------------------------------------------------------------------------------
 
 
-def own(module: str, label: str) -> None:
+def register_owner(module: str, label: str) -> None:
     """Remember that the code of `module` is that of the plugin `label`, and so is the package around it.
 
     Of several plugins in one package each has its module; what they share goes by the name of the last.
@@ -42,7 +42,7 @@ def owner(module: str) -> str | None:
     return _owners.get(module, _owners.get(module.partition(".")[0]))
 
 
-def named(error: Exception) -> PluginError | None:
+def attribute_error(error: Exception) -> PluginError | None:
     """The failure of a plugin's own code with the plugin's name; None where none of its code was running.
 
     A component's methods are called from everywhere, so that it is the traceback that tells: the deepest frame that is
@@ -141,7 +141,7 @@ def say(line: str) -> None:
         print(f"trace: {line}", file=sys.stderr, flush=True)
 
 
-def watch(manager: pluggy.PluginManager) -> None:
+def trace(manager: pluggy.PluginManager) -> None:
     """Say every call of a hook before it happens, also where no plugin listens."""
 
     def before(hook: str, implementations: Sequence[pluggy.HookImpl], arguments: Mapping[str, Any]) -> None:

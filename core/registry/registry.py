@@ -25,7 +25,7 @@ from ..plugin_api.publisher import Publisher
 from ..plugin_api.quantizer import Quantizer
 from ..plugin_api.tracker import Tracker
 from ..utils.suggest import nearest
-from .attribution import MARKER, attributed_hooks, own, say, watch
+from .attribution import MARKER, attributed_hooks, register_owner, say, trace
 from .sources import ENTRY_POINTS as ENTRY_POINTS
 from .sources import (
     ROOT,
@@ -95,7 +95,7 @@ class Registry:
     def __init__(self) -> None:
         self._manager = pluggy.PluginManager(hookspecs.PROJECT)
         self._manager.add_hookspecs(hookspecs)
-        watch(self._manager)
+        trace(self._manager)
         self._classes: dict[str, dict[str, tuple[type[Any], Provenance]]] = {kind: {} for kind in KINDS}
         self._aliases: dict[str, dict[str, str]] = {kind: {} for kind in KINDS}
         self._loaded: dict[str, Loaded] = {}
@@ -148,7 +148,7 @@ class Registry:
         version = version_of(point)
         source = f"package {package_of(point)} {version}".strip()
         label = f"plugin {point.value!r} ({source})"
-        own(point.module, label)
+        register_owner(point.module, label)
         try:
             self.add(load_entry_point(point, label), source=source, name=point.value, version=version)
         except UserError as error:
@@ -159,7 +159,7 @@ class Registry:
         path = Path(file).expanduser().resolve()
         if path not in self._files:
             module = import_file(path)
-            own(module.__name__, f"plugin {path.stem!r} ({path})")
+            register_owner(module.__name__, f"plugin {path.stem!r} ({path})")
             self.add(module, source=str(path), name=path.stem, version=str(vars(module).get("__version__", "")))
             self._files.append(path)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..drawing.curves import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, short
 from ..utils.files import write_text
-from .found import Found, find
+from .run_contents import RunContents, find
 
 FILE = "report.html"
 ASSETS = Path(__file__).parent / "assets"
@@ -25,7 +25,7 @@ def write_report(folder: Path) -> Path:
     return folder / FILE
 
 
-def render(found: Found) -> str:
+def render(found: RunContents) -> str:
     """The page; it forbids itself to load or run anything but its own style and script."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 

@@ -118,7 +118,7 @@ def build_pipeline(
     *,
     say: Callable[[str], None],
     family: ModelFamily | None = None,
-    pairs: bool = True,
+    trajectories: bool = True,
 ) -> DataPipeline:
     """The data path of a run, outside of one: for one process, with the caches where the run would have them.
 
@@ -127,7 +127,7 @@ def build_pipeline(
         registry: The run's plugins.
         say: Takes lines for people.
         family: The run's; built and its files checked unless given.
-        pairs: Whether the distillation caches of the data file are made too.
+        trajectories: Whether the distillation caches of the data file are made too.
     """
     from ..data.pipeline import DataPipeline
 
@@ -138,8 +138,8 @@ def build_pipeline(
     return DataPipeline(
         configuration, registry, family, micro_batch_size=run.train_batch_size,
         accumulation=run.gradient_accumulation_steps, seed=run.seed, cache_root=run.output_dir / CACHE_FOLDER, say=say,
-        pictures=method_needs(configuration, registry, family).pictures,
-        pairs=pairs and bool(configuration.distillation_caches),
+        images=method_needs(configuration, registry, family).images,
+        trajectories=trajectories and bool(configuration.distillation_caches),
     )  # fmt: skip
 
 

@@ -37,7 +37,7 @@ def to_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-class RunParts:
+class RunComponents:
     """From a configuration to family, data, networks, optimizers and trainer.
 
     Args:
@@ -92,7 +92,7 @@ class RunParts:
             self.config, self.registry, self.family, micro_batch_size=settings.train_batch_size,
             accumulation=settings.gradient_accumulation_steps, rank=processes.rank, world_size=processes.world_size,
             seed=settings.seed, cache_root=settings.output_dir / "cache", say=self.say,
-            pictures=needs.pictures, pairs=needs.trajectory_points > 0, resumes=resumes,
+            images=needs.images, trajectories=needs.trajectory_points > 0, resumes=resumes,
         )  # fmt: skip
 
     @cached_property
@@ -127,7 +127,7 @@ class RunParts:
 
     @cached_property
     def validator(self) -> Validator | None:
-        """Makes validation pictures; None when validation is off."""
+        """Makes validation images; None when validation is off."""
         from ..evaluation.validation import ValidationPlan, Validator
 
         settings = self.settings
@@ -147,7 +147,7 @@ class RunParts:
 
     @cached_property
     def resolution(self) -> tuple[int, int]:
-        """(width, height) of pictures where the run names none."""
+        """(width, height) of images where the run names none."""
         if self.settings.validation_resolution:
             return self.settings.validation_resolution[0]
         return self.data.resolution
@@ -202,7 +202,7 @@ class RunParts:
                 ),
                 self.stages,
             ),
-            max_grad_norm=settings.max_grad_norm, care=plugin,
+            max_grad_norm=settings.max_grad_norm, update_policy=plugin,
             scaler=torch.amp.GradScaler(self.processes.device.type) if fp16 else None,
         )  # fmt: skip
 
@@ -224,7 +224,7 @@ class RunParts:
         return stages
 
     @cached_property
-    def checkpoints_there(self) -> RemoteCheckpoints | None:
+    def remote_checkpoints(self) -> RemoteCheckpoints | None:
         """The other place that checkpoints are kept in too, if the data file names one; for the main process."""
         from ..engine.remote_checkpoints import RemoteCheckpoints
 
@@ -238,9 +238,9 @@ class RunParts:
         from ..engine.checkpoint import CheckpointStore
         from ..engine.remote_checkpoints import MirroredStore
 
-        folder, limit, there = self.settings.output_dir, self.settings.checkpoints_total_limit, self.checkpoints_there
-        if there is not None:
-            return MirroredStore(folder, limit=limit, there=there, say=self.say)
+        folder, limit, remote = self.settings.output_dir, self.settings.checkpoints_total_limit, self.remote_checkpoints
+        if remote is not None:
+            return MirroredStore(folder, limit=limit, remote=remote, say=self.say)
         return CheckpointStore(folder, limit=limit, read_only=not self.processes.main)
 
     @cached_property

@@ -12,10 +12,10 @@ from .model_card import write_model_card
 
 if TYPE_CHECKING:
     from ..evaluation.result import Evaluation
-    from .components import RunParts
+    from .components import RunComponents
 
 
-def export_info(run: RunParts, *, role: str | None = None) -> ExportInfo:
+def export_info(run: RunComponents, *, role: str | None = None) -> ExportInfo:
     """What goes along with the student: its sampler, the shape of its adapter, where it comes from."""
     settings = run.settings
     return ExportInfo(
@@ -27,26 +27,26 @@ def export_info(run: RunParts, *, role: str | None = None) -> ExportInfo:
     )
 
 
-def export_student(run: RunParts, student: Path, *, role: str | None = None) -> None:
-    """Write a student aside and move it into place, so that what is there is whole.
+def export_student(run: RunComponents, student: Path, *, role: str | None = None) -> None:
+    """Write a student to a temporary folder and move it into place, so that what is there is whole.
 
     Args:
         run: The run.
         student: Where it goes.
         role: Whose weights; the method's result unless given.
     """
-    aside = student.with_name(f".{student.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    temporary = student.with_name(f".{student.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
     with run.networks.use(role or run.method.result_role()) as network:
-        run.family.export(network, aside, export_info(run, role=role))
+        run.family.export(network, temporary, export_info(run, role=role))
     if student.exists():
         shutil.rmtree(student)
-    aside.rename(student)
+    temporary.rename(student)
     run.say(f"student written to {student}")
 
 
-def export_online(run: RunParts, folder: Path) -> None:
+def export_online(run: RunComponents, folder: Path) -> None:
     """Write the weights that the optimizer stepped, where the student is an average of them."""
     result = run.networks.roles[run.method.result_role()]
     if result.ema_of is None and run.networks.average is None:
@@ -55,8 +55,8 @@ def export_online(run: RunParts, folder: Path) -> None:
     export_student(run, folder, role=result.ema_of or result.name)
 
 
-def evaluate_student(run: RunParts) -> Evaluation:
-    """Teacher against student, as a table, as evaluation.json and as a picture, and to the trackers."""
+def evaluate_student(run: RunComponents) -> Evaluation:
+    """Teacher against student, as a table, as evaluation.json and as an image, and to the trackers."""
     from ..evaluation.evaluate_run import evaluate_run
 
     prompts = run.data.captions(run.settings.evaluation_num_samples) or run.prompts
@@ -65,12 +65,12 @@ def evaluate_student(run: RunParts) -> Evaluation:
         real_images=run.data.real_images, resolution=run.resolution, say=run.say,
     )  # fmt: skip
     evaluation.save(run.settings.output_dir)
-    run.trackers.images("evaluation", {"teacher and student": evaluation.picture()}, run.trainer.step)
+    run.trackers.images("evaluation", {"teacher and student": evaluation.image()}, run.trainer.step)
     run.trackers.text("evaluation", evaluation.markdown(), run.trainer.step)
     return evaluation
 
 
-def publish_student(run: RunParts, student: Path, evaluation: Evaluation | None) -> None:
+def publish_student(run: RunComponents, student: Path, evaluation: Evaluation | None) -> None:
     """Write the model card and hand the folder to the publishers; a publisher's failure is a warning."""
     grid = last_grid(run.settings.output_dir)
     write_model_card(student, run.config, run.family, export_info(run), evaluation=evaluation, grid=grid)
@@ -78,6 +78,6 @@ def publish_student(run: RunParts, student: Path, evaluation: Evaluation | None)
 
 
 def last_grid(output_dir: Path) -> Path | None:
-    """The newest validation's side-by-side picture."""
+    """The newest validation's side-by-side image."""
     grids = sorted((output_dir / "validation").glob("step-*/grid.png"))
     return grids[-1] if grids else None

@@ -8,10 +8,10 @@ from ..plugin_api.precision import BASE
 from ..utils.memory import MemorySettings
 
 if TYPE_CHECKING:
-    from .components import RunParts
+    from .components import RunComponents
 
 
-def memory_settings(run: RunParts) -> MemorySettings:
+def memory_settings(run: RunComponents) -> MemorySettings:
     """The settings of a run whose networks are loaded."""
     settings, networks = run.settings, run.networks
     trained = [p for role in networks.trained_roles() for p in networks.parameters(role)]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..evaluation.sampling import describe_guidance, plural
-from ..utils.files import save_picture, write_text
+from ..utils.files import save_image, write_text
 
 if TYPE_CHECKING:
     from ..evaluation.result import Evaluation
@@ -30,7 +30,7 @@ def write_model_card(
     evaluation: Evaluation | None = None,
     grid: Path | None = None,
 ) -> Path:
-    """Write ``student/README.md`` with its pictures beside it; returns it.
+    """Write ``student/README.md`` with its images beside it; returns it.
 
     Args:
         student: The exported student.
@@ -43,12 +43,12 @@ def write_model_card(
     if grid is not None:
         shutil.copyfile(grid, student / GRID)
     if evaluation is not None:
-        save_picture(evaluation.picture(), student / EVALUATION)
+        save_image(evaluation.image(), student / EVALUATION)
     sections = [
         _front_matter(configuration, family),
         _introduction(configuration, info),
         f"## Use\n\n```python\n{family.usage_snippet(info).strip()}\n```",
-        _pictures(grid is not None),
+        _images(grid is not None),
         _scores(evaluation),
         _training(configuration),
     ]
@@ -79,26 +79,26 @@ def _introduction(configuration: Configuration, info: ExportInfo) -> str:
     kind = "A LoRA" if info.model_type == "lora" else "A full model"
     return (
         f"# {run.output_dir.name}\n\n"
-        f"{kind} that makes pictures in {plural(sampler.num_inference_steps, 'step')} with "
+        f"{kind} that makes images in {plural(sampler.num_inference_steps, 'step')} with "
         f"{describe_guidance(sampler.guidance_scale)}, distilled from {base} with the method "
         f"`{run.distillation_method}` by distill (`pip install distill-engine`). "
         f"It runs with `{sampler.scheduler}`, whose settings lie in `scheduler/`."
     )
 
 
-def _pictures(has_grid: bool) -> str:
+def _images(has_grid: bool) -> str:
     if not has_grid:
         return ""
-    return f"## Pictures\n\nTeacher at few steps, student, teacher in full, from the same noise:\n\n![grid]({GRID})"
+    return f"## Images\n\nTeacher at few steps, student, teacher in full, from the same noise:\n\n![grid]({GRID})"
 
 
 def _scores(evaluation: Evaluation | None) -> str:
     if evaluation is None:
         return ""
     plan = evaluation.plan
-    data = f" Distances to the data are to {evaluation.num_data} of its pictures." if evaluation.num_data else ""
+    data = f" Distances to the data are to {evaluation.num_data} of its images." if evaluation.num_data else ""
     return (
-        f"## Scores\n\n{plural(plan.num_samples, 'picture')} of {plan.width}x{plan.height} each, from the same noise, "
+        f"## Scores\n\n{plural(plan.num_samples, 'image')} of {plan.width}x{plan.height} each, from the same noise, "
         f"on {evaluation.device}.{data} The teacher has one guidance throughout.\n\n{evaluation.markdown()}\n\n"
         f"![evaluation]({EVALUATION})"
     )

@@ -54,14 +54,14 @@ class Publishers:
 
     def publish(self, student: Path) -> list[str]:
         """Publish the finished student; returns where it went."""
-        places = []
+        addresses = []
         for name, publisher in self._publishers.items():
             try:
-                places.append(publisher.publish(student))
-                self._say(f"{name}: published to {places[-1]}")
+                addresses.append(publisher.publish(student))
+                self._say(f"{name}: published to {addresses[-1]}")
             except Exception as error:  # the student is safe on disk; no service's failure may end a finished run
                 self._say(f"warning: {name}: publishing failed: {type(error).__name__}: {error}; it lies in {student}")
-        return places
+        return addresses
 
 
 def build_publishers(registry: Registry, configuration: Configuration, say: Say) -> Publishers:

@@ -16,7 +16,7 @@ from ..engine.signals import StopRequest
 from ..errors import DistillError, Interrupted, UserError
 from ..evaluation.evaluators import evaluation_notices
 from ..utils.files import write_text
-from .components import RunParts, Say, to_stderr
+from .components import RunComponents, Say, to_stderr
 from .output_folder import REPORTS_FOLDER, RESOLVED, check_output_dir, clear_output_dir, named_step
 from .run_log import ENDS, ENDS_WELL
 
@@ -41,7 +41,7 @@ class RunResult:
     steps: int
     evaluation: Evaluation | None
     grid: Path | None = None
-    """The last validation's side-by-side picture."""
+    """The last validation's side-by-side image."""
     prompt: str = ""
     """The first validation prompt."""
     rank: int = 0
@@ -64,7 +64,7 @@ def run(configuration: Configuration, registry: Registry, *, say: Say | None = N
         return Run(configuration, registry, stop, say or to_stderr).execute()
 
 
-class Run(RunParts):
+class Run(RunComponents):
     """One run, from opening its folder to publishing its student."""
 
     def execute(self) -> RunResult:
@@ -104,11 +104,11 @@ class Run(RunParts):
         folder = self.settings.output_dir
         if self.config.miniature:
             self.say(MINIATURE)
-        with self.processes.together():
+        with self.processes.synchronized():
             if self.processes.main:
                 state = check_output_dir(self.config)
-                if self.checkpoints_there and (self.settings.overwrite or not self.settings.resume_from_checkpoint):
-                    self.checkpoints_there.begin_afresh(overwrite=self.settings.overwrite)
+                if self.remote_checkpoints and (self.settings.overwrite or not self.settings.resume_from_checkpoint):
+                    self.remote_checkpoints.begin_afresh(overwrite=self.settings.overwrite)
                 if state.clear:
                     clear_output_dir(folder)
                 folder.mkdir(parents=True, exist_ok=True)
@@ -126,12 +126,12 @@ class Run(RunParts):
         if needs.finite_snr and self.family.prediction_type == "epsilon" and self.family.schedule.zero_terminal_snr:
             raise UserError(
                 f"{self.family.settings.source}: its scheduler has zero terminal SNR and predicts epsilon, from which "
-                f"no picture can be computed at the last timestep; {self.settings.distillation_method} needs it there",
+                f"no image can be computed at the last timestep; {self.settings.distillation_method} needs it there",
                 "use the model's v_prediction version, or a scheduler config without rescale_betas_zero_snr",
             )
 
     def _report_data(self) -> None:
-        with self.processes.together():
+        with self.processes.synchronized():
             self._data_reports = self.data.write_reports(self.settings.output_dir / REPORTS_FOLDER)
         for report in self._data_reports:
             self.say(f"report on dataset {report.id!r}: {report.folder / 'report.md'}")
@@ -140,7 +140,7 @@ class Run(RunParts):
         for notice in self.method.notices():
             self.say(notice)
         validator = self.validator
-        with self.processes.together():
+        with self.processes.synchronized():
             if validator and self.processes.main:
                 from ..evaluation.validation import describe
 
@@ -150,14 +150,14 @@ class Run(RunParts):
 
     def _resume(self) -> None:
         wanted = self.settings.resume_from_checkpoint
-        with self.processes.together():
+        with self.processes.synchronized():
             if self.processes.main:
                 store = self.trainer.store  # it mends what a killed save left; the others look after that
                 step = named_step(wanted)
                 if wanted == "latest":
-                    store.bring()
+                    store.download()
                 elif step is not None and not Path(wanted or "").is_dir():
-                    store.bring(step)
+                    store.download(step)
         trainer = self.trainer
         path = self._checkpoint(wanted)
         if path is not None:
@@ -178,10 +178,12 @@ class Run(RunParts):
         for path in (Path(wanted), self.settings.output_dir / wanted):
             if path.is_dir():
                 return path
-        there = self.checkpoints_there
-        places = f"{self.settings.output_dir} nor in {there.backend.location}" if there else self.settings.output_dir
+        remote = self.remote_checkpoints
+        searched = (
+            f"{self.settings.output_dir} nor in {remote.backend.location}" if remote else self.settings.output_dir
+        )
         raise UserError(
-            f"resume_from_checkpoint = {wanted!r}: no such checkpoint, neither as a path nor in {places}",
+            f"resume_from_checkpoint = {wanted!r}: no such checkpoint, neither as a path nor in {searched}",
             "use `latest`, or the name of a checkpoint-N folder there",
         )
 
@@ -197,7 +199,7 @@ class Run(RunParts):
         self.trackers.text("config", f"```json\n{text}\n```", self.trainer.step)
         for report in self._data_reports:
             self.trackers.text(f"training_data/{report.id}", report.text, self.trainer.step)
-            self.trackers.images(f"training_data/{report.id}", report.pictures, self.trainer.step)
+            self.trackers.images(f"training_data/{report.id}", report.images, self.trainer.step)
 
     def _make_progress(self) -> Progress:
         from ..engine.progress import make_progress
@@ -221,7 +223,7 @@ class Run(RunParts):
 
     def _validate(self, step: int) -> Path:
         folder = self.settings.output_dir / "validation"
-        with self.processes.together():
+        with self.processes.synchronized():
             if self.validator is not None and self.processes.main:
                 with self.trainer.loop.evaluating(), self.networks.averaged():
                     folder = self.validator.run(step, self.networks, self.trackers)
@@ -233,7 +235,7 @@ class Run(RunParts):
         from .export import evaluate_student, export_online, export_student, last_grid, publish_student
 
         student, evaluation = self.settings.output_dir / "student", None
-        with self.processes.together():
+        with self.processes.synchronized():
             if self.processes.main:
                 with self.trainer.loop.evaluating(), self.networks.averaged():
                     export_student(self, student)
@@ -245,7 +247,7 @@ class Run(RunParts):
                 self.trackers.finish(evaluation.scalars() if evaluation else None)
         self._log.note(ENDS_WELL)
         self.registry.hook.on_run_end(state=self.trainer.state)
-        self.trainer.store.settle()
+        self.trainer.store.wait()
         self.data.close()
         self.processes.barrier()
         prompt = self.prompts[0] if self.prompts else ""
@@ -262,7 +264,7 @@ class Run(RunParts):
         saved = self.trainer.save_after_failure(error)
         self.registry.hook.on_exception(state=self.trainer.state, error=error)
         self.trackers.finish()
-        self.trainer.store.settle()
+        self.trainer.store.wait()
         self.data.close()
         if saved is not None:
             self.say(f"saved: {saved}. To go on: {_resume_command(self.settings.output_dir)}")

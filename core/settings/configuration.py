@@ -40,7 +40,7 @@ class Configuration:
         trackers: Name -> validated ``Config`` of each tracker of ``report_to``.
         evaluators: Name -> validated ``Config`` of each registered evaluator (or of those named by ``evaluators``).
         publishers: Name -> validated ``Config`` of each publisher asked for.
-        datasets: The enabled datasets of pictures or prompts, run defaults applied.
+        datasets: The enabled datasets of images or prompts, run defaults applied.
         caches: The enabled entries that are places for caches, the default text cache included.
         text_cache: The default text_embeds entry, or None (then a cache is made under output_dir).
         notices: A line for each thing that was normalised or should be known.
@@ -110,7 +110,7 @@ def dump_dataset(entry: DatasetSettings) -> dict[str, Any]:
 
 
 def default_resolution(configuration: Configuration) -> tuple[int, int]:
-    """(width, height) in pixels of pictures: the first validation resolution, else a square of the first dataset's."""
+    """(width, height) in pixels of images: the first validation resolution, else a square of the first dataset's."""
     run = configuration.run
     if run.validation_resolution:
         return run.validation_resolution[0]
@@ -120,7 +120,7 @@ def default_resolution(configuration: Configuration) -> tuple[int, int]:
 
 
 def data_resolution(configuration: Configuration) -> tuple[int, int]:
-    """(width, height) in pixels of a square picture of the first dataset."""
+    """(width, height) in pixels of a square image of the first dataset."""
     dataset = configuration.datasets[0]
     multiple = dataset.aspect_bucket_alignment
     edge = max(1, round(dataset.square_edge / multiple)) * multiple

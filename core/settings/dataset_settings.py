@@ -16,7 +16,7 @@ CaptionStrategy = Literal[
 OF_THE_SOURCE = ("csv", "jsonl", "parquet", "webdataset", "huggingface")
 """Values of ``caption_strategy`` that all mean the captions that the samples come with."""
 OF_A_TABLE = ("csv", "jsonl", "parquet")
-"""Values of ``caption_strategy`` and ``metadata_backend`` that can mean the metadata_file beside pictures."""
+"""Values of ``caption_strategy`` and ``metadata_backend`` that can mean the metadata_file beside images."""
 DatasetType = Literal["image", "text_embeds", "vae_embeds", "eval", "prompts", "distillation_cache", "checkpoints"]
 PIXEL_LIMIT = 8
 """Sizes below this many "pixels" are megapixels (the unit trap of ``resolution_type: pixel``)."""
@@ -32,9 +32,9 @@ class ColumnSettings(Settings):
     """Columns that are asked where the caption columns are empty."""
     filename_column: str | None = None
     """Column of the samples' names, which stand for them in the data's order and random draws. Absent: the path of the
-    picture (beside `metadata_file`: `file_name`, `filename`, `path`, `key`, else `id`)."""
+    image (beside `metadata_file`: `file_name`, `filename`, `path`, `key`, else `id`)."""
     width_column: str | None = None
-    """Column of the upright width in pixels, taken in place of the picture's header."""
+    """Column of the upright width in pixels, taken in place of the image's header."""
     height_column: str | None = None
     """Column of the upright height in pixels."""
 
@@ -64,37 +64,37 @@ class DatasetSettings(ColumnSettings):
     crop_style: Literal["random", "center", "corner"] = "random"
     """Where crops are taken."""
     resolution: float = Field(default=1024, gt=0)
-    """Size of training pictures, in the unit of resolution_type; absent: the run's."""
+    """Size of training images, in the unit of resolution_type; absent: the run's."""
     resolution_type: ResolutionType = "pixel_area"
     """`pixel`: shorter edge; `area`: megapixels; `pixel_area`: the edge in pixels whose square is the area."""
     minimum_image_size: float | None = Field(default=None, ge=0)
-    """Smaller pictures are left out, in the unit of resolution_type; below 8 under `pixel` it is megapixels."""
+    """Smaller images are left out, in the unit of resolution_type; below 8 under `pixel` it is megapixels."""
     maximum_image_size: float | None = Field(default=None, gt=0)
-    """Larger pictures are scaled down before cropping, unit as minimum_image_size."""
+    """Larger images are scaled down before cropping, unit as minimum_image_size."""
     target_downsample_size: float | None = Field(default=None, gt=0)
-    """Size that pictures above the maximum are scaled to before cropping, unit as minimum_image_size."""
+    """Size that images above the maximum are scaled to before cropping, unit as minimum_image_size."""
     aspect_bucket_alignment: int = Field(default=64, ge=1, le=1024)
     """Edges of buckets are multiples of this many pixels; absent: the run's."""
     aspect_bucket_rounding: int = Field(default=2, ge=1, le=9)
     """Decimals of the aspect ratio by which buckets are told apart; absent: the run's."""
     minimum_aspect_ratio: float | None = Field(default=None, gt=0)
-    """Pictures with a smaller width / height are left out."""
+    """Images with a smaller width / height are left out."""
     maximum_aspect_ratio: float | None = Field(default=None, gt=0)
-    """Pictures with a larger width / height are left out."""
+    """Images with a larger width / height are left out."""
     max_upscale_threshold: float | None = Field(default=None, ge=0)
-    """Pictures that would be scaled up by more than this share (0.2 = 20%) are left out."""
+    """Images that would be scaled up by more than this share (0.2 = 20%) are left out."""
     max_num_samples: int | None = Field(default=None, ge=1)
-    """At most so many pictures, chosen by the seed."""
+    """At most so many images, chosen by the seed."""
     random_flip: bool = False
-    """Mirror pictures left to right at random; absent: the run's."""
+    """Mirror images left to right at random; absent: the run's."""
     caption_dropout_probability: float = Field(default=0.0, ge=0, le=1)
     """Share of samples trained with the unconditional prompt (0-1); absent: the run's."""
     instance_data_dir: PathOrUrl | None = None
-    """Folder with the pictures, for backends that read one; for `prompts`, the folder whose .txt files are read."""
+    """Folder with the images, for backends that read one; for `prompts`, the folder whose .txt files are read."""
     prompts_file: LocalPath | None = None
     """For `prompts`: a .txt file with one per line, a .json list or object, or a .jsonl, .csv or .parquet table."""
     metadata_file: HubOrPath | None = None
-    """A .csv, .jsonl or .parquet table of captions and sizes of pictures in a folder or bucket: its path, its URL, or
+    """A .csv, .jsonl or .parquet table of captions and sizes of images in a folder or bucket: its path, its URL, or
     its name there. caption_strategy and metadata_backend say what is taken from it."""
     cache_dir_vae: LocalPath | None = None
     """Folder of the latent cache; absent: under output_dir."""
@@ -103,7 +103,7 @@ class DatasetSettings(ColumnSettings):
     text_embeds: str | None = None
     """Id of the text_embeds entry whose cache this dataset uses; absent: the default one."""
     distillation_cache: str | None = None
-    """Id of the distillation_cache entry whose pairs this dataset's captions have; absent: the default one."""
+    """Id of the distillation_cache entry whose trajectories this dataset's captions have; absent: the default one."""
     num_pairs_per_prompt: int = Field(default=1, ge=1, le=10_000)
     """For a distillation_cache: paths of each caption and size, from as many noises."""
     num_inference_steps: int | None = Field(default=None, ge=1, le=1000)
@@ -119,13 +119,13 @@ class DatasetSettings(ColumnSettings):
     noise_seed: int = Field(default=0, ge=0)
     """For a distillation_cache: seed of the noise that paths begin at."""
     pair_batch_size: int = Field(default=4, ge=1)
-    """For a distillation_cache: paths of a megapixel that are made at once; of smaller pictures more, up to 64."""
+    """For a distillation_cache: paths of a megapixel that are made at once; of smaller images more, up to 64."""
     vae_batch_size: int = Field(default=4, ge=1)
-    """Pictures per autoencoder call while the latent cache is built; absent: the run's."""
+    """Images per autoencoder call while the latent cache is built; absent: the run's."""
     write_batch_size: int = Field(default=128, ge=1)
     """Entries per file of a cache."""
     caption_strategy: CaptionStrategy = "textfile"
-    """Where captions are: a .txt beside the picture (for sources that come with captions: theirs), its file name,
+    """Where captions are: a .txt beside the image (for sources that come with captions: theirs), its file name,
     instance_prompt for all, or (csv, jsonl, parquet) metadata_file."""
     instance_prompt: str | None = None
     """The one caption of `instanceprompt`, and what prepend_instance_prompt puts in front."""
@@ -140,7 +140,7 @@ class DatasetSettings(ColumnSettings):
     caption_shuffle: bool = False
     """Shuffle the comma-separated parts of captions."""
     metadata_backend: Literal["discovery", "csv", "jsonl", "parquet", "huggingface"] = "discovery"
-    """Where pictures' sizes are: `discovery` reads the files' headers, `csv`, `jsonl` and `parquet` take them from
+    """Where images' sizes are: `discovery` reads the files' headers, `csv`, `jsonl` and `parquet` take them from
     metadata_file; sources that come with sizes need neither."""
     train_batch_size: int | None = Field(default=None, ge=1)
     """Samples of this dataset per micro-batch and process; absent: the run's."""
@@ -177,18 +177,18 @@ class DatasetSettings(ColumnSettings):
 
     @property
     def captions_in_table(self) -> bool:
-        """Whether captions of picture files stand in metadata_file."""
+        """Whether captions of image files stand in metadata_file."""
         return self.metadata_file is not None and self.caption_strategy in OF_A_TABLE
 
     @property
     def sizes_in_table(self) -> bool:
-        """Whether sizes of picture files stand in metadata_file."""
+        """Whether sizes of image files stand in metadata_file."""
         named = self.width_column is not None or self.height_column is not None
         return self.metadata_file is not None and (self.metadata_backend in OF_A_TABLE or named)
 
     @property
-    def has_pictures(self) -> bool:
-        """Whether samples are pictures with captions rather than captions alone."""
+    def has_images(self) -> bool:
+        """Whether samples are images with captions rather than captions alone."""
         return self.dataset_type == "image"
 
     def edge_and_area(self, size: float) -> tuple[float | None, float | None]:
@@ -201,6 +201,6 @@ class DatasetSettings(ColumnSettings):
 
     @property
     def square_edge(self) -> float:
-        """Edge in pixels of a square picture at this entry's resolution."""
+        """Edge in pixels of a square image at this entry's resolution."""
         edge, area = self.edge_and_area(self.resolution)
         return edge if edge is not None else (area or 0.0) ** 0.5 * 1000

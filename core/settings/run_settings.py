@@ -64,15 +64,15 @@ class DataKeys(Settings):
     data_backend_config: LocalPath | None = None
     """Data file; absent: `multidatabackend.json` beside the config, in output_dir or in the working directory."""
     resolution: float = Field(default=1024, gt=0)
-    """Size of training pictures, in the unit of resolution_type (pixels or megapixels)."""
+    """Size of training images, in the unit of resolution_type (pixels or megapixels)."""
     resolution_type: ResolutionType = "pixel_area"
     """`pixel`: shorter edge; `area`: megapixels; `pixel_area`: the edge in pixels whose square is the area."""
     minimum_image_size: float | None = Field(default=None, ge=0)
-    """Smaller pictures are left out, in the unit of resolution_type; below 8 under `pixel` it is megapixels."""
+    """Smaller images are left out, in the unit of resolution_type; below 8 under `pixel` it is megapixels."""
     maximum_image_size: float | None = Field(default=None, gt=0)
-    """Larger pictures are scaled down before cropping, unit as minimum_image_size."""
+    """Larger images are scaled down before cropping, unit as minimum_image_size."""
     target_downsample_size: float | None = Field(default=None, gt=0)
-    """Size that pictures above the maximum are scaled to before cropping; absent: maximum_image_size."""
+    """Size that images above the maximum are scaled to before cropping; absent: maximum_image_size."""
     aspect_bucket_rounding: int = Field(default=2, ge=1, le=9)
     """Decimals of the aspect ratio by which buckets are told apart (1-9)."""
     aspect_bucket_alignment: int = Field(default=64, ge=1, le=1024)
@@ -80,13 +80,13 @@ class DataKeys(Settings):
     caption_dropout_probability: float = Field(default=0.0, ge=0, le=1)
     """Share of samples that are trained with the unconditional prompt (0-1)."""
     random_flip: bool = False
-    """Whether pictures are mirrored left to right at random."""
+    """Whether images are mirrored left to right at random."""
     vae_batch_size: int = Field(default=4, ge=1)
-    """Pictures per autoencoder call while the latent cache is built."""
+    """Images per autoencoder call while the latent cache is built."""
     dataloader_prefetch: int = Field(default=2, ge=1)
     """Optimizer steps' worth of batches that are read ahead."""
     num_workers: int = Field(default=2, ge=0)
-    """Threads that read and decode pictures."""
+    """Threads that read and decode images."""
 
 
 class TrainingKeys(Settings):
@@ -155,7 +155,7 @@ class TrainingKeys(Settings):
 
 
 class OutputKeys(Settings):
-    """Pictures, scores, checkpoints, trackers, publishing."""
+    """Images, scores, checkpoints, trackers, publishing."""
 
     output_dir: LocalPath = Path("output")
     """Folder of the run; absent: `output/<family>-<method>` in the working directory."""
@@ -172,21 +172,21 @@ class OutputKeys(Settings):
     validation_prompt: Texts = ()
     """A prompt, or a list of prompts."""
     validation_negative_prompt: str = ""
-    """What pictures should not show; has an effect with guidance only."""
+    """What images should not show; has an effect with guidance only."""
     validation_prompt_library: LocalPath | None = None
     """Further prompts: JSON object or list of texts, or a text file with one prompt per line."""
     validation_seed: int | None = Field(default=None, ge=0, lt=2**63)
-    """Seed of the first validation picture; absent: seed."""
+    """Seed of the first validation image; absent: seed."""
     num_validation_images: int = Field(default=1, ge=1)
-    """Pictures per prompt and resolution, with consecutive seeds."""
+    """Images per prompt and resolution, with consecutive seeds."""
     evaluation_steps: Integers = (1, 2, 4, 8)
     """Steps at which the student is scored at the end."""
     evaluation_teacher_steps: Integers = (4, 50)
     """Steps at which the teacher is scored; the largest is the full teacher."""
     evaluation_teacher_guidance: float | None = Field(default=None, ge=0, le=100)
-    """Guidance scale of the teacher's pictures, at every number of steps; absent: the family's usual one."""
+    """Guidance scale of the teacher's images, at every number of steps; absent: the family's usual one."""
     evaluation_num_samples: int = Field(default=64, ge=0)
-    """Pictures per score at the end of the run; 0 = no scores."""
+    """Images per score at the end of the run; 0 = no scores."""
     evaluators: Names = ()
     """Registered evaluators to score with; empty: those that need no weights from elsewhere, and those with settings in
     evaluator_config."""

@@ -18,7 +18,7 @@ It needs no pytest itself, no network and no weights. torch and diffusers are im
 from __future__ import annotations
 
 from .checks import Check, ConformanceError, NotApplicable
-from .report import Outcome, Report, check_plugin
+from .report import ConformanceReport, Outcome, check_plugin
 from .suite import checks_of
 
-__all__ = ["Check", "ConformanceError", "NotApplicable", "Outcome", "Report", "check_plugin", "checks_of"]
+__all__ = ["Check", "ConformanceError", "ConformanceReport", "NotApplicable", "Outcome", "check_plugin", "checks_of"]

@@ -18,8 +18,8 @@ from .checks import ConformanceError, NotApplicable, Subject, expect, failing, s
 from .suite import Named
 
 SIZES = {"a/b/003.png": (24, 16), "a/b/001.png": (16, 16), "a/002.png": (8, 24), "c d/größe-004.png": (32, 8)}
-"""Key of a picture -> its width and height."""
-MISSING = "nowhere/no-such-picture.png"
+"""Key of an image -> its width and height."""
+MISSING = "nowhere/no-such-image.png"
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Place:
 
     @cached_property
     def files(self) -> dict[str, bytes]:
-        """Pictures and captions by key."""
+        """Images and captions by key."""
         from PIL import Image
 
         found = {}
@@ -42,12 +42,12 @@ class Place:
             stream = io.BytesIO()
             Image.effect_noise(size, 50 + number).convert("RGB").save(stream, "PNG")
             found[key] = stream.getvalue()
-            found[key.replace(".png", ".txt")] = f"picture number {number}, größer\n".encode()
+            found[key.replace(".png", ".txt")] = f"image number {number}, größer\n".encode()
         return found
 
     @property
-    def pictures(self) -> dict[str, bytes]:
-        """The pictures alone."""
+    def images(self) -> dict[str, bytes]:
+        """The images alone."""
         return {key: data for key, data in self.files.items() if key in SIZES}
 
     @cached_property
@@ -71,7 +71,7 @@ class Place:
 
 
 def checks(subject: Subject) -> list[Named]:
-    """On eight files: four pictures with captions, with folders, spaces and umlauts in their names."""
+    """On eight files: four images with captions, with folders, spaces and umlauts in their names."""
     place = Place(subject)
     shared: list[Named] = [
         ("it finds its place", partial(_finds, place)),
@@ -87,9 +87,9 @@ def checks(subject: Subject) -> list[Named]:
     return [
         *shared,
         ("samples come with captions and sizes", partial(_samples, place)),
-        ("a picture that has gone since is a FileNotFoundError", partial(_vanished, place)),
+        ("an image that has gone since is a FileNotFoundError", partial(_vanished, place)),
         ("a broken listing goes on where it stopped", partial(_resumes, place)),
-        ("pictures pass in their order", partial(_passes, place)),
+        ("images pass in their order", partial(_passes, place)),
     ]
 
 
@@ -111,7 +111,7 @@ def _lists(place: Place) -> None:
         "keys, sizes and versions change only when the content does, and come in sorted order",
     )
     samples = isinstance(backend, SampleBackend)
-    wanted = place.pictures if samples else place.files
+    wanted = place.images if samples else place.files
     for key in wanted:
         expect(key in keys[0], f"list() lacks {key!r}; it has {keys[0]}", "keys are POSIX paths relative to the root")
     strange = sorted(set(keys[0]) - set(place.files))
@@ -131,7 +131,7 @@ def _lists(place: Place) -> None:
 def _handles(place: Place, backend: DataBackend) -> dict[str, str]:
     """Key -> what open() finds it by."""
     if isinstance(backend, SampleBackend):
-        pairs = [pair for chunk in backend.samples() for pair in zip(chunk.keys, chunk.places, strict=True)]
+        pairs = [pair for chunk in backend.samples() for pair in zip(chunk.keys, chunk.positions, strict=True)]
         return dict(pairs)
     return {key: key for key in place.files}
 
@@ -157,7 +157,7 @@ def _in_order(backend: DataBackend) -> bool:
 def _reads(place: Place) -> None:
     backend = place.open()
     if _in_order(backend):
-        raise NotApplicable("its pictures are read in their order, by passing()")
+        raise NotApplicable("its images are read in their order, by sequential()")
     for key, handle in _handles(place, backend).items():
         _same(place, key, _content(backend, handle))
         with backend.open(handle) as stream:
@@ -176,7 +176,7 @@ def _reads(place: Place) -> None:
 def _reads_in_threads(place: Place) -> None:
     backend = place.open()
     if _in_order(backend):
-        raise NotApplicable("its pictures are read in their order, by passing()")
+        raise NotApplicable("its images are read in their order, by sequential()")
     jobs = [*_handles(place, backend).items()] * 4
     with ThreadPoolExecutor(4) as pool:
         contents = pool.map(lambda job: _content(backend, job[1]), jobs)
@@ -201,7 +201,7 @@ def _missing(place: Place) -> None:
         except Exception as error:
             raise ConformanceError(
                 f"{name}({MISSING!r}) raised {said(error)}; raise FileNotFoundError(key) for what is "
-                "not there, so that the picture is set aside and the run goes on"
+                "not there, so that the image is set aside and the run goes on"
             ) from error
         else:
             raise ConformanceError(f"{name}({MISSING!r}) returned something; raise FileNotFoundError(key)")
@@ -310,21 +310,21 @@ def _vanished(place: Place) -> None:
     """The last sample, by the place that it was listed with, after the place was made again without it."""
     backend = place.open()
     if backend.in_order:
-        raise NotApplicable("its pictures are read in their order, by passing()")
+        raise NotApplicable("its images are read in their order, by sequential()")
     handle = list(_handles(place, backend).values())[-1]
     kept = sorted(SIZES)[:2]
     files = {key: data for key, data in place.files.items() if Path(key).with_suffix(".png").as_posix() in kept}
     with tempfile.TemporaryDirectory(prefix="distill-check-") as folder:
         settings = place.subject.own_example(Path(folder), files)
         smaller = place.subject.cls(place.subject.cls.Config(**settings))
-        try:  # a place may be a number that another picture has now: what is returned says nothing
+        try:  # a place may be a number that another image has now: what is returned says nothing
             smaller.open(handle).close()
         except FileNotFoundError:
             return
         except Exception as error:
             raise ConformanceError(
                 f"open({handle!r}) of a sample that is not there any more raised {said(error)}; "
-                "raise FileNotFoundError, so that the picture is set aside and the run goes on"
+                "raise FileNotFoundError, so that the image is set aside and the run goes on"
             ) from error
 
 
@@ -346,19 +346,23 @@ def _resumes(place: Place) -> None:
 def _passes(place: Place) -> None:
     backend = place.open()
     if not backend.in_order:
-        raise NotApplicable("its pictures are read by open()")
+        raise NotApplicable("its images are read by open()")
     names = {int(handle): key for key, handle in _handles(place, backend).items()}
-    with failing("passing()", "it yields Passages"):
-        passages = list(backend.passing())
-    seen = [(p, picture) for passage in passages for p, picture in zip(passage.places, passage.pictures, strict=True)]
-    places = [p for p, _ in seen]
-    expect(places == sorted(names), f"passing() gives the places {places}, samples() {sorted(names)}", "all, growing")
-    for number, picture in seen:
-        with picture() as stream:
+    with failing("sequential()", "it yields SequentialChunks"):
+        chunks = list(backend.sequential())
+    seen = [(p, image) for chunk in chunks for p, image in zip(chunk.positions, chunk.images, strict=True)]
+    positions = [p for p, _ in seen]
+    expect(
+        positions == sorted(names),
+        f"sequential() gives the positions {positions}, samples() {sorted(names)}",
+        "all, growing",
+    )
+    for number, image in seen:
+        with image() as stream:
             _same(place, names[number], stream.read())
-    for index, passage in enumerate(passages):
-        rest = [p for later in backend.passing(passage.resume) for p in later.places]
-        expected = [p for later in passages[index + 1 :] for p in later.places]
+    for index, chunk in enumerate(chunks):
+        rest = [p for later in backend.sequential(chunk.resume) for p in later.positions]
+        expected = [p for later in chunks[index + 1 :] for p in later.positions]
         expect(
             rest == expected,
             f"behind passage {index} it goes on with {rest}, not {expected}",

@@ -173,9 +173,9 @@ def _misfits(theirs: Any, ours: Any) -> list[str]:
 
 def _misplaced(declared: Mapping[str, inspect.Parameter], own: Mapping[str, inspect.Parameter]) -> list[str]:
     """Parameters that are given by place and stand elsewhere."""
-    places = [name for name, parameter in declared.items() if parameter.kind in POSITIONAL]
+    positions = [name for name, parameter in declared.items() if parameter.kind in POSITIONAL]
     ours = [name for name, parameter in own.items() if parameter.kind in POSITIONAL]
-    shared = [name for name in places if name in own]
+    shared = [name for name in positions if name in own]
     return [
         f"{name!r} must be the {place + 1}th in order"
         for place, name in enumerate(shared)

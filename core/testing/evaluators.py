@@ -1,4 +1,4 @@
-"""What an evaluator promises: the scores that it declares, finite, and the same for the same pictures."""
+"""What an evaluator promises: the scores that it declares, finite, and the same for the same images."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ PROMPTS = ("a red fox", "two boats", "the moon, größer")
 
 
 def checks(subject: Subject) -> list[Named]:
-    """On smooth random pictures of 32 pixels."""
+    """On smooth random images of 32 pixels."""
     return [
         ("it says whether it is usable", partial(_usable, subject)),
         ("its scores are finite and declared", partial(_scores, subject)),
-        ("the same pictures get the same scores", partial(_same, subject)),
+        ("the same images get the same scores", partial(_same, subject)),
         ("it scores the teacher, and without data", partial(_bare, subject)),
-        ("pictures are left as they are", partial(_untouched, subject)),
+        ("images are left as they are", partial(_untouched, subject)),
     ]
 
 
@@ -51,18 +51,18 @@ def _make(subject: Subject) -> Any:
         return subject.cls(subject.config(), setting)
 
 
-def _pictures(seed: int) -> Tensor:
+def _images(seed: int) -> Tensor:
     coarse = torch.rand(SIZE, 3, 4, 4, generator=torch.Generator().manual_seed(seed))
     return torch.nn.functional.interpolate(coarse, (32, 32), mode="bilinear").clamp(0, 1)
 
 
 def _samples() -> Samples:
     prompts = [PROMPTS[index % len(PROMPTS)] for index in range(SIZE)]
-    return Samples(_pictures(0), prompts, reference=_pictures(1), data=_pictures(2))
+    return Samples(_images(0), prompts, reference=_images(1), data=_images(2))
 
 
 def _score(evaluator: Any, samples: Samples) -> dict[str, float]:
-    with failing("score()", "it is given pictures (N, 3, H, W) in [0, 1] with their prompts"):
+    with failing("score()", "it is given images (N, 3, H, W) in [0, 1] with their prompts"):
         scores = evaluator.score(samples)
     expect(isinstance(scores, dict), f"score() returned a {type(scores).__name__}", "return {name: number}")
     declared = evaluator.higher_is_better
@@ -77,7 +77,7 @@ def _score(evaluator: Any, samples: Samples) -> dict[str, float]:
 
 def _scores(subject: Subject) -> None:
     scores = _score(_make(subject), _samples())
-    expect(scores, "score() returned nothing for pictures with a reference and data", "return at least one score")
+    expect(scores, "score() returned nothing for images with a reference and data", "return at least one score")
 
 
 def _same(subject: Subject) -> None:
@@ -88,7 +88,7 @@ def _same(subject: Subject) -> None:
         found += [_score(evaluator, _samples()), _score(evaluator, _samples())]
     expect(
         all(scores == found[0] for scores in found),
-        f"the same pictures got {found[0]} and then {next((each for each in found if each != found[0]), None)}",
+        f"the same images got {found[0]} and then {next((each for each in found if each != found[0]), None)}",
         "draw from a generator with a fixed seed, and keep nothing from one call to the next",
     )
 
@@ -102,6 +102,4 @@ def _bare(subject: Subject) -> None:
 def _untouched(subject: Subject) -> None:
     samples = _samples()
     _score(_make(subject), samples)
-    expect(
-        torch.equal(samples.images, _pictures(0)), "score() changed the pictures that it was given", "copy them first"
-    )
+    expect(torch.equal(samples.images, _images(0)), "score() changed the images that it was given", "copy them first")

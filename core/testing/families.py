@@ -1,4 +1,4 @@
-"""What a family promises: on its small model, from the prompt to the picture and back from disk."""
+"""What a family promises: on its small model, from the prompt to the image and back from disk."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from ..plugin_api.family import ExportInfo
 from ..plugin_api.method import Role
 from .checks import NotApplicable, Subject, expect, failing
 from .model import LORA, PROMPTS, SEEDS, Kind, Model
+from .sampling_loops import GUIDED, UNGUIDED, loop_is_generate
 from .suite import Named
-from .walks import GUIDED, UNGUIDED, walk_is_generate
 
-ROUNDING, PICTURE_ROUNDING = 1e-4, 2.5 / 255
-"""Of a picture in [0, 1] that is made a second time, and of one that was an 8-bit picture in between."""
+ROUNDING, IMAGE_ROUNDING = 1e-4, 2.5 / 255
+"""Of an image in [0, 1] that is made a second time, and of one that was an 8-bit image in between."""
 
 
 def checks(subject: Subject) -> list[Named]:
@@ -33,18 +33,18 @@ def checks(subject: Subject) -> list[Named]:
         ("it knows its model", partial(_source, model)),
         ("prompts are encoded", partial(_prompts, model)),
         ("the unconditional counterpart fits", partial(_uncond, model)),
-        ("pictures are encoded and decoded", partial(_pictures, model)),
+        ("images are encoded and decoded", partial(_images, model)),
         ("predict gives an output for each sample", partial(_predict, model)),
-        ("steps along predict make the pipeline's picture", partial(walk_is_generate, model, UNGUIDED)),
-        ("so do guided steps", partial(walk_is_generate, model, GUIDED)),
+        ("steps along predict make the pipeline's image", partial(loop_is_generate, model, UNGUIDED)),
+        ("so do guided steps", partial(loop_is_generate, model, GUIDED)),
         ("LoRA off is the base, bit for bit", partial(_lora_off, model)),
         ("a full student starts as its teacher", partial(_full, model)),
         ("what it says it can do, it can", partial(_capabilities, model)),
     ]
     for kind in ("lora", "full"):
         found += [
-            (f"an exported student makes the same picture [{kind}]", partial(_export, model, kind)),
-            (f"plain diffusers makes the same picture of it [{kind}]", partial(_diffusers, model, kind)),
+            (f"an exported student makes the same image [{kind}]", partial(_export, model, kind)),
+            (f"plain diffusers makes the same image of it [{kind}]", partial(_diffusers, model, kind)),
         ]
     return found
 
@@ -105,23 +105,23 @@ def _uncond(model: Model) -> None:
     expect(differ, "uncond() is condition() itself", "it is that of an empty prompt, or zeros")
 
 
-def _pictures(model: Model) -> None:
+def _images(model: Model) -> None:
     family, edge = model.family, model.edge
     pixels = torch.rand(2, 3, edge, edge, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    with failing("encode_images()", "it takes pictures (B, 3, H, W) in [-1, 1]"), torch.no_grad():
+    with failing("encode_images()", "it takes images (B, 3, H, W) in [-1, 1]"), torch.no_grad():
         latents = family.encode_images(pixels)
         drawn = [family.encode_images(pixels[:1], [torch.Generator().manual_seed(5)]) for _ in range(2)]
     small = edge // family.scale_factor
     expected = (2, family.latent_channels, small, small)
-    expect(tuple(latents.shape) == expected, f"latents of pictures {tuple(pixels.shape)} have the shape "
+    expect(tuple(latents.shape) == expected, f"latents of images {tuple(pixels.shape)} have the shape "
            f"{tuple(latents.shape)}, not {expected}", "see latent_channels and scale_factor")  # fmt: skip
     expect(torch.equal(*drawn), "one generator gives two latents", "draw from the generators that are given")
     with failing("decode_latents()", "it takes what encode_images() returned"), torch.no_grad():
         decoded = family.decode_latents(latents)
     expect(decoded.shape == pixels.shape, f"decode_latents() made {tuple(decoded.shape)} of {tuple(latents.shape)}, "
-           f"not {tuple(pixels.shape)}", "pictures are (B, 3, H, W), of the size that was encoded")  # fmt: skip
+           f"not {tuple(pixels.shape)}", "images are (B, 3, H, W), of the size that was encoded")  # fmt: skip
     inside = bool(decoded.isfinite().all()) and float(decoded.min()) >= 0 and float(decoded.max()) <= 1
-    expect(inside and decoded.dtype == torch.float32, f"decoded pictures are {decoded.dtype} from "
+    expect(inside and decoded.dtype == torch.float32, f"decoded images are {decoded.dtype} from "
            f"{float(decoded.min()):.2f} to {float(decoded.max()):.2f}", "they are float32 in [0, 1]")  # fmt: skip
 
 
@@ -207,20 +207,18 @@ def _need(model: Model, kind: Kind) -> None:
 
 @contextmanager
 def _exported(model: Model, kind: Kind) -> Iterator[tuple[Path, Tensor]]:
-    """(working directory with the folder ``student``, the pictures before it was written)."""
+    """(working directory with the folder ``student``, the images before it was written)."""
     _need(model, kind)
     with model.student(kind) as network, tempfile.TemporaryDirectory(prefix="distill-check-") as place:
-        pictures = model.pictures(network)
+        images = model.images(network)
         expected = (len(SEEDS), 3, model.edge, model.edge)
-        expect(tuple(pictures.shape) == expected, f"generate() made {tuple(pictures.shape)}, not {expected}",
-               "pictures are (B, 3, H, W)")  # fmt: skip
-        expect(
-            torch.equal(pictures, model.pictures(network)), "one seed gives two pictures", "draw noise from the seeds"
-        )
+        expect(tuple(images.shape) == expected, f"generate() made {tuple(images.shape)}, not {expected}",
+               "images are (B, 3, H, W)")  # fmt: skip
+        expect(torch.equal(images, model.images(network)), "one seed gives two images", "draw noise from the seeds")
         quiet = redirect_stderr(io.StringIO())  # progress bars
         with quiet, failing("export()", "it writes a student in diffusers' layout into the folder"):
             model.family.export(network, Path(place) / "student", _info(model, kind))
-        yield Path(place), pictures
+        yield Path(place), images
 
 
 def _info(model: Model, kind: Kind) -> ExportInfo:
@@ -228,25 +226,25 @@ def _info(model: Model, kind: Kind) -> ExportInfo:
 
 
 def _export(model: Model, kind: Kind) -> None:
-    with _exported(model, kind) as (place, pictures):
+    with _exported(model, kind) as (place, images):
         scheduler = place / "student" / "scheduler" / "scheduler_config.json"
         expect(scheduler.is_file(), "export() wrote no scheduler/", "the student's sampler goes along with it")
         family = model.make()
         with failing("load_student()", "it must read what export() wrote"):
             loaded = family.load_student(place / "student")
-        found = model.pictures(loaded, family=family)
-    distance = float((found - pictures).abs().max())
-    expect(distance <= ROUNDING, f"the exported student, loaded again, makes a picture {distance:.3f} away from the "
+        found = model.images(loaded, family=family)
+    distance = float((found - images).abs().max())
+    expect(distance <= ROUNDING, f"the exported student, loaded again, makes an image {distance:.3f} away from the "
            "one before (pixels in [0, 1])", "write and read all of its weights and its sampler")  # fmt: skip
     with model.student(kind) as _:
-        teacher = model.pictures(model.make().load_network(), family=model.make())
-    far = float((teacher - pictures).abs().max())
-    expect(far > ROUNDING, "the student's pictures are the teacher's", "generate() must use the network that is given")
+        teacher = model.images(model.make().load_network(), family=model.make())
+    far = float((teacher - images).abs().max())
+    expect(far > ROUNDING, "the student's images are the teacher's", "generate() must use the network that is given")
 
 
 def _diffusers(model: Model, kind: Kind) -> None:
     call = "pipe(prompt, "
-    with _exported(model, kind) as (place, pictures), chdir(place):
+    with _exported(model, kind) as (place, images), chdir(place):
         snippet = model.family.usage_snippet(_info(model, kind))
         expect(call in snippet, f"usage_snippet() has no {call!r}", "say `image = pipe(prompt, ...).images[0]`")
         own = f"pipe({PROMPTS[0]!r}, generator=_generator, width={model.edge}, height={model.edge}, "
@@ -259,10 +257,8 @@ def _diffusers(model: Model, kind: Kind) -> None:
     import numpy as np
 
     found = torch.from_numpy(np.asarray(image.convert("RGB")).copy()).permute(2, 0, 1).float() / 255
-    expect(
-        found.shape == pictures[0].shape, f"plain diffusers makes a picture {tuple(found.shape)}", "see pixel_multiple"
-    )
-    distance = float((found - pictures[0]).abs().max())
-    expect(distance <= PICTURE_ROUNDING, f"plain diffusers makes a picture {distance:.3f} away from generate()'s "
+    expect(found.shape == images[0].shape, f"plain diffusers makes an image {tuple(found.shape)}", "see pixel_multiple")
+    distance = float((found - images[0]).abs().max())
+    expect(distance <= IMAGE_ROUNDING, f"plain diffusers makes an image {distance:.3f} away from generate()'s "
            "(pixels in [0, 1])", "export all of the student's weights and its scheduler; encode prompts as the "
            "pipeline does")  # fmt: skip

@@ -74,7 +74,7 @@ def gaussian_map(schedule: Schedule, x: Tensor, t: Tensor, r: Tensor, mean: Tens
 
 
 class GaussianFamily(ModelFamily):
-    """Prompts are numbers: the mean of the data. The unconditional mean is 0. It makes and exports no pictures.
+    """Prompts are numbers: the mean of the data. The unconditional mean is 0. It makes and exports no images.
 
     Args:
         schedule: The path.
@@ -122,7 +122,7 @@ class GaussianFamily(ModelFamily):
         return {"mean": torch.zeros_like(cond["mean"])}
 
     def encode_images(self, pixels: Tensor, generator: Any = None) -> Tensor:
-        """There are no pictures."""
+        """There are no images."""
         raise NotImplementedError
 
     def decode_latents(self, latents: Tensor) -> Tensor:
@@ -154,15 +154,15 @@ class GaussianFamily(ModelFamily):
         return network(x_t, time, cond["mean"])
 
     def generate(self, *args: Any, **kwargs: Any) -> Tensor:
-        """There are no pictures."""
+        """There are no images."""
         raise NotImplementedError
 
     def export(self, *args: Any, **kwargs: Any) -> None:
-        """There are no pictures."""
+        """There are no images."""
         raise NotImplementedError
 
     def load_student(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """There are no pictures."""
+        """There are no images."""
         raise NotImplementedError
 
     def usage_snippet(self, info: Any) -> str:

@@ -97,7 +97,7 @@ class Bench:
     def batch(self, needs: Requirements, step: int, *, size: int = SIZE) -> Any:
         """Data of the prompt."""
         return smooth_batch(
-            self.family.schedule, step, size, mean=MEAN, pictures=needs.pictures, points=needs.trajectory_points
+            self.family.schedule, step, size, mean=MEAN, images=needs.images, points=needs.trajectory_points
         )
 
     def trial(self, *, seed: int = 0, **settings: Any) -> Trial:
@@ -247,7 +247,7 @@ def _accumulation(bench: Bench) -> None:
     expect(not close, f"four micro-batches of one train {sorted(set(close))} otherwise than one of four", remedy)
 
 
-def _draws(bench: Bench) -> None:
+def _rng(bench: Bench) -> None:
     first, again = bench.watched[0], bench.trial(seed=1)
     with _quiet(), failing("training a second time", "it must not depend on what ran before"):
         again.run(0, STEPS)
@@ -347,7 +347,7 @@ ON_EVERY_KIND = {
     "an update moves its own role alone": _own_role,
     "the teacher is untouched": _teacher,
     "1x4 micro-batches equal 4x1": _accumulation,
-    "random draws come from the seed": _draws,
+    "random draws come from the seed": _rng,
     "a resumed run is the same run": _resume,
     "its sampler can be run": _sampler,
     "the student learns": _learns,

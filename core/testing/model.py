@@ -66,7 +66,7 @@ class Model:
 
     @property
     def edge(self) -> int:
-        """Pixels along an edge of pictures: a multiple of what the family asks for."""
+        """Pixels along an edge of images: a multiple of what the family asks for."""
         return max(32, self.subject.cls.pixel_multiple)
 
     @cached_property
@@ -116,14 +116,14 @@ class Model:
             return Sampler("FlowMatchEulerDiscreteScheduler", flow, 2, 0.0, {"sigmas": [1.0, 0.6]})
         return Sampler("DDIMScheduler", {"timestep_spacing": "trailing"}, 2, 0.0)
 
-    def pictures(self, network: nn.Module, *, family: ModelFamily | None = None) -> Tensor:
-        """Two pictures by the sampler."""
+    def images(self, network: nn.Module, *, family: ModelFamily | None = None) -> Tensor:
+        """Two images by the sampler."""
         family = family or self.family
-        with failing("generate()", "it makes pictures (B, 3, H, W) in [0, 1]"), torch.no_grad():
+        with failing("generate()", "it makes images (B, 3, H, W) in [0, 1]"), torch.no_grad():
             return family.generate(
                 network, self.embeds, sampler=self.sampler(), seeds=SEEDS, width=self.edge, height=self.edge
             )
 
 
 SEEDS = (3, 8)
-"""Of the pictures that a family is asked for."""
+"""Of the images that a family is asked for."""

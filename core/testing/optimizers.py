@@ -34,9 +34,9 @@ def checks(subject: Subject) -> list[Named]:
 
 
 def _weights(subject: Subject) -> list[nn.Parameter]:
-    draws = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
     dtype = getattr(torch, subject.cls.parameter_dtype)
-    return [nn.Parameter(torch.randn(shape, generator=draws).to(dtype)) for shape in ((8, 4), (4,))]
+    return [nn.Parameter(torch.randn(shape, generator=rng).to(dtype)) for shape in ((8, 4), (4,))]
 
 
 def _rate_of(subject: Subject) -> float:

@@ -24,7 +24,7 @@ class Outcome:
 
 
 @dataclass
-class Report:
+class ConformanceReport:
     """How all checks of a plugin ended."""
 
     plugin: str
@@ -57,7 +57,9 @@ def outcome_of(check: Check) -> Outcome:
     return Outcome(check, "ok")
 
 
-def check_plugin(argument: str, *, only: str = "", tell: Callable[[Outcome], None] = lambda outcome: None) -> Report:
+def check_plugin(
+    argument: str, *, only: str = "", tell: Callable[[Outcome], None] = lambda outcome: None
+) -> ConformanceReport:
     """Load a plugin and run every check of every class that it registers.
 
     Args:
@@ -71,7 +73,7 @@ def check_plugin(argument: str, *, only: str = "", tell: Callable[[Outcome], Non
     """
     from .loading import checks_of_source, sources_of
 
-    report = Report(argument)
+    report = ConformanceReport(argument)
     checks = [check for source in sources_of(argument) for check in checks_of_source(source) if only in str(check)]
     for check in checks:
         report.outcomes.append(outcome_of(check))

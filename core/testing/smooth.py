@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from ..diffusion.schedule import Schedule
-from ..diffusion.solvers import trailing_walk
-from ..plugin_api.batch import Batch, Conditioning, Pairs
+from ..diffusion.solvers import trailing_timesteps
+from ..plugin_api.batch import Batch, Conditioning, Trajectories
 from ..plugin_api.context import Context
 from ..plugin_api.family import Capabilities
 from . import gaussian
-from .draws import BatchedDraws
 from .gaussian import GaussianFamily, Q
+from .rng import BatchedRngStreams
 
 CELLS = 8
 """Of the splines over the time."""
@@ -59,10 +59,10 @@ def splines(x: Tensor, cells: int) -> Tensor:
     return torch.where(u < 0.5, 0.75 - u**2, 0.5 * (1.5 - u).clamp(min=0) ** 2)
 
 
-def products(places: Sequence[Tensor], cells: int) -> Tensor:
+def products(positions: Sequence[Tensor], cells: int) -> Tensor:
     """Products of the splines of each place in [-1, 1], (B,) each: (B, (cells + 2)^len(places))."""
-    found = splines(places[0], cells)
-    for place in places[1:]:
+    found = splines(positions[0], cells)
+    for place in positions[1:]:
         found = (found[:, :, None] * splines(place, cells)[:, None]).flatten(1)
     return found
 
@@ -98,8 +98,8 @@ class SmoothNetwork(nn.Module):
         if (r is not None) != self.second_time:
             raise ValueError("the second time must be told to a network that takes it, and to no other")
         x, times = x.double(), [each.double() / self.unit for each in (time, r) if each is not None]
-        places = [2 * self._share(t) - 1 for t in times]
-        basis = products(places, CELLS)
+        positions = [2 * self._share(t) - 1 for t in times]
+        basis = products(positions, CELLS)
         a, b, d, e = (self.correction(basis) - nn.functional.linear(basis, self.start)).split(1, dim=1)
         told = 0.0 if w is None else d * w.double()[:, None] / W_UNIT
         return gaussian.raw_output(self.kind, self.schedule, x, times[0], c) + a * x + (b + told) * c + e
@@ -167,12 +167,12 @@ class QuickContext(Context):
     def at(self, step: int, positions: Sequence[int]) -> Context:
         """As of :class:`Context`."""
         context = QuickContext(self._runtime, step=step, positions=positions)
-        context.draws = BatchedDraws(self._runtime.seed, step, positions)
+        context.rng = BatchedRngStreams(self._runtime.seed, step, positions)
         return context
 
 
-def smooth_batch(schedule: Schedule, step: int, size: int, *, mean: float, pictures: bool, points: int = 0) -> Batch:
-    """Data of the prompt `mean`; without latents where there are no pictures, with paths of the teacher where asked.
+def smooth_batch(schedule: Schedule, step: int, size: int, *, mean: float, images: bool, points: int = 0) -> Batch:
+    """Data of the prompt `mean`; without latents where there are no images, with paths of the teacher where asked.
 
     A path has twice as many points as are needed, so that a method must take its own.
     """
@@ -180,17 +180,19 @@ def smooth_batch(schedule: Schedule, step: int, size: int, *, mean: float, pictu
     latents = mean + Q * torch.randn(size, 1, generator=g, dtype=torch.float64)
     cond = {"mean": torch.full((size, 1), mean, dtype=torch.float64)}
     keys, positions = tuple(f"set/{i}" for i in range(size)), tuple(range(size))
-    pairs = exact_paths(schedule, torch.randn(size, 1, generator=g, dtype=torch.float64), cond, 2 * points)
-    return Batch(latents if pictures else None, cond, keys, positions, latent_shape=(1,), pairs=pairs)
+    trajectories = exact_trajectories(
+        schedule, torch.randn(size, 1, generator=g, dtype=torch.float64), cond, 2 * points
+    )
+    return Batch(latents if images else None, cond, keys, positions, latent_shape=(1,), trajectories=trajectories)
 
 
-def exact_paths(schedule: Schedule, noise: Tensor, cond: Conditioning, points: int) -> Pairs | None:
+def exact_trajectories(schedule: Schedule, noise: Tensor, cond: Conditioning, points: int) -> Trajectories | None:
     """The teacher's exact paths from `noise` (B, 1); None for no points."""
     if not points:
         return None
-    times, mean = trailing_walk(schedule, points).times, cond["mean"]
+    times, mean = trailing_timesteps(schedule, points).times, cond["mean"]
     full = times[:, None].expand(-1, len(noise))
     path = torch.stack([gaussian.gaussian_map(schedule, noise, full[0], t, mean) for t in full], dim=1)
     a, s = schedule.coefficients(full[0], noise)
     data = mean + Q * (noise - a * mean) / (a**2 * Q**2 + s**2).sqrt()
-    return Pairs(path, times, data, cond)
+    return Trajectories(path, times, data, cond)

@@ -34,7 +34,7 @@ def checks(subject: Subject) -> list[Named]:
     """In output folders of their own."""
     found: list[Named] = [("it runs from start to finish", partial(_whole, subject))]
     found += [(f"it takes {what}", partial(_logs, subject, metrics)) for what, metrics in METRICS.items()]
-    found += [("it takes any text", partial(_texts, subject)), ("it takes any picture", partial(_pictures, subject))]
+    found += [("it takes any text", partial(_texts, subject)), ("it takes any image", partial(_images, subject))]
     found += [
         ("it can finish at once", partial(_at_once, subject)),
         ("it starts again on the folder of a resumed run", partial(_resumed, subject)),
@@ -81,7 +81,7 @@ def _whole(subject: Subject) -> None:
     with _folder() as folder, _started(subject, folder) as tracker, failing("an ordinary run", REMEDY):
         for step in range(1, 4):
             tracker.log({"loss": 1 / step, "lr": 1e-4}, step)
-        tracker.images("validation", {"a red fox": _picture()}, 3)
+        tracker.images("validation", {"a red fox": _image()}, 3)
         tracker.text("model card", TEXTS["ordinary"], 3)
         tracker.finish({"distance": 0.25})
 
@@ -100,19 +100,19 @@ def _texts(subject: Subject) -> None:
         _try(subject, lambda tracker, text=text: tracker.text("prompts/ü", text, 1), f"text() of {name} text")
 
 
-def _pictures(subject: Subject) -> None:
+def _images(subject: Subject) -> None:
     odd = {
-        "no picture": {},
-        "a grey one": {"grey": _picture().convert("L")},
-        "one with transparency": {"clear": _picture().convert("RGBA")},
-        "one of a pixel": {"dot": _picture().resize((1, 1))},
-        "a caption with slashes, unicode and 500 letters": {"a/b\\c: größe\n損失 " + "x" * 500: _picture()},
+        "no image": {},
+        "a grey one": {"grey": _image().convert("L")},
+        "one with transparency": {"clear": _image().convert("RGBA")},
+        "one of a pixel": {"dot": _image().resize((1, 1))},
+        "a caption with slashes, unicode and 500 letters": {"a/b\\c: größe\n損失 " + "x" * 500: _image()},
     }
     for what, images in odd.items():
         _try(subject, lambda tracker, images=images: tracker.images("validation", images, 1), f"images() of {what}")
 
 
-def _picture() -> Any:
+def _image() -> Any:
     from PIL import Image
 
     return Image.new("RGB", (16, 8), (200, 60, 20))
@@ -144,7 +144,7 @@ def _below(subject: Subject) -> None:
         with chdir(elsewhere), _writes() as written, _started(subject, folder) as tracker, watching:
             tracker.log({"loss": 0.5}, 1)
             tracker.text("prompts", "a red fox", 1)
-            tracker.images("validation", {"a red fox": _picture()}, 1)
+            tracker.images("validation", {"a red fox": _image()}, 1)
             tracker.finish({"score": 0.5})
         outside = sorted({path for path in written if not _allowed(Path(path), folder)})
         outside += [str(path) for path in elsewhere.rglob("*") if str(path) not in outside]

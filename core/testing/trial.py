@@ -21,7 +21,7 @@ from ..engine.metrics import MetricsFile
 from ..engine.networks import Networks
 from ..engine.optimize import RoleOptimizer
 from ..engine.trainer import Trainer
-from ..plugin_api.batch import Batch, Pairs
+from ..plugin_api.batch import Batch, Trajectories
 from ..plugin_api.context import Context, Runtime
 from ..plugin_api.family import LoraSettings
 from ..plugin_api.method import MethodSetup, Requirements
@@ -85,7 +85,7 @@ class Trial:
 
     def trainer(self, folder: Path) -> Trainer:
         """Saves and resumes as a run does."""
-        nothing: Any = SimpleNamespace(main=True, together=nullcontext, step=0)
+        nothing: Any = SimpleNamespace(main=True, synchronized=nullcontext, step=0)
         return Trainer(
             settings=nothing, loop=self.loop, store=CheckpointStore(folder, limit=None),
             metrics_file=MetricsFile(folder / "metrics.jsonl"), trackers=nothing, state=nothing, registry=Registry(),
@@ -153,7 +153,7 @@ def split(batch: Batch, parts: int) -> list[Batch]:
     return [
         replace(
             batch, latents=None if batch.latents is None else batch.latents[rows], keys=batch.keys[rows],
-            cond=_rows(batch.cond, rows), positions=batch.positions[rows], pairs=_pairs_of(batch.pairs, rows),
+            cond=_rows(batch.cond, rows), positions=batch.positions[rows], trajectories=_trajectories_of(batch.trajectories, rows),
         )
         for rows in (slice(i * size, (i + 1) * size) for i in range(parts))
     ]  # fmt: skip
@@ -163,10 +163,12 @@ def _rows(cond: Any, rows: slice) -> Any:
     return {name: value[rows] for name, value in cond.items()}
 
 
-def _pairs_of(pairs: Pairs | None, rows: slice) -> Pairs | None:
-    if pairs is None:
+def _trajectories_of(trajectories: Trajectories | None, rows: slice) -> Trajectories | None:
+    if trajectories is None:
         return None
-    return Pairs(pairs.path[rows], pairs.times, pairs.data[rows], _rows(pairs.cond, rows))
+    return Trajectories(
+        trajectories.points[rows], trajectories.times, trajectories.data[rows], _rows(trajectories.cond, rows)
+    )
 
 
 def own_weights(networks: Networks) -> dict[str, list[Tensor]]:

@@ -54,10 +54,10 @@ def write_text(path: Path, text: str) -> None:
     write_whole(path, text.encode("utf-8"))
 
 
-def save_picture(picture: Image, path: Path) -> None:
+def save_image(image: Image, path: Path) -> None:
     """Write a PNG whole or not at all; its folder is made."""
     stream = io.BytesIO()
-    picture.save(stream, format="PNG")
+    image.save(stream, format="PNG")
     write_whole(path, stream.getvalue())
 
 

@@ -23,7 +23,7 @@ def generator(seed: int, name: str, step: int = 0, position: int = 0) -> torch.G
     return torch.Generator().manual_seed(derive_seed(seed, name, step, position))
 
 
-class Draws:
+class RngStreams:
     """The draws of one micro-batch: row i depends on (seed, name, step, positions[i]) alone.
 
     Args:

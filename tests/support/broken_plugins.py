@@ -117,7 +117,7 @@ BROKEN = {
     "a missing key is a KeyError": Broken(
         [('        return (self.config.shelf / key).open("rb")',
           '        return {e.key: (self.config.shelf / e.key).open("rb") for e in self.list()}[key]')],
-        "what is not there", ["raised KeyError: 'nowhere/no-such-picture.png'", "raise FileNotFoundError(key)"]),
+        "what is not there", ["raised KeyError: 'nowhere/no-such-image.png'", "raise FileNotFoundError(key)"]),
     "the listing is never the same": Broken([("keys = sorted(path", "keys = list(path"),
                                              ("        for key in keys:\n", "        random.shuffle(keys)\n        for key in keys:\n")],
                                             "a listing is complete", ["listed again, it is another listing", "sorted order"]),
@@ -138,7 +138,7 @@ BROKEN = {
     "a score is nan": Broken([("float(samples.images.mean())", 'float("nan")')], "finite and declared",
                              ["the score 'brightness' is nan", "leave out what cannot be measured"]),
     "a score is drawn": Broken([("float(samples.images.mean())", "float(samples.images.mean()) + random.random()")],
-                               "same scores", ["the same pictures got", "draw from a generator with a fixed seed"]),
+                               "same scores", ["the same images got", "draw from a generator with a fixed seed"]),
     "the publisher asks the network": Broken(
         [("        return []\n", '        __import__("socket").create_connection(("192.0.2.1", 80), timeout=1)\n        return []\n')],
         "problems()", ["problems() raised", "no network during this check"]),
@@ -183,13 +183,13 @@ FAMILIES = {
     "nothing is wrong": ("", "family", []),
     "decode has the wrong shape": (
         "def decode_latents(self, latents):\n        return super().decode_latents(latents)[:, :, ::2]",
-        "pictures are encoded and decoded",
+        "images are encoded and decoded",
         ["decode_latents() made (2, 3, 16, 32) of (2, 4, 16, 16), not (2, 3, 32, 32)"],
     ),
     "an exported student cannot be loaded": (
         "def export(self, network, folder, info):\n        super().export(network, folder, info)\n"
         '        (folder / "pytorch_lora_weights.safetensors").write_bytes(b"")',
-        "makes the same picture [lora]",
+        "makes the same image [lora]",
         ["load_student() raised", "it must read what export() wrote"],
     ),
     "an exported student is another": (
@@ -197,8 +197,8 @@ FAMILIES = {
         "        super().export(network, folder, info)\n"
         '        file = folder / "pytorch_lora_weights.safetensors"\n'
         "        save_file({key: value * 0 for key, value in load_file(file).items()}, file)",
-        "makes the same picture",
-        ["makes a picture 0.", "away from the one before", "away from generate()'s"],
+        "makes the same image",
+        ["makes an image 0.", "away from the one before", "away from generate()'s"],
     ),
     "the adapter is never off": (
         "def predict(self, network, x_t, time, cond, *, guidance=None, second_time=None):\n"

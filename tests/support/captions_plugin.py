@@ -1,4 +1,4 @@
-"""A plugin file for tests: a method that needs no pictures. Loaded with --plugin."""
+"""A plugin file for tests: a method that needs no images. Loaded with --plugin."""
 
 import distill
 import torch
@@ -21,16 +21,16 @@ class Rehearsal(distill.Method):
 
     @classmethod
     def requires(cls, config, setup):
-        return distill.Requirements(pictures=False)
+        return distill.Requirements(images=False)
 
     def updates(self, context, batch, step):
         assert batch.latents is None
-        x = context.draws.randn("noise", batch.latent_shape)
+        x = context.rng.randn("noise", batch.latent_shape)
         grid = context.grid(10)
-        t = grid.times[context.draws.integers("index", len(grid))]
+        t = grid.times[context.rng.integers("index", len(grid))]
         with torch.no_grad():
             scale = torch.full((len(batch),), self.config.guidance)
-            target = context.teacher_cfg(x, t, batch.cond, scale).eps
+            target = context.predict_guided(x, t, batch.cond, scale).eps
         losses = (context.predict("student", x, t, batch.cond).eps - target).square().flatten(1).mean(1)
         yield distill.Update("student", losses.mean(), per_sample=losses.detach(), t=t)
 

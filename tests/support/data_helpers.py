@@ -1,4 +1,4 @@
-"""A family with deterministic little encoders, folders of pictures, and a pipeline over them."""
+"""A family with deterministic little encoders, folders of images, and a pipeline over them."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class FakeFamily:
         self.released += 1
 
     @property
-    def num_pictures(self) -> int:
+    def num_images(self) -> int:
         return sum(shape[0] for shape in self.batches)
 
 
@@ -73,7 +73,7 @@ BACKENDS = {
 REGISTRY = SimpleNamespace(get=lambda kind, name: BACKENDS[name])
 
 
-def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+def image(width: int, height: int, seed: int = 0) -> Image.Image:
     noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(noise)
 
@@ -82,9 +82,9 @@ def fill(folder: Path, sizes, *, captions=True, start=0) -> Path:
     """Random PNGs of the given (width, height), named 000.png ..., each with its own caption."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, (width, height) in enumerate(sizes, start):
-        picture(width, height, number).save(folder / f"{number:03d}.png")
+        image(width, height, number).save(folder / f"{number:03d}.png")
         if captions:
-            (folder / f"{number:03d}.txt").write_text(f"picture number {number}")
+            (folder / f"{number:03d}.txt").write_text(f"image number {number}")
     return folder
 
 
@@ -127,7 +127,7 @@ def configuration(*datasets: DatasetSettings, caches=(), text_cache=None):
 
 def pipeline(
     *datasets: DatasetSettings, root: Path, family=None, micro=2, accumulation=1, rank=0, world=1, seed=1,
-    pictures=True, pairs=False, resumes=False, config=None,
+    images=True, trajectories=False, resumes=False, config=None,
 ):  # fmt: skip
     """A pipeline and the lines that it says."""
     lines: list[str] = []
@@ -142,8 +142,8 @@ def pipeline(
         seed=seed,
         cache_root=root / "cache",
         say=lines.append,
-        pictures=pictures,
-        pairs=pairs,
+        images=images,
+        trajectories=trajectories,
         resumes=resumes,
     )
     return data, lines

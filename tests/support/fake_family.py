@@ -1,4 +1,4 @@
-"""A family without a network: pictures are a pure function of prompt, seed, role and steps."""
+"""A family without a network: images are a pure function of prompt, seed, role and steps."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class FakeNetworks:
 
 
 class FakeFamily(ModelFamily):
-    """The full picture of (prompt, seed) is smooth noise; fewer steps lie further from it, the student less far."""
+    """The full image of (prompt, seed) is smooth noise; fewer steps lie further from it, the student less far."""
 
     name: ClassVar[str] = "fake"
     capabilities: ClassVar[Capabilities] = Capabilities()
@@ -100,17 +100,17 @@ class FakeFamily(ModelFamily):
         away = {"teacher": 1.0, "student": 0.2}[network.role] / (num_inference_steps or 1)
         away = 0.0 if num_inference_steps == 50 else away
         return torch.stack(
-            [picture(float(p), s, away, width, height) for p, s in zip(embeds["embeds"], seeds, strict=True)]
+            [image(float(p), s, away, width, height) for p, s in zip(embeds["embeds"], seeds, strict=True)]
         )
 
     def usage_snippet(self, info: ExportInfo) -> str:
         return f"pipe = load()\nprint({info.sampler.num_inference_steps})\n"
 
 
-FakeFamily.__abstractmethods__ = frozenset()  # type: ignore[attr-defined]  # what is not about pictures is never called
+FakeFamily.__abstractmethods__ = frozenset()  # type: ignore[attr-defined]  # what is not about images is never called
 
 
-def picture(prompt: float, seed: int, away: float, width: int, height: int) -> Tensor:
+def image(prompt: float, seed: int, away: float, width: int, height: int) -> Tensor:
     """(3, H, W) in [0, 1]."""
     g = torch.Generator().manual_seed(int(prompt) * 1000 + seed)
     coarse = torch.rand(1, 3, 4, 4, generator=g)

@@ -38,8 +38,8 @@ class NeedyMethod(distill.Method):
     class Config(distill.Method.Config):
         """Settings of the needy method."""
 
-        needs_pictures: bool = True
-        """Whether it needs pictures."""
+        needs_images: bool = True
+        """Whether it needs images."""
         needs_guidance_embedding: bool = False
         """Whether it needs a guidance input."""
         needs_second_time: bool = False
@@ -58,7 +58,7 @@ class NeedyMethod(distill.Method):
     @classmethod
     def requires(cls, config, setup):
         return distill.Requirements(
-            pictures=config.needs_pictures,
+            images=config.needs_images,
             guidance_embedding=config.needs_guidance_embedding,
             second_time=config.needs_second_time,
             features=config.needs_features,

@@ -29,11 +29,11 @@ class OneStep(distill.Method):
 
     def updates(self, context, batch, step):
         grid = context.grid(self.config.teacher_steps)
-        noise = context.draws.randn("noise", batch.latent_shape).to(batch.latents.dtype)
+        noise = context.rng.randn("noise", batch.latent_shape).to(batch.latents.dtype)
         x, first = noise, grid.times[-1].expand(len(batch))
         with torch.no_grad():
             for t, t_next in zip(grid.times.flip(0), grid.previous.flip(0), strict=True):
-                x = context.predict("teacher", x, t.expand(len(batch)), batch.cond).jump(t_next.expand(len(batch)))
+                x = context.predict("teacher", x, t.expand(len(batch)), batch.cond).ddim_step(t_next.expand(len(batch)))
         student = context.predict("student", noise, first, batch.cond)
         losses = (student.x0 - x).square().flatten(1).mean(1)
         yield distill.Update("student", losses.mean(), per_sample=losses.detach(), t=first)
@@ -124,7 +124,7 @@ class Downhill(distill.OptimizerPlugin):
 
 
 class Brightness(distill.Evaluator):
-    """How bright pictures are."""
+    """How bright images are."""
 
     name = "brightness"
     higher_is_better = {"brightness": True}

@@ -1,4 +1,4 @@
-"""The pictures and captions of a folder in every form that the `datasets` library reads."""
+"""The images and captions of a folder in every form that the `datasets` library reads."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 Rows = list[tuple[str, bytes, str]]
-"""(name, bytes, caption) of each picture."""
+"""(name, bytes, caption) of each image."""
 
 
 def rows_of(folder: Path) -> Rows:
-    """What lies in a folder of pictures with .txt files."""
+    """What lies in a folder of images with .txt files."""
     return [
         (path.relative_to(folder).as_posix(), path.read_bytes(), path.with_suffix(".txt").read_text())
         for path in sorted(folder.rglob("*.png"))

@@ -36,7 +36,7 @@ class Case:
         key: What the report calls it.
         data: Its bytes; None where the folder gets it in another way.
         reason: Why it is set aside, a regular expression; empty where it is used.
-        like: The picture that it must come out as.
+        like: The image that it must come out as.
         tolerance: Largest difference of a pixel's value (0-255).
         caption: Bytes of its caption file; None for none.
     """
@@ -73,7 +73,7 @@ def deep_png(pixels: np.ndarray) -> bytes:
 
 
 def one_bit_png(edge: int) -> bytes:
-    """A white picture of many pixels in few bytes."""
+    """A white image of many pixels in few bytes."""
     packer, rows = zlib.compressobj(9), []
     row = b"\0" + b"\xff" * -(-edge // 8)
     for start in range(0, edge, 512):
@@ -197,15 +197,15 @@ def odd_captions() -> Iterator[Case]:
 
 
 def broken() -> Iterator[Case]:
-    yield from not_pictures()
+    yield from not_images()
     yield from cut_short()
     yield from bombs()
     yield from bad_captions()
 
 
-def not_pictures() -> Iterator[Case]:
+def not_images() -> Iterator[Case]:
     yield Case("zero.png", b"", "empty")
-    yield Case("text.jpg", b"I am no picture", "no picture format")
+    yield Case("text.jpg", b"I am no image", "no image format")
     yield Case("page.jpg", b"<!doctype html><html>404</html>", "web page")
     yield Case("pointer.png", b"version https://git-lfs.github.com/spec/v1\noid", "Git LFS pointer")
     heic = struct.pack(">I", 24) + b"ftypheic" + bytes(12) + bytes(200)
@@ -217,7 +217,7 @@ def not_pictures() -> Iterator[Case]:
     yield Case("paper.png", b"%PDF-1.7\n", "PDF")
     yield Case("program.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "PostScript")
     yield Case("archive.webp", b"PK\3\4" + bytes(90), "an archive")
-    yield Case("noise.png", np.random.default_rng(0).bytes(999), "no picture format")
+    yield Case("noise.png", np.random.default_rng(0).bytes(999), "no image format")
     yield Case("nothing-in-it.png", png(0, 0, 8, 2, b""), r"\w")
     plain = encode(quadrants(), "PNG")
     yield Case("bits.png", patched(plain, len(plain) - 30, b"\xff" * 9), r"\w")
@@ -266,7 +266,7 @@ def bad_captions() -> Iterator[Case]:
         "nul": (b"a cat\0and more", "NUL"),
         "utf16-bare": ("a cat".encode("utf-16-le"), "NUL"),
         "utf16-odd": "a cat".encode("utf-16")[:-1],
-        "picture": (data, "not UTF-8"),
+        "image": (data, "not UTF-8"),
         "gigantic": (b"word " * 500_000, "more than 1 MiB"),
         "empty": (b"", "no caption"),
         "spaces": (b" \n\t\r\n ", "no caption"),
@@ -282,7 +282,7 @@ def bad_captions() -> Iterator[Case]:
 
 
 def special(folder: Path) -> Iterator[Case]:
-    """Puts things that are no files into the folder, under names of pictures."""
+    """Puts things that are no files into the folder, under names of images."""
     good = encode(quadrants(), "PNG")
     os.mkfifo(folder / "pipe.png")
     yield Case("pipe.png", None, "named pipe")

@@ -17,8 +17,8 @@ from .tiny_sdxl import write_tiny_sdxl
 
 FILES = Path(__file__).parents[2] / "docs" / "quickstart"
 SIZES = ((32, 32), (40, 24), (24, 40))
-"""(width, height) of the pictures: three aspect ratios."""
-NUM_PICTURES = 12
+"""(width, height) of the images: three aspect ratios."""
+NUM_IMAGES = 12
 TINY = (
     "validation_resolution=32x32,40x24,24x40",
     "aspect_bucket_alignment=8",
@@ -29,7 +29,7 @@ TINY = (
 )
 """Overrides that make any run of the quickstart's config.json one of seconds."""
 TINY_DATA = (
-    "data.your-dataset-name.instance_data_dir=pictures",
+    "data.your-dataset-name.instance_data_dir=images",
     "data.your-dataset-name.resolution=0.001024",
     "data.your-dataset-name.minimum_image_size=0",
 )
@@ -74,7 +74,7 @@ def command(*arguments: str) -> Said:
     return Said(code if isinstance(code, int) else int(bool(code)), out.getvalue(), err.getvalue())
 
 
-def write_pictures(folder: Path, *, count: int = NUM_PICTURES, seed: int = 0) -> Path:
+def write_images(folder: Path, *, count: int = NUM_IMAGES, seed: int = 0) -> Path:
     """Noise of three aspect ratios with captions beside it."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(seed)
@@ -86,11 +86,11 @@ def write_pictures(folder: Path, *, count: int = NUM_PICTURES, seed: int = 0) ->
 
 
 def write_workspace(folder: Path) -> Path:
-    """The quickstart's files verbatim, with pictures and a model beside them."""
+    """The quickstart's files verbatim, with images and a model beside them."""
     folder.mkdir(parents=True, exist_ok=True)
     for file in FILES.glob("*.json"):
         shutil.copyfile(file, folder / file.name)
-    write_pictures(folder / "pictures")
+    write_images(folder / "images")
     write_tiny_sdxl(folder / "model")
     return folder
 

@@ -10,7 +10,7 @@ def at_half_noise(context, batch):
     x_0 = batch.latents
     grid = context.grid(4)
     t = grid.times[2:3].expand(len(batch))
-    eps = context.draws.randn("noise", x_0.shape[1:]).to(x_0.dtype)
+    eps = context.rng.randn("noise", x_0.shape[1:]).to(x_0.dtype)
     return context.schedule.add_noise(x_0, eps, t), t
 
 

@@ -17,7 +17,7 @@ EVIL = "<script>alert(1)</script> \"'><img src=http://evil.example/x onerror=ale
 
 
 class Page(HTMLParser):
-    """The page's elements, pictures and text; fails on tags that do not match."""
+    """The page's elements, images and text; fails on tags that do not match."""
 
     def __init__(self, html: str) -> None:
         super().__init__(convert_charrefs=True)
@@ -47,16 +47,16 @@ class Page(HTMLParser):
         """Attributes of every element of that name."""
         return [attributes for name, attributes in self.tags if name == tag]
 
-    def pictures(self) -> list[Image.Image]:
-        """Every picture, decoded."""
+    def images(self) -> list[Image.Image]:
+        """Every image, decoded."""
         found = []
         for image in self.all("img"):
             head, _, data = image["src"].partition(",")
             assert head == "data:image/jpeg;base64"
-            picture = Image.open(io.BytesIO(base64.b64decode(data, validate=True)))
-            picture.load()
-            assert (str(picture.width), str(picture.height)) == (image["width"], image["height"])
-            found.append(picture)
+            decoded = Image.open(io.BytesIO(base64.b64decode(data, validate=True)))
+            decoded.load()
+            assert (str(decoded.width), str(decoded.height)) == (image["width"], image["height"])
+            found.append(decoded)
         return found
 
     def points(self, name: str) -> list[list[float]]:
@@ -97,11 +97,11 @@ def write_folder(folder: Path, *, steps: int = 50, validations: int = 3, size: t
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for number in range(1, validations + 1):
-        picture(folder / "validation" / f"step-{number * 10:06d}" / "grid.png", size)
+        image(folder / "validation" / f"step-{number * 10:06d}" / "grid.png", size)
     write_evaluation(folder)
-    picture(folder / "data" / "foxes" / "contact-sheet.png", size)
+    image(folder / "data" / "foxes" / "contact-sheet.png", size)
     report = {
-        "id": EVIL, "noun": "picture", "used": 1200, "found": 1300, "different_captions": 438, "buckets": [{}],
+        "id": EVIL, "noun": "image", "used": 1200, "found": 1300, "different_captions": 438, "buckets": [{}],
         "left_out": {EVIL: 100}, "broken": {}, "without_caption": [],
     }  # fmt: skip
     (folder / "data" / "foxes" / "report.json").write_text(json.dumps(report))
@@ -126,9 +126,9 @@ def write_evaluation(folder: Path) -> None:
         ],
     }  # fmt: skip
     (folder / "evaluation.json").write_text(json.dumps(evaluation))
-    picture(folder / "evaluation.png", (500, 400))
+    image(folder / "evaluation.png", (500, 400))
 
 
-def picture(file: Path, size: tuple[int, int]) -> None:
+def image(file: Path, size: tuple[int, int]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     Image.radial_gradient("L").resize(size).convert("RGB").save(file)

@@ -3,9 +3,9 @@
 from support.s3_server import s3, s3_server  # two fixtures; name both, the second serves the first
 
 def test_something(s3):
-    s3.put("bucket", "pictures/a.png", data)
-    s3.fill("bucket", "pictures", folder)
-    store = open_store("s3://bucket/pictures", access=s3.access(), retry=QUICK)
+    s3.put("bucket", "images/a.png", data)
+    s3.fill("bucket", "images", folder)
+    store = open_store("s3://bucket/images", access=s3.access(), retry=QUICK)
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ class ScoreFamily(GaussianFamily):
 
 
 def score_batch(size: int, *, dims: int = 1, step: int | None = None, prompt: float = MEAN) -> Batch:
-    """Prompts alone, or with pictures where `step` seeds them."""
+    """Prompts alone, or with images where `step` seeds them."""
     cond = {"mean": torch.full((size, 1), prompt, dtype=torch.float64)}
     latents = None
     if step is not None:

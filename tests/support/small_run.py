@@ -1,4 +1,4 @@
-"""A whole run that takes seconds: a random tiny SDXL, a few noise pictures, a handful of steps."""
+"""A whole run that takes seconds: a random tiny SDXL, a few noise images, a handful of steps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image
 from .tiny_sdxl import write_tiny_sdxl
 
 
-def write_pictures(folder: Path, count: int = 13, *, size: int = 32) -> Path:
+def write_images(folder: Path, count: int = 13, *, size: int = 32) -> Path:
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     for i in range(count):
@@ -21,12 +21,12 @@ def write_pictures(folder: Path, count: int = 13, *, size: int = 32) -> Path:
 
 
 def write_run(root: Path, *, output: str = "out", model: Path | None = None, **settings) -> Path:
-    """Model, pictures, data file and config under `root`; returns the config file."""
+    """Model, images, data file and config under `root`; returns the config file."""
     if model is None and not (root / "model").exists():
         write_tiny_sdxl(root / "model")
-    if not (root / "pictures").exists():
-        write_pictures(root / "pictures")
-    data = [{"id": "noise", "type": "local", "instance_data_dir": "pictures", "cache_dir_vae": "cache/vae"}]
+    if not (root / "images").exists():
+        write_images(root / "images")
+    data = [{"id": "noise", "type": "local", "instance_data_dir": "images", "cache_dir_vae": "cache/vae"}]
     (root / "multidatabackend.json").write_text(json.dumps(data))
     config = {
         "model_family": "sdxl",

@@ -1,4 +1,4 @@
-"""One set of real pictures, put into every kind of place: a folder, tables, tar shards."""
+"""One set of real images, put into every kind of place: a folder, tables, tar shards."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHAPES = ((128, 128), (128, 96), (64, 128))
 
 
 def write_folder(folder: Path, count: int = 24) -> Path:
-    """Pictures of three aspects and three formats in two folders, with one or two captions each in a .txt."""
+    """Images of three aspects and three formats in two folders, with one or two captions each in a .txt."""
     for number, scene in enumerate(sorted(SCENES.glob("*.png"))[:count]):
         suffix, options = list(FORMATS.items())[number % 3]
         width, height = SHAPES[number // 3 % 3]
@@ -33,7 +33,7 @@ def write_folder(folder: Path, count: int = 24) -> Path:
 
 
 def rows(folder: Path) -> list[tuple[str, bytes, str]]:
-    """(name, bytes, text of the caption file) of each picture, not in the order of the names."""
+    """(name, bytes, text of the caption file) of each image, not in the order of the names."""
     paths = [path for path in sorted(folder.rglob("*")) if path.suffix[1:] in FORMATS]
     found = [
         (path.relative_to(folder).as_posix(), path.read_bytes(), path.with_suffix(".txt").read_text()) for path in paths
@@ -42,7 +42,7 @@ def rows(folder: Path) -> list[tuple[str, bytes, str]]:
 
 
 def write_parquet(folder: Path, file: Path, *, struct: bool = True) -> Path:
-    """Pictures inside, as structs of bytes and path, or as bytes beside a column of names."""
+    """Images inside, as structs of bytes and path, or as bytes beside a column of names."""
     found = rows(folder)
     if struct:
         columns = {"image": [{"bytes": data, "path": name} for name, data, _ in found]}
@@ -70,7 +70,7 @@ def write_jsonl(folder: Path, file: Path) -> Path:
 
 
 def write_shards(folder: Path, target: Path, *, as_json: bool = False, num_shards: int = 3) -> Path:
-    """Tar shards of pictures with a .txt, or a .json, each."""
+    """Tar shards of images with a .txt, or a .json, each."""
     target.mkdir(parents=True, exist_ok=True)
     found = rows(folder)
     for shard in range(num_shards):

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 EDGE = 32
-"""Pixels along an edge of its pictures."""
+"""Pixels along an edge of its images."""
 SCALE_FACTOR = 2
 """Pixels per latent along an edge."""
 WIDTHS = (32, 48)

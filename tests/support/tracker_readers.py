@@ -18,11 +18,11 @@ Scalars = dict[str, list[tuple[int, float]]]
 
 @dataclass
 class Written:
-    """One run: scalars by name as (step, value) in the order written, pictures and texts by name and step."""
+    """One run: scalars by name as (step, value) in the order written, images and texts by name and step."""
 
     id: str
     scalars: Scalars = field(default_factory=dict)
-    pictures: dict[tuple[str, int], Image.Image] = field(default_factory=dict)
+    images: dict[tuple[str, int], Image.Image] = field(default_factory=dict)
     texts: dict[tuple[str, int], str] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     hparams: dict[str, Any] = field(default_factory=dict)
@@ -42,7 +42,7 @@ def read_tensorboard(folder: Path) -> list[Written]:
     run.scalars = {name: [(event.step, event.value) for event in events.Scalars(name)] for name in tags["scalars"]}
     for name in tags["images"]:
         for event in events.Images(name):
-            run.pictures[name, event.step] = Image.open(io.BytesIO(event.encoded_image_string))
+            run.images[name, event.step] = Image.open(io.BytesIO(event.encoded_image_string))
     for name in tags["tensors"]:
         if name.endswith("/text_summary"):
             for event in events.Tensors(name):
@@ -118,7 +118,7 @@ def _wandb_row(run: Written, row: dict[str, Any], files: Path) -> None:
     for name, value in row.items():
         if isinstance(value, dict) and value["_type"] == "images/separated":
             for caption, path in zip(value["captions"], value["filenames"], strict=True):
-                run.pictures[f"{name}/{caption}", step] = Image.open(files / path)
+                run.images[f"{name}/{caption}", step] = Image.open(files / path)
         elif isinstance(value, dict):
             run.texts[name, step] = (files / value["path"]).read_text()
         elif not name.startswith("_"):
@@ -139,7 +139,7 @@ def read_trackio(folder: Path) -> list[Written]:
                 kind = value.get("_type") if isinstance(value, dict) else None
                 if kind == "trackio.image":
                     file = folder / "trackio" / "media" / value["file_path"]
-                    written.pictures[name, step] = Image.open(file)
+                    written.images[name, step] = Image.open(file)
                 elif kind == "trackio.markdown":
                     written.texts[name, step] = value["_value"]
                 elif name != "timestamp":
@@ -166,7 +166,7 @@ def _mlflow_run(client: Any, run: Any) -> Written:
         written.scalars[name] = [(metric.step, metric.value) for metric in history]
     for file in (artifacts / "images").glob("*.png"):
         name, _, step, *_ = file.name.split("+")
-        written.pictures[name.replace("~", "/"), int(step)] = Image.open(file)
+        written.images[name.replace("~", "/"), int(step)] = Image.open(file)
     for file in (artifacts / "text").rglob("*.md"):
         name, _, step = file.stem.rpartition("-step-")
         written.texts[name, int(step)] = file.read_text()

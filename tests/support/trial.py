@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from distill.core.diffusion.solvers import trailing_walk
+from distill.core.diffusion.solvers import trailing_timesteps
 from distill.core.engine.networks import Networks
-from distill.core.plugin_api.batch import Batch, Pairs
+from distill.core.plugin_api.batch import Batch, Trajectories
 from distill.core.plugin_api.family import LoraSettings, MicroConditioning, ModelSettings
 from distill.core.testing import trial
 from distill.model_families.sdxl import SDXL
@@ -31,29 +31,29 @@ def make_trial(folder: Path, found: Any, config: Any, model_type: Any, *, family
 
 
 def _batch(family: Any, needs: Any, step: int) -> Batch:
-    return make_batch(family, step, pictures=needs.pictures, points=needs.trajectory_points)
+    return make_batch(family, step, images=needs.images, points=needs.trajectory_points)
 
 
-def make_batch(family: Any, step: int, *, pictures: bool, points: int = 0) -> Batch:
-    """Four samples with prompts of their own; without latents where there are no pictures, with paths where asked."""
+def make_batch(family: Any, step: int, *, images: bool, points: int = 0) -> Batch:
+    """Four samples with prompts of their own; without latents where there are no images, with paths where asked."""
     g = torch.Generator().manual_seed(step)
     embeds = family.encode_prompts([f"a red thing number {i + SIZE * step}" for i in range(SIZE)])
     sizes = [(64 + i, 48) for i in range(SIZE)]
     micro = MicroConditioning(sizes, [(i, 0) for i in range(SIZE)], [(8, 8)] * SIZE)
     cond = {name: value.double() for name, value in family.condition(embeds, micro).items()}
     shape = (family.latent_channels, EDGE, EDGE)
-    latents = torch.randn(SIZE, *shape, generator=g).double() if pictures else None
+    latents = torch.randn(SIZE, *shape, generator=g).double() if images else None
     keys, positions = tuple(f"set/{i}" for i in range(SIZE)), tuple(range(SIZE))
-    return Batch(latents, cond, keys, positions, latent_shape=shape, pairs=_paths(family, cond, points, g))
+    return Batch(latents, cond, keys, positions, latent_shape=shape, trajectories=_paths(family, cond, points, g))
 
 
-def _paths(family: Any, cond: Any, points: int, g: torch.Generator) -> Pairs | None:
+def _paths(family: Any, cond: Any, points: int, g: torch.Generator) -> Trajectories | None:
     """Paths of nobody's: twice as many points as are needed, so that a method must take its own."""
     if not points:
         return None
     shape = (family.latent_channels, EDGE, EDGE)
     path, data = torch.randn(SIZE, 2 * points + 1, *shape, generator=g).double().split([2 * points, 1], 1)
-    return Pairs(path, trailing_walk(family.schedule, 2 * points).times, data[:, 0], cond)
+    return Trajectories(path, trailing_timesteps(family.schedule, 2 * points).times, data[:, 0], cond)
 
 
 def held_bytes(networks: Networks) -> int:

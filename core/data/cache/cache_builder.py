@@ -15,11 +15,11 @@ from ..hashing import count_different
 from ..progress import Progress
 from ..report.summary import DataReport
 from ..samples.images import PIXELS_VERSION
-from .encode import LatentEncoder, Share, encode_captions, missing_captions
-from .encode_sequential import PassingEncoder
-from .mirror import CachePlace, Mirror
-from .pairs import CachedPairs, PairMaker, WantedPairs, cost, pair_descriptor
+from .encode import LatentEncoder, WorkerShard, encode_captions, missing_captions
+from .encode_sequential import SequentialEncoder
+from .mirror import Mirror, RemoteCache
 from .tensor_cache import TensorCache, cache_folders
+from .trajectory_cache import CachedTrajectories, TrajectoryMaker, WantedTrajectories, cost, trajectory_descriptor
 
 if TYPE_CHECKING:
     from ...plugin_api.family import ModelFamily
@@ -30,11 +30,11 @@ PREPROCESSING = (
     "resolution", "resolution_type", "crop", "crop_aspect", "crop_style", "maximum_image_size",
     "target_downsample_size", "aspect_bucket_alignment", "aspect_bucket_rounding", "random_flip",
 )  # fmt: skip
-"""Settings that decide a picture's pixels: what is compared to say why latents are made anew."""
+"""Settings that decide an image's pixels: what is compared to say why latents are made anew."""
 MODEL_PARTS = {"vae": "autoencoder is", "denoiser": "teacher is", "text": "text encoders are"}
 
 
-class Places(Protocol):
+class Paths(Protocol):
     """Where caches lie."""
 
     def latents(self, settings: DatasetSettings) -> Path:
@@ -53,34 +53,34 @@ class Places(Protocol):
         """Captions per file of that text cache."""
         ...
 
-    def pair_entry(self, settings: DatasetSettings) -> DatasetSettings:
+    def trajectory_entry(self, settings: DatasetSettings) -> DatasetSettings:
         """The distillation cache that a dataset uses."""
         ...
 
-    def pairs(self, entry: DatasetSettings) -> Path:
+    def trajectories(self, entry: DatasetSettings) -> Path:
         """Folder of a distillation cache."""
         ...
 
-    def pairs_there(self, entry: DatasetSettings) -> CachePlace | None:
+    def remote_trajectories(self, entry: DatasetSettings) -> RemoteCache | None:
         """The other place that a distillation cache is kept in too, if there is one."""
         ...
 
-    def latents_there(self, settings: DatasetSettings) -> CachePlace | None:
+    def remote_latents(self, settings: DatasetSettings) -> RemoteCache | None:
         """The other place that a dataset's latents are kept in too, if there is one."""
         ...
 
-    def texts_there(self, settings: DatasetSettings) -> CachePlace | None:
+    def remote_texts(self, settings: DatasetSettings) -> RemoteCache | None:
         """The same of its text cache."""
         ...
 
 
 @dataclass
 class Caches:
-    """The caches of each dataset, by its id; datasets may share text caches and pairs, and prompts have no latents."""
+    """The caches of each dataset, by its id; datasets may share text caches and trajectories, and prompts have no latents."""
 
     latents: dict[str, TensorCache] = field(default_factory=dict)
     texts: dict[str, TensorCache] = field(default_factory=dict)
-    pairs: dict[str, CachedPairs] = field(default_factory=dict)
+    trajectories: dict[str, CachedTrajectories] = field(default_factory=dict)
 
 
 def text_descriptor(family: ModelFamily) -> dict[str, Any]:
@@ -99,9 +99,9 @@ class CacheBuilder:
 
     Args:
         family: The encoders.
-        places: Where caches lie.
-        share: This process's part of the work.
-        workers: Threads that decode pictures.
+        paths: Where caches lie.
+        shard: This process's part of the work.
+        workers: Threads that decode images.
         progress: Told of every entry.
         say: Takes lines for people.
         together: A block that all processes leave together, or with the error of the one that failed in it.
@@ -110,59 +110,59 @@ class CacheBuilder:
     def __init__(
         self,
         family: ModelFamily,
-        places: Places,
+        paths: Paths,
         *,
-        share: Share,
+        shard: WorkerShard,
         workers: int,
         progress: Progress,
         say: Callable[[str], None],
-        together: Callable[[], AbstractContextManager[None]],
+        synchronized: Callable[[], AbstractContextManager[None]],
     ) -> None:
-        self.family, self.places, self.share, self.workers = family, places, share, workers
-        self.progress, self.say, self.together = progress, say, together
+        self.family, self.paths, self.shard, self.workers = family, paths, shard, workers
+        self.progress, self.say, self.synchronized = progress, say, synchronized
 
     def build(
-        self, datasets: Sequence[Dataset], report: DataReport, *, pictures: bool = True, pairs: bool = False
+        self, datasets: Sequence[Dataset], report: DataReport, *, images: bool = True, trajectories: bool = False
     ) -> Caches:
-        """All caches, complete; broken pictures are dropped from their datasets, and counts go into `report`.
+        """All caches, complete; broken images are dropped from their datasets, and counts go into `report`.
 
         Args:
             datasets: What is trained on.
             report: Filled in.
-            pictures: Whether latents are made; without, the autoencoder is not loaded.
-            pairs: Whether the teacher makes paths of the captions; without, it is not loaded.
+            images: Whether latents are made; without, the autoencoder is not loaded.
+            trajectories: Whether the teacher makes trajectories of the captions; without, it is not loaded.
         """
         caches = Caches()
         groups: dict[Path, list[Dataset]] = {}
         for dataset in datasets:
-            groups.setdefault(self.places.texts(dataset.settings), []).append(dataset)
+            groups.setdefault(self.paths.texts(dataset.settings), []).append(dataset)
         for folder, group in groups.items():
             cache = self._texts(folder, group, report)
             cache.release_lookup()  # before that of the latents is made
             caches.texts |= {dataset.id: cache for dataset in group}
-        for dataset in datasets if pictures else ():
+        for dataset in datasets if images else ():
             caches.latents[dataset.id] = self._latents(dataset, report)
-        maker = PairMaker(self.family, progress=self.progress)
-        for dataset in datasets if pairs else ():
-            caches.pairs[dataset.id] = self._pairs(dataset, caches.texts[dataset.id], maker, report)
+        maker = TrajectoryMaker(self.family, progress=self.progress)
+        for dataset in datasets if trajectories else ():
+            caches.trajectories[dataset.id] = self._trajectories(dataset, caches.texts[dataset.id], maker, report)
         return caches
 
     # -- captions ---------------------------------------------------------------------------------------------------
 
     def _texts(self, folder: Path, datasets: Sequence[Dataset], report: DataReport) -> TensorCache:
-        there = self.places.texts_there(datasets[0].settings)
-        cache = self._open(folder, text_descriptor(self.family), "text cache", there, report)
+        remote = self.paths.remote_texts(datasets[0].settings)
+        cache = self._open(folder, text_descriptor(self.family), "text cache", remote, report)
         todo = missing_captions(cache, datasets)
         for dataset in datasets:
             dataset.counts.captions = count_different(dataset.index.caption_digests[:, 0])
-        missing = sum(len(places) for _, places in todo)
+        missing = sum(len(paths) for _, paths in todo)
         if not missing:
             return cache
         self._explain_texts(folder, cache, missing)
-        with self.together():
+        with self.synchronized():
             encode_captions(
-                cache, todo, self.family, shard_size=self.places.text_shard_size(datasets[0].settings),
-                progress=self.progress, share=self.share,
+                cache, todo, self.family, shard_size=self.paths.text_shard_size(datasets[0].settings),
+                progress=self.progress, shard=self.shard,
             )  # fmt: skip
         self.family.release_encoders()
         report.captions_encoded += missing
@@ -174,32 +174,32 @@ class CacheBuilder:
         elif any(descriptor["kind"] == "text" for path, descriptor in cache_folders(folder) if path != cache.folder):
             self.say(f"text cache: the text encoders have changed, so all {missing:,} captions are encoded anew")
 
-    # -- pictures ---------------------------------------------------------------------------------------------------
+    # -- images ---------------------------------------------------------------------------------------------------
 
     def _latents(self, dataset: Dataset, report: DataReport) -> TensorCache:
-        folder = self.places.latents(dataset.settings)
-        there, label = self.places.latents_there(dataset.settings), f"latents of {dataset.id!r}"
-        cache = self._open(folder, latent_descriptor(self.family, dataset.id), label, there, report)
+        folder = self.paths.latents(dataset.settings)
+        remote, label = self.paths.remote_latents(dataset.settings), f"latents of {dataset.id!r}"
+        cache = self._open(folder, latent_descriptor(self.family, dataset.id), label, remote, report)
         encoder = self._encoder(dataset, cache)
         jobs = encoder.plan()
         missing = sum(len(job.rows) for job in jobs)
         if missing:
             self._explain_latents(dataset, cache, missing)
-            with self.together():
-                encoder.run(encoder.mine(jobs, self.share), progress=self.progress)
+            with self.synchronized():
+                encoder.run(encoder.mine(jobs, self.shard), progress=self.progress)
             self.family.release_encoders()
-            report.pictures_encoded += missing
+            report.images_encoded += missing
             cache = self._reload(cache)
             encoder = self._after(encoder, cache)
         if encoder.broken:
             dataset.drop(encoder.broken)
-        with self.together():
-            if self.share.rank == 0:
+        with self.synchronized():
+            if self.shard.rank == 0:
                 self._remember(dataset)
         return cache
 
     def _encoder(self, dataset: Dataset, cache: TensorCache) -> LatentEncoder:
-        kind = PassingEncoder if dataset.in_order else LatentEncoder
+        kind = SequentialEncoder if dataset.in_order else LatentEncoder
         return kind(dataset, cache, self.family, workers=self.workers)
 
     def _after(self, encoder: LatentEncoder, cache: TensorCache) -> LatentEncoder:
@@ -216,36 +216,38 @@ class CacheBuilder:
         return {"vae": self.family.fingerprint("vae"), **{name: values[name] for name in PREPROCESSING}}
 
     def _remember(self, dataset: Dataset) -> None:
-        path, text = self.places.remembered(dataset.settings), json.dumps(self._settings(dataset), indent=1)
+        path, text = self.paths.remembered(dataset.settings), json.dumps(self._settings(dataset), indent=1)
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             write_whole(path, text.encode())
 
     def _explain_latents(self, dataset: Dataset, cache: TensorCache, missing: int) -> None:
-        path = self.places.remembered(dataset.settings)
+        path = self.paths.remembered(dataset.settings)
         changes = changed(json.loads(path.read_bytes()), self._settings(dataset)) if path.exists() else []
         if changes:
-            self.say(f"{cache.label}: {', '.join(changes)}, so {missing:,} pictures are encoded anew")
+            self.say(f"{cache.label}: {', '.join(changes)}, so {missing:,} images are encoded anew")
         elif len(cache):
             self.say(f"{cache.label}: {len(cache):,} are there, {missing:,} new, changed or missing ones are encoded")
 
-    # -- paths of the teacher ---------------------------------------------------------------------------------------
+    # -- trajectories of the teacher ---------------------------------------------------------------------------------------
 
-    def _pairs(self, dataset: Dataset, texts: TensorCache, maker: PairMaker, report: DataReport) -> CachedPairs:
-        settings = self.places.pair_entry(dataset.settings)
-        folder, descriptor = self.places.pairs(settings), pair_descriptor(self.family, settings)
-        there = self.places.pairs_there(settings)
-        cache = self._open(folder, descriptor, f"pairs of {settings.id!r}", there, report)
-        wanted = WantedPairs(dataset, settings)
+    def _trajectories(
+        self, dataset: Dataset, texts: TensorCache, maker: TrajectoryMaker, report: DataReport
+    ) -> CachedTrajectories:
+        settings = self.paths.trajectory_entry(dataset.settings)
+        folder, descriptor = self.paths.trajectories(settings), trajectory_descriptor(self.family, settings)
+        remote = self.paths.remote_trajectories(settings)
+        cache = self._open(folder, descriptor, f"trajectories of {settings.id!r}", remote, report)
+        wanted = WantedTrajectories(dataset, settings)
         jobs = wanted.missing(cache)
         missing = sum(len(job.keys) for job in jobs)
         if missing:
             self._explain_pairs(cache)
-            self.say(cost(settings, missing, wanted.num_pairs))
-            with self.together():
-                maker.run(wanted, self.share.of(jobs), cache, texts)
+            self.say(cost(settings, missing, wanted.num_trajectories))
+            with self.synchronized():
+                maker.run(wanted, self.shard.of(jobs), cache, texts)
             maker.release()
             self.family.release_encoders()
-            report.pairs_made += missing
+            report.trajectories_made += missing
             cache = self._reload(cache)
         return wanted.cached(cache, self.family)
 
@@ -258,24 +260,24 @@ class CacheBuilder:
     # -- all of them --------------------------------------------------------------------------------------------------
 
     def _open(
-        self, folder: Path, descriptor: Mapping[str, Any], label: str, there: CachePlace | None, report: DataReport
+        self, folder: Path, descriptor: Mapping[str, Any], label: str, remote: RemoteCache | None, report: DataReport
     ) -> TensorCache:
         """The cache, checked by the first process before the others read it."""
         cache = TensorCache(folder, descriptor, label=label, say=self.say)
-        if there is not None:
-            place = there.within(cache.folder.name)
+        if remote is not None:
+            place = remote.within(cache.folder.name)
             cache.mirror = Mirror(place, cache.folder, progress=self.progress)
-        with self.together():
-            if self.share.rank == 0:
+        with self.synchronized():
+            if self.shard.rank == 0:
                 report.damaged_shards += _brought(cache)
-        with self.together():  # nobody writes before all have seen the same
-            if self.share.rank != 0:
+        with self.synchronized():  # nobody writes before all have seen the same
+            if self.shard.rank != 0:
                 cache.load()
         return cache
 
     def _reload(self, cache: TensorCache) -> TensorCache:
         """The same cache with what every process has added."""
-        with self.together():
+        with self.synchronized():
             if cache.mirror is not None:
                 cache.mirror.flush()
             cache.load()

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..index.sequential import marks_path
-from .mirror import CachePlace
+from ..index.sequential import resume_points_path
+from .mirror import RemoteCache
 
 if TYPE_CHECKING:
     from ...registry.registry import Registry
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from ...settings.dataset_settings import DatasetSettings
 
 
-class CachePlaces:
+class CachePaths:
     """Where indexes and caches lie: as the data file says, else below `root`."""
 
     def __init__(self, config: Configuration, root: Path, registry: Registry | None = None) -> None:
         self._config, self._root, self._registry = config, root, registry
-        self._there: dict[str, CachePlace] = {}
+        self._remote: dict[str, RemoteCache] = {}
         self._caches: dict[str, DatasetSettings] = {entry.id: entry for entry in config.caches}
 
     def latents(self, settings: DatasetSettings) -> Path:
@@ -37,14 +37,14 @@ class CachePlaces:
 
     def index(self, settings: DatasetSettings) -> Path:
         """File of a dataset's index, beside its latents where it has any."""
-        folder = self.latents(settings) if settings.has_pictures else self._root / "prompts" / settings.id
+        folder = self.latents(settings) if settings.has_images else self._root / "prompts" / settings.id
         return folder / f"{settings.id}.index.arrow"
 
     def quarantine(self, settings: DatasetSettings) -> Path:
         """File that names a dataset's broken files, with reasons."""
         return self.index(settings).with_name(f"{settings.id}.quarantine.txt")
 
-    def set_aside(self, settings: DatasetSettings) -> Path:
+    def quarantine_file(self, settings: DatasetSettings) -> Path:
         """File that remembers which samples could not be encoded, for runs that are resumed."""
         return self.index(settings).with_name(f"{settings.id}.set-aside.json")
 
@@ -55,8 +55,8 @@ class CachePlaces:
     def side_files(self, settings: DatasetSettings) -> list[Path]:
         """What lies beside a dataset's caches."""
         index = self.index(settings)
-        beside = [self.quarantine(settings), self.set_aside(settings), self.remembered(settings)]
-        return [index, marks_path(index), *beside]
+        beside = [self.quarantine(settings), self.quarantine_file(settings), self.remembered(settings)]
+        return [index, resume_points_path(index), *beside]
 
     def texts(self, settings: DatasetSettings) -> Path:
         """Folder of the text caches that a dataset uses."""
@@ -68,21 +68,21 @@ class CachePlaces:
     def _latents_entry(self) -> DatasetSettings | None:
         return next((entry for entry in self._caches.values() if entry.dataset_type == "vae_embeds"), None)
 
-    def _place(self, entry: DatasetSettings | None) -> CachePlace | None:
+    def _place(self, entry: DatasetSettings | None) -> RemoteCache | None:
         """The other place that an entry names; one with a backend of its own does."""
         if entry is None or entry.backend is None or self._registry is None:
             return None
-        if entry.id not in self._there:
+        if entry.id not in self._remote:
             backend = self._registry.get("data_backend", entry.type)(entry.backend)
-            self._there[entry.id] = CachePlace(entry.id, backend)
-        return self._there[entry.id]
+            self._remote[entry.id] = RemoteCache(entry.id, backend)
+        return self._remote[entry.id]
 
-    def latents_there(self, settings: DatasetSettings) -> CachePlace | None:
+    def remote_latents(self, settings: DatasetSettings) -> RemoteCache | None:
         """The other place that a dataset's latents are kept in too, if there is one."""
         place = self._place(self._latents_entry())
         return place.within(settings.id) if place is not None else None
 
-    def texts_there(self, settings: DatasetSettings) -> CachePlace | None:
+    def remote_texts(self, settings: DatasetSettings) -> RemoteCache | None:
         """The same of its text cache."""
         return self._place(self.text_entry(settings))
 
@@ -90,16 +90,16 @@ class CachePlaces:
         """The text_embeds entry that a dataset uses."""
         return self._caches[settings.text_embeds] if settings.text_embeds else self._config.text_cache
 
-    def pair_entry(self, settings: DatasetSettings) -> DatasetSettings:
+    def trajectory_entry(self, settings: DatasetSettings) -> DatasetSettings:
         """The distillation cache that a dataset uses; the configuration gives it one where a method needs it."""
         assert settings.distillation_cache is not None, f"dataset {settings.id!r} has no distillation cache"
         return self._caches[settings.distillation_cache]
 
-    def pairs(self, entry: DatasetSettings) -> Path:
+    def trajectories(self, entry: DatasetSettings) -> Path:
         """Folder of a distillation cache."""
-        return Path(entry.cache_dir) if entry.cache_dir is not None else self._root / "pairs" / entry.id
+        return Path(entry.cache_dir) if entry.cache_dir is not None else self._root / "trajectories" / entry.id
 
-    def pairs_there(self, entry: DatasetSettings) -> CachePlace | None:
+    def remote_trajectories(self, entry: DatasetSettings) -> RemoteCache | None:
         """The other place that a distillation cache is kept in too, if there is one."""
         return self._place(entry)
 
@@ -108,8 +108,10 @@ class CachePlaces:
         return (self.text_entry(settings) or settings).write_batch_size
 
 
-def dataset_folders(places: CachePlaces, datasets: Sequence[DatasetSettings]) -> list[Path]:
+def dataset_folders(paths: CachePaths, datasets: Sequence[DatasetSettings]) -> list[Path]:
     """Every folder that may hold caches of `datasets`, each once."""
-    folders = [place(settings) for settings in datasets for place in (places.latents, places.texts)]
-    folders += [places.pairs(places.pair_entry(each)) for each in datasets if each.distillation_cache is not None]
+    folders = [place(settings) for settings in datasets for place in (paths.latents, paths.texts)]
+    folders += [
+        paths.trajectories(paths.trajectory_entry(each)) for each in datasets if each.distillation_cache is not None
+    ]
     return list(dict.fromkeys(folders))

@@ -1,4 +1,4 @@
-"""Filling the caches: captions through the text encoders, pictures through the autoencoder.
+"""Filling the caches: captions through the text encoders, images through the autoencoder.
 
 Work is cut into shards of ``write_batch_size`` entries in a fixed order, and a shard is written as soon as it is full:
 a killed build goes on at the first shard that is missing, with the same batches, hence the same bits.
@@ -37,7 +37,7 @@ LATENTS = "latents"
 
 
 @dataclass(frozen=True)
-class Share:
+class WorkerShard:
     """Which part of the work this process does when several build one cache."""
 
     rank: int = 0
@@ -74,7 +74,7 @@ def missing_captions(cache: TensorCache, datasets: Sequence[Dataset]) -> list[tu
         digests = dataset.index.caption_digests
         missing = np.flatnonzero(cache.locate(digests) < 0)
         _, first = np.unique(as_void(digests[missing]), return_index=True)
-        first = missing[np.sort(first)]  # in the order of the pictures, which survives a restart
+        first = missing[np.sort(first)]  # in the order of the images, which survives a restart
         first = first[~np.isin(as_void(digests[first]), as_void(seen))]
         seen = np.concatenate([seen, digests[first]])
         todo.append((dataset, first.astype(np.int64)))
@@ -93,42 +93,42 @@ def encode_captions(
     *,
     shard_size: int,
     progress: Progress,
-    share: Share,
+    shard: WorkerShard,
 ) -> None:
     """Encode captions and add them to the cache."""
-    chunks = [(dataset, chunk) for dataset, places in todo for chunk in chunked(places, shard_size)]
-    mine = share.of(chunks)
+    chunks = [(dataset, chunk) for dataset, positions in todo for chunk in chunked(positions, shard_size)]
+    mine = shard.of(chunks)
     with progress("encoding captions", sum(len(chunk) for _, chunk in mine)) as advance, torch.inference_mode():
         for dataset, chunk in mine:
             parts = []
-            for places in chunked(chunk, TEXT_BATCH):
-                parts.append(family.encode_prompts([dataset.index.caption(place) for place in places]))
-                advance(len(places))
+            for positions in chunked(chunk, TEXT_BATCH):
+                parts.append(family.encode_prompts([dataset.index.caption(place) for place in positions]))
+                advance(len(positions))
             tensors = {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
             cache.write(dataset.index.caption_digests[chunk], tensors)
 
 
-# -- pictures ---------------------------------------------------------------------------------------------------------
+# -- images ---------------------------------------------------------------------------------------------------------
 
 
 def flips(dataset: Dataset) -> tuple[int, ...]:
-    """The variants of each picture that are cached: as it is, and mirrored where the dataset flips."""
+    """The variants of each image that are cached: as it is, and mirrored where the dataset flips."""
     return (0, 1) if dataset.settings.random_flip else (0,)
 
 
-def pictures_per_call(dataset: Dataset, bucket: int) -> int:
-    """``vae_batch_size`` pictures, and more of small ones."""
+def images_per_call(dataset: Dataset, bucket: int) -> int:
+    """``vae_batch_size`` images, and more of small ones."""
     return per_call(dataset.settings.vae_batch_size, *dataset.shapes[bucket])
 
 
 def per_call(asked: int, width: int, height: int) -> int:
-    """`asked` pictures, and of pictures below a megapixel as many more as have the same pixels in all."""
+    """`asked` images, and of images below a megapixel as many more as have the same pixels in all."""
     return max(asked, min(LARGEST_BATCH, int(asked * MEGAPIXEL / (width * height))))
 
 
 @dataclass(frozen=True)
 class Job:
-    """One shard's worth of pictures of one bucket and one mirroring."""
+    """One shard's worth of images of one bucket and one mirroring."""
 
     bucket: int
     flip: int
@@ -136,27 +136,27 @@ class Job:
     keys: UInt64s
 
 
-Picture: TypeAlias = NDArray[np.uint8] | BrokenImage | OSError
-"""The pixels of a training picture, shape (H, W, 3), or why there are none."""
+Image: TypeAlias = NDArray[np.uint8] | BrokenImage | OSError
+"""The pixels of a training image, shape (H, W, 3), or why there are none."""
 
 
 @dataclass
 class Filling:
-    """A shard that fills up, picture by picture in the order of its job.
+    """A shard that fills up, image by image in the order of its job.
 
     Attributes:
         job: What goes into it.
-        batches: Places in the job of each call of the autoencoder.
-        waiting: Pictures of the next call, by place in the job.
-        seen: Places in the job whose pictures have come.
+        batches: Positions in the job of each call of the autoencoder.
+        waiting: Images of the next call, by place in the job.
+        seen: Positions in the job whose images have come.
         latents: What the calls so far have given, each of shape (b, C, h, w).
-        good: Places in the job of those latents.
-        failures: Pictures that will never be read.
+        good: Positions in the job of those latents.
+        failures: Images that will never be read.
     """
 
     job: Job
     batches: deque[Int64s]
-    waiting: dict[int, Picture] = field(default_factory=dict)
+    waiting: dict[int, Image] = field(default_factory=dict)
     seen: set[int] = field(default_factory=set)
     latents: list[torch.Tensor] = field(default_factory=list)
     good: list[int] = field(default_factory=list)
@@ -164,13 +164,13 @@ class Filling:
 
 
 class LatentEncoder:
-    """Encodes the pictures of one dataset that its cache lacks."""
+    """Encodes the images of one dataset that its cache lacks."""
 
     def __init__(self, dataset: Dataset, cache: TensorCache, family: ModelFamily, *, workers: int) -> None:
         self.dataset, self.cache, self.family = dataset, cache, family
         self.workers = max(1, min(workers, os.cpu_count() or 1), dataset.backend.parallel_reads)
         self.broken: dict[int, str] = {}
-        """Rows whose pictures cannot be read, with the reason."""
+        """Rows whose images cannot be read, with the reason."""
 
     def plan(self) -> list[Job]:
         """The shards to make; fills :attr:`broken` with what is known from earlier builds."""
@@ -184,35 +184,35 @@ class LatentEncoder:
                 for place in np.flatnonzero(failed):
                     failure = self.cache.failure(keys[place])
                     self.broken[int(rows[place])] = failure.reason if failure else ""
-                places = self._in_order(rows, np.flatnonzero(missing & ~failed))
-                for chunk in chunked(places, dataset.settings.write_batch_size):
+                positions = self._in_order(rows, np.flatnonzero(missing & ~failed))
+                for chunk in chunked(positions, dataset.settings.write_batch_size):
                     jobs.append(Job(bucket, flip, rows[chunk], keys[chunk]))
         return jobs
 
-    def _in_order(self, rows: Int64s, places: Int64s) -> Int64s:
-        """`places` among index `rows` in the order that they are encoded in."""
-        return places
+    def _in_order(self, rows: Int64s, positions: Int64s) -> Int64s:
+        """`positions` among index `rows` in the order that they are encoded in."""
+        return positions
 
-    def mine(self, jobs: Sequence[Job], share: Share) -> list[Job]:
+    def mine(self, jobs: Sequence[Job], shard: WorkerShard) -> list[Job]:
         """This process's part of the shards."""
-        return share.of(jobs)
+        return shard.of(jobs)
 
     def run(self, jobs: Sequence[Job], *, progress: Progress) -> None:
-        """Encode and write; broken pictures are noted in :attr:`broken` and the work goes on."""
+        """Encode and write; broken images are noted in :attr:`broken` and the work goes on."""
         total = sum(len(job.rows) for job in jobs)
         with (
-            progress(f"encoding pictures of {self.dataset.id!r}", total) as advance,
+            progress(f"encoding images of {self.dataset.id!r}", total) as advance,
             threads(self.workers) as pool,
             torch.inference_mode(),
         ):
             work = ((job, int(row)) for job in jobs for row in job.rows)
-            pictures = ahead(pool, self._read, work, depth=max(2 * self.workers, LARGEST_BATCH))
+            images = ahead(pool, self._read, work, depth=max(2 * self.workers, LARGEST_BATCH))
             for job in jobs:
                 shard = self._filling(job)
                 for place in range(len(job.rows)):
-                    self._put(shard, place, next(pictures), advance)
+                    self._put(shard, place, next(images), advance)
 
-    def _read(self, work: tuple[Job, int]) -> Picture:
+    def _read(self, work: tuple[Job, int]) -> Image:
         job, row = work
         try:
             return self.dataset.pixels(row, flip=bool(job.flip))
@@ -220,15 +220,15 @@ class LatentEncoder:
             return error
 
     def _filling(self, job: Job) -> Filling:
-        return Filling(job, deque(chunked(np.arange(len(job.rows)), pictures_per_call(self.dataset, job.bucket))))
+        return Filling(job, deque(chunked(np.arange(len(job.rows)), images_per_call(self.dataset, job.bucket))))
 
-    def _put(self, shard: Filling, place: int, picture: Picture, advance: Callable[[int], None]) -> None:
-        """Take in the next picture of a shard; encode when a batch is complete, write when the shard is."""
-        shard.waiting[place] = picture
+    def _put(self, shard: Filling, place: int, image: Image, advance: Callable[[int], None]) -> None:
+        """Take in the next image of a shard; encode when a batch is complete, write when the shard is."""
+        shard.waiting[place] = image
         shard.seen.add(place)
         if len(shard.waiting) < len(shard.batches[0]):
             return
-        usable = {place: picture for place, picture in shard.waiting.items() if isinstance(picture, np.ndarray)}
+        usable = {place: image for place, image in shard.waiting.items() if isinstance(image, np.ndarray)}
         for place in shard.waiting.keys() - usable.keys():
             shard.failures += self._note(shard.job, place, shard.waiting[place])
         if usable:
@@ -242,16 +242,16 @@ class LatentEncoder:
             self.cache.write(shard.job.keys[shard.good], tensors, shard.failures)
 
     def _note(self, job: Job, place: int, error: object) -> list[Failure]:
-        """Remember a broken picture; for ever only when the file itself is at fault, and not its being out of reach."""
+        """Remember a broken image; for ever only when the file itself is at fault, and not its being out of reach."""
         row = int(job.rows[place])
         self.broken[row] = why_unread(error, self.dataset.index.key(row))
         if not isinstance(error, BrokenImage):
             return []
         return [Failure(job.keys[place].tobytes().hex(), self.dataset.index.key(row), str(error))]
 
-    def _latents(self, job: Job, pictures: dict[int, NDArray[np.uint8]]) -> torch.Tensor:
-        """A sample of the posterior of each picture, drawn by a generator that depends on its key alone."""
-        stacked = torch.from_numpy(np.stack(list(pictures.values()))).permute(0, 3, 1, 2)
-        draws = [int(self.dataset.index.draw[job.rows[place]]) for place in pictures]
+    def _latents(self, job: Job, images: dict[int, NDArray[np.uint8]]) -> torch.Tensor:
+        """A sample of the posterior of each image, drawn by a generator that depends on its key alone."""
+        stacked = torch.from_numpy(np.stack(list(images.values()))).permute(0, 3, 1, 2)
+        draws = [int(self.dataset.index.draw[job.rows[place]]) for place in images]
         generators = [torch.Generator().manual_seed(derive_seed(draw, "posterior", job.flip)) for draw in draws]
         return self.family.encode_images(stacked.float() / 127.5 - 1, generators).detach().cpu()

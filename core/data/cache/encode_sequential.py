@@ -1,8 +1,8 @@
 """Filling the latent cache from a source that can only be read in its order: latents wait for their shards, not pixels.
 
-Every process has a stretch of the source. A shard holds pictures of one bucket in the source's order, as many as any
+Every process has a stretch of the source. A shard holds images of one bucket in the source's order, as many as any
 other; while it fills up its latents wait in memory: an unfinished shard for each bucket and mirroring, at most. A
-killed build starts again where the first picture lies whose latents are missing, with the same batches, hence the
+killed build starts again where the first image lies whose latents are missing, with the same batches, hence the
 same bits.
 """
 
@@ -16,10 +16,10 @@ import torch
 
 from ...utils.threads import threads
 from ..hashing import Int64s
-from ..index.sequential import Opener, places_of
+from ..index.sequential import Opener, positions_of
 from ..progress import Progress
 from ..samples.images import BrokenImage
-from .encode import LARGEST_BATCH, Filling, Job, LatentEncoder, Picture, Share, ahead
+from .encode import LARGEST_BATCH, Filling, Image, Job, LatentEncoder, WorkerShard, ahead
 
 
 @dataclass(frozen=True)
@@ -29,70 +29,70 @@ class _Entries:
     Attributes:
         rows: Index rows, growing.
         jobs: Numbers of the jobs.
-        places: Places in those jobs.
+        positions: Positions in those jobs.
     """
 
     rows: Int64s
     jobs: Int64s
-    places: Int64s
+    positions: Int64s
 
     @classmethod
     def of(cls, jobs: Sequence[Job]) -> _Entries:
         sizes = [len(job.rows) for job in jobs]
         rows = np.concatenate([job.rows for job in jobs])
-        numbers, places = np.repeat(np.arange(len(jobs)), sizes), np.concatenate([np.arange(size) for size in sizes])
+        numbers, positions = np.repeat(np.arange(len(jobs)), sizes), np.concatenate([np.arange(size) for size in sizes])
         order = np.argsort(rows, kind="stable")
-        return cls(rows[order], numbers[order], places[order])
+        return cls(rows[order], numbers[order], positions[order])
 
     def of_row(self, row: int) -> list[tuple[int, int]]:
-        """(number of the job, place in it) for each mirroring of a picture."""
+        """(number of the job, place in it) for each mirroring of an image."""
         part = slice(np.searchsorted(self.rows, row), np.searchsorted(self.rows, row, side="right"))
-        return list(zip(self.jobs[part].tolist(), self.places[part].tolist(), strict=True))
+        return list(zip(self.jobs[part].tolist(), self.positions[part].tolist(), strict=True))
 
 
-class PassingEncoder(LatentEncoder):
-    """Encodes pictures as they pass by."""
+class SequentialEncoder(LatentEncoder):
+    """Encodes images as they pass by."""
 
     def plan(self) -> list[Job]:
         """The shards to make, in the order that they are complete in."""
-        return sorted(super().plan(), key=lambda job: int(self._places(job.rows[-1:])[0]))
+        return sorted(super().plan(), key=lambda job: int(self._positions(job.rows[-1:])[0]))
 
-    def mine(self, jobs: Sequence[Job], share: Share) -> list[Job]:
+    def mine(self, jobs: Sequence[Job], shard: WorkerShard) -> list[Job]:
         """This process's part: consecutive shards, so that each process reads about as much as it encodes."""
-        start, end = (len(jobs) * rank // share.world for rank in (share.rank, share.rank + 1))
+        start, end = (len(jobs) * rank // shard.world for rank in (shard.rank, shard.rank + 1))
         return list(jobs[start:end])
 
-    def _places(self, rows: Int64s) -> Int64s:
-        return places_of(self.dataset.index, rows)
+    def _positions(self, rows: Int64s) -> Int64s:
+        return positions_of(self.dataset.index, rows)
 
-    def _in_order(self, rows: Int64s, places: Int64s) -> Int64s:
-        return places[np.argsort(self._places(rows[places]))]
+    def _in_order(self, rows: Int64s, positions: Int64s) -> Int64s:
+        return positions[np.argsort(self._positions(rows[positions]))]
 
     def run(self, jobs: Sequence[Job], *, progress: Progress) -> None:
-        """Encode and write; broken pictures are noted in :attr:`broken` and the work goes on."""
+        """Encode and write; broken images are noted in :attr:`broken` and the work goes on."""
         if not jobs:
             return
         entries, shards = _Entries.of(jobs), [self._filling(job) for job in jobs]
         with (
-            progress(f"encoding pictures of {self.dataset.id!r}", len(entries.rows)) as advance,
+            progress(f"encoding images of {self.dataset.id!r}", len(entries.rows)) as advance,
             threads(self.workers) as pool,
             torch.inference_mode(),
         ):
             opened = self.dataset.opened(np.unique(entries.rows))
-            for row, pictures in ahead(pool, self._read_flips, opened, depth=max(2 * self.workers, LARGEST_BATCH)):
+            for row, images in ahead(pool, self._read_flips, opened, depth=max(2 * self.workers, LARGEST_BATCH)):
                 for number, place in entries.of_row(row):
-                    self._put(shards[number], place, pictures[jobs[number].flip], advance)
+                    self._put(shards[number], place, images[jobs[number].flip], advance)
             self._end(shards, advance)
 
     def _end(self, shards: Sequence[Filling], advance: Callable[[int], None]) -> None:
-        """Close the shards whose pictures have not all passed by."""
+        """Close the shards whose images have not all passed by."""
         for shard in shards:
             for place in range(len(shard.job.rows)):
                 if place not in shard.seen:
                     self._put(shard, place, FileNotFoundError("the source did not bring it this time"), advance)
 
-    def _read_flips(self, opened: tuple[int, Opener]) -> tuple[int, tuple[Picture, Picture]]:
-        """An index row, with the picture as it is and mirrored."""
+    def _read_flips(self, opened: tuple[int, Opener]) -> tuple[int, tuple[Image, Image]]:
+        """An index row, with the image as it is and mirrored."""
         row, opener = opened
         try:
             pixels = self.dataset.pixels(row, flip=False, opener=opener)

@@ -29,7 +29,7 @@ WAITING = 4
 FETCHES = 8
 
 
-class CachePlace:
+class RemoteCache:
     """A place for caches, as an entry of the data file names it.
 
     Args:
@@ -46,9 +46,9 @@ class CachePlace:
         self._listing: dict[str, int] = {} if listing is None else listing
         self._listed = listing is not None
 
-    def within(self, folder: str) -> CachePlace:
+    def within(self, folder: str) -> RemoteCache:
         """A folder of this place."""
-        return CachePlace(self.entry, self.backend, f"{self.prefix}{folder}/", self.sizes())
+        return RemoteCache(self.entry, self.backend, f"{self.prefix}{folder}/", self.sizes())
 
     def sizes(self) -> dict[str, int]:
         """Key -> bytes of everything there. Raises UserError where it cannot be listed."""
@@ -88,9 +88,9 @@ class Mirror:
         progress: Told of every shard that is fetched.
     """
 
-    def __init__(self, place: CachePlace, folder: Path, *, progress: Progress) -> None:
+    def __init__(self, place: RemoteCache, folder: Path, *, progress: Progress) -> None:
         self.place, self.folder, self._progress = place, folder, progress
-        self._there: dict[str, int] = {}
+        self._remote: dict[str, int] = {}
         self._pushes: deque[Future[None]] = deque()
         self._pusher: ThreadPoolExecutor | None = None
         self._failed = False
@@ -100,16 +100,16 @@ class Mirror:
     def pull(self) -> None:
         """Bring the manifests here, then the shards that they name and that are not here."""
         prefix = self.place.prefix
-        self._there = {
+        self._remote = {
             key.removeprefix(prefix): size for key, size in self.place.sizes().items() if key.startswith(prefix)
         }
-        manifests = [name for name in self._there if name.endswith(".jsonl") or name == DESCRIPTOR]
-        longer = [name for name in manifests if _size(self.folder / name) < self._there[name]]
+        manifests = [name for name in self._remote if name.endswith(".jsonl") or name == DESCRIPTOR]
+        longer = [name for name in manifests if _size(self.folder / name) < self._remote[name]]
         with threads(FETCHES) as pool:
             for name, data in zip(longer, pool.map(self.place.read, longer), strict=True):
                 write_whole(self.folder / name, data)
         missing = [shard for shard in named_shards(self.folder) if _size(self.folder / shard.file) != shard.size]
-        missing = [shard for shard in missing if self._there.get(shard.file) == shard.size]
+        missing = [shard for shard in missing if self._remote.get(shard.file) == shard.size]
         if not missing:
             return
         what = f"fetching caches from {self.place.backend.location}"
@@ -119,7 +119,7 @@ class Mirror:
 
     def fetch(self, shard: Shard) -> bool:
         """Bring one shard here; whether it is there, and what it should be."""
-        if self._there.get(shard.file) != shard.size:
+        if self._remote.get(shard.file) != shard.size:
             return False
         try:
             data = self.place.read(shard.file)
@@ -138,9 +138,9 @@ class Mirror:
         """Push what an earlier process made and could not push any more."""
         for path in sorted(self.folder.glob("*.jsonl")):
             shards = [line["shard"] for line in whole_lines(path) if "shard" in line]
-            files = [shard["file"] for shard in shards if self._there.get(shard["file"]) != shard["size"]]
+            files = [shard["file"] for shard in shards if self._remote.get(shard["file"]) != shard["size"]]
             waiting = [file for file in files if (self.folder / file).exists()]
-            if waiting or self._there.get(path.name) != len(self._manifest(path)):
+            if waiting or self._remote.get(path.name) != len(self._manifest(path)):
                 self._submit(waiting, path.name)
         self.flush()
 
@@ -166,20 +166,20 @@ class Mirror:
         if self._failed:
             return  # the first failure is raised where it is waited for; the rest is pushed by the next start
         self._failed = True
-        if DESCRIPTOR not in self._there:
+        if DESCRIPTOR not in self._remote:
             self.place.write(DESCRIPTOR, (self.folder / DESCRIPTOR).read_bytes())
-            self._there[DESCRIPTOR] = 0
+            self._remote[DESCRIPTOR] = 0
         for file in shards:
             self.place.write(file, self.folder / file)
-            self._there[file] = (self.folder / file).stat().st_size
+            self._remote[file] = (self.folder / file).stat().st_size
         text = self._manifest(self.folder / manifest)
         self.place.write(manifest, text)
-        self._there[manifest] = len(text)
+        self._remote[manifest] = len(text)
         self._failed = False
 
     def _manifest(self, path: Path) -> bytes:
         """A manifest with the lines of those shards that are there."""
-        lines = [line for line in whole_lines(path) if "shard" not in line or line["shard"]["file"] in self._there]
+        lines = [line for line in whole_lines(path) if "shard" not in line or line["shard"]["file"] in self._remote]
         return whole_text(lines)
 
 

@@ -198,12 +198,12 @@ class TensorCache:
             return np.zeros(0, np.int64)
         if self._lookup is None:
             self._lookup = Lookup(self.keys())
-        places = self._lookup.find(keys)
-        for start in range(0, len(places), LOOKUP_ROWS):
-            part = places[start : start + LOOKUP_ROWS]
+        positions = self._lookup.find(keys)
+        for start in range(0, len(positions), LOOKUP_ROWS):
+            part = positions[start : start + LOOKUP_ROWS]
             shard = np.searchsorted(self._starts, part, side="right") - 1
             part[:] = np.where(part < 0, -1, (shard << ROW_BITS) | (part - self._starts[np.maximum(shard, 0)]))
-        return places
+        return positions
 
     def keys(self) -> UInt64s:
         """The keys of all entries, shape (n, 2)."""

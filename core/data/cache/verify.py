@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ..dataset import Dataset
 from ..hashing import Lookup, UInt64s
 from .cache_builder import latent_descriptor, text_descriptor
-from .cache_paths import CachePlaces
+from .cache_paths import CachePaths
 from .encode import flips
 from .tensor_cache import TensorCache, cache_folders, descriptor_hash, remove_cache
 
@@ -40,7 +40,7 @@ class Need:
 
 
 @dataclass
-class Survey:
+class CacheState:
     """What was found of one cache.
 
     Attributes:
@@ -94,24 +94,24 @@ def mebibytes(num_bytes: int) -> str:
     return f"{num_bytes / 2**20:,.1f} MiB"
 
 
-def needs(family: ModelFamily, places: CachePlaces, datasets: Sequence[Dataset], *, pictures: bool) -> list[Need]:
-    """The latents of each dataset of pictures, and the text caches, which datasets may share.
+def needs(family: ModelFamily, paths: CachePaths, datasets: Sequence[Dataset], *, images: bool) -> list[Need]:
+    """The latents of each dataset of images, and the text caches, which datasets may share.
 
     Args:
         family: Its fingerprints name the caches.
-        places: Where they lie.
+        paths: Where they lie.
         datasets: With their indexes up to date.
-        pictures: Whether latents are needed; without, those that are there are compared all the same.
+        images: Whether latents are needed; without, those that are there are compared all the same.
     """
     found = []
     for dataset in datasets:
-        parent = places.latents(dataset.settings)
-        if dataset.settings.has_pictures and (pictures or any(cache_folders(parent))):
+        parent = paths.latents(dataset.settings)
+        if dataset.settings.has_images and (images or any(cache_folders(parent))):
             keys = np.concatenate([dataset.entry_keys(dataset.rows, flip) for flip in flips(dataset)])
             found.append(Need(f"latents of {dataset.id!r}", parent, latent_descriptor(family, dataset.id), keys))
     groups: dict[Path, list[Dataset]] = {}
     for dataset in datasets:
-        groups.setdefault(places.texts(dataset.settings), []).append(dataset)
+        groups.setdefault(paths.texts(dataset.settings), []).append(dataset)
     for parent, group in groups.items():
         keys = np.concatenate([dataset.index.caption_digests for dataset in group])
         name = f"captions of {', '.join(repr(dataset.id) for dataset in group)}"
@@ -119,7 +119,7 @@ def needs(family: ModelFamily, places: CachePlaces, datasets: Sequence[Dataset],
     return found
 
 
-def surveys(needed: Sequence[Need], parents: Sequence[Path], say: Callable[[str], None]) -> Iterator[Survey]:
+def cache_states(needed: Sequence[Need], parents: Sequence[Path], say: Callable[[str], None]) -> Iterator[CacheState]:
     """Each cache that is needed, then each other one below `parents`; damaged shards are removed on the way."""
     for need in needed:
         yield _of_need(need, _opened(need.parent, need.descriptor, need.name, say))
@@ -137,27 +137,27 @@ def _opened(
     return cache, cache.load(thorough=True)
 
 
-def _of_need(need: Need, opened: tuple[TensorCache, list[str]]) -> Survey:
+def _of_need(need: Need, opened: tuple[TensorCache, list[str]]) -> CacheState:
     cache, damaged = opened
     keys = np.unique(need.keys, axis=0)
     lacking = keys[cache.locate(keys) < 0]
     orphaned = Lookup(keys).find(cache.keys()) < 0
-    return Survey(
+    return CacheState(
         need.name, cache, damaged, len(keys), len(lacking), int(cache.failed(lacking).sum()), orphaned
     )  # fmt: skip
 
 
-def _of_rest(cache: TensorCache, damaged: list[str]) -> Survey:
+def _of_rest(cache: TensorCache, damaged: list[str]) -> CacheState:
     """A cache of other encoders or settings, or of a dataset that is gone."""
     kind = cache.descriptor["kind"]
     if kind not in LOOKED_AT:
-        return Survey(f"{kind}", cache, damaged)
+        return CacheState(f"{kind}", cache, damaged)
     whose = f" of {cache.descriptor['dataset']!r}" if "dataset" in cache.descriptor else ""
-    return Survey(f"{kind}{whose}, not needed", cache, damaged, orphaned=np.ones(len(cache), np.bool_))
+    return CacheState(f"{kind}{whose}, not needed", cache, damaged, orphaned=np.ones(len(cache), np.bool_))
 
 
-def folders_beside(places: CachePlaces, parents: Sequence[Path]) -> list[Path]:
+def folders_beside(paths: CachePaths, parents: Sequence[Path]) -> list[Path]:
     """Folders of latents of datasets that the configuration no longer has, where it has a folder for all of them."""
-    root = places.latents_root
+    root = paths.latents_root
     found = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
     return [path for path in found if path not in parents]

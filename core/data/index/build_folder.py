@@ -19,19 +19,19 @@ _mine: set[str] = set()
 """Builds of this process that are going on."""
 
 
-def workshop_of(index: Path) -> Path:
+def build_folder_of(index: Path) -> Path:
     """Folder of all unfinished builds of an index."""
     return index.with_name(f".{index.name}.building")
 
 
-class Workshop:
+class BuildFolder:
     """A build's own folder beside its index. Several builds at once, on whatever machines, do not meet.
 
     It is gone when the build ends well, with what dead builds have left; a build that fails leaves it for the next.
     """
 
     def __init__(self, index: Path) -> None:
-        self.root = workshop_of(index)
+        self.root = build_folder_of(index)
         self.folder = self.root / f"{socket.gethostname()}-{os.getpid()}-{uuid4().hex[:12]}"
 
     def __enter__(self) -> Self:

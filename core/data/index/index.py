@@ -1,7 +1,7 @@
 # pyright: reportAttributeAccessIssue=false
-"""The index of a dataset: one Arrow table on disk, memory-mapped, with a row for each picture (or prompt) found.
+"""The index of a dataset: one Arrow table on disk, memory-mapped, with a row for each image (or prompt) found.
 
-Nothing here grows a Python object per picture: the listing, the rows and their captions are Arrow columns, and what the
+Nothing here grows a Python object per image: the listing, the rows and their captions are Arrow columns, and what the
 pipeline keeps in memory are numpy views of the mapped file. Rows of files that have not changed are taken over from the
 index that was there.
 """
@@ -22,7 +22,7 @@ from ...plugin_api.backend import DataBackend, Entry
 from ...utils.files import partial_of, sync_folder
 from ..hashing import UInt64s
 from ..mapped import release
-from ..tables.external_sort import Spool, joined
+from ..tables.external_sort import ExternalTable, joined
 
 FORMAT = 2
 
@@ -61,7 +61,7 @@ class Index:
     Attributes:
         width: Upright width in pixels, 0 for files with a problem, -1 where they were out of reach; shape (n,).
         height: Upright height in pixels; shape (n,).
-        draw: Hash of dataset id and key: the source of what is random about a picture for good; shape (n,).
+        draw: Hash of dataset id and key: the source of what is random about an image for good; shape (n,).
         identity: Hash of dataset id, key, size and version of the file; shape (n, 2).
         caption_offsets: Captions of row i are [caption_offsets[i], caption_offsets[i + 1]); shape (n + 1,).
         caption_digests: Hashes of all captions; shape (m, 2).
@@ -76,7 +76,7 @@ class Index:
             self._file = source.read_buffer()
         columns = {name: joined(self.table.column(name)) for name in SCHEMA.names}
         self._keys, self._captions = columns["key"], columns["captions"]
-        self._problems, self._places = columns["problem"], columns["place"]
+        self._problems, self._positions = columns["problem"], columns["place"]
         self.width: NDArray[np.int32] = columns["width"].to_numpy()
         self.height: NDArray[np.int32] = columns["height"].to_numpy()
         self.draw: UInt64s = columns["draw"].to_numpy()
@@ -93,12 +93,12 @@ class Index:
         release(self._file.address, self._file.size)
 
     def key(self, row: int | np.integer) -> str:
-        """The picture's key in its backend."""
+        """The image's key in its backend."""
         return self._keys[int(row)].as_py()
 
     def place(self, row: int | np.integer) -> str:
-        """What the backend opens the picture by: its key, unless the backend says otherwise."""
-        return self._places[int(row)].as_py() or self.key(row)
+        """What the backend opens the image by: its key, unless the backend says otherwise."""
+        return self._positions[int(row)].as_py() or self.key(row)
 
     def problem(self, row: int) -> str:
         """Why the row cannot be used; empty when it can."""
@@ -109,7 +109,7 @@ class Index:
         return self.caption_texts[int(place)].as_py()
 
     def rows_of(self, keys: Iterable[str]) -> NDArray[np.int64]:
-        """The rows of a few pictures; those that are not there are left out."""
+        """The rows of a few images; those that are not there are left out."""
         named = pa.array(list(keys), pa.large_string())
         return np.flatnonzero(pc.is_in(self._keys, value_set=named).to_numpy(zero_copy_only=False))
 
@@ -142,7 +142,7 @@ def write_index(batches: Iterable[pa.RecordBatch], path: Path, rules: str, sourc
 
     Rows go to files in `folder` as they come: the memory is that of one batch.
     """
-    table = Spool(SCHEMA, folder).extend(batches).table()
+    table = ExternalTable(SCHEMA, folder).extend(batches).table()
     table = table.replace_schema_metadata({"rules": rules, "source": source, "format": str(FORMAT)})
     partial = partial_of(path)
     with partial.open("wb") as stream:
@@ -156,6 +156,6 @@ def write_index(batches: Iterable[pa.RecordBatch], path: Path, rules: str, sourc
 
 
 def describe_listing(backend: DataBackend, limit: int = 5) -> tuple[int, list[str]]:
-    """How many objects a backend has, and the first few keys: what to say when no picture was found."""
+    """How many objects a backend has, and the first few keys: what to say when no image was found."""
     entries: list[Entry] = list(islice(backend.list(), 10_000))
     return len(entries), [entry.key for entry in entries[:limit]]

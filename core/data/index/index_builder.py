@@ -25,16 +25,16 @@ from ..hashing import digest
 from ..progress import Progress
 from ..samples.captions import CaptionRules, caption_key, read_caption
 from ..samples.images import SUFFIXES, BrokenImage, probe, why_unread
-from ..tables.external_sort import CHUNK, Spool, between, joined, merge_table, open_run, write_run
-from .build_folder import Workshop
+from ..tables.external_sort import CHUNK, ExternalTable, between, joined, merge_table, open_run, write_run
+from .build_folder import BuildFolder
 from .index import NO_CAPTION, SCHEMA, Index, open_index, write_index
 from .listing import LISTING, FileListing, SampleListing
 
 READ_ROWS = 2048
 """Rows that are read before they are kept aside."""
-PICTURE = ("key", "size", "version")
-"""Columns that tell a picture's content."""
-ROW = (*PICTURE, "caption_version", "place")
+IMAGE = ("key", "size", "version")
+"""Columns that tell an image's content."""
+ROW = (*IMAGE, "caption_version", "place")
 """Columns that tell all that a row is made of."""
 SEPARATOR = pa.scalar("\x1f", pa.large_string())
 ROWS = ".rows"
@@ -90,7 +90,7 @@ def _stamp(rows: pa.RecordBatch | pa.Table, by: Sequence[str]) -> Any:
     return pc.binary_join_element_wise(*(rows[name].cast(pa.large_string()) for name in by), SEPARATOR)
 
 
-class Aside:
+class ReadRows:
     """Rows kept in a workshop as they are read, in sorted files of some thousand.
 
     Args:
@@ -98,13 +98,13 @@ class Aside:
         rules: What decides the captions: rows made by other rules serve for their sizes only.
     """
 
-    def __init__(self, workshop: Workshop, rules: str) -> None:
-        self.workshop, self.rules, self._own = workshop, rules, list[pa.Table]()
-        self._earlier = list(_opened(workshop.left(f"*{ROWS}")))
+    def __init__(self, build_folder: BuildFolder, rules: str) -> None:
+        self.build_folder, self.rules, self._own = build_folder, rules, list[pa.Table]()
+        self._earlier = list(_opened(build_folder.left(f"*{ROWS}")))
 
     def keep(self, batch: pa.RecordBatch) -> None:
         """Put some rows aside, all or none."""
-        path = self.workshop.folder / f"{len(self._own):06d}{ROWS}"
+        path = self.build_folder.folder / f"{len(self._own):06d}{ROWS}"
         self._own.append(write_run([batch], ["key"], SCHEMA, path, rules=self.rules))
 
     def earlier(self, *, same_rules: bool) -> pa.Table:
@@ -119,7 +119,7 @@ class Aside:
         return self._table(self._own)
 
     def _table(self, runs: Sequence[pa.Table]) -> pa.Table:
-        return merge_table(runs, ["key"], SCHEMA, self.workshop.folder)
+        return merge_table(runs, ["key"], SCHEMA, self.build_folder.folder)
 
 
 def _opened(paths: Iterable[Path]) -> Iterator[pa.Table]:
@@ -129,7 +129,7 @@ def _opened(paths: Iterable[Path]) -> Iterator[pa.Table]:
 
 
 def source_of(backend: SampleBackend) -> str:
-    """What an index says it was made of: the samples, and what could read their pictures."""
+    """What an index says it was made of: the samples, and what could read their images."""
     return json.dumps([backend.identity(), PIL.__version__, SUFFIXES])
 
 
@@ -169,11 +169,11 @@ class IndexBuilder:
         try:
             if isinstance(self.backend, SampleBackend):
                 return self._build_samples(self.backend, path)
-            with Workshop(path) as workshop:
-                files = FileListing(self.backend, self.rules, workshop.folder)
+            with BuildFolder(path) as build_folder:
+                files = FileListing(self.backend, self.rules, build_folder.folder)
                 listing = files.table()
                 self.num_unmatched = files.num_unmatched
-                return self._build(listing, path, "", workshop)
+                return self._build(listing, path, "", build_folder)
         except BadValue as error:
             raise UserError(f"data.{self.dataset}.{error}", error.remedy) from error
 
@@ -182,28 +182,28 @@ class IndexBuilder:
         old = open_index(path)
         if old is not None and old.matches(self.rules.identity(), source) and not (self._again and old.has_unread()):
             return old
-        with Workshop(path) as workshop:
-            return self._build(SampleListing(backend, source, workshop).table(), path, source, workshop)
+        with BuildFolder(path) as build_folder:
+            return self._build(SampleListing(backend, source, build_folder).table(), path, source, build_folder)
 
-    def _build(self, listing: pa.Table, path: Path, source: str, workshop: Workshop) -> Index:
+    def _build(self, listing: pa.Table, path: Path, source: str, build_folder: BuildFolder) -> Index:
         """Read of the listing what is not known, then put all rows together in its order."""
         rules, old = self.rules.identity(), open_index(path)
-        aside, rows, sizes = Aside(workshop, rules), Known(*ROW), Known(*PICTURE)
+        read_rows, rows, sizes = ReadRows(build_folder, rules), Known(*ROW), Known(*IMAGE)
         if old is not None:
             sizes.add(old.table, _measured)
             if old.matches(rules):
                 rows.add(old.table, _settled if self._again else _all)
-        earlier = aside.earlier(same_rules=True)
+        earlier = read_rows.earlier(same_rules=True)
         rows.add(earlier, _settled)
         sizes.add(earlier, _measured)
-        sizes.add(aside.earlier(same_rules=False), _measured)
-        unknown = Spool(LISTING, workshop.folder).extend(self._unknown(listing, rows)).table()
+        sizes.add(read_rows.earlier(same_rules=False), _measured)
+        unknown = ExternalTable(LISTING, build_folder.folder).extend(self._unknown(listing, rows)).table()
         self.num_read = len(unknown)
         if old is not None and old.matches(rules, source) and not len(unknown) and len(old) == len(listing):
             return old
-        self._read(unknown, sizes, aside)
-        rows.add(aside.own(), _all)
-        return write_index(self._together(listing, rows), path, rules, source, folder=workshop.folder)
+        self._read(unknown, sizes, read_rows)
+        rows.add(read_rows.own(), _all)
+        return write_index(self._together(listing, rows), path, rules, source, folder=build_folder.folder)
 
     @staticmethod
     def _unknown(listing: pa.Table, rows: Known) -> Iterator[pa.RecordBatch]:
@@ -212,7 +212,7 @@ class IndexBuilder:
             if len(usable):
                 yield usable.filter(rows.find(usable)[1].is_null())
 
-    def _read(self, unknown: pa.Table, sizes: Known, aside: Aside) -> None:
+    def _read(self, unknown: pa.Table, sizes: Known, read_rows: ReadRows) -> None:
         if not len(unknown):
             return
         with (
@@ -227,7 +227,7 @@ class IndexBuilder:
                         advance(1)
                 finally:  # whatever ends it: what was read is not read again
                     if read:
-                        aside.keep(self._to_batch(rows[: len(read)], read))
+                        read_rows.keep(self._to_batch(rows[: len(read)], read))
 
     def _read_one(self, row: dict[str, Any]) -> Read:
         try:
@@ -255,8 +255,8 @@ class IndexBuilder:
     def _together(self, listing: pa.Table, rows: Known) -> Iterator[pa.RecordBatch]:
         for batch in listing.to_batches(max_chunksize=CHUNK):
             usable = batch.filter(pc.equal(batch["problem"], ""))
-            found, places = rows.find(usable) if len(usable) else (SCHEMA.empty_table(), pa.array([], pa.int32()))
-            table = found.take(places).cast(SCHEMA)
+            found, positions = rows.find(usable) if len(usable) else (SCHEMA.empty_table(), pa.array([], pa.int32()))
+            table = found.take(positions).cast(SCHEMA)
             if len(usable) < len(batch):  # what the listing itself calls unusable was never read
                 bad = batch.filter(pc.not_equal(batch["problem"], "")).to_pylist()
                 unusable = self._to_batch(bad, [Read(problem=row["problem"]) for row in bad])
@@ -284,10 +284,10 @@ class IndexBuilder:
 
 
 def _with_known_sizes(listed: pa.RecordBatch, sizes: Known) -> pa.RecordBatch:
-    """The listing with widths and heights of pictures that have been measured before."""
-    found, places = sizes.find(listed)
+    """The listing with widths and heights of images that have been measured before."""
+    found, positions = sizes.find(listed)
     for name in ("width", "height"):
-        known = pc.fill_null(joined(found[name]).take(places), 0)
+        known = pc.fill_null(joined(found[name]).take(positions), 0)
         given = pc.if_else(pc.equal(listed[name], 0), known, listed[name])
         listed = listed.set_column(listed.schema.get_field_index(name), LISTING.field(name), given)
     return listed

@@ -16,12 +16,12 @@ import pyarrow.compute as pc
 from ...plugin_api.backend import DataBackend, SampleBackend, SampleChunk
 from ..hashing import digest
 from ..samples.captions import CaptionRules
-from ..samples.file_checks import named, vetted
+from ..samples.file_checks import checked_images, named
 from ..samples.images import SUFFIXES
 from ..tables.external_sort import (
     CHUNK,
     RUN_ROWS,
-    Spool,
+    ExternalTable,
     between,
     in_chunks,
     joined,
@@ -31,7 +31,7 @@ from ..tables.external_sort import (
     write_run,
 )
 from ..tables.metadata_table import MetadataTable
-from .build_folder import Workshop
+from .build_folder import BuildFolder
 from .index import SAME_NAME
 
 FILES = pa.schema(
@@ -49,8 +49,8 @@ LISTING = pa.schema(
     ]
 )
 """Samples before their files are read: no texts where captions stand in files, sizes are 0 where unknown."""
-PICTURES = rf"(?i:\.({'|'.join(SUFFIXES)})|/)$"
-"""Keys of picture files, and of folders that cannot be listed."""
+IMAGES = rf"(?i:\.({'|'.join(SUFFIXES)})|/)$"
+"""Keys of image files, and of folders that cannot be listed."""
 BY = ("key", "place")
 """Columns that samples are sorted by."""
 KEPT_SECONDS = 60.0
@@ -58,51 +58,51 @@ KEPT_SECONDS = 60.0
 
 
 class FileListing:
-    """The pictures of a backend of files, and the folders that cannot be listed."""
+    """The images of a backend of files, and the folders that cannot be listed."""
 
     def __init__(self, backend: DataBackend, rules: CaptionRules, folder: Path) -> None:
         self.backend, self.rules, self.folder, self.num_unmatched = backend, rules, folder, 0
 
     def table(self) -> pa.Table:
-        """All pictures in key order, of schema :data:`LISTING`, mapped from files in the folder."""
-        texts = Spool(FILES, self.folder)
+        """All images in key order, of schema :data:`LISTING`, mapped from files in the folder."""
+        texts = ExternalTable(FILES, self.folder)
         files = sorted_table(self._files(), ["key"], FILES, self.folder)
         is_text = (_of_kind(batch, r"\.txt$") for batch in files.to_batches(max_chunksize=CHUNK))
         captions = texts.extend(is_text if self.rules.reads_files else ()).table()
-        pictures = (vetted(_of_kind(batch, PICTURES)) for batch in files.to_batches(max_chunksize=CHUNK))
-        listed, settings = (_with_captions(each, captions) for each in pictures), self.rules.settings
+        images = (checked_images(_of_kind(batch, IMAGES)) for batch in files.to_batches(max_chunksize=CHUNK))
+        listed, settings = (_with_captions(each, captions) for each in images), self.rules.settings
         beside = MetadataTable(settings, self.backend) if settings.metadata_file is not None else None
-        table = Spool(LISTING, self.folder).extend(map(beside.joined, listed) if beside else listed).table()
+        table = ExternalTable(LISTING, self.folder).extend(map(beside.joined, listed) if beside else listed).table()
         self.num_unmatched = beside.num_unmatched if beside else 0
         return table
 
     def _files(self) -> Iterator[pa.RecordBatch]:
-        """Pictures and caption files, in columns."""
+        """Images and caption files, in columns."""
         for chunk in in_chunks(map(named, self.backend.list()), CHUNK):
             columns = {name: [getattr(entry, name) for entry in chunk] for name in FILES.names}
             batch = pa.RecordBatch.from_pydict(columns, schema=FILES)
-            yield _of_kind(batch, rf"{PICTURES}|\.txt$")
+            yield _of_kind(batch, rf"{IMAGES}|\.txt$")
 
 
 def _of_kind(batch: pa.RecordBatch, pattern: str) -> pa.RecordBatch:
     return batch.filter(pc.match_substring_regex(batch["key"], pattern))
 
 
-def _with_captions(pictures: pa.RecordBatch, texts: pa.Table) -> pa.RecordBatch:
-    """The listing of picture files: the version of each one's caption file, empty where there is none."""
-    count = len(pictures)
+def _with_captions(images: pa.RecordBatch, texts: pa.Table) -> pa.RecordBatch:
+    """The listing of image files: the version of each one's caption file, empty where there is none."""
+    count = len(images)
     empty, zeros = pa.repeat(pa.scalar("", pa.large_string()), count), pa.repeat(pa.scalar(0, pa.int32()), count)
-    versions, unread = _beside(pictures["key"], texts)
+    versions, unread = _beside(images["key"], texts)
     columns = {
-        **{name: pictures[name] for name in FILES.names}, "caption_version": versions, "place": empty,
+        **{name: images[name] for name in FILES.names}, "caption_version": versions, "place": empty,
         "texts": pa.array([[]] * count, LISTING.field("texts").type), "width": zeros, "height": zeros,
-        "problem": pc.if_else(pc.equal(pictures["problem"], ""), unread, pictures["problem"]),
+        "problem": pc.if_else(pc.equal(images["problem"], ""), unread, images["problem"]),
     }  # fmt: skip
     return pa.RecordBatch.from_arrays([columns[name] for name in LISTING.names], schema=LISTING)
 
 
 def _beside(keys: pa.Array, texts: pa.Table) -> tuple[pa.Array, pa.Array]:
-    """Of the caption file beside each picture its version and why it cannot be read, both empty where there is none."""
+    """Of the caption file beside each image its version and why it cannot be read, both empty where there is none."""
     if not len(keys):
         return pa.array([], pa.large_string()), pa.array([], pa.large_string())
     names = pc.replace_substring_regex(keys, r"\.[^./]*$", ".txt")
@@ -122,16 +122,16 @@ class SampleListing:
     What a resumable source has told is kept in the workshop, so that a build that dies goes on behind it.
     """
 
-    def __init__(self, backend: SampleBackend, identity: str, workshop: Workshop) -> None:
-        self.backend, self.workshop = backend, workshop
+    def __init__(self, backend: SampleBackend, identity: str, build_folder: BuildFolder) -> None:
+        self.backend, self.build_folder = backend, build_folder
         self._name = f"samples-{blake2b(identity.encode(), digest_size=8).hexdigest()}"
         self._kept: list[pa.Table] = []
 
     def table(self) -> pa.Table:
         """All samples in the order of keys, of schema :data:`LISTING`; names that come again are marked."""
-        folder = self.workshop.folder
+        folder = self.build_folder.folder
         listed = merge_table(self._runs(), BY, LISTING, folder)
-        return Spool(LISTING, folder).extend(_marked(listed)).table()
+        return ExternalTable(LISTING, folder).extend(_marked(listed)).table()
 
     def _runs(self) -> list[pa.Table]:
         self._kept = self._earlier()
@@ -154,13 +154,13 @@ class SampleListing:
         return self._kept
 
     def _keep(self, batches: Sequence[pa.RecordBatch], **marks: str) -> None:
-        path = self.workshop.folder / self._name / f"{len(self._kept):06d}.run"
+        path = self.build_folder.folder / self._name / f"{len(self._kept):06d}.run"
         self._kept.append(write_run(batches, BY, LISTING, path, **marks))
 
     def _earlier(self) -> list[pa.Table]:
         """The longest listing that another build has left and that can be gone on with, copied into this build's."""
         found: dict[Path, list[Path]] = {}
-        for path in self.workshop.left(f"{self._name}/*.run"):
+        for path in self.build_folder.left(f"{self._name}/*.run"):
             found.setdefault(path.parent, []).append(path)
         for runs in sorted(found.values(), key=len, reverse=True):
             with suppress(FileNotFoundError):  # its build has just ended
@@ -171,7 +171,7 @@ class SampleListing:
         return []
 
     def _copy(self, runs: Sequence[Path]) -> None:
-        own = self.workshop.folder / self._name
+        own = self.build_folder.folder / self._name
         own.mkdir()
         for path in runs:
             shutil.copyfile(path, own / path.name)
@@ -186,7 +186,7 @@ def _listed(chunk: SampleChunk) -> pa.RecordBatch:
     texts = [digest("\x1f".join(each)).hex() for each in chunk.captions]
     columns = {
         "key": chunk.keys, "size": chunk.sizes, "version": chunk.versions, "caption_version": texts,
-        "place": chunk.places, "texts": chunk.captions, "width": chunk.widths, "height": chunk.heights,
+        "place": chunk.positions, "texts": chunk.captions, "width": chunk.widths, "height": chunk.heights,
         "problem": chunk.problems,
     }  # fmt: skip
     return pa.RecordBatch.from_pydict(columns, schema=LISTING)

@@ -1,4 +1,4 @@
-"""Prompts without pictures, read in columns from one file or from a folder of .txt files.
+"""Prompts without images, read in columns from one file or from a folder of .txt files.
 
 A :class:`PromptSource` is all that the rest of the data path knows of where prompts come from.
 """
@@ -86,7 +86,7 @@ class SampleCaptions:
 
     def chunks(self) -> Iterator[Chunk]:
         """Keys are the samples' names, with a number where a sample has several texts."""
-        for samples in self.backend.samples(pictures=False):
+        for samples in self.backend.samples(images=False):
             rows = [
                 row
                 for each in zip(samples.keys, samples.captions, samples.problems, strict=True)

@@ -1,4 +1,4 @@
-"""The index of prompts without pictures: the same table as that of pictures, all of one square size."""
+"""The index of prompts without images: the same table as that of images, all of one square size."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pyarrow as pa
 from ...errors import BadValue, UserError
 from ..hashing import digest
 from ..samples.captions import CaptionRules
-from .build_folder import Workshop
+from .build_folder import BuildFolder
 from .index import NO_CAPTION, SCHEMA, Index, open_index, write_index
 from .prompt_files import Chunk, PromptSource
 
@@ -40,8 +40,8 @@ class PromptIndexBuilder:
             old = open_index(path)
             if old is not None and old.matches(rules):
                 return old
-            with Workshop(path) as workshop:
-                return write_index(map(self._to_batch, self.source.chunks()), path, rules, folder=workshop.folder)
+            with BuildFolder(path) as build_folder:
+                return write_index(map(self._to_batch, self.source.chunks()), path, rules, folder=build_folder.folder)
         except BadValue as error:
             raise UserError(f"data.{self.dataset}.{error}", error.remedy) from error
 

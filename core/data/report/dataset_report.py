@@ -14,13 +14,13 @@ import numpy as np
 from ...drawing.charts import Panel, draw
 from ...drawing.grid import BACKGROUND, EMPTY, FAINT, INK, MARGIN, font, line_height, shorten, wrap
 from ...errors import OutOfReach
-from ...utils.files import save_picture, write_text
+from ...utils.files import save_image, write_text
 from ...utils.seeds import derive_seed
 from ..dataset import Dataset
 from ..hashing import permute
 from ..samples.file_checks import printable
 from ..samples.images import BrokenImage
-from .statistics import Histogram, Spread, Survey, survey
+from .statistics import DatasetStatistics, Histogram, Spread, statistics_of
 from .summary import named_with_reasons
 
 if TYPE_CHECKING:
@@ -37,9 +37,9 @@ MOST_BUCKETS = 24
 
 @dataclass(frozen=True)
 class Sample:
-    """One cell of the contact sheet: a small picture, or why there is none, and the first caption."""
+    """One cell of the contact sheet: a small image, or why there is none, and the first caption."""
 
-    picture: Image | None
+    image: Image | None
     caption: str
     note: str = ""
 
@@ -52,13 +52,13 @@ class DatasetReport:
         id: The dataset's.
         folder: Holds the three files.
         text: ``report.md``.
-        pictures: By caption: charts, and the contact sheet where there are pictures.
+        images: By caption: charts, and the contact sheet where there are images.
     """
 
     id: str
     folder: Path
     text: str
-    pictures: Mapping[str, Image]
+    images: Mapping[str, Image]
 
 
 def write_reports(datasets: Sequence[tuple[Dataset, int]], folder: Path) -> list[DatasetReport]:
@@ -79,20 +79,20 @@ def write_reports(datasets: Sequence[tuple[Dataset, int]], folder: Path) -> list
 
 
 def write_report(dataset: Dataset, folder: Path, *, global_batch: int, heaviest: float) -> DatasetReport:
-    """The report of one dataset; figures come from the index, and only the contact sheet's pictures are read."""
-    figures = survey(dataset, global_batch=global_batch, heaviest=heaviest)
+    """The report of one dataset; figures come from the index, and only the contact sheet's images are read."""
+    figures = statistics_of(dataset, global_batch=global_batch, heaviest=heaviest)
     samples = list(_samples(dataset))
-    pictures = {"charts": draw_charts(figures)}
-    if dataset.settings.has_pictures:
-        pictures["contact sheet"] = contact_sheet(samples, title=f"{figures.id}: {len(samples)} samples")
-    for name, picture in pictures.items():
-        save_picture(picture, folder / _file(name))
-    text = markdown(figures, [sample.caption for sample in samples], list(pictures))
+    images = {"charts": draw_charts(figures)}
+    if dataset.settings.has_images:
+        images["contact sheet"] = contact_sheet(samples, title=f"{figures.id}: {len(samples)} samples")
+    for name, image in images.items():
+        save_image(image, folder / _file(name))
+    text = markdown(figures, [sample.caption for sample in samples], list(images))
     write_text(folder / "report.md", text)
     made_from = _made_from(dataset, global_batch, heaviest)
     content = {"format": FORMAT, "made_from": made_from, **asdict(figures)}
     write_text(folder / "report.json", json.dumps(content, indent=1) + "\n")
-    return DatasetReport(dataset.id, folder, text, pictures)
+    return DatasetReport(dataset.id, folder, text, images)
 
 
 def _file(name: str) -> str:
@@ -120,18 +120,18 @@ def _is_written(folder: Path, made_from: str) -> bool:
 def _samples(dataset: Dataset) -> Iterator[Sample]:
     """Some samples, the same ones for the same data."""
     count = min(SHEET_SAMPLES, len(dataset.rows))
-    places = np.sort(permute(np.arange(count), len(dataset.rows), derive_seed(0, "contact_sheet")))
-    rows = dataset.rows[places]
-    if not dataset.settings.has_pictures:
+    positions = np.sort(permute(np.arange(count), len(dataset.rows), derive_seed(0, "contact_sheet")))
+    rows = dataset.rows[positions]
+    if not dataset.settings.has_images:
         yield from (Sample(None, _caption(dataset, row)) for row in rows)
         return
     try:
         for row, opener in dataset.opened(rows):
             try:
-                yield Sample(dataset.picture(row, _thumbnail, opener), _caption(dataset, row))
+                yield Sample(dataset.image(row, _thumbnail, opener), _caption(dataset, row))
             except (BrokenImage, OSError) as error:
                 yield Sample(None, _caption(dataset, row), str(error))
-    except OutOfReach as error:  # a picture of the data is no reason to end a run whose caches are full
+    except OutOfReach as error:  # an image of the data is no reason to end a run whose caches are full
         yield Sample(None, "", f"the rest is out of reach: {error.reason}")
 
 
@@ -140,10 +140,10 @@ def _caption(dataset: Dataset, row: int) -> str:
     return caption if len(caption) <= CAPTION_LETTERS else f"{caption[:CAPTION_LETTERS]}…"
 
 
-def _thumbnail(picture: Image) -> Image:
+def _thumbnail(image: Image) -> Image:
     from PIL import Image
 
-    small = picture.copy() if max(picture.size) <= CELL else picture
+    small = image.copy() if max(image.size) <= CELL else image
     scale = CELL / max(small.size)
     if scale >= 2:
         factor = int(scale)
@@ -153,7 +153,7 @@ def _thumbnail(picture: Image) -> Image:
 
 
 def contact_sheet(samples: Sequence[Sample], *, title: str) -> Image:
-    """Pictures with their first captions below them."""
+    """Images with their first captions below them."""
     from PIL import Image, ImageDraw
 
     text, head = font(12), 44
@@ -168,9 +168,9 @@ def contact_sheet(samples: Sequence[Sample], *, title: str) -> Image:
     for number, sample in enumerate(samples):
         left, top = MARGIN + number % columns * pitch, head + number // columns * (CELL + below)
         pen.rectangle((left, top, left + CELL - 1, top + CELL - 1), EMPTY)
-        if sample.picture is not None:
-            room = ((CELL - sample.picture.width) // 2, (CELL - sample.picture.height) // 2)
-            sheet.paste(sample.picture, (left + room[0], top + room[1]))
+        if sample.image is not None:
+            room = ((CELL - sample.image.width) // 2, (CELL - sample.image.height) // 2)
+            sheet.paste(sample.image, (left + room[0], top + room[1]))
         for at, line in enumerate(wrap(sample.note, text, CELL - 12)[:10]):
             pen.text((left + 6, top + 6 + at * line_height(text)), line, FAINT, text)
         lines = wrap(printable(sample.caption), text, CELL)
@@ -184,7 +184,7 @@ def contact_sheet(samples: Sequence[Sample], *, title: str) -> Image:
 # -- charts and tables ------------------------------------------------------------------------------------------------
 
 
-def draw_charts(figures: Survey) -> Image:
+def draw_charts(figures: DatasetStatistics) -> Image:
     """Sizes, shapes, buckets and lengths of captions."""
     noun, panels = f"{figures.noun}s", []
     if figures.sizes is not None:
@@ -210,10 +210,10 @@ def _panel(histogram: Histogram, title: str, axis: str, counted: str) -> Panel:
     return Panel(title, axis, histogram.labels, histogram.counts, counted)
 
 
-def markdown(figures: Survey, captions: Sequence[str], pictures: Sequence[str]) -> str:
+def markdown(figures: DatasetStatistics, captions: Sequence[str], images: Sequence[str]) -> str:
     """The page."""
     parts = [f"# {_cell(figures.title)}", _table(["", ""], _facts(figures))]
-    parts += [f"![{name}]({_file(name)})" for name in pictures]
+    parts += [f"![{name}]({_file(name)})" for name in images]
     spreads = {"width, pixels": figures.width, "height, pixels": figures.height, "megapixels": figures.megapixels,
                "captions each": figures.captions_each, "words per caption": figures.words}  # fmt: skip
     rows = [[name, *_numbers(spread)] for name, spread in spreads.items() if spread is not None]
@@ -230,7 +230,7 @@ def markdown(figures: Survey, captions: Sequence[str], pictures: Sequence[str]) 
     return "\n\n".join(parts) + "\n"
 
 
-def _facts(figures: Survey) -> list[list[str]]:
+def _facts(figures: DatasetStatistics) -> list[list[str]]:
     noun, full = f"{figures.noun}s", sum(bucket.full_batches for bucket in figures.buckets)
     carried = sum(bucket.carried_over for bucket in figures.buckets)
     facts = {
@@ -249,7 +249,7 @@ def _facts(figures: Survey) -> list[list[str]]:
     return [[name, value] for name, value in facts.items() if value]
 
 
-def _bucket_table(figures: Survey) -> str:
+def _bucket_table(figures: DatasetStatistics) -> str:
     shown = figures.buckets[:MOST_BUCKETS]
     rows = [
         [f"{each.width}x{each.height}", f"{each.samples:,}", f"{each.per_epoch:,.6g}", f"{each.full_batches:,}",

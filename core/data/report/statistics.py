@@ -81,12 +81,12 @@ class Bucket:
 
 
 @dataclass(frozen=True)
-class Survey:
+class DatasetStatistics:
     """What a dataset's report shows.
 
     Attributes:
         id: The dataset's.
-        noun: What is counted: ``picture`` or ``prompt``.
+        noun: What is counted: ``image`` or ``prompt``.
         location: Where it lives.
         found: Samples there.
         used: Samples that are trained on.
@@ -94,12 +94,12 @@ class Survey:
         left_out: Samples left out on purpose, by reason.
         broken: Samples set aside, name -> reason.
         without_caption: Names of the first samples without a caption.
-        width: In pixels; None without pictures.
+        width: In pixels; None without images.
         height: In pixels.
-        megapixels: Sizes of the pictures.
-        sizes: Pictures by megapixels.
-        aspects: Pictures by the nearest common width : height.
-        enlarged: Share of pictures that are scaled up.
+        megapixels: Sizes of the images.
+        sizes: Images by megapixels.
+        aspects: Images by the nearest common width : height.
+        enlarged: Share of images that are scaled up.
         global_batch: Samples per optimizer step.
         buckets: The largest first.
         captions: Captions of the used samples, with those that come again.
@@ -138,7 +138,7 @@ class Survey:
         return f"{self.id}: {self.used:,} of {self.found:,} {self.noun}s used"
 
 
-def survey(dataset: Dataset, *, global_batch: int, heaviest: float) -> Survey:
+def statistics_of(dataset: Dataset, *, global_batch: int, heaviest: float) -> DatasetStatistics:
     """The figures of a dataset in which something is used.
 
     Args:
@@ -150,7 +150,7 @@ def survey(dataset: Dataset, *, global_batch: int, heaviest: float) -> Survey:
     per_sample = np.diff(index.caption_offsets)[rows]
     words = _words(dataset)
     lacking = np.flatnonzero(index.having(NO_CAPTION))[:NAMED]
-    return Survey(
+    return DatasetStatistics(
         id=dataset.id, noun=counts.noun, location=dataset.backend.location, found=counts.found, used=counts.used,
         file_bytes=pc.sum(index.table["size"].take(rows)).as_py() or 0, global_batch=global_batch,
         buckets=_buckets(dataset, global_batch, heaviest), captions=int(per_sample.sum()),
@@ -158,12 +158,12 @@ def survey(dataset: Dataset, *, global_batch: int, heaviest: float) -> Survey:
         word_counts=Histogram.of(np.searchsorted(WORD_EDGES, words, side="right"), _word_labels()),
         left_out=dict(counts.left_out), broken=dict(counts.quarantined),
         without_caption=[printable(index.key(row)) for row in lacking],
-        **(_shapes(dataset) if dataset.settings.has_pictures else {}),
+        **(_shapes(dataset) if dataset.settings.has_images else {}),
     )  # fmt: skip
 
 
 def _shapes(dataset: Dataset) -> dict[str, Any]:
-    """Sizes and shapes of the used pictures."""
+    """Sizes and shapes of the used images."""
     width, height = dataset.index.width[dataset.rows], dataset.index.height[dataset.rows]
     megapixels = width.astype(np.float32) * height / np.float32(MEGAPIXEL)
     exponents = np.clip(np.floor(np.log2(megapixels)), -11, 7).astype(np.int64) + 11

@@ -20,24 +20,24 @@ class DataReport:
     Attributes:
         datasets: Counts by dataset id.
         captions_encoded: Captions that went through the text encoders now.
-        pictures_encoded: Pictures that went through the autoencoder now.
-        pairs_made: Paths that the teacher made now.
+        images_encoded: Images that went through the autoencoder now.
+        trajectories_made: Paths that the teacher made now.
         damaged_shards: Cache files that failed their check and were made anew.
         seconds: How long all of it took.
-        pictures: Whether latents were asked for.
+        images: Whether latents were asked for.
     """
 
     datasets: dict[str, Counts] = field(default_factory=dict)
     captions_encoded: int = 0
-    pictures_encoded: int = 0
-    pairs_made: int = 0
+    images_encoded: int = 0
+    trajectories_made: int = 0
     damaged_shards: int = 0
     seconds: float = 0.0
-    pictures: bool = True
+    images: bool = True
 
     @property
     def num_samples(self) -> int:
-        """Pictures or prompts in use over all datasets."""
+        """Images or prompts in use over all datasets."""
         return sum(counts.used for counts in self.datasets.values())
 
     @property
@@ -52,18 +52,18 @@ class DataReport:
     def lines(self) -> list[str]:
         """What to print."""
         lines = [line for name, counts in self.datasets.items() for line in describe(name, counts)]
-        latents = f" and {self.pictures_encoded:,} pictures" if self.pictures else ""
+        latents = f" and {self.images_encoded:,} images" if self.images else ""
         made = f"{self.captions_encoded:,} captions{latents} encoded"
-        made += f", {self.pairs_made:,} pairs made" if self.pairs_made else ""
-        nothing = not self.captions_encoded + self.pictures_encoded + self.pairs_made
+        made += f", {self.trajectories_made:,} trajectories made" if self.trajectories_made else ""
+        nothing = not self.captions_encoded + self.images_encoded + self.trajectories_made
         cached = "everything was cached" if nothing else made
         lines.append(f"data ready in {self.seconds:.1f} s: {cached}")
         if self.num_samples < FEW_SAMPLES:
-            noun = "pictures" if self.pictures else "prompts"
+            noun = "images" if self.images else "prompts"
             lines.append(
                 f"{self.num_samples:,} {noun} are fewer than the {FEW_SAMPLES:,} diverse ones that a general "
                 "student wants: expect one that is good at what they show and loses variety elsewhere; watch the "
-                "validation pictures rather than the loss, and stop when they no longer improve"
+                "validation images rather than the loss, and stop when they no longer improve"
             )
         return lines
 

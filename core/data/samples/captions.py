@@ -1,4 +1,4 @@
-"""From a picture's file name or caption file to the captions it is trained with."""
+"""From an image's file name or caption file to the captions it is trained with."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SUBSTITUTION = re.compile(r"s/((?:[^/\\]|\\.)+)/((?:[^/\\]|\\.)*)/")
 
 
 def caption_key(key: str) -> str:
-    """Key of the caption file beside a picture: ``a/b.jpg`` -> ``a/b.txt``."""
+    """Key of the caption file beside an image: ``a/b.jpg`` -> ``a/b.txt``."""
     return str(PurePosixPath(key).with_suffix(".txt"))
 
 
@@ -69,7 +69,7 @@ class CaptionRules:
 
     @property
     def reads_files(self) -> bool:
-        """Whether captions stand in files beside the pictures."""
+        """Whether captions stand in files beside the images."""
         return self.settings.caption_strategy == "textfile" and not self.settings.only_instance_prompt
 
     def identity(self) -> str:
@@ -94,10 +94,10 @@ class CaptionRules:
         return [_compile_filter(settings.id, line) for line in given if line.strip()]
 
     def captions(self, key: str, text: str | None) -> list[str]:
-        """All captions of a picture; empty when it has none.
+        """All captions of an image; empty when it has none.
 
         Args:
-            key: The picture's key.
+            key: The image's key.
             text: Content of its caption file, None when there is none.
         """
         settings = self.settings
@@ -110,13 +110,13 @@ class CaptionRules:
         return self._variants_of(found)
 
     def of_sample(self, key: str, texts: Sequence[str]) -> list[str]:
-        """All captions of a picture that comes with its texts; empty when it has none."""
+        """All captions of an image that comes with its texts; empty when it has none."""
         if self.settings.only_instance_prompt or self.settings.caption_strategy in ("instanceprompt", "filename"):
             return self.captions(key, None)
         return self._variants_of([line for text in texts for line in self._split(text)])
 
     def of_prompt(self, text: str) -> list[str]:
-        """The captions of a prompt that has no picture; empty when nothing is left of it."""
+        """The captions of a prompt that has no image; empty when nothing is left of it."""
         settings = self.settings
         return self._variants_of([settings.instance_prompt or "" if settings.only_instance_prompt else _one_line(text)])
 

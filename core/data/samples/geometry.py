@@ -1,7 +1,7 @@
-"""From the size of a picture to its bucket, scaling and crop: pure functions over whole columns.
+"""From the size of an image to its bucket, scaling and crop: pure functions over whole columns.
 
-A picture of (w, h) is scaled to (resized_w, resized_h), which covers its bucket, and the bucket is cut out of it at
-(left, top). Without cropping the bucket has the picture's own aspect ratio, and what is cut off is the few pixels that
+An image of (w, h) is scaled to (resized_w, resized_h), which covers its bucket, and the bucket is cut out of it at
+(left, top). Without cropping the bucket has the image's own aspect ratio, and what is cut off is the few pixels that
 alignment costs, evenly on both sides.
 """
 
@@ -25,7 +25,7 @@ ASPECTS = np.array([1 / 2, 9 / 16, 2 / 3, 3 / 4, 4 / 5, 1, 5 / 4, 4 / 3, 3 / 2, 
 """Width / height of the buckets that ``crop_aspect`` `closest` and `random` choose from."""
 
 LARGEST_BUCKET = 8
-"""Buckets of more pixels than so many square ones are not used: a picture of 60,000x1 must not fill the memory."""
+"""Buckets of more pixels than so many square ones are not used: an image of 60,000x1 must not fill the memory."""
 REASONS = (
     "",
     "smaller than minimum_image_size",
@@ -34,12 +34,12 @@ REASONS = (
     "would be scaled up beyond max_upscale_threshold",
     "too long and narrow for the resolution",
 )
-"""Why a filter leaves a picture out, by the code that :meth:`Geometry.filter` returns."""
+"""Why a filter leaves an image out, by the code that :meth:`Geometry.filter` returns."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What happens to each picture, in pixels, columns of shape (n,)."""
+    """What happens to each image, in pixels, columns of shape (n,)."""
 
     bucket_w: Int64s
     bucket_h: Int64s
@@ -66,7 +66,7 @@ class Geometry:
         self.alignment = math.lcm(settings.aspect_bucket_alignment, multiple)
         if settings.square_edge < self.alignment:
             raise UserError(
-                f"data.{settings.id}.resolution = {settings.resolution:g} ({settings.resolution_type}) is a picture of "
+                f"data.{settings.id}.resolution = {settings.resolution:g} ({settings.resolution_type}) is an image of "
                 f"{settings.square_edge:.0f} px, below the alignment of {self.alignment} px",
                 f"raise resolution, or lower aspect_bucket_alignment (the model needs multiples of {multiple})",
             )
@@ -96,7 +96,7 @@ class Geometry:
         return np.maximum(np.rint(edge / self.alignment), 1).astype(np.int64) * self.alignment
 
     def _relative_size(self, width: Int64s, height: Int64s, size: float) -> NDArray[np.float64]:
-        """Edge of the picture divided by the edge that `size` (in the dataset's unit) stands for."""
+        """Edge of the image divided by the edge that `size` (in the dataset's unit) stands for."""
         edge, area = self.settings.edge_and_area(size)
         if edge is not None:
             return np.minimum(width, height) / edge
@@ -119,7 +119,7 @@ class Geometry:
         return slack // 2 if style == "center" else np.zeros_like(slack)
 
     def plan(self, width: Integers, height: Integers, draw: UInt64s) -> Plan:
-        """What happens to pictures of these sizes, columns of shape (n,); `draw` decides for good what is random."""
+        """What happens to images of these sizes, columns of shape (n,); `draw` decides for good what is random."""
         width, height = width.astype(np.int64), height.astype(np.int64)
         bucket_w, bucket_h = self._buckets(self._aspects(width, height, draw))
         scale = self._scale(width, height, np.maximum(bucket_w / width, bucket_h / height))
@@ -130,12 +130,12 @@ class Geometry:
         return Plan(bucket_w, bucket_h, resized_w, resized_h, left, top)
 
     def square(self) -> int:
-        """Edge in pixels of the bucket of square pictures."""
+        """Edge in pixels of the bucket of square images."""
         one = np.ones(1, np.int64)
         return int(self.plan(one, one, np.zeros(1, np.uint64)).bucket_w[0])
 
     def filter(self, width: Integers, height: Integers, plan: Plan) -> NDArray[np.int8]:
-        """0 for pictures to keep, else the place in :data:`REASONS` of why not."""
+        """0 for images to keep, else the place in :data:`REASONS` of why not."""
         settings, aspect = self.settings, width / height
         width, height = width.astype(np.int64), height.astype(np.int64)
         codes = np.zeros(len(width), dtype=np.int8)
@@ -153,5 +153,5 @@ class Geometry:
 
 
 def flipped_left(plan: Plan) -> Int64s:
-    """The left edge of the crop in the mirrored picture, counted on the *resized* picture."""
+    """The left edge of the crop in the mirrored image, counted on the *resized* image."""
     return plan.resized_w - plan.bucket_w - plan.left

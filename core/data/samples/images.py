@@ -1,4 +1,4 @@
-"""Pictures of any mode, upright, as RGB on white, scaled and cropped; files that are none are refused with a reason.
+"""Images of any mode, upright, as RGB on white, scaled and cropped; files that are none are refused with a reason.
 
 What a file says of itself is not believed: its header is asked for the number of pixels before anything is decoded, and
 all threads together decode no more than :data:`MAX_PIXELS` at a time.
@@ -26,13 +26,13 @@ SUFFIXES = (
     "jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff", "avif", "ppm", "pgm", "jp2", "heic",
     "heif", "jxl",
 )  # fmt: skip
-"""Endings of files that are taken for pictures, lower case; those that cannot be read are named in the report."""
+"""Endings of files that are taken for images, lower case; those that cannot be read are named in the report."""
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF", "PPM", "JPEG2000")
 """What is read, whatever a file is called. Pillow's other readers are kept away: that of EPS starts a program."""
 PIXELS_VERSION = 1
 """Raised whenever this module gives other pixels for the same file, so that latent caches follow."""
 MAX_PIXELS = 128_000_000
-"""Pictures with more pixels are not decoded. A decoded pixel takes 4 bytes, and 4 more while it becomes RGB."""
+"""Images with more pixels are not decoded. A decoded pixel takes 4 bytes, and 4 more while it becomes RGB."""
 MAX_FILE_BYTES = 512 * 2**20
 """Files with more bytes are not read."""
 EMPTY_FILE = "it is empty (0 bytes)"
@@ -68,7 +68,7 @@ UNREAD = (
 
 
 class BrokenImage(Exception):
-    """A file that is no readable picture; the text says why."""
+    """A file that is no readable image; the text says why."""
 
 
 def _orientation(image: Image.Image) -> int:
@@ -82,7 +82,7 @@ def _orientation(image: Image.Image) -> int:
 
 @contextmanager
 def _opened(stream: BinaryIO) -> Iterator[Image.Image]:
-    """The picture of a stream, not yet decoded, its size believable. Raises BrokenImage, also for errors inside."""
+    """The image of a stream, not yet decoded, its size believable. Raises BrokenImage, also for errors inside."""
     try:
         with Image.open(stream, formats=FORMATS) as image:
             _check_size(image)
@@ -108,7 +108,7 @@ def _check_size(image: Image.Image) -> None:
 
 
 def _too_large() -> str:
-    return f"pictures of more than {MAX_PIXELS // 10**6} million pixels are not decoded"
+    return f"images of more than {MAX_PIXELS // 10**6} million pixels are not decoded"
 
 
 def _reason(error: BaseException) -> str:
@@ -128,18 +128,18 @@ def _unidentified(stream: BinaryIO) -> str:
     other = [name for at, what, name in UNREAD if head[at:].lower().startswith(what.lower())]
     if other:
         return f"it is {other[0]}, for which there is no decoder here: convert it to JPEG, PNG or WebP"
-    return "it is in no picture format that can be read"
+    return "it is in no image format that can be read"
 
 
 def probe(stream: BinaryIO) -> tuple[int, int]:
-    """Width and height of a picture when upright, from its header alone. Raises BrokenImage."""
+    """Width and height of an image when upright, from its header alone. Raises BrokenImage."""
     with _opened(stream) as image:
         width, height = image.size
         return (height, width) if _orientation(image) >= 5 else (width, height)
 
 
 def read_file(stream: BinaryIO) -> bytes:
-    """All bytes of a picture's file. Raises BrokenImage when they are too many."""
+    """All bytes of an image's file. Raises BrokenImage when they are too many."""
     data = stream.read(MAX_FILE_BYTES + 1)
     if len(data) > MAX_FILE_BYTES:
         raise BrokenImage(too_many_bytes())
@@ -152,12 +152,12 @@ def too_many_bytes() -> str:
 
 
 def decode(data: bytes) -> Image.Image:
-    """The first frame of a picture, upright, in RGB whatever its mode, transparency on white. Raises BrokenImage."""
+    """The first frame of an image, upright, in RGB whatever its mode, transparency on white. Raises BrokenImage."""
     with _opened(io.BytesIO(data)) as image:
         image.load()
         transpose = TRANSPOSES.get(_orientation(image))
-        picture = to_rgb(image)
-        return picture if transpose is None else picture.transpose(transpose)
+        upright = to_rgb(image)
+        return upright if transpose is None else upright.transpose(transpose)
 
 
 class _Budget:
@@ -217,7 +217,7 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _to_8_bit(image: Image.Image) -> NDArray[np.uint8]:
-    """Grey levels of 16 or 32 bits, or floats, as 8 bits: by the range of the type, not of the picture."""
+    """Grey levels of 16 or 32 bits, or floats, as 8 bits: by the range of the type, not of the image."""
     levels = np.asarray(image)
     if image.mode == "F":
         highest = levels.max(initial=0, where=np.isfinite(levels))
@@ -239,7 +239,7 @@ def _to_srgb(image: Image.Image) -> Image.Image:
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
             result = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
         except (ImageCms.PyCMSError, OSError):
-            result = None  # a profile that does not fit its picture: the pixels are taken as they are
+            result = None  # a profile that does not fit its image: the pixels are taken as they are
         if result is not None:
             return result
     return image if image.mode == "RGB" else image.convert("RGB")
@@ -248,11 +248,11 @@ def _to_srgb(image: Image.Image) -> Image.Image:
 def scale_and_crop(
     image: Image.Image, *, size: tuple[int, int], left: int, top: int, bucket: tuple[int, int], flip: bool = False
 ) -> NDArray[np.uint8]:
-    """The picture scaled to `size` and cut to `bucket`, both (width, height), perhaps mirrored; shape (H, W, 3)."""
+    """The image scaled to `size` and cut to `bucket`, both (width, height), perhaps mirrored; shape (H, W, 3)."""
     box = (left, top, left + bucket[0], top + bucket[1])
     if image.size == size:
         cropped = image.crop(box)
-    else:  # only the part that is kept is scaled: a 1 x 60,000 picture must not become a huge one on the way
+    else:  # only the part that is kept is scaled: a 1 x 60,000 image must not become a huge one on the way
         across, down = image.width / size[0], image.height / size[1]
         part = (box[0] * across, box[1] * down, min(box[2] * across, image.width), min(box[3] * down, image.height))
         cropped = image.resize(bucket, Image.Resampling.LANCZOS, box=part)
@@ -262,7 +262,7 @@ def scale_and_crop(
 
 
 def fit(image: Image.Image, width: int, height: int) -> NDArray[np.uint8]:
-    """The picture scaled to cover width x height and cropped in the middle, shape (H, W, 3)."""
+    """The image scaled to cover width x height and cropped in the middle, shape (H, W, 3)."""
     scale = max(width / image.width, height / image.height)
     size = max(width, round(image.width * scale)), max(height, round(image.height * scale))
     left, top = (size[0] - width) // 2, (size[1] - height) // 2
@@ -270,6 +270,6 @@ def fit(image: Image.Image, width: int, height: int) -> NDArray[np.uint8]:
 
 
 def why_unread(error: object, key: str) -> str:
-    """What a picture that could not be read is set aside for: the error's own words, unless they are its name alone."""
+    """What an image that could not be read is set aside for: the error's own words, unless they are its name alone."""
     words = (error.strerror if isinstance(error, OSError) else None) or str(error)
     return "it is not there" if words in ("", key) else words

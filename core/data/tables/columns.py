@@ -14,7 +14,7 @@ CAPTIONS = ("caption", "text")
 """Columns of captions that are looked for where none is named."""
 WIDTHS, HEIGHTS = ("width",), ("height",)
 NAMES = ("file_name", "filename", "path", "key", "id")
-"""Columns that name the pictures beside a table, where none is named."""
+"""Columns that name the images beside a table, where none is named."""
 MAX_LISTED = 30
 """Columns that a message lists."""
 

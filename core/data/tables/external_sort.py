@@ -29,7 +29,7 @@ MERGE_ROWS = 1 << 18
 SMALLEST_BATCH = 256
 
 
-class Spool:
+class ExternalTable:
     """A table in the making: each buffer of each column is a file that grows.
 
     Args:
@@ -49,7 +49,7 @@ class Spool:
             column.append(array)
         self.num_rows += len(batch)
 
-    def extend(self, batches: Iterable[pa.RecordBatch]) -> Spool:
+    def extend(self, batches: Iterable[pa.RecordBatch]) -> ExternalTable:
         """Write all of `batches`."""
         for batch in batches:
             self.append(batch)
@@ -219,7 +219,7 @@ def sorted_table(batches: Iterable[pa.RecordBatch], by: Sequence[str], schema: p
 
 def merge_table(runs: Sequence[pa.Table], by: Sequence[str], schema: pa.Schema, folder: Path) -> pa.Table:
     """The rows of sorted tables as one in one order, mapped from files in `folder`."""
-    return Spool(schema, folder).extend(merged(runs, by, schema)).table()
+    return ExternalTable(schema, folder).extend(merged(runs, by, schema)).table()
 
 
 def joined(column: pa.ChunkedArray) -> pa.Array:

@@ -26,7 +26,7 @@ _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 
 @dataclass(frozen=True)
-class Located:
+class Location:
     """One file, here or elsewhere.
 
     Attributes:
@@ -58,10 +58,10 @@ class Located:
         skip = start - fetched.start
         return fetched.data[skip : skip + length]
 
-    def known(self) -> Located:
+    def known(self) -> Location:
         """The file with size and version. Raises FileNotFoundError, PermissionError."""
         entry = self.store.stat(self.key)
-        return Located(self.place, self.store, self.key, entry.size, entry.version)
+        return Location(self.place, self.store, self.key, entry.size, entry.version)
 
 
 @lru_cache(maxsize=64)
@@ -69,17 +69,17 @@ def _store(root: str) -> RemoteStore:
     return open_store(root)
 
 
-def at(place: str) -> Located:
+def at(place: str) -> Location:
     """The file at a path or URL; nothing is asked of it."""
     if not is_remote(place):
-        return Located(place, _store("/"), str(Path(place).expanduser().absolute()))
+        return Location(place, _store("/"), str(Path(place).expanduser().absolute()))
     scheme, _, rest = place.partition("://")
     host, _, key = rest.partition("/")
     store = _store(f"{scheme}://{host}")
-    return Located(f"{store.url.rstrip('/')}/{key.partition('?')[0]}", store, key)
+    return Location(f"{store.url.rstrip('/')}/{key.partition('?')[0]}", store, key)
 
 
-def locate(key: str, given: Sequence[str], suffixes: Sequence[str]) -> list[Located]:
+def locate(key: str, given: Sequence[str], suffixes: Sequence[str]) -> list[Location]:
     """The files that an entry's `key` names, those of one text in sorted order.
 
     Args:
@@ -93,10 +93,10 @@ def locate(key: str, given: Sequence[str], suffixes: Sequence[str]) -> list[Loca
     return [file for text in given for file in _locate(key, text, suffixes)]
 
 
-def _locate(key: str, text: str, suffixes: Sequence[str]) -> list[Located]:
-    places = list(_unbraced(key, text))
+def _locate(key: str, text: str, suffixes: Sequence[str]) -> list[Location]:
+    patterns = list(_unbraced(key, text))
     try:
-        found = [file for place in places for file in _matching(place, suffixes)]
+        found = [file for place in patterns for file in _matching(place, suffixes)]
         with ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
             found = list(pool.map(lambda file: file if file.version else file.known(), found))
     except FileNotFoundError as error:
@@ -128,7 +128,7 @@ def _unbraced(key: str, text: str) -> Iterator[str]:
         yield from _unbraced(key, text[: match.start()] + part + text[match.end() :])
 
 
-def _matching(place: str, suffixes: Sequence[str]) -> Iterator[Located]:
+def _matching(place: str, suffixes: Sequence[str]) -> Iterator[Location]:
     if is_remote(place):
         yield from _remote(place, suffixes)
     elif glob.has_magic(place) and not Path(place).exists():
@@ -139,14 +139,14 @@ def _matching(place: str, suffixes: Sequence[str]) -> Iterator[Located]:
         yield at(place)
 
 
-def _below(place: str, suffixes: Sequence[str]) -> Iterator[Located]:
+def _below(place: str, suffixes: Sequence[str]) -> Iterator[Location]:
     store = open_store(place)
     for entry in store.list():
         if entry.key.lower().endswith(tuple(suffixes)):
-            yield Located(f"{place.rstrip('/')}/{entry.key}", store, entry.key, entry.size, entry.version)
+            yield Location(f"{place.rstrip('/')}/{entry.key}", store, entry.key, entry.size, entry.version)
 
 
-def _remote(place: str, suffixes: Sequence[str]) -> Iterator[Located]:
+def _remote(place: str, suffixes: Sequence[str]) -> Iterator[Location]:
     file = at(place)
     path = file.key.partition("?")[0]
     if "?" not in file.key and glob.has_magic(path):
@@ -161,11 +161,11 @@ def _remote(place: str, suffixes: Sequence[str]) -> Iterator[Located]:
                 yield _entry(file.store, entry.key, entry.size, entry.version)
 
 
-def _entry(store: RemoteStore, key: str, size: int, version: str) -> Located:
-    return Located(f"{store.url.rstrip('/')}/{key}", store, key, size, version)
+def _entry(store: RemoteStore, key: str, size: int, version: str) -> Location:
+    return Location(f"{store.url.rstrip('/')}/{key}", store, key, size, version)
 
 
-def identity_of(files: Sequence[Located], *more: object) -> str:
+def identity_of(files: Sequence[Location], *more: object) -> str:
     """A text that changes when names, sizes or versions of files do, or anything else that is given; not with their
     folder.
     """

@@ -1,5 +1,5 @@
 # pyright: reportAttributeAccessIssue=false
-"""A table of captions and sizes beside picture files: of a folder or a bucket, a row for each picture."""
+"""A table of captions and sizes beside image files: of a folder or a bucket, a row for each image."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ SCHEMA = pa.schema(
 
 
 class MetadataTable:
-    """What ``metadata_file`` says of a dataset's pictures.
+    """What ``metadata_file`` says of a dataset's images.
 
     Args:
         settings: The dataset.
-        backend: Where its pictures are, and perhaps the table.
+        backend: Where its images are, and perhaps the table.
     """
 
     def __init__(self, settings: DatasetSettings, backend: DataBackend) -> None:
@@ -62,7 +62,7 @@ class MetadataTable:
 
     @property
     def num_unmatched(self) -> int:
-        """Rows that are of no picture, after all have been joined."""
+        """Rows that are of no image, after all have been joined."""
         return int((~self._matched).sum())
 
     @cached_property
@@ -75,14 +75,14 @@ class MetadataTable:
         return np.zeros(len(self._rows), np.bool_)
 
     def joined(self, listed: pa.RecordBatch) -> pa.RecordBatch:
-        """Some picture files with what the table says of each.
+        """Some image files with what the table says of each.
 
         Raises:
             BadValue: The table is not there, or lacks a column.
         """
-        places = self._places(listed["key"], joined(self._rows["name"]))
-        self._matched[pc.drop_null(places).to_numpy(zero_copy_only=False)] = True
-        found, settings = self._rows.take(places), self.settings
+        positions = self._positions(listed["key"], joined(self._rows["name"]))
+        self._matched[pc.drop_null(positions).to_numpy(zero_copy_only=False)] = True
+        found, settings = self._rows.take(positions), self.settings
         versions = pc.fill_null(joined(found["version"]), "")
         if settings.captions_in_table:
             listed = _with(listed, "texts", pc.fill_null(joined(found["texts"]), []))
@@ -96,8 +96,8 @@ class MetadataTable:
         return listed
 
     @staticmethod
-    def _places(keys: pa.Array, names: pa.Array) -> pa.Array:
-        """The row of each picture: by its whole name, else by its name without the suffix."""
+    def _positions(keys: pa.Array, names: pa.Array) -> pa.Array:
+        """The row of each image: by its whole name, else by its name without the suffix."""
         stems = pc.replace_substring_regex(keys, r"\.[^./]*$", "")
         return pc.coalesce(pc.index_in(keys, value_set=names), pc.index_in(stems, value_set=names))
 

@@ -17,7 +17,7 @@ References:
 import distill
 import torch
 from distill.core.diffusion.regression import truncated_snr
-from distill.core.diffusion.solvers import data_of_step, deterministic_sampler, step_to, trailing_walk
+from distill.core.diffusion.solvers import data_of_step, deterministic_sampler, step_to, trailing_timesteps
 from pydantic import Field
 
 
@@ -36,7 +36,7 @@ class Leap(distill.Method):
         guidance_scale: float = Field(5.0, ge=1, le=100)
         """Guidance scale of the teacher, uncond + g (cond - uncond), which the student has built in."""
 
-    _walk = None
+    _timestep_grid = None
 
     @classmethod
     def roles(cls, config, setup):
@@ -47,32 +47,32 @@ class Leap(distill.Method):
         return distill.Requirements(finite_snr=True)
 
     def updates(self, context, batch, step):
-        config, draws, x_0 = self.config, context.draws, batch.latents  # (B, C, h, w)
-        walk = self._on_device(context)
-        start = config.teacher_steps * draws.integers("leap", config.num_inference_steps)  # (B,)
-        t = walk.times[start]
-        x_t = context.schedule.add_noise(x_0, draws.randn("noise", x_0.shape[1:]).to(x_0.dtype), t)
+        config, rng, x_0 = self.config, context.rng, batch.latents  # (B, C, h, w)
+        timesteps = self._on_device(context)
+        start = config.teacher_steps * rng.integers("leap", config.num_inference_steps)  # (B,)
+        t = timesteps.times[start]
+        x_t = context.schedule.add_noise(x_0, rng.randn("noise", x_0.shape[1:]).to(x_0.dtype), t)
         with torch.no_grad():
-            target = self._target(context, walk, start, x_t, batch.cond)
+            target = self._target(context, timesteps, start, x_t, batch.cond)
         output = context.predict("student", x_t, t, batch.cond).x0
         weight = truncated_snr(context.schedule.log_snr(t)).to(output.dtype)
         losses = weight * (output - target).square().flatten(1).mean(1)
         yield distill.Update("student", losses.mean(), per_sample=losses.detach(), t=t)
 
-    def _target(self, context, walk, start, x_t, cond):
-        """x_0* of the teacher's steps from `x_t`, which lies at the point `start` (B,) of the walk."""
+    def _target(self, context, timesteps, start, x_t, cond):
+        """x_0* of the teacher's steps from `x_t`, which lies at the point `start` (B,) of the timestep grid."""
         scale = torch.full(start.shape, self.config.guidance_scale, device=start.device)
         x, point = x_t, start
         for _ in range(self.config.teacher_steps):
-            x = step_to(context.teacher_cfg(x, walk.times[point], cond, scale), walk.at(point + 1))
+            x = step_to(context.predict_guided(x, timesteps.times[point], cond, scale), timesteps.at(point + 1))
             point = point + 1
-        return data_of_step(x_t, x, start=walk.at(start), end=walk.at(point))
+        return data_of_step(x_t, x, start=timesteps.at(start), end=timesteps.at(point))
 
     def _on_device(self, context):
-        if self._walk is None:  # made once: anew it would be copied to the device at every step
+        if self._timestep_grid is None:  # made once: anew it would be copied to the device at every step
             steps = self.config.num_inference_steps * self.config.teacher_steps
-            self._walk = trailing_walk(context.schedule, steps).to(context.device)
-        return self._walk
+            self._timestep_grid = trailing_timesteps(context.schedule, steps).to(context.device)
+        return self._timestep_grid
 
     def sampler(self, schedule, *, num_inference_steps=None, guidance_scale=None):
         return deterministic_sampler(schedule, num_inference_steps or self.config.num_inference_steps, 0.0)

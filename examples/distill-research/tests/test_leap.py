@@ -12,7 +12,7 @@ class StraightContext:
     """A flow whose guided teacher always moves with the velocity 2; the student says `velocity`."""
 
     schedule, device = FlowSchedule(), "cpu"
-    draws = SimpleNamespace(
+    rng = SimpleNamespace(
         integers=lambda name, high: torch.arange(4) % high,
         randn=lambda name, shape: torch.ones(4, *shape),
     )
@@ -20,7 +20,7 @@ class StraightContext:
     def __init__(self, velocity):
         self.velocity = velocity
 
-    def teacher_cfg(self, x_t, t, cond, scale):
+    def predict_guided(self, x_t, t, cond, scale):
         return Prediction(torch.full_like(x_t, 2.0), x_t, t, self.schedule, "flow")
 
     def predict(self, role, x_t, t, cond):

@@ -1,1 +1,1 @@
-"""AuraFlow, and pictures from an SQLite database: a family and a data backend for distill."""
+"""AuraFlow, and images from an SQLite database: a family and a data backend for distill."""

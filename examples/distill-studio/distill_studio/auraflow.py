@@ -18,7 +18,7 @@ from pydantic import Field
 
 PIPELINE_TOKENS = 256
 EDGE = 32
-"""Pixels along an edge of the pictures of the random model; 16 latents."""
+"""Pixels along an edge of the images of the random model; 16 latents."""
 
 
 def check_configs(name, config):

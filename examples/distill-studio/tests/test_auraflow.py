@@ -24,7 +24,7 @@ def test_prompts_are_encoded_as_the_pipeline_does(family, folder):
     torch.testing.assert_close(family.encode_prompts(PROMPTS)["prompt_embeds"], embeds)
 
 
-def test_pictures_are_those_of_the_pipeline(family, folder):
+def test_images_are_those_of_the_pipeline(family, folder):
     """So that noise, times, guidance and the unconditional are right."""
     call = {"num_inference_steps": 3, "guidance_scale": 4.0, "width": EDGE, "height": EDGE}
     network, embeds = family.load_network(), family.encode_prompts(PROMPTS)
@@ -33,7 +33,7 @@ def test_pictures_are_those_of_the_pipeline(family, folder):
     pipeline = AuraFlowPipeline.from_pretrained(folder)
     theirs = pipeline(PROMPTS, latents=noise, output_type="pt", **call).images
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
-    assert theirs.std() > 0.05, "a picture, not a plain area"
+    assert theirs.std() > 0.05, "an image, not a plain area"
 
 
 def test_one_call_of_the_network_is_the_pipelines(family):

@@ -10,11 +10,11 @@ from distill_studio.sqlite_backend import SQLite
 
 @pytest.fixture
 def backend(tmp_path):
-    file = tmp_path / "pictures.sqlite"
+    file = tmp_path / "images.sqlite"
     with closing(sqlite3.connect(file)) as connection, connection:
-        connection.execute("CREATE TABLE pictures (name TEXT PRIMARY KEY, picture BLOB, caption TEXT)")
-        rows = [(f"{number:04d}.png", b"picture %d" % number, f"number {number}") for number in range(2500)]
-        connection.executemany("INSERT INTO pictures VALUES (?, ?, ?)", [*rows, ("none.png", None, None)])
+        connection.execute("CREATE TABLE images (name TEXT PRIMARY KEY, image BLOB, caption TEXT)")
+        rows = [(f"{number:04d}.png", b"image %d" % number, f"number {number}") for number in range(2500)]
+        connection.executemany("INSERT INTO images VALUES (?, ?, ?)", [*rows, ("none.png", None, None)])
     return SQLite(SQLite.Config(database=file))
 
 
@@ -22,8 +22,8 @@ def test_every_row_is_a_sample_that_can_be_opened(backend):
     chunks = list(backend.samples())
     assert [len(chunk) for chunk in chunks] == [1000, 1000, 501]
     assert (chunks[2].keys[499], chunks[2].captions[499]) == ("2499.png", ["number 2499"])
-    assert backend.open(chunks[2].places[499]).read() == b"picture 2499"
-    assert (chunks[2].problems[500], chunks[2].captions[500]) == ("it has no picture", [])
+    assert backend.open(chunks[2].positions[499]).read() == b"image 2499"
+    assert (chunks[2].problems[500], chunks[2].captions[500]) == ("it has no image", [])
 
 
 def test_a_listing_goes_on_behind_any_chunk(backend):
@@ -36,9 +36,9 @@ def test_a_row_that_is_not_there(backend):
         backend.open("2502")
 
 
-@pytest.mark.parametrize(("key", "value"), [("picture_column", "image"), ("table", "photos")])
+@pytest.mark.parametrize(("key", "value"), [("image_column", "image"), ("table", "photos")])
 def test_a_wrong_name_is_said_with_those_that_there_are(backend, key, value):
     wrong = SQLite(backend.config.model_copy(update={key: value}))
     with pytest.raises(BadValue, match=value) as raised:
-        wrong.check_samples(pictures=True, captions=True)
-    assert raised.value.remedy in ("it has name, picture, caption", "name one that is")
+        wrong.check_samples(images=True, captions=True)
+    assert raised.value.remedy in ("it has name, image, caption", "name one that is")

@@ -1,4 +1,4 @@
-"""Pictures inside a page: small JPEGs as data URIs."""
+"""Images inside a page: small JPEGs as data URIs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ QUALITY = 82
 
 @dataclass(frozen=True)
 class Embedded:
-    """A picture in a page.
+    """An image in a page.
 
     Attributes:
         uri: ``data:image/jpeg;base64,...``.
@@ -28,7 +28,7 @@ class Embedded:
 
 
 def embedded(file: Path, *, widest: int, highest: int) -> Embedded:
-    """The picture of a file, made smaller where it is larger than that.
+    """The image of a file, made smaller where it is larger than that.
 
     Args:
         file: PNG or JPEG.
@@ -38,12 +38,12 @@ def embedded(file: Path, *, widest: int, highest: int) -> Embedded:
     from PIL import Image
 
     with Image.open(file) as opened:
-        picture = opened.convert("RGB")
-    factor = min(1.0, widest / picture.width, highest / picture.height)
+        image = opened.convert("RGB")
+    factor = min(1.0, widest / image.width, highest / image.height)
     if factor < 1:
-        size = max(1, round(picture.width * factor)), max(1, round(picture.height * factor))
-        picture = picture.resize(size, Image.Resampling.LANCZOS)
+        size = max(1, round(image.width * factor)), max(1, round(image.height * factor))
+        image = image.resize(size, Image.Resampling.LANCZOS)
     stream = io.BytesIO()
-    picture.save(stream, format="JPEG", quality=QUALITY, optimize=True)
+    image.save(stream, format="JPEG", quality=QUALITY, optimize=True)
     text = base64.b64encode(stream.getvalue()).decode("ascii")
-    return Embedded(f"data:image/jpeg;base64,{text}", picture.width, picture.height, factor < 1)
+    return Embedded(f"data:image/jpeg;base64,{text}", image.width, image.height, factor < 1)

@@ -1,6 +1,6 @@
 """The distillation cache: what the teacher makes of captions, from noise that is a pure function of seed and caption.
 
-An entry is one path of the teacher's sampler, (points of the path, where it ended), for a caption, a size and a number
+An entry is one trajectory of the teacher's sampler, (points of the trajectory, where it ended), for a caption, a size and a number
 that tells noises apart. Its key says these three and the seed; everything else that it depends on stands in the cache's
 descriptor. Work is cut into shards as that of the other caches is: a killed build goes on with the same bits.
 """
@@ -18,16 +18,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...diffusion.guidance import guides
-from ...diffusion.solvers import Walk, trailing_walk
-from ...plugin_api.batch import Pairs
+from ...diffusion.solvers import TimestepGrid, trailing_timesteps
+from ...plugin_api.batch import Trajectories
 from ...plugin_api.family import MicroConditioning
 from ...utils.seeds import derive_seed
 from ..dataset import Dataset
 from ..hashing import Int64s, UInt64s, combine
 from ..progress import Progress
 from .encode import as_void, chunked, per_call
+from .teacher_trajectory import TeacherAlone, follow
 from .tensor_cache import TensorCache
-from .trajectories import TeacherAlone, follow
 
 if TYPE_CHECKING:
     from ...plugin_api.batch import Conditioning
@@ -35,34 +35,34 @@ if TYPE_CHECKING:
     from ...settings.dataset_settings import DatasetSettings
 
 FORMAT = 1
-PATH, DATA = "path", "data"
+POINTS, DATA = "points", "data"
 
 
-def pair_descriptor(family: ModelFamily, settings: DatasetSettings) -> dict[str, Any]:
-    """What all paths of a cache depend on."""
-    walk, kept = walk_of(family, settings)
+def trajectory_descriptor(family: ModelFamily, settings: DatasetSettings) -> dict[str, Any]:
+    """What all trajectories of a cache depend on."""
+    timesteps, kept = timesteps_of(family, settings)
     return {
-        "kind": "pairs", "format": FORMAT, "family": family.name, "denoiser": family.fingerprint("denoiser"),
-        "text": family.fingerprint("text"), "solver": settings.solver, "steps": len(walk),
+        "kind": "trajectories", "format": FORMAT, "family": family.name, "denoiser": family.fingerprint("denoiser"),
+        "text": family.fingerprint("text"), "solver": settings.solver, "steps": len(timesteps),
         "guidance": settings.guidance_scale, "points": kept, "dtype": "float32",
     }  # fmt: skip
 
 
-def walk_of(family: ModelFamily, settings: DatasetSettings) -> tuple[Walk, list[int]]:
+def timesteps_of(family: ModelFamily, settings: DatasetSettings) -> tuple[TimestepGrid, list[int]]:
     """The steps of a distillation cache's sampler, and the numbers of the points that are kept."""
     steps, points = settings.num_inference_steps, settings.trajectory_points
     assert steps is not None, "filled in with the configuration"
     assert points is not None, "filled in with the configuration"
-    return trailing_walk(family.schedule, steps), list(range(0, steps, steps // points))
+    return trailing_timesteps(family.schedule, steps), list(range(0, steps, steps // points))
 
 
-def plain_picture(width: int, height: int, count: int) -> MicroConditioning:
-    """A picture of this size as a sampler asks for it: not scaled, not cropped."""
+def uncropped_image(width: int, height: int, count: int) -> MicroConditioning:
+    """An image of this size as a sampler asks for it: not scaled, not cropped."""
     return MicroConditioning([(height, width)] * count, [(0, 0)] * count, [(height, width)] * count)
 
 
 def noise(key: NDArray[np.uint64], shape: Sequence[int]) -> Tensor:
-    """What the path of an entry begins at: a CPU generator's, seeded by the entry's key alone."""
+    """What the trajectory of an entry begins at: a CPU generator's, seeded by the entry's key alone."""
     return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(noise_seed(key)))
 
 
@@ -72,36 +72,36 @@ def noise_seed(key: NDArray[np.uint64]) -> int:
 
 
 @dataclass(frozen=True)
-class CachedPairs:
-    """The paths of a dataset's captions.
+class CachedTrajectories:
+    """The trajectories of a dataset's captions.
 
     Attributes:
         cache: Where they are.
-        places: Where each caption's are in it, for each noise; shape (K, m), m as in ``dataset.index.caption_digests``.
-        times: Of the points of a path, falling, shape (P,).
+        positions: Where each caption's are in it, for each noise; shape (K, m), m as in ``dataset.index.caption_digests``.
+        times: Of the points of a trajectory, falling, shape (P,).
     """
 
     cache: TensorCache
-    places: Int64s
+    positions: Int64s
     times: Tensor
 
-    def read(self, numbers: Int64s, captions: Int64s, cond: Conditioning) -> Pairs:
-        """Path `numbers` (B,) of captions (B,), which were made with `cond`."""
-        found = self.cache.read(self.places[numbers, captions])
-        return Pairs(path=found[PATH].float(), times=self.times, data=found[DATA].float(), cond=cond)
+    def read(self, numbers: Int64s, captions: Int64s, cond: Conditioning) -> Trajectories:
+        """Trajectory `numbers` (B,) of captions (B,), which were made with `cond`."""
+        found = self.cache.read(self.positions[numbers, captions])
+        return Trajectories(points=found[POINTS].float(), times=self.times, data=found[DATA].float(), cond=cond)
 
 
 @dataclass(frozen=True)
-class PairJob:
-    """One shard's worth of paths of one size."""
+class TrajectoryJob:
+    """One shard's worth of trajectories of one size."""
 
     bucket: int
     captions: Int64s
     keys: UInt64s
 
 
-class WantedPairs:
-    """The paths that a dataset's captions should have.
+class WantedTrajectories:
+    """The trajectories that a dataset's captions should have.
 
     Args:
         dataset: Whose captions, of the samples in use, in the size of their bucket.
@@ -114,12 +114,12 @@ class WantedPairs:
         counts = np.diff(offsets)[dataset.rows]
         first = np.repeat(offsets[dataset.rows] - np.cumsum(counts) + counts, counts)
         self.captions: Int64s = first + np.arange(int(counts.sum()))
-        """Places of the captions in use; shape (n,)."""
+        """Positions of the captions in use; shape (n,)."""
         self.buckets: Int64s = np.repeat(np.repeat(np.arange(len(dataset.shapes)), np.diff(dataset.starts)), counts)
 
     @cached_property
     def keys(self) -> UInt64s:
-        """Of every path, shape (K, n, 2)."""
+        """Of every trajectory, shape (K, n, 2)."""
         digests, settings = self.dataset.index.caption_digests[self.captions], self.settings
         sizes = np.array(self.dataset.shapes, np.int64)[self.buckets]
         count = len(digests)
@@ -131,15 +131,15 @@ class WantedPairs:
         """Where they are in the cache, -1 where they are not; shape (K, n)."""
         return cache.locate(self.keys.reshape(-1, 2)).reshape(self.keys.shape[:2])
 
-    def cached(self, cache: TensorCache, family: ModelFamily) -> CachedPairs:
+    def cached(self, cache: TensorCache, family: ModelFamily) -> CachedTrajectories:
         """For the loader; all must be there."""
-        places = np.full((self.settings.num_pairs_per_prompt, len(self.dataset.index.caption_digests)), -1)
-        places[:, self.captions] = self.locate(cache)
-        walk, kept = walk_of(family, self.settings)
-        return CachedPairs(cache, places, walk.times[kept])
+        positions = np.full((self.settings.num_pairs_per_prompt, len(self.dataset.index.caption_digests)), -1)
+        positions[:, self.captions] = self.locate(cache)
+        timesteps, kept = timesteps_of(family, self.settings)
+        return CachedTrajectories(cache, positions, timesteps.times[kept])
 
-    def missing(self, cache: TensorCache) -> list[PairJob]:
-        """Shards to make: the first path of every caption and size, then the second, ..."""
+    def missing(self, cache: TensorCache) -> list[TrajectoryJob]:
+        """Shards to make: the first trajectory of every caption and size, then the second, ..."""
         absent = self.locate(cache) < 0
         _, once = np.unique(as_void(self.keys[0]), return_index=True)
         chosen = np.zeros(len(self.captions), np.bool_)
@@ -149,41 +149,43 @@ class WantedPairs:
             for bucket in range(len(self.dataset.shapes)):
                 todo = np.flatnonzero(absent[number] & chosen & (self.buckets == bucket))
                 jobs += [
-                    PairJob(bucket, self.captions[part], keys[part])
+                    TrajectoryJob(bucket, self.captions[part], keys[part])
                     for part in chunked(todo, self.settings.write_batch_size)
                 ]
         return jobs
 
     @property
-    def num_pairs(self) -> int:
-        """Different paths in all."""
+    def num_trajectories(self) -> int:
+        """Different trajectories in all."""
         return len(np.unique(as_void(self.keys[0]))) * len(self.keys)
 
 
-class PairMaker:
-    """Makes paths with the teacher, which is loaded for the first and freed by :meth:`release`.
+class TrajectoryMaker:
+    """Makes trajectories with the teacher, which is loaded for the first and freed by :meth:`release`.
 
     Args:
         family: Whose teacher.
-        progress: Told of every path.
+        progress: Told of every trajectory.
     """
 
     def __init__(self, family: ModelFamily, *, progress: Progress) -> None:
         self.family, self._progress = family, progress
         self._teacher = TeacherAlone(family)
 
-    def run(self, wanted: WantedPairs, jobs: Sequence[PairJob], cache: TensorCache, texts: TensorCache) -> None:
-        """Make the paths of `jobs` and add them to the cache.
+    def run(
+        self, wanted: WantedTrajectories, jobs: Sequence[TrajectoryJob], cache: TensorCache, texts: TensorCache
+    ) -> None:
+        """Make the trajectories of `jobs` and add them to the cache.
 
         Args:
             wanted: What the jobs are of.
             jobs: A part of what is missing.
-            cache: Where paths go.
+            cache: Where trajectories go.
             texts: Where the captions' embeddings are.
         """
         dataset, settings = wanted.dataset, wanted.settings
         total = sum(len(job.keys) for job in jobs)
-        with self._progress(f"making pairs of {settings.id!r}", total) as advance, torch.no_grad():
+        with self._progress(f"making trajectories of {settings.id!r}", total) as advance, torch.no_grad():
             for job in jobs:
                 width, height = dataset.shapes[job.bucket]
                 made = []
@@ -191,7 +193,7 @@ class PairMaker:
                     embeds = texts.read(texts.locate(dataset.index.caption_digests[job.captions[part]]))
                     made.append(self._make(settings, job.keys[part], embeds, width, height))
                     advance(len(part))
-                tensors = {name: torch.cat([each[name] for each in made]) for name in (PATH, DATA)}
+                tensors = {name: torch.cat([each[name] for each in made]) for name in (POINTS, DATA)}
                 cache.write(job.keys, tensors)
 
     def _make(
@@ -200,12 +202,12 @@ class PairMaker:
         family, device = self.family, self.family.settings.device
         shape = (family.latent_channels, height // family.scale_factor, width // family.scale_factor)
         start = torch.stack([noise(key, shape) for key in keys]).to(device)
-        cond = family.condition(embeds, plain_picture(width, height, len(keys)))
+        cond = family.condition(embeds, uncropped_image(width, height, len(keys)))
         cond = {name: value.to(device) for name, value in cond.items()}
-        walk, kept = walk_of(family, settings)
+        timesteps, kept = timesteps_of(family, settings)
         predict = self._teacher.guided(cond, settings.guidance_scale or 0.0)
-        path = follow(predict, start, walk.to(device), solver=settings.solver, keep=kept)
-        return {PATH: path.points.float().cpu(), DATA: path.data.float().cpu()}
+        path = follow(predict, start, timesteps.to(device), solver=settings.solver, keep=kept)
+        return {POINTS: path.points.float().cpu(), DATA: path.data.float().cpu()}
 
     def release(self) -> None:
         """Free the teacher."""
@@ -213,10 +215,10 @@ class PairMaker:
 
 
 def cost(settings: DatasetSettings, missing: int, total: int) -> str:
-    """What making `missing` of `total` paths takes."""
+    """What making `missing` of `total` trajectories takes."""
     guidance, steps = settings.guidance_scale or 0.0, settings.num_inference_steps or 0
     calls = missing * steps * (2 if guides(guidance) else 1)
     return (
-        f"pairs of {settings.id!r}: {missing:,} of {total:,} are made: {steps} steps of the teacher at guidance "
+        f"trajectories of {settings.id!r}: {missing:,} of {total:,} are made: {steps} steps of the teacher at guidance "
         f"{guidance:g}, {calls:,} predictions; what is made is kept if this is stopped"
     )

@@ -1,4 +1,4 @@
-"""Pictures by the plain diffusers pipeline around a network."""
+"""Images by the plain diffusers pipeline around a network."""
 
 from __future__ import annotations
 

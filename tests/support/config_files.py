@@ -23,7 +23,7 @@ class Pair:
 
     def __post_init__(self) -> None:
         (self.folder / "model").mkdir(exist_ok=True)
-        (self.folder / "pictures").mkdir(exist_ok=True)
+        (self.folder / "images").mkdir(exist_ok=True)
         self.config = {
             "model_type": "lora",
             "model_family": "sdxl",
@@ -36,7 +36,7 @@ class Pair:
             **self.config,
         }
         if self.data is None:
-            self.data = [{"id": "pets", "type": "local", "instance_data_dir": "pictures"}]
+            self.data = [{"id": "pets", "type": "local", "instance_data_dir": "images"}]
 
     @property
     def config_file(self) -> Path:

@@ -1,4 +1,4 @@
-"""That a family's `predict` is its pipeline's: the same picture from the same noise, step by step and by `generate`."""
+"""That a family's `predict` is its pipeline's: the same image from the same noise, step by step and by `generate`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..diffusion.solvers import deterministic_sampler, step_to, trailing_walk
+from ..diffusion.solvers import deterministic_sampler, step_to, trailing_timesteps
 from ..engine.networks import Networks
 from ..plugin_api.batch import Conditioning
 from ..plugin_api.context import Context, Runtime
@@ -26,8 +26,8 @@ TOLERANCE = 1e-4
 """Of pixels in [0, 1], between two ways through float32."""
 
 
-def walk_is_generate(model: Model, guidance: float) -> None:
-    """Two deterministic steps with the family's own prediction make the picture that the pipeline makes."""
+def loop_is_generate(model: Model, guidance: float) -> None:
+    """Two deterministic steps with the family's own prediction make the image that the pipeline makes."""
     family = model.family
     if guidance == UNGUIDED and family.guided_by_input:
         raise NotApplicable("its network takes the guidance as an input, and is never without")
@@ -35,7 +35,7 @@ def walk_is_generate(model: Model, guidance: float) -> None:
     noise = torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in SEEDS])
     networks = Networks(family, [Role("teacher")], lora=None, seed=0)
     sampler = deterministic_sampler(family.schedule, NUM_STEPS, guidance)
-    making = failing("generate()", "it makes pictures (B, 3, H, W) in [0, 1]")
+    making = failing("generate()", "it makes images (B, 3, H, W) in [0, 1]")
     with networks.use("teacher") as network, _inputs(network) as seen, torch.no_grad(), making:
         theirs = family.generate(
             network, model.embeds, sampler=sampler, seeds=SEEDS, width=model.edge, height=model.edge
@@ -43,11 +43,11 @@ def walk_is_generate(model: Model, guidance: float) -> None:
     if not any(_same_numbers(each, noise) for each in seen):
         raise NotApplicable(
             "generate() draws its noise otherwise than torch.randn((1, C, h, w), generator=...) for each seed, so that "
-            "its pictures cannot be compared with steps along predict()"
+            "its images cannot be compared with steps along predict()"
         )
     context = Context(Runtime(family, networks, seed=0, device=torch.device("cpu")))
     with failing("predict()", "it takes x_t (B, C, h, w), time (B,) and what condition() returned"), torch.no_grad():
-        ours = family.decode_latents(_walk(context, noise, model.conditioned, guidance))
+        ours = family.decode_latents(_sampling_loop(context, noise, model.conditioned, guidance))
     distance = float((ours - theirs).abs().max())
     how = "without guidance" if guidance == UNGUIDED else f"with guidance {guidance:g}"
     remedy = (
@@ -57,16 +57,16 @@ def walk_is_generate(model: Model, guidance: float) -> None:
         else "the pipeline must guide by uncond + g (cond - uncond), with the unconditional of uncond(): switch off "
         "what it does besides (in guidance_call() of DiffusersFamily)"
     )
-    expect(distance <= TOLERANCE, f"{NUM_STEPS} steps along predict() {how} end {distance:.2g} away from the picture "
+    expect(distance <= TOLERANCE, f"{NUM_STEPS} steps along predict() {how} end {distance:.2g} away from the image "
            "of generate() from the same noise (pixels in [0, 1])", remedy)  # fmt: skip
 
 
-def _walk(context: Context, x: Tensor, cond: Conditioning, guidance: float) -> Tensor:
-    walk, size = trailing_walk(context.schedule, NUM_STEPS), len(x)
+def _sampling_loop(context: Context, x: Tensor, cond: Conditioning, guidance: float) -> Tensor:
+    timesteps, size = trailing_timesteps(context.schedule, NUM_STEPS), len(x)
     scale = torch.full((size,), guidance, dtype=torch.float64)
     for step in range(NUM_STEPS):
-        t = walk.times[step].expand(size)
-        x = step_to(context.teacher_cfg(x, t, cond, scale), walk.at(torch.full((size,), step + 1))).float()
+        t = timesteps.times[step].expand(size)
+        x = step_to(context.predict_guided(x, t, cond, scale), timesteps.at(torch.full((size,), step + 1))).float()
     return x
 
 

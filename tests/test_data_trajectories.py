@@ -8,20 +8,26 @@ import numpy as np
 import pytest
 import torch
 from distill.core.cli import app
-from distill.core.data.cache.cache_paths import CachePlaces
-from distill.core.data.cache.encode import Share
-from distill.core.data.cache.pairs import PairMaker, WantedPairs, noise, noise_seed, pair_descriptor
+from distill.core.data.cache.cache_paths import CachePaths
+from distill.core.data.cache.encode import WorkerShard
 from distill.core.data.cache.tensor_cache import TensorCache, cache_folders
-from distill.core.diffusion.solvers import deterministic_sampler, trailing_walk
+from distill.core.data.cache.trajectory_cache import (
+    TrajectoryMaker,
+    WantedTrajectories,
+    noise,
+    noise_seed,
+    trajectory_descriptor,
+)
+from distill.core.diffusion.solvers import deterministic_sampler, trailing_timesteps
 from distill.core.evaluation.plan import fast_solver
 from distill.core.plugin_api.family import ModelSettings
 from distill.core.settings.dataset_settings import DatasetSettings
 from distill.core.testing.paths import TABLE
 from distill.model_families.sdxl import SDXL
+from support.config_files import PLUGIN, distill, said
 from support.data_helpers import entry, fill, prompts, take
-from support.pairs import PLUGIN, distill, said
-from support.paths import PathFamily, cache_entry, pair_pipeline
 from support.small_run import execute, losses, write_run
+from support.trajectory_cache import PathFamily, cache_entry, pair_pipeline
 from test_data_prompts import lines_file
 from typer.testing import CliRunner
 
@@ -29,7 +35,7 @@ from typer.testing import CliRunner
 def entries(root: Path) -> dict[bytes, dict[str, torch.Tensor]]:
     """Everything that the caches of pairs under `root` hold, by key."""
     found = {}
-    for folder, descriptor in cache_folders(root / "cache" / "pairs" / "pairs"):
+    for folder, descriptor in cache_folders(root / "cache" / "trajectories" / "pairs"):
         cache = TensorCache(folder.parent, descriptor, label="", say=print)
         cache.load(thorough=True)
         keys = cache.keys()
@@ -57,10 +63,10 @@ def build(root, family=None, datasets=None, pipeline=None, **settings):
 
 def walked(family, batch, row, scale, num_steps):
     """DDIM written out for one sample, guidance included: where the teacher ends, from its noise."""
-    x, walk = batch.pairs.noise[row : row + 1], trailing_walk(TABLE, num_steps)
-    cond = {name: value[row : row + 1] for name, value in batch.pairs.cond.items()}
-    bar = [float(TABLE.alpha(t)) ** 2 for t in walk.times] + [1.0]
-    for number, t in enumerate(walk.times):
+    x, timesteps = batch.trajectories.noise[row : row + 1], trailing_timesteps(TABLE, num_steps)
+    cond = {name: value[row : row + 1] for name, value in batch.trajectories.cond.items()}
+    bar = [float(TABLE.alpha(t)) ** 2 for t in timesteps.times] + [1.0]
+    for number, t in enumerate(timesteps.times):
         with_, without = (family.predict(None, x, t[None], each) for each in (cond, family.uncond(cond)))
         eps = without + scale * (with_ - without)
         x_0 = (x - (1 - bar[number]) ** 0.5 * eps) / bar[number] ** 0.5
@@ -74,17 +80,17 @@ def test_a_batch_has_the_teachers_path_for_each_of_its_captions(tmp_path):
     data, _ = pair_pipeline(captions, entry=cache_entry(trajectory_points=2), root=tmp_path, family=family)
     seen = {}
     for (batch,) in take(data, 5):
-        pairs = batch.pairs
+        pairs = batch.trajectories
         assert batch.latents is None
         assert pairs.times.tolist() == [999, 499]
-        assert pairs.path.shape == (2, 2, 3, 4, 4)
+        assert pairs.points.shape == (2, 2, 3, 4, 4)
         assert pairs.cond["time_ids"].tolist() == [[32, 32, 0, 0, 32, 32]] * 2
         assert not batch.cond["pooled"].any(), "the caption is dropped for the method"
         assert torch.equal(pairs.cond["pooled"], PathFamily().encode_prompts(list(batch.captions))["pooled"])
         for row, caption in enumerate(batch.captions):
             torch.testing.assert_close(pairs.data[row], walked(family, batch, row, 3.0, 10), rtol=0, atol=1e-4)
             seen[caption] = pairs.noise[row]
-        moved = batch.to("cpu").pairs
+        moved = batch.to("cpu").trajectories
         assert torch.equal(moved.path, pairs.path)
         assert moved.cond.keys() == pairs.cond.keys()
     assert len(seen) == 10
@@ -94,31 +100,33 @@ def test_a_batch_has_the_teachers_path_for_each_of_its_captions(tmp_path):
     assert abs(float(every.std()) - 1) < 0.15
 
 
-def test_pictures_have_pairs_of_their_buckets_size_beside_them(tmp_path):
-    pictures = entry(fill(tmp_path / "a", [(32, 32), (64, 32), (32, 32), (64, 32)]))
-    data, _ = pair_pipeline(pictures, entry=cache_entry(), root=tmp_path, family=PathFamily(), pictures=True)
+def test_images_have_pairs_of_their_buckets_size_beside_them(tmp_path):
+    images = entry(fill(tmp_path / "a", [(32, 32), (64, 32), (32, 32), (64, 32)]))
+    data, _ = pair_pipeline(images, entry=cache_entry(), root=tmp_path, family=PathFamily(), images=True)
     sizes = set()
     for (batch,) in take(data, 4):
         height, width = batch.latents.shape[-2:]
-        assert batch.pairs.data.shape == batch.latents.shape
-        assert batch.pairs.cond["time_ids"].tolist() == [[8 * height, 8 * width, 0, 0, 8 * height, 8 * width]] * 2
+        assert batch.trajectories.data.shape == batch.latents.shape
+        assert (
+            batch.trajectories.cond["time_ids"].tolist() == [[8 * height, 8 * width, 0, 0, 8 * height, 8 * width]] * 2
+        )
         sizes.add((height, width))
     assert len(sizes) == 2
 
 
 def test_several_noises_of_a_caption_are_drawn_from(tmp_path):
     family, report, _ = build(tmp_path, num_pairs_per_prompt=3)
-    assert report.pairs_made == 30
+    assert report.trajectories_made == 30
     one = prompts("p", prompts_file=lines_file(tmp_path))
     data, _ = pair_pipeline(one, entry=cache_entry(num_pairs_per_prompt=3), root=tmp_path, family=family)
     found: dict[str, set[float]] = {}
     for (batch,) in take(data, 50):
-        for caption, path in zip(batch.captions, batch.pairs.noise, strict=True):
+        for caption, path in zip(batch.captions, batch.trajectories.noise, strict=True):
             found.setdefault(caption, set()).add(float(path[0, 0, 0]))
     assert {len(noises) for noises in found.values()} == {3}
     again, first = take(data, 3, start=20), take(data, 23)[20:]
     for (ours,), (theirs,) in zip(again, first, strict=True):
-        assert torch.equal(ours.pairs.path, theirs.pairs.path)
+        assert torch.equal(ours.trajectories.path, theirs.trajectories.path)
 
 
 # -- when it is made ---------------------------------------------------------------------------------------------------
@@ -126,11 +134,11 @@ def test_several_noises_of_a_caption_are_drawn_from(tmp_path):
 
 def test_it_is_made_once_and_says_what_it_costs(tmp_path):
     family, report, lines = build(tmp_path)
-    assert (report.pairs_made, family.loads, family.predicted) == (10, 1, 10 * 10 * 2)
+    assert (report.trajectories_made, family.loads, family.predicted) == (10, 1, 10 * 10 * 2)
     assert any("10 of 10 are made: 10 steps of the teacher at guidance 3, 200 predictions" in line for line in lines)
     assert any(line.endswith("10 captions encoded, 10 pairs made") for line in lines)
     again, report, lines = build(tmp_path)
-    assert (report.pairs_made, again.loads, again.calls) == (0, 0, 0)
+    assert (report.trajectories_made, again.loads, again.calls) == (0, 0, 0)
     assert any(line.endswith("everything was cached") for line in lines)
     unguided, _, _ = build(tmp_path, guidance_scale=1.0)
     assert unguided.predicted == 10 * 10
@@ -141,10 +149,10 @@ def test_a_run_that_needs_no_pairs_makes_none(tmp_path):
     data, _ = pair_pipeline(
         prompts("p", prompts_file=lines_file(tmp_path)), entry=cache_entry(), root=tmp_path, family=family
     )
-    data._pairs = False
-    assert data.prepare().pairs_made == family.loads == 0
+    data._trajectories = False
+    assert data.prepare().trajectories_made == family.loads == 0
     ((batch,),) = take(data, 1)
-    assert batch.pairs is None
+    assert batch.trajectories is None
 
 
 @pytest.mark.parametrize(
@@ -161,7 +169,7 @@ def test_a_run_that_needs_no_pairs_makes_none(tmp_path):
 def test_what_it_depends_on_makes_it_anew_and_is_said(tmp_path, settings, prints, why):
     build(tmp_path)
     _, report, lines = build(tmp_path, PathFamily(**prints), **settings)
-    assert report.pairs_made == 10
+    assert report.trajectories_made == 10
     assert any(f"pairs of 'pairs': {why}, so they are made anew" in line for line in lines), lines
 
 
@@ -169,12 +177,12 @@ def test_more_noises_or_captions_add_to_what_is_there(tmp_path):
     build(tmp_path)
     first = entries(tmp_path)
     _, report, _ = build(tmp_path, num_pairs_per_prompt=2)
-    assert report.pairs_made == 10
+    assert report.trajectories_made == 10
     both = [prompts("p", prompts_file=lines_file(tmp_path)), prompts("q", prompts_file=lines_file(tmp_path / "q", 12))]
     _, report, _ = build(tmp_path, datasets=both, num_pairs_per_prompt=2)
-    assert report.pairs_made == 4, "two captions that are new; the others are shared"
+    assert report.trajectories_made == 4, "two captions that are new; the others are shared"
     _, report, _ = build(tmp_path, noise_seed=1)
-    assert report.pairs_made == 10, "other noises"
+    assert report.trajectories_made == 10, "other noises"
     now = entries(tmp_path)
     assert len(now) == 34
     assert same(first, {key: now[key] for key in first})
@@ -187,7 +195,7 @@ def test_killed_in_the_middle_it_goes_on_bit_for_bit(tmp_path):
         build(tmp_path / "cut", PathFamily(stop_after=25), **small)
     assert len(entries(tmp_path / "cut")) == 6, "two whole shards of three, ten calls each"
     _, report, _ = build(tmp_path / "cut", **small)
-    assert report.pairs_made == 14
+    assert report.trajectories_made == 14
     assert same(entries(tmp_path / "cut"), entries(tmp_path / "whole"))
 
 
@@ -197,13 +205,13 @@ def test_processes_that_share_the_work_make_what_one_makes(tmp_path):
     data, _ = pair_pipeline(one, entry=cache_entry(**small), root=tmp_path, family=PathFamily())
     data.prepare()
     (source,) = data._loader.datasets
-    wanted, made = WantedPairs(source.dataset, cache_entry(**small)), []
+    wanted, made = WantedTrajectories(source.dataset, cache_entry(**small)), []
     for rank in range(2):
         family = PathFamily()
-        descriptor = pair_descriptor(family, wanted.settings)
-        cache = TensorCache(tmp_path / "shared" / "cache" / "pairs" / "pairs", descriptor, label="", say=print)
+        descriptor = trajectory_descriptor(family, wanted.settings)
+        cache = TensorCache(tmp_path / "shared" / "cache" / "trajectories" / "pairs", descriptor, label="", say=print)
         jobs = wanted.missing(cache)  # each sees what was there before any began
-        PairMaker(family, progress=quiet).run(wanted, Share(rank, 2).of(jobs), cache, source.texts)
+        TrajectoryMaker(family, progress=quiet).run(wanted, WorkerShard(rank, 2).of(jobs), cache, source.texts)
         made.append(family.predicted // 20)  # ten steps, twice with guidance
     assert made == [12, 8], "every second shard of 3, 3, 3 and 1, for two noises"
     assert same(entries(tmp_path / "shared"), entries(tmp_path))
@@ -217,13 +225,13 @@ def quiet(title, total):
 def test_a_damaged_file_is_dropped_and_made_again(tmp_path):
     build(tmp_path, write_batch_size=5)
     before = entries(tmp_path)
-    shard = next((tmp_path / "cache" / "pairs").rglob("*.safetensors"))
+    shard = next((tmp_path / "cache" / "trajectories").rglob("*.safetensors"))
     content = bytearray(shard.read_bytes())
     content[-9] ^= 1
     shard.write_bytes(content)
     _, report, lines = build(tmp_path, write_batch_size=5)
     assert report.damaged_shards == 1
-    assert report.pairs_made == 5
+    assert report.trajectories_made == 5
     assert any(shard.name in line for line in lines)
     assert same(entries(tmp_path), before)
 
@@ -264,14 +272,14 @@ def add_pairs(root: Path, *more: dict, **settings) -> None:
 
 
 @pytest.mark.parametrize("solver", ["ddim", "dpm++"])
-def test_paths_end_in_the_pictures_of_the_plain_pipeline(tmp_path, solver):
+def test_paths_end_in_the_images_of_the_plain_pipeline(tmp_path, solver):
     config = write_run(tmp_path, **KD)
     add_pairs(tmp_path, solver=solver)
     built = CliRunner().invoke(app, ["cache", "build", "--config", str(config)], catch_exceptions=False)
     assert built.exit_code == 0, built.output
     assert "13 pairs made" in built.output
     family = SDXL(SDXL.Config(), ModelSettings(str(tmp_path / "model")))
-    ((folder, descriptor),) = cache_folders(tmp_path / "out" / "cache" / "pairs" / "pairs")
+    ((folder, descriptor),) = cache_folders(tmp_path / "out" / "cache" / "trajectories" / "pairs")
     cache = TensorCache(folder.parent, descriptor, label="", say=print)
     cache.load()
     from distill.core.config.load import load_configuration
@@ -281,17 +289,17 @@ def test_paths_end_in_the_pictures_of_the_plain_pipeline(tmp_path, solver):
     registry = Registry.load(installed=False)
     data = DataPipeline(
         load_configuration(registry, config_file=config), registry, family, micro_batch_size=3, accumulation=1, seed=1,
-        cache_root=tmp_path / "out" / "cache", say=print, pictures=False, pairs=True,
+        cache_root=tmp_path / "out" / "cache", say=print, images=False, trajectories=True,
     )  # fmt: skip
     ((batch,),) = take(data, 1)
     keys = cache.keys()
     made = [(noise(key, (4, 16, 16)), noise_seed(key)) for key in keys]
-    seeds = [seed for each in batch.pairs.noise for start, seed in made if torch.equal(start, each)]
+    seeds = [seed for each in batch.trajectories.noise for start, seed in made if torch.equal(start, each)]
     samplers = {"ddim": deterministic_sampler(family.schedule, 4, 2.0), "dpm++": fast_solver(family, 4, 2.0).sampler}
     asked = {"sampler": samplers[solver], "seeds": seeds, "width": 32, "height": 32}
     embeds = family.encode_prompts(list(batch.captions))
-    pictures = family.generate(family.load_network(), embeds, **asked)
-    torch.testing.assert_close(family.decode_latents(batch.pairs.data), pictures, rtol=0, atol=2e-4)
+    images = family.generate(family.load_network(), embeds, **asked)
+    torch.testing.assert_close(family.decode_latents(batch.trajectories.data), images, rtol=0, atol=2e-4)
 
 
 def test_verify_and_clear_know_it(tmp_path):
@@ -330,7 +338,7 @@ def test_a_run_makes_what_it_lacks_and_resumes_bit_for_bit(tmp_path):
 
 
 def test_regression_is_a_term_beside_distribution_matching(tmp_path):
-    """The first DMD: a matching gradient, and pairs of the teacher that hold the student to its own pictures."""
+    """The first DMD: a matching gradient, and pairs of the teacher that hold the student to its own images."""
     matching = {"num_inference_steps": 2, "fake_updates_per_student_update": 1, "guidance_scale": 2.0}
     terms = [
         {"method": "dmd2", "config": matching},
@@ -365,7 +373,7 @@ def test_two_processes_share_the_work_and_train_as_one(tmp_path):
     assert done.returncode == 0, done.stderr[-4000:]
     for (_, ours, _), (_, theirs, _) in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
-    manifests = list((tmp_path / "two" / "cache" / "pairs").rglob("*.jsonl"))
+    manifests = list((tmp_path / "two" / "cache" / "trajectories").rglob("*.jsonl"))
     assert len(manifests) == 2, "each process wrote shards of its own"
 
 
@@ -381,9 +389,9 @@ def write_run_kept(root: Path, **settings) -> Path:
 
 
 def check(tmp_path, *entries: dict, **config):
-    """`distill config check` of a kd run over pictures and these entries."""
+    """`distill config check` of a kd run over images and these entries."""
     write_run(tmp_path, model=tmp_path, **{**KD, **config})
-    data = [{"id": "noise", "instance_data_dir": "pictures"}, *entries]
+    data = [{"id": "noise", "instance_data_dir": "images"}, *entries]
     (tmp_path / "multidatabackend.json").write_text(json.dumps(data))
     return distill("config", "check", "--config", str(tmp_path / "out.json"), "--plugin", str(PLUGIN))
 
@@ -401,7 +409,7 @@ def pairs(**values):
         (pairs(trajectory_points=3), "pairs.trajectory_points", "needs 2 even points", "set trajectory_points"),
         (pairs(num_inference_steps=25), "pairs.num_inference_steps", "of the 2 points", "set it to 26"),
         (pairs(num_inference_steps=25, trajectory_points=2), "pairs.num_inference_steps", "no multiple", "26"),
-        (pairs(crop=True), "pairs.crop", "is not for a distillation cache", "a dataset of pictures or prompts"),
+        (pairs(crop=True), "pairs.crop", "is not for a distillation cache", "a dataset of images or prompts"),
         (pairs(instance_data_dir="x"), "pairs.instance_data_dir", "is not for a distillation cache", "may name"),
         (pairs(resolution=512), "pairs.resolution", "is not for a distillation cache", "may name this cache"),
         (pairs(solver="euler"), "pairs.solver", "'ddim', 'dpm++'", ""),
@@ -413,7 +421,7 @@ def pairs(**values):
             "t.solver", "is for a distillation cache", '"dataset_type": "distillation_cache"',
         ),
         (
-            [{"id": "two", "instance_data_dir": "pictures", "distillation_cache": "gone"}, PAIRS],
+            [{"id": "two", "instance_data_dir": "images", "distillation_cache": "gone"}, PAIRS],
             "two.distillation_cache", "is not the id of a distillation_cache entry", "entries: pairs",
         ),
     ],
@@ -444,7 +452,7 @@ def test_each_dataset_may_have_its_own(tmp_path):
     from distill.core.config.load import load_configuration
     from distill.core.registry.registry import Registry
 
-    other = {"id": "other", "instance_data_dir": "pictures", "distillation_cache": "fast"}
+    other = {"id": "other", "instance_data_dir": "images", "distillation_cache": "fast"}
     fast = {**PAIRS, "id": "fast", "num_inference_steps": 8, "solver": "dpm++", "guidance_scale": 1}
     assert check(tmp_path, other, {**PAIRS, "default": True}, fast).exit_code == 0
     registry = Registry.load([PLUGIN], installed=False)
@@ -457,6 +465,6 @@ def test_each_dataset_may_have_its_own(tmp_path):
     resolved.write_text(json.dumps(configuration.resolved()))
     again = load_configuration(Registry.load([PLUGIN], installed=False), config_file=resolved)
     assert again.resolved() == configuration.resolved()
-    places = CachePlaces(configuration, tmp_path)
-    assert places.pairs(found["fast"]) == tmp_path / "pairs" / "fast"
-    assert isinstance(places.pair_entry(configuration.datasets[1]), DatasetSettings)
+    paths = CachePaths(configuration, tmp_path)
+    assert paths.trajectories(found["fast"]) == tmp_path / "trajectories" / "fast"
+    assert isinstance(paths.trajectory_entry(configuration.datasets[1]), DatasetSettings)

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 from distill.core.data.cache.cache_builder import latent_descriptor
-from distill.core.data.cache.encode import Share
-from distill.core.data.cache.encode_sequential import PassingEncoder
+from distill.core.data.cache.encode import WorkerShard
+from distill.core.data.cache.encode_sequential import SequentialEncoder
 from distill.core.data.cache.tensor_cache import TensorCache
-from distill.core.data.index import sequential as passing
+from distill.core.data.index import sequential as sequential
 from distill.core.data.progress import lines
 from distill.core.data.samples.images import probe
-from distill.core.plugin_api.backend import Passage
+from distill.core.plugin_api.backend import SequentialChunk
 from support.data_helpers import FakeFamily, entry, fill, pipeline, take
 from test_data_pipeline import MIXED, by_position
 from test_data_samples import Memory
@@ -33,21 +33,21 @@ class Tape(Memory):
     def in_order(self):
         return True
 
-    def samples(self, *, pictures=True):
+    def samples(self, *, images=True):
         names = list(self.data)
-        for chunk in super().samples(pictures=pictures):
-            columns = {"places": [str(names.index(place.removeprefix("place/"))) for place in chunk.places]}
+        for chunk in super().samples(images=images):
+            columns = {"places": [str(names.index(place.removeprefix("place/"))) for place in chunk.positions]}
             sizes = [probe(io.BytesIO(self.data[key][0])) for key in chunk.keys]
             columns |= {"widths": [width for width, _ in sizes], "heights": [height for _, height in sizes]}
             yield replace(chunk, **columns)
 
-    def passing(self, resume=""):
+    def sequential(self, resume=""):
         names = list(self.data)
         for start in range(int(resume or 0), len(names), GROUP):
-            places = [place for place in range(start, min(start + GROUP, len(names))) if place not in self.missing]
-            self.given.extend(places)
-            openers = [lambda data=self.data[names[place]][0]: io.BytesIO(data) for place in places]
-            yield Passage(places, openers, start + GROUP, str(start + GROUP))
+            positions = [place for place in range(start, min(start + GROUP, len(names))) if place not in self.missing]
+            self.given.extend(positions)
+            openers = [lambda data=self.data[names[place]][0]: io.BytesIO(data) for place in positions]
+            yield SequentialChunk(positions, openers, start + GROUP, str(start + GROUP))
 
     def open(self, key):
         raise AssertionError("a tape is not opened in the middle")
@@ -55,7 +55,7 @@ class Tape(Memory):
 
 @pytest.fixture
 def tape(tmp_path, monkeypatch):
-    """A folder of pictures and a tape of the same in another order, with marks at every place."""
+    """A folder of images and a tape of the same in another order, with marks at every place."""
     folder = fill(tmp_path / "set", MIXED)
     (folder / "003.txt").write_text("one\ntwo")
     paths = sorted(folder.glob("*.png"))
@@ -65,8 +65,8 @@ def tape(tmp_path, monkeypatch):
     }
     for name, value in {"data": data, "given": [], "extra": [], "missing": set()}.items():
         monkeypatch.setattr(Tape, name, value)
-    monkeypatch.setattr(passing, "MARK_EVERY", 1)
-    monkeypatch.setattr(passing, "LEAP", 2)
+    monkeypatch.setattr(sequential, "MARK_EVERY", 1)
+    monkeypatch.setattr(sequential, "LEAP", 2)
     return SimpleNamespace(folder=folder, monkeypatch=monkeypatch)
 
 
@@ -87,7 +87,7 @@ def test_a_tape_gives_the_batches_of_files(tape, tmp_path):
     assert by_position([take(data, 15)]) == expected
     assert data.fingerprint() == files.fingerprint()
     assert Tape.given == sorted(Tape.given) == list(range(len(MIXED))), "one pass for the latents"
-    assert family.num_pictures == 2 * len(MIXED)
+    assert family.num_images == 2 * len(MIXED)
     assert torch.equal(data.real_images(7, 16, 16), images)
 
 
@@ -114,13 +114,13 @@ def test_a_broken_off_build_goes_on_where_it_was(tape, tmp_path, calls):
     again, _ = pipeline(settings(tape, tmp_path / "b"), root=tmp_path / "2", family=family)
     assert by_position([take(again, 15)]) == expected
     first = min(Tape.given)
-    assert family.num_pictures < len(MIXED) or calls < 3
+    assert family.num_images < len(MIXED) or calls < 3
     assert first > 0 or calls < 3, "what is encoded already is not read again"
 
 
-def test_two_processes_encode_each_picture_once(tape, tmp_path):
+def test_two_processes_encode_each_image_once(tape, tmp_path):
     use_tape(tape)
-    data, _ = pipeline(settings(tape, tmp_path / "t", random_flip=True), root=tmp_path, pictures=True)
+    data, _ = pipeline(settings(tape, tmp_path / "t", random_flip=True), root=tmp_path, images=True)
     (dataset,) = data._indexed()
     quiet = lambda title, total: lines(title, total, lambda line: None)  # noqa: E731
     families = [FakeFamily(), FakeFamily()]
@@ -129,21 +129,21 @@ def test_two_processes_encode_each_picture_once(tape, tmp_path):
     ]
     for cache in caches:
         cache.load()
-    encoders = [PassingEncoder(dataset, cache, f, workers=1) for cache, f in zip(caches, families, strict=True)]
-    shares = [encoder.mine(encoder.plan(), Share(rank, 2)) for rank, encoder in enumerate(encoders)]
+    encoders = [SequentialEncoder(dataset, cache, f, workers=1) for cache, f in zip(caches, families, strict=True)]
+    shares = [encoder.mine(encoder.plan(), WorkerShard(rank, 2)) for rank, encoder in enumerate(encoders)]
     for encoder, share in zip(encoders, shares, strict=True):
         encoder.run(share, progress=quiet)
-    assert sum(family.num_pictures for family in families) == 2 * len(MIXED)
-    assert min(family.num_pictures for family in families) >= len(MIXED) // 2
+    assert sum(family.num_images for family in families) == 2 * len(MIXED)
+    assert min(family.num_images for family in families) >= len(MIXED) // 2
     caches[0].load()
-    assert not PassingEncoder(dataset, caches[0], families[0], workers=1).plan()
+    assert not SequentialEncoder(dataset, caches[0], families[0], workers=1).plan()
 
 
 def test_what_does_not_pass_by_is_set_aside(tape, tmp_path):
     use_tape(tape)
     names = list(Tape.data)
     Tape.missing.add(4)
-    Tape.data[names[6]] = (Tape.data[names[6]][0][:100], ["half a picture"])
+    Tape.data[names[6]] = (Tape.data[names[6]][0][:100], ["half an image"])
     data, _ = pipeline(settings(tape, tmp_path / "t"), root=tmp_path)
     counts = data.prepare().datasets["set"]
     assert set(counts.quarantined) == {names[4], names[6]}
@@ -156,13 +156,13 @@ def test_what_does_not_pass_by_is_set_aside(tape, tmp_path):
 
 def test_marks_of_another_source_and_torn_ones_are_of_no_use(tmp_path):
     path = tmp_path / "marks.jsonl"
-    marks = passing.Marks(path, "one")
+    marks = sequential.ResumePoints(path, "one")
     marks.note(300, "a")
     marks.note(310, "too near")
     marks.note(600, "b")
     with path.open("a") as stream:
         stream.write('["x", 70')
-    assert passing.Marks(path, "one").before(599) == (300, "a")
-    assert passing.Marks(path, "one").before(600) == (600, "b")
-    assert passing.Marks(path, "one").before(299) == (0, "")
-    assert passing.Marks(path, "two").before(10_000) == (0, "")
+    assert sequential.ResumePoints(path, "one").before(599) == (300, "a")
+    assert sequential.ResumePoints(path, "one").before(600) == (600, "b")
+    assert sequential.ResumePoints(path, "one").before(299) == (0, "")
+    assert sequential.ResumePoints(path, "two").before(10_000) == (0, "")

@@ -19,7 +19,7 @@ from ..evaluation.sampling import describe_guidance
 from ..runs.output_folder import REPORTS_FOLDER, RESOLVED
 from ..runs.run_log import Session, read_log
 from ..settings.secrets import shown
-from .pictures import Embedded, embedded
+from .images import Embedded, embedded
 
 MOST_CURVES = 30
 MOST_GRIDS = 12
@@ -36,11 +36,11 @@ LATE = ("samples_per_second", "wait_for_data_share")
 
 
 @dataclass(frozen=True)
-class Grid:
-    """The pictures of one validation."""
+class ValidationGrid:
+    """The images of one validation."""
 
     step: int
-    picture: Embedded
+    image: Embedded
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,12 @@ class Scores:
     """(role, cells)."""
     about: str
     left_out: Mapping[str, str]
-    picture: Embedded | None
+    image: Embedded | None
 
 
 @dataclass(frozen=True)
 class DatasetPart:
-    """One dataset: its figures and pictures."""
+    """One dataset: its figures and images."""
 
     id: str
     facts: list[tuple[str, str]]
@@ -74,7 +74,7 @@ class DatasetPart:
 
 
 @dataclass
-class Found:
+class RunContents:
     """Everything that the page shows.
 
     Attributes:
@@ -100,7 +100,7 @@ class Found:
     facts: list[tuple[str, str]]
     curves: list[Curve] = field(default_factory=list)
     curves_left_out: list[str] = field(default_factory=list)
-    grids: list[Grid] = field(default_factory=list)
+    grids: list[ValidationGrid] = field(default_factory=list)
     num_grids: int = 0
     scores: Scores | None = None
     datasets: list[DatasetPart] = field(default_factory=list)
@@ -110,7 +110,7 @@ class Found:
     config: str = ""
 
 
-def find(folder: Path) -> Found:
+def find(folder: Path) -> RunContents:
     """Read the folder of a run.
 
     Raises:
@@ -128,11 +128,11 @@ def find(folder: Path) -> Found:
     names = sorted(columns.names, key=lambda name: (name in LATE, name != "loss"))
     grids = sorted((folder / "validation").glob("step-*/grid.png"))
     warnings, lines = _said(sessions)
-    return Found(
+    return RunContents(
         folder.absolute().name, status, text, _facts(config, sessions, columns),
         curves=[curve(name, *columns.get(name)) for name in names[:MOST_CURVES]],
         curves_left_out=names[MOST_CURVES:],
-        grids=[Grid(int(file.parent.name[5:]), embedded(file, **GRID_SIZE)) for file in spread(grids, MOST_GRIDS)],
+        grids=[ValidationGrid(int(file.parent.name[5:]), embedded(file, **GRID_SIZE)) for file in spread(grids, MOST_GRIDS)],
         num_grids=len(grids),
         scores=_scores(folder), datasets=list(_datasets(folder / REPORTS_FOLDER)),
         warnings=warnings[-MOST_WARNINGS:], lines=lines[-MOST_LINES:], use=_use(folder / "student" / "README.md"),
@@ -142,8 +142,8 @@ def find(folder: Path) -> Found:
 
 def spread(items: Sequence[Path], most: int) -> list[Path]:
     """At most so many, evenly over all, with the first and the last."""
-    places = np.linspace(0, len(items) - 1, min(most, len(items))).round().astype(int)
-    return [items[place] for place in places]
+    positions = np.linspace(0, len(items) - 1, min(most, len(items))).round().astype(int)
+    return [items[place] for place in positions]
 
 
 def _json(file: Path) -> dict[str, Any]:
@@ -211,18 +211,18 @@ def duration(seconds: float) -> str:
 def _scores(folder: Path) -> Scores | None:
     if not (folder / "evaluation.json").is_file():
         return None
-    found, picture = _json(folder / "evaluation.json"), folder / "evaluation.png"
+    found, image = _json(folder / "evaluation.json"), folder / "evaluation.png"
     names = list(found["higher_is_better"])
     arrows = {True: "\N{NO-BREAK SPACE}↑", False: "\N{NO-BREAK SPACE}↓", None: ""}
     heads = [f"{name.replace('_', ' ')}{arrows[found['higher_is_better'][name]]}" for name in names]
-    data = f"; distances to the data are to {found['num_data']:,} of its pictures" if found["num_data"] else ""
+    data = f"; distances to the data are to {found['num_data']:,} of its images" if found["num_data"] else ""
     return Scores(
-        ["", "steps", "guidance", *heads, "seconds per picture"],
+        ["", "steps", "guidance", *heads, "seconds per image"],
         [(row["role"], _cells(row, names)) for row in found["rows"]],
-        f"{found['num_samples']:,} pictures of {found['width']}x{found['height']} each, from the same noise, "
+        f"{found['num_samples']:,} images of {found['width']}x{found['height']} each, from the same noise, "
         f"on {found['device']}{data}. ↑: higher is better.",
         found["left_out"],
-        embedded(picture, **SHEET_SIZE) if picture.is_file() else None,
+        embedded(image, **SHEET_SIZE) if image.is_file() else None,
     )
 
 

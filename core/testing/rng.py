@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..utils.seeds import Draws, generator
+from ..utils.seeds import RngStreams, generator
 
 
-class BatchedDraws(Draws):
+class BatchedRngStreams(RngStreams):
     """One generator for a batch, instead of one for each sample: many times as fast."""
 
     def randn(self, name: str, shape: Sequence[int]) -> Tensor:

@@ -1,4 +1,4 @@
-r"""The teacher's path from noise to data: a deterministic solver of its guided probability-flow ODE, step by step.
+r"""The teacher's trajectory from noise to data: a deterministic solver of its guided probability-flow ODE, step by step.
 
 From time t to time s, with the network's x_0 and eps at (x_t, t):
 
@@ -7,10 +7,10 @@ From time t to time s, with the network's x_0 and eps at (x_t, t):
              D = x_0 + (x_0 - x_0') h / (2 h'),   h = log(alpha_s / sigma_s) - log(alpha_t / sigma_t)
 
 where x_0' and h' are those of the step before: of second order, except for the first step and the last. Both walk the
-times of ``timestep_spacing="trailing"`` and end at the data (:func:`.terms.ddim.trailing_walk`).
+times of ``timestep_spacing="trailing"`` and end at the data (:func:`.diffusion.solvers.trailing_timesteps`).
 
 The solver is the engine's own rather than a pipeline's: it works for every family that predicts, and all points of the
-path lie in the schedule's scaling, whatever scheduler the model comes with.
+trajectory lie in the schedule's scaling, whatever scheduler the model comes with.
 
 References:
     Song et al., Denoising Diffusion Implicit Models, arXiv 2010.02502.
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from ...diffusion import Prediction, append_dims
 from ...diffusion.guidance import guides
-from ...diffusion.solvers import Walk, step_to
+from ...diffusion.solvers import TimestepGrid, step_to
 from ...plugin_api.context import Context, Runtime
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ Predict = Callable[[Tensor, Tensor], Prediction]
 
 
 @dataclass(frozen=True)
-class Path:
+class Trajectory:
     """What a solver went through.
 
     Attributes:
@@ -54,38 +54,40 @@ class Path:
     data: Tensor
 
 
-def follow(predict: Predict, x: Tensor, walk: Walk, *, solver: Solver, keep: Sequence[int] = (0,)) -> Path:
-    """The path from `x` (B, ...) at the walk's first point to the data.
+def follow(
+    predict: Predict, x: Tensor, timesteps: TimestepGrid, *, solver: Solver, keep: Sequence[int] = (0,)
+) -> Trajectory:
+    """The trajectory from `x` (B, ...) at the timestep grid's first point to the data.
 
     Args:
         predict: The network's prediction at x (B, ...) and t (B,).
         x: Noise.
-        walk: The steps.
+        timesteps: The steps.
         solver: How a step is made.
         keep: Numbers of the points to keep, rising; 0 is the noise.
     """
     points, before = [], None
-    for number, t in enumerate(walk.times):
+    for number, t in enumerate(timesteps.times):
         if number in keep:
             points.append(x)
         prediction = predict(x, t.expand(len(x)))
         if solver == "dpm++":
-            x, before = _second_order(prediction, walk, number, before), prediction.x0
+            x, before = _second_order(prediction, timesteps, number, before), prediction.x0
         else:
-            x = step_to(prediction, _at(walk, number + 1, len(x)))
-    return Path(torch.stack(points, 1), x)
+            x = step_to(prediction, _at(timesteps, number + 1, len(x)))
+    return Trajectory(torch.stack(points, 1), x)
 
 
-def _at(walk: Walk, number: int, count: int) -> tuple[Tensor, Tensor]:
-    return walk.at(torch.full((count,), number, device=walk.alpha.device))
+def _at(timesteps: TimestepGrid, number: int, count: int) -> tuple[Tensor, Tensor]:
+    return timesteps.at(torch.full((count,), number, device=timesteps.alpha.device))
 
 
-def _second_order(prediction: Prediction, walk: Walk, number: int, before: Tensor | None) -> Tensor:
+def _second_order(prediction: Prediction, timesteps: TimestepGrid, number: int, before: Tensor | None) -> Tensor:
     """Step `number` of DPM-Solver++ 2M; `before` is the x_0 of the step before."""
     x_t, x_0 = prediction.x_t, prediction.x0
-    alpha, sigma = walk.alpha[number : number + 2], walk.sigma[number : number + 2]
-    if before is not None and number + 1 < len(walk):
-        log_snr = walk.alpha[number - 1 : number + 2].log() - walk.sigma[number - 1 : number + 2].log()
+    alpha, sigma = timesteps.alpha[number : number + 2], timesteps.sigma[number : number + 2]
+    if before is not None and number + 1 < len(timesteps):
+        log_snr = timesteps.alpha[number - 1 : number + 2].log() - timesteps.sigma[number - 1 : number + 2].log()
         ratio = (log_snr[2] - log_snr[1]) / (log_snr[1] - log_snr[0])  # 0 after pure noise, which is infinitely far
         x_0 = x_0 + append_dims(ratio.expand(len(x_t)) / 2, x_t) * (x_0 - before)
     kept = sigma[1] / sigma[0]
@@ -123,6 +125,6 @@ class TeacherAlone:
         def predict(x: Tensor, t: Tensor) -> Prediction:
             if not guides(scale):
                 return context.predict("teacher", x, t, cond)
-            return context.teacher_cfg(x, t, cond, torch.full((len(x),), scale, dtype=torch.float64, device=device))
+            return context.predict_guided(x, t, cond, torch.full((len(x),), scale, dtype=torch.float64, device=device))
 
         return predict

@@ -1,4 +1,4 @@
-"""A small picture classifier that says whether a picture shows what its caption says.
+"""A small image classifier that says whether an image shows what its caption says.
 
 It is trained on the scenes of the miniature teacher (`benchmarks/miniature.py judge`) and ships beside it. One head per
 attribute (kind of thing, colour of the ground, texture of the ground). The penultimate features serve for a Frechet
@@ -19,13 +19,13 @@ from torch import Tensor, nn
 WEIGHTS_NAME, CONFIG_NAME = "model.safetensors", "config.json"
 
 
-class Judge(nn.Module):
+class MiniatureClassifier(nn.Module):
     """Four convolution stages, a global average, and one linear head per attribute.
 
     Args:
         vocabulary: attribute -> the words for its values, in the order of the logits.
         channels: width of the four stages; the last is the number of features F.
-        resolution: side of the pictures it was trained on; others are resized to it.
+        resolution: side of the images it was trained on; others are resized to it.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Judge(nn.Module):
         self.heads = nn.ModuleDict({name: nn.Linear(width, len(words)) for name, words in self.vocabulary.items()})
 
     def features(self, images: Tensor) -> Tensor:
-        """Pictures in [0, 1], (B, 3, H, W) -> features (B, F)."""
+        """Images in [0, 1], (B, 3, H, W) -> features (B, F)."""
         weight = next(self.parameters())
         images = images.to(weight.device, weight.dtype)
         if images.shape[-2:] != (self.resolution, self.resolution):
@@ -55,7 +55,7 @@ class Judge(nn.Module):
         return self.trunk(images * 2 - 1).mean(dim=(-2, -1))
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Pictures in [0, 1], (B, 3, H, W) -> attribute -> logits (B, number of its values)."""
+        """Images in [0, 1], (B, 3, H, W) -> attribute -> logits (B, number of its values)."""
         features = self.features(images)
         return {name: head(features) for name, head in self.heads.items()}
 
@@ -71,7 +71,7 @@ class Judge(nn.Module):
 
     @torch.no_grad()
     def agreement(self, images: Tensor, captions: Sequence[str]) -> Tensor:
-        """Whether each picture shows every attribute that its caption mentions; (B,) bool. What is open counts not."""
+        """Whether each image shows every attribute that its caption mentions; (B,) bool. What is open counts not."""
         found = {name: logits.argmax(dim=-1).tolist() for name, logits in self(images).items()}
         return torch.tensor(
             [
@@ -94,7 +94,7 @@ class Judge(nn.Module):
         save_file(state, folder / WEIGHTS_NAME)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> Judge:
+    def from_pretrained(cls, folder: str | Path) -> MiniatureClassifier:
         """Load a judge for use: evaluation mode, no gradients."""
         folder = Path(folder)
         judge = cls(**json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")))

@@ -10,12 +10,12 @@ from ..settings.dataset_settings import DatasetSettings
 
 Refuse = Callable[[str, object, str, str], None]
 KIND = "distillation_cache"
-PAIR_KEYS = (
+TRAJECTORY_KEYS = (
     "num_pairs_per_prompt", "num_inference_steps", "guidance_scale", "solver", "trajectory_points", "noise_seed",
     "pair_batch_size",
 )  # fmt: skip
 """Keys that say what the teacher makes."""
-CACHE_KEYS = ("id", "type", "dataset_type", "disabled", "default", "cache_dir", "write_batch_size", *PAIR_KEYS)
+CACHE_KEYS = ("id", "type", "dataset_type", "disabled", "default", "cache_dir", "write_batch_size", *TRAJECTORY_KEYS)
 """Keys that such an entry may have."""
 USUAL_STEPS = 50
 
@@ -25,8 +25,8 @@ DEFAULTS = {
 }
 
 
-def check_pair_keys(entry: DatasetSettings, given: Collection[str], refuse: Refuse) -> DatasetSettings:
-    """Refuse keys that stand on the wrong kind of entry, and steps that do not visit even points of the path.
+def check_trajectory_keys(entry: DatasetSettings, given: Collection[str], refuse: Refuse) -> DatasetSettings:
+    """Refuse keys that stand on the wrong kind of entry, and steps that do not visit even points of the trajectory.
 
     Args:
         entry: Of any kind.
@@ -37,14 +37,14 @@ def check_pair_keys(entry: DatasetSettings, given: Collection[str], refuse: Refu
         The entry, a distillation cache without what it would have from the run.
     """
     prefix = f"data.{entry.id}."
-    own = PAIR_KEYS if entry.dataset_type != KIND else tuple(key for key in DEFAULTS if key not in CACHE_KEYS)
+    own = TRAJECTORY_KEYS if entry.dataset_type != KIND else tuple(key for key in DEFAULTS if key not in CACHE_KEYS)
     wrong = [key for key in own if key in given and getattr(entry, key) != DEFAULTS[key]]
     if entry.dataset_type != KIND:
         problem = f"is for a distillation cache, and this entry is of dataset_type {entry.dataset_type}"
         remedy = f'move it into an entry {{"id": "pairs", "dataset_type": "{KIND}"}}'
     else:
         problem = "is not for a distillation cache: its captions and sizes are those of the datasets that use it"
-        remedy = f'give it to a dataset of pictures or prompts, which may name this cache ("{KIND}": "{entry.id}")'
+        remedy = f'give it to a dataset of images or prompts, which may name this cache ("{KIND}": "{entry.id}")'
     for key in wrong:
         refuse(f"{prefix}{key}", getattr(entry, key), problem, remedy)
     if entry.dataset_type != KIND:
@@ -62,12 +62,12 @@ def _multiple(points: int, steps: int) -> int:
 
 
 @dataclass(frozen=True)
-class PairNeeds:
+class TrajectoryNeeds:
     """What a run asks of its distillation caches.
 
     Attributes:
         method: Name of the method.
-        points: Points of the path that it needs; 0 for none at all.
+        points: Points of the trajectory that it needs; 0 for none at all.
         guidance: The family's usual guidance scale.
         place: Folder of caches that the data file gives none, for messages.
     """
@@ -78,7 +78,7 @@ class PairNeeds:
     place: str
 
 
-class PairsCheck:
+class TrajectoryCheck:
     """Gives each dataset its distillation cache, with everything that the entries leave open filled in.
 
     Args:
@@ -88,7 +88,9 @@ class PairsCheck:
         notices: Takes what should be known.
     """
 
-    def __init__(self, needs: PairNeeds, files: Mapping[str, str], findings: list[Finding], notices: list[str]) -> None:
+    def __init__(
+        self, needs: TrajectoryNeeds, files: Mapping[str, str], findings: list[Finding], notices: list[str]
+    ) -> None:
         self.needs, self.files, self.findings, self.notices = needs, files, findings, notices
 
     def resolve(
@@ -131,11 +133,15 @@ class PairsCheck:
         points = entry.trajectory_points or needed or 1
         steps = entry.num_inference_steps or _multiple(points, USUAL_STEPS)
         if needed and points % needed:
-            problem = f"the method {self.needs.method!r} needs {needed} even points of the path, which {points} are not"
+            problem = (
+                f"the method {self.needs.method!r} needs {needed} even points of the trajectory, which {points} are not"
+            )
             remedy = f"set trajectory_points to {needed}, or leave it out"
             self._refuse(entry.id, "trajectory_points", entry.trajectory_points, problem, remedy)
         elif steps % points:
-            problem = f"is no multiple of the {points} points of the path that the method {self.needs.method!r} needs"
+            problem = (
+                f"is no multiple of the {points} points of the trajectory that the method {self.needs.method!r} needs"
+            )
             self._refuse(entry.id, "num_inference_steps", steps, problem, f"set it to {_multiple(points, steps)}")
         guidance = self.needs.guidance if entry.guidance_scale is None else entry.guidance_scale
         filled = {"trajectory_points": points, "num_inference_steps": steps, "guidance_scale": guidance}
