@@ -44,7 +44,7 @@ from ..core.plugin_api.method import Method, MethodSetup, Requirements, Role, Up
 
 
 class KD(Method):
-    """Knowledge distillation on trajectories of noise and the teacher's latents: 1 or a few steps, a warm-up for others."""
+    """Knowledge distillation on the teacher's trajectories from noise: 1 or a few steps, a warm-up for others."""
 
     name = "kd"
 
@@ -54,7 +54,7 @@ class KD(Method):
         model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
         num_inference_steps: int = Field(4, ge=1, le=16)
-        """N, the steps of the student: 1 learns from noise alone, more from as many points of the teacher's trajectory."""
+        """N, the steps of the student: 1 learns from noise alone, more from as many points of a trajectory."""
         one_step_time: int | None = Field(None, ge=1)
         """Timestep (of the model's training timesteps) that a student of one step is told; None: 399, on a flow 1."""
         loss_type: LossType = "l2"
@@ -99,7 +99,7 @@ class KD(Method):
         yield Update("student", losses.mean(), per_sample=losses.detach(), t=t)
 
     def _times(self, schedule: Schedule, num_steps: int) -> list[float]:
-        """The times of `num_steps` calls, falling: of the teacher's trajectory, or what a student of one step is told."""
+        """Return the falling times of `num_steps` calls: those of the trajectory, or the one that a one-step student is fed."""
         if self.config.num_inference_steps > 1:
             return trailing_timesteps(schedule, num_steps).times.tolist()
         return [one_step_timestep(schedule, self.config.one_step_time, key="distillation_config.kd.one_step_time")]

@@ -18,9 +18,9 @@ one; later teachers have it in them. A LoRA has no guidance input: a range of w 
 number by default. Full training over a range (w_min < w_max) tells the student w in all stages, as stage two of Meng et
 al. does: their two stages in one run.
 
-The timestep grid is that of DDIM with trailing spacing and its last step ends at the data, on a table of betas too: it is what
-the sampler does. x_0 is divided by alpha_t (0.068 at SDXL's last timestep, so an eps network's errors count 14.6-fold
-there); with zero terminal SNR there is no x_0 of eps, and only v, x_0 and flow predictions are accepted.
+The timestep grid is that of DDIM with trailing spacing and its last step ends at the data, on a table of betas too: it
+is what the sampler does. x_0 is divided by alpha_t (0.068 at SDXL's last timestep, so an eps network's errors count
+14.6-fold there); with zero terminal SNR there is no x_0 of eps, and only v, x_0 and flow predictions are accepted.
 
 References:
     Salimans and Ho, Progressive Distillation for Fast Sampling of Diffusion Models, arXiv 2202.00512.

@@ -36,7 +36,7 @@ def noise(context, name="x"):
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_with_and_without_are_the_two_predictions_and_one_call(path):
+def test_cond_and_uncond_are_the_two_predictions_and_one_call(path):
     context, family, _, grid = make(path)
     x, t = noise(context), grid.times[[1, 2, 3, 4, 5, 6]]
     calls, predict = [], family.predict

@@ -36,7 +36,7 @@ class Tape(Memory):
     def samples(self, *, images=True):
         names = list(self.data)
         for chunk in super().samples(images=images):
-            columns = {"places": [str(names.index(place.removeprefix("place/"))) for place in chunk.positions]}
+            columns = {"positions": [str(names.index(place.removeprefix("place/"))) for place in chunk.positions]}
             sizes = [probe(io.BytesIO(self.data[key][0])) for key in chunk.keys]
             columns |= {"widths": [width for width, _ in sizes], "heights": [height for _, height in sizes]}
             yield replace(chunk, **columns)

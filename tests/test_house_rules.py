@@ -61,7 +61,7 @@ def test_the_import_reader_resolves_relative_imports(tmp_path):
     path.write_text(
         "from ...plugins import judge\nfrom ..plugin_api.method import Update\nimport distill.core.plugin_api.batch\n"
     )
-    assert {"plugins.miniature_classifier", "core.plugin_api.method.Update", "core.plugin_api.batch"} <= set(
+    assert {"plugins.judge", "core.plugin_api.method.Update", "core.plugin_api.batch"} <= set(
         imported(path, root=tmp_path)
     )
 

@@ -100,7 +100,7 @@ def test_of_two_plugins_in_a_package_the_one_that_failed_is_named(monkeypatch, t
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        ("yield context.draws.randn('x', (1,))", "yielded Tensor, not an Update"),
+        ("yield context.rng.randn('x', (1,))", "yielded Tensor, not an Update"),
         ("return distill.Update('student', None)", "returned Update, not an iterator of updates"),
         (
             "yield distill.Update('teacher', torch.zeros(()))",

@@ -1,4 +1,4 @@
-r"""The deterministic sampler as a fixed timestep grid from noise to data: its times, its steps, and a step read backwards.
+r"""The deterministic sampler as a grid of timesteps from noise to data: its times, its steps, a step read backwards.
 
 One step along a prediction from time t to time s,
 

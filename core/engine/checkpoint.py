@@ -1,7 +1,7 @@
 """Checkpoints that are complete or absent, never half, and that hold no pickle.
 
-A checkpoint is written to a temporary folder (``.checkpoint-<n>.partial``), each file and folder fsynced, its manifest of checksums
-last, and renamed to ``checkpoint-<n>`` in one move. Whatever moment the process dies at, the folders named
+A checkpoint is written to a temporary folder (``.checkpoint-<n>.partial``), each file and folder fsynced, its manifest
+of checksums last, and renamed to ``checkpoint-<n>`` in one move. Whatever moment the process dies at, the folders named
 ``checkpoint-<n>`` are whole. A partial that already has its manifest is whole too: the next start finishes its rename.
 """
 

@@ -16,7 +16,7 @@ class Trajectories:
     """Where the teacher's sampler began, stopped over and ended: one trajectory per sample of a batch.
 
     Attributes:
-        points: Points of the trajectory in the schedule's scaling, shape (B, P, C, h, w); the first is the noise it began from.
+        points: Points of the trajectory in the schedule's scaling, shape (B, P, C, h, w); the first is its noise.
         times: Their times in the schedule's units, falling, shape (P,): where P even steps of a sampler begin.
         data: The scaled latents that it ended at, shape (B, C, h, w).
         cond: What the teacher was told: the prompt, which is never dropped, and a plain image of that size.

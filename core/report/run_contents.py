@@ -132,7 +132,10 @@ def find(folder: Path) -> RunContents:
         folder.absolute().name, status, text, _facts(config, sessions, columns),
         curves=[curve(name, *columns.get(name)) for name in names[:MOST_CURVES]],
         curves_left_out=names[MOST_CURVES:],
-        grids=[ValidationGrid(int(file.parent.name[5:]), embedded(file, **GRID_SIZE)) for file in spread(grids, MOST_GRIDS)],
+        grids=[
+            ValidationGrid(int(file.parent.name[5:]), embedded(file, **GRID_SIZE))
+            for file in spread(grids, MOST_GRIDS)
+        ],
         num_grids=len(grids),
         scores=_scores(folder), datasets=list(_datasets(folder / REPORTS_FOLDER)),
         warnings=warnings[-MOST_WARNINGS:], lines=lines[-MOST_LINES:], use=_use(folder / "student" / "README.md"),

@@ -293,7 +293,7 @@ def _samples(place: Place) -> None:
            "it changes only when the samples may have")  # fmt: skip
     keys: list[str] = []
     for chunk in chunks:
-        columns = ("places", "sizes", "versions", "captions", "widths", "heights", "problems")
+        columns = ("positions", "sizes", "versions", "captions", "widths", "heights", "problems")
         lengths = {name: len(getattr(chunk, name)) for name in columns}
         expect(set(lengths.values()) == {len(chunk)}, f"a chunk of {len(chunk)} keys has {lengths}", "fill all columns")
         keys += chunk.keys

@@ -232,7 +232,7 @@ def _accumulation(bench: Bench) -> None:
     whole, parts = bench.watched[0], bench.trial()
     with _quiet(), failing("training in micro-batches", "updates() must be the same function of each micro-batch"):
         parts.run(0, STEPS, parts=SIZE)
-    remedy = "the loss must be a mean over samples, and draws must come from context.draws"
+    remedy = "the loss must be a mean over samples, and draws must come from context.rng"
     pairs = list(zip(parts.loop.taken, whole.loop.taken, strict=True))
     for ours, theirs in pairs:
         near = abs(ours.loss - theirs.loss) <= 1e-6 * max(abs(theirs.loss), 1e-9)
@@ -253,7 +253,7 @@ def _rng(bench: Bench) -> None:
         again.run(0, STEPS)
     ours, theirs = ([(taken.role, taken.loss) for taken in trial.loop.taken] for trial in (again, first))
     expect(ours == theirs, f"the same seed gave the losses {_short(theirs)} and then {_short(ours)}",
-           "draw from context.draws, never from torch.randn, random or numpy")  # fmt: skip
+           "draw from context.rng, never from torch.randn, random or numpy")  # fmt: skip
 
 
 def _resume(bench: Bench) -> None:

@@ -153,7 +153,8 @@ def split(batch: Batch, parts: int) -> list[Batch]:
     return [
         replace(
             batch, latents=None if batch.latents is None else batch.latents[rows], keys=batch.keys[rows],
-            cond=_rows(batch.cond, rows), positions=batch.positions[rows], trajectories=_trajectories_of(batch.trajectories, rows),
+            cond=_rows(batch.cond, rows), positions=batch.positions[rows],
+            trajectories=_trajectories_of(batch.trajectories, rows),
         )
         for rows in (slice(i * size, (i + 1) * size) for i in range(parts))
     ]  # fmt: skip

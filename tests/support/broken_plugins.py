@@ -49,7 +49,7 @@ TEACHER = """        for parameter in context._runtime.networks.module("teacher"
 FORGETFUL = """        self.count = getattr(self, "count", 0) + 1
         losses = losses * self.count
 """
-DRAW = 'context.draws.randn("noise", batch.latent_shape).to(batch.latents.dtype)'
+DRAW = 'context.rng.randn("noise", batch.latent_shape).to(batch.latents.dtype)'
 NAN = """            if value != value:
                 raise ValueError("nan is no number")
 """
@@ -64,7 +64,7 @@ BROKEN = {
         ["'teacher' is trained (full)", "trains='none'"]),
     "its draws have no seed": Broken([(DRAW, "torch.randn(batch.latents.shape, dtype=batch.latents.dtype)")],
                                      "random draws come from the seed [v]",
-                                     ["the same seed gave the losses", "draw from context.draws, never from torch.randn"]),
+                                     ["the same seed gave the losses", "draw from context.rng, never from torch.randn"]),
     "it forgets its state": Broken([(LOSS, LOSS + FORGETFUL)], "a resumed run is the same run [x0]",
                                    ["resumed from a checkpoint the losses are", "state_dict"]),
     "it ignores the kind of prediction": Broken(

@@ -47,4 +47,5 @@ def pair_pipeline(*datasets, entry, root, family, **settings):
     """A pipeline whose datasets all use one distillation cache, and the lines that it says."""
     using = [dataset.model_copy(update={"distillation_cache": entry.id}) for dataset in datasets]
     config = configuration(*using, caches=[entry])
-    return pipeline(*using, root=root, family=family, config=config, **{"images": False, "pairs": True, **settings})
+    settings = {"images": False, "trajectories": True, **settings}
+    return pipeline(*using, root=root, family=family, config=config, **settings)

@@ -76,7 +76,7 @@ class Paths(Protocol):
 
 @dataclass
 class Caches:
-    """The caches of each dataset, by its id; datasets may share text caches and trajectories, and prompts have no latents."""
+    """The caches of each dataset, by its id; datasets may share text caches and trajectories; prompts have no latents."""
 
     latents: dict[str, TensorCache] = field(default_factory=dict)
     texts: dict[str, TensorCache] = field(default_factory=dict)
@@ -228,7 +228,7 @@ class CacheBuilder:
         elif len(cache):
             self.say(f"{cache.label}: {len(cache):,} are there, {missing:,} new, changed or missing ones are encoded")
 
-    # -- trajectories of the teacher ---------------------------------------------------------------------------------------
+    # -- trajectories of the teacher ------------------------------------------------------------------------------
 
     def _trajectories(
         self, dataset: Dataset, texts: TensorCache, maker: TrajectoryMaker, report: DataReport

@@ -1,4 +1,4 @@
-r"""The teacher's trajectory from noise to data: a deterministic solver of its guided probability-flow ODE, step by step.
+r"""The teacher's trajectory from noise to data: a deterministic solver of its guided probability-flow ODE.
 
 From time t to time s, with the network's x_0 and eps at (x_t, t):
 
@@ -6,7 +6,7 @@ From time t to time s, with the network's x_0 and eps at (x_t, t):
     dpm++    x_s = (sigma_s / sigma_t) x_t + (alpha_s - sigma_s alpha_t / sigma_t) D,
              D = x_0 + (x_0 - x_0') h / (2 h'),   h = log(alpha_s / sigma_s) - log(alpha_t / sigma_t)
 
-where x_0' and h' are those of the step before: of second order, except for the first step and the last. Both walk the
+where x_0' and h' are those of the step before: of second order, except for the first step and the last. Both visit the
 times of ``timestep_spacing="trailing"`` and end at the data (:func:`.diffusion.solvers.trailing_timesteps`).
 
 The solver is the engine's own rather than a pipeline's: it works for every family that predicts, and all points of the

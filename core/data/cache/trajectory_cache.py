@@ -1,8 +1,9 @@
 """The distillation cache: what the teacher makes of captions, from noise that is a pure function of seed and caption.
 
-An entry is one trajectory of the teacher's sampler, (points of the trajectory, where it ended), for a caption, a size and a number
-that tells noises apart. Its key says these three and the seed; everything else that it depends on stands in the cache's
-descriptor. Work is cut into shards as that of the other caches is: a killed build goes on with the same bits.
+An entry is one trajectory of the teacher's sampler, (points of the trajectory, where it ended), for a caption, a size
+and a number that tells noises apart. Its key says these three and the seed; everything else that it depends on stands
+in the cache's descriptor. Work is cut into shards as that of the other caches is: a killed build goes on with the same
+bits.
 """
 
 from __future__ import annotations
@@ -77,7 +78,8 @@ class CachedTrajectories:
 
     Attributes:
         cache: Where they are.
-        positions: Where each caption's are in it, for each noise; shape (K, m), m as in ``dataset.index.caption_digests``.
+        positions: Row in the cache of each caption, for each noise; shape (K, m), m as in
+            ``dataset.index.caption_digests``.
         times: Of the points of a trajectory, falling, shape (P,).
     """
 

@@ -1,9 +1,9 @@
 # pyright: reportAttributeAccessIssue=false
 """Images of a source that can only be read in its order: walked over, with resume points by which reading goes on.
 
-Resume points are kept beside the index as reading advances: (place, what the source goes on by). A reader that wants images
-from the middle, after a kill or for an evaluation, starts at the last mark before the first one that it wants, and
-leaps over stretches in which it wants none.
+Resume points are kept beside the index as reading advances: (place, what the source goes on by). A reader that wants
+images from the middle, after a kill or for an evaluation, starts at the last mark before the first one that it wants,
+and leaps over stretches in which it wants none.
 """
 
 from __future__ import annotations
