@@ -99,7 +99,7 @@ class KD(Method):
         yield Update("student", losses.mean(), per_sample=losses.detach(), t=t)
 
     def _times(self, schedule: Schedule, num_steps: int) -> list[float]:
-        """Return the falling times of `num_steps` calls: those of the trajectory, or the one that a one-step student is fed."""
+        """Return the falling times of `num_steps` calls: those of the trajectory, or the one that one step is fed."""
         if self.config.num_inference_steps > 1:
             return trailing_timesteps(schedule, num_steps).times.tolist()
         return [one_step_timestep(schedule, self.config.one_step_time, key="distillation_config.kd.one_step_time")]

@@ -46,7 +46,7 @@ def entries(root: Path) -> dict[bytes, dict[str, torch.Tensor]]:
 
 def same(ours, theirs) -> bool:
     return ours.keys() == theirs.keys() and all(
-        torch.equal(ours[key][name], theirs[key][name]) for key in ours for name in ("path", "data")
+        torch.equal(ours[key][name], theirs[key][name]) for key in ours for name in ("points", "data")
     )
 
 
@@ -91,7 +91,7 @@ def test_a_batch_has_the_teachers_path_for_each_of_its_captions(tmp_path):
             torch.testing.assert_close(pairs.data[row], walked(family, batch, row, 3.0, 10), rtol=0, atol=1e-4)
             seen[caption] = pairs.noise[row]
         moved = batch.to("cpu").trajectories
-        assert torch.equal(moved.path, pairs.path)
+        assert torch.equal(moved.points, pairs.points)
         assert moved.cond.keys() == pairs.cond.keys()
     assert len(seen) == 10
     assert len({tuple(each.flatten().tolist()) for each in seen.values()}) == 10, "each has a noise of its own"
@@ -126,7 +126,7 @@ def test_several_noises_of_a_caption_are_drawn_from(tmp_path):
     assert {len(noises) for noises in found.values()} == {3}
     again, first = take(data, 3, start=20), take(data, 23)[20:]
     for (ours,), (theirs,) in zip(again, first, strict=True):
-        assert torch.equal(ours.trajectories.path, theirs.trajectories.path)
+        assert torch.equal(ours.trajectories.points, theirs.trajectories.points)
 
 
 # -- when it is made ---------------------------------------------------------------------------------------------------

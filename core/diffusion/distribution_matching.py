@@ -173,7 +173,7 @@ def sid_loss(x: Tensor, real: Tensor, fake: Tensor, *, alpha: float, normalise: 
 
 
 def denoising_target(prediction_type: str, x_0: Tensor, eps: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
-    """Return the target of a network that predicts `prediction_type` at x_t = alpha_t x_0 + sigma_t eps, shape (B, ...)."""
+    """Return the target of a network that predicts `prediction_type` at x_t = alpha_t x_0 + sigma_t eps; (B, ...)."""
     if prediction_type == "v_prediction":
         alpha_t, sigma_t = schedule.coefficients(t, x_0)
         return alpha_t * eps - sigma_t * x_0

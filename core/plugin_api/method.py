@@ -69,8 +69,8 @@ class Requirements:
     images: bool = True
     """Whether batches carry latents of images; without, captions are enough."""
     trajectory_points: int = 0
-    """Points of the teacher's trajectory that batches carry (``Batch.trajectories``) beside its end: 0 for none at all, 1
-    for its noise, k for the points where k even steps begin. A cache with a multiple of k serves too."""
+    """Points of the teacher's trajectory that batches carry (``Batch.trajectories``) beside its end: 0 for none at all,
+    1 for its noise, k for the points where k even steps begin. A cache with a multiple of k serves too."""
     guidance_embedding: bool = False
     second_time: bool = False
     features: bool = False

@@ -76,7 +76,7 @@ class Paths(Protocol):
 
 @dataclass
 class Caches:
-    """The caches of each dataset, by its id; datasets may share text caches and trajectories; prompts have no latents."""
+    """The caches of each dataset, by its id; datasets may share those of texts and trajectories."""
 
     latents: dict[str, TensorCache] = field(default_factory=dict)
     texts: dict[str, TensorCache] = field(default_factory=dict)
