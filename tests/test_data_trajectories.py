@@ -136,7 +136,7 @@ def test_it_is_made_once_and_says_what_it_costs(tmp_path):
     family, report, lines = build(tmp_path)
     assert (report.trajectories_made, family.loads, family.predicted) == (10, 1, 10 * 10 * 2)
     assert any("10 of 10 are made: 10 steps of the teacher at guidance 3, 200 predictions" in line for line in lines)
-    assert any(line.endswith("10 captions encoded, 10 pairs made") for line in lines)
+    assert any(line.endswith("10 captions encoded, 10 trajectories made") for line in lines)
     again, report, lines = build(tmp_path)
     assert (report.trajectories_made, again.loads, again.calls) == (0, 0, 0)
     assert any(line.endswith("everything was cached") for line in lines)
@@ -170,7 +170,7 @@ def test_what_it_depends_on_makes_it_anew_and_is_said(tmp_path, settings, prints
     build(tmp_path)
     _, report, lines = build(tmp_path, PathFamily(**prints), **settings)
     assert report.trajectories_made == 10
-    assert any(f"pairs of 'pairs': {why}, so they are made anew" in line for line in lines), lines
+    assert any(f"trajectories of 'pairs': {why}, so they are made anew" in line for line in lines), lines
 
 
 def test_more_noises_or_captions_add_to_what_is_there(tmp_path):
@@ -277,7 +277,7 @@ def test_paths_end_in_the_images_of_the_plain_pipeline(tmp_path, solver):
     add_pairs(tmp_path, solver=solver)
     built = CliRunner().invoke(app, ["cache", "build", "--config", str(config)], catch_exceptions=False)
     assert built.exit_code == 0, built.output
-    assert "13 pairs made" in built.output
+    assert "13 trajectories made" in built.output
     family = SDXL(SDXL.Config(), ModelSettings(str(tmp_path / "model")))
     ((folder, descriptor),) = cache_folders(tmp_path / "out" / "cache" / "trajectories" / "pairs")
     cache = TensorCache(folder.parent, descriptor, label="", say=print)
@@ -318,7 +318,7 @@ def test_verify_and_clear_know_it(tmp_path):
     damaged = cache("verify")
     assert damaged.exit_code == 1
     assert shard.name in damaged.output
-    assert "0 captions encoded, 13 pairs made" in cache("build").output
+    assert "0 captions encoded, 13 trajectories made" in cache("build").output
     cleared = cache("clear", "--dataset", "pairs", "--yes")
     assert cleared.exit_code == 0, cleared.output
     assert not list((tmp_path / "kept").rglob("*.safetensors"))
@@ -329,7 +329,7 @@ def test_a_run_makes_what_it_lacks_and_resumes_bit_for_bit(tmp_path):
     write_run(tmp_path)
     add_pairs(tmp_path, num_inference_steps=2)
     whole, lines = execute(write_run_kept(tmp_path, output="out", **KD))
-    assert any(line.endswith("13 pairs made") for line in lines)
+    assert any(line.endswith("13 trajectories made") for line in lines)
     assert whole.student.joinpath("pytorch_lora_weights.safetensors").exists()
     execute(write_run_kept(tmp_path, output="cut", **{**KD, "max_train_steps": 2}))
     _, lines = execute(write_run_kept(tmp_path, output="cut", **KD))
@@ -445,7 +445,7 @@ def test_what_is_left_open_is_filled_in_and_said(tmp_path):
     assert given.exit_code == 0, given.output
     assert "can say otherwise" not in said(given.output)
     unused = check(tmp_path, PAIRS, distillation_method="lcm", distillation_config={})
-    assert "data.pairs: not used by runs of lcm, which needs no pairs" in said(unused.output)
+    assert "data.pairs: not used by runs of lcm, which needs no trajectories" in said(unused.output)
 
 
 def test_each_dataset_may_have_its_own(tmp_path):

@@ -105,7 +105,7 @@ class TrajectoryCheck:
             self._tell_of_own(*entries.values())
         elif not self.needs.points:
             names = ", ".join(f"data.{name}" for name in entries)
-            self.notices.append(f"{names}: not used by runs of {self.needs.method}, which needs no pairs")
+            self.notices.append(f"{names}: not used by runs of {self.needs.method}, which needs no trajectories")
         others = [entry for entry in caches if entry.dataset_type != KIND]
         return [self._assigned(entry, entries) for entry in datasets], [*others, *entries.values()]
 
