@@ -30,7 +30,7 @@ def entries(root: Path) -> dict[bytes, dict[str, torch.Tensor]]:
     """Everything that the caches of pairs under `root` hold, by key."""
     found = {}
     for folder, descriptor in cache_folders(root / "cache" / "pairs" / "pairs"):
-        cache = TensorCache(folder.parent, descriptor, label="", say=print)
+        cache = TensorCache(folder.parent, descriptor, label="")
         cache.load(thorough=True)
         keys = cache.keys()
         for key, place in zip(keys, cache.locate(keys), strict=True):
@@ -201,7 +201,7 @@ def test_processes_that_share_the_work_make_what_one_makes(tmp_path):
     for rank in range(2):
         family = PathFamily()
         descriptor = pair_descriptor(family, wanted.settings)
-        cache = TensorCache(tmp_path / "shared" / "cache" / "pairs" / "pairs", descriptor, label="", say=print)
+        cache = TensorCache(tmp_path / "shared" / "cache" / "pairs" / "pairs", descriptor, label="")
         jobs = wanted.missing(cache)  # each sees what was there before any began
         PairMaker(family, progress=quiet).run(wanted, Share(rank, 2).of(jobs), cache, source.texts)
         made.append(family.predicted // 20)  # ten steps, twice with guidance
@@ -272,7 +272,7 @@ def test_paths_end_in_the_pictures_of_the_plain_pipeline(tmp_path, solver):
     assert "13 pairs made" in built.output
     family = SDXL(SDXL.Config(), ModelSettings(str(tmp_path / "model")))
     ((folder, descriptor),) = cache_folders(tmp_path / "out" / "cache" / "pairs" / "pairs")
-    cache = TensorCache(folder.parent, descriptor, label="", say=print)
+    cache = TensorCache(folder.parent, descriptor, label="")
     cache.load()
     from distill.core.config.load import load_configuration
     from distill.core.data.pipeline import DataPipeline
@@ -281,7 +281,7 @@ def test_paths_end_in_the_pictures_of_the_plain_pipeline(tmp_path, solver):
     registry = Registry.load(installed=False)
     data = DataPipeline(
         load_configuration(registry, config_file=config), registry, family, micro_batch_size=3, accumulation=1, seed=1,
-        cache_root=tmp_path / "out" / "cache", say=print, pictures=False, pairs=True,
+        cache_root=tmp_path / "out" / "cache", pictures=False, pairs=True,
     )  # fmt: skip
     ((batch,),) = take(data, 1)
     keys = cache.keys()

@@ -496,7 +496,7 @@ def test_two_processes_share_the_work(tmp_path):
         own, _ = pipeline(settings, root=tmp_path)
         datasets = own._indexed()
         builder = CacheBuilder(
-            families[rank], places, share=Share(rank, 2), workers=1, progress=default_progress(print), say=print,
+            families[rank], places, share=Share(rank, 2), workers=1, progress=default_progress(),
             together=together,
         )  # fmt: skip
         builder.build(datasets, DataReport())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from ...plugin_api.family import ModelFamily
     from ...settings.dataset_settings import DatasetSettings
 
+logger = logging.getLogger(__name__)
 FORMAT = 1
 PREPROCESSING = (
     "resolution", "resolution_type", "crop", "crop_aspect", "crop_style", "maximum_image_size",
@@ -103,7 +105,6 @@ class CacheBuilder:
         share: This process's part of the work.
         workers: Threads that decode pictures.
         progress: Told of every entry.
-        say: Takes lines for people.
         together: A block that all processes leave together, or with the error of the one that failed in it.
     """
 
@@ -115,11 +116,10 @@ class CacheBuilder:
         share: Share,
         workers: int,
         progress: Progress,
-        say: Callable[[str], None],
         together: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self.family, self.places, self.share, self.workers = family, places, share, workers
-        self.progress, self.say, self.together = progress, say, together
+        self.progress, self.together = progress, together
 
     def build(
         self, datasets: Sequence[Dataset], report: DataReport, *, pictures: bool = True, pairs: bool = False
@@ -170,9 +170,9 @@ class CacheBuilder:
 
     def _explain_texts(self, folder: Path, cache: TensorCache, missing: int) -> None:
         if len(cache):
-            self.say(f"text cache: {missing:,} captions are new or have changed and are encoded")
+            logger.info(f"text cache: {missing:,} captions are new or have changed and are encoded")
         elif any(descriptor["kind"] == "text" for path, descriptor in cache_folders(folder) if path != cache.folder):
-            self.say(f"text cache: the text encoders have changed, so all {missing:,} captions are encoded anew")
+            logger.info(f"text cache: the text encoders have changed, so all {missing:,} captions are encoded anew")
 
     # -- pictures ---------------------------------------------------------------------------------------------------
 
@@ -224,9 +224,10 @@ class CacheBuilder:
         path = self.places.remembered(dataset.settings)
         changes = changed(json.loads(path.read_bytes()), self._settings(dataset)) if path.exists() else []
         if changes:
-            self.say(f"{cache.label}: {', '.join(changes)}, so {missing:,} pictures are encoded anew")
+            logger.info(f"{cache.label}: {', '.join(changes)}, so {missing:,} pictures are encoded anew")
         elif len(cache):
-            self.say(f"{cache.label}: {len(cache):,} are there, {missing:,} new, changed or missing ones are encoded")
+            known = f"{len(cache):,} are there"
+            logger.info(f"{cache.label}: {known}, {missing:,} new, changed or missing ones are encoded")
 
     # -- paths of the teacher ---------------------------------------------------------------------------------------
 
@@ -240,7 +241,7 @@ class CacheBuilder:
         missing = sum(len(job.keys) for job in jobs)
         if missing:
             self._explain_pairs(cache)
-            self.say(cost(settings, missing, wanted.num_pairs))
+            logger.info(cost(settings, missing, wanted.num_pairs))
             with self.together():
                 maker.run(wanted, self.share.of(jobs), cache, texts)
             maker.release()
@@ -253,7 +254,7 @@ class CacheBuilder:
         others = [found for _, found in cache_folders(cache.parent) if found["kind"] == cache.descriptor["kind"]]
         if not len(cache) and others:
             differences = min((changed(other, cache.descriptor) for other in others), key=len)
-            self.say(f"{cache.label}: {', '.join(differences)}, so they are made anew")
+            logger.info(f"{cache.label}: {', '.join(differences)}, so they are made anew")
 
     # -- all of them --------------------------------------------------------------------------------------------------
 
@@ -261,7 +262,7 @@ class CacheBuilder:
         self, folder: Path, descriptor: Mapping[str, Any], label: str, there: CachePlace | None, report: DataReport
     ) -> TensorCache:
         """The cache, checked by the first process before the others read it."""
-        cache = TensorCache(folder, descriptor, label=label, say=self.say)
+        cache = TensorCache(folder, descriptor, label=label)
         if there is not None:
             place = there.within(cache.folder.name)
             cache.mirror = Mirror(place, cache.folder, progress=self.progress)
