@@ -5,6 +5,7 @@ What stands here is the API for plugins. It is imported when it is first used, s
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 from .core.utils.lazy import attributes
@@ -92,5 +93,7 @@ _HOMES = {
     "plugin_api.quantizer": "Quantizer",
     "plugin_api.tracker": "RunInfo Tracker",
 }
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # a library is silent until somebody listens
 
 __getattr__ = attributes(__name__, {f"core.{module}": names for module, names in _HOMES.items()})

@@ -67,7 +67,7 @@ def open_pipeline(root: Path, resolution: int) -> Any:
         flags={"output_dir": str(root / "out")},
         overrides=["train_batch_size=4"],
     )
-    return build_pipeline(configuration, registry, say=lambda line: None)
+    return build_pipeline(configuration, registry)
 
 
 def rate(count: int, work: Callable[[], object], clock: Callable[[], float] = time.process_time) -> float:

@@ -152,7 +152,7 @@ def fill(parent: Path, descriptor: dict[str, Any], keys: np.ndarray, name: str) 
     """A cache with an entry of four zeros for each key."""
     one = cache_module.row_checksum({name: torch.zeros(1, 4)}, 0)
     cache_module.row_checksums = lambda tensors: torch.full((len(tensors[name]),), one)
-    cache = TensorCache(parent, descriptor, label=name, say=print)
+    cache = TensorCache(parent, descriptor, label=name)
     for start in range(0, len(keys), SHARD):
         part = keys[start : start + SHARD]
         cache.write(part, {name: torch.zeros(len(part), 4)})
@@ -171,7 +171,6 @@ def measure(root: Path) -> dict[str, Any]:
     registry = SimpleNamespace(get=lambda kind, name: MadeUp)
     data = DataPipeline(
         configuration(root), registry, family, micro_batch_size=4, accumulation=1, seed=0, cache_root=root / "cache",
-        say=lambda line: None,
     )  # type: ignore[arg-type]  # fmt: skip
     report = timed(found, "prepare", data.prepare)
     assert report.captions_encoded == report.images_encoded == 0

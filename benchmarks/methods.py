@@ -107,6 +107,7 @@ def score(folders: Mapping[str, Path], *, num_samples: int, per_prompt: int, ima
     from distill.core.evaluation.plan import fast_solver, plan_evaluation
     from distill.core.runs.builders import build_family, build_method
     from distill.core.runs.finished import open_run
+    from distill.core.utils.console import console
 
     # any run's data and model serve: they are the miniature's own
     base = next(folder for name, folder in folders.items() if not name.startswith("dmd2"))
@@ -114,7 +115,6 @@ def score(folders: Mapping[str, Path], *, num_samples: int, per_prompt: int, ima
     run_settings, family = configuration.run, build_family(configuration, registry)
     data = DataPipeline(
         configuration, registry, family, micro_batch_size=1, accumulation=1, seed=0, cache_root=base / "cache",
-        say=lambda line: None,
     )  # fmt: skip
     data.prepare()
     first = build_method(configuration, registry, family)
@@ -131,7 +131,8 @@ def score(folders: Mapping[str, Path], *, num_samples: int, per_prompt: int, ima
     real = data.real_images(1000, plan.width, plan.height)
     networks = Students(family, {name: folder / "student" for name, folder in folders.items()})
     recipes = [*teachers, *(each for name, folder in folders.items() for each in students(name, folder, family))]
-    found = evaluate(family, networks, replace(plan, recipes=tuple(recipes)), evaluators, data=real, say=print)
+    with console():
+        found = evaluate(family, networks, replace(plan, recipes=tuple(recipes)), evaluators, data=real)
     images.mkdir(parents=True, exist_ok=True)
     for row in found.rows:
         for index, image in enumerate(row.images):

@@ -64,6 +64,7 @@ def score(folders: dict[str, Path], *, num_samples: int) -> dict[str, Any]:
     from distill.core.evaluation.plan import plan_evaluation
     from distill.core.runs.builders import build_family, build_method, method_needs
     from distill.core.runs.finished import open_run
+    from distill.core.utils.console import console
 
     first = next(iter(folders.values()))
     configuration, registry = open_run(first)
@@ -77,10 +78,10 @@ def score(folders: dict[str, Path], *, num_samples: int) -> dict[str, Any]:
         accumulation=1,
         seed=0,
         cache_root=first / "cache",
-        say=print,
         images=method_needs(configuration, registry, family).images,
     )
-    data.prepare()
+    with console():
+        data.prepare()
     plan = plan_evaluation(
         family, lambda steps: method.sampler(family.schedule, num_inference_steps=steps),
         prompts=data.captions(num_samples), num_samples=num_samples, seed=0, resolution=run.validation_resolution[0],
@@ -96,9 +97,9 @@ def score(folders: dict[str, Path], *, num_samples: int) -> dict[str, Any]:
     setting = evaluation_setting(family, num_data=len(real))
     evaluators, left_out = build_evaluators(registry, configuration, setting)
     networks = Students(family, {name: folder / "student" for name, folder in folders.items()})
-    found = evaluate(
-        family, networks, replace(plan, recipes=tuple(recipes)), evaluators, data=real, say=print, left_out=left_out
-    )
+    plan = replace(plan, recipes=tuple(recipes))
+    with console():
+        found = evaluate(family, networks, plan, evaluators, data=real, left_out=left_out)
     rows = [
         {"name": row.recipe.name, "role": row.recipe.role, "steps": row.recipe.steps, "scores": row.scores,
          "seconds_per_image": row.seconds_per_image}

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+
 from ..core.plugin_api.hookspecs import hookimpl
 from ..core.plugin_api.run_state import RunState
 from ..core.report.page import FILE, write_report
+
+logger = logging.getLogger(__name__)
 
 
 @hookimpl
@@ -30,7 +34,7 @@ def _write(state: RunState) -> None:
     if not state.main:
         return
     try:
-        state.say(f"report: {write_report(state.output_dir)}")
+        logger.info(f"report: {write_report(state.output_dir)}")
     except Exception as error:  # hours of training are done: that a page is missing is said, and no more
         problem = f"{type(error).__name__}: {error}"
-        state.say(f"warning: {FILE} could not be written; later: distill report {state.output_dir}: {problem}")
+        logger.warning(f"{FILE} could not be written; later: distill report {state.output_dir}: {problem}")

@@ -97,8 +97,8 @@ def test_main_ends_in_an_exit_code(capsys):
 def test_run_hands_over_the_configuration_of_flags_files_and_overrides(tmp_path, monkeypatch):
     seen = {}
 
-    def distil(configuration, registry, *, say=None):
-        seen.update(configuration=configuration, registry=registry, say=say)
+    def distil(configuration, registry):
+        seen.update(configuration=configuration, registry=registry)
         return SimpleNamespace(rank=1)
 
     monkeypatch.setattr("distill.core.runs.run.run", distil)

@@ -13,10 +13,8 @@ from distill.core.errors import DistillError
 DESCRIPTOR = {"kind": "latents", "vae": "x"}
 
 
-def open_cache(folder, said=None, **descriptor) -> TensorCache:
-    cache = TensorCache(
-        folder, DESCRIPTOR | descriptor, label="test cache", say=(said if said is not None else []).append
-    )
+def open_cache(folder, **descriptor) -> TensorCache:
+    cache = TensorCache(folder, DESCRIPTOR | descriptor, label="test cache")
     cache.load()
     return cache
 
@@ -93,7 +91,7 @@ def test_old_leftovers_go_and_young_ones_stay(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["data", "cut", "gone", "header"])
-def test_damaged_shards_are_dropped_at_start(tmp_path, damage):
+def test_damaged_shards_are_dropped_at_start(tmp_path, damage, said):
     cache = open_cache(tmp_path)
     cache.write(keys(1, 2), entries(1, 2))
     cache.write(keys(3), entries(3))
@@ -104,12 +102,11 @@ def test_damaged_shards_are_dropped_at_start(tmp_path, damage):
         shard.write_bytes(shard.read_bytes()[:-1])
     else:
         rewrite(shard, 12 if damage == "header" else -9, keep_time=False)
-    said = []
-    again = open_cache(tmp_path, said)
+    again = open_cache(tmp_path)
     assert (again.locate(keys(1, 2, 3)) >= 0).tolist() == [False, False, True]
     assert len(said) == 1
     assert shard.name in said[0]
-    assert open_cache(tmp_path, said) is not None
+    assert open_cache(tmp_path) is not None
     assert len(said) == 1  # said once
 
 

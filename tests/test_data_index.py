@@ -56,7 +56,7 @@ def small(monkeypatch):
 
 def build(path, settings, backend):
     builder = IndexBuilder(
-        "set", backend, CaptionRules(settings), workers=2, progress=default_progress(print)
+        "set", backend, CaptionRules(settings), workers=2, progress=default_progress()
     )  # fmt: skip
     return builder.build(path), builder
 

@@ -496,7 +496,7 @@ def test_two_processes_share_the_work(tmp_path):
         own, _ = pipeline(settings, root=tmp_path)
         datasets = own._indexed()
         builder = CacheBuilder(
-            families[rank], paths, shard=WorkerShard(rank, 2), workers=1, progress=default_progress(print), say=print,
+            families[rank], paths, shard=WorkerShard(rank, 2), workers=1, progress=default_progress(),
             synchronized=synchronized,
         )  # fmt: skip
         builder.build(datasets, DataReport())

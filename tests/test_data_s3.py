@@ -74,7 +74,7 @@ def test_only_headers_are_read_for_the_index(tmp_path, s3, bucket):  # noqa: F81
     with FaultyProxy(s3.port) as proxy:
         settings = remote(s3, "big", "big", endpoint=proxy.endpoint)
         builder = IndexBuilder("big", S3Backend(settings.backend), CaptionRules(settings), workers=1,
-                               progress=default_progress(print))  # fmt: skip
+                               progress=default_progress())  # fmt: skip
         index = builder.build(tmp_path / "index")
         assert index.width.tolist() == [1500] * 4
         assert proxy.count("GET .*jpg") == 4

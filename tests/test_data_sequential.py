@@ -122,17 +122,14 @@ def test_two_processes_encode_each_image_once(tape, tmp_path):
     use_tape(tape)
     data, _ = pipeline(settings(tape, tmp_path / "t", random_flip=True), root=tmp_path, images=True)
     (dataset,) = data._indexed()
-    quiet = lambda title, total: lines(title, total, lambda line: None)  # noqa: E731
     families = [FakeFamily(), FakeFamily()]
-    caches = [
-        TensorCache(tmp_path / "t", latent_descriptor(family, "set"), label="x", say=print) for family in families
-    ]
+    caches = [TensorCache(tmp_path / "t", latent_descriptor(family, "set"), label="x") for family in families]
     for cache in caches:
         cache.load()
     encoders = [SequentialEncoder(dataset, cache, f, workers=1) for cache, f in zip(caches, families, strict=True)]
     shares = [encoder.mine(encoder.plan(), WorkerShard(rank, 2)) for rank, encoder in enumerate(encoders)]
     for encoder, share in zip(encoders, shares, strict=True):
-        encoder.run(share, progress=quiet)
+        encoder.run(share, progress=lines)
     assert sum(family.num_images for family in families) == 2 * len(MIXED)
     assert min(family.num_images for family in families) >= len(MIXED) // 2
     caches[0].load()

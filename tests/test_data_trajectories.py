@@ -36,7 +36,7 @@ def entries(root: Path) -> dict[bytes, dict[str, torch.Tensor]]:
     """Everything that the caches of pairs under `root` hold, by key."""
     found = {}
     for folder, descriptor in cache_folders(root / "cache" / "trajectories" / "pairs"):
-        cache = TensorCache(folder.parent, descriptor, label="", say=print)
+        cache = TensorCache(folder.parent, descriptor, label="")
         cache.load(thorough=True)
         keys = cache.keys()
         for key, place in zip(keys, cache.locate(keys), strict=True):
@@ -209,7 +209,7 @@ def test_processes_that_share_the_work_make_what_one_makes(tmp_path):
     for rank in range(2):
         family = PathFamily()
         descriptor = trajectory_descriptor(family, wanted.settings)
-        cache = TensorCache(tmp_path / "shared" / "cache" / "trajectories" / "pairs", descriptor, label="", say=print)
+        cache = TensorCache(tmp_path / "shared" / "cache" / "trajectories" / "pairs", descriptor, label="")
         jobs = wanted.missing(cache)  # each sees what was there before any began
         TrajectoryMaker(family, progress=quiet).run(wanted, WorkerShard(rank, 2).of(jobs), cache, source.texts)
         made.append(family.predicted // 20)  # ten steps, twice with guidance
@@ -280,7 +280,7 @@ def test_paths_end_in_the_images_of_the_plain_pipeline(tmp_path, solver):
     assert "13 trajectories made" in built.output
     family = SDXL(SDXL.Config(), ModelSettings(str(tmp_path / "model")))
     ((folder, descriptor),) = cache_folders(tmp_path / "out" / "cache" / "trajectories" / "pairs")
-    cache = TensorCache(folder.parent, descriptor, label="", say=print)
+    cache = TensorCache(folder.parent, descriptor, label="")
     cache.load()
     from distill.core.config.load import load_configuration
     from distill.core.data.pipeline import DataPipeline
@@ -289,7 +289,7 @@ def test_paths_end_in_the_images_of_the_plain_pipeline(tmp_path, solver):
     registry = Registry.load(installed=False)
     data = DataPipeline(
         load_configuration(registry, config_file=config), registry, family, micro_batch_size=3, accumulation=1, seed=1,
-        cache_root=tmp_path / "out" / "cache", say=print, images=False, trajectories=True,
+        cache_root=tmp_path / "out" / "cache", images=False, trajectories=True,
     )  # fmt: skip
     ((batch,),) = take(data, 1)
     keys = cache.keys()

@@ -246,8 +246,8 @@ def test_all_start_from_the_same_noise_and_the_teacher_has_one_guidance(tmp_path
     assert max(len(call.seeds) for call in family.calls) == 64, "in batches"
 
 
-def test_a_fast_solver_that_the_pipeline_does_not_take_is_left_out_and_nothing_else(tmp_path):
-    family, lines = FakeFamily(), []
+def test_a_fast_solver_that_the_pipeline_does_not_take_is_left_out_and_nothing_else(said):
+    family = FakeFamily()
     generate = family.generate
 
     def refusing(*args, sampler, **kwargs):
@@ -257,12 +257,12 @@ def test_a_fast_solver_that_the_pipeline_does_not_take_is_left_out_and_nothing_e
 
     family.generate = refusing  # type: ignore[method-assign]
     refused = "DPMSolverMultistepScheduler"
-    found = evaluate(family, FakeNetworks(), plan_for(family, num_samples=2), {}, say=lines.append)
+    found = evaluate(family, FakeNetworks(), plan_for(family, num_samples=2), {})
     assert [row.sampling_plan.name for row in found.rows] == ["teacher", *["student"] * 4, "teacher"]
-    assert any("teacher, DPM++ 2M is left out" in line and "custom sigmas" in line for line in lines)
+    assert any("teacher, DPM++ 2M is left out" in line and "custom sigmas" in line for line in said)
     refused = "LCMScheduler"
     with pytest.raises(ValueError, match="custom sigmas"):
-        evaluate(family, FakeNetworks(), plan_for(family, num_samples=2), {}, say=lines.append)
+        evaluate(family, FakeNetworks(), plan_for(family, num_samples=2), {})
 
 
 def test_scores_order_the_recipes_as_they_are_made(tmp_path):
@@ -515,21 +515,18 @@ def test_a_publisher_with_a_problem_is_said_at_the_start_and_never_asked(monkeyp
         push_to_hub=True, publish_to=(), hub_model_id="your-username/x", tracker_run_name="x", model_type="lora",
         model_family="sdxl",
     )  # fmt: skip
-    said: list[str] = []
     configuration = SimpleNamespace(run=run, publishers={})
-    publishers = build_publishers(Registry.load(installed=False), configuration, said.append)  # type: ignore[arg-type]
-    publishers.check()
-    assert len(said) == 1
-    assert "placeholder" in said[0]
+    publishers, warnings = build_publishers(Registry.load(installed=False), configuration)  # type: ignore[arg-type]
+    assert len(warnings) == 1
+    assert "placeholder" in warnings[0]
     assert publishers.publish(tmp_path) == []
 
 
-def test_a_publisher_that_fails_ends_nothing(tmp_path):
+def test_a_publisher_that_fails_ends_nothing(tmp_path, said):
     class Failing(HuggingFaceHub):
         def publish(self, student):
             raise ConnectionError("cut")
 
-    said: list[str] = []
-    assert Publishers({"hub": Failing(Failing.Config())}, said.append).publish(tmp_path) == []
+    assert Publishers({"hub": Failing(Failing.Config())}).publish(tmp_path) == []
     assert "cut" in said[0]
     assert str(tmp_path) in said[0]

@@ -213,7 +213,7 @@ def test_terminals_get_a_bar_and_files_get_lines() -> None:
         for step in range(1, 11):
             progress.advance(step)
         progress.log(10, {"loss": 0.25})
-        progress.say("saved [checkpoint-10]")
+        progress.show("saved [checkpoint-10]")
     assert "saved [checkpoint-10]" in terminal.getvalue()
     assert "10/10" in terminal.getvalue()
 

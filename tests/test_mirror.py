@@ -41,7 +41,7 @@ def machine(root: Path, images: Path, caches, *, family=None):
     config = SimpleNamespace(run=run, datasets=[own], caches=caches, text_cache=caches[0])
     return DataPipeline(
         config, REGISTRY, family or FakeFamily(), micro_batch_size=2, accumulation=1, seed=1,
-        cache_root=root / "cache", say=lambda line: None,
+        cache_root=root / "cache",
     )  # fmt: skip
 
 
@@ -61,7 +61,7 @@ def check_whole(s3, bucket: str) -> int:  # noqa: F811
     return count
 
 
-def test_a_second_machine_encodes_nothing(tmp_path, s3, bucket):  # noqa: F811
+def test_a_second_machine_encodes_nothing(tmp_path, s3, bucket, said):  # noqa: F811
     images = fill(tmp_path / "set", MIXED)
     first = FakeFamily()
     batches = take(machine(tmp_path / "1", images, paths(s3), family=first), 8)
@@ -112,7 +112,7 @@ def test_manifests_stay_short(tmp_path, s3, bucket, monkeypatch):  # noqa: F811
     assert family.num_images == len(family.prompts) == 0
 
 
-def test_a_place_that_may_not_be_written_is_an_error_with_its_name(tmp_path, s3, bucket):  # noqa: F811
+def test_a_place_that_may_not_be_written_is_an_error_with_its_name(tmp_path, s3, bucket, said):  # noqa: F811
     images = fill(tmp_path / "set", MIXED)
     with FaultyProxy(s3.port) as proxy:
         proxy.fault(Fault("status", status=403, code="AccessDenied"), match="PUT", times=99)
@@ -144,20 +144,19 @@ def state(step: int) -> CheckpointState:
     return CheckpointState(step, {"student": {"weight": torch.full((3, 5), float(step))}}, {"position": step})
 
 
-def store(s3, folder: Path, lines: list[str], *, endpoint: str = "", limit: int | None = 2) -> MirroredStore:  # noqa: F811
+def store(s3, folder: Path, *, endpoint: str = "", limit: int | None = 2) -> MirroredStore:  # noqa: F811
     backend = S3Backend(remote(s3, "checkpoints", "run", endpoint=endpoint).backend)
-    there = RemoteCheckpoints("checkpoints", backend, limit=limit, say=lines.append)
-    return MirroredStore(folder, limit=limit, remote=there, say=lines.append)
+    there = RemoteCheckpoints("checkpoints", backend, limit=limit)
+    return MirroredStore(folder, limit=limit, remote=there)
 
 
-def test_checkpoints_go_there_and_come_back(tmp_path, s3, bucket):  # noqa: F811
-    lines: list[str] = []
-    here = store(s3, tmp_path / "1", lines)
+def test_checkpoints_go_there_and_come_back(tmp_path, s3, bucket, said):  # noqa: F811
+    here = store(s3, tmp_path / "1")
     for step in (1, 2, 3):
         here.save(state(step))
     here.wait()
     assert {key.split("/")[1] for key in s3.objects(bucket)} == {"checkpoint-2", "checkpoint-3"}
-    other = store(s3, tmp_path / "2", lines)
+    other = store(s3, tmp_path / "2")
     other.download()
     path = other.latest()
     assert path is not None
@@ -175,46 +174,43 @@ def test_checkpoints_go_there_and_come_back(tmp_path, s3, bucket):  # noqa: F811
     assert s3.objects(bucket) == []
 
 
-def test_a_checkpoint_that_is_named_comes_back_too(tmp_path, s3, bucket):  # noqa: F811
-    lines: list[str] = []
-    here = store(s3, tmp_path / "1", lines, limit=None)
+def test_a_checkpoint_that_is_named_comes_back_too(tmp_path, s3, bucket, said):  # noqa: F811
+    here = store(s3, tmp_path / "1", limit=None)
     for step in (1, 2, 3):
         here.save(state(step))
     here.wait()
-    other = store(s3, tmp_path / "2", lines, limit=None)
+    other = store(s3, tmp_path / "2", limit=None)
     other.download(7)
     assert other.all() == []
     other.download(2)
     assert [path.name for path in other.all()] == ["checkpoint-2"]
     assert torch.equal(other.load(other.all()[0]).tensors["student"]["weight"], torch.full((3, 5), 2.0))
     other.download(2)
-    assert sum("fetching checkpoint-2" in line for line in lines) == 1
+    assert sum("fetching checkpoint-2" in line for line in said) == 1
     assert other.discard_after(2) == []
-    assert "later checkpoints are removed from s3://data/run/: checkpoint-3" in lines[-1]
+    assert "later checkpoints are removed from s3://data/run/: checkpoint-3" in said[-1]
     assert {key.split("/")[1] for key in s3.objects(bucket)} == {"checkpoint-1", "checkpoint-2"}
 
 
-def test_an_upload_that_fails_is_tried_again_and_loses_nothing(tmp_path, s3, bucket):  # noqa: F811
-    lines: list[str] = []
+def test_an_upload_that_fails_is_tried_again_and_loses_nothing(tmp_path, s3, bucket, said):  # noqa: F811
     with FaultyProxy(s3.port) as proxy:
-        here = store(s3, tmp_path / "1", lines, endpoint=proxy.endpoint, limit=None)
+        here = store(s3, tmp_path / "1", endpoint=proxy.endpoint, limit=None)
         proxy.fault(Fault("drop"), match="PUT .*(manifest|state)", times=3)
         here.save(state(1))
         here.save(state(2))
         here.wait()
-        assert any("checkpoint-1 is complete here but could not be copied" in line for line in lines)
-        assert RemoteCheckpoints("x", here._remote.backend, limit=None, say=print).steps() == [1, 2]
+        assert any("checkpoint-1 is complete here but could not be copied" in line for line in said)
+        assert RemoteCheckpoints("x", here._remote.backend, limit=None).steps() == [1, 2]
         proxy.fault(Fault("status", status=403), match="PUT", times=99)
         here.save(state(3))
         here.wait()
-    assert "not copied to s3://data/run/: checkpoint-3" in lines[-1]
+    assert "not copied to s3://data/run/: checkpoint-3" in said[-1]
     assert CheckpointStore(tmp_path / "1", limit=None).load(tmp_path / "1" / "checkpoint-3").step == 3
 
 
-def test_a_slow_place_does_not_hold_training_up(tmp_path, s3, bucket):  # noqa: F811
-    lines: list[str] = []
+def test_a_slow_place_does_not_hold_training_up(tmp_path, s3, bucket, said):  # noqa: F811
     with FaultyProxy(s3.port) as proxy:
-        here = store(s3, tmp_path / "1", lines, endpoint=proxy.endpoint, limit=1)
+        here = store(s3, tmp_path / "1", endpoint=proxy.endpoint, limit=1)
         proxy.fault(Fault("slow", seconds=2), match="PUT .*checkpoint-1/", times=1)
         started = time.monotonic()
         for step in (1, 2, 3):
@@ -224,21 +220,20 @@ def test_a_slow_place_does_not_hold_training_up(tmp_path, s3, bucket):  # noqa: 
         here.wait()
     assert [path.name for path in here.all()] == ["checkpoint-3"]
     assert here._remote.steps() == [3]
-    assert not any("warning" in line for line in lines)
+    assert not any("warning" in line for line in said)
 
 
-def test_a_half_there_is_none(tmp_path, s3, bucket):  # noqa: F811
-    lines: list[str] = []
-    here = store(s3, tmp_path / "1", lines)
+def test_a_half_there_is_none(tmp_path, s3, bucket, said):  # noqa: F811
+    here = store(s3, tmp_path / "1")
     here.save(state(1))
     here.save(state(2))
     here.wait()
     s3.client.delete_object(Bucket=bucket, Key="run/checkpoint-2/manifest.json")
-    other = store(s3, tmp_path / "2", lines)
+    other = store(s3, tmp_path / "2")
     other.download()
     assert [path.name for path in other.all()] == ["checkpoint-1"]
     s3.put(bucket, "run/checkpoint-1/student.safetensors", b"damaged")
     shutil.rmtree(tmp_path / "2")
     with pytest.raises(UserError, match="is not what was written"):
-        store(s3, tmp_path / "2", lines).download()
+        store(s3, tmp_path / "2").download()
     assert CheckpointStore(tmp_path / "2", limit=None).all() == []

@@ -138,15 +138,16 @@ def test_a_failing_tracker_is_switched_off_and_a_failing_hook_is_named(tmp_path,
 @pytest.mark.parametrize(
     ("member", "where"), [("__init__(self, config)", "when it was made"), ("notices(self)", "in notices()")]
 )
-def test_a_tracker_may_fail_anywhere(member, where, tmp_path):
+def test_a_tracker_may_fail_anywhere(member, where, tmp_path, said):
     file = tmp_path / "bad_tracker.py"
     file.write_text(
         tracker("bad").replace("def start(self, run): ...", f"def start(self, run): ...\n    def {member}: 1 / 0")
     )
-    registry, lines = Registry(), []
+    registry = Registry()
     registry.add_file(file)
-    built = build_trackers(registry, ["bad"], {}, lines.append)
+    built, warnings = build_trackers(registry, ["bad"], {})
     built.start(None)
+    lines = [*warnings, *said]
     assert built.names == ()
     assert [line for line in lines if f"tracker bad failed {where} and is switched off" in line] == lines != []
 

@@ -358,14 +358,13 @@ def test_the_command_takes_names_and_settings_and_refuses_what_cannot_be_used(tm
     assert not (output / "evaluation.json").exists()
 
 
-def test_an_evaluator_that_fails_costs_its_own_scores_only(tmp_path, clip):
+def test_an_evaluator_that_fails_costs_its_own_scores_only(tmp_path, clip, said):
     registry = Registry.load(installed=False)
     file = write_run(tmp_path, evaluator_config={"fid": {"network": str(script(Inception(8), tmp_path / "other.pt"))}})
     configuration = load_configuration(registry, config_file=file)
     assert evaluation_notices(registry, configuration) == []
     usable, _ = build_evaluators(registry, configuration, ANYWHERE)
-    said: list[str] = []
-    scorers = _Scorers(usable, {}, said.append)
+    scorers = _Scorers(usable, {})
     samples = Samples(random_images(3), PROMPTS, random_images(3, seed=1), random_images(3, seed=2))
     for _ in range(2):
         assert set(scorers.score(samples)) == {

@@ -74,12 +74,11 @@ def test_an_archive_holds_the_student_in_the_same_bytes_whenever_it_is_packed(fo
     assert (file.stat().st_size > 70_000) == (compression == 0)
 
 
-def test_an_archive_is_whole_or_not_there(student, monkeypatch):
+def test_an_archive_is_whole_or_not_there(student, monkeypatch, said):
     file = student.parent / "fox.tar.gz"
     file.write_bytes(b"of an earlier run")
     monkeypatch.setattr(tarfile.TarFile, "addfile", lambda *_: (_ for _ in ()).throw(OSError(28, "no space left")))
-    said: list[str] = []
-    assert Publishers({"archive": archive()}, said.append).publish(student) == []
+    assert Publishers({"archive": archive()}).publish(student) == []
     assert "no space left" in said[0]
     assert file.read_bytes() == b"of an earlier run"
     assert sorted(path.name for path in student.parent.iterdir()) == ["fox.tar.gz", "student"]
@@ -136,15 +135,14 @@ def test_a_large_file_goes_up_in_parts(s3, student):  # noqa: F811
     assert s3.client.head_object(Bucket="students", Key="fox/weights.safetensors")["ETag"].endswith('-2"')
 
 
-def test_a_server_that_fails_in_the_middle_is_a_warning_and_nothing_half_is_marked_as_whole(s3, student):  # noqa: F811
+def test_a_server_that_fails_in_the_middle_is_a_warning_and_nothing_half_is_marked_as_whole(s3, student, said):  # noqa: F811
     s3.bucket("students")
     bucket(s3).publish(student)
     assert manifest(s3)["complete"] is True, "of an earlier run"
     (student / "weights.safetensors").write_bytes(b"new")
     with FaultyProxy(s3.port) as proxy:
         proxy.fault(Fault("status", status=503), match="PUT .*weights", times=10_000)
-        said: list[str] = []
-        publishers = Publishers({"s3": bucket(s3, endpoint=proxy.endpoint)}, said.append)
+        publishers = Publishers({"s3": bucket(s3, endpoint=proxy.endpoint)})
         assert publishers.publish(student) == []
         assert "warning: s3: publishing failed" in said[0]
         assert "s3://students/fox" in said[0]
@@ -233,7 +231,7 @@ def test_the_runs_own_publishers_are_the_default_and_secrets_stay_out_of_the_fil
     (root / "publishing.json").write_text(json.dumps(config))
     registry = Registry.load(installed=False)
     configuration = load_configuration(registry, config_file=root / "publishing.json")
-    publishers = build_publishers(registry, configuration, print)
+    publishers, _ = build_publishers(registry, configuration)
     assert publishers.names == ("archive", "kohya")
     resolved = json.dumps(configuration.resolved())
     assert "AKIA" not in resolved

@@ -113,8 +113,8 @@ def sdxl(tmp_path_factory):
     return write_tiny_sdxl(tmp_path_factory.mktemp("sdxl"))
 
 
-def family_on(folder, name, dtype="float32", say=lambda line: None):
-    precision = Precisions({BASE: make(name)} if name else {}, say)
+def family_on(folder, name, dtype="float32"):
+    precision = Precisions({BASE: make(name)} if name else {})
     return SDXL(SDXL.Config(), ModelSettings(str(folder), weight_dtype=dtype, precision=precision))
 
 
@@ -137,9 +137,8 @@ def image(family, network, method):
 
 @each
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_exported_student_is_the_trained_one_on_the_same_base(name, dtype, sdxl, tmp_path):
-    said = []
-    family = family_on(sdxl, name, dtype, said.append)
+def test_the_exported_student_is_the_trained_one_on_the_same_base(name, dtype, sdxl, tmp_path, said):
+    family = family_on(sdxl, name, dtype)
     method, networks = student_on(family)
     assert len(said) == 1
     assert f"quantised by {name}" in said[0]

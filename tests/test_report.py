@@ -142,30 +142,29 @@ def test_what_is_no_run_or_damaged_is_refused(tmp_path):
     assert "Traceback" not in said.err
 
 
-def state(folder, said: list[str], **extra) -> RunState:
-    return RunState(None, folder, None, None, None, say=said.append, **extra)  # type: ignore[arg-type]
+def state(folder, **extra) -> RunState:
+    return RunState(None, folder, None, None, None, **extra)  # type: ignore[arg-type]
 
 
-def test_its_failure_ends_nothing(tmp_path):
-    said: list[str] = []
-    plugin.on_run_end(state(tmp_path, said))
+def test_its_failure_ends_nothing(tmp_path, said):
+    plugin.on_run_end(state(tmp_path))
     assert len(said) == 1
     assert said[0].startswith("warning: report.html could not be written; later: distill report ")
     folder = write_folder(tmp_path / "run")
     image = folder / "evaluation.png"
     image.write_bytes(b"no image")
-    plugin.on_exception(state(folder, said), ValueError("x"))
+    plugin.on_exception(state(folder), ValueError("x"))
     assert "UnidentifiedImageError" in said[1]
-    plugin.on_run_end(state(folder, said, main=False))
+    plugin.on_run_end(state(folder, main=False))
     assert len(said) == 2, "other processes write nothing"
 
 
 def test_a_fresh_run_leaves_no_page_of_an_earlier_one(tmp_path):
     page = tmp_path / "report.html"
     page.write_text("old")
-    plugin.on_run_start(state(tmp_path, [], step=3))
+    plugin.on_run_start(state(tmp_path, step=3))
     assert page.exists()
-    plugin.on_run_start(state(tmp_path, []))
+    plugin.on_run_start(state(tmp_path))
     assert not page.exists()
 
 

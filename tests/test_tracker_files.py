@@ -19,6 +19,7 @@ from distill.core.utils.packages import missing_packages
 from distill.plugins.mlflow import MLflow, accepted, without_password
 from distill.plugins.trackio import Trackio
 from PIL import Image
+from support.listening import listening
 from support.tracker_readers import READERS, Written
 
 IMAGE = Image.linear_gradient("L").resize((40, 24)).convert("RGB")
@@ -61,12 +62,15 @@ def folder(tmp_path, empty_store) -> Path:
     return tmp_path / "run"
 
 
-def opened(folder: Path, *names: str, said: list[str] | None = None, **extra) -> Trackers:
+def opened(folder: Path, *names: str, warnings: list[str] | None = None, **extra) -> Trackers:
     folder.mkdir(exist_ok=True)
-    lines = [] if said is None else said
-    trackers = build_trackers(Registry.load(installed=False), names, {}, lines.append)
-    trackers.start(RunInfo(folder, "tests", "a-run", {**CONFIG}, {**HPARAMS}, **extra))
-    assert said is not None or not [line for line in lines if "warning" in line], lines
+    trackers, found = build_trackers(Registry.load(installed=False), names, {})
+    with listening() as lines:
+        trackers.start(RunInfo(folder, "tests", "a-run", {**CONFIG}, {**HPARAMS}, **extra))
+    found += [line for line in lines if "warning" in line]
+    assert warnings is not None or not found
+    if warnings is not None:
+        warnings += found
     return trackers
 
 
@@ -153,10 +157,11 @@ def test_a_tracker_that_cannot_write_is_switched_off_and_the_others_go_on(name, 
     folder, other = tmp_path / "run", "wandb" if name == "tensorboard" else "tensorboard"
     folder.mkdir()
     (folder / name).write_text("in the way")
-    said: list[str] = []
-    trackers = opened(folder, name, other, said=said)
+    warnings: list[str] = []
+    trackers = opened(folder, name, other, warnings=warnings)
     assert trackers.names == (other,)
-    (warning,) = [line for line in said if line.startswith("warning")]
+    (warning,) = warnings
+    assert warning.startswith("warning")
     assert f"tracker {name} failed in start() and is switched off, the run goes on" in warning
     write_whole(trackers)
     (run,) = READERS[other](folder)
@@ -169,11 +174,11 @@ def test_a_tracker_whose_package_is_absent_only_warns(name, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     (tmp_path / name).mkdir()  # Python takes a folder of that name for a package
     monkeypatch.syspath_prepend(str(tmp_path))
-    said: list[str] = []
-    trackers = opened(tmp_path / "run", name, "tensorboard", said=said)
+    warnings: list[str] = []
+    trackers = opened(tmp_path / "run", name, "tensorboard", warnings=warnings)
     assert trackers.names == ("tensorboard",)
-    assert len(said) == 1
-    assert said[0].startswith(f"warning: tracker {name} is left out, the run goes on: {name} is not installed (pip ")
+    assert len(warnings) == 1
+    assert warnings[0].startswith(f"tracker {name} is left out, the run goes on: {name} is not installed (pip ")
     write_whole(trackers)
     check_whole(READERS["tensorboard"](tmp_path / "run")[0])
 
@@ -214,8 +219,11 @@ socket.getaddrinfo = refuse
 from distill.core.registry.registry import Registry
 from distill.core.plugin_api.tracker import RunInfo
 from distill.core.engine.tracking import build_trackers
-trackers = build_trackers(Registry.load(installed=False), sys.argv[2].split(","), {}, print)
-trackers.start(RunInfo(Path(sys.argv[1]), "tests", "a-run", {"seed": 1}))
+from distill.core.utils.console import console
+trackers, warnings = build_trackers(Registry.load(installed=False), sys.argv[2].split(","), {})
+assert not warnings
+with console():
+    trackers.start(RunInfo(Path(sys.argv[1]), "tests", "a-run", {"seed": 1}))
 trackers.log({"loss": 1.0}, 1)
 trackers.images("validation", {"grid": Image.new("RGB", (8, 8))}, 1)
 trackers.finish({"score": 1.0})
@@ -236,7 +244,7 @@ def test_none_of_them_asks_the_network_for_anything(folder, tmp_path):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-2000:]
     assert "asked: [] reports: false true" in result.stdout, result.stdout
-    assert "warning" not in result.stdout
+    assert "warning: " not in result.stdout + result.stderr
 
 
 @pytest.mark.slow

@@ -63,10 +63,9 @@ def drive(trackers: Trackers, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("fails_in", ["start", "log", "images", "text", "finish"])
-def test_a_failing_tracker_is_switched_off_and_the_others_go_on(tmp_path, fails_in):
-    said: list[str] = []
+def test_a_failing_tracker_is_switched_off_and_the_others_go_on(tmp_path, said, fails_in):
     bad, good = Recorder(fails_in), Recorder()
-    drive(Trackers([("bad", bad), ("good", good)], said.append), tmp_path)
+    drive(Trackers([("bad", bad), ("good", good)]), tmp_path)
     assert [call[0] for call in good.calls] == ["start", "log", "images", "text", "log", "finish"]
     assert [call[0] for call in bad.calls].count(fails_in) == 1
     assert bad.calls[-1][0] == fails_in
@@ -85,12 +84,11 @@ def test_missing_packages_name_the_install_line():
 
 def test_a_tracker_without_its_package_is_left_out_with_its_install_line(tmp_path, monkeypatch):
     monkeypatch.setattr(WandB, "packages", {"no_such_package_wandb": "wandb>=0.19"})
-    said: list[str] = []
-    trackers = build_trackers(Registry.load(installed=False), ["wandb", "tensorboard"], {}, said.append)
+    trackers, warnings = build_trackers(Registry.load(installed=False), ["wandb", "tensorboard"], {})
     assert trackers.names == ("tensorboard",)
-    assert len(said) == 1
-    assert "wandb" in said[0]
-    assert "pip install 'wandb>=0.19'" in said[0]
+    assert len(warnings) == 1
+    assert "wandb" in warnings[0]
+    assert "pip install 'wandb>=0.19'" in warnings[0]
     drive(trackers, tmp_path)
     assert list((tmp_path / "tensorboard").iterdir())
 
@@ -239,13 +237,12 @@ class FakeWandb:
     ("key", "refuses", "modes"),
     [(None, False, ["offline"]), ("k", False, ["online"]), ("k", True, ["online", "offline"])],
 )
-def test_wandb_writes_offline_without_a_login(tmp_path, monkeypatch, key, refuses, modes):
+def test_wandb_writes_offline_without_a_login(tmp_path, monkeypatch, said, key, refuses, modes):
     fake = FakeWandb(refuses_online=refuses)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setattr("distill.plugins.wandb.logged_in", lambda: key is not None)
-    said: list[str] = []
-    drive(Trackers([("wandb", WandB(WandB.Config()))], said.append), tmp_path)
+    drive(Trackers([("wandb", WandB(WandB.Config()))]), tmp_path)
     assert fake.modes == modes
     assert ("wandb sync /runs/offline-run-1" in " ".join(said)) == (modes[-1] == "offline")
     assert {"loss": 0.5, "train/step": 2} in fake.rows

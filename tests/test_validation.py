@@ -130,7 +130,7 @@ def plan(**changes: object) -> ValidationPlan:
 
 
 def no_trackers() -> Trackers:
-    return Trackers([], print)
+    return Trackers([])
 
 
 def test_every_prompt_at_every_resolution_and_seed_by_all_three(tmp_path):
@@ -199,7 +199,7 @@ def test_a_image_of_another_teacher_is_not_taken_for_this_one(tmp_path, change):
 def test_the_grid_goes_to_the_trackers(tmp_path):
     seen = []
     tracker = SimpleNamespace(images=lambda name, images, step: seen.append((name, list(images), step)))
-    trackers = Trackers([("t", tracker)], print)  # type: ignore[list-item]
+    trackers = Trackers([("t", tracker)])  # type: ignore[list-item]
     Validator(FakeFamily(), plan(), tmp_path).run(7, FakeNetworks(), trackers)
     assert seen == [("validation", ["grid"], 7)]
 

@@ -12,6 +12,7 @@ from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command, get_group
 
 from ..errors import DistillError, PluginError
+from ..utils.console import console
 
 COMMANDS = {
     "run": "A distillation run, start to end.",
@@ -49,10 +50,12 @@ class LazyGroup(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run; what people did wrong is said without a traceback, what broke keeps its own."""
         try:
-            return named_failures(super().invoke, ctx)
+            with console(propagate=False):
+                return named_failures(super().invoke, ctx)
         except DistillError as error:
             if isinstance(error, PluginError) and error.__cause__:
-                typer.echo(import_module("..plugin_calls", __name__).plugin_traceback(error.__cause__), err=True)
+                attribution = import_module("..registry.attribution", __name__)
+                typer.echo(attribution.plugin_traceback(error.__cause__), err=True)
             say_error(str(error))
             raise typer.Exit(error.exit_code) from error
         except KeyboardInterrupt:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from ..registry.registry import Registry
     from ..settings.configuration import Configuration
 
+logger = logging.getLogger(__name__)
 app = typer.Typer(help="Build, verify or clear the text and latent caches.", no_args_is_help=True)
 
 OnlyDataset = Annotated[
@@ -38,10 +40,10 @@ def build(
     from ..runs.builders import build_pipeline
     from ..runs.output_folder import REPORTS_FOLDER
 
-    pipeline = build_pipeline(configuration, registry, say=options.say)
+    pipeline = build_pipeline(configuration, registry)
     pipeline.prepare()
     for report in pipeline.write_reports(configuration.run.output_dir / REPORTS_FOLDER):
-        options.say(f"report on dataset {report.id!r}: {report.folder / 'report.md'}")
+        logger.info(f"report on dataset {report.id!r}: {report.folder / 'report.md'}")
 
 
 @app.command()
@@ -64,11 +66,11 @@ def verify(
     from ..errors import DistillError
     from ..runs.builders import build_pipeline
 
-    found = list(build_pipeline(configuration, registry, say=options.say).cache_states())
+    found = list(build_pipeline(configuration, registry).cache_states())
     for state in found:
-        options.say(state.line())
+        logger.info(state.line())
     if any(state.num_orphaned for state in found):
-        options.say("orphaned entries are of use to other configurations only; `distill cache clear --orphaned`")
+        logger.info("orphaned entries are of use to other configurations only; `distill cache clear --orphaned`")
     if damaged := sum(len(state.damaged) for state in found):
         raise DistillError(f"{damaged} damaged files were removed; `distill cache build` or the next run restores them")
 
@@ -97,30 +99,30 @@ def clear(
 
     folders = _folders(configuration, dataset)
     for folder, _ in folders:
-        options.say(str(folder))
+        logger.info(str(folder))
     if not folders:
-        options.say("there is no cache to clear")
+        logger.info("there is no cache to clear")
     elif not yes:
         typer.confirm(f"Remove these {len(folders)} caches?", abort=True, err=True)
     freed = sum(remove_cache(folder) for folder, _ in folders)
     for file in _side_files(configuration, dataset):
         file.unlink(missing_ok=True)
-    options.say(f"freed {freed / 2**20:,.1f} MiB")
+    logger.info(f"freed {freed / 2**20:,.1f} MiB")
 
 
 def _clear_orphaned(configuration: Configuration, registry: Registry, dataset: str | None, *, yes: bool) -> None:
     from ..runs.builders import build_pipeline
 
-    found = list(build_pipeline(configuration, registry, say=options.say).cache_states())
+    found = list(build_pipeline(configuration, registry).cache_states())
     found = [each for each in found if each.num_orphaned and dataset in (None, each.cache.descriptor.get("dataset"))]
     for state in found:
-        options.say(state.line())
+        logger.info(state.line())
     if not found:
-        options.say("there is nothing orphaned")
+        logger.info("there is nothing orphaned")
     elif not yes:
         typer.confirm(f"Remove {sum(each.num_orphaned for each in found):,} orphaned entries?", abort=True, err=True)
     freed = sum(state.remove_orphaned() for state in found)
-    options.say(f"freed {freed / 2**20:,.1f} MiB")
+    logger.info(f"freed {freed / 2**20:,.1f} MiB")
 
 
 def _folders(configuration: Configuration, dataset: str | None) -> list[tuple[Path, dict[str, object]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -21,6 +22,7 @@ from .options import (
     SetOption,
 )
 
+logger = logging.getLogger(__name__)
 app = typer.Typer(no_args_is_help=True, help="Check, show or start a configuration.", pretty_exceptions_enable=False)
 
 
@@ -48,7 +50,7 @@ def check(
     )
     for notice in (*configuration.notices, *options.service_notices(configuration, registry)):
         typer.echo(f"notice: {notice}")
-    options.say("the configuration is usable")
+    logger.info("the configuration is usable")
 
 
 @app.command()
@@ -74,7 +76,7 @@ def show(
         plugins=plugin,
     )
     for notice in configuration.notices:
-        options.say(notice)
+        logger.info(notice)
     typer.echo(json.dumps(configuration.resolved(), indent=2, ensure_ascii=False))
 
 
@@ -110,5 +112,5 @@ def init(
     folder.mkdir(parents=True, exist_ok=True)
     for file, text in files.items():
         file.write_text(text, encoding="utf-8")
-        options.say(f"wrote {file}")
-    options.say(f"edit them, then: distill config check --config {folder / 'config.yaml'}")
+        logger.info(f"wrote {file}")
+    logger.info(f"edit them, then: distill config check --config {folder / 'config.yaml'}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import typer
 
 from . import options
@@ -16,6 +18,7 @@ from .options import (
     SetOption,
 )
 
+logger = logging.getLogger(__name__)
 app = typer.Typer(help="What the datasets hold.", no_args_is_help=True)
 
 
@@ -52,10 +55,10 @@ def report(
     from ..runs.builders import build_pipeline
     from ..runs.output_folder import REPORTS_FOLDER
 
-    pipeline = build_pipeline(configuration, registry, say=options.say)
+    pipeline = build_pipeline(configuration, registry)
     folder = configuration.run.output_dir / REPORTS_FOLDER
     pipeline.write_reports(folder)
     for line in pipeline.describe():
-        options.say(line)
+        logger.info(line)
     for dataset in configuration.datasets:
         typer.echo(folder / dataset.id / "report.md")

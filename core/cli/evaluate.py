@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from ..plugin_api.family import ModelFamily
     from ..registry.registry import Registry
     from ..settings.configuration import Configuration
+
+logger = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -56,7 +58,7 @@ def evaluate(
     configuration, registry = open_run(output_dir, overrides=[*(set_ or ()), *named])
     if evaluators is not None:
         require_evaluators(registry, configuration)
-    family = build_family(configuration, registry, say=_say)
+    family = build_family(configuration, registry)
     count = num_samples or configuration.run.evaluation_num_samples
     prompts, real_images = _data(configuration, registry, family, count)
     found = evaluate_run(
@@ -71,22 +73,17 @@ def evaluate(
         teacher_steps=full_steps,
         num_samples=num_samples,
         loras={extra.path: extra.weight for extra in loras},
-        say=_say,
     )
     Console().print(found.table())
     for name, reason in found.left_out.items():
-        _say(f"evaluator {name} is left out: {reason}")
+        logger.info(f"evaluator {name} is left out: {reason}")
     for file in found.save(output_dir, suffix=_suffix(bool(loras), base_model_precision)):
-        _say(f"wrote {file}")
+        logger.info(f"wrote {file}")
 
 
 def _suffix(with_loras: bool, precision: str | None) -> str:
     """What the files are called by beside those of the run as it was."""
     return ("-with-lora" if with_loras else "") + (f"-{precision}-base" if precision else "")
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def read_steps(option: str, text: str | None) -> tuple[int, ...] | None:
@@ -112,10 +109,10 @@ def _data(
     """Captions and images of the run's data; the validation prompts and no images where it cannot be read."""
     from ..runs.builders import build_pipeline
 
-    pipeline = build_pipeline(configuration, registry, say=_say, family=family, trajectories=False)
+    pipeline = build_pipeline(configuration, registry, family=family, trajectories=False)
     try:
         pipeline.prepare()
     except UserError as error:
-        _say(f"warning: the data cannot be read, so distances to it are left out: {error}")
+        logger.warning(f"the data cannot be read, so distances to it are left out: {error}")
         return configuration.validation_prompts, None
     return pipeline.captions(count), pipeline.real_images

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+logger = logging.getLogger(__name__)
 
 
 def generate(
@@ -37,7 +39,7 @@ def generate(
     loras = parse_loras(lora or [])
     named = [] if base_model_precision is None else [f"base_model_precision={base_model_precision}"]
     configuration, registry = open_run(output_dir, overrides=named)
-    family = build_family(configuration, registry, say=lambda line: print(line, file=sys.stderr))
+    family = build_family(configuration, registry)
     run, method = configuration.run, build_method(configuration, registry, family)
     sampler = method.sampler(
         family.schedule,
@@ -53,4 +55,4 @@ def generate(
         batches = list(make_images(family, network, recipe, embeds, [0], [seed], width=width, height=height))
     file = out or output_dir / "generated" / f"{slug(prompt)}-{recipe.steps}steps-seed{seed}.png"
     save_image(to_images(batches[0])[0], file)
-    print(f"wrote {file} ({width}x{height}, {recipe.label.splitlines()[1]}, seed {seed})", file=sys.stderr)
+    logger.info(f"wrote {file} ({width}x{height}, {recipe.label.splitlines()[1]}, seed {seed})")

@@ -56,19 +56,12 @@ def load(
     return configuration, registry
 
 
-def say(line: str) -> None:
-    """A line for people, on stderr."""
-    typer.echo(line, err=True)
-
-
 def service_notices(configuration: Configuration, registry: Registry) -> list[str]:
     """What trackers, publishers and evaluators will warn of at the start of the run."""
     from ..engine.tracking import build_trackers
     from ..evaluation.evaluators import evaluation_notices
     from ..runs.publishing import build_publishers
 
-    lines: list[str] = []
-    build_trackers(registry, configuration.run.report_to, configuration.trackers, lines.append)
-    build_publishers(registry, configuration, lines.append).check()
-    lines += evaluation_notices(registry, configuration)
-    return [line.removeprefix("warning: ") for line in lines]
+    _, of_trackers = build_trackers(registry, configuration.run.report_to, configuration.trackers)
+    _, of_publishers = build_publishers(registry, configuration)
+    return [*of_trackers, *of_publishers, *evaluation_notices(registry, configuration)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from ..registry.registry import Registry
     from ..settings.configuration import Configuration
 
+logger = logging.getLogger(__name__)
+
 
 def print_plan(configuration: Configuration, registry: Registry) -> None:
     """Check the model's files and the output folder, then print notices (stderr) and the plan (stdout)."""
@@ -22,7 +25,7 @@ def print_plan(configuration: Configuration, registry: Registry) -> None:
     state = check_output_dir(configuration)
     build_family(configuration, registry).check_source()
     for notice in (*configuration.notices, *options.service_notices(configuration, registry), *state.notices):
-        options.say(notice)
+        logger.info(notice)
     rows = [("output", f"{configuration.run.output_dir} ({state.action})"), *plan(configuration, registry)]
     width = max(len(name) for name, _ in rows)
     for name, value in rows:

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from . import options
 from .options import SetOption
 
 
@@ -27,7 +26,7 @@ def publish(
 
     configuration, registry = open_run(output_dir, overrides=set_ or ())
     names = [name.strip() for name in (to or "").split(",") if name.strip()]
-    publishers = publishers_named(registry, configuration, names, options.say)
+    publishers = publishers_named(registry, configuration, names)
     publishers.require()
     done, asked = len(publishers.publish(output_dir / STUDENT_FOLDER)), len(publishers.names)
     if done < asked:

@@ -60,7 +60,7 @@ def run(
         return
     from ..runs.run import run as distil
 
-    _report(distil(configuration, registry, say=options.say))
+    _report(distil(configuration, registry))
 
 
 def _report(result: RunResult) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
     from ..settings.configuration import Configuration
     from ..settings.dataset_settings import DatasetSettings
 
+logger = logging.getLogger(__name__)
+
 
 class DataPipeline:
     """Everything from the data file to batches.
@@ -60,7 +63,6 @@ class DataPipeline:
         world_size: Number of processes.
         seed: Decides order and draws.
         cache_root: Folder for caches that the data file gives no place.
-        say: Takes lines for people.
         progress: How long work tells of itself; by default a bar in a terminal, plain lines elsewhere.
         images: Whether batches carry latents; without, captions are enough and the autoencoder is not loaded.
         trajectories: Whether batches carry paths of the teacher, from the distillation cache that each dataset names.
@@ -79,7 +81,6 @@ class DataPipeline:
         world_size: int = 1,
         seed: int,
         cache_root: Path,
-        say: Callable[[str], None],
         progress: Progress | None = None,
         images: bool = True,
         trajectories: bool = False,
@@ -87,10 +88,10 @@ class DataPipeline:
     ) -> None:
         assert not images or all(each.has_images for each in config.datasets)  # refused with the configuration
         self._images, self._trajectories, self._resumes = images, trajectories, resumes
-        self._config, self._registry, self._family, self._say = config, registry, family, say
+        self._config, self._registry, self._family = config, registry, family
         self._layout = BatchLayout(micro_batch_size, accumulation, rank, world_size)
         self._seed, self._paths = seed, CachePaths(config, cache_root, registry)
-        self._progress = progress or default_progress(say)
+        self._progress = progress or default_progress()
         self._datasets: list[Dataset] = []
         self._loader: BatchLoader | None = None
         self._open: list[Prefetch[list[Batch]]] = []
@@ -108,7 +109,7 @@ class DataPipeline:
         self._indexed()
         builder = CacheBuilder(
             self._family, self._paths, shard=shard, workers=self._config.run.num_workers,
-            progress=self._progress, say=self._say, synchronized=synchronized,
+            progress=self._progress, synchronized=synchronized,
         )  # fmt: skip
         caches = builder.build(self._datasets, report, images=self._images, trajectories=self._trajectories)
         for dataset in self._datasets:
@@ -120,7 +121,7 @@ class DataPipeline:
         if shard.rank == 0:
             self._write_quarantine(report)
         for line in report.lines():
-            self._say(line)
+            logger.info(line)
         return report
 
     def _indexed(self) -> list[Dataset]:
@@ -165,7 +166,7 @@ class DataPipeline:
         index = builder.build(path)
         if builder.num_unmatched:
             table = settings.metadata_file
-            self._say(f"dataset {settings.id!r}: {builder.num_unmatched:,} rows of {table} are of no image there")
+            logger.info(f"dataset {settings.id!r}: {builder.num_unmatched:,} rows of {table} are of no image there")
         return index
 
     def _write_quarantine(self, report: DataReport) -> None:
@@ -214,7 +215,7 @@ class DataPipeline:
         parents = dataset_folders(self._paths, [dataset.settings for dataset in datasets])
         beside = folders_beside(self._paths, parents)
         needed = needs(self._family, self._paths, datasets, images=self._images)
-        return cache_states(needed, [*parents, *beside], self._say)
+        return cache_states(needed, [*parents, *beside])
 
     # -- training ---------------------------------------------------------------------------------------------------
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
+logger = logging.getLogger(__name__)
 Advance = Callable[[int], None]
 Progress = Callable[[str, int], AbstractContextManager[Advance]]
 """``with progress("latents of 'cats'", 1200) as advance: advance(4)``."""
@@ -16,9 +18,9 @@ BAR_AFTER = 32
 """Work of fewer items shows no bar."""
 
 
-def default_progress(say: Callable[[str], None]) -> Progress:
-    """A rich bar on a terminal's stderr; lines through `say` elsewhere."""
-    return bars if sys.stderr.isatty() else lambda title, total: lines(title, total, say)
+def default_progress() -> Progress:
+    """A rich bar on a terminal's stderr; logged lines elsewhere."""
+    return bars if sys.stderr.isatty() else lines
 
 
 @contextmanager
@@ -35,7 +37,7 @@ def bars(title: str, total: int) -> Iterator[Advance]:
 
 
 @contextmanager
-def lines(title: str, total: int, say: Callable[[str], None]) -> Iterator[Advance]:
+def lines(title: str, total: int) -> Iterator[Advance]:
     """A line every ten seconds; nothing for work that is done sooner."""
     done, start = 0, time.monotonic()
     said = start
@@ -47,6 +49,6 @@ def lines(title: str, total: int, say: Callable[[str], None]) -> Iterator[Advanc
         if now - said >= LINE_EVERY_SECONDS:
             said = now
             remaining = (now - start) / done * (total - done) if done else 0.0
-            say(f"{title}: {done:,} of {total:,}, about {remaining:.0f} s left")
+            logger.info(f"{title}: {done:,} of {total:,}, about {remaining:.0f} s left")
 
     yield advance

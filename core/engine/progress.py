@@ -125,8 +125,6 @@ class Progress:
         """A line for people."""
         print(text, file=self.stream, flush=True)
 
-    say = show
-
     def close(self) -> None:
         """The run is over."""
 
@@ -135,7 +133,7 @@ class Progress:
         if self._estimated or not remaining or step - self._start_step < FIRST_ESTIMATE:
             return
         self._estimated = True
-        self.say(
+        self.show(
             f"at {self.pace.seconds_per_step:.3g} s per step the remaining {(self.total_steps or step) - step} steps "
             f"take about {duration(remaining)}, validation not counted"
         )
@@ -171,10 +169,10 @@ class TerminalProgress(Progress):
         if self._bar is not None:
             self._bar.update(self._task, figures=self.line(step, metrics).split(", ", 1)[-1])
 
-    def say(self, text: str) -> None:
+    def show(self, text: str) -> None:
         """A line above the bar."""
         if self._bar is None:
-            self.show(text)
+            super().show(text)
         else:
             self._bar.console.print(text, markup=False, highlight=False)
 

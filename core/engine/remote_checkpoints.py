@@ -7,9 +7,9 @@ cannot be uploaded is a warning and is tried again with the next one; the checkp
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from ..errors import BadValue, DistillError, UserError
 from ..plugin_api.backend import DataBackend
 from .checkpoint import MANIFEST, CheckpointState, CheckpointStore, read_manifest
 
+logger = logging.getLogger(__name__)
 BLOCK = 1 << 24
 _KEY = re.compile(r"checkpoint-(\d+)/([^/]+)")
 
@@ -28,11 +29,10 @@ class RemoteCheckpoints:
         entry: Id of the data file's entry.
         backend: The place.
         limit: How many are kept there, the newest; None keeps all.
-        say: Takes lines for people.
     """
 
-    def __init__(self, entry: str, backend: DataBackend, *, limit: int | None, say: Callable[[str], None]) -> None:
-        self.entry, self.backend, self.limit, self._say = entry, backend, limit or None, say
+    def __init__(self, entry: str, backend: DataBackend, *, limit: int | None) -> None:
+        self.entry, self.backend, self.limit = entry, backend, limit or None
         self._can_remove = True
 
     def files(self) -> dict[int, set[str]]:
@@ -70,7 +70,7 @@ class RemoteCheckpoints:
                     self.backend.delete(f"checkpoint-{step}/{name}")
             except UserError as error:
                 self._can_remove = False
-                self._say(f"warning: old checkpoints stay in {self.backend.location}: {error.message}")
+                logger.warning(f"old checkpoints stay in {self.backend.location}: {error.message}")
                 return
 
     def begin_afresh(self, *, overwrite: bool) -> None:
@@ -119,14 +119,11 @@ class MirroredStore(CheckpointStore):
         output_dir: Folder of the run.
         limit: How many to keep in each place.
         there: The other place.
-        say: Takes lines for people.
     """
 
-    def __init__(
-        self, output_dir: Path, *, limit: int | None, remote: RemoteCheckpoints, say: Callable[[str], None]
-    ) -> None:
+    def __init__(self, output_dir: Path, *, limit: int | None, remote: RemoteCheckpoints) -> None:
         super().__init__(output_dir, limit=limit)
-        self._remote, self._tell = remote, say
+        self._remote = remote
         self._waiting: list[Path] = []
         self._copying: list[Path] = []
         self._running: Future[list[Path]] | None = None
@@ -167,7 +164,7 @@ class MirroredStore(CheckpointStore):
                 self._remote.upload(path)
             except (DistillError, OSError) as error:
                 reason = str(error).splitlines()[0]
-                self._tell(f"warning: {path.name} is complete here but could not be copied: {reason}")
+                logger.warning(f"{path.name} is complete here but could not be copied: {reason}")
                 return left
             left.remove(path)
         return left
@@ -185,7 +182,7 @@ class MirroredStore(CheckpointStore):
             self._prune(keep=newest)
         missing = [path.name for path in self._waiting if path.exists()]
         if missing:
-            self._tell(f"warning: not copied to {self._remote.backend.location}: {', '.join(missing)}")
+            logger.warning(f"not copied to {self._remote.backend.location}: {', '.join(missing)}")
 
     def download(self, step: int | None = None) -> None:
         """Bring the checkpoint of `step`, else the newest, here if it is only there."""
@@ -195,7 +192,7 @@ class MirroredStore(CheckpointStore):
         else:
             wanted = [step] if step in remote and step not in here else []
         for number in wanted:
-            self._tell(f"fetching checkpoint-{number} from {self._remote.backend.location}")
+            logger.info(f"fetching checkpoint-{number} from {self._remote.backend.location}")
             partial = self._fresh(number)
             self._remote.download(number, partial)
             self._move_into_place(partial, self.output_dir / f"checkpoint-{number}")
@@ -205,6 +202,6 @@ class MirroredStore(CheckpointStore):
         later = [number for number in self._remote.steps() if number > step]
         if later:
             names = ", ".join(f"checkpoint-{number}" for number in later)
-            self._tell(f"later checkpoints are removed from {self._remote.backend.location}: {names}")
+            logger.info(f"later checkpoints are removed from {self._remote.backend.location}: {names}")
         self._remote.remove(later)
         return super().discard_after(step)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..utils.packages import missing_packages
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from ..plugin_api.tracker import RunInfo, Tracker
     from ..registry.registry import Registry
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
 
 
 class Trackers:
@@ -21,12 +22,10 @@ class Trackers:
 
     Args:
         trackers: (name, tracker) pairs, in the order of ``report_to``.
-        say: Where warnings and notices go, a line each.
     """
 
-    def __init__(self, trackers: Sequence[tuple[str, Tracker]], say: Say) -> None:
+    def __init__(self, trackers: Sequence[tuple[str, Tracker]]) -> None:
         self._trackers = dict(trackers)
-        self._say = say
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -38,7 +37,7 @@ class Trackers:
         self._each("start", run)
         for name, notices in self._each("notices").items():
             for notice in notices:
-                self._say(f"{name}: {notice}")
+                logger.info(f"{name}: {notice}")
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Scalars of a step."""
@@ -65,34 +64,33 @@ class Trackers:
                 returned[name] = getattr(tracker, call)(*args)
             except Exception as error:  # somebody else's service must not end hours of training; it is said, once
                 del self._trackers[name]
-                self._say(switched_off(name, f"in {call}()", error))
+                logger.warning(switched_off(name, f"in {call}()", error))
         return returned
 
 
 def switched_off(name: str, where: str, error: Exception) -> str:
     """The warning of a tracker that failed."""
     problem = f"{type(error).__name__}: {error}"
-    return f"warning: tracker {name} failed {where} and is switched off, the run goes on: {problem}"
+    return f"tracker {name} failed {where} and is switched off, the run goes on: {problem}"
 
 
-def build_trackers(registry: Registry, names: Sequence[str], configs: Mapping[str, Any], say: Say) -> Trackers:
-    """The named trackers; one whose package is missing is left out with its install line.
+def build_trackers(registry: Registry, names: Sequence[str], configs: Mapping[str, Any]) -> tuple[Trackers, list[str]]:
+    """Return the named trackers, and a warning for each that has to be left out.
 
     Args:
         registry: Where names resolve.
         names: ``report_to``.
         configs: Validated settings by tracker name; the defaults where there are none.
-        say: Where warnings go.
     """
-    trackers = []
+    trackers, warnings = [], []
     for name in names:
         tracker = registry.get("tracker", name)
         problem = missing_packages(tracker.packages)
         if problem:
-            say(f"warning: tracker {name} is left out, the run goes on: {problem}")
+            warnings.append(f"tracker {name} is left out, the run goes on: {problem}")
             continue
         try:
             trackers.append((name, tracker(configs.get(name) or tracker.Config())))
         except Exception as error:  # as little as in its calls later
-            say(switched_off(name, "when it was made", error))
-    return Trackers(trackers, say)
+            warnings.append(switched_off(name, "when it was made", error))
+    return Trackers(trackers), warnings

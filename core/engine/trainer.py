@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from .signals import StopRequest
     from .tracking import Trackers
 
+logger = logging.getLogger(__name__)
 Validate = Callable[[int], Path]
 
 
@@ -82,7 +84,6 @@ class Trainer:
         identity: What must be the same when a checkpoint is resumed, by name.
         total_steps: The last step.
         on_step: Told (step, metrics or None) after every step, for progress displays.
-        say: Takes lines for people.
         pause: A context whose time does not count in the progress display's estimate.
     """
 
@@ -99,7 +100,6 @@ class Trainer:
     identity: Mapping[str, Any]
     total_steps: int
     on_step: Callable[[int, Mapping[str, float] | None], None]
-    say: Callable[[str], None]
     pause: Callable[[], AbstractContextManager[None]] = nullcontext
     step: int = 0
     _buffer: MetricBuffer = field(default_factory=MetricBuffer)
@@ -150,7 +150,7 @@ class Trainer:
             self.metrics_file.truncate_after(saved.step)
             discarded = self.store.discard_after(saved.step)
             if discarded:
-                self.say(f"later checkpoints are removed: {', '.join(path.name for path in discarded)}")
+                logger.info(f"later checkpoints are removed: {', '.join(path.name for path in discarded)}")
 
     def _begun(self, step: int) -> list[int]:
         """First steps of the later stages that had begun when `step` steps were taken."""
@@ -281,7 +281,7 @@ class Trainer:
             try:
                 self._write()
             except Exception as second:  # the first error is the one to report
-                self.say(f"warning: step {self.step} could not be saved: {type(second).__name__}: {second}")
+                logger.warning(f"step {self.step} could not be saved: {type(second).__name__}: {second}")
         return self.store.latest()
 
 

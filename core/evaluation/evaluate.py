@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import median
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from ..plugin_api.family import ModelFamily
     from .result import Evaluation
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
 SHOWN = 8
 """Images of each sampling plan that go into ``evaluation.png``."""
 LATENCY_SECONDS = 2.0
@@ -38,7 +39,6 @@ def evaluate(
     evaluators: Mapping[str, Evaluator],
     *,
     data: Tensor | None = None,
-    say: Say = lambda line: None,
     left_out: Mapping[str, str] | None = None,
 ) -> Evaluation:
     """Make every sampling plan's images from the same noise and score them.
@@ -51,12 +51,11 @@ def evaluate(
         plan: What to make.
         evaluators: By name; see :func:`.evaluators.build_evaluators`.
         data: Real images (M, 3, H, W) in [0, 1] at the plan's size, or None.
-        say: Where progress goes, a line each.
         left_out: Evaluators that cannot be used here, with the reason.
     """
     from .result import Evaluation
 
-    scorers = _Scorers(evaluators, dict(left_out or {}), say)
+    scorers = _Scorers(evaluators, dict(left_out or {}))
     embeds = encode(family, plan.prompts)
     rows: dict[int, Row] = {}
     reference: Tensor | None = None
@@ -73,14 +72,14 @@ def evaluate(
                     if not sampling_plan.optional:
                         raise
                     # some pipelines give a scheduler times of their own, which not every scheduler takes
-                    say(f"{sampling_plan.name} is left out: {family.name} does not take its scheduler: {error}")
+                    logger.info(f"{sampling_plan.name} is left out: {family.name} does not take its scheduler: {error}")
                     continue
                 reference = images if sampling_plan is plan.reference else reference
                 beside = None if sampling_plan is plan.reference else reference
                 row.scores = scorers.score(Samples(images, plan.sample_prompts, beside, data))
                 rows[id(sampling_plan)] = row
                 steps = plural(sampling_plan.steps, "step")
-                say(f"evaluated {sampling_plan.name} at {steps}: {row.seconds_per_image:.3g} s per image")
+                logger.info(f"evaluated {sampling_plan.name} at {steps}: {row.seconds_per_image:.3g} s per image")
     better = {name: up for evaluator in evaluators.values() for name, up in evaluator.higher_is_better.items()}
     return Evaluation(
         plan=plan,
@@ -95,8 +94,8 @@ def evaluate(
 class _Scorers:
     """Evaluators, without those that have failed."""
 
-    def __init__(self, evaluators: Mapping[str, Evaluator], left_out: dict[str, str], say: Say) -> None:
-        self._evaluators, self.left_out, self._say = dict(evaluators), left_out, say
+    def __init__(self, evaluators: Mapping[str, Evaluator], left_out: dict[str, str]) -> None:
+        self._evaluators, self.left_out = dict(evaluators), left_out
 
     def score(self, samples: Samples) -> dict[str, float]:
         """Scores of all that have not failed yet."""
@@ -107,7 +106,7 @@ class _Scorers:
             except Exception as error:  # one plugin's failure must not cost the other scores, nor end a finished run
                 del self._evaluators[name]
                 self.left_out[name] = f"it failed: {type(error).__name__}: {error}"
-                self._say(f"warning: evaluator {name} failed and is left out: {type(error).__name__}: {error}")
+                logger.warning(f"evaluator {name} failed and is left out: {type(error).__name__}: {error}")
         return scores
 
 

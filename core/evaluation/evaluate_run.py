@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from ..settings.configuration import Configuration
     from .result import Evaluation
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
 MOST_REAL_IMAGES = 1000
 REAL_BYTES = 2**30
 RealImages = Callable[[int, int, int], "Tensor"]
@@ -42,7 +43,6 @@ def evaluate_run(
     num_samples: int | None = None,
     resolution: tuple[int, int] | None = None,
     loras: Mapping[str, float] | None = None,
-    say: Say = lambda line: None,
 ) -> Evaluation:
     """Score the run's student against its teacher.
 
@@ -59,7 +59,6 @@ def evaluate_run(
         num_samples: Images per score.
         resolution: (width, height) in pixels.
         loras: What stands beside the student's, for the record.
-        say: Where progress goes.
 
     Raises:
         UserError: There is no prompt, or no sample is asked for.
@@ -77,36 +76,36 @@ def evaluate_run(
         num_samples=count,
         seed=run.seed,
         resolution=(width, height),
-        steps=steps or _possible_steps(configuration, family, method, say),
+        steps=steps or _possible_steps(configuration, family, method),
         teacher_steps=teacher_steps or run.evaluation_teacher_steps,
         teacher_guidance=run.evaluation_teacher_guidance,
         role=method.result_role(),
     )
-    data = _real(real_images, width, height, count, say)
+    data = _real(real_images, width, height, count)
     setting = evaluation_setting(family, num_data=0 if data is None else len(data))
     evaluators, left_out = build_evaluators(registry, configuration, setting)
-    found = evaluate(family, networks, plan, evaluators, data=data, say=say, left_out=left_out)
+    found = evaluate(family, networks, plan, evaluators, data=data, left_out=left_out)
     found.loras = dict(loras or {})
     return found
 
 
-def _real(real_images: RealImages | None, width: int, height: int, count: int, say: Say) -> Tensor | None:
+def _real(real_images: RealImages | None, width: int, height: int, count: int) -> Tensor | None:
     """The real images to compare with; None, which is said, where there are none."""
     data = real_images(num_real_images(width, height, count), width, height) if real_images else None
     if data is None or not len(data):
-        say("there are no real images to compare with: distances to the data are left out")
+        logger.info("there are no real images to compare with: distances to the data are left out")
         return None
     return data
 
 
-def _possible_steps(configuration: Configuration, family: ModelFamily, method: Method, say: Say) -> list[int]:
+def _possible_steps(configuration: Configuration, family: ModelFamily, method: Method) -> list[int]:
     """``evaluation_steps`` without those that the method cannot sample with, each of which is said."""
     possible = []
     for steps in configuration.run.evaluation_steps:
         try:
             method.sampler(family.schedule, num_inference_steps=steps)
         except UserError as error:
-            say(f"evaluation_steps: {steps} is left out: {error.message}")
+            logger.info(f"evaluation_steps: {steps} is left out: {error.message}")
         else:
             possible.append(steps)
     if not possible:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+import logging
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
@@ -11,6 +12,7 @@ from .quantizer import NO_CHANGE, Quantizer, stored_bytes
 if TYPE_CHECKING:
     from torch import nn
 
+logger = logging.getLogger(__name__)
 BASE = "base_model"
 
 
@@ -24,13 +26,10 @@ class Precisions:
 
     Args:
         quantizers: ``base_model`` and ``text_encoder_N`` -> the quantizer of that network.
-        say: Takes the line that tells what was saved.
     """
 
-    def __init__(
-        self, quantizers: Mapping[str, Quantizer] | None = None, say: Callable[[str], None] = lambda line: None
-    ) -> None:
-        self._quantizers, self._say = dict(quantizers or {}), say
+    def __init__(self, quantizers: Mapping[str, Quantizer] | None = None) -> None:
+        self._quantizers = dict(quantizers or {})
         self._stored: dict[str, tuple[int, int]] = {}
 
     def quantises(self, part: str) -> bool:
@@ -78,7 +77,7 @@ class Precisions:
         from ..utils.memory import gigabytes
 
         saved = f"{gigabytes(before)} -> {gigabytes(after)}, {1 - after / before:.0%} saved"
-        self._say(f"{part} quantised by {quantizer.name}: {saved}")
+        logger.info(f"{part} quantised by {quantizer.name}: {saved}")
 
     def stored(self, part: str) -> tuple[int, int] | None:
         """Bytes of the network `part` before and after it was quantised; None where it was not."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,10 +13,6 @@ if TYPE_CHECKING:
     from .context import Context
     from .family import ModelFamily
     from .method import Method
-
-
-def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 @dataclass
@@ -34,7 +28,5 @@ class RunState:
     step: int = 0
     main: bool = True
     """Whether this process is the one that writes files; hooks run in all."""
-    say: Callable[[str], None] = _to_stderr
-    """Prints a line for people and keeps it in the run's log."""
     extra: dict[str, Any] = field(default_factory=dict)
     """A place for plugins to keep things by their own name."""

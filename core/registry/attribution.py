@@ -101,11 +101,11 @@ def _attributed(function: Callable[..., Any], label: str, hook: str) -> Callable
         try:
             result = function(*args, **kwargs)
         except BaseException as error:
-            _say_end(label, hook, start, f"raised {type(error).__name__}: {error}")
+            _trace_end(label, hook, start, f"raised {type(error).__name__}: {error}")
             if isinstance(error, DistillError) or not isinstance(error, Exception):
                 raise
             raise PluginError(f"{label} failed in {hook}: {type(error).__name__}: {error}") from error
-        _say_end(label, hook, start, f"returned {short(result)}")
+        _trace_end(label, hook, start, f"returned {short(result)}")
         return result
 
     return call
@@ -122,7 +122,7 @@ def _attributed_wrapper(function: Callable[..., Any], label: str, hook: str) -> 
         except Exception as error:
             raise PluginError(f"{label} failed in {hook}: {type(error).__name__}: {error}") from error
         finally:
-            _say_end(label, hook, start, "ended, around the others")
+            _trace_end(label, hook, start, "ended, around the others")
 
     return call
 
@@ -135,7 +135,7 @@ def tracing() -> bool:
     return os.environ.get(TRACE, "").strip().lower() not in _OFF
 
 
-def say(line: str) -> None:
+def trace_line(line: str) -> None:
     """A line of the trace, where it is on."""
     if tracing():
         print(f"trace: {line}", file=sys.stderr, flush=True)
@@ -146,7 +146,7 @@ def trace(manager: pluggy.PluginManager) -> None:
 
     def before(hook: str, implementations: Sequence[pluggy.HookImpl], arguments: Mapping[str, Any]) -> None:
         given = ", ".join(f"{name}={short(value)}" for name, value in arguments.items())
-        say(f"{hook}({given}){'' if implementations else ': no plugin listens'}")
+        trace_line(f"{hook}({given}){'' if implementations else ': no plugin listens'}")
 
     def after(*_: Any) -> None: ...
 
@@ -154,9 +154,9 @@ def trace(manager: pluggy.PluginManager) -> None:
         manager.add_hookcall_monitoring(before, after)
 
 
-def _say_end(label: str, hook: str, start: float, what: str) -> None:
+def _trace_end(label: str, hook: str, start: float, what: str) -> None:
     if tracing():
-        say(f"  {hook} of {label} {what} in {1000 * (time.perf_counter() - start):.1f} ms")
+        trace_line(f"  {hook} of {label} {what} in {1000 * (time.perf_counter() - start):.1f} ms")
 
 
 def short(value: object) -> str:

@@ -25,7 +25,7 @@ from ..plugin_api.publisher import Publisher
 from ..plugin_api.quantizer import Quantizer
 from ..plugin_api.tracker import Tracker
 from ..utils.suggest import nearest
-from .attribution import MARKER, attributed_hooks, register_owner, say, trace
+from .attribution import MARKER, attributed_hooks, register_owner, trace, trace_line
 from .sources import ENTRY_POINTS as ENTRY_POINTS
 from .sources import (
     ROOT,
@@ -192,7 +192,7 @@ class Registry:
             self._classes[provenance.kind][found.name] = (found, provenance)
             self._aliases[provenance.kind].update(dict.fromkeys(found.aliases, found.name))
         self._loaded[own_name] = Loaded(own_name, source, version, tuple(_hook_of(hooks, name) for name in vars(hooks)))
-        say(f"{label} is loaded")
+        trace_line(f"{label} is loaded")
 
     def _offers(self, hooks: SimpleNamespace, provenance: Provenance, label: str) -> list[tuple[type[Any], Provenance]]:
         """The classes that a plugin offers, checked, with where each comes from."""

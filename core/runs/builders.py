@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -53,20 +52,13 @@ def model_settings(configuration: Configuration, *, source: str | None = None) -
     )
 
 
-def build_family(
-    configuration: Configuration,
-    registry: Registry,
-    *,
-    device: str | None = None,
-    say: Callable[[str], None] = lambda line: None,
-) -> ModelFamily:
+def build_family(configuration: Configuration, registry: Registry, *, device: str | None = None) -> ModelFamily:
     """The run's family; nothing loads before it is needed.
 
     Args:
         configuration: The run's.
         registry: The run's plugins.
         device: Where its networks lie; what the run's key says unless given.
-        say: Takes a line for each network that is quantised, with what that saves.
 
     Raises:
         UserError: A quantizer cannot be used on this machine.
@@ -75,7 +67,7 @@ def build_family(
     source = str(family.miniature) if family.miniature else None
     settings = model_settings(configuration, source=source)
     settings = replace(settings, device=device) if device else settings
-    precision = Precisions(_quantizers(configuration, registry, settings.device), say)
+    precision = Precisions(_quantizers(configuration, registry, settings.device))
     return family(configuration.family, replace(settings, precision=precision))
 
 
@@ -116,7 +108,6 @@ def build_pipeline(
     configuration: Configuration,
     registry: Registry,
     *,
-    say: Callable[[str], None],
     family: ModelFamily | None = None,
     trajectories: bool = True,
 ) -> DataPipeline:
@@ -125,7 +116,6 @@ def build_pipeline(
     Args:
         configuration: The run's.
         registry: The run's plugins.
-        say: Takes lines for people.
         family: The run's; built and its files checked unless given.
         trajectories: Whether the distillation caches of the data file are made too.
     """
@@ -133,11 +123,11 @@ def build_pipeline(
 
     run = configuration.run
     if family is None:
-        family = build_family(configuration, registry, say=say)
+        family = build_family(configuration, registry)
         family.check_source()
     return DataPipeline(
         configuration, registry, family, micro_batch_size=run.train_batch_size,
-        accumulation=run.gradient_accumulation_steps, seed=run.seed, cache_root=run.output_dir / CACHE_FOLDER, say=say,
+        accumulation=run.gradient_accumulation_steps, seed=run.seed, cache_root=run.output_dir / CACHE_FOLDER,
         images=method_needs(configuration, registry, family).images,
         trajectories=trajectories and bool(configuration.distillation_caches),
     )  # fmt: skip

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
@@ -29,12 +29,7 @@ if TYPE_CHECKING:
     from ..settings.configuration import Configuration
     from .publishing import Publishers
 
-Say = Callable[[str], None]
-
-
-def to_stderr(line: str) -> None:
-    """Print a line for people."""
-    print(line, file=sys.stderr, flush=True)
+logger = logging.getLogger(__name__)
 
 
 class RunComponents:
@@ -44,21 +39,14 @@ class RunComponents:
         configuration: Validated.
         registry: The run's plugins.
         stop: Set by Ctrl-C and SIGTERM.
-        say: Where lines for people go.
     """
 
-    def __init__(self, configuration: Configuration, registry: Registry, stop: StopRequest, say: Say) -> None:
+    def __init__(self, configuration: Configuration, registry: Registry, stop: StopRequest) -> None:
         self.config, self.settings, self.registry = configuration, configuration.run, registry
-        self._stop, self._say = stop, say
+        self._stop = stop
         self._progress: Progress | None = None
         self._training = False
         self._log = RunLog()
-
-    def say(self, line: str) -> None:
-        """A line for people and for the log, once, from the main process."""
-        if self.processes.main:
-            self._log.note(line)
-            (self._progress.say if self._progress else self._say)(line)
 
     # -- parts ------------------------------------------------------------------------------------------------------
 
@@ -72,7 +60,7 @@ class RunComponents:
     @cached_property
     def family(self) -> Any:
         """The run's model."""
-        return build_family(self.config, self.registry, device=str(self.processes.device), say=self.say)
+        return build_family(self.config, self.registry, device=str(self.processes.device))
 
     @cached_property
     def method(self) -> Any:
@@ -91,7 +79,7 @@ class RunComponents:
         return DataPipeline(
             self.config, self.registry, self.family, micro_batch_size=settings.train_batch_size,
             accumulation=settings.gradient_accumulation_steps, rank=processes.rank, world_size=processes.world_size,
-            seed=settings.seed, cache_root=settings.output_dir / "cache", say=self.say,
+            seed=settings.seed, cache_root=settings.output_dir / "cache",
             images=needs.images, trajectories=needs.trajectory_points > 0, resumes=resumes,
         )  # fmt: skip
 
@@ -121,7 +109,7 @@ class RunComponents:
     def _averages_student(self) -> bool:
         roles = {role.name: role for role in self.method.roles(self.config.method, self.method.setup)}
         if self.settings.use_ema and roles[self.method.result_role()].ema_of is not None:
-            self.say(f"use_ema has no effect: what {self.method.name} exports here is an average already")
+            logger.info(f"use_ema has no effect: what {self.method.name} exports here is an average already")
             return False
         return self.settings.use_ema
 
@@ -164,14 +152,20 @@ class RunComponents:
         from ..engine.tracking import build_trackers
 
         names = self.settings.report_to if self.processes.main else ()
-        return build_trackers(self.registry, names, self.config.trackers, self.say)
+        trackers, warnings = build_trackers(self.registry, names, self.config.trackers)
+        for line in warnings:
+            logger.warning(line)
+        return trackers
 
     @cached_property
     def publishers(self) -> Publishers:
         """Where the student goes at the end."""
         from .publishing import build_publishers
 
-        return build_publishers(self.registry, self.config, self.say)
+        publishers, warnings = build_publishers(self.registry, self.config)
+        for line in warnings:
+            logger.warning(line)
+        return publishers
 
     def _optimizer(self, role: str) -> RoleOptimizer:
         import torch
@@ -232,7 +226,7 @@ class RunComponents:
         if entry is None or not self.processes.main:
             return None
         backend = self.registry.get("data_backend", entry.type)(entry.backend)
-        return RemoteCheckpoints(entry.id, backend, limit=self.settings.checkpoints_total_limit, say=self.say)
+        return RemoteCheckpoints(entry.id, backend, limit=self.settings.checkpoints_total_limit)
 
     def _store(self) -> CheckpointStore:
         from ..engine.checkpoint import CheckpointStore
@@ -240,7 +234,7 @@ class RunComponents:
 
         folder, limit, remote = self.settings.output_dir, self.settings.checkpoints_total_limit, self.remote_checkpoints
         if remote is not None:
-            return MirroredStore(folder, limit=limit, remote=remote, say=self.say)
+            return MirroredStore(folder, limit=limit, remote=remote)
         return CheckpointStore(folder, limit=limit, read_only=not self.processes.main)
 
     @cached_property
@@ -275,11 +269,11 @@ class RunComponents:
             store=self._store(),
             metrics_file=MetricsFile(settings.output_dir / "metrics.jsonl"), trackers=self.trackers,
             state=RunState(self.config, settings.output_dir, self.method, self.family, context, networks,
-                           main=processes.main, say=self.say),
+                           main=processes.main),
             registry=self.registry, processes=processes, stop=self._stop, validate=self._validate,
             identity={"method": settings.distillation_method, "family": settings.model_family,
                       "model": self.family.fingerprint("denoiser"), "data": self.data.fingerprint()},
-            total_steps=self.total_steps, on_step=self._on_step, say=self.say, pause=self._pause,
+            total_steps=self.total_steps, on_step=self._on_step, pause=self._pause,
         )  # fmt: skip
 
     # -- what the flow adds -------------------------------------------------------------------------------------------

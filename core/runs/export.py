@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,8 @@ from .model_card import write_model_card
 if TYPE_CHECKING:
     from ..evaluation.result import Evaluation
     from .components import RunComponents
+
+logger = logging.getLogger(__name__)
 
 
 def export_info(run: RunComponents, *, role: str | None = None) -> ExportInfo:
@@ -43,14 +46,14 @@ def export_student(run: RunComponents, student: Path, *, role: str | None = None
     if student.exists():
         shutil.rmtree(student)
     temporary.rename(student)
-    run.say(f"student written to {student}")
+    logger.info(f"student written to {student}")
 
 
 def export_online(run: RunComponents, folder: Path) -> None:
     """Write the weights that the optimizer stepped, where the student is an average of them."""
     result = run.networks.roles[run.method.result_role()]
     if result.ema_of is None and run.networks.average is None:
-        run.say("export_online_weights has no effect: the student is no average")
+        logger.info("export_online_weights has no effect: the student is no average")
         return
     export_student(run, folder, role=result.ema_of or result.name)
 
@@ -62,7 +65,7 @@ def evaluate_student(run: RunComponents) -> Evaluation:
     prompts = run.data.captions(run.settings.evaluation_num_samples) or run.prompts
     evaluation = evaluate_run(
         run.config, run.registry, run.family, run.method, run.networks, prompts=prompts,
-        real_images=run.data.real_images, resolution=run.resolution, say=run.say,
+        real_images=run.data.real_images, resolution=run.resolution,
     )  # fmt: skip
     evaluation.save(run.settings.output_dir)
     run.trackers.images("evaluation", {"teacher and student": evaluation.image()}, run.trainer.step)

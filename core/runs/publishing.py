@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..plugin_api.publisher import PublishSetting
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from ..registry.registry import Registry
     from ..settings.configuration import Configuration
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
 
 
 class Publishers:
@@ -24,25 +25,26 @@ class Publishers:
 
     Args:
         publishers: By name.
-        say: Where warnings go, a line each.
     """
 
-    def __init__(self, publishers: Mapping[str, Publisher], say: Say) -> None:
-        self._publishers, self._say = dict(publishers), say
+    def __init__(self, publishers: Mapping[str, Publisher]) -> None:
+        self._publishers = dict(publishers)
 
     @property
     def names(self) -> tuple[str, ...]:
         """Those that are still in use."""
         return tuple(self._publishers)
 
-    def check(self) -> None:
-        """Warn now of what would keep each from working, rather than after hours; those are left out."""
+    def leave_out(self) -> list[str]:
+        """Leave out those that cannot work, now rather than after hours; return a warning for each problem."""
+        warnings = []
         for name, publisher in list(self._publishers.items()):
             problems = publisher.problems()
             for problem in problems:
-                self._say(f"warning: {name}: {problem}; the run goes on, and the student stays in the output folder")
+                warnings.append(f"{name}: {problem}; the run goes on, and the student stays in the output folder")
             if problems:
                 del self._publishers[name]
+        return warnings
 
     def require(self) -> None:
         """Raise UserError for what would keep any of them from working."""
@@ -58,51 +60,57 @@ class Publishers:
         for name, publisher in self._publishers.items():
             try:
                 addresses.append(publisher.publish(student))
-                self._say(f"{name}: published to {addresses[-1]}")
+                logger.info(f"{name}: published to {addresses[-1]}")
             except Exception as error:  # the student is safe on disk; no service's failure may end a finished run
-                self._say(f"warning: {name}: publishing failed: {type(error).__name__}: {error}; it lies in {student}")
+                logger.warning(f"{name}: publishing failed: {type(error).__name__}: {error}; it lies in {student}")
         return addresses
 
 
-def build_publishers(registry: Registry, configuration: Configuration, say: Say) -> Publishers:
-    """The publishers that the run asks for; one whose package is missing is left out with its install line."""
-    publishers = {}
-    for name in registry.names("publisher"):
-        publisher = registry.get("publisher", name)
-        config = publisher.from_run(configuration.run, configuration.publishers.get(name))
-        if config is None:
-            continue
+def build_publishers(registry: Registry, configuration: Configuration) -> tuple[Publishers, list[str]]:
+    """Return the publishers that the run asks for and that can work, and warnings of those that are left out."""
+    publishers, warnings, setting = {}, [], publish_setting(registry, configuration)
+    for name, publisher, config in _asked_for(registry, configuration):
         missing = missing_packages(publisher.packages)
         if missing:
-            say(f"warning: {name}: {missing}; the student will not be published")
+            warnings.append(f"{name}: {missing}; the student will not be published")
         else:
-            publishers[name] = publisher(config, publish_setting(registry, configuration))
-    return Publishers(publishers, say)
+            publishers[name] = publisher(config, setting)
+    built = Publishers(publishers)
+    return built, warnings + built.leave_out()
 
 
-def publishers_named(registry: Registry, configuration: Configuration, names: Sequence[str], say: Say) -> Publishers:
-    """The publishers of these names, or those that the run asks for where there is no name.
+def publishers_named(registry: Registry, configuration: Configuration, names: Sequence[str]) -> Publishers:
+    """Return the publishers of these names, or those that the run asks for where there is no name.
 
     Raises:
-        UserError: There is none of a name, its package is missing, or nothing is asked for.
+        UserError: There is none of a name, its package is missing, it cannot work, or nothing is asked for.
     """
-    wanted = {registry.get("publisher", name).name for name in names}
-    publishers = {}
-    for name in registry.names("publisher"):
-        publisher, given = registry.get("publisher", name), configuration.publishers.get(name)
-        # a publisher may take keys of the run over (hub_model_id): so it is asked as if the run named it
-        run = configuration.run.model_copy(update={"publish_to": (name,)}) if name in wanted else configuration.run
-        config = publisher.from_run(run, given) if name in wanted or not wanted else None
-        if config is None:
-            continue
+    publishers, setting = {}, publish_setting(registry, configuration)
+    for name, publisher, config in _asked_for(registry, configuration, names):
         missing = missing_packages(publisher.packages)
         if missing:
             raise UserError(f"{name}: {missing}", "install it, or leave it out")
-        publishers[name] = publisher(config, publish_setting(registry, configuration))
+        publishers[name] = publisher(config, setting)
     if not publishers:
         known = ", ".join(registry.names("publisher"))
         raise UserError("the run publishes nowhere", f"name where to: --to NAME (registered: {known})")
-    return Publishers(publishers, say)
+    return Publishers(publishers)
+
+
+def _asked_for(
+    registry: Registry, configuration: Configuration, names: Sequence[str] = ()
+) -> Iterator[tuple[str, type[Publisher], Any]]:
+    """Yield name, class and settings of each publisher of `names`, or of those that the run asks for."""
+    wanted = {registry.get("publisher", name).name for name in names}
+    for name in registry.names("publisher"):
+        if wanted and name not in wanted:
+            continue
+        # a publisher may take keys of the run over (hub_model_id): so it is asked as if the run named it
+        run = configuration.run.model_copy(update={"publish_to": (name,)}) if wanted else configuration.run
+        publisher = registry.get("publisher", name)
+        config = publisher.from_run(run, configuration.publishers.get(name))
+        if config is not None:
+            yield name, publisher, config
 
 
 def publish_setting(registry: Registry, configuration: Configuration) -> PublishSetting:

@@ -6,6 +6,7 @@ config -> family -> data -> networks and optimizers -> loop, validation, checkpo
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -15,8 +16,9 @@ from typing import TYPE_CHECKING
 from ..engine.signals import StopRequest
 from ..errors import DistillError, Interrupted, UserError
 from ..evaluation.evaluators import evaluation_notices
+from ..utils.console import console
 from ..utils.files import write_text
-from .components import RunComponents, Say, to_stderr
+from .components import RunComponents
 from .output_folder import REPORTS_FOLDER, RESOLVED, check_output_dir, clear_output_dir, named_step
 from .run_log import ENDS, ENDS_WELL
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from ..registry.registry import Registry
     from ..settings.configuration import Configuration
 
+logger = logging.getLogger(__name__)
 MINIATURE = (
     "no model named: this distils the miniature that ships with the family, a small but real and trained model for "
     "trying things out. Your own: --model PATH_OR_ID --data FILE (`distill config init` writes both files)"
@@ -47,13 +50,12 @@ class RunResult:
     rank: int = 0
 
 
-def run(configuration: Configuration, registry: Registry, *, say: Say | None = None) -> RunResult:
+def run(configuration: Configuration, registry: Registry) -> RunResult:
     """Distil, from the first step or where the last run stopped, to the exported student.
 
     Args:
         configuration: Validated.
         registry: The run's plugins.
-        say: Where lines for people go; stderr unless given.
 
     Raises:
         UserError: Something is unusable as given; nothing was lost.
@@ -61,7 +63,7 @@ def run(configuration: Configuration, registry: Registry, *, say: Say | None = N
         DistillError: The run failed; what could be saved was, and the message says how to resume.
     """
     with StopRequest() as stop:
-        return Run(configuration, registry, stop, say or to_stderr).execute()
+        return Run(configuration, registry, stop).execute()
 
 
 class Run(RunComponents):
@@ -69,16 +71,17 @@ class Run(RunComponents):
 
     def execute(self) -> RunResult:
         """The whole run."""
-        try:
-            self._open()
-            return self._execute()
-        except BaseException as error:
-            self._log.note(f"{ENDS}{type(error).__name__}: {error}")
-            self._failed(error)
-            raise
-        finally:
-            self._log.close()
-            self.processes.close()
+        with console(enabled=self.processes.main, note=self._log.note):
+            try:
+                self._open()
+                return self._execute()
+            except BaseException as error:
+                self._log.note(f"{ENDS}{type(error).__name__}: {error}")
+                self._failed(error)
+                raise
+            finally:
+                self._log.close()
+                self.processes.close()
 
     def _execute(self) -> RunResult:
         self.family.check_source()
@@ -103,7 +106,7 @@ class Run(RunComponents):
     def _open(self) -> None:
         folder = self.settings.output_dir
         if self.config.miniature:
-            self.say(MINIATURE)
+            logger.info(MINIATURE)
         with self.processes.synchronized():
             if self.processes.main:
                 state = check_output_dir(self.config)
@@ -114,10 +117,10 @@ class Run(RunComponents):
                 folder.mkdir(parents=True, exist_ok=True)
                 self._log.open(folder)
                 for notice in (*self.config.notices, *state.notices):
-                    self.say(notice)
-        self.publishers.check()
+                    logger.info(notice)
+        _ = self.publishers  # says now, rather than after hours, what would keep one from working
         for line in evaluation_notices(self.registry, self.config):
-            self.say(f"warning: {line}")
+            logger.warning(line)
 
     def _check_model(self) -> None:
         """What only the model's own config can tell, still before weights load."""
@@ -134,17 +137,17 @@ class Run(RunComponents):
         with self.processes.synchronized():
             self._data_reports = self.data.write_reports(self.settings.output_dir / REPORTS_FOLDER)
         for report in self._data_reports:
-            self.say(f"report on dataset {report.id!r}: {report.folder / 'report.md'}")
+            logger.info(f"report on dataset {report.id!r}: {report.folder / 'report.md'}")
 
     def _prepare_validation(self) -> None:
         for notice in self.method.notices():
-            self.say(notice)
+            logger.info(notice)
         validator = self.validator
         with self.processes.synchronized():
             if validator and self.processes.main:
                 from ..evaluation.validation import describe
 
-                self.say(describe(validator.plan))
+                logger.info(describe(validator.plan))
                 validator.prepare()
                 self.family.release_encoders()
 
@@ -162,7 +165,7 @@ class Run(RunComponents):
         path = self._checkpoint(wanted)
         if path is not None:
             trainer.resume(path)
-            self.say(f"resumed from {path} at step {trainer.step}")
+            logger.info(f"resumed from {path} at step {trainer.step}")
         if trainer.step > self.total_steps:
             raise UserError(
                 f"max_train_steps = {self.total_steps} lies before the checkpoint's step {trainer.step}",
@@ -267,7 +270,7 @@ class Run(RunComponents):
         self.trainer.store.wait()
         self.data.close()
         if saved is not None:
-            self.say(f"saved: {saved}. To go on: {_resume_command(self.settings.output_dir)}")
+            logger.info(f"saved: {saved}. To go on: {_resume_command(self.settings.output_dir)}")
         if not isinstance(error, Interrupted | DistillError):
             self._explain_memory(error)
 
@@ -276,7 +279,7 @@ class Run(RunComponents):
         from .memory_plan import memory_settings
 
         if is_out_of_memory(error):
-            self.say(out_of_memory_hint(memory_settings(self), quantizers=self.settings.model_type == "lora"))
+            logger.info(out_of_memory_hint(memory_settings(self), quantizers=self.settings.model_type == "lora"))
 
 
 def _resume_command(output_dir: Path) -> str:

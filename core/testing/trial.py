@@ -90,7 +90,7 @@ class Trial:
             settings=nothing, loop=self.loop, store=CheckpointStore(folder, limit=None),
             metrics_file=MetricsFile(folder / "metrics.jsonl"), trackers=nothing, state=nothing, registry=Registry(),
             processes=nothing, stop=nothing, validate=nothing, identity={}, total_steps=0,
-            on_step=nothing, say=lambda line: None,
+            on_step=nothing,
         )  # type: ignore[arg-type]  # fmt: skip
 
 

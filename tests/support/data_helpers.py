@@ -15,6 +15,8 @@ from distill.data_backends.tables import CsvBackend, JsonLinesBackend, ParquetBa
 from distill.data_backends.webdataset import WebDatasetBackend
 from PIL import Image
 
+from .listening import listen
+
 
 class FakeFamily:
     """Embeddings are a function of the text, latents of the pixels; counts what was encoded."""
@@ -130,7 +132,7 @@ def pipeline(
     images=True, trajectories=False, resumes=False, config=None,
 ):  # fmt: skip
     """A pipeline and the lines that it says."""
-    lines: list[str] = []
+    lines = listen()
     data = DataPipeline(
         config or configuration(*datasets),
         REGISTRY,
@@ -141,7 +143,6 @@ def pipeline(
         world_size=world,
         seed=seed,
         cache_root=root / "cache",
-        say=lines.append,
         images=images,
         trajectories=trajectories,
         resumes=resumes,

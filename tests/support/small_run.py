@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from .listening import listening
 from .tiny_sdxl import write_tiny_sdxl
 
 
@@ -65,10 +66,10 @@ def execute(config_file: Path, **flags):
     from distill.core.registry.registry import Registry
     from distill.core.runs.run import run
 
-    lines: list[str] = []
     registry = Registry.load(flags.pop("plugins", ()), installed=False)
     configuration = load_configuration(registry, config_file=config_file, flags=flags)
-    return run(configuration, registry, say=lines.append), lines
+    with listening() as lines:
+        return run(configuration, registry), lines
 
 
 def losses(output: Path) -> list[tuple[int, float, float]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from ...plugin_api.family import ModelFamily
     from ...settings.dataset_settings import DatasetSettings
 
+logger = logging.getLogger(__name__)
 FORMAT = 1
 PREPROCESSING = (
     "resolution", "resolution_type", "crop", "crop_aspect", "crop_style", "maximum_image_size",
@@ -103,7 +105,6 @@ class CacheBuilder:
         shard: This process's part of the work.
         workers: Threads that decode images.
         progress: Told of every entry.
-        say: Takes lines for people.
         together: A block that all processes leave together, or with the error of the one that failed in it.
     """
 
@@ -115,11 +116,10 @@ class CacheBuilder:
         shard: WorkerShard,
         workers: int,
         progress: Progress,
-        say: Callable[[str], None],
         synchronized: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self.family, self.paths, self.shard, self.workers = family, paths, shard, workers
-        self.progress, self.say, self.synchronized = progress, say, synchronized
+        self.progress, self.synchronized = progress, synchronized
 
     def build(
         self, datasets: Sequence[Dataset], report: DataReport, *, images: bool = True, trajectories: bool = False
@@ -170,9 +170,9 @@ class CacheBuilder:
 
     def _explain_texts(self, folder: Path, cache: TensorCache, missing: int) -> None:
         if len(cache):
-            self.say(f"text cache: {missing:,} captions are new or have changed and are encoded")
+            logger.info(f"text cache: {missing:,} captions are new or have changed and are encoded")
         elif any(descriptor["kind"] == "text" for path, descriptor in cache_folders(folder) if path != cache.folder):
-            self.say(f"text cache: the text encoders have changed, so all {missing:,} captions are encoded anew")
+            logger.info(f"text cache: the text encoders have changed, so all {missing:,} captions are encoded anew")
 
     # -- images ---------------------------------------------------------------------------------------------------
 
@@ -224,9 +224,10 @@ class CacheBuilder:
         path = self.paths.remembered(dataset.settings)
         changes = changed(json.loads(path.read_bytes()), self._settings(dataset)) if path.exists() else []
         if changes:
-            self.say(f"{cache.label}: {', '.join(changes)}, so {missing:,} images are encoded anew")
+            logger.info(f"{cache.label}: {', '.join(changes)}, so {missing:,} images are encoded anew")
         elif len(cache):
-            self.say(f"{cache.label}: {len(cache):,} are there, {missing:,} new, changed or missing ones are encoded")
+            known = f"{len(cache):,} are there"
+            logger.info(f"{cache.label}: {known}, {missing:,} new, changed or missing ones are encoded")
 
     # -- trajectories of the teacher ------------------------------------------------------------------------------
 
@@ -242,7 +243,7 @@ class CacheBuilder:
         missing = sum(len(job.keys) for job in jobs)
         if missing:
             self._explain_pairs(cache)
-            self.say(cost(settings, missing, wanted.num_trajectories))
+            logger.info(cost(settings, missing, wanted.num_trajectories))
             with self.synchronized():
                 maker.run(wanted, self.shard.of(jobs), cache, texts)
             maker.release()
@@ -255,7 +256,7 @@ class CacheBuilder:
         others = [found for _, found in cache_folders(cache.parent) if found["kind"] == cache.descriptor["kind"]]
         if not len(cache) and others:
             differences = min((changed(other, cache.descriptor) for other in others), key=len)
-            self.say(f"{cache.label}: {', '.join(differences)}, so they are made anew")
+            logger.info(f"{cache.label}: {', '.join(differences)}, so they are made anew")
 
     # -- all of them --------------------------------------------------------------------------------------------------
 
@@ -263,7 +264,7 @@ class CacheBuilder:
         self, folder: Path, descriptor: Mapping[str, Any], label: str, remote: RemoteCache | None, report: DataReport
     ) -> TensorCache:
         """The cache, checked by the first process before the others read it."""
-        cache = TensorCache(folder, descriptor, label=label, say=self.say)
+        cache = TensorCache(folder, descriptor, label=label)
         if remote is not None:
             place = remote.within(cache.folder.name)
             cache.mirror = Mirror(place, cache.folder, progress=self.progress)

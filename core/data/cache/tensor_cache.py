@@ -18,11 +18,12 @@ its own CRC-32 is compared. What fails is dropped, and encoded anew by the next 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import threading
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from hashlib import blake2b, sha256
 from itertools import pairwise
@@ -44,6 +45,7 @@ from ..mapped import MappedShard
 from .manifests import DESCRIPTOR, Failure, Shard, whole_lines
 from .mirror import Mirror
 
+logger = logging.getLogger(__name__)
 KEYS, CRCS = "cache.keys", "cache.crc32"
 OPEN_SHARDS = 1024
 TOUCHED_BYTES = 64 * 2**20
@@ -82,11 +84,10 @@ class TensorCache:
         parent: Folder that holds the cache's folder (``cache_dir``).
         descriptor: What all entries depend on.
         label: What messages call it.
-        say: Takes lines for people.
     """
 
-    def __init__(self, parent: Path, descriptor: Mapping[str, Any], *, label: str, say: Callable[[str], None]) -> None:
-        self.parent, self.descriptor, self.label, self._say = parent, dict(descriptor), label, say
+    def __init__(self, parent: Path, descriptor: Mapping[str, Any], *, label: str) -> None:
+        self.parent, self.descriptor, self.label = parent, dict(descriptor), label
         self.folder = parent / descriptor_hash(descriptor)
         self._shards: list[Shard] = []
         self._failures: dict[str, Failure] = {}
@@ -169,7 +170,7 @@ class TensorCache:
         return None
 
     def _drop(self, file: str, why: str) -> None:
-        self._say(f"{self.label}: {file} is damaged ({why}) and is left out; its entries are encoded anew")
+        logger.info(f"{self.label}: {file} is damaged ({why}) and is left out; its entries are encoded anew")
         self._record({"drop": file})
         (self.folder / file).unlink(missing_ok=True)
 

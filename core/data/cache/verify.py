@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,21 +119,19 @@ def needs(family: ModelFamily, paths: CachePaths, datasets: Sequence[Dataset], *
     return found
 
 
-def cache_states(needed: Sequence[Need], parents: Sequence[Path], say: Callable[[str], None]) -> Iterator[CacheState]:
+def cache_states(needed: Sequence[Need], parents: Sequence[Path]) -> Iterator[CacheState]:
     """Each cache that is needed, then each other one below `parents`; damaged shards are removed on the way."""
     for need in needed:
-        yield _of_need(need, _opened(need.parent, need.descriptor, need.name, say))
+        yield _of_need(need, _opened(need.parent, need.descriptor, need.name))
     known = {need.folder for need in needed}
     for parent in parents:
         for folder, descriptor in cache_folders(parent):
             if folder not in known:
-                yield _of_rest(*_opened(parent, descriptor, f"{descriptor['kind']} that nothing needs", say))
+                yield _of_rest(*_opened(parent, descriptor, f"{descriptor['kind']} that nothing needs"))
 
 
-def _opened(
-    parent: Path, descriptor: dict[str, Any], name: str, say: Callable[[str], None]
-) -> tuple[TensorCache, list[str]]:
-    cache = TensorCache(parent, descriptor, label=name, say=say)
+def _opened(parent: Path, descriptor: dict[str, Any], name: str) -> tuple[TensorCache, list[str]]:
+    cache = TensorCache(parent, descriptor, label=name)
     return cache, cache.load(thorough=True)
 
 
