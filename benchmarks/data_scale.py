@@ -37,6 +37,7 @@ from distill.core.data.hashing import mix
 from distill.core.data.index.build_folder import BuildFolder
 from distill.core.data.index.index import SCHEMA, Index, write_index
 from distill.core.data.index.index_builder import source_of
+from distill.core.data.loader import BatchLayout
 from distill.core.data.pipeline import DataPipeline
 from distill.core.data.samples.captions import CaptionRules
 from distill.core.data.samples.geometry import Geometry
@@ -170,7 +171,7 @@ def measure(root: Path) -> dict[str, Any]:
     del index
     registry = SimpleNamespace(get=lambda kind, name: MadeUp)
     data = DataPipeline(
-        configuration(root), registry, family, micro_batch_size=4, accumulation=1, seed=0, cache_root=root / "cache",
+        configuration(root), registry, family, layout=BatchLayout(4, 1), seed=0, cache_root=root / "cache",
     )  # type: ignore[arg-type]  # fmt: skip
     report = timed(found, "prepare", data.prepare)
     assert report.captions_encoded == report.images_encoded == 0

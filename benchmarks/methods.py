@@ -101,6 +101,7 @@ def train(
 
 def score(folders: Mapping[str, Path], *, num_samples: int, per_prompt: int, images: Path) -> list[dict[str, Any]]:
     """Rows of teacher and students, each with its scores; the first images of each go to `images`."""
+    from distill.core.data.loader import BatchLayout
     from distill.core.data.pipeline import DataPipeline
     from distill.core.evaluation.evaluate import evaluate
     from distill.core.evaluation.evaluators import build_evaluators, evaluation_setting
@@ -114,7 +115,7 @@ def score(folders: Mapping[str, Path], *, num_samples: int, per_prompt: int, ima
     configuration, registry = open_run(base)
     run_settings, family = configuration.run, build_family(configuration, registry)
     data = DataPipeline(
-        configuration, registry, family, micro_batch_size=1, accumulation=1, seed=0, cache_root=base / "cache",
+        configuration, registry, family, layout=BatchLayout(1, 1), seed=0, cache_root=base / "cache",
     )  # fmt: skip
     data.prepare()
     first = build_method(configuration, registry, family)

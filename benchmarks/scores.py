@@ -58,6 +58,7 @@ class Students:
 
 def score(folders: dict[str, Path], *, num_samples: int) -> dict[str, Any]:
     """Scores by recipe; `folders` are output folders of finished runs by name."""
+    from distill.core.data.loader import BatchContents, BatchLayout
     from distill.core.data.pipeline import DataPipeline
     from distill.core.evaluation.evaluate import evaluate
     from distill.core.evaluation.evaluators import build_evaluators, evaluation_setting
@@ -74,11 +75,10 @@ def score(folders: dict[str, Path], *, num_samples: int) -> dict[str, Any]:
         configuration,
         registry,
         family,
-        micro_batch_size=1,
-        accumulation=1,
+        layout=BatchLayout(1, 1),
         seed=0,
         cache_root=first / "cache",
-        images=method_needs(configuration, registry, family).images,
+        contents=BatchContents(images=method_needs(configuration, registry, family).images),
     )
     with console():
         data.prepare()

@@ -283,13 +283,14 @@ def test_paths_end_in_the_images_of_the_plain_pipeline(tmp_path, solver):
     cache = TensorCache(folder.parent, descriptor, label="")
     cache.load()
     from distill.core.config.load import load_configuration
+    from distill.core.data.loader import BatchContents, BatchLayout
     from distill.core.data.pipeline import DataPipeline
     from distill.core.registry.registry import Registry
 
     registry = Registry.load(installed=False)
     data = DataPipeline(
-        load_configuration(registry, config_file=config), registry, family, micro_batch_size=3, accumulation=1, seed=1,
-        cache_root=tmp_path / "out" / "cache", images=False, trajectories=True,
+        load_configuration(registry, config_file=config), registry, family, layout=BatchLayout(3, 1), seed=1,
+        cache_root=tmp_path / "out" / "cache", contents=BatchContents(images=False, trajectories=True),
     )  # fmt: skip
     ((batch,),) = take(data, 1)
     keys = cache.keys()

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from distill.core.data.loader import BatchLayout
 from distill.core.data.pipeline import DataPipeline
 from distill.core.engine.checkpoint import CheckpointState, CheckpointStore
 from distill.core.engine.remote_checkpoints import MirroredStore, RemoteCheckpoints
@@ -40,7 +41,7 @@ def machine(root: Path, images: Path, caches, *, family=None):
     run = SimpleNamespace(num_workers=2, dataloader_prefetch=2)
     config = SimpleNamespace(run=run, datasets=[own], caches=caches, text_cache=caches[0])
     return DataPipeline(
-        config, REGISTRY, family or FakeFamily(), micro_batch_size=2, accumulation=1, seed=1,
+        config, REGISTRY, family or FakeFamily(), layout=BatchLayout(2, 1), seed=1,
         cache_root=root / "cache",
     )  # fmt: skip
 

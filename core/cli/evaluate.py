@@ -12,9 +12,7 @@ from ..errors import UserError
 from .options import SetOption
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from ..evaluation.evaluate_run import RealImages
+    from ..evaluation.evaluate_run import ComparisonData
     from ..plugin_api.family import ModelFamily
     from ..registry.registry import Registry
     from ..settings.configuration import Configuration
@@ -47,7 +45,7 @@ def evaluate(
     student_steps, full_steps = read_steps("--steps", steps), read_steps("--teacher-steps", teacher_steps)
     from rich.console import Console
 
-    from ..evaluation.evaluate_run import evaluate_run
+    from ..evaluation.evaluate_run import EvaluationSize, Subject, evaluate_run
     from ..evaluation.evaluators import require_evaluators
     from ..runs.builders import build_family, build_method
     from ..runs.finished import ExportedNetworks, open_run, parse_loras
@@ -60,20 +58,11 @@ def evaluate(
         require_evaluators(registry, configuration)
     family = build_family(configuration, registry)
     count = num_samples or configuration.run.evaluation_num_samples
-    prompts, real_images = _data(configuration, registry, family, count)
-    found = evaluate_run(
-        configuration,
-        registry,
-        family,
-        build_method(configuration, registry, family),
-        ExportedNetworks(family, output_dir / "student", extra_loras=loras),
-        prompts=prompts,
-        real_images=real_images,
-        steps=student_steps,
-        teacher_steps=full_steps,
-        num_samples=num_samples,
-        loras={extra.path: extra.weight for extra in loras},
-    )
+    data = _data(configuration, registry, family, count)
+    networks = ExportedNetworks(family, output_dir / "student", extra_loras=loras)
+    weights = {extra.path: extra.weight for extra in loras}
+    subject = Subject(family, build_method(configuration, registry, family), networks, weights)
+    found = evaluate_run(configuration, registry, subject, data, EvaluationSize(student_steps, full_steps, num_samples))
     Console().print(found.table())
     for name, reason in found.left_out.items():
         logger.info(f"evaluator {name} is left out: {reason}")
@@ -103,10 +92,9 @@ def read_steps(option: str, text: str | None) -> tuple[int, ...] | None:
     return numbers
 
 
-def _data(
-    configuration: Configuration, registry: Registry, family: ModelFamily, count: int
-) -> tuple[Sequence[str], RealImages | None]:
-    """Captions and images of the run's data; the validation prompts and no images where it cannot be read."""
+def _data(configuration: Configuration, registry: Registry, family: ModelFamily, count: int) -> ComparisonData:
+    """Return captions and images of the run's data; the validation prompts and no images where it cannot be read."""
+    from ..evaluation.evaluate_run import ComparisonData
     from ..runs.builders import build_pipeline
 
     pipeline = build_pipeline(configuration, registry, family=family, trajectories=False)
@@ -114,5 +102,5 @@ def _data(
         pipeline.prepare()
     except UserError as error:
         logger.warning(f"the data cannot be read, so distances to it are left out: {error}")
-        return configuration.validation_prompts, None
-    return pipeline.captions(count), pipeline.real_images
+        return ComparisonData(configuration.validation_prompts)
+    return ComparisonData(pipeline.captions(count), pipeline.real_images)

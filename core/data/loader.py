@@ -88,6 +88,22 @@ class BatchLayout:
         return np.arange(start, start + self.micro_batch_size)
 
 
+@dataclass(frozen=True)
+class BatchContents:
+    """What batches carry beside captions.
+
+    Attributes:
+        images: Latents of images; without, captions are enough and the autoencoder is not loaded.
+        trajectories: The teacher's, from the distillation cache that each dataset names.
+    """
+
+    images: bool = True
+    trajectories: bool = False
+
+
+IMAGES_ALONE = BatchContents()
+
+
 class BatchLoader:
     """Makes the batches of any optimizer step.
 

@@ -31,7 +31,7 @@ from .index.index_builder import IndexBuilder
 from .index.prompt_files import open_source
 from .index.prompt_index import PromptIndexBuilder
 from .index.sequential import Opener
-from .loader import BatchLayout, BatchLoader, CachedDataset, CachedLatents, Prefetch
+from .loader import IMAGES_ALONE, BatchContents, BatchLayout, BatchLoader, CachedDataset, CachedLatents, Prefetch
 from .order import Curriculum, Stream
 from .progress import Progress, default_progress
 from .report.dataset_report import DatasetReport, write_reports
@@ -57,15 +57,11 @@ class DataPipeline:
         config: The run's configuration.
         registry: Where backends are found by name.
         family: Encodes captions and images; its fingerprints are part of the cache keys.
-        micro_batch_size: Samples per micro-batch of one process.
-        accumulation: Micro-batches per optimizer step.
-        rank: Number of this process.
-        world_size: Number of processes.
+        layout: Samples per micro-batch, micro-batches per step, and this process's place among all.
+        contents: What batches carry.
         seed: Decides order and draws.
         cache_root: Folder for caches that the data file gives no place.
         progress: How long work tells of itself; by default a bar in a terminal, plain lines elsewhere.
-        images: Whether batches carry latents; without, captions are enough and the autoencoder is not loaded.
-        trajectories: Whether batches carry paths of the teacher, from the distillation cache that each dataset names.
         resumes: Whether a run goes on: what was set aside when it began stays so, for its samples are these.
     """
 
@@ -75,21 +71,16 @@ class DataPipeline:
         registry: Registry,
         family: ModelFamily,
         *,
-        micro_batch_size: int,
-        accumulation: int,
-        rank: int = 0,
-        world_size: int = 1,
+        layout: BatchLayout,
+        contents: BatchContents = IMAGES_ALONE,
         seed: int,
         cache_root: Path,
         progress: Progress | None = None,
-        images: bool = True,
-        trajectories: bool = False,
         resumes: bool = False,
     ) -> None:
-        assert not images or all(each.has_images for each in config.datasets)  # refused with the configuration
-        self._images, self._trajectories, self._resumes = images, trajectories, resumes
+        assert not contents.images or all(each.has_images for each in config.datasets)  # refused before
+        self._contents, self._layout, self._resumes = contents, layout, resumes
         self._config, self._registry, self._family = config, registry, family
-        self._layout = BatchLayout(micro_batch_size, accumulation, rank, world_size)
         self._seed, self._paths = seed, CachePaths(config, cache_root, registry)
         self._progress = progress or default_progress()
         self._datasets: list[Dataset] = []
@@ -104,14 +95,15 @@ class DataPipeline:
         Raises:
             UserError: A dataset has nothing to train on, or its settings cannot be met.
         """
-        started, report, shard = time.monotonic(), DataReport(images=self._images), self._shard()
+        started, report, shard = time.monotonic(), DataReport(images=self._contents.images), self._shard()
         self._datasets = []
         self._indexed()
         builder = CacheBuilder(
             self._family, self._paths, shard=shard, workers=self._config.run.num_workers,
             progress=self._progress, synchronized=synchronized,
         )  # fmt: skip
-        caches = builder.build(self._datasets, report, images=self._images, trajectories=self._trajectories)
+        contents = self._contents
+        caches = builder.build(self._datasets, report, images=contents.images, trajectories=contents.trajectories)
         for dataset in self._datasets:
             dataset.check_not_empty()
             dataset.index.release()
@@ -214,7 +206,7 @@ class DataPipeline:
         datasets = self._indexed()
         parents = dataset_folders(self._paths, [dataset.settings for dataset in datasets])
         beside = folders_beside(self._paths, parents)
-        needed = needs(self._family, self._paths, datasets, images=self._images)
+        needed = needs(self._family, self._paths, datasets, images=self._contents.images)
         return cache_states(needed, [*parents, *beside])
 
     # -- training ---------------------------------------------------------------------------------------------------
@@ -270,7 +262,7 @@ class DataPipeline:
             choices = [settings.random_flip, settings.caption_dropout_probability, str(dataset.span)]
             hasher.update(json.dumps(choices).encode())
             dataset.hash_into(hasher)
-            if self._trajectories:
+            if self._contents.trajectories:
                 entry = self._paths.trajectory_entry(settings)
                 made = [trajectory_descriptor(self._family, entry), entry.num_pairs_per_prompt, entry.noise_seed]
                 hasher.update(json.dumps(made).encode())
@@ -329,11 +321,11 @@ class DataPipeline:
         """Samples of `datasets` in an order that depends on nothing but their number."""
         starts = np.cumsum([0, *(dataset.counts.used for dataset in datasets)])
         total = int(starts[-1])
-        paths = permute(np.arange(min(count, total)), total, derive_seed(0, "real_images"))
-        numbers = np.searchsorted(starts, paths, side="right") - 1
+        positions = permute(np.arange(min(count, total)), total, derive_seed(0, "real_images"))
+        numbers = np.searchsorted(starts, positions, side="right") - 1
         return [
             (datasets[number], int(datasets[number].rows[place - starts[number]]))
-            for number, place in zip(numbers.tolist(), paths.tolist(), strict=True)
+            for number, place in zip(numbers.tolist(), positions.tolist(), strict=True)
         ]
 
 
@@ -342,8 +334,8 @@ def _locate(dataset: Dataset, caches: Caches) -> CachedLatents | None:
     cache = caches.latents.get(dataset.id)
     if cache is None:
         return None
-    paths = [cache.locate(dataset.entry_keys(dataset.rows, flip)) for flip in flips(dataset)]
-    return CachedLatents(cache, np.stack(paths))
+    positions = [cache.locate(dataset.entry_keys(dataset.rows, flip)) for flip in flips(dataset)]
+    return CachedLatents(cache, np.stack(positions))
 
 
 def _named(stream: Stream) -> list[object]:

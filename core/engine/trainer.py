@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from ..plugin_api.run_state import RunState
     from ..registry.registry import Registry
     from ..settings.run_settings import RunSettings
+    from .observer import TrainingObserver
     from .processes import Processes
     from .signals import StopRequest
     from .tracking import Trackers
 
 logger = logging.getLogger(__name__)
-Validate = Callable[[int], Path]
 
 
 @dataclass
@@ -66,6 +66,60 @@ OTHER_SAMPLES = (
 )
 
 
+@dataclass(frozen=True)
+class Outputs:
+    """Where a training's results go.
+
+    Attributes:
+        store: Checkpoints.
+        metrics_file: metrics.jsonl.
+        trackers: Watch the run.
+    """
+
+    store: CheckpointStore
+    metrics_file: MetricsFile
+    trackers: Trackers
+
+
+class Throughput:
+    """Samples per second and the share of time spent waiting for data, since they were last read."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin to count from now on."""
+        self._since, self._samples, self._waited = time.perf_counter(), 0, 0.0
+
+    def count(self, samples: int) -> None:
+        """Add the samples of a step, over all processes."""
+        self._samples += samples
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the block as time in which the host waits for batches."""
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the block's time out."""
+        start = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - start
+
+    def read(self, now: float) -> dict[str, float]:
+        """Return both figures up to `now` (seconds of the performance counter), and begin anew."""
+        elapsed = max(now - self._since, 1e-9)
+        figures = {
+            "samples_per_second": self._samples / elapsed,
+            "wait_for_data_share": min(1.0, self._waited / elapsed),
+        }
+        self.restart()
+        return figures
+
+
 @dataclass
 class Trainer:
     """Takes the run from its first (or resumed) step to its last.
@@ -73,46 +127,38 @@ class Trainer:
     Attributes:
         settings: The run's settings.
         loop: Takes optimizer steps.
-        store: Checkpoints.
-        metrics_file: metrics.jsonl.
-        trackers: Watch the run.
+        outputs: Where checkpoints and metrics go.
         state: What observing plugins see.
         registry: Whose hooks are called.
         processes: Ranks.
         stop: Set by Ctrl-C and SIGTERM.
-        validate: Makes validation images of a step.
+        observer: Shows progress and makes validation images.
         identity: What must be the same when a checkpoint is resumed, by name.
         total_steps: The last step.
-        on_step: Told (step, metrics or None) after every step, for progress displays.
-        pause: A context whose time does not count in the progress display's estimate.
     """
 
     settings: RunSettings
     loop: Loop
-    store: CheckpointStore
-    metrics_file: MetricsFile
-    trackers: Trackers
+    outputs: Outputs
     state: RunState
     registry: Registry
     processes: Processes
     stop: StopRequest
-    validate: Validate
+    observer: TrainingObserver
     identity: Mapping[str, Any]
     total_steps: int
-    on_step: Callable[[int, Mapping[str, float] | None], None]
-    pause: Callable[[], AbstractContextManager[None]] = nullcontext
     step: int = 0
     _buffer: MetricBuffer = field(default_factory=MetricBuffer)
     _bins: TimeBins = field(default_factory=TimeBins)
-    _flushed: float = 0.0
-    """When figures were last read."""
-    _samples: int = 0
-    """Samples of all processes since then."""
+    _throughput: Throughput = field(default_factory=Throughput)
     _saved: int = -1
-    _waited: float = 0.0
-    """Seconds that the host has waited for batches since the last flush."""
     _whole: bool = True
     """Whether weights, counter and figures are of one step."""
+
+    @property
+    def store(self) -> CheckpointStore:
+        """The run's checkpoints."""
+        return self.outputs.store
 
     # -- resuming ---------------------------------------------------------------------------------------------------
 
@@ -147,7 +193,7 @@ class Trainer:
         self.loop.health.consecutive = dict(saved.meta["bad_steps"])
         self.step = self._saved = saved.step
         if self.processes.main:
-            self.metrics_file.truncate_after(saved.step)
+            self.outputs.metrics_file.truncate_after(saved.step)
             discarded = self.store.discard_after(saved.step)
             if discarded:
                 logger.info(f"later checkpoints are removed: {', '.join(path.name for path in discarded)}")
@@ -168,7 +214,7 @@ class Trainer:
     def _write(self) -> None:
         self.flush()
         if self.processes.main:
-            self.metrics_file.sync()
+            self.outputs.metrics_file.sync()
             self.store.save(self._checkpoint())
         self._saved = self.step
 
@@ -200,7 +246,7 @@ class Trainer:
             Interrupted: Ctrl-C or SIGTERM, after a checkpoint.
             DistillError: The loss was not finite too often; the state before is saved.
         """
-        self._flushed, self._samples = time.perf_counter(), 0
+        self._throughput.restart()
         with self.stop.deferred():
             while self.step < self.total_steps:
                 self._step([batch.to(str(self.processes.device)) for batch in self._next(steps)])
@@ -209,11 +255,9 @@ class Trainer:
         self.flush()
 
     def _next(self, steps: Iterator[list[Batch]]) -> list[Batch]:
-        """The next step's micro-batches; what was waited for them is counted by the host's clock alone."""
-        start = time.perf_counter()
-        batches = next(steps)
-        self._waited += time.perf_counter() - start
-        return batches
+        """Return the next step's micro-batches; the wait for them is counted by the host's clock alone."""
+        with self._throughput.waiting():
+            return next(steps)
 
     def _step(self, batches: list[Batch]) -> None:
         self.loop.health.check()  # of the step before, while nothing of this one has happened
@@ -221,7 +265,7 @@ class Trainer:
         result = self.loop.step(self.step, batches)
         self.step += 1
         self.state.step = self.step
-        self._samples += sum(map(len, batches)) * self.processes.world_size
+        self._throughput.count(sum(map(len, batches)) * self.processes.world_size)
         self._buffer.add(self.step, result.metrics)
         self._bins.add(result)
         self._whole = True
@@ -231,23 +275,15 @@ class Trainer:
         if self._due(self.settings.log_step_interval) or self.step == self.total_steps:
             self.flush()
         else:
-            self.on_step(self.step, None)
+            self.observer.on_step(self.step, None)
         if self.processes.any_so_far(self.stop.requested):
             self.save()
             raise Interrupted(f"stopped at step {self.step}; the checkpoint is complete")
-        with self._paused():
+        with self._throughput.paused(), self.observer.pause():
             if self._due(self.settings.validation_step_interval) and self.step < self.total_steps:
-                self.validate(self.step)
+                self.observer.validate(self.step)
             if self._due(self.settings.checkpoint_step_interval):
                 self.save()
-
-    @contextmanager
-    def _paused(self) -> Iterator[None]:
-        """What happens inside does not count as training time."""
-        start = time.perf_counter()
-        with self.pause():
-            yield
-        self._flushed += time.perf_counter() - start
 
     def _due(self, interval: int) -> bool:
         return interval > 0 and self.step % interval == 0
@@ -258,19 +294,17 @@ class Trainer:
         rows = self._buffer.flush()
         if not rows:
             return
-        elapsed = max(now - self._flushed, 1e-9)
-        rate, share = self._samples / elapsed, min(1.0, self._waited / elapsed)
-        self._flushed, self._samples, self._waited = time.perf_counter(), 0, 0.0
-        rows = [(step, {**values, "samples_per_second": rate, "wait_for_data_share": share}) for step, values in rows]
+        figures = self._throughput.read(now)
+        rows = [(step, {**values, **figures}) for step, values in rows]
         if self.processes.main:
-            self.metrics_file.append(rows)
+            self.outputs.metrics_file.append(rows)
         for step, values in rows[:-1]:
-            self.trackers.log(values, step)
+            self.outputs.trackers.log(values, step)
         step, values = rows[-1]
         full = {**values, **self._bins.flush(), "memory_gib": peak_memory_bytes(str(self.processes.device)) / 2**30}
-        self.trackers.log(full, step)
+        self.outputs.trackers.log(full, step)
         self.registry.hook.on_log(state=self.state, metrics=full, step=step)
-        self.on_step(step, values)
+        self.observer.on_step(step, values)
 
     def save_after_failure(self, error: BaseException) -> Path | None:
         """What can be kept when the run fails: a checkpoint of the last whole step; returns the newest there is.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
@@ -29,44 +30,73 @@ RealImages = Callable[[int, int, int], "Tensor"]
 """(count, width, height) -> images (M, 3, H, W) in [0, 1]."""
 
 
-def evaluate_run(
-    configuration: Configuration,
-    registry: Registry,
-    family: ModelFamily,
-    method: Method,
-    networks: NetworksByRole,
-    *,
-    prompts: Sequence[str],
-    real_images: RealImages | None = None,
-    steps: Sequence[int] | None = None,
-    teacher_steps: Sequence[int] | None = None,
-    num_samples: int | None = None,
-    resolution: tuple[int, int] | None = None,
-    loras: Mapping[str, float] | None = None,
-) -> Evaluation:
-    """Score the run's student against its teacher.
+@dataclass(frozen=True)
+class Subject:
+    """The student that is scored, and its teacher.
 
-    Args:
-        configuration: Gives whatever of the following is None.
-        registry: Where evaluators come from.
+    Attributes:
         family: Of the run.
         method: Gives the student's sampler and the role that is scored.
-        networks: Of the run, or :class:`.assemble.ExportedNetworks`.
+        networks: Of the run, or :class:`..runs.finished.ExportedNetworks`.
+        loras: LoRAs beside the student's with their weights, for the record.
+    """
+
+    family: ModelFamily
+    method: Method
+    networks: NetworksByRole
+    loras: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ComparisonData:
+    """The data that students are scored on.
+
+    Attributes:
         prompts: Captions of the data, or the validation prompts where there are none.
         real_images: The data pipeline's; without it there are no distances to the data.
+    """
+
+    prompts: Sequence[str]
+    real_images: RealImages | None = None
+
+
+@dataclass(frozen=True)
+class EvaluationSize:
+    """How much is evaluated; None for what the configuration says.
+
+    Attributes:
         steps: Of the student.
         teacher_steps: Of the teacher.
         num_samples: Images per score.
         resolution: (width, height) in pixels.
-        loras: What stands beside the student's, for the record.
+    """
+
+    steps: Sequence[int] | None = None
+    teacher_steps: Sequence[int] | None = None
+    num_samples: int | None = None
+    resolution: tuple[int, int] | None = None
+
+
+def evaluate_run(
+    configuration: Configuration, registry: Registry, subject: Subject, data: ComparisonData, size: EvaluationSize
+) -> Evaluation:
+    """Score the run's student against its teacher.
+
+    Args:
+        configuration: Of the run.
+        registry: Where evaluators come from.
+        subject: The student and its teacher.
+        data: Prompts, and real images to compare with.
+        size: What is asked for in place of the configuration's.
 
     Raises:
         UserError: There is no prompt, or no sample is asked for.
     """
+    family, method, prompts = subject.family, subject.method, data.prompts
     run = configuration.run
-    count = run.evaluation_num_samples if num_samples is None else num_samples
+    count = run.evaluation_num_samples if size.num_samples is None else size.num_samples
     _require_something(prompts, count)
-    width, height = resolution or default_resolution(configuration)
+    width, height = size.resolution or default_resolution(configuration)
     plan = plan_evaluation(
         family,
         lambda number: method.sampler(
@@ -76,16 +106,16 @@ def evaluate_run(
         num_samples=count,
         seed=run.seed,
         resolution=(width, height),
-        steps=steps or _possible_steps(configuration, family, method),
-        teacher_steps=teacher_steps or run.evaluation_teacher_steps,
+        steps=size.steps or _possible_steps(configuration, family, method),
+        teacher_steps=size.teacher_steps or run.evaluation_teacher_steps,
         teacher_guidance=run.evaluation_teacher_guidance,
         role=method.result_role(),
     )
-    data = _real(real_images, width, height, count)
-    setting = evaluation_setting(family, num_data=0 if data is None else len(data))
+    real = _real(data.real_images, width, height, count)
+    setting = evaluation_setting(family, num_data=0 if real is None else len(real))
     evaluators, left_out = build_evaluators(registry, configuration, setting)
-    found = evaluate(family, networks, plan, evaluators, data=data, left_out=left_out)
-    found.loras = dict(loras or {})
+    found = evaluate(family, subject.networks, plan, evaluators, data=real, left_out=left_out)
+    found.loras = dict(subject.loras)
     return found
 
 

@@ -119,6 +119,7 @@ def build_pipeline(
         family: The run's; built and its files checked unless given.
         trajectories: Whether the distillation caches of the data file are made too.
     """
+    from ..data.loader import BatchContents, BatchLayout
     from ..data.pipeline import DataPipeline
 
     run = configuration.run
@@ -126,10 +127,13 @@ def build_pipeline(
         family = build_family(configuration, registry)
         family.check_source()
     return DataPipeline(
-        configuration, registry, family, micro_batch_size=run.train_batch_size,
-        accumulation=run.gradient_accumulation_steps, seed=run.seed, cache_root=run.output_dir / CACHE_FOLDER,
-        images=method_needs(configuration, registry, family).images,
-        trajectories=trajectories and bool(configuration.distillation_caches),
+        configuration, registry, family,
+        layout=BatchLayout(run.train_batch_size, run.gradient_accumulation_steps),
+        contents=BatchContents(
+            images=method_needs(configuration, registry, family).images,
+            trajectories=trajectories and bool(configuration.distillation_caches),
+        ),
+        seed=run.seed, cache_root=run.output_dir / CACHE_FOLDER,
     )  # fmt: skip
 
 

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .builders import build_family, build_method, lora_settings, method_needs
-from .run_log import RunLog
+from .output_folder import CACHE_FOLDER
 
 if TYPE_CHECKING:
     from ..data.pipeline import DataPipeline
     from ..diffusion.sampler import Sampler
     from ..engine.checkpoint import CheckpointStore
     from ..engine.networks import Networks
+    from ..engine.observer import TrainingObserver
     from ..engine.optimize import RoleOptimizer
     from ..engine.processes import Processes
-    from ..engine.progress import Progress
     from ..engine.remote_checkpoints import RemoteCheckpoints
     from ..engine.signals import StopRequest
     from ..engine.trainer import Trainer
@@ -39,14 +37,14 @@ class RunComponents:
         configuration: Validated.
         registry: The run's plugins.
         stop: Set by Ctrl-C and SIGTERM.
+        observer: Told of the training's steps.
     """
 
-    def __init__(self, configuration: Configuration, registry: Registry, stop: StopRequest) -> None:
+    def __init__(
+        self, configuration: Configuration, registry: Registry, stop: StopRequest, *, observer: TrainingObserver
+    ) -> None:
         self.config, self.settings, self.registry = configuration, configuration.run, registry
-        self._stop = stop
-        self._progress: Progress | None = None
-        self._training = False
-        self._log = RunLog()
+        self._stop, self._observer = stop, observer
 
     # -- parts ------------------------------------------------------------------------------------------------------
 
@@ -70,6 +68,7 @@ class RunComponents:
     @cached_property
     def data(self) -> DataPipeline:
         """From the data file to batches."""
+        from ..data.loader import BatchContents, BatchLayout
         from ..data.pipeline import DataPipeline
 
         settings, processes = self.settings, self.processes
@@ -77,10 +76,12 @@ class RunComponents:
         checkpoints = settings.output_dir.glob("checkpoint-*/manifest.json")
         resumes = settings.resume_from_checkpoint is not None and any(checkpoints)
         return DataPipeline(
-            self.config, self.registry, self.family, micro_batch_size=settings.train_batch_size,
-            accumulation=settings.gradient_accumulation_steps, rank=processes.rank, world_size=processes.world_size,
-            seed=settings.seed, cache_root=settings.output_dir / "cache",
-            images=needs.images, trajectories=needs.trajectory_points > 0, resumes=resumes,
+            self.config, self.registry, self.family,
+            layout=BatchLayout(
+                settings.train_batch_size, settings.gradient_accumulation_steps, processes.rank, processes.world_size
+            ),
+            contents=BatchContents(images=needs.images, trajectories=needs.trajectory_points > 0),
+            seed=settings.seed, cache_root=settings.output_dir / CACHE_FOLDER, resumes=resumes,
         )  # fmt: skip
 
     @cached_property
@@ -245,7 +246,7 @@ class RunComponents:
         from ..engine.health import HealthMonitor
         from ..engine.loop import Loop
         from ..engine.metrics import MetricsFile
-        from ..engine.trainer import Trainer
+        from ..engine.trainer import Outputs, Trainer
         from ..plugin_api.context import Context, Runtime
         from ..plugin_api.run_state import RunState
 
@@ -266,23 +267,11 @@ class RunComponents:
         networks = {role: self.networks.module(role) for role in self.networks.roles}
         return Trainer(
             settings=settings, loop=loop,
-            store=self._store(),
-            metrics_file=MetricsFile(settings.output_dir / "metrics.jsonl"), trackers=self.trackers,
+            outputs=Outputs(self._store(), MetricsFile(settings.output_dir / "metrics.jsonl"), self.trackers),
             state=RunState(self.config, settings.output_dir, self.method, self.family, context, networks,
                            main=processes.main),
-            registry=self.registry, processes=processes, stop=self._stop, validate=self._validate,
+            registry=self.registry, processes=processes, stop=self._stop, observer=self._observer,
             identity={"method": settings.distillation_method, "family": settings.model_family,
                       "model": self.family.fingerprint("denoiser"), "data": self.data.fingerprint()},
-            total_steps=self.total_steps, on_step=self._on_step, pause=self._pause,
+            total_steps=self.total_steps,
         )  # fmt: skip
-
-    # -- what the flow adds -------------------------------------------------------------------------------------------
-
-    def _validate(self, step: int) -> Path:
-        raise NotImplementedError
-
-    def _on_step(self, step: int, metrics: Mapping[str, float] | None) -> None:
-        raise NotImplementedError
-
-    def _pause(self) -> AbstractContextManager[None]:
-        raise NotImplementedError

@@ -60,12 +60,12 @@ def export_online(run: RunComponents, folder: Path) -> None:
 
 def evaluate_student(run: RunComponents) -> Evaluation:
     """Teacher against student, as a table, as evaluation.json and as an image, and to the trackers."""
-    from ..evaluation.evaluate_run import evaluate_run
+    from ..evaluation.evaluate_run import ComparisonData, EvaluationSize, Subject, evaluate_run
 
     prompts = run.data.captions(run.settings.evaluation_num_samples) or run.prompts
     evaluation = evaluate_run(
-        run.config, run.registry, run.family, run.method, run.networks, prompts=prompts,
-        real_images=run.data.real_images, resolution=run.resolution,
+        run.config, run.registry, Subject(run.family, run.method, run.networks),
+        ComparisonData(prompts, run.data.real_images), EvaluationSize(resolution=run.resolution),
     )  # fmt: skip
     evaluation.save(run.settings.output_dir)
     run.trackers.images("evaluation", {"teacher and student": evaluation.image()}, run.trainer.step)

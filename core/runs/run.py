@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..engine.observer import TrainingObserver
 from ..engine.signals import StopRequest
 from ..errors import DistillError, Interrupted, UserError
 from ..evaluation.evaluators import evaluation_notices
@@ -20,7 +21,7 @@ from ..utils.console import console
 from ..utils.files import write_text
 from .components import RunComponents
 from .output_folder import REPORTS_FOLDER, RESOLVED, check_output_dir, clear_output_dir, named_step
-from .run_log import ENDS, ENDS_WELL
+from .run_log import ENDS, ENDS_WELL, RunLog
 
 if TYPE_CHECKING:
     from ..engine.progress import Progress
@@ -66,12 +67,25 @@ def run(configuration: Configuration, registry: Registry) -> RunResult:
         return Run(configuration, registry, stop).execute()
 
 
-class Run(RunComponents):
-    """One run, from opening its folder to publishing its student."""
+class Run(TrainingObserver):
+    """One run, from opening its folder to publishing its student.
+
+    Args:
+        configuration: Validated.
+        registry: The run's plugins.
+        stop: Set by Ctrl-C and SIGTERM.
+    """
+
+    def __init__(self, configuration: Configuration, registry: Registry, stop: StopRequest) -> None:
+        self.parts = RunComponents(configuration, registry, stop, observer=self)
+        self.settings = configuration.run
+        self._log = RunLog()
+        self._progress: Progress | None = None
+        self._training = False
 
     def execute(self) -> RunResult:
         """The whole run."""
-        with console(enabled=self.processes.main, note=self._log.note):
+        with console(enabled=self.parts.processes.main, note=self._log.note):
             try:
                 self._open()
                 return self._execute()
@@ -81,107 +95,113 @@ class Run(RunComponents):
                 raise
             finally:
                 self._log.close()
-                self.processes.close()
+                self.parts.processes.close()
 
     def _execute(self) -> RunResult:
-        self.family.check_source()
+        self.parts.family.check_source()
         self._check_model()
-        self.data.prepare()
+        self.parts.data.prepare()
         self._report_data()
-        _ = self.stages  # a method may refuse this number of steps, and does so before weights load
+        _ = self.parts.stages  # a method may refuse this number of steps, and does so before weights load
         self._prepare_validation()
         self._resume()
         self._start_tracking()
-        self.registry.hook.on_run_start(state=self.trainer.state)
+        self.parts.registry.hook.on_run_start(state=self.parts.trainer.state)
         with self._progress or self._make_progress():
             self._training = True
-            self.trainer.train(self.data.steps(self.trainer.step))
+            self.parts.trainer.train(self.parts.data.steps(self.parts.trainer.step))
             if self.settings.validation_step_interval:
-                self._validate(self.trainer.step)
-            self.trainer.save()
+                self.validate(self.parts.trainer.step)
+            self.parts.trainer.save()
         return self._finish()
 
     # -- the flow ---------------------------------------------------------------------------------------------------
 
     def _open(self) -> None:
         folder = self.settings.output_dir
-        if self.config.miniature:
+        if self.parts.config.miniature:
             logger.info(MINIATURE)
-        with self.processes.synchronized():
-            if self.processes.main:
-                state = check_output_dir(self.config)
-                if self.remote_checkpoints and (self.settings.overwrite or not self.settings.resume_from_checkpoint):
-                    self.remote_checkpoints.begin_afresh(overwrite=self.settings.overwrite)
+        with self.parts.processes.synchronized():
+            if self.parts.processes.main:
+                state = check_output_dir(self.parts.config)
+                if self.parts.remote_checkpoints and (
+                    self.settings.overwrite or not self.settings.resume_from_checkpoint
+                ):
+                    self.parts.remote_checkpoints.begin_afresh(overwrite=self.settings.overwrite)
                 if state.clear:
                     clear_output_dir(folder)
                 folder.mkdir(parents=True, exist_ok=True)
                 self._log.open(folder)
-                for notice in (*self.config.notices, *state.notices):
+                for notice in (*self.parts.config.notices, *state.notices):
                     logger.info(notice)
-        _ = self.publishers  # says now, rather than after hours, what would keep one from working
-        for line in evaluation_notices(self.registry, self.config):
+        _ = self.parts.publishers  # says now, rather than after hours, what would keep one from working
+        for line in evaluation_notices(self.parts.registry, self.parts.config):
             logger.warning(line)
 
     def _check_model(self) -> None:
-        """What only the model's own config can tell, still before weights load."""
-        self.sampler()  # refuses steps and guidance that the method cannot sample with
-        needs = self.method.requires(self.config.method, self.method.setup)
-        if needs.finite_snr and self.family.prediction_type == "epsilon" and self.family.schedule.zero_terminal_snr:
+        """Refuse what only the model's own config can tell, still before weights load."""
+        self.parts.sampler()  # refuses steps and guidance that the method cannot sample with
+        method, family = self.parts.method, self.parts.family
+        needs = method.requires(self.parts.config.method, method.setup)
+        if needs.finite_snr and family.prediction_type == "epsilon" and family.schedule.zero_terminal_snr:
             raise UserError(
-                f"{self.family.settings.source}: its scheduler has zero terminal SNR and predicts epsilon, from which "
+                f"{family.settings.source}: its scheduler has zero terminal SNR and predicts epsilon, from which "
                 f"no image can be computed at the last timestep; {self.settings.distillation_method} needs it there",
                 "use the model's v_prediction version, or a scheduler config without rescale_betas_zero_snr",
             )
 
     def _report_data(self) -> None:
-        with self.processes.synchronized():
-            self._data_reports = self.data.write_reports(self.settings.output_dir / REPORTS_FOLDER)
+        with self.parts.processes.synchronized():
+            self._data_reports = self.parts.data.write_reports(self.settings.output_dir / REPORTS_FOLDER)
         for report in self._data_reports:
             logger.info(f"report on dataset {report.id!r}: {report.folder / 'report.md'}")
 
     def _prepare_validation(self) -> None:
-        for notice in self.method.notices():
+        for notice in self.parts.method.notices():
             logger.info(notice)
-        validator = self.validator
-        with self.processes.synchronized():
-            if validator and self.processes.main:
+        validator = self.parts.validator
+        with self.parts.processes.synchronized():
+            if validator and self.parts.processes.main:
                 from ..evaluation.validation import describe
 
                 logger.info(describe(validator.plan))
                 validator.prepare()
-                self.family.release_encoders()
+                self.parts.family.release_encoders()
 
     def _resume(self) -> None:
         wanted = self.settings.resume_from_checkpoint
-        with self.processes.synchronized():
-            if self.processes.main:
-                store = self.trainer.store  # it mends what a killed save left; the others look after that
+        with self.parts.processes.synchronized():
+            if self.parts.processes.main:
+                store = self.parts.trainer.store  # it mends what a killed save left; the others look after that
                 step = named_step(wanted)
                 if wanted == "latest":
                     store.download()
                 elif step is not None and not Path(wanted or "").is_dir():
                     store.download(step)
-        trainer = self.trainer
+        trainer = self.parts.trainer
         path = self._checkpoint(wanted)
         if path is not None:
             trainer.resume(path)
             logger.info(f"resumed from {path} at step {trainer.step}")
-        if trainer.step > self.total_steps:
+        if trainer.step > self.parts.total_steps:
             raise UserError(
-                f"max_train_steps = {self.total_steps} lies before the checkpoint's step {trainer.step}",
+                f"max_train_steps = {self.parts.total_steps} lies before the checkpoint's step {trainer.step}",
                 f"raise max_train_steps above {trainer.step}",
             )
-        if self.processes.main:
-            write_text(self.settings.output_dir / RESOLVED, json.dumps(self.config.resolved(), indent=2) + "\n")
+        if self.parts.processes.main:
+            write_text(
+                self.settings.output_dir / RESOLVED,
+                json.dumps(self.parts.config.resolved(), indent=2) + "\n",
+            )
 
     def _checkpoint(self, wanted: str | None) -> Path | None:
         """The checkpoint here that the settings ask for; None to start afresh."""
         if not wanted or wanted == "latest":
-            return self.trainer.store.latest() if wanted else None
+            return self.parts.trainer.store.latest() if wanted else None
         for path in (Path(wanted), self.settings.output_dir / wanted):
             if path.is_dir():
                 return path
-        remote = self.remote_checkpoints
+        remote = self.parts.remote_checkpoints
         searched = (
             f"{self.settings.output_dir} nor in {remote.backend.location}" if remote else self.settings.output_dir
         )
@@ -193,82 +213,89 @@ class Run(RunComponents):
     def _start_tracking(self) -> None:
         from ..plugin_api.tracker import RunInfo
 
-        settings, resolved = self.settings, self.config.resolved()
+        settings, resolved = self.settings, self.parts.config.resolved()
         hparams = {key: value for key, value in resolved.items() if isinstance(value, int | float | str | bool)}
         name = settings.tracker_run_name or settings.output_dir.name
-        info = RunInfo(settings.output_dir, settings.tracker_project_name, name, resolved, hparams, self.trainer.step)
-        self.trackers.start(info)
+        info = RunInfo(
+            settings.output_dir, settings.tracker_project_name, name, resolved, hparams, self.parts.trainer.step
+        )
+        self.parts.trackers.start(info)
         text = json.dumps(resolved, indent=2)
-        self.trackers.text("config", f"```json\n{text}\n```", self.trainer.step)
+        self.parts.trackers.text("config", f"```json\n{text}\n```", self.parts.trainer.step)
         for report in self._data_reports:
-            self.trackers.text(f"training_data/{report.id}", report.text, self.trainer.step)
-            self.trackers.images(f"training_data/{report.id}", report.images, self.trainer.step)
+            self.parts.trackers.text(f"training_data/{report.id}", report.text, self.parts.trainer.step)
+            self.parts.trackers.images(f"training_data/{report.id}", report.images, self.parts.trainer.step)
 
     def _make_progress(self) -> Progress:
         from ..engine.progress import make_progress
 
         progress = make_progress(
-            self.total_steps, start_step=self.trainer.step, samples_per_step=self.data.samples_per_step
+            self.parts.total_steps,
+            start_step=self.parts.trainer.step,
+            samples_per_step=self.parts.data.samples_per_step,
         )
-        if self.processes.main:
+        if self.parts.processes.main:
             self._progress = progress
         return progress
 
-    def _on_step(self, step: int, metrics: Mapping[str, float] | None) -> None:
+    def on_step(self, step: int, metrics: Mapping[str, float] | None) -> None:
+        """Show `step` on the progress bar, with its metrics where they were read."""
         if self._progress is None:
             return
         self._progress.advance(step)
         if metrics is not None:
             self._progress.log(step, metrics)
 
-    def _pause(self) -> AbstractContextManager[None]:
+    def pause(self) -> AbstractContextManager[None]:
+        """Return a context whose time does not count in the progress bar's estimate."""
         return self._progress.pace.pause() if self._progress else nullcontext()
 
-    def _validate(self, step: int) -> Path:
+    def validate(self, step: int) -> Path:
+        """Make validation images with the weights of `step`, and return their folder."""
         folder = self.settings.output_dir / "validation"
-        with self.processes.synchronized():
-            if self.validator is not None and self.processes.main:
-                with self.trainer.loop.evaluating(), self.networks.averaged():
-                    folder = self.validator.run(step, self.networks, self.trackers)
-                self.family.release_encoders()  # the autoencoder's memory is the training's
-        self.registry.hook.on_validation_end(state=self.trainer.state, folder=folder, step=step)
+        with self.parts.processes.synchronized():
+            if self.parts.validator is not None and self.parts.processes.main:
+                with self.parts.trainer.loop.evaluating(), self.parts.networks.averaged():
+                    folder = self.parts.validator.run(step, self.parts.networks, self.parts.trackers)
+                self.parts.family.release_encoders()  # the autoencoder's memory is the training's
+        self.parts.registry.hook.on_validation_end(state=self.parts.trainer.state, folder=folder, step=step)
         return folder
 
     def _finish(self) -> RunResult:
         from .export import evaluate_student, export_online, export_student, last_grid, publish_student
 
         student, evaluation = self.settings.output_dir / "student", None
-        with self.processes.synchronized():
-            if self.processes.main:
-                with self.trainer.loop.evaluating(), self.networks.averaged():
-                    export_student(self, student)
+        with self.parts.processes.synchronized():
+            if self.parts.processes.main:
+                with self.parts.trainer.loop.evaluating(), self.parts.networks.averaged():
+                    export_student(self.parts, student)
                     if self.settings.evaluation_num_samples:
-                        evaluation = evaluate_student(self)
+                        evaluation = evaluate_student(self.parts)
                 if self.settings.export_online_weights:
-                    export_online(self, self.settings.output_dir / "student-online")
-                publish_student(self, student, evaluation)
-                self.trackers.finish(evaluation.scalars() if evaluation else None)
+                    export_online(self.parts, self.settings.output_dir / "student-online")
+                publish_student(self.parts, student, evaluation)
+                self.parts.trackers.finish(evaluation.scalars() if evaluation else None)
         self._log.note(ENDS_WELL)
-        self.registry.hook.on_run_end(state=self.trainer.state)
-        self.trainer.store.wait()
-        self.data.close()
-        self.processes.barrier()
-        prompt = self.prompts[0] if self.prompts else ""
+        self.parts.registry.hook.on_run_end(state=self.parts.trainer.state)
+        self.parts.trainer.store.wait()
+        self.parts.data.close()
+        self.parts.processes.barrier()
+        prompt = self.parts.prompts[0] if self.parts.prompts else ""
         return RunResult(
-            self.settings.output_dir, student, self.trainer.step, evaluation, last_grid(self.settings.output_dir),
+            self.settings.output_dir, student, self.parts.trainer.step, evaluation, last_grid(self.settings.output_dir),
             prompt,
-            self.processes.rank,
+            self.parts.processes.rank,
         )  # fmt: skip
 
     def _failed(self, error: BaseException) -> None:
         """Save what can be saved and say how to go on."""
-        if "trainer" not in self.__dict__ or (isinstance(error, UserError) and not self._training):
+        if "trainer" not in vars(self.parts) or (isinstance(error, UserError) and not self._training):
             return
-        saved = self.trainer.save_after_failure(error)
-        self.registry.hook.on_exception(state=self.trainer.state, error=error)
-        self.trackers.finish()
-        self.trainer.store.wait()
-        self.data.close()
+        saved = self.parts.trainer.save_after_failure(error)
+        self.parts.registry.hook.on_exception(state=self.parts.trainer.state, error=error)
+        self.parts.trackers.finish()
+        self.parts.trainer.store.wait()
+        self.parts.data.close()
         if saved is not None:
             logger.info(f"saved: {saved}. To go on: {_resume_command(self.settings.output_dir)}")
         if not isinstance(error, Interrupted | DistillError):
@@ -279,7 +306,7 @@ class Run(RunComponents):
         from .memory_plan import memory_settings
 
         if is_out_of_memory(error):
-            logger.info(out_of_memory_hint(memory_settings(self), quantizers=self.settings.model_type == "lora"))
+            logger.info(out_of_memory_hint(memory_settings(self.parts), quantizers=self.settings.model_type == "lora"))
 
 
 def _resume_command(output_dir: Path) -> str:

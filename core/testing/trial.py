@@ -19,8 +19,9 @@ from ..engine.loop import Loop
 from ..engine.lr import lr_lambda, staged
 from ..engine.metrics import MetricsFile
 from ..engine.networks import Networks
+from ..engine.observer import TrainingObserver
 from ..engine.optimize import RoleOptimizer
-from ..engine.trainer import Trainer
+from ..engine.trainer import Outputs, Trainer
 from ..plugin_api.batch import Batch, Trajectories
 from ..plugin_api.context import Context, Runtime
 from ..plugin_api.family import LoraSettings
@@ -87,10 +88,10 @@ class Trial:
         """Saves and resumes as a run does."""
         nothing: Any = SimpleNamespace(main=True, synchronized=nullcontext, step=0)
         return Trainer(
-            settings=nothing, loop=self.loop, store=CheckpointStore(folder, limit=None),
-            metrics_file=MetricsFile(folder / "metrics.jsonl"), trackers=nothing, state=nothing, registry=Registry(),
-            processes=nothing, stop=nothing, validate=nothing, identity={}, total_steps=0,
-            on_step=nothing,
+            settings=nothing, loop=self.loop,
+            outputs=Outputs(CheckpointStore(folder, limit=None), MetricsFile(folder / "metrics.jsonl"), nothing),
+            state=nothing, registry=Registry(), processes=nothing, stop=nothing, observer=TrainingObserver(),
+            identity={}, total_steps=0,
         )  # type: ignore[arg-type]  # fmt: skip
 
 

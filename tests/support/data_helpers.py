@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from distill.core.data.loader import BatchContents, BatchLayout
 from distill.core.data.pipeline import DataPipeline
 from distill.core.settings.dataset_settings import DatasetSettings
 from distill.data_backends.local import LocalBackend
@@ -137,14 +138,10 @@ def pipeline(
         config or configuration(*datasets),
         REGISTRY,
         family or FakeFamily(),
-        micro_batch_size=micro,
-        accumulation=accumulation,
-        rank=rank,
-        world_size=world,
+        layout=BatchLayout(micro, accumulation, rank, world),
+        contents=BatchContents(images=images, trajectories=trajectories),
         seed=seed,
         cache_root=root / "cache",
-        images=images,
-        trajectories=trajectories,
         resumes=resumes,
     )
     return data, lines

@@ -155,7 +155,7 @@ class CacheBuilder:
         todo = missing_captions(cache, datasets)
         for dataset in datasets:
             dataset.counts.captions = count_different(dataset.index.caption_digests[:, 0])
-        missing = sum(len(paths) for _, paths in todo)
+        missing = sum(len(positions) for _, positions in todo)
         if not missing:
             return cache
         self._explain_texts(folder, cache, missing)

@@ -1,0 +1,20 @@
+"""What a run does around the training's steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+
+
+class TrainingObserver:
+    """Told of each step by the trainer; does nothing by itself."""
+
+    def on_step(self, step: int, metrics: Mapping[str, float] | None) -> None:
+        """Note that `step` was taken, with its metrics where they were read from the device."""
+
+    def validate(self, step: int) -> object:
+        """Make validation images with the weights of `step`."""
+
+    def pause(self) -> AbstractContextManager[None]:
+        """Return a context whose time does not count in the estimate of the time that is left."""
+        return nullcontext()
