@@ -59,7 +59,7 @@ def quickstart(tmp_path, *more):
 def test_the_quickstart_files_check_verbatim_with_the_expected_notices_only(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     monkeypatch.setattr(
-        "distill.core.utils.packages.missing_packages", lambda packages: "not there" if packages else None
+        "distill.core.engine.tracking.missing_packages", lambda packages: "not there" if packages else None
     )
     result = quickstart(tmp_path)
     assert result.exit_code == 0, result.output

@@ -348,6 +348,20 @@ def test_a_broad_except_passes_the_error_on_or_says_why_not():
     assert not wrong, wrong
 
 
+def test_lines_for_people_go_through_logging():
+    """Printed by one handler; besides, the trace of hooks and the error that a command ends with go to stderr."""
+    prints = re.compile(r"print\(.*sys\.stderr|echo\(.*err=True")
+    printing = {relative(path) for path in sources() if prints.search(path.read_text(encoding="utf-8"))}
+    assert printing == {"core/utils/console.py", "core/registry/attribution.py", "core/cli/__init__.py"}
+    handed = [
+        f"{relative(path)}:{node.lineno}"
+        for path in sources()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.arg | ast.keyword) and node.arg == "say"
+    ]
+    assert not handed, f"logging.getLogger(__name__) instead: {handed}"
+
+
 def configurations(registry: Registry) -> dict[str, type]:
     models: dict[str, type] = {"run": RunSettings, "dataset": DatasetSettings}
     for kind in KINDS:

@@ -54,6 +54,8 @@ class RunResult:
 def run(configuration: Configuration, registry: Registry) -> RunResult:
     """Distil, from the first step or where the last run stopped, to the exported student.
 
+    What it logs is printed to stderr by the first process, and kept in ``run.log``.
+
     Args:
         configuration: Validated.
         registry: The run's plugins.
