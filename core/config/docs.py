@@ -66,9 +66,9 @@ def config_page() -> str:
     parts = [
         GENERATED,
         "# Configuration keys",
-        "JSON, YAML or TOML. Numbers and truth values may be written as texts, keys may begin with `--`, and `{env:NAME}` "
-        "inside a text is replaced. Relative paths in a file are relative to that file, on the command line to the working "
-        "directory. `--set key=value` overrides a key, `--set data.<id>.key=value` a dataset's. Unknown keys are refused.",
+        "A configuration is a JSON, YAML or TOML file. Numbers, true and false may be written as texts, keys may begin with `--`, and `{env:NAME}` "
+        "inside a text is replaced by that environment variable. A relative path in a file is relative to that file; on the command line it is "
+        "relative to the working directory. `--set key=value` overrides a key of the run, `--set data.<id>.key=value` one of a dataset. Unknown keys are refused.",
         "## The run",
     ]
     for title, group in GROUPS.items():
@@ -105,7 +105,9 @@ def plugin_page(registry: Registry, kind: str) -> str:
         aliases = ", ".join(f"`{alias}`" for alias in found.aliases)
         parts += [f"## {name}", first_paragraph(found), *([f"Other names: {aliases}."] if aliases else [])]
         parts.append(
-            table(found.Config, own_first(found.Config)) if found.Config.model_fields else "It has no settings."
+            table(found.Config, own_first(found.Config))
+            if found.Config.model_fields
+            else "It has no settings of its own."
         )
     return "\n\n".join(parts) + "\n"
 
@@ -199,11 +201,11 @@ def matrix_page(registry: Registry) -> str:
     parts = [
         GENERATED,
         "# Which method on which family",
-        "With the methods' default settings. What is missing is said before weights load. A family that lacks an input for "
+        "This table is for the methods' default settings. A combination that cannot work is refused before weights load; the numbers lead to the reasons below. A family that lacks an input for "
         "the guidance scale trains in full with one scale (`w_min` equal to `w_max`).",
         "\n".join(lines),
         "\n".join(f"{number}. {reason}" for number, reason in enumerate(reasons, 1)),
-        f"{', '.join(made_of_others)}: wherever all of its terms run.",
+        f"{', '.join(made_of_others)}: runs wherever all of its methods run.",
         "`pytest -m slow tests/test_family_matrix.py` trains each cell on a random tiny model: the student moves, the "
         "teacher stays bitwise, a checkpoint resumes, pictures are sampled.",
     ]
