@@ -6,6 +6,7 @@ import ast
 import re
 import shlex
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
 from support.pages import ROOT, blocks, pages, text, without_blocks
@@ -140,6 +141,82 @@ def test_links_lead_somewhere(page):
         found = (ROOT / page).parent / file if file else ROOT / page
         assert found.exists(), f"{page}: {target}"
         assert not anchor or anchor in anchors(found), f"{page}: {target}"
+
+
+MADE_UP = {"tests/test_x.py", "tests/test_distill_soft_targets.py"}
+"""Files of the reader's, which pages name."""
+FOLDERS = "core|distill_methods|model_families|data_backends|plugins|benchmarks|examples|tests|docs"
+
+
+def paths_named(page: str) -> set[str]:
+    """Files and folders of the repository that a page names; the targets of links are looked at by themselves."""
+    written = re.sub(r"\[[^\]]*\]\([^)]*\)", "", text(page))
+    return {path.rstrip(".,") for path in re.findall(rf"(?<![\w/.-])(?:{FOLDERS})/[\w./{{}}*,-]+", written)}
+
+
+def modules_named(page: str) -> set[str]:
+    return set(re.findall(r"\bdistill(?:\.\w+)+", text(page)))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_and_modules_that_a_page_names_exist(page):
+    missing = [path for path in sorted(paths_named(page) - MADE_UP) if not (ROOT / path).exists()]
+    assert not missing, f"{page} names files that do not exist: {missing}"
+    for name in sorted(modules_named(page)):
+        resolve_name(name)
+
+
+def test_paths_and_modules_are_found_in_a_page():
+    assert {"core/diffusion/schedule.py", "core/engine/networks.py", "core/data"} <= paths_named("docs/design.md")
+    assert "distill.core.diffusion.prediction.Prediction" in modules_named("docs/api.md")
+
+
+# -- figures ----------------------------------------------------------------------------------------------------------
+
+
+def miniature_figures() -> dict[tuple[str, int], list[list[float]]]:
+    """Who and steps -> agreement and distance: the mean, and of students the lowest and the highest."""
+    rows = re.findall(
+        r"^\| \W*(teacher|student|teacher, DPM\+\+ 2M)\W* \| (\d+) \| (.+) \| (.+) \|$", text(MINIATURE), re.M
+    )
+    return {(who, int(steps)): [[float(number) for number in re.findall(r"[\d.]+", cell)] for cell in cells]
+            for who, steps, *cells in rows}  # fmt: skip
+
+
+MINIATURE = "docs/miniature.md"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
+def test_figures_on_the_first_screen_are_those_of_the_miniatures_page(page):
+    figures = miniature_figures()
+    rows = re.findall(r"^\| (\d+) \| (.+) \| (.+) \| (.+) \| (.+) \|$", text(page), re.M)
+    assert [row[0] for row in rows] == ["1", "2", "4", "8", "50"]
+    for steps, *cells in rows:
+        teacher, student = figures["teacher", int(steps)], figures.get(("student", int(steps)))
+        means = [each[column][0] for column in (0, 1) for each in (teacher, student) if each]
+        assert [float(cell.strip("*")) for cell in cells if cell != "–"] == means
+    ((solver, distance),) = re.findall(r"\(DPM\+\+ 2M: ([\d.]+), ([\d.]+)\)", text(page))
+    assert [[float(solver)], [float(distance)]] == figures["teacher, DPM++ 2M", 4]
+
+
+def test_the_reading_of_the_miniatures_figures_follows_from_its_table():
+    figures, page = miniature_figures(), " ".join(text(MINIATURE).split())
+    (full, *_), _ = figures["teacher", 50]
+    (one, worst_one, _), (one_away, *_) = figures["student", 1]
+    (two, *_), (two_away, _, two_worst) = figures["student", 2]
+    _, (four_away, *_) = figures["student", 4]
+    (teacher_one,), (teacher_one_away,) = figures["teacher", 1]
+    (teacher_two,), (teacher_two_away,) = figures["teacher", 2]
+    for said in (
+        f"keeps {two / full:.0%} of the full teacher's prompt agreement",
+        f"the teacher itself keeps {teacher_two / full:.0%}",
+        f"is {two_away / teacher_two_away:.2f} of the teacher's ({two_worst / teacher_two_away:.2f} for the worst",
+        f"keeps {one / full:.0%}, the teacher {teacher_one / full:.0%}",
+        f"The worst of the three students keeps {worst_one / full:.1%}",
+        f"The student's distance is {one_away / teacher_one_away:.2f} of the teacher's",
+        f"The student's distance is {four_away / figures['teacher', 4][1][0]:.2f} of the teacher's",
+    ):
+        assert said in page
 
 
 def test_the_notices_shown_are_those_of_config_check():
