@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from . import options
-from .options import ConfigOption, DataOption, FamilyOption, ModelOption, OutputOption, PluginOption, SetOption
+from .options import Given, takes_configuration
 
 if TYPE_CHECKING:
     from ..registry.registry import Registry
@@ -24,19 +24,10 @@ OnlyDataset = Annotated[
 
 
 @app.command()
-def build(
-    family: FamilyOption = None,
-    config: ConfigOption = None,
-    data: DataOption = None,
-    model: ModelOption = None,
-    output_dir: OutputOption = None,
-    set_: SetOption = None,
-    plugin: PluginOption = None,
-) -> None:
+@takes_configuration("method")
+def build(given: Given) -> None:
     """Encode what the caches lack, as the first run would."""
-    configuration, registry = options.load(
-        family=family, config=config, data=data, model=model, output_dir=output_dir, overrides=set_, plugins=plugin
-    )
+    configuration, registry = given.load()
     from ..runs.builders import build_pipeline
     from ..runs.output_folder import REPORTS_FOLDER
 
@@ -47,22 +38,13 @@ def build(
 
 
 @app.command()
-def verify(
-    family: FamilyOption = None,
-    config: ConfigOption = None,
-    data: DataOption = None,
-    model: ModelOption = None,
-    output_dir: OutputOption = None,
-    set_: SetOption = None,
-    plugin: PluginOption = None,
-) -> None:
+@takes_configuration("method")
+def verify(given: Given) -> None:
     """Compare the caches with their checksums and with what the datasets need: damaged, missing, orphaned entries.
 
     Damaged files are removed, and made anew by the next run; nothing else is.
     """
-    configuration, registry = options.load(
-        family=family, config=config, data=data, model=model, output_dir=output_dir, overrides=set_, plugins=plugin
-    )
+    configuration, registry = given.load()
     from ..errors import DistillError
     from ..runs.builders import build_pipeline
 
@@ -76,22 +58,15 @@ def verify(
 
 
 @app.command()
+@takes_configuration("method")
 def clear(
-    family: FamilyOption = None,
-    config: ConfigOption = None,
-    data: DataOption = None,
-    model: ModelOption = None,
-    output_dir: OutputOption = None,
-    set_: SetOption = None,
-    plugin: PluginOption = None,
+    given: Given,
     dataset: OnlyDataset = None,
     orphaned: Annotated[bool, typer.Option("--orphaned", help="Only what `verify` calls orphaned.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """Remove the caches of this configuration's datasets, those of other models and earlier settings included."""
-    configuration, registry = options.load(
-        family=family, config=config, data=data, model=model, output_dir=output_dir, overrides=set_, plugins=plugin
-    )
+    configuration, registry = given.load()
     if orphaned:
         _clear_orphaned(configuration, registry, dataset, yes=yes)
         return

@@ -11,70 +11,27 @@ import typer
 
 from ..errors import UserError
 from . import options
-from .options import (
-    ConfigOption,
-    DataOption,
-    FamilyOption,
-    MethodOption,
-    ModelOption,
-    OutputOption,
-    PluginOption,
-    SetOption,
-)
+from .options import Given, PluginOption, takes_configuration
 
 logger = logging.getLogger(__name__)
 app = typer.Typer(no_args_is_help=True, help="Check, show or start a configuration.", pretty_exceptions_enable=False)
 
 
 @app.command()
-def check(
-    method: MethodOption = None,
-    family: FamilyOption = None,
-    config: ConfigOption = None,
-    data: DataOption = None,
-    model: ModelOption = None,
-    output_dir: OutputOption = None,
-    set_: SetOption = None,
-    plugin: PluginOption = None,
-) -> None:
+@takes_configuration()
+def check(given: Given) -> None:
     """Validate a configuration: notices on stdout, all findings at once on stderr."""
-    configuration, registry = options.load(
-        config=config,
-        data=data,
-        method=method,
-        family=family,
-        model=model,
-        output_dir=output_dir,
-        overrides=set_,
-        plugins=plugin,
-    )
+    configuration, registry = given.load()
     for notice in (*configuration.notices, *options.service_notices(configuration, registry)):
         typer.echo(f"notice: {notice}")
     logger.info("the configuration is usable")
 
 
 @app.command()
-def show(
-    method: MethodOption = None,
-    family: FamilyOption = None,
-    config: ConfigOption = None,
-    data: DataOption = None,
-    model: ModelOption = None,
-    output_dir: OutputOption = None,
-    set_: SetOption = None,
-    plugin: PluginOption = None,
-) -> None:
+@takes_configuration()
+def show(given: Given) -> None:
     """Print the resolved configuration as JSON, every default filled in; notices go to stderr."""
-    configuration, _ = options.load(
-        config=config,
-        data=data,
-        method=method,
-        family=family,
-        model=model,
-        output_dir=output_dir,
-        overrides=set_,
-        plugins=plugin,
-    )
+    configuration, _ = given.load()
     for notice in configuration.notices:
         logger.info(notice)
     typer.echo(json.dumps(configuration.resolved(), indent=2, ensure_ascii=False))

@@ -7,16 +7,7 @@ import logging
 import typer
 
 from . import options
-from .options import (
-    ConfigOption,
-    DataOption,
-    FamilyOption,
-    MethodOption,
-    ModelOption,
-    OutputOption,
-    PluginOption,
-    SetOption,
-)
+from .options import Given, takes_configuration
 
 logger = logging.getLogger(__name__)
 app = typer.Typer(help="What the datasets hold.", no_args_is_help=True)
@@ -28,30 +19,13 @@ def _group() -> None:
 
 
 @app.command()
-def report(
-    method: MethodOption = None,
-    family: FamilyOption = None,
-    config: ConfigOption = None,
-    data: DataOption = None,
-    model: ModelOption = None,
-    output_dir: OutputOption = None,
-    set_: SetOption = None,
-    plugin: PluginOption = None,
-) -> None:
+@takes_configuration()
+def report(given: Given) -> None:
     """Index the datasets and write a report on each: counts, sizes, buckets, captions, what is left out, samples.
 
     No weights are loaded. Files are judged by their headers: damage further in is found by `distill cache build`.
     """
-    configuration, registry = options.load(
-        method=method,
-        family=family,
-        config=config,
-        data=data,
-        model=model,
-        output_dir=output_dir,
-        overrides=set_,
-        plugins=plugin,
-    )
+    configuration, registry = given.load()
     from ..runs.builders import build_pipeline
     from ..runs.output_folder import REPORTS_FOLDER
 

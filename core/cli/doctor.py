@@ -13,16 +13,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from . import options
-from .options import (
-    ConfigOption,
-    DataOption,
-    FamilyOption,
-    MethodOption,
-    ModelOption,
-    OutputOption,
-    PluginOption,
-    SetOption,
-)
+from .options import Given, takes_configuration
 
 if TYPE_CHECKING:
     from torch import nn
@@ -35,35 +26,16 @@ REQUIRED = ("torch", "diffusers", "transformers", "accelerate", "peft", "safeten
 Rows = Iterator[tuple[str, str]]
 
 
-def doctor(
-    method: MethodOption = None,
-    family: FamilyOption = None,
-    config: ConfigOption = None,
-    data: DataOption = None,
-    model: ModelOption = None,
-    output_dir: OutputOption = None,
-    set_: SetOption = None,
-    plugin: PluginOption = None,
-) -> None:
+@takes_configuration()
+def doctor(given: Given) -> None:
     """What this machine has and lacks: device, memory, optional packages, credentials; what a configuration needs."""
-    from ..registry.registry import Registry
-
-    _section("machine", machine(output_dir or Path.cwd()))
-    _section("packages", packages(Registry.load(plugin or ())))
+    _section("machine", machine(given.output_dir or Path.cwd()))
+    _section("packages", packages(given.registry()))
     _section("credentials", credentials())
-    if not any((method, family, config, data, model, set_)):
+    if not any((given.method, given.family, given.config, given.data, given.model, given.set_)):
         typer.echo("\nno configuration given: --config FILE adds its checks and an estimate of its memory")
         return
-    configuration, registry = options.load(
-        config=config,
-        data=data,
-        method=method,
-        family=family,
-        model=model,
-        output_dir=output_dir,
-        overrides=set_,
-        plugins=plugin,
-    )
+    configuration, registry = given.load()
     notices = (*configuration.notices, *options.service_notices(configuration, registry))
     _section("configuration", (("notice", line) for line in notices or ("nothing to be said",)))
     _section("accounts", accounts(configuration, registry))

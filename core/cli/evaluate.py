@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import UserError
-from .options import SetOption
+from .options import BasePrecisionOption, SetOption, overrides
 
 if TYPE_CHECKING:
     from ..evaluation.evaluate_run import ComparisonData
@@ -37,9 +37,7 @@ def evaluate(
         typer.Option(metavar="PATH[:WEIGHT]", help="A LoRA beside the student's and in the teacher; repeatable."),
     ] = None,
     set_: SetOption = None,
-    base_model_precision: Annotated[
-        str | None, typer.Option(help="Quantizer of the base, or no_change; the run's by default.")
-    ] = None,
+    base_model_precision: BasePrecisionOption = None,
 ) -> None:
     """Score a finished run's student against its teacher: a table, evaluation.json and evaluation.png."""
     student_steps, full_steps = read_steps("--steps", steps), read_steps("--teacher-steps", teacher_steps)
@@ -51,8 +49,7 @@ def evaluate(
     from ..runs.finished import ExportedNetworks, open_run, parse_loras
 
     loras = parse_loras(lora or [])
-    given = {"evaluators": evaluators, "base_model_precision": base_model_precision}
-    named = [f"{key}={value}" for key, value in given.items() if value is not None]
+    named = overrides(evaluators=evaluators, base_model_precision=base_model_precision)
     configuration, registry = open_run(output_dir, overrides=[*(set_ or ()), *named])
     if evaluators is not None:
         require_evaluators(registry, configuration)

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from .options import BasePrecisionOption, overrides
+
 logger = logging.getLogger(__name__)
 
 
@@ -22,9 +24,7 @@ def generate(
     lora: Annotated[
         list[str] | None, typer.Option(metavar="PATH[:WEIGHT]", help="A LoRA beside the student's; repeatable.")
     ] = None,
-    base_model_precision: Annotated[
-        str | None, typer.Option(help="Quantizer of the base, or no_change; the run's by default.")
-    ] = None,
+    base_model_precision: BasePrecisionOption = None,
 ) -> None:
     """Make an image with a finished run's student."""
     from ..drawing.grid import to_images
@@ -37,8 +37,7 @@ def generate(
     from ..utils.files import save_image
 
     loras = parse_loras(lora or [])
-    named = [] if base_model_precision is None else [f"base_model_precision={base_model_precision}"]
-    configuration, registry = open_run(output_dir, overrides=named)
+    configuration, registry = open_run(output_dir, overrides=overrides(base_model_precision=base_model_precision))
     family = build_family(configuration, registry)
     run, method = configuration.run, build_method(configuration, registry, family)
     sampler = method.sampler(

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -26,34 +30,68 @@ SetOption = Annotated[
 PluginOption = Annotated[list[Path] | None, typer.Option("--plugin", help="Plugin file to load.")]
 
 
-def load(
-    *,
-    config: Path | None = None,
-    data: Path | None = None,
-    method: str | None = None,
-    family: str | None = None,
-    model: str | None = None,
-    output_dir: Path | None = None,
-    overwrite: bool = False,
-    overrides: list[str] | None = None,
-    plugins: list[Path] | None = None,
-) -> tuple[Configuration, Registry]:
-    """The configuration of the options given, and the registry with its plugins."""
-    from ..config.load import load_configuration
-    from ..registry.registry import Registry
+BasePrecisionOption = Annotated[
+    str | None, typer.Option(help="Quantizer of the base, or no_change; the run's by default.")
+]
 
-    registry = Registry.load(plugins or ())
-    flags = {
-        "distillation_method": method,
-        "model_family": family,
-        "pretrained_model_name_or_path": model,
-        "output_dir": str(output_dir) if output_dir else None,
-        "overwrite": overwrite or None,
-    }
-    configuration = load_configuration(
-        registry, config_file=config, data_file=data, flags=flags, overrides=overrides or ()
-    )
-    return configuration, registry
+
+@dataclass(frozen=True)
+class Given:
+    """The options of a configuration, as they were given."""
+
+    method: MethodOption = None
+    family: FamilyOption = None
+    config: ConfigOption = None
+    data: DataOption = None
+    model: ModelOption = None
+    output_dir: OutputOption = None
+    set_: SetOption = None
+    plugin: PluginOption = None
+
+    def registry(self) -> Registry:
+        """Return what is there by name, with the plugin files given."""
+        from ..registry.registry import Registry
+
+        return Registry.load(self.plugin or ())
+
+    def load(self, *, overwrite: bool = False) -> tuple[Configuration, Registry]:
+        """Return the configuration of the options, and the registry with its plugins."""
+        from ..config.load import load_configuration
+
+        registry = self.registry()
+        flags = {
+            "distillation_method": self.method,
+            "model_family": self.family,
+            "pretrained_model_name_or_path": self.model,
+            "output_dir": str(self.output_dir) if self.output_dir else None,
+            "overwrite": overwrite or None,
+        }
+        configuration = load_configuration(
+            registry, config_file=self.config, data_file=self.data, flags=flags, overrides=self.set_ or ()
+        )
+        return configuration, registry
+
+
+def takes_configuration(*leave_out: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options of a configuration, but those of `leave_out`; it gets them as its first argument."""
+    shared = [field.name for field in fields(Given) if field.name not in leave_out]
+    parameters = inspect.signature(Given, eval_str=True).parameters
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def wrapper(**values: Any) -> None:
+            command(Given(**{name: values.pop(name) for name in shared}), **values)
+
+        _, *own = inspect.signature(command, eval_str=True).parameters.values()
+        wrapper.__signature__ = inspect.Signature([*(parameters[name] for name in shared), *own])  # type: ignore[attr-defined]
+        return wrapper
+
+    return decorate
+
+
+def overrides(**keys: str | None) -> list[str]:
+    """Return each key that was given as ``key=value``, to be laid over the configuration of a finished run."""
+    return [f"{key}={value}" for key, value in keys.items() if value is not None]
 
 
 def service_notices(configuration: Configuration, registry: Registry) -> list[str]:

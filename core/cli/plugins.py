@@ -14,6 +14,7 @@ from ..config.requirements import SWITCHES
 from ..errors import UserError
 from ..plugin_api.method import ModelType
 from .check import check
+from .options import PluginOption
 
 if TYPE_CHECKING:
     from ..plugin_api.method import Method, Requirements, Role
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="What is there, and from where.", pretty_exceptions_enable=False)
 app.command()(check)
-PluginOption = Annotated[list[Path] | None, typer.Option("--plugin", help="Plugin file to load.")]
 
 
 @app.command(name="list")

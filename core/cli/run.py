@@ -7,30 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from . import options
-from .options import (
-    ConfigOption,
-    DataOption,
-    FamilyOption,
-    MethodOption,
-    ModelOption,
-    OutputOption,
-    PluginOption,
-    SetOption,
-)
+from .options import Given, takes_configuration
 
 if TYPE_CHECKING:
     from ..runs.run import RunResult
 
 
+@takes_configuration()
 def run(
-    method: MethodOption = None,
-    family: FamilyOption = None,
-    config: ConfigOption = None,
-    data: DataOption = None,
-    model: ModelOption = None,
-    output_dir: OutputOption = None,
-    set_: SetOption = None,
-    plugin: PluginOption = None,
+    given: Given,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace what the output folder holds of an earlier run.")
     ] = False,
@@ -42,17 +27,7 @@ def run(
 
     Without --model it uses the miniature that ships with the family, and its images.
     """
-    configuration, registry = options.load(
-        config=config,
-        data=data,
-        method=method,
-        family=family,
-        model=model,
-        output_dir=output_dir,
-        overwrite=overwrite,
-        overrides=set_,
-        plugins=plugin,
-    )
+    configuration, registry = given.load(overwrite=overwrite)
     if dry_run:
         from .plan import print_plan
 
