@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from ..engine.networks import Networks
     from ..engine.optimize import RoleOptimizer
     from ..engine.processes import Processes
-    from ..engine.progress import Progress
     from ..engine.remote_checkpoints import RemoteCheckpoints
     from ..engine.signals import StopRequest
     from ..engine.trainer import Trainer
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from ..plugin_api.stage import Stage
     from ..registry.registry import Registry
     from ..settings.configuration import Configuration
+    from ..utils.progress import Progress
     from .publishing import Publishers
 
 Say = Callable[[str], None]

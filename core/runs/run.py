@@ -21,10 +21,10 @@ from .output_folder import REPORTS_FOLDER, RESOLVED, check_output_dir, clear_out
 from .run_log import ENDS, ENDS_WELL
 
 if TYPE_CHECKING:
-    from ..engine.progress import Progress
     from ..evaluation.result import Evaluation
     from ..registry.registry import Registry
     from ..settings.configuration import Configuration
+    from ..utils.progress import Progress
 
 MINIATURE = (
     "no model named: this distils the miniature that ships with the family, a small but real and trained model for "
@@ -202,7 +202,7 @@ class Run(RunComponents):
             self.trackers.images(f"training_data/{report.id}", report.images, self.trainer.step)
 
     def _make_progress(self) -> Progress:
-        from ..engine.progress import make_progress
+        from ..utils.progress import make_progress
 
         progress = make_progress(
             self.total_steps, start_step=self.trainer.step, samples_per_step=self.data.samples_per_step

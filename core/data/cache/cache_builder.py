@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ...utils.files import write_whole
+from ...utils.progress import TaskProgress
 from ..dataset import Dataset
 from ..hashing import count_different
-from ..progress import Progress
 from ..report.summary import DataReport
 from ..samples.images import PIXELS_VERSION
 from .encode import LatentEncoder, WorkerShard, encode_captions, missing_captions
@@ -114,7 +114,7 @@ class CacheBuilder:
         *,
         shard: WorkerShard,
         workers: int,
-        progress: Progress,
+        progress: TaskProgress,
         say: Callable[[str], None],
         synchronized: Callable[[], AbstractContextManager[None]],
     ) -> None:
