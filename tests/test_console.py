@@ -10,8 +10,8 @@ import threading
 
 import distill
 import pytest
-from distill.core.engine.progress import make_progress
 from distill.core.utils.console import PACKAGE, Console, console
+from distill.core.utils.progress import make_progress
 
 logger = logging.getLogger("distill.core.somewhere")
 

@@ -13,11 +13,11 @@ from distill.core.data.index import index_builder as index_build
 from distill.core.data.index import listing
 from distill.core.data.index.build_folder import build_folder_of
 from distill.core.data.index.index_builder import IndexBuilder
-from distill.core.data.progress import default_progress
 from distill.core.data.samples.captions import CaptionRules
 from distill.core.data.tables import external_sort as external_table
 from distill.core.errors import OutOfReach
 from distill.core.plugin_api.backend import Entry, SampleChunk
+from distill.core.utils.progress import default_progress
 from distill.data_backends.local import LocalBackend
 from support.data_helpers import entry, fill
 from test_data_samples import Memory, load

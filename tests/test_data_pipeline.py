@@ -475,8 +475,8 @@ def test_two_processes_share_the_work(tmp_path):
     from distill.core.data.cache.cache_builder import CacheBuilder
     from distill.core.data.cache.cache_paths import CachePaths
     from distill.core.data.cache.encode import WorkerShard
-    from distill.core.data.progress import default_progress
     from distill.core.data.report.summary import DataReport
+    from distill.core.utils.progress import default_progress
 
     folder = fill(tmp_path / "set", [(32, 32)] * 12)
     cut = folder / "005.png"

@@ -12,8 +12,9 @@ from distill.core.data.dataset import Dataset
 from distill.core.data.index.index import SCHEMA, Index, write_index
 from distill.core.data.report.statistics import statistics_of
 from distill.core.data.samples.geometry import Geometry
-from distill.core.drawing.charts import Panel, draw, nice_step, short_number
+from distill.core.drawing.charts import Panel, bars, draw, short_number
 from distill.core.engine.trainer import Trainer
+from matplotlib.figure import Figure
 from PIL import Image
 from support.data_helpers import entry, fill, pipeline, prompts, take
 from support.small_run import execute, write_run
@@ -147,11 +148,27 @@ def test_large_sets_take_seconds(tmp_path, count):
     assert seconds < 1 + count / 1e6
 
 
+def step_to(highest: float) -> float:
+    """Return the distance of the lines of an axis up to `highest`."""
+    axes = Figure().add_subplot()
+    bars(axes, Panel("x", "x", ["a"], [highest], "y"))
+    return axes.get_yticks()[1]
+
+
 def test_axes_have_round_numbers():
-    assert [nice_step(highest) for highest in (1, 7, 44, 108, 30_000)] == [1, 2, 10, 50, 10_000]
+    assert [step_to(highest) for highest in (1, 7, 44, 108, 30_000)] == [1, 2, 10, 20, 10_000]
     assert [short_number(value) for value in (0, 7.5, 950, 12_500, 3e6)] == ["0", "7.5", "950", "12.5k", "3M"]
     empty = draw([Panel("nothing", "x", [], [], "y")], title="t", subtitle="s")
     assert empty.width > 600
+
+
+def test_text_in_charts_stands_as_it_is(recwarn):
+    panel = Panel("$x$ 猫", "ελ", ["$\\alpha", "$x^2$"], [1, 0], "हिन्दी", [0.5, 2], ("a", "b"))
+    first, again = (draw([panel], title="$a_b$ " * 200, subtitle="猫" * 300) for _ in range(2))
+    assert first.tobytes() == again.tobytes()
+    edge = np.asarray(first)[:, -8:]
+    assert (edge == 255).all(), "long lines are cut"
+    assert not recwarn.list
 
 
 def test_the_command_needs_no_weights(tmp_path):

@@ -63,8 +63,8 @@ def test_a_bucket_gives_the_batches_of_the_folder(tmp_path, s3, bucket):  # noqa
 
 def test_only_headers_are_read_for_the_index(tmp_path, s3, bucket):  # noqa: F811
     from distill.core.data.index.index_builder import IndexBuilder
-    from distill.core.data.progress import default_progress
     from distill.core.data.samples.captions import CaptionRules
+    from distill.core.utils.progress import default_progress
     from PIL import Image
 
     for number in range(4):

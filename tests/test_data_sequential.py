@@ -12,9 +12,9 @@ from distill.core.data.cache.encode import WorkerShard
 from distill.core.data.cache.encode_sequential import SequentialEncoder
 from distill.core.data.cache.tensor_cache import TensorCache
 from distill.core.data.index import sequential as sequential
-from distill.core.data.progress import lines
 from distill.core.data.samples.images import probe
 from distill.core.plugin_api.backend import SequentialChunk
+from distill.core.utils.progress import lines
 from support.data_helpers import FakeFamily, entry, fill, pipeline, take
 from test_data_pipeline import MIXED, by_position
 from test_data_samples import Memory

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 from distill.core.diffusion import DDPMSchedule, FlowSchedule
-from distill.core.engine.progress import Progress
 from distill.core.errors import UserError
 from distill.core.plugin_api.method import MethodSetup
 from distill.core.testing.trial import split
+from distill.core.utils.progress import Progress
 from distill.core.utils.seeds import RngStreams
 from distill.distill_methods.dmd2 import DMD2
 from support.sdxl_methods import call, table

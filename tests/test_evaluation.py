@@ -24,6 +24,7 @@ from distill.core.runs.model_card import without_folders, write_model_card
 from distill.core.runs.publishing import Publishers, build_publishers
 from distill.plugins.evaluators import ImageDistance, MiniatureClassifierEvaluator, RandomConvolutions
 from distill.plugins.hub import HuggingFaceHub
+from huggingface_hub import ModelCard
 from PIL import Image
 from support.fake_family import FakeFamily, FakeNetworks, fake_sampler, image
 
@@ -421,8 +422,12 @@ def test_the_model_card_shows_use_scores_and_config_but_no_folders(tmp_path):
     info = ExportInfo(sampler=fake_sampler(4), model_type="lora")
     evaluation = run_evaluation(family, tmp_path, data=make_images(60))
     card = write_model_card(student, config, family, info, evaluation=evaluation, grid=grid).read_text()  # type: ignore[arg-type]
-    assert card.startswith("---\nlibrary_name: diffusers\n")
-    assert 'base_model: "fake"' in card
+    assert ModelCard(card).data.to_dict() == {
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "base_model": "fake",
+        "tags": ["distill", "distillation", "lcm", "fake", "lora"],
+    }
     assert "print(4)" in card
     assert "| student | 4 | none |" in card
     assert '"learning_rate": 0.0001' in card
@@ -433,6 +438,10 @@ def test_the_model_card_shows_use_scores_and_config_but_no_folders(tmp_path):
     bare = write_model_card(student, config, family, info).read_text()  # type: ignore[arg-type]
     assert "## Scores" not in bare
     assert "## Images" not in bare
+    config.miniature, run.distillation_method, run.model_type = True, "on: {off}", "distill"
+    found = ModelCard(write_model_card(student, config, family, info).read_text()).data.to_dict()  # type: ignore[arg-type]
+    assert "base_model" not in found
+    assert found["tags"] == ["distill", "distillation", "on: {off}", "fake"]
 
 
 def test_folders_are_cut_down_to_their_last_part():

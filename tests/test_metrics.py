@@ -12,8 +12,8 @@ import pytest
 import torch
 from distill.core.engine.ema import EMA
 from distill.core.engine.metrics import MetricBuffer, MetricsFile, read_metrics
-from distill.core.engine.progress import Pace, Progress, TerminalProgress, duration, make_progress
 from distill.core.utils import memory
+from distill.core.utils.progress import Pace, Progress, TerminalProgress, duration, lines, make_progress
 
 
 class HostSync(torch.utils._python_dispatch.TorchDispatchMode):
@@ -216,6 +216,19 @@ def test_terminals_get_a_bar_and_files_get_lines() -> None:
         progress.show("saved [checkpoint-10]")
     assert "saved [checkpoint-10]" in terminal.getvalue()
     assert "10/10" in terminal.getvalue()
+
+
+def test_long_work_says_how_far_it_is_every_ten_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, said = Clock(), []
+    monkeypatch.setattr("time.monotonic", clock)
+    with lines("latents of 'cats'", 1200, said.append) as advance:
+        for _ in range(6):
+            clock.now += 4
+            advance(10)
+    assert said == [
+        "latents of 'cats': 30 of 1,200, about 468 s left",
+        "latents of 'cats': 60 of 1,200, about 456 s left",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ import logging
 
 import typer
 
-from . import options
 from .options import Given, takes_configuration
 
 logger = logging.getLogger(__name__)

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from . import options
 from .options import Given, takes_configuration
 
 if TYPE_CHECKING:

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..engine.processes import in_group, synchronized
 from ..plugin_api.batch import Batch
 from ..utils.files import write_whole
+from ..utils.progress import TaskProgress, default_progress
 from ..utils.seeds import derive_seed
 from ..utils.threads import threads
 from .cache.cache_builder import CacheBuilder, Caches
@@ -33,7 +34,6 @@ from .index.prompt_index import PromptIndexBuilder
 from .index.sequential import Opener
 from .loader import IMAGES_ALONE, BatchContents, BatchLayout, BatchLoader, CachedDataset, CachedLatents, Prefetch
 from .order import Curriculum, Stream
-from .progress import Progress, default_progress
 from .report.dataset_report import DatasetReport, write_reports
 from .report.summary import DataReport, describe, named_with_reasons
 from .samples.captions import CaptionRules
@@ -75,7 +75,7 @@ class DataPipeline:
         contents: BatchContents = IMAGES_ALONE,
         seed: int,
         cache_root: Path,
-        progress: Progress | None = None,
+        progress: TaskProgress | None = None,
         resumes: bool = False,
     ) -> None:
         assert not contents.images or all(each.has_images for each in config.datasets)  # refused before

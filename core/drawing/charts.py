@@ -1,22 +1,29 @@
-"""Bar charts without a plotting library: panels with titles, named axes and counts, side by side in one image."""
+"""Bar charts by matplotlib: panels with titles, named axes and counts, side by side in one image."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .grid import BACKGROUND, FAINT, INK, MARGIN, font, line_height, shorten
-
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.text import Text
     from PIL.Image import Image
-    from PIL.ImageDraw import ImageDraw
 
-WIDTH, HEIGHT = 620, 340
-LEFT, RIGHT, TOP, BOTTOM = 74, 16, 40, 82
-"""Room around the bars: counts, nothing, the title, labels and the name of the axis."""
-BAR, REST, RULE = (58, 110, 165), (233, 150, 62), (222, 222, 227)
-LABEL_ANGLE = 40
+WIDTH, HEIGHT, HEAD, MARGIN = 620, 340, 64, 16
+"""Pixels of a panel, of the room for the title above all of them, and around them."""
+POINTS_PER_INCH = 72
+"""The resolution at which matplotlib's points, of text and of lines, are pixels."""
+BAR, REST, RULE, INK, FAINT = "#3a6ea5", "#e9963e", "#dedee3", "#1c1c20", "#70707a"
+MOST_COUNTED = 17
+"""Bars of a panel that have room for their counts above them."""
+FULL = 6
+"""Bars from which on they fill the width of a panel; fewer are as wide as these."""
+FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Microsoft YaHei", "PingFang SC", "Arial Unicode MS")
+"""Matplotlib's own, then fonts for the letters that it lacks, where the machine has them; else these are boxes."""
 
 
 @dataclass(frozen=True)
@@ -43,100 +50,80 @@ class Panel:
 
 
 def draw(panels: Sequence[Panel], *, title: str, subtitle: str) -> Image:
-    """The panels in two columns below a title."""
-    from PIL import Image, ImageDraw
+    """Draw the panels in two columns below a title."""
+    import numpy as np
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from PIL import Image
 
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
-    head = 64
-    sheet = Image.new("RGB", (columns * WIDTH + 2 * MARGIN, head + rows * HEIGHT + MARGIN), BACKGROUND)
-    pen, room = ImageDraw.Draw(sheet), columns * WIDTH
-    pen.text((MARGIN, 12), shorten(title, font(22), room), INK, font(22))
-    pen.text((MARGIN, 42), shorten(subtitle, font(13), room), FAINT, font(13))
-    for number, panel in enumerate(panels):
-        place = (MARGIN + number % columns * WIDTH, head + number // columns * HEIGHT)
-        _panel(sheet, pen, panel, *place)
-    return sheet
+    width, height = columns * WIDTH + 2 * MARGIN, HEAD + rows * HEIGHT + MARGIN
+    figure = Figure((width / POINTS_PER_INCH, height / POINTS_PER_INCH), POINTS_PER_INCH, facecolor="white")
+    figure.set_layout_engine("constrained", rect=(0, 0, 1, 1 - HEAD / height), w_pad=0.15, h_pad=0.15)
+    canvas = FigureCanvasAgg(figure)
+    for number, panel in enumerate(panels, 1):
+        bars(figure.add_subplot(rows, columns, number), panel)
+    left = MARGIN / width
+    head = figure.text(left, 1 - 12 / height, title, size=20, color=INK, va="top")
+    below = figure.text(left, 1 - 42 / height, subtitle, size=12, color=FAINT, va="top")
+    _set_fonts(figure)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")
+        _shorten(head, width - 2 * MARGIN)
+        _shorten(below, width - 2 * MARGIN)
+        canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
-def _panel(sheet: Image, pen: ImageDraw, panel: Panel, left: int, top: int) -> None:
-    x0, x1, y0, y1 = left + LEFT, left + WIDTH - RIGHT, top + TOP, top + HEIGHT - BOTTOM
-    pen.text((x0, top + 12), shorten(panel.title, font(15), x1 - x0), INK, font(15))
-    totals = [sum(pair) for pair in zip(panel.values, panel.rest or [0] * len(panel.values), strict=True)]
-    step = nice_step(max(totals, default=0) or 1)
-    highest = step * -(-max(totals, default=1) // step) or step
-    for number in range(round(highest / step) + 1):
-        y = y1 - round(number * step / highest * (y1 - y0))
-        pen.line((x0, y, x1, y), RULE)
-        pen.text((x0 - 8, y), short_number(number * step), FAINT, font(11), anchor="rm")
-    _upright(sheet, panel.counted, left + 6, (y0 + y1) // 2)
-    pitch = (x1 - x0) / max(1, len(panel.values))
-    for number, (value, total) in enumerate(zip(panel.values, totals, strict=True)):
-        middle, half = x0 + (number + 0.5) * pitch, max(1.0, 0.38 * min(pitch, 90))
-        levels = [y1 - round(part / highest * (y1 - y0)) for part in (value, total)]
-        pen.rectangle((middle - half, levels[0], middle + half, y1), BAR)
-        if total > value:
-            pen.rectangle((middle - half, levels[1], middle + half, levels[0]), REST)
-        if pitch > 30:
-            pen.text((middle, levels[1] - 3), short_number(total), INK, font(11), anchor="mb")
-        _slanted(sheet, panel.labels[number], round(middle), y1 + 4)
-    pen.line((x0, y1, x1, y1), INK)
-    pen.text(((x0 + x1) // 2, top + HEIGHT - 12), panel.axis, FAINT, font(12), anchor="mb")
+def bars(axes: Axes, panel: Panel) -> None:
+    """Draw the panel on its axes."""
+    from matplotlib.ticker import MaxNLocator
+
+    totals = [sum(parts) for parts in zip(panel.values, panel.rest, strict=True)] if panel.rest else panel.values
+    places, width = range(len(totals)), 0.76 * min(1, len(totals) / FULL)
+    top = axes.bar(places, panel.values, width, color=BAR, label=panel.legend[0])
     if panel.rest:
-        _legend(pen, panel.legend, x1, top + 12)
+        top = axes.bar(places, panel.rest, width, panel.values, color=REST, label=panel.legend[1])
+        look = {"frameon": False, "fontsize": 11, "labelcolor": FAINT, "handlelength": 1}
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, **look)
+    if len(totals) <= MOST_COUNTED:
+        axes.bar_label(top, [short_number(total) for total in totals], padding=2, size=11, color=INK)
+    axes.set_facecolor("white")
+    axes.set_title(panel.title, loc="left", size=14, color=INK, pad=12)
+    axes.set_xlabel(panel.axis, size=12, color=FAINT)
+    axes.set_ylabel(panel.counted, size=12, color=FAINT)
+    axes.set_xticks(places, panel.labels, rotation=40, ha="right", rotation_mode="anchor")
+    axes.set_xlim(-0.5, max(len(totals), 1) - 0.5)
+    axes.set_ylim(0, 1.08 * (max(totals, default=0) or 1))
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True))
+    axes.yaxis.set_major_formatter(lambda value, _: short_number(value))
+    axes.tick_params(length=0, labelsize=11, labelcolor=FAINT)
+    axes.grid(axis="y", color=RULE)
+    axes.set_axisbelow(True)
+    axes.spines[["left", "right", "top"]].set_visible(False)
 
 
-def _legend(pen: ImageDraw, names: tuple[str, str], right: int, y: int) -> None:
-    for colour, name in ((REST, names[1]), (BAR, names[0])):
-        width = round(font(11).getlength(name))
-        pen.text((right - width, y), name, FAINT, font(11))
-        pen.rectangle((right - width - 14, y + 2, right - width - 5, y + 11), colour)
-        right -= width + 26
+def _set_fonts(figure: Figure) -> None:
+    """Let text stand as it is, whatever its letters and its dollar signs."""
+    from matplotlib.font_manager import get_font_names
+    from matplotlib.text import Text
+
+    there = set(get_font_names())
+    for text in figure.findobj(Text):
+        text.set_fontfamily([name for name in FONTS if name in there])
+        text.set_parse_math(False)
 
 
-def _text(text: str, size: int) -> Image:
-    from PIL import Image, ImageDraw
-
-    chosen = font(size)
-    image = Image.new("L", (round(chosen.getlength(text)) + 2, line_height(chosen) + 2), 0)
-    ImageDraw.Draw(image).text((1, 0), text, 255, chosen)
-    return image
-
-
-def _stamp(sheet: Image, mask: Image, place: tuple[int, int]) -> None:
-    from PIL import Image
-
-    sheet.paste(Image.new("RGB", mask.size, FAINT), place, mask)
-
-
-def _slanted(sheet: Image, label: str, right: int, top: int) -> None:
-    """A label that ends below its bar."""
-    from PIL import Image
-
-    mask = _text(label, 11).rotate(LABEL_ANGLE, Image.Resampling.BICUBIC, expand=True)
-    _stamp(sheet, mask, (right - mask.width + 8, top))
-
-
-def _upright(sheet: Image, label: str, left: int, middle: int) -> None:
-    from PIL import Image
-
-    mask = _text(label, 12).transpose(Image.Transpose.ROTATE_90)
-    _stamp(sheet, mask, (left, middle - mask.height // 2))
-
-
-def nice_step(highest: float) -> float:
-    """Distance of the lines of an axis up to `highest`: four or so, at 1, 2 or 5 times a power of ten."""
-    step = 1.0
-    while step * 5 < highest:
-        for factor in (2, 2.5, 2):
-            if step * 5 >= highest:
-                break
-            step *= factor
-    return step
+def _shorten(text: Text, width: float) -> None:
+    """Cut the text with an ellipsis where it is wider than so many pixels."""
+    while (wide := text.get_window_extent().width) > width:
+        letters = text.get_text()
+        text.set_text(letters[: int(len(letters) * width / wide) - 1] + "…")
 
 
 def short_number(value: float) -> str:
-    """``950``, ``12.5k``, ``3M``."""
+    """Return ``950``, ``12.5k``, ``3M``."""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if value >= size:
             return f"{value / (1e3 if unit == 'k' else size):.3g}{unit}"

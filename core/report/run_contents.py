@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..drawing.curves import Columns, Curve, curve, short
+from ..drawing.curves import Curve, Floats, by_name, curve, short
 from ..engine.metrics import read_metrics
 from ..errors import UserError
 from ..evaluation.result import format_score
@@ -123,14 +123,15 @@ def find(folder: Path) -> RunContents:
         )
     config, sessions = _json(folder / RESOLVED), read_log(folder)
     metrics = folder / "metrics.jsonl"
-    columns = Columns.of(read_metrics(metrics)) if metrics.is_file() else Columns()
-    status, text = _status(sessions, columns.last_step)
-    names = sorted(columns.names, key=lambda name: (name in LATE, name != "loss"))
+    figures = by_name(read_metrics(metrics)) if metrics.is_file() else {}
+    step = max((int(steps[-1]) for steps, _ in figures.values()), default=0)
+    status, text = _status(sessions, step)
+    names = sorted(figures, key=lambda name: (name in LATE, name != "loss"))
     grids = sorted((folder / "validation").glob("step-*/grid.png"))
     warnings, lines = _said(sessions)
     return RunContents(
-        folder.absolute().name, status, text, _facts(config, sessions, columns),
-        curves=[curve(name, *columns.get(name)) for name in names[:MOST_CURVES]],
+        folder.absolute().name, status, text, _facts(config, sessions, figures, step),
+        curves=[curve(name, *figures[name]) for name in names[:MOST_CURVES]],
         curves_left_out=names[MOST_CURVES:],
         grids=[
             ValidationGrid(int(file.parent.name[5:]), embedded(file, **GRID_SIZE))
@@ -179,10 +180,12 @@ def _clock(session: Session) -> str:
     return f"{session.last:%Y-%m-%d %H:%M} UTC"
 
 
-def _facts(config: Mapping[str, Any], sessions: Sequence[Session], columns: Columns) -> list[tuple[str, str]]:
+def _facts(
+    config: Mapping[str, Any], sessions: Sequence[Session], figures: Mapping[str, tuple[Floats, Floats]], step: int
+) -> list[tuple[str, str]]:
     kind = f"LoRA of rank {config['lora_rank']}" if config["model_type"] == "lora" else "all weights"
     wanted = config["max_train_steps"]
-    steps = f"{columns.last_step:,} of {wanted:,}" if wanted else f"{columns.last_step:,}"
+    steps = f"{step:,} of {wanted:,}" if wanted else f"{step:,}"
     facts = [
         ("method", config["distillation_method"]),
         ("family", config["model_family"]),
@@ -193,10 +196,10 @@ def _facts(config: Mapping[str, Any], sessions: Sequence[Session], columns: Colu
     if sessions:
         starts = f" in {len(sessions)} starts" if len(sessions) > 1 else ""
         facts.append(("time", duration(sum(session.seconds for session in sessions)) + starts))
-    if "samples_per_second" in columns.names:
-        facts.append(("samples per second", short(float(np.median(columns.get("samples_per_second")[1])))))
-    if "loss" in columns.names:
-        facts.append(("last loss", short(float(columns.get("loss")[1][-1]))))
+    if "samples_per_second" in figures:
+        facts.append(("samples per second", short(float(np.median(figures["samples_per_second"][1])))))
+    if "loss" in figures:
+        facts.append(("last loss", short(float(figures["loss"][1][-1]))))
     return [(name, str(value)) for name, value in facts]
 
 

@@ -64,13 +64,17 @@ def _base_model(configuration: Configuration, family: ModelFamily) -> str:
 
 
 def _front_matter(configuration: Configuration, family: ModelFamily) -> str:
-    run = configuration.run
-    lines = ["library_name: diffusers", "pipeline_tag: text-to-image"]
-    source = _base_model(configuration, family)
-    if not configuration.miniature and source == family.settings.source:  # only a hub id means something to others
-        lines.append(f"base_model: {json.dumps(source)}")
-    tags = ["distill", "distillation", run.distillation_method, run.model_family, run.model_type]
-    return "\n".join(["---", *lines, "tags:", *(f"  - {json.dumps(tag)}" for tag in dict.fromkeys(tags)), "---"])
+    from huggingface_hub import ModelCardData
+
+    run, source = configuration.run, _base_model(configuration, family)
+    on_hub = not configuration.miniature and source == family.settings.source  # a folder means nothing to others
+    data = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        base_model=source if on_hub else None,
+        tags=["distill", "distillation", run.distillation_method, run.model_family, run.model_type],
+    )
+    return f"---\n{data.to_yaml()}\n---"
 
 
 def _introduction(configuration: Configuration, info: ExportInfo) -> str:

@@ -24,10 +24,10 @@ from .output_folder import REPORTS_FOLDER, RESOLVED, check_output_dir, clear_out
 from .run_log import ENDS, ENDS_WELL, RunLog
 
 if TYPE_CHECKING:
-    from ..engine.progress import Progress
     from ..evaluation.result import Evaluation
     from ..registry.registry import Registry
     from ..settings.configuration import Configuration
+    from ..utils.progress import Progress
 
 logger = logging.getLogger(__name__)
 MINIATURE = (
@@ -229,7 +229,7 @@ class Run(TrainingObserver):
             self.parts.trackers.images(f"training_data/{report.id}", report.images, self.parts.trainer.step)
 
     def _make_progress(self) -> Progress:
-        from ..engine.progress import make_progress
+        from ..utils.progress import make_progress
 
         progress = make_progress(
             self.parts.total_steps,

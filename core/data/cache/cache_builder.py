@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ...utils.files import write_whole
+from ...utils.progress import TaskProgress
 from ..dataset import Dataset
 from ..hashing import count_different
-from ..progress import Progress
 from ..report.summary import DataReport
 from ..samples.images import PIXELS_VERSION
 from .encode import LatentEncoder, WorkerShard, encode_captions, missing_captions
@@ -115,7 +115,7 @@ class CacheBuilder:
         *,
         shard: WorkerShard,
         workers: int,
-        progress: Progress,
+        progress: TaskProgress,
         synchronized: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self.family, self.paths, self.shard, self.workers = family, paths, shard, workers

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ...utils.progress import TaskProgress
 from ...utils.seeds import derive_seed
 from ...utils.threads import threads
 from ..dataset import Dataset
 from ..hashing import Int64s, UInt64s
-from ..progress import Progress
 from ..samples.geometry import MEGAPIXEL
 from ..samples.images import BrokenImage, why_unread
 from .tensor_cache import Failure, TensorCache
@@ -92,7 +92,7 @@ def encode_captions(
     family: ModelFamily,
     *,
     shard_size: int,
-    progress: Progress,
+    progress: TaskProgress,
     shard: WorkerShard,
 ) -> None:
     """Encode captions and add them to the cache."""
@@ -197,7 +197,7 @@ class LatentEncoder:
         """This process's part of the shards."""
         return shard.of(jobs)
 
-    def run(self, jobs: Sequence[Job], *, progress: Progress) -> None:
+    def run(self, jobs: Sequence[Job], *, progress: TaskProgress) -> None:
         """Encode and write; broken images are noted in :attr:`broken` and the work goes on."""
         total = sum(len(job.rows) for job in jobs)
         with (

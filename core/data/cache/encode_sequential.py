@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ...utils.progress import TaskProgress
 from ...utils.threads import threads
 from ..hashing import Int64s
 from ..index.sequential import Opener, positions_of
-from ..progress import Progress
 from ..samples.images import BrokenImage
 from .encode import LARGEST_BATCH, Filling, Image, Job, LatentEncoder, WorkerShard, ahead
 
@@ -68,7 +68,7 @@ class SequentialEncoder(LatentEncoder):
     def _in_order(self, rows: Int64s, positions: Int64s) -> Int64s:
         return positions[np.argsort(self._positions(rows[positions]))]
 
-    def run(self, jobs: Sequence[Job], *, progress: Progress) -> None:
+    def run(self, jobs: Sequence[Job], *, progress: TaskProgress) -> None:
         """Encode and write; broken images are noted in :attr:`broken` and the work goes on."""
         if not jobs:
             return

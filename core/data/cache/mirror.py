@@ -22,7 +22,7 @@ from ...utils.threads import threads
 from .manifests import DESCRIPTOR, Shard, whole_lines, whole_text
 
 if TYPE_CHECKING:
-    from ..progress import Progress
+    from ...utils.progress import TaskProgress
 
 WAITING = 4
 """Shards that may wait for their push while more are made."""
@@ -88,7 +88,7 @@ class Mirror:
         progress: Told of every shard that is fetched.
     """
 
-    def __init__(self, place: RemoteCache, folder: Path, *, progress: Progress) -> None:
+    def __init__(self, place: RemoteCache, folder: Path, *, progress: TaskProgress) -> None:
         self.place, self.folder, self._progress = place, folder, progress
         self._remote: dict[str, int] = {}
         self._pushes: deque[Future[None]] = deque()

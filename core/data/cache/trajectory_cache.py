@@ -22,10 +22,10 @@ from ...diffusion.guidance import guides
 from ...diffusion.solvers import TimestepGrid, trailing_timesteps
 from ...plugin_api.batch import Trajectories
 from ...plugin_api.family import MicroConditioning
+from ...utils.progress import TaskProgress
 from ...utils.seeds import derive_seed
 from ..dataset import Dataset
 from ..hashing import Int64s, UInt64s, combine
-from ..progress import Progress
 from .encode import as_void, chunked, per_call
 from .teacher_trajectory import TeacherAlone, follow
 from .tensor_cache import TensorCache
@@ -170,7 +170,7 @@ class TrajectoryMaker:
         progress: Told of every trajectory.
     """
 
-    def __init__(self, family: ModelFamily, *, progress: Progress) -> None:
+    def __init__(self, family: ModelFamily, *, progress: TaskProgress) -> None:
         self.family, self._progress = family, progress
         self._teacher = TeacherAlone(family)
 

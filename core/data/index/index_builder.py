@@ -20,9 +20,9 @@ import pyarrow.compute as pc
 
 from ...errors import BadValue, UserError
 from ...plugin_api.backend import DataBackend, SampleBackend
+from ...utils.progress import TaskProgress
 from ...utils.threads import threads
 from ..hashing import digest
-from ..progress import Progress
 from ..samples.captions import CaptionRules, caption_key, read_caption
 from ..samples.images import SUFFIXES, BrokenImage, probe, why_unread
 from ..tables.external_sort import CHUNK, ExternalTable, between, joined, merge_table, open_run, write_run
@@ -152,7 +152,7 @@ class IndexBuilder:
         rules: CaptionRules,
         *,
         workers: int,
-        progress: Progress,
+        progress: TaskProgress,
         again: bool = True,
     ) -> None:
         self.dataset, self.backend, self.rules, self._again = dataset, backend, rules, again

@@ -1,16 +1,25 @@
-"""What people see of a run while it goes: a bar in a terminal, plain lines elsewhere, and when it will be done."""
+"""What people see of work while it goes: a bar in a terminal, plain lines elsewhere, and when it will be done."""
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import IO, TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
 
+logger = logging.getLogger(__name__)
+Advance = Callable[[int], None]
+TaskProgress = Callable[[str, int], AbstractContextManager[Advance]]
+"""``with progress("latents of 'cats'", 1200) as advance: advance(4)``."""
+
+LINE_EVERY_SECONDS = 10.0
+BAR_AFTER = 32
+"""Work of fewer items shows no bar."""
 FIRST_ESTIMATE = 5
 """Steps after which the length of the run is estimated; the first one warms up and is not counted."""
 
@@ -56,6 +65,11 @@ class Pace:
         """Mean since the start (or :meth:`restart`), up to the last mark."""
         steps = self._last[0] - self._first[0]
         return (self._last[1] - self._first[1]) / steps if steps > 0 else None
+
+    def remaining_seconds(self, step: int, total: int | None) -> float | None:
+        """Return the time from `step` to `total` at the mean pace, or None while it is not known."""
+        per_step = self.seconds_per_step
+        return None if per_step is None or total is None else per_step * max(total - step, 0)
 
 
 class Progress:
@@ -109,17 +123,10 @@ class Progress:
         per_step = self.pace.seconds_per_step
         if per_step:
             parts.append(f"{self.samples_per_step / per_step:.3g} samples/s")
-        remaining = self.remaining_seconds(step)
+        remaining = self.pace.remaining_seconds(step, self.total_steps)
         if remaining is not None:
             parts.append(f"{duration(remaining)} left")
         return ", ".join(parts)
-
-    def remaining_seconds(self, step: int) -> float | None:
-        """Time to the last step at the mean pace, or None while it is not known. Validation comes on top."""
-        per_step = self.pace.seconds_per_step
-        if per_step is None or self.total_steps is None:
-            return None
-        return per_step * max(self.total_steps - step, 0)
 
     def show(self, text: str) -> None:
         """A line for people."""
@@ -129,7 +136,7 @@ class Progress:
         """The run is over."""
 
     def _estimate(self, step: int) -> None:
-        remaining = self.remaining_seconds(step)
+        remaining = self.pace.remaining_seconds(step, self.total_steps)
         if self._estimated or not remaining or step - self._start_step < FIRST_ESTIMATE:
             return
         self._estimated = True
@@ -145,15 +152,14 @@ class TerminalProgress(Progress):
     _bar: RichProgress | None = None
 
     def __enter__(self) -> Self:
+        from rich import progress
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-        from rich.progress import Progress as RichProgress
 
-        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[figures]}"))
-        bar = RichProgress(*columns, console=Console(file=self.stream))
-        self._task = bar.add_task("distill", total=self.total_steps, completed=self._start_step, figures="")
-        bar.start()
-        self._bar = bar
+        figures = progress.TextColumn("{task.fields[figures]}")
+        columns = (progress.BarColumn(), progress.MofNCompleteColumn(), progress.TimeElapsedColumn(), figures)
+        self._bar = progress.Progress(*columns, console=Console(file=self.stream))
+        self._task = self._bar.add_task("distill", total=self.total_steps, completed=self._start_step, figures="")
+        self._bar.start()
         return self
 
     def advance(self, step: int) -> None:
@@ -194,6 +200,43 @@ def make_progress(
     output: IO[str] = sys.stderr if stream is None else stream
     kind = TerminalProgress if output.isatty() else Progress
     return kind(total_steps, start_step=start_step, samples_per_step=samples_per_step, stream=output)
+
+
+def default_progress() -> TaskProgress:
+    """Return a bar on a terminal's stderr; logged lines elsewhere."""
+    return bars if sys.stderr.isatty() else lines
+
+
+@contextmanager
+def bars(title: str, total: int) -> Iterator[Advance]:
+    """Show a bar with the remaining time."""
+    from rich import progress
+    from rich.console import Console
+
+    text, left = progress.TextColumn("{task.description}"), progress.TimeRemainingColumn()
+    columns, console = (text, progress.BarColumn(), progress.MofNCompleteColumn(), left), Console(stderr=True)
+    with progress.Progress(*columns, console=console, transient=True, disable=total < BAR_AFTER) as display:
+        task = display.add_task(title, total=total)
+        yield lambda count: display.advance(task, count)
+
+
+@contextmanager
+def lines(title: str, total: int) -> Iterator[Advance]:
+    """Log a line every ten seconds; nothing for work that is done sooner."""
+    done, pace = 0, Pace(clock=time.monotonic)
+    said = time.monotonic()
+
+    def advance(count: int) -> None:
+        nonlocal done, said
+        done += count
+        if time.monotonic() - said >= LINE_EVERY_SECONDS:
+            said = time.monotonic()
+            pace.mark(done)
+            logger.info(
+                f"{title}: {done:,} of {total:,}, about {pace.remaining_seconds(done, total) or 0.0:.0f} s left"
+            )
+
+    yield advance
 
 
 def duration(seconds: float) -> str:
