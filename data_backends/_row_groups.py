@@ -57,7 +57,7 @@ class RowGroups:
         for file in files:
             with file.open() as stream:
                 metadata = read_metadata(stream)
-            self._columns[file.place] = name = bytes_inside(metadata.schema.to_arrow_schema(), column) or column
+            self._columns[file.path] = name = bytes_inside(metadata.schema.to_arrow_schema(), column) or column
             for number in range(metadata.num_row_groups):
                 group = metadata.row_group(number)
                 size = _size(group, name)
@@ -118,7 +118,7 @@ class RowGroups:
     def _read(self, group: _Group) -> pa.ChunkedArray:
         from pyarrow.parquet import ParquetFile
 
-        name = self._columns[group.file.place]
+        name = self._columns[group.file.path]
         with group.file.open() as stream:
             table = ParquetFile(stream, metadata=group.metadata).read_row_group(group.number, columns=[name])
         column = table.column(0)
@@ -143,4 +143,4 @@ def _size(group: Any, name: str) -> int:
 def _too_large(key: str, file: Location, number: int, size: int) -> BadValue:
     problem = f"row group {number} holds {size / 2**30:.1f} GiB of images, and one of them is read with all"
     remedy = "write the table again in row groups of some hundred rows: row_group_size=100"
-    return BadValue(key, file.place, problem, remedy)
+    return BadValue(key, file.path, problem, remedy)

@@ -1,4 +1,4 @@
-"""From rows of a table to samples: their names, places, captions and sizes."""
+"""From rows of a table to samples: their names, positions, captions and sizes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ IMAGES = ("image", "file_name", "filename", "path", "image_path", "url", "image_
 BYTES, PATH = "bytes", "path"
 """Fields of an image's struct, as Hugging Face's libraries write it."""
 AT = "at:"
-"""Begins the places of images that are files, ``at:TABLE:PATH``; those inside a table have a row's number alone."""
+"""Begins the positions of images that are files, ``at:TABLE:PATH``; those inside a table have a row's number alone."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Sample:
     """One row."""
 
     key: str
-    place: str = ""
+    position: str = ""
     size: int = 0
     version: str = ""
     captions: Sequence[str] = ()
@@ -44,7 +44,7 @@ class Sample:
 def chunk_of(samples: Sequence[Sample]) -> SampleChunk:
     """Samples in columns."""
     return SampleChunk(
-        [each.key for each in samples], [each.place for each in samples], [each.size for each in samples],
+        [each.key for each in samples], [each.position for each in samples], [each.size for each in samples],
         [each.version for each in samples], [each.captions for each in samples], [each.width for each in samples],
         [each.height for each in samples], [each.problem for each in samples],
     )  # fmt: skip
@@ -104,7 +104,7 @@ def root_of(config: Any, table: Location) -> str:
     """What paths in the table are relative to: ``instance_data_dir``, else the folder of the table."""
     if config.instance_data_dir is not None:
         return config.instance_data_dir.rstrip("/") or "/"
-    return table.place.rpartition("/")[0] or "/"
+    return table.path.rpartition("/")[0] or "/"
 
 
 def resolved(path: str, root: str) -> str:
@@ -172,11 +172,11 @@ class Reader:
             return Sample(key, problem=str(error))
 
     def _file(self, key: str, path: str, captions: Sequence[str], width: int, height: int) -> Sample:
-        place = f"{AT}{self.table}:{path}"
+        position = f"{AT}{self.table}:{path}"
         if is_remote(whole := resolved(path, self.root)):  # all that is known of it without asking
-            return Sample(key, place, 0, digest(whole.encode()), captions, width, height)
+            return Sample(key, position, 0, digest(whole.encode()), captions, width, height)
         file = at(whole).known()
-        return Sample(key, place, file.size, file.version, captions, width, height)
+        return Sample(key, position, file.size, file.version, captions, width, height)
 
     def _image(self, row: Row) -> tuple[bytes | None, str | None]:
         """Bytes and path of a row's image."""

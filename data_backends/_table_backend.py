@@ -92,7 +92,7 @@ class TableBackend(SampleBackend):
         return columns
 
     def _table(self, file: Location) -> Table:
-        return self.table(TableFile(self.file_key, file.place, file.open))
+        return self.table(TableFile(self.file_key, file.path, file.open))
 
     def open(self, key: str) -> BinaryIO:
         """An image that is a file."""

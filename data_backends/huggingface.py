@@ -143,7 +143,7 @@ class HuggingFaceBackend(SampleBackend):
     def _samples(self, layout: Layout, resume: str) -> Iterator[SampleChunk]:
         rows = self.source.scan(layout.columns, layout.image if layout.looks_at_images else None, resume)
         # a row at a time: its image is let go before the next one comes
-        seen = ((self._sample(layout, number, row), mark) for number, row, mark in rows)
+        seen = ((self._sample(layout, number, row), resume_point) for number, row, resume_point in rows)
         while taken := list(islice(seen, CHUNK)):
             columns = zip(*(sample.columns() for sample, _ in taken), strict=True)
             yield SampleChunk(*map(list, columns), resume=taken[-1][1]())
@@ -202,9 +202,9 @@ class HuggingFaceBackend(SampleBackend):
             return value
         if value is not None or not isinstance(path, str):
             raise ValueError("it has no image" if value is None else f"its image is {type(value).__name__}")
-        return self._place(path)
+        return self._allowed_path(path)
 
-    def _place(self, path: str) -> str:
+    def _allowed_path(self, path: str) -> str:
         """An absolute path or a URL. Raises ValueError for a path of this machine that a foreign dataset names."""
         folder = self.source.folder
         if "://" in path:
@@ -278,7 +278,7 @@ class HuggingFaceBackend(SampleBackend):
 class Sample:
     """One row, as :class:`distill.core.plugin_api.backend.SampleChunk` has it."""
 
-    place: str
+    position: str
     key: str
     size: int = 0
     version: str = ""
@@ -289,7 +289,7 @@ class Sample:
 
     def columns(self) -> tuple[Any, ...]:
         """In the order of the chunk's columns."""
-        return self.key, self.place, self.size, self.version, self.captions, self.width, self.height, self.problem
+        return self.key, self.position, self.size, self.version, self.captions, self.width, self.height, self.problem
 
 
 def _stamp(path: str) -> tuple[int, str]:

@@ -68,7 +68,7 @@ class WebDatasetBackend(SampleBackend):
                 next(members(stream, self.files[0].size), None)
             except Damaged as error:
                 remedy = "give .tar archives that are whole (an image and its .txt or .json side by side)"
-                raise BadValue("shards", self.files[0].place, str(error), remedy) from error
+                raise BadValue("shards", self.files[0].path, str(error), remedy) from error
 
     def samples(self, *, images: bool = True) -> Iterator[SampleChunk]:
         """All shards, some at a time; images are hashed and their headers read."""
@@ -84,7 +84,7 @@ class WebDatasetBackend(SampleBackend):
         shard, offset, size = map(int, key.split(":"))
         data = self.files[shard].read(offset, size)
         if len(data) != size:
-            raise FileNotFoundError(f"{self.files[shard].place} ends before it")
+            raise FileNotFoundError(f"{self.files[shard].path} ends before it")
         return io.BytesIO(data)
 
 
@@ -163,11 +163,11 @@ class Shard:
 
         stream.seek(member.offset)
         data = stream.read(member.size)
-        place = f"{self.number}:{member.offset}:{member.size}"
+        position = f"{self.number}:{member.offset}:{member.size}"
         try:
-            return Sample(member.name, place, member.size, digest(data), (), *probe(io.BytesIO(data)))
+            return Sample(member.name, position, member.size, digest(data), (), *probe(io.BytesIO(data)))
         except BrokenImage as error:
-            return Sample(member.name, place, member.size, digest(data), problem=str(error))
+            return Sample(member.name, position, member.size, digest(data), problem=str(error))
 
     def _captioned(self, sample: Sample, groups: Mapping[str, _Group]) -> Sample:
         group = groups.get(_stem(sample.key), _Group())

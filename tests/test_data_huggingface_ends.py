@@ -30,7 +30,7 @@ datasets.config.HF_DATASETS_CACHE = root / "hf"
 data_helpers.REGISTRY = SimpleNamespace(get=lambda kind, name: huggingface.HuggingFaceBackend)
 huggingface.CHUNK = huggingface.GROUP = 2
 listing.KEPT_SECONDS = -1
-passing.MARK_EVERY = passing.LEAP = 1
+passing.RESUME_POINT_EVERY = passing.LEAP = 1
 
 def kill_after(function, count):
     def counted(*arguments):

@@ -15,7 +15,7 @@ from distill.core.data.index.build_folder import build_folder_of
 from distill.core.data.index.index_builder import IndexBuilder
 from distill.core.data.progress import default_progress
 from distill.core.data.samples.captions import CaptionRules
-from distill.core.data.tables import external_sort as external_table
+from distill.core.data.tables import external_sort
 from distill.core.errors import OutOfReach
 from distill.core.plugin_api.backend import Entry, SampleChunk
 from distill.data_backends.local import LocalBackend
@@ -45,9 +45,9 @@ class Counting(LocalBackend):
 @pytest.fixture
 def small(monkeypatch):
     """Runs, merges and what is kept aside a few rows each, so that little sets meet them all."""
-    monkeypatch.setattr(external_table, "RUN_ROWS", 16)
-    monkeypatch.setattr(external_table, "SMALLEST_BATCH", 4)
-    monkeypatch.setattr(external_table, "MERGE_ROWS", 4)
+    monkeypatch.setattr(external_sort, "RUN_ROWS", 16)
+    monkeypatch.setattr(external_sort, "SMALLEST_BATCH", 4)
+    monkeypatch.setattr(external_sort, "MERGE_ROWS", 4)
     monkeypatch.setattr(listing, "RUN_ROWS", 16)
     monkeypatch.setattr(listing, "CHUNK", 8)
     monkeypatch.setattr(index_build, "CHUNK", 8)
@@ -239,23 +239,23 @@ def test_columns_on_disk_are_the_columns(tmp_path):
     ]
     whole = pa.RecordBatch.from_pylist(rows, schema)
     pieces = [whole.slice(0, 4), whole.slice(4, 0), whole.slice(4, 5)]
-    table = external_table.ExternalTable(schema, tmp_path).extend(pieces).table()
+    table = external_sort.OnDiskTable(schema, tmp_path).extend(pieces).table()
     assert table.to_pylist() == rows
     assert all(column.num_chunks == 1 for column in table.columns)
-    assert external_table.ExternalTable(schema, tmp_path).table().to_pylist() == []
+    assert external_sort.OnDiskTable(schema, tmp_path).table().to_pylist() == []
 
 
 def test_runs_are_merged_in_order(tmp_path, small):
-    schema = pa.schema([("key", pa.large_string()), ("place", pa.large_string())])
+    schema = pa.schema([("key", pa.large_string()), ("position", pa.large_string())])
     random = np.random.default_rng(0)
     pairs = [(f"{a}\u00e9" if a % 2 else f"{a}z", str(b)) for a, b in random.integers(0, 60, (500, 2)).tolist()]
     batches = [
-        pa.RecordBatch.from_pydict({"key": [k for k, _ in part], "place": [p for _, p in part]}, schema=schema)
+        pa.RecordBatch.from_pydict({"key": [k for k, _ in part], "position": [p for _, p in part]}, schema=schema)
         for part in (pairs[start : start + 7] for start in range(0, 500, 7))
     ]
-    table = external_table.sorted_table(iter(batches), ["key", "place"], schema, tmp_path)
-    assert list(zip(table["key"].to_pylist(), table["place"].to_pylist(), strict=True)) == sorted(pairs)
-    part = external_table.between(table, "key", "20", "30z")
+    table = external_sort.sorted_table(iter(batches), ["key", "position"], schema, tmp_path)
+    assert list(zip(table["key"].to_pylist(), table["position"].to_pylist(), strict=True)) == sorted(pairs)
+    part = external_sort.between(table, "key", "20", "30z")
     assert part["key"].to_pylist() == [key for key, _ in sorted(pairs) if "20" <= key <= "30z"]
 
 

@@ -118,7 +118,7 @@ def synthetic(path, count: int) -> Index:
     digests = pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), count, [None, pa.py_buffer(rng.bytes(16 * count))])
     empty = pa.DictionaryArray.from_arrays(pa.array(np.zeros(count, np.int8)), pa.array([""], pa.large_string()))
     columns = {
-        **{name: empty.cast(pa.large_string()) for name in ("version", "caption_version", "place", "problem")},
+        **{name: empty.cast(pa.large_string()) for name in ("version", "caption_version", "position", "problem")},
         "key": pa.array(np.char.mod("%09d.jpg", np.arange(count)), pa.large_string()),
         "size": pa.array(rng.integers(1e5, 1e6, count), pa.int64()),
         "width": pa.array(rng.integers(500, 1500, count), pa.int32()),

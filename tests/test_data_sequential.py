@@ -65,7 +65,7 @@ def tape(tmp_path, monkeypatch):
     }
     for name, value in {"data": data, "given": [], "extra": [], "missing": set()}.items():
         monkeypatch.setattr(Tape, name, value)
-    monkeypatch.setattr(sequential, "MARK_EVERY", 1)
+    monkeypatch.setattr(sequential, "RESUME_POINT_EVERY", 1)
     monkeypatch.setattr(sequential, "LEAP", 2)
     return SimpleNamespace(folder=folder, monkeypatch=monkeypatch)
 
@@ -130,7 +130,7 @@ def test_two_processes_encode_each_image_once(tape, tmp_path):
     for cache in caches:
         cache.load()
     encoders = [SequentialEncoder(dataset, cache, f, workers=1) for cache, f in zip(caches, families, strict=True)]
-    shares = [encoder.mine(encoder.plan(), WorkerShard(rank, 2)) for rank, encoder in enumerate(encoders)]
+    shares = [encoder.own_jobs(encoder.plan(), WorkerShard(rank, 2)) for rank, encoder in enumerate(encoders)]
     for encoder, share in zip(encoders, shares, strict=True):
         encoder.run(share, progress=quiet)
     assert sum(family.num_images for family in families) == 2 * len(MIXED)

@@ -113,24 +113,26 @@ class PartCheck:
     ) -> None:
         seen: set[str] = {prefix + key for key in skip}
         for item in error.errors(include_url=False):
-            place = _innermost(model, raw, prefix, item["loc"])
-            key = str(place.location[0]) if place.location else ""
-            if place.prefix + key in seen:
+            where = _innermost(model, raw, prefix, item["loc"])
+            key = str(where.rest[0]) if where.rest else ""
+            if where.prefix + key in seen:
                 continue
-            seen.add(place.prefix + key)
+            seen.add(where.prefix + key)
             top = str(item["loc"][0]) if item["loc"] else ""
-            source = origin if place.model is model else lambda _, top=top: origin(top)
-            self._say(item, place, key, source, known if place.model is model else ())
+            source = origin if where.model is model else lambda _, top=top: origin(top)
+            self._say(item, where, key, source, known if where.model is model else ())
 
-    def _say(self, item: Any, place: _Place, key: str, origin: Callable[[str], Origin], known: Iterable[str]) -> None:
-        model, raw, prefix = place.model, place.raw, place.prefix
-        if item["type"] == "extra_forbidden" and len(place.location) == 1:
+    def _say(
+        self, item: Any, where: _ErrorLocation, key: str, origin: Callable[[str], Origin], known: Iterable[str]
+    ) -> None:
+        model, raw, prefix = where.model, where.raw, where.prefix
+        if item["type"] == "extra_forbidden" and len(where.rest) == 1:
             self.unknown(key, raw[key], prefix, origin(key), [*model.model_fields, *known])
-        elif item["type"] == "missing" and len(place.location) == 1:
+        elif item["type"] == "missing" and len(where.rest) == 1:
             problem = f"is required: {expectation(model, key)}"
             self.findings.append(Finding(origin(key).file, prefix + key, None, problem, about(model, key)))
         elif key in model.model_fields:
-            self._add(model, prefix, key, raw.get(key), _problem(item, place.location, model, key), origin)
+            self._add(model, prefix, key, raw.get(key), _problem(item, where.rest, model, key), origin)
         else:
             self._whole(model, item, raw, prefix, origin)
 
@@ -196,18 +198,20 @@ def _literals(model: type[BaseModel], key: str) -> list[str]:
 
 
 @dataclass(frozen=True)
-class _Place:
+class _ErrorLocation:
     """Where an error lies: the innermost model around it, its values, the path that leads there, and what is left."""
 
     model: type[BaseModel]
     raw: Mapping[str, Any]
     prefix: str
-    location: Sequence[int | str]
+    rest: Sequence[int | str]
 
 
-def _innermost(model: type[BaseModel], raw: Mapping[str, Any], prefix: str, location: Sequence[int | str]) -> _Place:
+def _innermost(
+    model: type[BaseModel], raw: Mapping[str, Any], prefix: str, location: Sequence[int | str]
+) -> _ErrorLocation:
     """Follow an error into the models that a part's fields, or the elements of its lists, are."""
-    here = _Place(model, raw, prefix, location)
+    here = _ErrorLocation(model, raw, prefix, location)
     key = str(location[0]) if location else ""
     if len(location) < 2 or key not in model.model_fields:
         return here

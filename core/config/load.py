@@ -99,7 +99,7 @@ class ConfigurationLoader:
         datasets = self._datasets(run or RunSettings(), entries, data_overrides)
         if run is not None:
             self._compare_data(run, parts, check, entries or [], datasets)
-            self._give_pairs(run, parts, check, entries or [], datasets)
+            self._assign_trajectory_caches(run, parts, check, entries or [], datasets)
         if run is not None:
             self._check_plugins(run, parts, check)
         if run is None or self.findings:
@@ -234,7 +234,7 @@ class ConfigurationLoader:
         files = {entry.id: entry.layers.origin("dataset_type").file for entry in entries}
         self.findings.extend(check_images(method, config, run, datasets.training, files=files))
 
-    def _give_pairs(
+    def _assign_trajectory_caches(
         self, run: RunSettings, parts: Parts, check: PartsCheck, entries: list[RawEntry], datasets: Datasets
     ) -> None:
         """Each dataset its distillation cache, where there is one or the method needs one."""
@@ -242,8 +242,8 @@ class ConfigurationLoader:
         config = parts["distillation_config"].get(method.name) if method else None
         if method is None or family is None or config is None or self.findings:
             return
-        points, place = trajectory_points(method, config, run), f"{run.output_dir}/cache/trajectories"
-        needs = TrajectoryNeeds(method.name, points, family.default_guidance, place)
+        points, folder = trajectory_points(method, config, run), f"{run.output_dir}/cache/trajectories"
+        needs = TrajectoryNeeds(method.name, points, family.default_guidance, folder)
         files = {entry.id: entry.layers.fallback.file for entry in entries}
         trajectories = TrajectoryCheck(needs, files, self.findings, self.notices)
         datasets.training, datasets.caches = trajectories.resolve(datasets.training, datasets.caches)

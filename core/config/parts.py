@@ -108,7 +108,7 @@ class PartsCheck:
             if kind in self.classes:
                 part = self.classes[kind]
                 homes |= {name: f"{key}.{part.name}.{name}" for name in part.Config.model_fields}
-        return {key: place for key, place in homes.items() if key not in RunSettings.model_fields}
+        return {key: home for key, home in homes.items() if key not in RunSettings.model_fields}
 
     def validate(self, run: RunSettings | None) -> Parts:
         """Every part that is in use or was given."""

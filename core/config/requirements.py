@@ -131,8 +131,8 @@ def _with_parts(method: type[Method], config: Any, path: str) -> Iterator[tuple[
     from ..plugin_api.method import method_parts
 
     yield path, method, config
-    for place, part in method_parts(config):
-        yield from _with_parts(part.found, part.settings, f"{path}.{place}.config")
+    for inner, part in method_parts(config):
+        yield from _with_parts(part.found, part.settings, f"{path}.{inner}.config")
 
 
 def check_images(

@@ -69,13 +69,13 @@ class TrajectoryNeeds:
         method: Name of the method.
         points: Points of the trajectory that it needs; 0 for none at all.
         guidance: The family's usual guidance scale.
-        place: Folder of caches that the data file gives none, for messages.
+        folder: Folder of caches that the data file gives none, for messages.
     """
 
     method: str
     points: int
     guidance: float
-    place: str
+    folder: str
 
 
 class TrajectoryCheck:
@@ -123,8 +123,8 @@ class TrajectoryCheck:
             f"{self.needs.method} learns from what the teacher makes of captions, and the data file has no "
             f"distillation cache: one is made of the captions of all datasets, {entry.num_inference_steps} steps at "
             f"guidance {entry.guidance_scale:g} for each caption and size ({calls} predictions), once, and kept in "
-            f'{self.needs.place}/{entry.id}; an entry {{"id": "pairs", "dataset_type": "{KIND}"}} of the data file can '
-            "say otherwise"
+            f'{self.needs.folder}/{entry.id}; an entry {{"id": "pairs", "dataset_type": "{KIND}"}} of the data file '
+            "can say otherwise"
         )
 
     def _filled(self, entry: DatasetSettings) -> DatasetSettings:

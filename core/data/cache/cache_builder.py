@@ -104,7 +104,7 @@ class CacheBuilder:
         workers: Threads that decode images.
         progress: Told of every entry.
         say: Takes lines for people.
-        together: A block that all processes leave together, or with the error of the one that failed in it.
+        synchronized: A block that all processes leave together, or with the error of the one that failed in it.
     """
 
     def __init__(
@@ -155,7 +155,7 @@ class CacheBuilder:
         todo = missing_captions(cache, datasets)
         for dataset in datasets:
             dataset.counts.captions = count_different(dataset.index.caption_digests[:, 0])
-        missing = sum(len(paths) for _, paths in todo)
+        missing = sum(len(positions) for _, positions in todo)
         if not missing:
             return cache
         self._explain_texts(folder, cache, missing)
@@ -186,7 +186,7 @@ class CacheBuilder:
         if missing:
             self._explain_latents(dataset, cache, missing)
             with self.synchronized():
-                encoder.run(encoder.mine(jobs, self.shard), progress=self.progress)
+                encoder.run(encoder.own_jobs(jobs, self.shard), progress=self.progress)
             self.family.release_encoders()
             report.images_encoded += missing
             cache = self._reload(cache)
@@ -241,7 +241,7 @@ class CacheBuilder:
         jobs = wanted.missing(cache)
         missing = sum(len(job.keys) for job in jobs)
         if missing:
-            self._explain_pairs(cache)
+            self._explain_trajectories(cache)
             self.say(cost(settings, missing, wanted.num_trajectories))
             with self.synchronized():
                 maker.run(wanted, self.shard.of(jobs), cache, texts)
@@ -251,7 +251,7 @@ class CacheBuilder:
             cache = self._reload(cache)
         return wanted.cached(cache, self.family)
 
-    def _explain_pairs(self, cache: TensorCache) -> None:
+    def _explain_trajectories(self, cache: TensorCache) -> None:
         others = [found for _, found in cache_folders(cache.parent) if found["kind"] == cache.descriptor["kind"]]
         if not len(cache) and others:
             differences = min((changed(other, cache.descriptor) for other in others), key=len)
@@ -265,11 +265,10 @@ class CacheBuilder:
         """The cache, checked by the first process before the others read it."""
         cache = TensorCache(folder, descriptor, label=label, say=self.say)
         if remote is not None:
-            place = remote.within(cache.folder.name)
-            cache.mirror = Mirror(place, cache.folder, progress=self.progress)
+            cache.mirror = Mirror(remote.within(cache.folder.name), cache.folder, progress=self.progress)
         with self.synchronized():
             if self.shard.rank == 0:
-                report.damaged_shards += _brought(cache)
+                report.damaged_shards += _load(cache)
         with self.synchronized():  # nobody writes before all have seen the same
             if self.shard.rank != 0:
                 cache.load()
@@ -284,7 +283,7 @@ class CacheBuilder:
         return cache
 
 
-def _brought(cache: TensorCache) -> int:
+def _load(cache: TensorCache) -> int:
     """Read a cache, filled from its other place where it has one; returns how many of its shards were damaged."""
     if cache.mirror is None:
         return len(cache.load())

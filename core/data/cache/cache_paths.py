@@ -40,13 +40,13 @@ class CachePaths:
         folder = self.latents(settings) if settings.has_images else self._root / "prompts" / settings.id
         return folder / f"{settings.id}.index.arrow"
 
-    def quarantine(self, settings: DatasetSettings) -> Path:
+    def quarantine_list(self, settings: DatasetSettings) -> Path:
         """File that names a dataset's broken files, with reasons."""
         return self.index(settings).with_name(f"{settings.id}.quarantine.txt")
 
-    def quarantine_file(self, settings: DatasetSettings) -> Path:
+    def quarantine_state(self, settings: DatasetSettings) -> Path:
         """File that remembers which samples could not be encoded, for runs that are resumed."""
-        return self.index(settings).with_name(f"{settings.id}.set-aside.json")
+        return self.index(settings).with_name(f"{settings.id}.quarantine.json")
 
     def remembered(self, settings: DatasetSettings) -> Path:
         """File with the settings that a dataset's latents were last made with."""
@@ -55,7 +55,7 @@ class CachePaths:
     def side_files(self, settings: DatasetSettings) -> list[Path]:
         """What lies beside a dataset's caches."""
         index = self.index(settings)
-        beside = [self.quarantine(settings), self.quarantine_file(settings), self.remembered(settings)]
+        beside = [self.quarantine_list(settings), self.quarantine_state(settings), self.remembered(settings)]
         return [index, resume_points_path(index), *beside]
 
     def texts(self, settings: DatasetSettings) -> Path:
@@ -68,7 +68,7 @@ class CachePaths:
     def _latents_entry(self) -> DatasetSettings | None:
         return next((entry for entry in self._caches.values() if entry.dataset_type == "vae_embeds"), None)
 
-    def _place(self, entry: DatasetSettings | None) -> RemoteCache | None:
+    def _remote_cache(self, entry: DatasetSettings | None) -> RemoteCache | None:
         """The other place that an entry names; one with a backend of its own does."""
         if entry is None or entry.backend is None or self._registry is None:
             return None
@@ -79,12 +79,12 @@ class CachePaths:
 
     def remote_latents(self, settings: DatasetSettings) -> RemoteCache | None:
         """The other place that a dataset's latents are kept in too, if there is one."""
-        place = self._place(self._latents_entry())
-        return place.within(settings.id) if place is not None else None
+        remote = self._remote_cache(self._latents_entry())
+        return remote.within(settings.id) if remote is not None else None
 
     def remote_texts(self, settings: DatasetSettings) -> RemoteCache | None:
         """The same of its text cache."""
-        return self._place(self.text_entry(settings))
+        return self._remote_cache(self.text_entry(settings))
 
     def text_entry(self, settings: DatasetSettings) -> DatasetSettings | None:
         """The text_embeds entry that a dataset uses."""
@@ -101,7 +101,7 @@ class CachePaths:
 
     def remote_trajectories(self, entry: DatasetSettings) -> RemoteCache | None:
         """The other place that a distillation cache is kept in too, if there is one."""
-        return self._place(entry)
+        return self._remote_cache(entry)
 
     def text_shard_size(self, settings: DatasetSettings) -> int:
         """Captions per file of the text cache that a dataset uses."""
@@ -110,7 +110,7 @@ class CachePaths:
 
 def dataset_folders(paths: CachePaths, datasets: Sequence[DatasetSettings]) -> list[Path]:
     """Every folder that may hold caches of `datasets`, each once."""
-    folders = [place(settings) for settings in datasets for place in (paths.latents, paths.texts)]
+    folders = [folder(settings) for settings in datasets for folder in (paths.latents, paths.texts)]
     folders += [
         paths.trajectories(paths.trajectory_entry(each)) for each in datasets if each.distillation_cache is not None
     ]

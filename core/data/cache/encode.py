@@ -68,7 +68,7 @@ def ahead(pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterator[
 
 
 def missing_captions(cache: TensorCache, datasets: Sequence[Dataset]) -> list[tuple[Dataset, Int64s]]:
-    """For each dataset, places of captions that must be encoded: each text once over all datasets."""
+    """For each dataset, positions of captions that must be encoded: each text once over all datasets."""
     todo, seen = [], np.zeros((0, 2), np.uint64)
     for dataset in datasets:
         digests = dataset.index.caption_digests
@@ -97,12 +97,12 @@ def encode_captions(
 ) -> None:
     """Encode captions and add them to the cache."""
     chunks = [(dataset, chunk) for dataset, positions in todo for chunk in chunked(positions, shard_size)]
-    mine = shard.of(chunks)
-    with progress("encoding captions", sum(len(chunk) for _, chunk in mine)) as advance, torch.inference_mode():
-        for dataset, chunk in mine:
+    own = shard.of(chunks)
+    with progress("encoding captions", sum(len(chunk) for _, chunk in own)) as advance, torch.inference_mode():
+        for dataset, chunk in own:
             parts = []
             for positions in chunked(chunk, TEXT_BATCH):
-                parts.append(family.encode_prompts([dataset.index.caption(place) for place in positions]))
+                parts.append(family.encode_prompts([dataset.index.caption(position) for position in positions]))
                 advance(len(positions))
             tensors = {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
             cache.write(dataset.index.caption_digests[chunk], tensors)
@@ -147,7 +147,7 @@ class Filling:
     Attributes:
         job: What goes into it.
         batches: Positions in the job of each call of the autoencoder.
-        waiting: Images of the next call, by place in the job.
+        waiting: Images of the next call, by position in the job.
         seen: Positions in the job whose images have come.
         latents: What the calls so far have given, each of shape (b, C, h, w).
         good: Positions in the job of those latents.
@@ -181,9 +181,9 @@ class LatentEncoder:
                 keys = dataset.entry_keys(rows, flip)
                 missing = self.cache.locate(keys) < 0
                 failed = missing & self.cache.failed(keys)
-                for place in np.flatnonzero(failed):
-                    failure = self.cache.failure(keys[place])
-                    self.broken[int(rows[place])] = failure.reason if failure else ""
+                for position in np.flatnonzero(failed):
+                    failure = self.cache.failure(keys[position])
+                    self.broken[int(rows[position])] = failure.reason if failure else ""
                 positions = self._in_order(rows, np.flatnonzero(missing & ~failed))
                 for chunk in chunked(positions, dataset.settings.write_batch_size):
                     jobs.append(Job(bucket, flip, rows[chunk], keys[chunk]))
@@ -193,7 +193,7 @@ class LatentEncoder:
         """`positions` among index `rows` in the order that they are encoded in."""
         return positions
 
-    def mine(self, jobs: Sequence[Job], shard: WorkerShard) -> list[Job]:
+    def own_jobs(self, jobs: Sequence[Job], shard: WorkerShard) -> list[Job]:
         """This process's part of the shards."""
         return shard.of(jobs)
 
@@ -209,8 +209,8 @@ class LatentEncoder:
             images = ahead(pool, self._read, work, depth=max(2 * self.workers, LARGEST_BATCH))
             for job in jobs:
                 shard = self._filling(job)
-                for place in range(len(job.rows)):
-                    self._put(shard, place, next(images), advance)
+                for position in range(len(job.rows)):
+                    self._put(shard, position, next(images), advance)
 
     def _read(self, work: tuple[Job, int]) -> Image:
         job, row = work
@@ -222,15 +222,15 @@ class LatentEncoder:
     def _filling(self, job: Job) -> Filling:
         return Filling(job, deque(chunked(np.arange(len(job.rows)), images_per_call(self.dataset, job.bucket))))
 
-    def _put(self, shard: Filling, place: int, image: Image, advance: Callable[[int], None]) -> None:
+    def _put(self, shard: Filling, position: int, image: Image, advance: Callable[[int], None]) -> None:
         """Take in the next image of a shard; encode when a batch is complete, write when the shard is."""
-        shard.waiting[place] = image
-        shard.seen.add(place)
+        shard.waiting[position] = image
+        shard.seen.add(position)
         if len(shard.waiting) < len(shard.batches[0]):
             return
-        usable = {place: image for place, image in shard.waiting.items() if isinstance(image, np.ndarray)}
-        for place in shard.waiting.keys() - usable.keys():
-            shard.failures += self._note(shard.job, place, shard.waiting[place])
+        usable = {position: image for position, image in shard.waiting.items() if isinstance(image, np.ndarray)}
+        for position in shard.waiting.keys() - usable.keys():
+            shard.failures += self._note(shard.job, position, shard.waiting[position])
         if usable:
             shard.good += usable
             shard.latents.append(self._latents(shard.job, usable))
@@ -241,17 +241,17 @@ class LatentEncoder:
             tensors = {LATENTS: torch.cat(shard.latents)} if shard.latents else {}
             self.cache.write(shard.job.keys[shard.good], tensors, shard.failures)
 
-    def _note(self, job: Job, place: int, error: object) -> list[Failure]:
+    def _note(self, job: Job, position: int, error: object) -> list[Failure]:
         """Remember a broken image; for ever only when the file itself is at fault, and not its being out of reach."""
-        row = int(job.rows[place])
+        row = int(job.rows[position])
         self.broken[row] = why_unread(error, self.dataset.index.key(row))
         if not isinstance(error, BrokenImage):
             return []
-        return [Failure(job.keys[place].tobytes().hex(), self.dataset.index.key(row), str(error))]
+        return [Failure(job.keys[position].tobytes().hex(), self.dataset.index.key(row), str(error))]
 
     def _latents(self, job: Job, images: dict[int, NDArray[np.uint8]]) -> torch.Tensor:
         """A sample of the posterior of each image, drawn by a generator that depends on its key alone."""
         stacked = torch.from_numpy(np.stack(list(images.values()))).permute(0, 3, 1, 2)
-        draws = [int(self.dataset.index.draw[job.rows[place]]) for place in images]
+        draws = [int(self.dataset.index.draw[job.rows[position]]) for position in images]
         generators = [torch.Generator().manual_seed(derive_seed(draw, "posterior", job.flip)) for draw in draws]
         return self.family.encode_images(stacked.float() / 127.5 - 1, generators).detach().cpu()

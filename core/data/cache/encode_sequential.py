@@ -45,7 +45,7 @@ class _Entries:
         return cls(rows[order], numbers[order], positions[order])
 
     def of_row(self, row: int) -> list[tuple[int, int]]:
-        """(number of the job, place in it) for each mirroring of an image."""
+        """(number of the job, position in it) for each mirroring of an image."""
         part = slice(np.searchsorted(self.rows, row), np.searchsorted(self.rows, row, side="right"))
         return list(zip(self.jobs[part].tolist(), self.positions[part].tolist(), strict=True))
 
@@ -57,7 +57,7 @@ class SequentialEncoder(LatentEncoder):
         """The shards to make, in the order that they are complete in."""
         return sorted(super().plan(), key=lambda job: int(self._positions(job.rows[-1:])[0]))
 
-    def mine(self, jobs: Sequence[Job], shard: WorkerShard) -> list[Job]:
+    def own_jobs(self, jobs: Sequence[Job], shard: WorkerShard) -> list[Job]:
         """This process's part: consecutive shards, so that each process reads about as much as it encodes."""
         start, end = (len(jobs) * rank // shard.world for rank in (shard.rank, shard.rank + 1))
         return list(jobs[start:end])
@@ -79,19 +79,19 @@ class SequentialEncoder(LatentEncoder):
             torch.inference_mode(),
         ):
             opened = self.dataset.opened(np.unique(entries.rows))
-            for row, images in ahead(pool, self._read_flips, opened, depth=max(2 * self.workers, LARGEST_BATCH)):
-                for number, place in entries.of_row(row):
-                    self._put(shards[number], place, images[jobs[number].flip], advance)
+            for row, images in ahead(pool, self._read_both, opened, depth=max(2 * self.workers, LARGEST_BATCH)):
+                for number, position in entries.of_row(row):
+                    self._put(shards[number], position, images[jobs[number].flip], advance)
             self._end(shards, advance)
 
     def _end(self, shards: Sequence[Filling], advance: Callable[[int], None]) -> None:
         """Close the shards whose images have not all passed by."""
         for shard in shards:
-            for place in range(len(shard.job.rows)):
-                if place not in shard.seen:
-                    self._put(shard, place, FileNotFoundError("the source did not bring it this time"), advance)
+            for position in range(len(shard.job.rows)):
+                if position not in shard.seen:
+                    self._put(shard, position, FileNotFoundError("the source did not bring it this time"), advance)
 
-    def _read_flips(self, opened: tuple[int, Opener]) -> tuple[int, tuple[Image, Image]]:
+    def _read_both(self, opened: tuple[int, Opener]) -> tuple[int, tuple[Image, Image]]:
         """An index row, with the image as it is and mirrored."""
         row, opener = opened
         try:

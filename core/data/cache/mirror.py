@@ -24,7 +24,7 @@ from .manifests import DESCRIPTOR, Shard, whole_lines, whole_text
 if TYPE_CHECKING:
     from ..progress import Progress
 
-WAITING = 4
+MAX_PENDING_PUSHES = 4
 """Shards that may wait for their push while more are made."""
 FETCHES = 8
 
@@ -83,14 +83,14 @@ class Mirror:
     """One cache's folder here and there.
 
     Args:
-        place: There, with the cache's own folder in its prefix.
+        remote: There, with the cache's own folder in its prefix.
         folder: Here.
         progress: Told of every shard that is fetched.
     """
 
-    def __init__(self, place: RemoteCache, folder: Path, *, progress: Progress) -> None:
-        self.place, self.folder, self._progress = place, folder, progress
-        self._remote: dict[str, int] = {}
+    def __init__(self, remote: RemoteCache, folder: Path, *, progress: Progress) -> None:
+        self.remote, self.folder, self._progress = remote, folder, progress
+        self._remote_sizes: dict[str, int] = {}
         self._pushes: deque[Future[None]] = deque()
         self._pusher: ThreadPoolExecutor | None = None
         self._failed = False
@@ -99,30 +99,30 @@ class Mirror:
 
     def pull(self) -> None:
         """Bring the manifests here, then the shards that they name and that are not here."""
-        prefix = self.place.prefix
-        self._remote = {
-            key.removeprefix(prefix): size for key, size in self.place.sizes().items() if key.startswith(prefix)
+        prefix = self.remote.prefix
+        self._remote_sizes = {
+            key.removeprefix(prefix): size for key, size in self.remote.sizes().items() if key.startswith(prefix)
         }
-        manifests = [name for name in self._remote if name.endswith(".jsonl") or name == DESCRIPTOR]
-        longer = [name for name in manifests if _size(self.folder / name) < self._remote[name]]
+        manifests = [name for name in self._remote_sizes if name.endswith(".jsonl") or name == DESCRIPTOR]
+        longer = [name for name in manifests if _size(self.folder / name) < self._remote_sizes[name]]
         with threads(FETCHES) as pool:
-            for name, data in zip(longer, pool.map(self.place.read, longer), strict=True):
+            for name, data in zip(longer, pool.map(self.remote.read, longer), strict=True):
                 write_whole(self.folder / name, data)
         missing = [shard for shard in named_shards(self.folder) if _size(self.folder / shard.file) != shard.size]
-        missing = [shard for shard in missing if self._remote.get(shard.file) == shard.size]
+        missing = [shard for shard in missing if self._remote_sizes.get(shard.file) == shard.size]
         if not missing:
             return
-        what = f"fetching caches from {self.place.backend.location}"
+        what = f"fetching caches from {self.remote.backend.location}"
         with self._progress(what, len(missing)) as advance, threads(FETCHES) as pool:
             for _ in pool.map(self.fetch, missing):
                 advance(1)
 
     def fetch(self, shard: Shard) -> bool:
         """Bring one shard here; whether it is there, and what it should be."""
-        if self._remote.get(shard.file) != shard.size:
+        if self._remote_sizes.get(shard.file) != shard.size:
             return False
         try:
-            data = self.place.read(shard.file)
+            data = self.remote.read(shard.file)
         except (FileNotFoundError, PermissionError):
             return False
         if sha256(data).hexdigest() != shard.sha256:
@@ -138,15 +138,15 @@ class Mirror:
         """Push what an earlier process made and could not push any more."""
         for path in sorted(self.folder.glob("*.jsonl")):
             shards = [line["shard"] for line in whole_lines(path) if "shard" in line]
-            files = [shard["file"] for shard in shards if self._remote.get(shard["file"]) != shard["size"]]
-            waiting = [file for file in files if (self.folder / file).exists()]
-            if waiting or self._remote.get(path.name) != len(self._manifest(path)):
-                self._submit(waiting, path.name)
+            files = [shard["file"] for shard in shards if self._remote_sizes.get(shard["file"]) != shard["size"]]
+            unpushed = [file for file in files if (self.folder / file).exists()]
+            if unpushed or self._remote_sizes.get(path.name) != len(self._manifest(path)):
+                self._submit(unpushed, path.name)
         self.flush()
 
     def push(self, manifest: str, shard: str | None) -> None:
         """Push a shard, then the manifest that names it, while work goes on. Raises what an earlier push raised."""
-        while len(self._pushes) >= WAITING:
+        while len(self._pushes) >= MAX_PENDING_PUSHES:
             self._pushes.popleft().result()
         self._submit([shard] if shard else [], manifest)
 
@@ -166,20 +166,22 @@ class Mirror:
         if self._failed:
             return  # the first failure is raised where it is waited for; the rest is pushed by the next start
         self._failed = True
-        if DESCRIPTOR not in self._remote:
-            self.place.write(DESCRIPTOR, (self.folder / DESCRIPTOR).read_bytes())
-            self._remote[DESCRIPTOR] = 0
+        if DESCRIPTOR not in self._remote_sizes:
+            self.remote.write(DESCRIPTOR, (self.folder / DESCRIPTOR).read_bytes())
+            self._remote_sizes[DESCRIPTOR] = 0
         for file in shards:
-            self.place.write(file, self.folder / file)
-            self._remote[file] = (self.folder / file).stat().st_size
+            self.remote.write(file, self.folder / file)
+            self._remote_sizes[file] = (self.folder / file).stat().st_size
         text = self._manifest(self.folder / manifest)
-        self.place.write(manifest, text)
-        self._remote[manifest] = len(text)
+        self.remote.write(manifest, text)
+        self._remote_sizes[manifest] = len(text)
         self._failed = False
 
     def _manifest(self, path: Path) -> bytes:
         """A manifest with the lines of those shards that are there."""
-        lines = [line for line in whole_lines(path) if "shard" not in line or line["shard"]["file"] in self._remote]
+        lines = [
+            line for line in whole_lines(path) if "shard" not in line or line["shard"]["file"] in self._remote_sizes
+        ]
         return whole_text(lines)
 
 

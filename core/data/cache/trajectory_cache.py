@@ -208,8 +208,8 @@ class TrajectoryMaker:
         cond = {name: value.to(device) for name, value in cond.items()}
         timesteps, kept = timesteps_of(family, settings)
         predict = self._teacher.guided(cond, settings.guidance_scale or 0.0)
-        path = follow(predict, start, timesteps.to(device), solver=settings.solver, keep=kept)
-        return {POINTS: path.points.float().cpu(), DATA: path.data.float().cpu()}
+        trajectory = follow(predict, start, timesteps.to(device), solver=settings.solver, keep=kept)
+        return {POINTS: trajectory.points.float().cpu(), DATA: trajectory.data.float().cpu()}
 
     def release(self) -> None:
         """Free the teacher."""

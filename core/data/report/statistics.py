@@ -188,8 +188,8 @@ def _power(exponent: int) -> str:
 
 def _word_labels() -> list[str]:
     ends = [*(WORD_EDGES[1:] - 1), 0]
-    pairs = zip(WORD_EDGES, ends, strict=True)
-    return ["none", *(f"{a}+" if not b else str(a) if a == b else f"{a}-{b}" for a, b in pairs)]
+    edges = zip(WORD_EDGES, ends, strict=True)
+    return ["none", *(f"{a}+" if not b else str(a) if a == b else f"{a}-{b}" for a, b in edges)]
 
 
 def _buckets(dataset: Dataset, global_batch: int, heaviest: float) -> list[Bucket]:

@@ -28,11 +28,11 @@ def named(entry: Entry) -> Entry:
 def checked_images(images: pa.RecordBatch) -> pa.RecordBatch:
     """Listed image files (columns size, problem), those with a problem that their size tells."""
     sizes, problems = images["size"], images["problem"]
-    told = pc.case_when(
+    found = pc.case_when(
         pc.make_struct(pc.not_equal(problems, ""), pc.equal(sizes, 0), pc.greater(sizes, MAX_FILE_BYTES)),
         problems, EMPTY_FILE, too_many_bytes(), "",
     )  # fmt: skip
-    return images.set_column(images.schema.get_field_index("problem"), "problem", told.cast(pa.large_string()))
+    return images.set_column(images.schema.get_field_index("problem"), "problem", found.cast(pa.large_string()))
 
 
 def printable(text: str) -> str:

@@ -135,7 +135,7 @@ class Geometry:
         return int(self.plan(one, one, np.zeros(1, np.uint64)).bucket_w[0])
 
     def filter(self, width: Integers, height: Integers, plan: Plan) -> NDArray[np.int8]:
-        """0 for images to keep, else the place in :data:`REASONS` of why not."""
+        """0 for images to keep, else the position in :data:`REASONS` of why not."""
         settings, aspect = self.settings, width / height
         width, height = width.astype(np.int64), height.astype(np.int64)
         codes = np.zeros(len(width), dtype=np.int8)
