@@ -33,7 +33,7 @@ class CachedLatents:
 
     Attributes:
         cache: The cache that holds them.
-        positions: Position of each image's latents in it, plain and mirrored; shape (flips, n), n as in ``dataset.rows``.
+        positions: Position of each image's latents, plain and mirrored; shape (flips, n), n as in ``dataset.rows``.
     """
 
     cache: TensorCache

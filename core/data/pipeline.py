@@ -63,7 +63,7 @@ class DataPipeline:
         say: Takes lines for people.
         progress: How long work tells of itself; by default a bar in a terminal, plain lines elsewhere.
         images: Whether batches carry latents; without, captions are enough and the autoencoder is not loaded.
-        trajectories: Whether batches carry trajectories of the teacher, from the distillation cache that each dataset names.
+        trajectories: Whether batches carry the teacher's trajectories, from the distillation cache of each dataset.
         resumes: Whether a run is resumed: samples that were quarantined when it began stay out.
     """
 

@@ -27,7 +27,7 @@ def build_folder_of(index: Path) -> Path:
 class BuildFolder:
     """A build's own folder beside its index; several builds at once, on whatever machines, do not interfere.
 
-    It is removed when the build succeeds, with the folders of dead builds; a build that fails leaves it for the next one.
+    It is removed when the build succeeds, with the folders of dead builds; a failed build leaves it for the next one.
     """
 
     def __init__(self, index: Path) -> None:

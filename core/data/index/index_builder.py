@@ -167,7 +167,7 @@ class IndexBuilder:
 
         Raises:
             UserError: The samples cannot be read.
-            distill.core.errors.OutOfReach: The source does not answer; the rows that were read are kept for the next build.
+            distill.core.errors.OutOfReach: The source does not answer; rows already read are kept for the next build.
         """
         try:
             if isinstance(self.backend, SampleBackend):

@@ -2,7 +2,7 @@
 """Images of a source that can only be read in its own order, with resume points from which reading can go on.
 
 Resume points are saved beside the index as reading advances: (position, the source's token for going on). A reader that
-wants images from the middle, after a kill or for an evaluation, starts at the last resume point before the first of them
+wants images from the middle, after a kill or for an evaluation, starts at the last resume point before the first one,
 and leaps over stretches in which it wants none.
 """
 
