@@ -1,4 +1,4 @@
-"""What is wrong, said so that it can be mended: pydantic's errors as findings."""
+"""Conversion of pydantic's errors to findings, which say how a mistake is mended."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _TYPES = {
 
 
 def expectation(model: type[BaseModel], key: str) -> str:
-    """What a field accepts, in words."""
+    """Describe in words what a field accepts."""
     schema = model.model_json_schema()
     return _expectation(schema["properties"].get(key, {}), schema.get("$defs", {}))
 
@@ -57,7 +57,7 @@ def _expectation(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> s
 
 
 def about(model: type[BaseModel], key: str) -> str:
-    """A field's description and default, for a remedy."""
+    """Return a field's description and default, for a remedy."""
     info = model.model_fields[key]
     description = (info.description or "").strip()
     if info.default is PydanticUndefined or info.default in (None, ()):
@@ -66,7 +66,7 @@ def about(model: type[BaseModel], key: str) -> str:
 
 
 class PartCheck:
-    """Validates one part against its model and collects what is wrong with it."""
+    """The check of one part against its model, which collects everything that is wrong with it."""
 
     def __init__(self, findings: list[Finding], *, elsewhere: Mapping[str, str] | None = None) -> None:
         self.findings = findings
@@ -81,13 +81,13 @@ class PartCheck:
         *,
         known: Iterable[str] = (),
     ) -> BaseModel | None:
-        """The validated part, or None after adding findings.
+        """Return the validated part, or None after adding findings.
 
         Args:
             model: The part's pydantic model.
             raw: Its values as read.
             prefix: Dotted path in front of its keys, with the dot.
-            origin: Where the value of a key comes from.
+            origin: Returns the origin of a key's value.
             known: Further keys that are accepted beside the model's, for hints.
         """
         ready, problems = prepare(model, raw, lambda key: origin(key).base)
@@ -144,7 +144,7 @@ class PartCheck:
         prefix: str,
         origin: Callable[[str], Origin],
     ) -> None:
-        """An error of the part as a whole: filed under the first of its keys that the message names, given or not."""
+        """Add an error of the part as a whole, under the first of its keys that the message names, given or not."""
         message = str(item["msg"]).removeprefix("Value error, ")
         named = next((key for key in raw if key in message), None)
         missing = next((key for key in model.model_fields if key in message), None) if named is None else None
@@ -169,7 +169,7 @@ class PartCheck:
         self.findings.append(Finding(origin(key).file, prefix + key, shown(key, value), problem, remedy))
 
     def unknown(self, key: str, value: object, prefix: str, origin: Origin, known: Iterable[str]) -> None:
-        """Add the finding of a key that is not known."""
+        """Add the finding of an unknown key."""
         names = list(dict.fromkeys(known))
         close = nearest(key, names)
         if key in self.elsewhere:
@@ -199,7 +199,9 @@ def _literals(model: type[BaseModel], key: str) -> list[str]:
 
 @dataclass(frozen=True)
 class _ErrorLocation:
-    """Where an error lies: the innermost model around it, its values, the path that leads there, and what is left."""
+    """The location of an error: the innermost model around it, its values, the prefix of its keys, and the rest of the
+    path.
+    """
 
     model: type[BaseModel]
     raw: Mapping[str, Any]

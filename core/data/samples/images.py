@@ -72,7 +72,7 @@ class BrokenImage(Exception):
 
 
 def _orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation (1 when there is none, or when the EXIF block is damaged: the pixels are still good)."""
+    """Return the EXIF orientation, 1 if there is none or the EXIF block is damaged (the pixels are still good)."""
     try:
         value = image.getexif().get(ORIENTATION, 1)
     except DECODE_ERRORS:
@@ -82,7 +82,7 @@ def _orientation(image: Image.Image) -> int:
 
 @contextmanager
 def _opened(stream: BinaryIO) -> Iterator[Image.Image]:
-    """Open the image of a stream without decoding it, and check its size. Raises BrokenImage, also for errors inside."""
+    """Open an image without decoding it, and check its size. Raises BrokenImage, also for errors in the block."""
     try:
         with Image.open(stream, formats=FORMATS) as image:
             _check_size(image)
@@ -152,7 +152,7 @@ def too_many_bytes() -> str:
 
 
 def decode(data: bytes) -> Image.Image:
-    """Decode the first frame of an image, upright, in RGB whatever its mode, transparency on white. Raises BrokenImage."""
+    """Decode the first frame of an image to upright RGB, with transparency on white. Raises BrokenImage."""
     with _opened(io.BytesIO(data)) as image:
         image.load()
         transpose = TRANSPOSES.get(_orientation(image))
