@@ -46,7 +46,7 @@ class WebDatasetBackend(SampleBackend):
 
     @property
     def location(self) -> str:
-        """What the entry says."""
+        """The paths and URLs of the shards."""
         return ", ".join(self.config.shards)
 
     @cached_property
@@ -55,11 +55,11 @@ class WebDatasetBackend(SampleBackend):
         return locate("shards", self.config.shards, (".tar",))
 
     def identity(self) -> str:
-        """Names, sizes and versions of the shards, and what is read in them."""
+        """Return a hash of the names, sizes and versions of the shards, and of what is read in them."""
         return identity_of(self.files, self.config.model_dump(mode="json", exclude={"shards"}))
 
     def check_samples(self, *, images: bool, captions: bool) -> None:
-        """The first shard is there and is an archive, unless only the network could say so."""
+        """Check that the first shard is there and is an archive, unless it is remote."""
         del images, captions
         if any(map(is_remote, self.config.shards)):
             return
@@ -71,7 +71,7 @@ class WebDatasetBackend(SampleBackend):
                 raise BadValue("shards", self.files[0].path, str(error), remedy) from error
 
     def samples(self, *, images: bool = True) -> Iterator[SampleChunk]:
-        """All shards, some at a time; images are hashed and their headers read."""
+        """Yield the samples of all shards, some shards at a time; images are hashed and their headers read."""
 
         def scan(number: int) -> list[Sample]:
             return Shard(number, self.files[number], self.config, images=images).samples()
@@ -80,7 +80,7 @@ class WebDatasetBackend(SampleBackend):
             yield chunk_of(found)
 
     def open(self, key: str) -> BinaryIO:
-        """An image's bytes: that part of its shard is read, and no other."""
+        """Open an image's bytes; that part of its shard is read, and no other."""
         shard, offset, size = map(int, key.split(":"))
         data = self.files[shard].read(offset, size)
         if len(data) != size:
@@ -89,7 +89,7 @@ class WebDatasetBackend(SampleBackend):
 
 
 def _several(work: Callable[[int], list[Sample]], items: Sequence[int]) -> Iterator[list[Sample]]:
-    """Results of `work`, in order, some computed at the same time."""
+    """Yield results of `work` in order, some computed at the same time."""
     pool = ThreadPoolExecutor(SHARDS_AT_ONCE)
     waiting: deque[Future[list[Sample]]] = deque()
     try:
@@ -105,7 +105,7 @@ def _several(work: Callable[[int], list[Sample]], items: Sequence[int]) -> Itera
 
 @dataclass
 class _Group:
-    """What has the same name but for the suffix; the texts as they stand there."""
+    """Text members of one name; their bytes as they are."""
 
     text: bytes | None = None
     record: bytes | None = None
@@ -115,8 +115,8 @@ class Shard:
     """One archive.
 
     Args:
-        number: Among all.
-        file: Where it is.
+        number: Its number among all.
+        file: Its location.
         config: The columns of .json members.
         images: Whether images are read.
     """
@@ -125,7 +125,9 @@ class Shard:
         self.number, self.file, self.config, self.images = number, file, config, images
 
     def samples(self) -> list[Sample]:
-        """Its images (or, without images, whatever has a caption); behind them what is wrong with the archive."""
+        """Return its images (or, without images, whatever has a caption), and behind them what is wrong with the
+        archive.
+        """
         found: list[Sample] = []
         groups: dict[str, _Group] = {}
         damage = []
@@ -202,7 +204,7 @@ def _text(data: bytes, what: str) -> str:
 
 
 def _record(data: bytes | None) -> Row:
-    """What a .json member says. Raises ValueError where it is none."""
+    """Parse a .json member. Raises ValueError where it is no object."""
     if data is None:
         return {}
     try:
@@ -216,5 +218,5 @@ def _record(data: bytes | None) -> Row:
 
 @hookimpl
 def register_data_backends() -> list[type[DataBackend]]:
-    """The shards."""
+    """Register the shards."""
     return [WebDatasetBackend]

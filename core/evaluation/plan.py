@@ -77,7 +77,7 @@ def plan_evaluation(
         seed: Seed of the first sample.
         resolution: (width, height) in pixels.
         steps: Numbers of steps of the student.
-        teacher_steps: Numbers of steps of the teacher; the largest is the reference, the smallest also the fast solver's.
+        teacher_steps: Numbers of steps of the teacher; the largest is the reference, the fast solver has the smallest.
         teacher_guidance: Guidance scale; None for the family's usual one.
         role: The student's role.
     """

@@ -50,8 +50,8 @@ class DatasetSettings(ColumnSettings):
     type: str = "local"
     """A registered data backend (`distill plugins list`)."""
     dataset_type: DatasetType = "image"
-    """What the entry holds: `image` or `prompts` (captions alone) to train on, `text_embeds` or `vae_embeds` for a cache,
-    `distillation_cache` for the teacher's trajectories of the captions, `checkpoints` for a copy of the run's
+    """What the entry holds: `image` or `prompts` (captions alone) to train on, `text_embeds` or `vae_embeds` for a
+    cache, `distillation_cache` for the teacher's trajectories of the captions, `checkpoints` for a copy of the run's
     checkpoints."""
     disabled: bool = False
     """Leave the entry out."""
@@ -119,7 +119,7 @@ class DatasetSettings(ColumnSettings):
     noise_seed: int = Field(default=0, ge=0)
     """For a distillation_cache: seed of the noise that trajectories start from."""
     pair_batch_size: int = Field(default=4, ge=1)
-    """For a distillation_cache: trajectories of one megapixel that are made at once; of smaller images more, up to 64."""
+    """For a distillation_cache: trajectories of a megapixel that are made at once; of smaller images up to 64."""
     vae_batch_size: int = Field(default=4, ge=1)
     """Images per autoencoder call while the latent cache is built; absent: the run's."""
     write_batch_size: int = Field(default=128, ge=1)
