@@ -52,7 +52,7 @@ class HuggingFaceBackend(SampleBackend):
     packages: ClassVar[Mapping[str, str]] = {"datasets": "distill-engine[huggingface]"}
 
     class Config(ColumnSettings):
-        """Which dataset, and what its columns mean."""
+        """The dataset, and the meaning of its columns."""
 
         dataset_name: HubOrPath
         """Hub id; or a folder or file of this machine (Parquet, Arrow, JSON, CSV, tars, images with metadata,

@@ -35,7 +35,7 @@ class LocalBackend(DataBackend):
     on_this_machine = True
 
     class Config(Settings):
-        """Where the folder or the file is."""
+        """The folder or the file."""
 
         instance_data_dir: PathOrUrl | None = None
         """The folder with the images (a relative path is relative to the file that names it)."""

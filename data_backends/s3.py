@@ -27,7 +27,7 @@ class S3Backend(DataBackend):
     packages: ClassVar[Mapping[str, str]] = {"botocore": "distill-engine[s3]"}
 
     class Config(AwsSettings):
-        """Where the bucket is, and how it is reached."""
+        """The bucket, and the access to it."""
 
         aws_bucket_name: str = Field(min_length=1)
         """Name of the bucket."""
@@ -140,5 +140,5 @@ class S3Backend(DataBackend):
 
 @hookimpl
 def register_data_backends() -> list[type[DataBackend]]:
-    """The bucket."""
+    """Register the bucket."""
     return [S3Backend]

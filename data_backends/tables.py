@@ -32,7 +32,7 @@ class CsvBackend(TableBackend):
     key_aliases = _aliases("csv")
 
     class Config(TableSettings):
-        """Where the tables are, and what stands in which column."""
+        """The tables, and the meaning of their columns."""
 
         csv_file: Locations
         """One or several: a file, a folder of them, a glob or a brace range `{000..012}`, here or as a URL."""
@@ -51,7 +51,7 @@ class JsonLinesBackend(TableBackend):
     key_aliases = _aliases("jsonl")
 
     class Config(TableSettings):
-        """Where the tables are, and what stands in which column."""
+        """The tables, and the meaning of their columns."""
 
         jsonl_file: Locations
         """One or several: a file, a folder of them, a glob or a brace range `{000..012}`, here or as a URL."""
@@ -70,7 +70,7 @@ class ParquetBackend(TableBackend):
     key_aliases = _aliases("parquet")
 
     class Config(TableSettings):
-        """Where the tables are, and what stands in which column."""
+        """The tables, and the meaning of their columns."""
 
         parquet_file: Locations
         """One or several: a file, a folder of them, a glob or a brace range `{000..012}`, here or as a URL."""

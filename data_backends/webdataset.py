@@ -39,7 +39,7 @@ class WebDatasetBackend(SampleBackend):
     name = "webdataset"
 
     class Config(ColumnSettings):
-        """Where the shards are, and what stands where in .json members."""
+        """The shards, and the meaning of the values in .json members."""
 
         shards: Annotated[tuple[PathOrUrl, ...], Field(min_length=1), BeforeValidator(one_or_many)]
         """One or several: a .tar file, a folder of them, a glob or a brace range `{000..012}`, here or as a URL."""

@@ -161,7 +161,7 @@ class ConfigurationLoader:
     # -- model --------------------------------------------------------------------------------------------------------
 
     def _choose_model(self, check: PartsCheck) -> list[RawEntry] | None:
-        """Where no model is named, choose the family's miniature, with its recipe under everything given; return its
+        """Choose the family's miniature where no model is named, with its recipe under everything given; return its
         data.
         """
         family = check.classes.get("family")

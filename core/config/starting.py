@@ -81,7 +81,7 @@ def starting_config(registry: Registry, *, method: str, family: str, model_type:
 
 
 def starting_data() -> str:
-    """A YAML list of datasets: one folder of images with captions beside them, and a text cache."""
+    """Return a YAML list of datasets: one folder of images with captions beside them, and a text cache."""
     lines = ["# Where the images are. Relative paths are relative to this file."]
     for index, (key, value) in enumerate(DATA_VALUES.items()):
         start = "- " if index == 0 else "  "

@@ -41,7 +41,7 @@ def check_trajectory_keys(entry: DatasetSettings, given: Collection[str], refuse
     wrong = [key for key in own if key in given and getattr(entry, key) != DEFAULTS[key]]
     if entry.dataset_type != KIND:
         problem = f"is for a distillation cache, and this entry is of dataset_type {entry.dataset_type}"
-        remedy = f'move it into an entry {{"id": "pairs", "dataset_type": "{KIND}"}}'
+        remedy = f'move it into an entry {{"id": "trajectories", "dataset_type": "{KIND}"}}'
     else:
         problem = "is not for a distillation cache: its captions and sizes are those of the datasets that use it"
         remedy = f'give it to a dataset of images or prompts, which may name this cache ("{KIND}": "{entry.id}")'
@@ -123,8 +123,8 @@ class TrajectoryCheck:
             f"{self.needs.method} learns from what the teacher makes of captions, and the data file has no "
             f"distillation cache: one is made of the captions of all datasets, {entry.num_inference_steps} steps at "
             f"guidance {entry.guidance_scale:g} for each caption and size ({calls} predictions), once, and kept in "
-            f'{self.needs.folder}/{entry.id}; an entry {{"id": "pairs", "dataset_type": "{KIND}"}} of the data file '
-            "can say otherwise"
+            f'{self.needs.folder}/{entry.id}; an entry {{"id": "trajectories", "dataset_type": "{KIND}"}} of the data '
+            "file can say otherwise"
         )
 
     def _filled(self, entry: DatasetSettings) -> DatasetSettings:

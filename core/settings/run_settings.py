@@ -24,7 +24,7 @@ class TeacherLora(Settings):
 
 
 class ModelKeys(Settings):
-    """Which model is distilled, and how."""
+    """The model that is distilled, and the method."""
 
     model_type: Literal["lora", "full"] = "lora"
     """What is trained: `lora`, an adapter on the frozen base, or `full`, all weights."""

@@ -46,7 +46,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class DatasetReport:
-    """What was written for one dataset.
+    """The report that was written for one dataset.
 
     Attributes:
         id: The dataset's.
