@@ -119,8 +119,8 @@ def rows(count: int) -> Iterator[pa.RecordBatch]:
         digests = cache_module.as_binary(np.stack([mix(~hashes), ~hashes], 1))
         columns = {
             "key": joined(words, ".jpg"), "size": pa.array(numbers + 100_000), "version": empty,
-            "caption_version": empty, "place": empty, "width": pa.array(shapes[:, 0]), "height": pa.array(shapes[:, 1]),
-            "draw": pa.array(hashes),
+            "caption_version": empty, "position": empty, "width": pa.array(shapes[:, 0]),
+            "height": pa.array(shapes[:, 1]), "draw": pa.array(hashes),
             "identity": cache_module.as_binary(np.stack([mix(hashes), hashes], 1)),
             "captions": pa.LargeListArray.from_arrays(ends, joined(words, " is the number of an image of nothing")),
             "digests": pa.LargeListArray.from_arrays(ends, digests), "problem": empty,

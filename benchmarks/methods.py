@@ -125,35 +125,37 @@ def score(folders: Mapping[str, Path], *, num_samples: int, per_prompt: int, ima
         resolution=run_settings.validation_resolution[0], steps=STEPS, teacher_steps=(*STEPS, 50),
         teacher_guidance=run_settings.evaluation_teacher_guidance,
     )  # fmt: skip
-    teachers = [recipe for recipe in plan.recipes if recipe.role == "teacher" and recipe.sampler is None]
+    teachers = [each for each in plan.sampling_plans if each.role == "teacher" and each.sampler is None]
     guidance = teachers[0].guidance
     teachers += [replace(fast_solver(family, steps, guidance), name="teacher, DPM++ 2M") for steps in (2, 4)]
     evaluators, _ = build_evaluators(registry, configuration, evaluation_setting(family))
     real = data.real_images(1000, plan.width, plan.height)
     networks = Students(family, {name: folder / "student" for name, folder in folders.items()})
-    recipes = [*teachers, *(each for name, folder in folders.items() for each in students(name, folder, family))]
+    sampling_plans = [*teachers, *(each for name, folder in folders.items() for each in students(name, folder, family))]
+    plan = replace(plan, sampling_plans=tuple(sampling_plans))
     with console():
-        found = evaluate(family, networks, replace(plan, recipes=tuple(recipes)), evaluators, data=real)
+        found = evaluate(family, networks, plan, evaluators, data=real)
     images.mkdir(parents=True, exist_ok=True)
     for row in found.rows:
+        each = row.sampling_plan
         for index, image in enumerate(row.images):
-            image.save(images / f"{row.recipe.role}-{row.recipe.steps}-{index}{_solver(row.recipe)}.png")
+            image.save(images / f"{each.role}-{each.steps}-{index}{_solver(each)}.png")
     (images / "prompts.json").write_text(json.dumps(list(plan.sample_prompts[:SHOWN])))
     return [
-        {"row": row.recipe.role, "name": row.recipe.name, "steps": row.recipe.steps, "guidance": row.recipe.guidance,
+        {"row": each.role, "name": each.name, "steps": each.steps, "guidance": each.guidance,
          **row.scores, "seconds_per_image": row.seconds_per_image}
-        for row in found.rows
+        for row in found.rows for each in [row.sampling_plan]
     ]  # fmt: skip
 
 
-def _solver(recipe: Any) -> str:
-    return "-solver" if recipe.role == "teacher" and recipe.sampler is not None else ""
+def _solver(sampling_plan: Any) -> str:
+    return "-solver" if sampling_plan.role == "teacher" and sampling_plan.sampler is not None else ""
 
 
 def students(name: str, folder: Path, family: Any) -> list[Any]:
     """A student at each number of steps that its method can sample with."""
     from distill.core.errors import UserError
-    from distill.core.evaluation.sampling import Recipe
+    from distill.core.evaluation.sampling import SamplingPlan
     from distill.core.runs.builders import build_method
     from distill.core.runs.finished import open_run
 
@@ -165,7 +167,7 @@ def students(name: str, folder: Path, family: Any) -> list[Any]:
         except UserError as refusal:
             print(f"{name} at {steps} steps: {refusal}", flush=True)
             continue
-        found.append(Recipe(name, name, sampler, steps, sampler.guidance_scale))
+        found.append(SamplingPlan(name, name, sampler, steps, sampler.guidance_scale))
     return found
 
 

@@ -1,4 +1,4 @@
-"""``filter_func`` as data: conditions on columns, which are looked at and never run."""
+"""The ``filter_func`` of a dataset as data: conditions on columns, which are compared and never run as code."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Condition:
     value: Any
 
     def holds(self, row: Row) -> bool:
-        """Whether the row passes. Raises BadValue when the two cannot be compared."""
+        """Return whether the row passes. Raises BadValue when the two values cannot be compared."""
         found = value_of(row, self.column)
         if found is None:
             return False
@@ -43,7 +43,7 @@ class Condition:
 
 @dataclass(frozen=True)
 class Filter:
-    """All conditions of a dataset; those that every sample passes where there are none.
+    """All conditions of a dataset; without any, every sample passes.
 
     Attributes:
         conditions: On columns.
@@ -57,7 +57,7 @@ class Filter:
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Filter:
-        """As written: ``{"lang": "en", "score": {">=": 5}, "collection": ["a", "b"], "min_width": 512}``.
+        """Parse conditions: ``{"lang": "en", "score": {">=": 5}, "collection": ["a", "b"], "min_width": 512}``.
 
         Raises:
             ValueError: It is no condition.
@@ -74,7 +74,7 @@ class Filter:
 
     @property
     def names(self) -> list[str]:
-        """The columns that are looked at."""
+        """The columns that conditions are on."""
         return [condition.column for condition in self.conditions]
 
     def check(self, columns: Columns) -> None:
@@ -84,16 +84,16 @@ class Filter:
                 raise columns.missing(KEY, condition.column, [condition.column])
 
     def passes(self, row: Row) -> bool:
-        """Whether a row's values pass."""
+        """Return whether a row's values pass."""
         return all(condition.holds(row) for condition in self.conditions)
 
     def fits(self, width: int, height: int) -> bool:
-        """Whether an image is large enough."""
+        """Return whether an image is large enough, in pixels."""
         return width >= self.min_width and height >= self.min_height
 
 
 def _thresholds(wanted: Any, column: Any) -> list[Condition]:
-    """``{"clip": 0.3}``: at least so much, in the columns of these names or inside `column`."""
+    """Parse ``{"clip": 0.3}``: at least this value, in the columns of these names or inside `column`."""
     if not isinstance(wanted, Mapping):
         raise ValueError(f'{QUALITY} must be an object of least values, as {{"aesthetic": 5}}')
     prefix = f"{column}." if column else ""

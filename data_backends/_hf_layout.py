@@ -1,4 +1,4 @@
-"""Which columns of a Hugging Face dataset mean what."""
+"""The meaning of the columns of a Hugging Face dataset."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ CAPTIONS = ("caption", "text", "txt", "prompt")
 
 @dataclass(frozen=True)
 class Layout:
-    """What the columns of a dataset mean.
+    """The meaning of a dataset's columns.
 
     Attributes:
         image: Column of the images, None where they are not wanted.
-        captions: Where captions stand, None where there are none.
+        captions: Columns of captions, None where there are none.
         labels: Columns of numbered classes -> the classes' names.
         name: Column of the samples' names.
         sizes: Columns of width and height.
@@ -36,7 +36,7 @@ class Layout:
 
     @classmethod
     def of(cls, config: Any, features: Mapping[str, Any], *, images: bool, captions: bool) -> Layout:
-        """As the entry's keys say, or the usual ones.
+        """Choose the columns that the entry's keys name, or the usual ones.
 
         Args:
             config: The entry's keys.
@@ -63,7 +63,7 @@ class Layout:
 
     @property
     def looks_at_images(self) -> bool:
-        """Whether a sample's name, size and version are learnt from its image, rather than from other columns."""
+        """True if a sample's name, size and version come from its image, rather than from other columns."""
         return self.image is not None and not (self.name and self.sizes)
 
     @property
@@ -74,14 +74,14 @@ class Layout:
         return list(dict.fromkeys(name.partition(".")[0] for name in names if name))
 
     def texts(self, row: Row) -> list[str]:
-        """The captions of a row. Raises ValueError that names the column."""
+        """Return the captions of a row. Raises ValueError that names the column."""
         if self.captions is None:
             return []
         named = {name: names[row[name]] for name, names in self.labels.items() if isinstance(row.get(name), int)}
         return self.captions.texts({**row, **named})
 
     def size(self, row: Row) -> tuple[int, int]:
-        """Width and height as the columns say, 0 where they do not."""
+        """Return width and height in pixels from the columns, 0 where they do not say."""
         if self.sizes is None:
             return 0, 0
         width, height = (value_of(row, name) for name in self.sizes)
@@ -96,7 +96,7 @@ def _is_label(feature: object) -> bool:
 
 
 def _names(features: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Columns, with dots into what is nested; an image is not looked into."""
+    """Yield column names, with dots into nested ones; images are not searched."""
     for name, feature in features.items():
         yield f"{prefix}{name}"
         inner = getattr(feature, "feature", feature)

@@ -32,7 +32,7 @@ SUFFIXES = {
     ".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".jsonl": "json", ".csv": "csv", ".tar": "webdataset",
 }  # fmt: skip
 FEW_SHARDS = 32
-"""Up to so many files a stream is cut finer where the format allows it (row groups), so that it resumes nearer by."""
+"""Up to this many files a stream is cut finer where the format allows it (row groups), to resume nearer by."""
 LOG_IN = "log in: hf auth login (or HF_TOKEN)"
 COMMIT = re.compile(r"[0-9a-f]{40}")
 SLICE = re.compile(r"(?P<name>[^\[\]+]+)\[(?P<start>\d*):(?P<end>\d*)\]")
@@ -40,7 +40,7 @@ THREADS_END_SECONDS = 0.3
 """Arrow's threads end a little after a broken-off stream; an interpreter that ends before them is aborted."""
 
 RowScan = Generator[tuple[int, Row, Callable[[], str]], None, None]
-"""(number of the row, the row, gives what reading goes on behind it by)."""
+"""(number of the row, the row, a function that returns the token by which reading goes on behind it)."""
 
 
 class Source:
@@ -60,7 +60,7 @@ class Source:
 
     @property
     def on_hub(self) -> bool:
-        """Whether it comes from the hub, rather than from this machine."""
+        """True if the dataset comes from the hub, rather than from this machine."""
         return self.path is None and self.config.dataset_name not in READERS
 
     @property
@@ -72,7 +72,7 @@ class Source:
         return files[0].parent if files and not self.on_hub else None
 
     def check(self) -> None:
-        """What can be seen without the network. Raises BadValue."""
+        """Check everything that can be seen without the network. Raises BadValue."""
         name, files = self.config.dataset_name, self.config.data_files
         if self.path is not None and not self.path.exists():
             raise BadValue("dataset_name", name, "does not exist", "give a folder or file that is there, or a hub id")
@@ -115,7 +115,9 @@ class Source:
         return type(self._builder).__module__.rpartition(".")[2]
 
     def identity(self) -> str:
-        """Changes whenever the rows may have: the commit on the hub, or names, sizes and times of files."""
+        """Return a text that changes whenever the rows may have: the commit on the hub, or names, sizes and times of
+        files.
+        """
         if self.is_saved:
             saved = self._saved()
             return json.dumps([saved._fingerprint, _stamps([file["filename"] for file in saved.cache_files])])
@@ -136,7 +138,7 @@ class Source:
         return found[name[0]] if isinstance(found, DatasetDict) else found
 
     def _names_of_splits(self, there: Sequence[str]) -> list[str]:
-        """The splits that `split` names. Raises BadValue with those that there are."""
+        """Return the splits that `split` names. Raises BadValue with those that there are."""
         names = [part.partition("[")[0].strip() for part in self.config.split.split("+")]
         for name in names:
             if name not in there and name != "all":
@@ -150,7 +152,7 @@ class Source:
 
     @cached_property
     def features(self) -> dict[str, Any]:
-        """Type of each column."""
+        """The type of each column."""
         if self.is_saved:
             return dict(self._saved().features)
         if self._reader == CACHED:
@@ -158,12 +160,12 @@ class Source:
         return dict(self._streamed(self._builder).features)
 
     def _builder_of(self, columns: Sequence[str]) -> Any:
-        """The builder that reads these columns alone, where its format keeps columns apart."""
+        """Return the builder that reads these columns alone, where its format stores columns separately."""
         apart = self._reader in COLUMNAR and len(columns) < len(self.features)
         return self._build(columns=list(columns)) if apart else self._builder
 
     def table(self, columns: Sequence[str], image: str | None) -> Any:
-        """The split with random access: mapped from the library's cache, images as bytes."""
+        """Open the split with random access, mapped from the library's cache, images as bytes."""
         if self.is_saved:
             dataset = self._saved_part()
         else:  # with images all columns are kept, so that another choice of them prepares nothing anew
@@ -181,7 +183,7 @@ class Source:
         return saved.select(range(start, len(saved) if end is None else min(end, len(saved))))
 
     def _part(self) -> tuple[str, int, int | None]:
-        """Name, first row and end of the split. Raises BadValue for a part that is not given in rows."""
+        """Return name, first row and end of the split. Raises BadValue for a part that is not given in rows."""
         split = self.config.split
         if "[" not in split:
             return split, 0, None
@@ -193,7 +195,7 @@ class Source:
         return match["name"], int(match["start"] or 0), int(match["end"]) if match["end"] else None
 
     def stream(self, columns: Sequence[str], image: str | None) -> Any:
-        """The split to be read in its order, images as bytes."""
+        """Open the split for reading in its order, images as bytes."""
         if self.is_saved:
             dataset = self._saved_part().to_iterable_dataset()
         else:
@@ -215,7 +217,7 @@ class Source:
     # -- reading ----------------------------------------------------------------------------------------------------
 
     def scan(self, columns: Sequence[str], image: str | None, resume: str = "") -> RowScan:
-        """Rows in order, from the start or behind the row that gave `resume`."""
+        """Yield rows in order, from the start or from behind the row that gave `resume`."""
         start, state = json.loads(resume) if resume else (0, None)
         if not self.config.streaming:
             table = self.table(columns, image)
@@ -235,7 +237,7 @@ class Source:
                 yield number, row, lambda number=number: json.dumps([number + 1, dataset.state_dict()])
 
     def fetched(self, url: str) -> BinaryIO:
-        """A file that the dataset names. Raises FileNotFoundError, OutOfReach."""
+        """Fetch a file that the dataset names. Raises FileNotFoundError, OutOfReach."""
         from datasets.utils.file_utils import xopen
 
         try:
@@ -250,7 +252,7 @@ class Source:
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """Turns the library's errors into BadValue or OutOfReach."""
+        """Turn the library's errors inside the block into BadValue or OutOfReach."""
         try:
             yield
         except _errors() as error:
@@ -296,7 +298,7 @@ class Source:
 
 
 def _errors() -> tuple[type[Exception], ...]:
-    """What the library, and those under it, raise when something cannot be read."""
+    """Return the errors that the library, and those under it, raise when something cannot be read."""
     import pyarrow as pa
     from datasets.exceptions import DatasetsError
 
@@ -316,7 +318,7 @@ def _splits(builder: Any) -> list[str]:
 
 
 def _stamps(files: Sequence[str]) -> list[tuple[str, int, int]]:
-    """Name, size and time of the files that lie on this machine."""
+    """Return name, size and time of the files that are on this machine."""
     paths = [Path(file) for file in files]
     return [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths if path.is_file()]
 
@@ -328,7 +330,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _http_error() -> type[Exception]:
-    """The error of the hub's HTTP library, whichever that is."""
+    """Return the error class of the hub's HTTP library, whichever that is."""
     from huggingface_hub.errors import HfHubHTTPError
 
     return HfHubHTTPError.__bases__[0]

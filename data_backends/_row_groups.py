@@ -1,5 +1,5 @@
 # pyright: reportAttributeAccessIssue=false
-"""Images inside Parquet tables, found again by their row: row groups are read whole and kept for a while."""
+"""Images inside Parquet tables by their row: row groups are read whole and kept in memory for a while."""
 
 from __future__ import annotations
 
@@ -22,14 +22,16 @@ from ..core.errors import BadValue
 from ..core.plugin_api.backend import SequentialChunk
 
 KEPT_BYTES = 512 * 2**20
-"""Of images in row groups that are kept in memory, the one in use apart."""
+"""Bytes of images in row groups that are kept in memory, beside the one in use."""
 LARGEST_GROUP = 2 * 2**30
 """Bytes of images in one row group at most."""
 
 
 @dataclass(frozen=True)
 class _Group:
-    """One row group: its file, its number there, its first row among all, its rows, and the bytes of its images."""
+    """A row group: its file, its number there, its first row among all, its number of rows, and the bytes of its
+    images.
+    """
 
     file: Location
     metadata: Any
@@ -44,7 +46,7 @@ class RowGroups:
 
     Args:
         key: The entry's key that names the files.
-        files: Where they are.
+        files: The tables.
         column: The column of images.
     """
 
@@ -57,7 +59,7 @@ class RowGroups:
         for file in files:
             with file.open() as stream:
                 metadata = read_metadata(stream)
-            self._columns[file.place] = name = bytes_inside(metadata.schema.to_arrow_schema(), column) or column
+            self._columns[file.path] = name = bytes_inside(metadata.schema.to_arrow_schema(), column) or column
             for number in range(metadata.num_row_groups):
                 group = metadata.row_group(number)
                 size = _size(group, name)
@@ -71,11 +73,11 @@ class RowGroups:
 
     @property
     def num_bytes(self) -> int:
-        """Of all images."""
+        """The bytes of all images."""
         return sum(group.size for group in self._groups)
 
     def open(self, row: int) -> BinaryIO:
-        """The bytes of a row's image."""
+        """Open the bytes of a row's image."""
         number = bisect_right(self._starts, row) - 1
         group = self._groups[number]
         if row >= group.first + group.rows:
@@ -83,7 +85,7 @@ class RowGroups:
         return _stream(self._images(number), row - group.first)
 
     def sequential(self, resume: str) -> Iterator[SequentialChunk]:
-        """All images, a row group at a time."""
+        """Yield all images, a row group at a time."""
         for number in range(int(resume or 0), len(self._groups)):
             group = self._groups[number]
             images = self._read(group)
@@ -92,7 +94,7 @@ class RowGroups:
             yield SequentialChunk(positions, openers, positions.stop, str(number + 1))
 
     def _images(self, number: int) -> pa.ChunkedArray:
-        """The images of a row group; read once although many threads ask."""
+        """Return the images of a row group, which is read once although many threads ask."""
         with self._lock:
             known = self._kept.get(number)
             future = self._kept.setdefault(number, Future())
@@ -118,7 +120,7 @@ class RowGroups:
     def _read(self, group: _Group) -> pa.ChunkedArray:
         from pyarrow.parquet import ParquetFile
 
-        name = self._columns[group.file.place]
+        name = self._columns[group.file.path]
         with group.file.open() as stream:
             table = ParquetFile(stream, metadata=group.metadata).read_row_group(group.number, columns=[name])
         column = table.column(0)
@@ -143,4 +145,4 @@ def _size(group: Any, name: str) -> int:
 def _too_large(key: str, file: Location, number: int, size: int) -> BadValue:
     problem = f"row group {number} holds {size / 2**30:.1f} GiB of images, and one of them is read with all"
     remedy = "write the table again in row groups of some hundred rows: row_group_size=100"
-    return BadValue(key, file.place, problem, remedy)
+    return BadValue(key, file.path, problem, remedy)

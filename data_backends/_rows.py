@@ -1,4 +1,4 @@
-"""From rows of a table to samples: their names, places, captions and sizes."""
+"""Conversion of table rows to samples: their names, positions, captions and sizes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ IMAGES = ("image", "file_name", "filename", "path", "image_path", "url", "image_
 BYTES, PATH = "bytes", "path"
 """Fields of an image's struct, as Hugging Face's libraries write it."""
 AT = "at:"
-"""Begins the places of images that are files, ``at:TABLE:PATH``; those inside a table have a row's number alone."""
+"""Prefix of the positions of images that are files, ``at:TABLE:PATH``; those inside a table have a row number."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Sample:
     """One row."""
 
     key: str
-    place: str = ""
+    position: str = ""
     size: int = 0
     version: str = ""
     captions: Sequence[str] = ()
@@ -37,14 +37,14 @@ class Sample:
     problem: str = ""
 
     def but(self, **changes: Any) -> Sample:
-        """The same with something else about it."""
+        """Return the sample with some attributes changed."""
         return replace(self, **changes)
 
 
 def chunk_of(samples: Sequence[Sample]) -> SampleChunk:
-    """Samples in columns."""
+    """Return samples in columns."""
     return SampleChunk(
-        [each.key for each in samples], [each.place for each in samples], [each.size for each in samples],
+        [each.key for each in samples], [each.position for each in samples], [each.size for each in samples],
         [each.version for each in samples], [each.captions for each in samples], [each.width for each in samples],
         [each.height for each in samples], [each.problem for each in samples],
     )  # fmt: skip
@@ -52,10 +52,10 @@ def chunk_of(samples: Sequence[Sample]) -> SampleChunk:
 
 @dataclass(frozen=True)
 class Layout:
-    """Which columns hold what.
+    """The columns that hold images, captions, names and sizes.
 
     Attributes:
-        image: The column of images; None where there is none, which is well for captions alone.
+        image: The column of images; None where there is none, which suffices for captions alone.
         captions: The columns of captions; None where there are none.
         name: The column of names.
         width: The column of widths.
@@ -70,7 +70,7 @@ class Layout:
 
     @classmethod
     def of(cls, columns: Columns, config: Any, *, images: bool, captions: bool = False) -> Layout:
-        """As the entry's keys say.
+        """Choose the columns that the entry's keys name, or the usual ones.
 
         Args:
             columns: Those that there are.
@@ -101,23 +101,25 @@ class Layout:
 
 
 def root_of(config: Any, table: Location) -> str:
-    """What paths in the table are relative to: ``instance_data_dir``, else the folder of the table."""
+    """Return the folder or URL that paths in the table are relative to: ``instance_data_dir``, else the folder of the
+    table.
+    """
     if config.instance_data_dir is not None:
         return config.instance_data_dir.rstrip("/") or "/"
-    return table.place.rpartition("/")[0] or "/"
+    return table.path.rpartition("/")[0] or "/"
 
 
 def resolved(path: str, root: str) -> str:
-    """The path or URL of an image, from what stands in a table."""
+    """Return the whole path or URL of an image, from the path in a table."""
     return path if is_remote(path) or PurePath(path).is_absolute() else f"{root}/{path}"
 
 
 class Reader:
-    """Makes samples of rows.
+    """The reader that makes samples of rows.
 
     Args:
-        layout: Which columns hold what.
-        root: What paths are relative to: a folder or a URL.
+        layout: Meaning of the columns.
+        root: The folder or URL that paths are relative to.
         table: Number of the table.
     """
 
@@ -125,7 +127,7 @@ class Reader:
         self.layout, self.root, self.table = layout, root, table
 
     def columns(self, there: Columns, *, images: bool, inside: bool) -> list[str]:
-        """What must be read of a table.
+        """List the columns of a table that must be read.
 
         Args:
             there: The columns that it has.
@@ -139,11 +141,11 @@ class Reader:
         return [name for name in (image, *wanted) if name is not None]
 
     def sample(self, number: int, row: Row) -> Sample:
-        """The sample of a row, its image looked at.
+        """Return the sample of a row, whose image is examined.
 
         Args:
-            number: Of the row among all, from 0.
-            row: What stands in it.
+            number: Number of the row among all, from 0.
+            row: Values of its columns.
         """
         from ..core.data.samples.images import BrokenImage, probe
 
@@ -164,7 +166,7 @@ class Reader:
             return Sample(key, problem=error.strerror or str(error))
 
     def prompt(self, number: int, row: Row) -> Sample:
-        """The captions of a row, under the name that its image has."""
+        """Return the captions of a row, under the name that its image has."""
         key = self._key(number, row, self._image(row)[1])
         try:
             return Sample(key, captions=self.layout.captions.texts(row) if self.layout.captions else [])
@@ -172,14 +174,14 @@ class Reader:
             return Sample(key, problem=str(error))
 
     def _file(self, key: str, path: str, captions: Sequence[str], width: int, height: int) -> Sample:
-        place = f"{AT}{self.table}:{path}"
+        position = f"{AT}{self.table}:{path}"
         if is_remote(whole := resolved(path, self.root)):  # all that is known of it without asking
-            return Sample(key, place, 0, digest(whole.encode()), captions, width, height)
+            return Sample(key, position, 0, digest(whole.encode()), captions, width, height)
         file = at(whole).known()
-        return Sample(key, place, file.size, file.version, captions, width, height)
+        return Sample(key, position, file.size, file.version, captions, width, height)
 
     def _image(self, row: Row) -> tuple[bytes | None, str | None]:
-        """Bytes and path of a row's image."""
+        """Return bytes and path of a row's image; either may be None."""
         value = value_of(row, self.layout.image) if self.layout.image is not None else None
         data, path = (value.get(BYTES), value.get(PATH)) if isinstance(value, Mapping) else (value, value)
         return data if isinstance(data, bytes) else None, path.strip() if isinstance(path, str) else None
@@ -191,8 +193,8 @@ class Reader:
         return self.named(path) if path else f"row-{number:09d}"
 
     def named(self, path: str) -> str:
-        """The name of an image that has a path: as it is written, or below the root; of a URL, without its query,
-        which may be a signature.
+        """Return the name of an image that has a path: as written, or relative to the root; of a URL, without its
+        query, which may be a signature.
         """
         if not is_remote(path) and not PurePath(path).is_absolute():
             return str(PurePosixPath(path))
@@ -207,5 +209,5 @@ class Reader:
 
 
 def digest(data: bytes) -> str:
-    """A version: the hash of an image's bytes."""
+    """Return the hash of an image's bytes, which serves as its version."""
     return blake2b(data, digest_size=16).hexdigest()

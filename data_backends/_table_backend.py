@@ -1,4 +1,4 @@
-"""What backends of tables have in common: an image in each row, inside the table, in a file or behind a URL."""
+"""The common base of backends of tables: an image in each row, inside the table, in a file or behind a URL."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ class TableBackend(SampleBackend):
     @property
     @abstractmethod
     def given(self) -> Sequence[str]:
-        """Where the tables are, as the entry says."""
+        """The paths and URLs of the tables, as the entry gives them."""
 
     @property
     def location(self) -> str:
-        """What the entry says."""
+        """The paths and URLs of the tables, for messages."""
         return ", ".join(self.given)
 
     @cached_property
@@ -57,16 +57,16 @@ class TableBackend(SampleBackend):
         return locate(self.file_key, self.given, self.suffixes)
 
     def identity(self) -> str:
-        """Names, sizes and versions of the tables, and which of their columns are read."""
+        """Return a hash of the names, sizes and versions of the tables, and of the columns that are read."""
         return identity_of(self.files, self.config.model_dump(mode="json", exclude={self.file_key}))
 
     def check_samples(self, *, images: bool, captions: bool) -> None:
-        """The first table is there and has the columns that are needed, unless only the network could say so."""
+        """Check that the first table is there and has the columns that are needed, unless it is remote."""
         if not any(map(is_remote, self.given)):
             Layout.of(self._columns_of(self._table(self.files[0])), self.config, images=images, captions=captions)
 
     def samples(self, *, images: bool = True) -> Iterator[SampleChunk]:
-        """Every row of every table, the bytes of images inside them hashed and their headers read."""
+        """Yield every row of every table; the bytes of images inside them are hashed and their headers read."""
         number = 0
         with ThreadPoolExecutor(THREADS) as pool:
             for table, file in enumerate(self.files):
@@ -92,9 +92,9 @@ class TableBackend(SampleBackend):
         return columns
 
     def _table(self, file: Location) -> Table:
-        return self.table(TableFile(self.file_key, file.place, file.open))
+        return self.table(TableFile(self.file_key, file.path, file.open))
 
     def open(self, key: str) -> BinaryIO:
-        """An image that is a file."""
+        """Open an image that is a file."""
         table, _, path = key.removeprefix(AT).partition(":")
         return at(resolved(path, root_of(self.config, self.files[int(table)]))).open()

@@ -1,4 +1,4 @@
-"""What lies where in a tar archive; of a damaged one, what lies before the damage."""
+"""The members of a tar archive; of a damaged archive, those before the damage."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Member:
 
 
 def members(stream: BinaryIO, size: int) -> Iterator[Member]:
-    """The files in an archive of `size` bytes, in order. Raises Damaged behind the last whole one."""
+    """Yield the files in an archive of `size` bytes, in order. Raises Damaged behind the last whole one."""
     archive = _open(stream)
     while (found := _next(archive)) is not None:
         archive.members = []  # pyright: ignore[reportAttributeAccessIssue] - else it keeps all of them

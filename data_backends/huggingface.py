@@ -37,7 +37,7 @@ SNAPSHOT = re.compile(r".*/snapshots/[0-9a-f]+/(?P<key>.+)")
 
 
 def probe(stream: BinaryIO) -> tuple[int, int]:
-    """Upright width and height by the header; Pillow is imported when the first image is looked at."""
+    """Return upright width and height in pixels from the header; Pillow is imported on the first call."""
     from ..core.data.samples import images
 
     return images.probe(stream)
@@ -52,7 +52,7 @@ class HuggingFaceBackend(SampleBackend):
     packages: ClassVar[Mapping[str, str]] = {"datasets": "distill-engine[huggingface]"}
 
     class Config(ColumnSettings):
-        """Which dataset, and what its columns mean."""
+        """The dataset, and the meaning of its columns."""
 
         dataset_name: HubOrPath
         """Hub id; or a folder or file of this machine (Parquet, Arrow, JSON, CSV, tars, images with metadata,
@@ -96,7 +96,7 @@ class HuggingFaceBackend(SampleBackend):
         return " ".join(parts)
 
     def check(self) -> None:
-        """The package is installed, the paths are there and, on this machine, the split."""
+        """Check that the package is installed, the paths exist and, on this machine, the split."""
         missing = missing_packages(self.packages)
         if missing:
             install = f"pip install '{self.packages['datasets']}'"
@@ -106,25 +106,25 @@ class HuggingFaceBackend(SampleBackend):
             self.identity()
 
     def check_samples(self, *, images: bool, captions: bool) -> None:
-        """On this machine, the columns are there. Raises BadValue."""
+        """Check that the columns exist, for a dataset on this machine. Raises BadValue."""
         if not self.source.on_hub:
             Layout.of(self.config, self.source.features, images=images, captions=captions)
 
     def identity(self) -> str:
-        """The dataset as the library knows it, and the keys that choose samples of it."""
+        """Return the library's identity of the dataset, with the keys that choose samples of it."""
         ours = self.config.model_dump(mode="json", exclude={"cache_dir", "num_proc", "revision"})
         return json.dumps([self.source.identity(), ours])
 
     @property
     def in_order(self) -> bool:
-        """With `streaming`."""
+        """True with `streaming`."""
         return self.config.streaming
 
     # -- samples ----------------------------------------------------------------------------------------------------
 
     @cached_property
     def _version(self) -> str:
-        """Of images that are not looked at: they may have changed whenever the dataset has."""
+        """The version of images that are not examined: they may have changed whenever the dataset has."""
         return blake2b(self.source.identity().encode(), digest_size=16).hexdigest()
 
     @cached_property
@@ -132,18 +132,18 @@ class HuggingFaceBackend(SampleBackend):
         return Layout.of(self.config, self.source.features, images=True, captions=False)
 
     def samples(self, *, images: bool = True) -> Iterator[SampleChunk]:
-        """All rows in their order; without images the columns of images are not read."""
+        """Yield all rows in their order; without images the columns of images are not read."""
         layout = self._layout if images else Layout.of(self.config, self.source.features, images=False, captions=True)
         return self._samples(layout, "")
 
     def samples_after(self, resume: str) -> Iterator[SampleChunk]:
-        """The rows behind a chunk."""
+        """Yield the rows behind a chunk."""
         return self._samples(self._layout, resume)
 
     def _samples(self, layout: Layout, resume: str) -> Iterator[SampleChunk]:
         rows = self.source.scan(layout.columns, layout.image if layout.looks_at_images else None, resume)
         # a row at a time: its image is let go before the next one comes
-        seen = ((self._sample(layout, number, row), mark) for number, row, mark in rows)
+        seen = ((self._sample(layout, number, row), resume_point) for number, row, resume_point in rows)
         while taken := list(islice(seen, CHUNK)):
             columns = zip(*(sample.columns() for sample, _ in taken), strict=True)
             yield SampleChunk(*map(list, columns), resume=taken[-1][1]())
@@ -164,7 +164,7 @@ class HuggingFaceBackend(SampleBackend):
         return sample
 
     def _look_at(self, layout: Layout, row: Row, sample: Sample) -> None:
-        """Size, version and width and height of an image. Raises ValueError when it cannot be used."""
+        """Fill in size, version, width and height of an image. Raises ValueError when it cannot be used."""
         sample.width, sample.height = layout.size(row)
         if not layout.looks_at_images:
             sample.version = self._version
@@ -192,7 +192,7 @@ class HuggingFaceBackend(SampleBackend):
     # -- images ---------------------------------------------------------------------------------------------------
 
     def _image(self, value: object) -> bytes | str:
-        """An image's bytes, or the path or URL where they are. Raises ValueError when there is none."""
+        """Return an image's bytes, or the path or URL of its file. Raises ValueError when there is none."""
         path: object = None
         if isinstance(value, Mapping):
             value, path = value.get("bytes"), value.get("path")
@@ -202,10 +202,10 @@ class HuggingFaceBackend(SampleBackend):
             return value
         if value is not None or not isinstance(path, str):
             raise ValueError("it has no image" if value is None else f"its image is {type(value).__name__}")
-        return self._place(path)
+        return self._allowed_path(path)
 
-    def _place(self, path: str) -> str:
-        """An absolute path or a URL. Raises ValueError for a path of this machine that a foreign dataset names."""
+    def _allowed_path(self, path: str) -> str:
+        """Return an absolute path or a URL. Raises ValueError where a foreign dataset names a path of this machine."""
         folder = self.source.folder
         if "://" in path:
             return path
@@ -220,13 +220,13 @@ class HuggingFaceBackend(SampleBackend):
         return path
 
     def _opened(self, found: bytes | str) -> BinaryIO:
-        """The bytes of an image. Raises FileNotFoundError, PermissionError; OutOfReach for a place in the network."""
+        """Open the bytes of an image. Raises FileNotFoundError, PermissionError; OutOfReach for a remote file."""
         if isinstance(found, bytes):
             return io.BytesIO(found)
         return self.source.fetched(found) if "://" in found else Path(found).open("rb")
 
     def _key(self, layout: Layout, number: int, row: Row) -> str:
-        """The sample's name: of its column, else of its image's path, else its row's number."""
+        """Return the sample's name: from its column, else its image's path, else its row's number."""
         name = value_of(row, layout.name) if layout.name is not None else None
         if name is not None:
             return str(name)
@@ -235,7 +235,7 @@ class HuggingFaceBackend(SampleBackend):
         return self._relative(path) if isinstance(path, str) and path else f"{number:09d}"
 
     def _relative(self, path: str) -> str:
-        """An image's path within its dataset."""
+        """Return an image's path within its dataset."""
         for pattern in (HUB_PATH, SNAPSHOT):
             match = pattern.fullmatch(path)
             if match is not None:
@@ -251,7 +251,7 @@ class HuggingFaceBackend(SampleBackend):
         return self.source.table([self._layout.image], self._layout.image)
 
     def open(self, key: str) -> BinaryIO:
-        """The image of one row."""
+        """Open the image of one row."""
         try:
             found = self._image(self._images[int(key)][self._layout.image])
         except (ValueError, IndexError) as error:  # no image there; no such row any more
@@ -259,7 +259,7 @@ class HuggingFaceBackend(SampleBackend):
         return self._opened(found)
 
     def sequential(self, resume: str = "") -> Generator[SequentialChunk, None, None]:
-        """Images of a stream; nothing else of it is read."""
+        """Yield the images of a stream; nothing else of it is read."""
         image = self._layout.image
         assert image is not None
         rows = self.source.scan([image], image, resume)
@@ -278,7 +278,7 @@ class HuggingFaceBackend(SampleBackend):
 class Sample:
     """One row, as :class:`distill.core.plugin_api.backend.SampleChunk` has it."""
 
-    place: str
+    position: str
     key: str
     size: int = 0
     version: str = ""
@@ -288,12 +288,12 @@ class Sample:
     problem: str = ""
 
     def columns(self) -> tuple[Any, ...]:
-        """In the order of the chunk's columns."""
-        return self.key, self.place, self.size, self.version, self.captions, self.width, self.height, self.problem
+        """Return the attributes in the order of the chunk's columns."""
+        return self.key, self.position, self.size, self.version, self.captions, self.width, self.height, self.problem
 
 
 def _stamp(path: str) -> tuple[int, str]:
-    """Size and version of a file; of a URL, which names the commit, the URL itself."""
+    """Return size and version of a file; for a URL, which names the commit, the URL itself."""
     if "://" in path:
         return 0, path
     try:
@@ -305,5 +305,5 @@ def _stamp(path: str) -> tuple[int, str]:
 
 @hookimpl
 def register_data_backends() -> list[type[DataBackend]]:
-    """Datasets of the hub and their formats."""
+    """Register datasets of the hub and their formats."""
     return [HuggingFaceBackend]

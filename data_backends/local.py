@@ -22,7 +22,7 @@ KINDS = (
     (stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"), (stat.S_ISCHR, "a device"),
     (stat.S_ISBLK, "a device"),
 )  # fmt: skip
-"""What may bear an image's name, is no file, and would be waited for without end."""
+"""Kinds of objects that may have an image's name, are no files, and would be waited for without end."""
 
 
 class LocalBackend(DataBackend):
@@ -35,7 +35,7 @@ class LocalBackend(DataBackend):
     on_this_machine = True
 
     class Config(Settings):
-        """Where the folder or the file is."""
+        """The folder or the file."""
 
         instance_data_dir: PathOrUrl | None = None
         """The folder with the images (a relative path is relative to the file that names it)."""
@@ -57,13 +57,13 @@ class LocalBackend(DataBackend):
 
     @classmethod
     def example(cls, folder: Path, files: Mapping[str, bytes]) -> Mapping[str, Any]:
-        """The files in the folder."""
+        """Write the files into the folder."""
         for key, data in files.items():
             write_whole(folder / key, data)
         return {"instance_data_dir": folder}
 
     def check(self) -> None:
-        """The folder is there."""
+        """Check that the folder exists."""
         if self.file is None and not self.root.is_dir():
             place = str(self.config.instance_data_dir)
             if is_url(place):
@@ -84,12 +84,12 @@ class LocalBackend(DataBackend):
         return self.file.name if self.file else None
 
     def entry(self, key: str) -> Entry:
-        """Size and modification time of one file."""
+        """Return size and modification time of one file."""
         status = (self.root / key).stat()
         return Entry(key, status.st_size, str(status.st_mtime_ns))
 
     def list(self) -> Iterator[Entry]:
-        """Every file, in sorted key order. Links are followed; a link back to a folder above is not.
+        """Yield every file, in sorted key order. Links are followed, except back to a folder above.
 
         What has a name but is no file, or a folder that cannot be listed, comes with its problem.
         """
@@ -123,11 +123,11 @@ class LocalBackend(DataBackend):
                 above.append(folder)
 
     def open(self, key: str) -> BinaryIO:
-        """The file's content."""
+        """Open the file."""
         return (self.root / key).open("rb")
 
     def exists(self, key: str) -> bool:
-        """Whether the file is there."""
+        """Return whether the file exists."""
         return (self.root / key).is_file()
 
     def write(self, key: str, data: bytes) -> None:
@@ -140,7 +140,9 @@ class LocalBackend(DataBackend):
 
 
 def _sorted_names(folder: Path | str) -> Iterator[str]:
-    """Names in a folder, those of folders with a slash at the end: as one column, for there may be millions."""
+    """Yield the names in a folder, those of folders with a slash at the end; sorted as one column, for there may be
+    millions.
+    """
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -155,7 +157,7 @@ def _sorted_names(folder: Path | str) -> Iterator[str]:
 
 
 def _identity(folder: Path | str) -> tuple[int, int]:
-    """Tells folders apart, by whatever path they are reached."""
+    """Return a key that tells folders apart, by whatever path they are reached."""
     status = os.stat(folder)
     return status.st_dev, status.st_ino
 
@@ -181,5 +183,5 @@ def _entry(key: str, path: str) -> Entry:
 
 @hookimpl
 def register_data_backends() -> list[type[DataBackend]]:
-    """The local folder."""
+    """Register the local folder."""
     return [LocalBackend]

@@ -27,7 +27,7 @@ class S3Backend(DataBackend):
     packages: ClassVar[Mapping[str, str]] = {"botocore": "distill-engine[s3]"}
 
     class Config(AwsSettings):
-        """Where the bucket is, and how it is reached."""
+        """The bucket, and the access to it."""
 
         aws_bucket_name: str = Field(min_length=1)
         """Name of the bucket."""
@@ -49,7 +49,7 @@ class S3Backend(DataBackend):
 
     @cached_property
     def store(self) -> S3Store:
-        """The bucket, opened when it is first needed."""
+        """The bucket, opened on first use."""
         config = self.config
         access = config.access(connections=config.aws_max_pool_connections)
         retry = RetryPolicy(attempts=config.aws_max_attempts, timeout_seconds=config.aws_timeout_seconds)
@@ -59,18 +59,18 @@ class S3Backend(DataBackend):
 
     @property
     def parallel_reads(self) -> int:
-        """As many as connections: threads that read a bucket mostly wait."""
+        """The number of connections: threads that read a bucket mostly wait."""
         return self.config.aws_max_pool_connections
 
     @property
     def account(self) -> str:
-        """Where the credentials come from."""
+        """The origin of the credentials, for messages."""
         if self.config.aws_access_key_id is not None:
             return "a key in the data file"
         return account(self.config.aws_profile)
 
     def check(self) -> None:
-        """The names can be those of a bucket and an address."""
+        """Check that the names can be those of a bucket and an address."""
         bucket = self.config.aws_bucket_name
         if "/" in bucket:
             remedy = "the bucket's name alone; the folder goes into aws_data_prefix"
@@ -91,7 +91,7 @@ class S3Backend(DataBackend):
         return self.config.aws_prompts_file
 
     def list(self) -> Iterator[Entry]:
-        """Every object, in sorted key order. Raises BadValue where the bucket cannot be listed."""
+        """Yield every object, in sorted key order. Raises BadValue where the bucket cannot be listed."""
         with self._asked():
             for entry in self.store.list():
                 if not any(part.startswith(".") for part in entry.key.split("/")):
@@ -99,7 +99,7 @@ class S3Backend(DataBackend):
 
     @contextmanager
     def _asked(self) -> Iterator[None]:
-        """Say by its key what is wrong with the place."""
+        """Turn errors of the store inside the block into BadValue that names the key to blame."""
         bucket = self.config.aws_bucket_name
         try:
             yield
@@ -114,15 +114,15 @@ class S3Backend(DataBackend):
             raise BadValue("aws_bucket_name", bucket, f"is not there: {error.strerror}", remedy) from error
 
     def entry(self, key: str) -> Entry:
-        """Size and ETag of one object."""
+        """Return size and ETag of one object."""
         return self.store.stat(key)
 
     def open(self, key: str) -> BinaryIO:
-        """The object, fetched as far as it is read."""
+        """Open the object, which is fetched as far as it is read."""
         return self.store.open(key)
 
     def exists(self, key: str) -> bool:
-        """Whether the object is there."""
+        """Return whether the object exists."""
         return self.store.exists(key)
 
     def write(self, key: str, data: bytes) -> None:
@@ -140,5 +140,5 @@ class S3Backend(DataBackend):
 
 @hookimpl
 def register_data_backends() -> list[type[DataBackend]]:
-    """The bucket."""
+    """Register the bucket."""
     return [S3Backend]

@@ -20,7 +20,7 @@ Locations = Annotated[tuple[PathOrUrl, ...], Field(min_length=1), BeforeValidato
 
 
 def _aliases(kind: str) -> Mapping[str, str]:
-    """``csv_url_column`` and its like."""
+    """Return the established trainer's names of keys, as ``csv_url_column``, with ours."""
     return {f"{kind}_url_column": "image_column", f"{kind}_caption_column": "caption_column"}
 
 
@@ -32,14 +32,14 @@ class CsvBackend(TableBackend):
     key_aliases = _aliases("csv")
 
     class Config(TableSettings):
-        """Where the tables are, and what stands in which column."""
+        """The tables, and the meaning of their columns."""
 
         csv_file: Locations
         """One or several: a file, a folder of them, a glob or a brace range `{000..012}`, here or as a URL."""
 
     @property
     def given(self) -> Sequence[str]:
-        """``csv_file``."""
+        """The paths and URLs of ``csv_file``."""
         return self.config.csv_file
 
 
@@ -51,14 +51,14 @@ class JsonLinesBackend(TableBackend):
     key_aliases = _aliases("jsonl")
 
     class Config(TableSettings):
-        """Where the tables are, and what stands in which column."""
+        """The tables, and the meaning of their columns."""
 
         jsonl_file: Locations
         """One or several: a file, a folder of them, a glob or a brace range `{000..012}`, here or as a URL."""
 
     @property
     def given(self) -> Sequence[str]:
-        """``jsonl_file``."""
+        """The paths and URLs of ``jsonl_file``."""
         return self.config.jsonl_file
 
 
@@ -70,19 +70,19 @@ class ParquetBackend(TableBackend):
     key_aliases = _aliases("parquet")
 
     class Config(TableSettings):
-        """Where the tables are, and what stands in which column."""
+        """The tables, and the meaning of their columns."""
 
         parquet_file: Locations
         """One or several: a file, a folder of them, a glob or a brace range `{000..012}`, here or as a URL."""
 
     @property
     def given(self) -> Sequence[str]:
-        """``parquet_file``."""
+        """The paths and URLs of ``parquet_file``."""
         return self.config.parquet_file
 
     @cached_property
     def _groups(self) -> RowGroups | None:
-        """Where images lie inside the tables; None where they are files."""
+        """The row groups, if images are inside the tables; None where they are files."""
         table = self._table(self.files[0])
         column = Layout.of(table.columns(), self.config, images=True).image
         assert column is not None
@@ -90,22 +90,22 @@ class ParquetBackend(TableBackend):
 
     @property
     def in_order(self) -> bool:
-        """Whether there are more images inside the tables than fit into memory."""
+        """True if the tables hold more bytes of images than fit into memory."""
         return self._groups is not None and self._groups.num_bytes > KEPT_BYTES
 
     def samples(self, *, images: bool = True) -> Iterator[SampleChunk]:
-        """Every row of every table. Raises BadValue where row groups are too large to be read again."""
+        """Yield every row of every table. Raises BadValue where row groups are too large to be read again."""
         if images:
             _ = self._groups
         yield from super().samples(images=images)
 
     def sequential(self, resume: str = "") -> Generator[SequentialChunk, None, None]:
-        """All images inside the tables, a row group at a time."""
+        """Yield all images inside the tables, a row group at a time."""
         assert self._groups is not None
         yield from self._groups.sequential(resume)
 
     def open(self, key: str) -> BinaryIO:
-        """An image inside a table by its row, or one that is a file."""
+        """Open an image inside a table by its row, or one that is a file."""
         if key.isdecimal():
             assert self._groups is not None
             return self._groups.open(int(key))
@@ -114,5 +114,5 @@ class ParquetBackend(TableBackend):
 
 @hookimpl
 def register_data_backends() -> list[type[DataBackend]]:
-    """The three kinds of tables."""
+    """Register the three kinds of tables."""
     return [CsvBackend, JsonLinesBackend, ParquetBackend]

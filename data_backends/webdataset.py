@@ -39,14 +39,14 @@ class WebDatasetBackend(SampleBackend):
     name = "webdataset"
 
     class Config(ColumnSettings):
-        """Where the shards are, and what stands where in .json members."""
+        """The shards, and the meaning of the values in .json members."""
 
         shards: Annotated[tuple[PathOrUrl, ...], Field(min_length=1), BeforeValidator(one_or_many)]
         """One or several: a .tar file, a folder of them, a glob or a brace range `{000..012}`, here or as a URL."""
 
     @property
     def location(self) -> str:
-        """What the entry says."""
+        """The paths and URLs of the shards."""
         return ", ".join(self.config.shards)
 
     @cached_property
@@ -55,11 +55,11 @@ class WebDatasetBackend(SampleBackend):
         return locate("shards", self.config.shards, (".tar",))
 
     def identity(self) -> str:
-        """Names, sizes and versions of the shards, and what is read in them."""
+        """Return a hash of the names, sizes and versions of the shards, and of what is read in them."""
         return identity_of(self.files, self.config.model_dump(mode="json", exclude={"shards"}))
 
     def check_samples(self, *, images: bool, captions: bool) -> None:
-        """The first shard is there and is an archive, unless only the network could say so."""
+        """Check that the first shard is there and is an archive, unless it is remote."""
         del images, captions
         if any(map(is_remote, self.config.shards)):
             return
@@ -68,10 +68,10 @@ class WebDatasetBackend(SampleBackend):
                 next(members(stream, self.files[0].size), None)
             except Damaged as error:
                 remedy = "give .tar archives that are whole (an image and its .txt or .json side by side)"
-                raise BadValue("shards", self.files[0].place, str(error), remedy) from error
+                raise BadValue("shards", self.files[0].path, str(error), remedy) from error
 
     def samples(self, *, images: bool = True) -> Iterator[SampleChunk]:
-        """All shards, some at a time; images are hashed and their headers read."""
+        """Yield the samples of all shards, some shards at a time; images are hashed and their headers read."""
 
         def scan(number: int) -> list[Sample]:
             return Shard(number, self.files[number], self.config, images=images).samples()
@@ -80,16 +80,16 @@ class WebDatasetBackend(SampleBackend):
             yield chunk_of(found)
 
     def open(self, key: str) -> BinaryIO:
-        """An image's bytes: that part of its shard is read, and no other."""
+        """Open an image's bytes; that part of its shard is read, and no other."""
         shard, offset, size = map(int, key.split(":"))
         data = self.files[shard].read(offset, size)
         if len(data) != size:
-            raise FileNotFoundError(f"{self.files[shard].place} ends before it")
+            raise FileNotFoundError(f"{self.files[shard].path} ends before it")
         return io.BytesIO(data)
 
 
 def _several(work: Callable[[int], list[Sample]], items: Sequence[int]) -> Iterator[list[Sample]]:
-    """Results of `work`, in order, some computed at the same time."""
+    """Yield results of `work` in order, some computed at the same time."""
     pool = ThreadPoolExecutor(SHARDS_AT_ONCE)
     waiting: deque[Future[list[Sample]]] = deque()
     try:
@@ -105,7 +105,7 @@ def _several(work: Callable[[int], list[Sample]], items: Sequence[int]) -> Itera
 
 @dataclass
 class _Group:
-    """What has the same name but for the suffix; the texts as they stand there."""
+    """Text members of one name; their bytes as they are."""
 
     text: bytes | None = None
     record: bytes | None = None
@@ -115,8 +115,8 @@ class Shard:
     """One archive.
 
     Args:
-        number: Among all.
-        file: Where it is.
+        number: Its number among all.
+        file: Its location.
         config: The columns of .json members.
         images: Whether images are read.
     """
@@ -125,7 +125,9 @@ class Shard:
         self.number, self.file, self.config, self.images = number, file, config, images
 
     def samples(self) -> list[Sample]:
-        """Its images (or, without images, whatever has a caption); behind them what is wrong with the archive."""
+        """Return its images (or, without images, whatever has a caption), and behind them what is wrong with the
+        archive.
+        """
         found: list[Sample] = []
         groups: dict[str, _Group] = {}
         damage = []
@@ -163,11 +165,11 @@ class Shard:
 
         stream.seek(member.offset)
         data = stream.read(member.size)
-        place = f"{self.number}:{member.offset}:{member.size}"
+        position = f"{self.number}:{member.offset}:{member.size}"
         try:
-            return Sample(member.name, place, member.size, digest(data), (), *probe(io.BytesIO(data)))
+            return Sample(member.name, position, member.size, digest(data), (), *probe(io.BytesIO(data)))
         except BrokenImage as error:
-            return Sample(member.name, place, member.size, digest(data), problem=str(error))
+            return Sample(member.name, position, member.size, digest(data), problem=str(error))
 
     def _captioned(self, sample: Sample, groups: Mapping[str, _Group]) -> Sample:
         group = groups.get(_stem(sample.key), _Group())
@@ -202,7 +204,7 @@ def _text(data: bytes, what: str) -> str:
 
 
 def _record(data: bytes | None) -> Row:
-    """What a .json member says. Raises ValueError where it is none."""
+    """Parse a .json member. Raises ValueError where it is no object."""
     if data is None:
         return {}
     try:
@@ -216,5 +218,5 @@ def _record(data: bytes | None) -> Row:
 
 @hookimpl
 def register_data_backends() -> list[type[DataBackend]]:
-    """The shards."""
+    """Register the shards."""
     return [WebDatasetBackend]

@@ -56,7 +56,7 @@ def quickstart(tmp_path, *more):
     return distill("config", "check", *files, *paths, *more)
 
 
-def test_the_quickstart_files_check_verbatim_with_the_expected_notices_only(tmp_path, monkeypatch):
+def test_the_quickstart_files_are_valid_with_the_expected_notices_only(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     monkeypatch.setattr(
         "distill.core.engine.tracking.missing_packages", lambda packages: "not there" if packages else None
@@ -88,7 +88,7 @@ def test_the_low_vram_variant_is_usable_and_says_what_has_no_effect(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["json", "yaml", "toml"])
-def test_three_formats_say_the_same(suffix, tmp_path, registry):
+def test_json_yaml_and_toml_give_the_same_configuration(suffix, tmp_path, registry):
     pair = Pair(tmp_path, {"seed": 7, "learning_rate": "2e-4"})
     pair.write()
     texts = {
@@ -135,7 +135,7 @@ def test_values_may_be_written_as_texts(given, key, value, load):
     assert getattr(load(given).run, key) == value
 
 
-def test_a_bare_no_of_yaml_is_no_precision(tmp_path, registry):
+def test_yaml_no_is_the_precision_no(tmp_path, registry):
     pair = Pair(tmp_path)
     pair.write()
     file = tmp_path / "c.yaml"
@@ -203,7 +203,7 @@ def test_small_sizes_under_pixel_are_megapixels(load):
     ]
 
 
-def test_other_spellings_of_datasets(load):
+def test_other_spellings_of_dataset_values_are_read(load):
     entry = load(
         {}, {"caption_strategy": "instance_prompt", "instance_prompt": "a cat", "crop_style": "centre"}
     ).datasets[0]
@@ -329,7 +329,7 @@ def test_overrides_may_hold_json_and_equals_signs(load):
     assert found.run.teacher_lora[0].weight == 0.5
 
 
-def test_null_takes_a_key_back_to_its_default(load):
+def test_null_resets_a_key_to_its_default(load):
     assert (
         load({"checkpoint_step_interval": 7}, overrides=["checkpoint_step_interval=null"]).run.checkpoint_step_interval
         == 500
@@ -369,7 +369,7 @@ def test_plugins_of_the_configuration_are_loaded_before_names_resolve(tmp_path):
         ),
     ],
 )
-def test_what_should_be_known_is_said_once(run, line, load):
+def test_each_notice_is_given_once(run, line, load):
     assert len([notice for notice in load(run).notices if line in notice]) == 1
 
 
@@ -377,7 +377,7 @@ def test_a_negative_prompt_with_guidance_needs_no_notice(load):
     assert not load({"validation_negative_prompt": "blurry", "validation_guidance": 5}).notices
 
 
-def test_the_default_pair_has_nothing_to_say(load):
+def test_the_default_files_give_no_notice(load):
     assert load().notices == ()
 
 
@@ -437,7 +437,7 @@ def test_overwriting_is_not_reproduced(load):
     assert load({"overwrite": True}).resolved()["overwrite"] is False
 
 
-def test_a_finished_run_loads_where_its_data_are_not(load, registry, tmp_path):
+def test_a_finished_run_loads_without_its_data(load, registry, tmp_path):
     file = tmp_path / "config.resolved.json"
     file.write_text(json.dumps(load().resolved()))
     (tmp_path / "images").rmdir()

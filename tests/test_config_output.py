@@ -35,13 +35,13 @@ def earlier(tmp_path, configuration, *folders):
     return out
 
 
-def test_a_new_or_empty_folder_is_a_start(load, tmp_path):
+def test_a_new_or_empty_folder_starts_a_run(load, tmp_path):
     assert check_output_dir(load()).action == "start"
     (tmp_path / "out").mkdir()
     assert check_output_dir(load()).action == "start"
 
 
-def test_a_folder_with_the_data_file_alone_is_a_start(load, tmp_path):
+def test_a_folder_with_the_data_file_alone_starts_a_run(load, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "multidatabackend.json").write_text("[]")
     assert check_output_dir(load()).action == "start"
@@ -82,7 +82,7 @@ def test_a_run_that_left_nothing_is_started_afresh(load, tmp_path):
 
 
 @pytest.mark.parametrize("sign", ["student", "model_index.json", "checkpoint-3"])
-def test_what_is_not_ours_is_refused(sign, load, tmp_path):
+def test_a_folder_with_foreign_files_is_refused(sign, load, tmp_path):
     (tmp_path / "out" / sign).mkdir(parents=True)
     with pytest.raises(UserError, match=f"{sign}.*not a run of this tool"):
         check_output_dir(load({"resume_from_checkpoint": "latest"}))
@@ -146,7 +146,7 @@ def test_a_damaged_earlier_configuration_is_named(load, tmp_path):
         check_output_dir(load({"resume_from_checkpoint": "latest"}))
 
 
-def test_clearing_leaves_caches_and_strangers(load, tmp_path):
+def test_overwriting_keeps_caches_and_foreign_files(load, tmp_path):
     out = earlier(tmp_path, load(), "checkpoint-5", "student", "cache", ".checkpoint-9.partial", "notes")
     clear_output_dir(out)
     assert sorted(path.name for path in out.iterdir()) == ["cache", "notes"]

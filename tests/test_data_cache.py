@@ -42,7 +42,7 @@ def rewrite(path, place: int, *, keep_time: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
-def test_what_is_written_is_read(tmp_path, dtype):
+def test_a_written_entry_is_read_back(tmp_path, dtype):
     cache = open_cache(tmp_path)
     cache.write(keys(1, 2, 3), entries(1, 2, 3, dtype=dtype))
     cache.write(keys(9), entries(9, shape=(4, 1), dtype=dtype))
@@ -58,14 +58,14 @@ def test_what_is_written_is_read(tmp_path, dtype):
     assert shards(tmp_path)[0].read_bytes()[8:9] == b"{"  # plain safetensors
 
 
-def test_descriptors_keep_caches_apart(tmp_path):
+def test_other_descriptors_give_other_caches(tmp_path):
     open_cache(tmp_path).write(keys(1), entries(1))
     assert len(open_cache(tmp_path)) == 1
     assert len(open_cache(tmp_path, vae="y")) == 0
     assert [descriptor for _, descriptor in cache_folders(tmp_path)] == [DESCRIPTOR]
 
 
-def test_a_torn_write_leaves_no_entry(tmp_path):
+def test_an_interrupted_write_leaves_no_entry(tmp_path):
     cache = open_cache(tmp_path)
     cache.write(keys(1), entries(1))
     cache.write(keys(2), entries(2))
@@ -78,7 +78,7 @@ def test_a_torn_write_leaves_no_entry(tmp_path):
     assert (open_cache(tmp_path).locate(keys(1, 2)) >= 0).all()
 
 
-def test_old_leftovers_go_and_young_ones_stay(tmp_path):
+def test_only_old_partial_files_are_removed(tmp_path):
     cache = open_cache(tmp_path)
     cache.write(keys(1), entries(1))
     old, young = cache.folder / ".partial-1-x", cache.folder / "orphan.safetensors"
@@ -110,7 +110,7 @@ def test_damaged_shards_are_dropped_at_start(tmp_path, damage, said):
     assert len(said) == 1  # said once
 
 
-def test_damage_that_hides_its_time_is_found_when_read(tmp_path):
+def test_damage_without_a_changed_modification_time_is_found_when_read(tmp_path):
     cache = open_cache(tmp_path)
     cache.write(keys(1, 2), entries(1, 2))
     data = shards(tmp_path)[0].read_bytes()
@@ -148,7 +148,7 @@ def test_failures_are_remembered_with_their_shard(tmp_path):
     assert again.failure(keys(3)[0]).reason == "no image"
 
 
-def test_two_writers_do_not_meet(tmp_path):
+def test_two_writers_do_not_interfere(tmp_path):
     first, second = open_cache(tmp_path), open_cache(tmp_path)
     for number in range(3):
         first.write(keys(number), entries(number))
@@ -157,7 +157,7 @@ def test_two_writers_do_not_meet(tmp_path):
     assert (merged.locate(keys(0, 1, 2, 10, 11, 12)) >= 0).all()
 
 
-def test_many_shards_hold_few_files_open(tmp_path):
+def test_the_number_of_open_files_is_bounded(tmp_path):
     cache = open_cache(tmp_path)
     for number in range(30):
         cache.write(keys(number), entries(number))
@@ -169,7 +169,7 @@ def test_many_shards_hold_few_files_open(tmp_path):
     assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 0
 
 
-def test_clearing_removes_only_what_is_ours(tmp_path):
+def test_clearing_removes_only_the_caches_own_files(tmp_path):
     cache = open_cache(tmp_path)
     cache.write(keys(1), entries(1))
     (tmp_path / "precious.txt").write_text("mine")

@@ -10,7 +10,7 @@ def captions(tmp_path, key="deep/a_red_cat.jpg", text=None, **settings):
     return CaptionRules(entry(tmp_path / "set", **settings)).captions(key, text)
 
 
-def test_strategies(tmp_path):
+def test_caption_strategies_give_their_captions(tmp_path):
     assert captions(tmp_path, text="\ufeffa cat\n\n  a  small cat \n"[1:]) == ["a cat", "a small cat"]
     assert captions(tmp_path, text="a cat\nin a hat", disable_multiline_split=True) == ["a cat in a hat"]
     assert captions(tmp_path, text=" \n") == []
@@ -22,7 +22,7 @@ def test_strategies(tmp_path):
     assert captions(tmp_path, text="a cat\na cat") == ["a cat"]
 
 
-def test_instance_prompt_must_be_there(tmp_path):
+def test_a_missing_instance_prompt_is_refused(tmp_path):
     for settings in (
         {"caption_strategy": "instanceprompt"},
         {"prepend_instance_prompt": True},
@@ -32,7 +32,7 @@ def test_instance_prompt_must_be_there(tmp_path):
             captions(tmp_path, **settings)
 
 
-def test_filters(tmp_path):
+def test_caption_filters_cut_and_substitute(tmp_path):
     assert captions(tmp_path, text="a cat, watermark, 4k", caption_filter_list=("watermark", ", 4k")) == ["a cat,"[:-1]]
     assert captions(tmp_path, text="a photo of cats", caption_filter_list=(r"s/cats?/dog/", "photo of")) == ["a dog"]
     listed = tmp_path / "filters.txt"
@@ -53,7 +53,7 @@ def test_shuffles_are_fixed_orders_of_the_same_parts(tmp_path):
     assert captions(tmp_path, text="one part", caption_shuffle=True) == ["one part"]
 
 
-def test_rules_have_an_identity(tmp_path):
+def test_the_identity_changes_with_the_caption_rules(tmp_path):
     def identity(**settings):
         return CaptionRules(entry(tmp_path / "set", **settings)).identity()
 
@@ -62,7 +62,7 @@ def test_rules_have_an_identity(tmp_path):
     assert identity(caption_filter_list=("a",)) != identity(caption_filter_list=("b",))
 
 
-def test_caption_files():
+def test_caption_files_of_all_encodings_are_read_or_refused():
     assert caption_key("a/b.c/d.tar.png") == "a/b.c/d.tar.txt"
     assert read_text("caf\u00e9".encode()) == "caf\u00e9"
     assert read_text("\ufeffcaf\u00e9".encode()) == "caf\u00e9"

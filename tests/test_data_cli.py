@@ -11,7 +11,7 @@ def cache(*arguments: str):
     return CliRunner().invoke(app, ["cache", *arguments], catch_exceptions=False)
 
 
-def test_build_verify_clear(tmp_path):
+def test_cache_commands_build_verify_and_clear(tmp_path):
     config = write_run(tmp_path)
     built = cache("build", "--config", str(config))
     assert built.exit_code == 0, built.output

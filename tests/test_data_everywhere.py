@@ -188,7 +188,7 @@ def test_captions_are_made_in_the_same_way_from_every_source(strategy, images, t
 
 
 @pytest.mark.slow
-def test_training_needs_another_type_and_place_only(tmp_path, images):
+def test_another_source_changes_only_type_and_location(tmp_path, images):
     """A whole run on each; the data file differs in ``type`` and where things lie."""
     found = {}
     for make in (None, csv_source, jsonl_source, parquet_source, shards_source):

@@ -56,7 +56,7 @@ def test_resolution_types_mean_what_they_say(tmp_path):
     assert one.bucket_h.tolist() == [1024, 896]  # buckets of SDXL
 
 
-def test_alignment_meets_the_model_too(tmp_path):
+def test_bucket_edges_are_multiples_of_alignment_and_model(tmp_path):
     assert geometry(tmp_path, multiple=16, aspect_bucket_alignment=24).alignment == 48
     with pytest.raises(UserError, match=r"set\.resolution = 32 .*alignment of 64"):
         geometry(tmp_path, resolution=32)
@@ -99,7 +99,7 @@ def test_filters_name_their_reason(tmp_path):
     assert codes(max_upscale_threshold=0.2)[:3] == [0, 0, 4]
 
 
-def test_random_crops_are_for_good_and_cover_the_range(tmp_path):
+def test_random_crops_are_fixed_and_cover_the_range(tmp_path):
     made = geometry(tmp_path, crop=True, crop_style="random", resolution_type="pixel")
     width, height = np.full(4000, 1024), np.full(4000, 512)
     first, again = (made.plan(width, height, rng(4000)) for _ in range(2))

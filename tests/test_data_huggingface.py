@@ -68,7 +68,7 @@ def test_every_form_gives_the_batches_of_files(folder, tmp_path, monkeypatch, fo
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["table", "stream"])
-def test_nothing_is_made_again_until_it_changes(folder, tmp_path, streaming):
+def test_nothing_is_encoded_again_until_it_changes(folder, tmp_path, streaming):
     place = parquet(rows_of(folder), tmp_path / "pq")
     pipeline(hf(place, streaming=streaming), root=tmp_path)[0].prepare()
     family = FakeFamily()
@@ -97,7 +97,7 @@ def test_sizes_and_names_from_columns_leave_images_for_the_latents(folder, tmp_p
     assert by_position([take(files, 15)]) == batches
 
 
-def test_captions_of_several_nested_and_fallback_columns(folder, tmp_path):
+def test_captions_come_from_several_nested_and_fallback_columns(folder, tmp_path):
     place = parquet(rows_of(folder), tmp_path / "pq")
     found = chunks(backend(place, caption_column=["meta.caption", "file"]))
     assert found["cats/001.png"] == (["image number 1", "cats/001.png"], "")
@@ -131,7 +131,7 @@ def test_class_labels_are_captions_by_name(tmp_path, folder):
         ({"min_width": 48}, sum(width >= 48 for width, _ in MIXED)),
     ],
 )
-def test_conditions_choose_samples(folder, tmp_path, conditions, left):
+def test_filter_conditions_choose_samples(folder, tmp_path, conditions, left):
     place = parquet(rows_of(folder), tmp_path / "pq")
     counts = pipeline(hf(place, filter_func=conditions), root=tmp_path)[0].prepare().datasets["set"]
     assert counts.used == left
@@ -140,7 +140,7 @@ def test_conditions_choose_samples(folder, tmp_path, conditions, left):
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["table", "stream"])
-def test_parts_of_a_split(folder, tmp_path, streaming):
+def test_parts_of_a_split_are_read(folder, tmp_path, streaming):
     place = parquet(rows_of(folder), tmp_path / "pq")
     found = chunks(backend(place, split="train[2:5]", streaming=streaming))
     assert list(found) == ["cats/002.png", "cats/003.png", "cats/004.png"]
@@ -175,7 +175,7 @@ def test_captions_alone_read_no_image(folder, tmp_path, monkeypatch, streaming):
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["table", "stream"])
-def test_broken_and_absent_images_are_set_aside(folder, tmp_path, streaming):
+def test_broken_and_absent_images_are_quarantined(folder, tmp_path, streaming):
     rows = rows_of(folder)
     rows[2] = (rows[2][0], rows[2][1][:20], rows[2][2])
     rows[5] = (rows[5][0], rows[5][1][:200], rows[5][2])
@@ -222,7 +222,7 @@ def mistake(folder: Path, **keys) -> BadValue:
         ({"dataset_name": "parquet", "data_files": ["x/*.parquet"]}, "data_files", "does not exist", "./"),
     ],
 )
-def test_mistakes_say_what_there_is(folder, tmp_path, keys, key, text, remedy):
+def test_mistakes_list_what_is_available(folder, tmp_path, keys, key, text, remedy):
     error = mistake(parquet(rows_of(folder), tmp_path / "pq"), **keys)
     assert error.key == key
     assert text in str(error)
@@ -277,7 +277,7 @@ def test_a_foreign_dataset_opens_no_file_of_this_machine(tmp_path, folder):
     assert source._relative("/cache/datasets--a--b/snapshots/0123abc/train/1.png") == "train/1.png"
 
 
-def test_a_csv_of_paths_and_a_single_file(folder, tmp_path):
+def test_a_csv_of_paths_and_a_single_file_are_read(folder, tmp_path):
     lines = ["image,caption", *(f"{name},{json.dumps(text)}" for name, _, text in rows_of(folder)[4:])]
     (folder / "list.csv").write_text("\n".join(lines))
     found = chunks(HuggingFaceBackend(HuggingFaceBackend.Config(dataset_name=str(folder / "list.csv"))))

@@ -19,7 +19,7 @@ sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from types import SimpleNamespace
 import datasets
-from distill.core.data import listing, passing
+from distill.core.data.index import listing, sequential
 from distill.data_backends import _hf_source, huggingface
 from support import data_helpers
 from support.data_helpers import FakeFamily, pipeline
@@ -30,7 +30,7 @@ datasets.config.HF_DATASETS_CACHE = root / "hf"
 data_helpers.REGISTRY = SimpleNamespace(get=lambda kind, name: huggingface.HuggingFaceBackend)
 huggingface.CHUNK = huggingface.GROUP = 2
 listing.KEPT_SECONDS = -1
-passing.MARK_EVERY = passing.LEAP = 1
+sequential.RESUME_POINT_EVERY = sequential.LEAP = 1
 
 def kill_after(function, count):
     def counted(*arguments):
@@ -41,12 +41,12 @@ def kill_after(function, count):
     counted.left = count
     return counted
 
-walk = _hf_source.Source.walk
+scan = _hf_source.Source.scan
 def noted(self, *arguments):
-    for number, row, mark in walk(self, *arguments):
+    for number, row, resume_point in scan(self, *arguments):
         print(stop, number, flush=True)
-        yield number, row, mark
-_hf_source.Source.walk = noted
+        yield number, row, resume_point
+_hf_source.Source.scan = noted
 family = FakeFamily()
 if stop == "index":
     huggingface.probe = kill_after(huggingface.probe, calls)
@@ -59,7 +59,7 @@ print("encoded", family.num_images)
 
 
 @pytest.mark.parametrize("form", ["parquet", pytest.param("tars", marks=pytest.mark.slow)])
-def test_killed_builds_of_a_stream_go_on_where_they_were(folder, tmp_path, form):
+def test_killed_builds_of_a_stream_are_resumed(folder, tmp_path, form):
     FORMS[form](rows_of(folder), tmp_path / form)
 
     def run(stop: str, calls: int = 0) -> tuple[int, list[str]]:
@@ -75,11 +75,11 @@ def test_killed_builds_of_a_stream_go_on_where_they_were(folder, tmp_path, form)
     assert code == -signal.SIGKILL
     index = [int(line.split()[1]) for line in lines]
     assert index[:4] == [6, 7, 8, 9], "the listing goes on behind its last chunk"
-    assert index[4:] == list(range(len(index) - 4)), "then the images pass by once"
+    assert index[4:] == list(range(len(index) - 4)), "then the images are read once"
     code, lines = run("rest")
     assert code == 0
     assert lines[-1] != f"encoded {len(MIXED)}"
-    assert lines[0] not in ("rest 0", "rest 1"), "images whose latents are there do not pass by again"
+    assert lines[0] not in ("rest 0", "rest 1"), "images whose latents are there are not read again"
     resumed, _ = pipeline(hf(tmp_path / form, where=tmp_path, streaming=True), root=tmp_path)
     whole, _ = pipeline(hf(tmp_path / form, where=tmp_path / "whole", streaming=True), root=tmp_path / "whole")
     assert by_position([take(resumed, 15)]) == by_position([take(whole, 15)])
@@ -129,7 +129,7 @@ def ask_hub(tmp_path, *names: str) -> list[str]:
     return result.stdout.splitlines()
 
 
-def test_what_the_hub_refuses(tmp_path):
+def test_refusals_of_the_hub_become_errors_with_a_remedy(tmp_path):
     gated, missing, unborn = ask_hub(tmp_path, "gated", "missing", "unborn")
     assert gated.startswith("dataset_name; is a gated dataset, and this machine has no access to it; ask for access on")
     assert gated.endswith("/datasets/someone/gated, then log in: hf auth login (or HF_TOKEN)")

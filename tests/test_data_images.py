@@ -42,7 +42,7 @@ def test_damaged_exif_does_not_hide_good_pixels():
     assert decode(data).size == (24, 16)
 
 
-def test_transparency_lies_on_white():
+def test_transparency_is_blended_onto_white():
     clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
     half = Image.new("LA", (8, 8), (0, 128))
     palette = Image.new("P", (8, 8), 1)
@@ -65,7 +65,7 @@ def test_sixteen_bits_and_floats_keep_their_brightness():
     assert np.asarray(decode(dark)).max() == 25 or np.asarray(decode(dark)).max() == 26  # not stretched to white
 
 
-def test_other_modes():
+def test_images_of_all_modes_become_rgb():
     red = Image.new("RGB", (8, 8), (200, 30, 30))
     for mode, format in (
         ("CMYK", "JPEG"),
@@ -109,13 +109,13 @@ def test_scaling_a_part_equals_scaling_all_and_cropping():
     assert np.array_equal(flipped[:, ::-1], ours)
 
 
-def test_extreme_images_do_not_grow_on_the_way():
+def test_extreme_aspect_ratios_make_no_large_intermediate_image():
     thin = Image.new("RGB", (1, 30000), "red")
     assert fit(thin, 64, 64).shape == (64, 64, 3)
     assert (fit(Image.new("RGB", (1, 1), "red"), 8, 16) == (255, 0, 0)).all()
 
 
-def test_same_size_is_exact():
+def test_an_image_of_the_buckets_size_keeps_its_pixels():
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     out = scale_and_crop(Image.fromarray(pixels), size=(32, 32), left=0, top=0, bucket=(32, 32))
     assert np.array_equal(out, pixels)

@@ -9,12 +9,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from distill.core.data.index import index_builder as index_build
-from distill.core.data.index import listing
+from distill.core.data.index import index_builder, listing
 from distill.core.data.index.build_folder import build_folder_of
 from distill.core.data.index.index_builder import IndexBuilder
 from distill.core.data.samples.captions import CaptionRules
-from distill.core.data.tables import external_sort as external_table
+from distill.core.data.tables import external_sort
 from distill.core.errors import OutOfReach
 from distill.core.plugin_api.backend import Entry, SampleChunk
 from distill.core.utils.progress import default_progress
@@ -45,13 +44,13 @@ class Counting(LocalBackend):
 @pytest.fixture
 def small(monkeypatch):
     """Runs, merges and what is kept aside a few rows each, so that little sets meet them all."""
-    monkeypatch.setattr(external_table, "RUN_ROWS", 16)
-    monkeypatch.setattr(external_table, "SMALLEST_BATCH", 4)
-    monkeypatch.setattr(external_table, "MERGE_ROWS", 4)
+    monkeypatch.setattr(external_sort, "RUN_ROWS", 16)
+    monkeypatch.setattr(external_sort, "SMALLEST_BATCH", 4)
+    monkeypatch.setattr(external_sort, "MERGE_ROWS", 4)
     monkeypatch.setattr(listing, "RUN_ROWS", 16)
     monkeypatch.setattr(listing, "CHUNK", 8)
-    monkeypatch.setattr(index_build, "CHUNK", 8)
-    monkeypatch.setattr(index_build, "READ_ROWS", 8)
+    monkeypatch.setattr(index_builder, "CHUNK", 8)
+    monkeypatch.setattr(index_builder, "READ_ROWS", 8)
 
 
 def build(path, settings, backend):
@@ -94,7 +93,7 @@ def test_rows_come_out_as_they_went_in_whatever_their_order(tmp_path, small):
     assert not build_folder_of(tmp_path / "i.arrow").exists()
 
 
-def test_what_was_read_before_it_went_out_of_reach_is_not_read_again(tmp_path, small):
+def test_files_read_before_an_outage_are_not_read_again(tmp_path, small):
     folder = fill(tmp_path / "set", SIZES)
     settings, backend = files(folder)
     build(tmp_path / "whole.arrow", settings, backend)
@@ -127,8 +126,8 @@ import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 import test_data_index as t
-from distill.core.data import index_build
-index_build.READ_ROWS = 8
+from distill.core.data.index import index_builder
+index_builder.READ_ROWS = 8
 root = Path(sys.argv[2])
 settings, backend = t.files(root / "set")
 read = type(backend).open
@@ -141,7 +140,7 @@ t.build(root / "killed.arrow", settings, backend)
 """
 
 
-def test_a_build_killed_at_nine_tenths_goes_on(tmp_path):
+def test_a_build_killed_at_nine_tenths_is_resumed(tmp_path):
     folder = fill(tmp_path / "set", SIZES)
     here = Path(__file__).parent
     done = subprocess.run([sys.executable, "-c", KILLED, str(here), str(tmp_path)], capture_output=True, text=True)
@@ -180,7 +179,7 @@ class Shards(Memory):
             yield SampleChunk(**{**vars(chunk), "resume": str(number + 1)})
 
 
-def test_a_listing_that_breaks_off_goes_on_behind_what_it_told(tmp_path, small, monkeypatch):
+def test_an_interrupted_listing_is_resumed(tmp_path, small, monkeypatch):
     for name in ("data", "opened", "extra"):
         monkeypatch.setattr(Memory, name, type(getattr(Memory, name))())
     folder = fill(tmp_path / "set", SIZES[:60])
@@ -220,7 +219,7 @@ def test_a_broken_sample_does_not_make_every_start_list_again(tmp_path, monkeypa
 # -- tables larger than memory -----------------------------------------------------------------------------------------
 
 
-def test_columns_on_disk_are_the_columns(tmp_path):
+def test_on_disk_columns_equal_the_appended_ones(tmp_path):
     schema = pa.schema(
         [
             ("text", pa.large_string()), ("number", pa.int32()), ("hash", pa.binary(3)),
@@ -239,23 +238,23 @@ def test_columns_on_disk_are_the_columns(tmp_path):
     ]
     whole = pa.RecordBatch.from_pylist(rows, schema)
     pieces = [whole.slice(0, 4), whole.slice(4, 0), whole.slice(4, 5)]
-    table = external_table.ExternalTable(schema, tmp_path).extend(pieces).table()
+    table = external_sort.OnDiskTable(schema, tmp_path).extend(pieces).table()
     assert table.to_pylist() == rows
     assert all(column.num_chunks == 1 for column in table.columns)
-    assert external_table.ExternalTable(schema, tmp_path).table().to_pylist() == []
+    assert external_sort.OnDiskTable(schema, tmp_path).table().to_pylist() == []
 
 
-def test_runs_are_merged_in_order(tmp_path, small):
-    schema = pa.schema([("key", pa.large_string()), ("place", pa.large_string())])
+def test_the_external_sort_merges_runs_in_order(tmp_path, small):
+    schema = pa.schema([("key", pa.large_string()), ("position", pa.large_string())])
     random = np.random.default_rng(0)
     pairs = [(f"{a}\u00e9" if a % 2 else f"{a}z", str(b)) for a, b in random.integers(0, 60, (500, 2)).tolist()]
     batches = [
-        pa.RecordBatch.from_pydict({"key": [k for k, _ in part], "place": [p for _, p in part]}, schema=schema)
+        pa.RecordBatch.from_pydict({"key": [k for k, _ in part], "position": [p for _, p in part]}, schema=schema)
         for part in (pairs[start : start + 7] for start in range(0, 500, 7))
     ]
-    table = external_table.sorted_table(iter(batches), ["key", "place"], schema, tmp_path)
-    assert list(zip(table["key"].to_pylist(), table["place"].to_pylist(), strict=True)) == sorted(pairs)
-    part = external_table.between(table, "key", "20", "30z")
+    table = external_sort.sorted_table(iter(batches), ["key", "position"], schema, tmp_path)
+    assert list(zip(table["key"].to_pylist(), table["position"].to_pylist(), strict=True)) == sorted(pairs)
+    part = external_sort.between(table, "key", "20", "30z")
     assert part["key"].to_pylist() == [key for key, _ in sorted(pairs) if "20" <= key <= "30z"]
 
 

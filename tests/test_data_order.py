@@ -57,7 +57,7 @@ def test_no_sample_falls_behind_after_any_epoch():
     assert order.epoch_of(199) == order.at(199).epoch
 
 
-def test_random_access_equals_walking():
+def test_random_access_equals_sequential_steps():
     walked = [SampleOrder(STREAMS, global_batch=4, seed=1).at(step).indices.tolist() for step in range(60)]
     order = SampleOrder(STREAMS, global_batch=4, seed=1)
     assert [order.at(step).indices.tolist() for step in range(60)] == walked
@@ -66,7 +66,7 @@ def test_random_access_equals_walking():
     assert [SampleOrder(STREAMS, global_batch=4, seed=2).at(step).indices.tolist() for step in range(60)] != walked
 
 
-def test_steps_worked_out_together_are_those_worked_out_alone():
+def test_steps_computed_together_equal_steps_computed_alone():
     streams = [Stream("a", 70_000), Stream("b", 5000, Fraction(7, 3), 12), Stream("c", 3, Fraction(3))]
     order = SampleOrder(streams, global_batch=4, seed=2)
     for start in (0, 17_000, int(2 * order.steps_per_epoch) - 3000):
@@ -85,7 +85,7 @@ def test_epochs_are_shuffled_differently():
     assert epochs[0] != epochs[1]
 
 
-def test_tens_of_millions_cost_nothing():
+def test_an_order_of_tens_of_millions_of_samples_is_cheap():
     order = SampleOrder([Stream("a", 30_000_000, Fraction(101)), Stream("b", 40_000_000)], global_batch=16, seed=0)
     order.at(0)
     start = time.process_time()

@@ -96,7 +96,7 @@ def test_how_the_batch_is_cut_changes_nothing(tmp_path):
     assert all(cond["time_ids"][0] >= 32 for *_, cond in samples)  # the sizes stay when the caption is dropped
 
 
-def test_a_restart_in_the_middle_goes_on_exactly(tmp_path):
+def test_a_restart_in_the_middle_gives_the_same_batches(tmp_path):
     folder = fill(tmp_path / "set", MIXED)
     data, _ = pipeline(entry(folder, random_flip=True), root=tmp_path, micro=2)
     data.prepare()
@@ -169,7 +169,7 @@ def test_equal_sizes_share_encoder_calls(tmp_path):
     assert sorted(family.batches) == [(3, 3, 24, 48), (6, 3, 32, 32), (64, 3, 32, 32)]
 
 
-def test_what_changed_is_made_anew_and_said(tmp_path):
+def test_changed_settings_encode_anew_and_say_why(tmp_path):
     folder = fill(tmp_path / "set", MIXED)
     pipeline(entry(folder), root=tmp_path)[0].prepare()
 
@@ -259,7 +259,7 @@ pipeline(settings, root=root, family=Killed())[0].prepare()
 """
 
 
-def test_a_killed_build_goes_on_where_it_was(tmp_path):
+def test_a_killed_build_is_resumed_at_the_first_missing_shard(tmp_path):
     sizes = [(50, 50)] * 10
     broken = fill(tmp_path / "set", sizes) / "001.png"
     broken.write_bytes(broken.read_bytes()[:2000])
@@ -321,7 +321,7 @@ def test_broken_images_are_named_and_the_run_goes_on(tmp_path):
     assert data.num_samples == 7
 
 
-def test_what_was_out_of_reach_is_tried_again(tmp_path, monkeypatch):
+def test_files_that_were_out_of_reach_are_tried_again(tmp_path, monkeypatch):
     from distill.data_backends.local import LocalBackend
 
     folder = fill(tmp_path / "set", [(32, 32)] * 4)
@@ -341,7 +341,7 @@ def test_what_was_out_of_reach_is_tried_again(tmp_path, monkeypatch):
     assert data.num_samples == 4
 
 
-def test_a_run_that_goes_on_keeps_to_the_samples_that_it_began_with(tmp_path, monkeypatch):
+def test_a_resumed_run_keeps_the_samples_that_it_began_with(tmp_path, monkeypatch):
     from distill.data_backends.local import LocalBackend
 
     folder = fill(tmp_path / "set", [(32, 32)] * 6)
@@ -371,7 +371,7 @@ def test_a_run_that_goes_on_keeps_to_the_samples_that_it_began_with(tmp_path, mo
     assert other.fingerprint() != first.fingerprint()
 
 
-def test_names_that_are_no_text_are_set_aside(tmp_path):
+def test_names_that_are_not_utf8_are_quarantined(tmp_path):
     folder = fill(tmp_path / "set", [(32, 32)] * 2)
     try:
         Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.png")).write_bytes((folder / "000.png").read_bytes())
@@ -390,7 +390,7 @@ def test_names_that_are_no_text_are_set_aside(tmp_path):
         ({"a.png": b"x", "a.txt": b"y"}, {}, ["1 broken (first: a.png", "no image format"]),
     ],
 )
-def test_nothing_to_train_on_says_what_was_looked_for(tmp_path, files, settings, words):
+def test_an_empty_dataset_says_what_was_looked_for(tmp_path, files, settings, words):
     folder = tmp_path / "set"
     folder.mkdir()
     for name, content in files.items():
@@ -403,7 +403,7 @@ def test_nothing_to_train_on_says_what_was_looked_for(tmp_path, files, settings,
         assert word in str(raised.value), str(raised.value)
 
 
-def test_nothing_left_says_which_filter(tmp_path):
+def test_a_dataset_without_usable_images_names_the_filter(tmp_path):
     folder = fill(tmp_path / "set", [(32, 32)] * 3, captions=False)
     for settings, words in (
         ({}, "3 images in .*, none with a caption.*000.txt"),
@@ -443,7 +443,7 @@ def test_real_images_and_captions_need_no_encoder(tmp_path):
     assert not family.batches
 
 
-def test_the_loader_costs_little(tmp_path):
+def test_the_loader_takes_little_time(tmp_path):
     data, _ = pipeline(entry(fill(tmp_path / "set", [(32, 32)] * 64)), root=tmp_path, micro=4)
     data.prepare()
     make = data._ready().at

@@ -93,7 +93,7 @@ def test_every_source_gives_the_same_prompts(name, tmp_path):
     assert len({key for key, _ in seen}) == 10
 
 
-def test_keys_say_where_a_prompt_stands(tmp_path):
+def test_keys_name_the_line_or_row_of_a_prompt(tmp_path):
     (tmp_path / "p.txt").write_text("one\n\nthree\n")
     write_folder(tmp_path / "folder")
     file, _ = pipeline(prompts("f", prompts_file=tmp_path / "p.txt"), root=tmp_path, images=False)
@@ -113,7 +113,7 @@ def test_keys_say_where_a_prompt_stands(tmp_path):
     assert len(found) == 14
 
 
-def test_what_is_empty_or_broken_is_left_out_and_counted(tmp_path):
+def test_empty_and_broken_prompts_are_left_out_and_counted(tmp_path):
     pq.write_table(pa.table({"caption": ["a cat", None, "  ", "a bad word", "a dog"]}), tmp_path / "p.parquet")
     write_folder(tmp_path / "folder")
     (tmp_path / "folder" / "c.txt").write_bytes(b"\xff\x00\xff")
@@ -134,7 +134,7 @@ def test_what_is_empty_or_broken_is_left_out_and_counted(tmp_path):
         pipeline(empty, root=tmp_path, images=False)[0].prepare()
 
 
-def test_several_nested_and_fallback_columns(tmp_path):
+def test_prompts_come_from_several_nested_and_fallback_columns(tmp_path):
     rows = [
         {"a": "one", "m": {"c": ["two", "three"], "t": [{"v": "four"}, {"v": None}]}, "back": "never"},
         {"a": None, "m": {"c": [], "t": []}, "back": "five"},
@@ -206,7 +206,7 @@ def test_prompts_and_images_mix_where_no_images_are_needed(tmp_path):
     assert len(data.captions(100)) == 16  # four prompts stand in both files
 
 
-def test_without_images_a_image_dataset_has_the_same_samples_less_its_latents(tmp_path):
+def test_an_image_dataset_without_images_has_the_same_samples_without_latents(tmp_path):
     folder = fill(tmp_path / "set", MIXED)
     settings = {"random_flip": True, "caption_dropout_probability": 0.3}
     with_latents, _ = pipeline(entry(folder, **settings), root=tmp_path / "1", micro=2)
@@ -241,7 +241,7 @@ def test_how_the_batch_is_cut_and_where_it_starts_change_nothing(tmp_path):
     assert without_latents([take(again, 5, start=7)]) == cut[0][7:]
 
 
-def test_the_fingerprint_follows_the_prompts_and_not_their_place(tmp_path):
+def test_the_fingerprint_depends_on_the_prompts_and_not_on_their_location(tmp_path):
     def fingerprint(file: Path, cache: str, **settings) -> str:
         return pipeline(
             prompts("p", prompts_file=file, **settings), root=tmp_path / cache, images=False
@@ -280,7 +280,7 @@ def test_a_pipeline_for_images_does_not_take_prompts(tmp_path):
 # -- no real images --------------------------------------------------------------------------------------------------
 
 
-def test_without_real_images_what_compares_with_them_is_left_out_with_the_reason(tmp_path):
+def test_scores_that_need_real_images_are_left_out_with_the_reason(tmp_path):
     data, _ = pipeline(prompts("p", prompts_file=lines_file(tmp_path)), root=tmp_path, images=False)
     assert data.real_images(8, 16, 24).shape == (0, 3, 24, 16)
     assert len(data.captions(4)) == 4
@@ -372,7 +372,7 @@ def test_the_commands_work_on_captions_alone(tmp_path, no_latents, monkeypatch):
     assert not opened
 
 
-def test_images_of_a_run_that_needs_none_are_compared_with(tmp_path, no_latents):
+def test_images_are_used_for_scores_by_a_run_that_trains_on_captions_alone(tmp_path, no_latents):
     config = write_run(tmp_path, distillation_method="rehearsal", distillation_config={}, max_train_steps=2,
                        evaluation_num_samples=2, evaluation_steps=[1], validation_step_interval=0)  # fmt: skip
     result, _ = execute(config, plugins=[PLUGIN])
@@ -395,7 +395,7 @@ def test_a_file_that_the_backend_would_not_read_is_refused(tmp_path):
     assert "type local" in remedy
 
 
-def test_keys_about_images_are_said_to_do_nothing(tmp_path):
+def test_keys_about_images_have_no_effect_on_prompts_and_a_notice(tmp_path):
     config = write_prompts_run(tmp_path)
     file = tmp_path / "multidatabackend.json"
     (spoilt,) = json.loads(file.read_text())

@@ -54,7 +54,7 @@ def test_figures_are_those_of_the_files(tmp_path):
     assert figures["word_counts"] == {"labels": ["1", "2", "3-4"], "counts": [1, 1, 9]}
 
 
-def test_bucket_fill_is_what_the_order_gives(tmp_path):
+def test_bucket_fill_equals_that_of_the_sample_order(tmp_path):
     data, _ = pipeline(entry(fill(tmp_path / "set", MIXED), repeats=1), root=tmp_path, micro=4)
     data.prepare()
     buckets = {(each["width"], each["height"]): each for each in report_of(data, tmp_path / "out")["buckets"]}
@@ -67,7 +67,7 @@ def test_bucket_fill_is_what_the_order_gives(tmp_path):
     assert (buckets[32, 32]["full_batches"], buckets[32, 32]["carried_over"]) == (2, 2)
 
 
-def test_the_page_and_the_images(tmp_path):
+def test_the_report_has_a_page_charts_and_a_contact_sheet(tmp_path):
     folder = fill(tmp_path / "set", MIXED)
     (folder / "000.txt").write_text("a | b <b>bold</b> `code`")
     (folder / "003.png").write_bytes((folder / "003.png").read_bytes()[:1000])
@@ -119,7 +119,7 @@ def synthetic(path, count: int) -> Index:
     digests = pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), count, [None, pa.py_buffer(rng.bytes(16 * count))])
     empty = pa.DictionaryArray.from_arrays(pa.array(np.zeros(count, np.int8)), pa.array([""], pa.large_string()))
     columns = {
-        **{name: empty.cast(pa.large_string()) for name in ("version", "caption_version", "place", "problem")},
+        **{name: empty.cast(pa.large_string()) for name in ("version", "caption_version", "position", "problem")},
         "key": pa.array(np.char.mod("%09d.jpg", np.arange(count)), pa.large_string()),
         "size": pa.array(rng.integers(1e5, 1e6, count), pa.int64()),
         "width": pa.array(rng.integers(500, 1500, count), pa.int32()),
@@ -133,7 +133,7 @@ def synthetic(path, count: int) -> Index:
 
 
 @pytest.mark.parametrize("count", [100_000, pytest.param(10_000_000, marks=pytest.mark.slow)])
-def test_large_sets_take_seconds(tmp_path, count):
+def test_a_report_of_a_large_dataset_takes_seconds(tmp_path, count):
     settings = entry(tmp_path / "set", resolution=1024, aspect_bucket_alignment=64)
     index = synthetic(tmp_path / "index.arrow", count)
     backend = SimpleNamespace(location="nowhere")

@@ -109,7 +109,7 @@ def test_prompts_in_a_bucket(tmp_path, s3, bucket):  # noqa: F811
         (Fault("status", status=403, code="InvalidAccessKeyId"), "does not accept the credentials"),
     ],
 )  # fmt: skip
-def test_a_place_that_cannot_be_listed_is_named_with_its_key(tmp_path, s3, bucket, fault, said):  # noqa: F811
+def test_a_bucket_that_cannot_be_listed_is_named_with_its_key(tmp_path, s3, bucket, fault, said):  # noqa: F811
     with FaultyProxy(s3.port) as proxy:
         if fault:
             proxy.fault(fault, match="GET .*list-type")
@@ -121,7 +121,7 @@ def test_a_place_that_cannot_be_listed_is_named_with_its_key(tmp_path, s3, bucke
     assert SECRET not in str(caught.value)
 
 
-def test_single_objects_that_are_refused_are_set_aside(tmp_path, s3, bucket):  # noqa: F811
+def test_single_objects_that_are_refused_are_quarantined(tmp_path, s3, bucket):  # noqa: F811
     s3.fill(bucket, "pre", fill(tmp_path / "set", MIXED))
     with FaultyProxy(s3.port) as proxy:
         proxy.fault(Fault("status", status=403, code="AccessDenied"), match="GET .*003.png")
@@ -136,7 +136,7 @@ def test_single_objects_that_are_refused_are_set_aside(tmp_path, s3, bucket):  #
         )
 
 
-def test_a_server_that_is_gone_ends_the_build_soon(tmp_path, s3, bucket):  # noqa: F811
+def test_an_unreachable_server_ends_the_build_soon(tmp_path, s3, bucket):  # noqa: F811
     """Not after every one of its images has had its retries."""
     s3.fill(bucket, "pre", fill(tmp_path / "set", [(32, 32)] * 60))
     with FaultyProxy(s3.port) as proxy:
@@ -157,7 +157,7 @@ def test_a_server_that_is_gone_ends_the_build_soon(tmp_path, s3, bucket):  # noq
         ({"instance_data_dir": "images"}, "is not read by the data backend 's3'"),
     ],
 )  # fmt: skip
-def test_mistakes_are_found_before_anything_is_asked(tmp_path, s3, change, said):  # noqa: F811
+def test_mistakes_are_found_before_any_request(tmp_path, s3, change, said):  # noqa: F811
     values = {"id": "set", **s3.keys("data"), **change}
     values = {key: value for key, value in values.items() if value is not None}
     with pytest.raises(ConfigError) as caught:
@@ -232,7 +232,7 @@ def write_run_again(root: Path, output: str, data: list[dict[str, object]]) -> P
     return file
 
 
-def test_entries_are_named_like_files(s3, bucket):  # noqa: F811
+def test_cache_objects_are_named_like_files(s3, bucket):  # noqa: F811
     s3.put(bucket, "pre/cats/001.jpg", b"abc")
     backend = S3Backend(remote(s3, "set", "/pre/").backend)
     (found,) = backend.list()

@@ -92,7 +92,7 @@ def test_nothing_is_read_again_until_it_changes(tmp_path, memory, monkeypatch):
     assert family.prompts == ["another caption"]
 
 
-def test_a_name_that_comes_twice_is_set_aside(tmp_path, memory):
+def test_a_repeated_name_is_quarantined(tmp_path, memory):
     folder = fill(tmp_path / "set", MIXED)
     load(memory, folder)
     memory.extra = [("002.png", "004.png")]
@@ -102,14 +102,14 @@ def test_a_name_that_comes_twice_is_set_aside(tmp_path, memory):
     assert counts.used == 10
 
 
-def test_what_cannot_be_read_is_the_users_mistake(tmp_path, memory):
+def test_a_source_that_cannot_be_read_is_a_user_error(tmp_path, memory):
     with pytest.raises(UserError, match=r"data\.set\.memory_key = 'x': holds nothing"):
         pipeline(entry(fill(tmp_path / "set", MIXED)), root=tmp_path)[0].prepare()
     with pytest.raises(UserError, match="memory is only read"):
         Memory(None).write("a", b"")
 
 
-def test_captions_alone(tmp_path, memory):
+def test_captions_alone_open_no_image(tmp_path, memory):
     folder = fill(tmp_path / "set", MIXED)
     load(memory, folder)
     memory.data["000.png"] = (b"", ["first", "second"])

@@ -11,7 +11,7 @@ from distill.core.data.cache.cache_builder import latent_descriptor
 from distill.core.data.cache.encode import WorkerShard
 from distill.core.data.cache.encode_sequential import SequentialEncoder
 from distill.core.data.cache.tensor_cache import TensorCache
-from distill.core.data.index import sequential as sequential
+from distill.core.data.index import sequential
 from distill.core.data.samples.images import probe
 from distill.core.plugin_api.backend import SequentialChunk
 from distill.core.utils.progress import lines
@@ -23,7 +23,7 @@ GROUP = 2
 
 
 class Tape(Memory):
-    """Memory that can only be wound forward; `given` are the places that passed by, over all readers."""
+    """Memory that can only be wound forward; `given` are the positions that it has delivered, over all readers."""
 
     name = "tape"
     given: list[int] = []
@@ -36,7 +36,7 @@ class Tape(Memory):
     def samples(self, *, images=True):
         names = list(self.data)
         for chunk in super().samples(images=images):
-            columns = {"positions": [str(names.index(place.removeprefix("place/"))) for place in chunk.positions]}
+            columns = {"positions": [str(names.index(name.removeprefix("place/"))) for name in chunk.positions]}
             sizes = [probe(io.BytesIO(self.data[key][0])) for key in chunk.keys]
             columns |= {"widths": [width for width, _ in sizes], "heights": [height for _, height in sizes]}
             yield replace(chunk, **columns)
@@ -44,9 +44,11 @@ class Tape(Memory):
     def sequential(self, resume=""):
         names = list(self.data)
         for start in range(int(resume or 0), len(names), GROUP):
-            positions = [place for place in range(start, min(start + GROUP, len(names))) if place not in self.missing]
+            positions = [
+                position for position in range(start, min(start + GROUP, len(names))) if position not in self.missing
+            ]
             self.given.extend(positions)
-            openers = [lambda data=self.data[names[place]][0]: io.BytesIO(data) for place in positions]
+            openers = [lambda data=self.data[names[position]][0]: io.BytesIO(data) for position in positions]
             yield SequentialChunk(positions, openers, start + GROUP, str(start + GROUP))
 
     def open(self, key):
@@ -55,7 +57,7 @@ class Tape(Memory):
 
 @pytest.fixture
 def tape(tmp_path, monkeypatch):
-    """A folder of images and a tape of the same in another order, with marks at every place."""
+    """A folder of images and a tape of the same in another order, with a resume point at every position."""
     folder = fill(tmp_path / "set", MIXED)
     (folder / "003.txt").write_text("one\ntwo")
     paths = sorted(folder.glob("*.png"))
@@ -65,7 +67,7 @@ def tape(tmp_path, monkeypatch):
     }
     for name, value in {"data": data, "given": [], "extra": [], "missing": set()}.items():
         monkeypatch.setattr(Tape, name, value)
-    monkeypatch.setattr(sequential, "MARK_EVERY", 1)
+    monkeypatch.setattr(sequential, "RESUME_POINT_EVERY", 1)
     monkeypatch.setattr(sequential, "LEAP", 2)
     return SimpleNamespace(folder=folder, monkeypatch=monkeypatch)
 
@@ -78,7 +80,7 @@ def settings(tape, where, **more):
     return entry(tape.folder, cache_dir_vae=where, write_batch_size=3, **more)
 
 
-def test_a_tape_gives_the_batches_of_files(tape, tmp_path):
+def test_a_sequential_source_gives_the_batches_of_files(tape, tmp_path):
     files, _ = pipeline(settings(tape, tmp_path / "f", random_flip=True), root=tmp_path / "1")
     expected, images = by_position([take(files, 15)]), files.real_images(7, 16, 16)
     use_tape(tape)
@@ -91,7 +93,7 @@ def test_a_tape_gives_the_batches_of_files(tape, tmp_path):
     assert torch.equal(data.real_images(7, 16, 16), images)
 
 
-def test_few_real_images_are_leapt_to(tape, tmp_path):
+def test_few_real_images_are_read_from_the_nearest_resume_points(tape, tmp_path):
     use_tape(tape)
     data, _ = pipeline(settings(tape, tmp_path / "t"), root=tmp_path)
     data.prepare()
@@ -101,7 +103,7 @@ def test_few_real_images_are_leapt_to(tape, tmp_path):
 
 
 @pytest.mark.parametrize("calls", [1, 2, 3])
-def test_a_broken_off_build_goes_on_where_it_was(tape, tmp_path, calls):
+def test_an_interrupted_build_is_resumed_from_its_resume_points(tape, tmp_path, calls):
     use_tape(tape)
     whole, _ = pipeline(settings(tape, tmp_path / "w"), root=tmp_path / "1")
     expected = by_position([take(whole, 15)])
@@ -127,16 +129,16 @@ def test_two_processes_encode_each_image_once(tape, tmp_path):
     for cache in caches:
         cache.load()
     encoders = [SequentialEncoder(dataset, cache, f, workers=1) for cache, f in zip(caches, families, strict=True)]
-    shares = [encoder.mine(encoder.plan(), WorkerShard(rank, 2)) for rank, encoder in enumerate(encoders)]
-    for encoder, share in zip(encoders, shares, strict=True):
-        encoder.run(share, progress=lines)
+    parts = [encoder.own_jobs(encoder.plan(), WorkerShard(rank, 2)) for rank, encoder in enumerate(encoders)]
+    for encoder, part in zip(encoders, parts, strict=True):
+        encoder.run(part, progress=lines)
     assert sum(family.num_images for family in families) == 2 * len(MIXED)
     assert min(family.num_images for family in families) >= len(MIXED) // 2
     caches[0].load()
     assert not SequentialEncoder(dataset, caches[0], families[0], workers=1).plan()
 
 
-def test_what_does_not_pass_by_is_set_aside(tape, tmp_path):
+def test_images_that_the_source_does_not_deliver_are_quarantined(tape, tmp_path):
     use_tape(tape)
     names = list(Tape.data)
     Tape.missing.add(4)
@@ -151,12 +153,12 @@ def test_what_does_not_pass_by_is_set_aside(tape, tmp_path):
     assert set(data.prepare().datasets["set"].quarantined) == {names[6]}
 
 
-def test_marks_of_another_source_and_torn_ones_are_of_no_use(tmp_path):
-    path = tmp_path / "marks.jsonl"
-    marks = sequential.ResumePoints(path, "one")
-    marks.note(300, "a")
-    marks.note(310, "too near")
-    marks.note(600, "b")
+def test_resume_points_of_another_source_and_incomplete_ones_are_ignored(tmp_path):
+    path = tmp_path / "resume-points.jsonl"
+    points = sequential.ResumePoints(path, "one")
+    points.note(300, "a")
+    points.note(310, "too near")
+    points.note(600, "b")
     with path.open("a") as stream:
         stream.write('["x", 70')
     assert sequential.ResumePoints(path, "one").before(599) == (300, "a")

@@ -28,7 +28,7 @@ def captions_of(data, steps):
     return found
 
 
-def test_rows_that_cannot_be_used_are_set_aside_with_their_reason(tmp_path):
+def test_unusable_rows_are_quarantined_with_their_reason(tmp_path):
     folder = fill(tmp_path / "set", SIZES)
     (folder / "bad.png").write_bytes(b"no image")
     lines = [
@@ -98,7 +98,7 @@ def test_a_row_group_is_read_once_for_its_images(tmp_path, monkeypatch):
         prepared(again, tmp_path)
 
 
-def test_sizes_in_columns_spare_the_probing_and_are_checked_in_the_end(tmp_path, monkeypatch):
+def test_sizes_in_columns_replace_reading_headers_and_are_checked_when_encoding(tmp_path, monkeypatch):
     folder = fill(tmp_path / "set", SIZES[:2])
     (folder / "t.csv").write_text("file_name,caption,width,height\n000.png,a,32,32\n001.png,b,64,32\n")
     monkeypatch.setattr("distill.core.data.index.index_builder.probe", lambda stream: pytest.fail("the table says it"))
@@ -147,7 +147,7 @@ def test_prompts_come_from_tables_and_shards(tmp_path):
 # -- shards ------------------------------------------------------------------------------------------------------------
 
 
-def test_of_damaged_shards_the_good_part_is_used(tmp_path):
+def test_the_intact_part_of_a_damaged_shard_is_used(tmp_path):
     folder = write_folder(tmp_path / "set", 12)
     shards = write_shards(folder, tmp_path / "shards")
     cut, torn = shards / "shard-000.tar", shards / "shard-001.tar"
@@ -170,7 +170,7 @@ def test_of_damaged_shards_the_good_part_is_used(tmp_path):
     assert "empty" in counts.quarantined["shard-004.tar"]
 
 
-def test_members_that_are_no_samples_and_captions_that_are_none(tmp_path):
+def test_tar_members_that_are_no_samples_or_no_captions_are_reported(tmp_path):
     folder = fill(tmp_path / "set", SIZES)
     with tarfile.open(tmp_path / "s.tar", "w") as archive:
         for number, (name, beside, text) in enumerate(
@@ -195,7 +195,7 @@ def test_members_that_are_no_samples_and_captions_that_are_none(tmp_path):
 # -- the keys that users bring along -----------------------------------------------------------------------------------
 
 
-def test_other_tools_keys_are_read(tmp_path):
+def test_keys_of_other_tools_are_read(tmp_path):
     pair = Pair(tmp_path)
     (tmp_path / "t.csv").write_text("link,words\nimages/a.png,a\n")
     (tmp_path / "meta.jsonl").write_text('{"id": "a", "tags": "a"}')

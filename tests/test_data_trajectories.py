@@ -27,13 +27,13 @@ from distill.model_families.sdxl import SDXL
 from support.config_files import PLUGIN, distill, said
 from support.data_helpers import entry, fill, prompts, take
 from support.small_run import execute, losses, write_run
-from support.trajectory_cache import PathFamily, cache_entry, pair_pipeline
+from support.trajectory_cache import TrajectoryFamily, cache_entry, trajectory_pipeline
 from test_data_prompts import lines_file
 from typer.testing import CliRunner
 
 
 def entries(root: Path) -> dict[bytes, dict[str, torch.Tensor]]:
-    """Everything that the caches of pairs under `root` hold, by key."""
+    """Everything that the caches of trajectories under `root` hold, by key."""
     found = {}
     for folder, descriptor in cache_folders(root / "cache" / "trajectories" / "pairs"):
         cache = TensorCache(folder.parent, descriptor, label="")
@@ -52,9 +52,11 @@ def same(ours, theirs) -> bool:
 
 def build(root, family=None, datasets=None, pipeline=None, **settings):
     """(family, report, lines) of one build of ten prompts."""
-    family = family or PathFamily()
+    family = family or TrajectoryFamily()
     datasets = datasets or [prompts("p", prompts_file=lines_file(root))]
-    data, lines = pair_pipeline(*datasets, entry=cache_entry(**settings), root=root, family=family, **(pipeline or {}))
+    data, lines = trajectory_pipeline(
+        *datasets, entry=cache_entry(**settings), root=root, family=family, **(pipeline or {})
+    )
     return family, data.prepare(), lines
 
 
@@ -74,25 +76,25 @@ def walked(family, batch, row, scale, num_steps):
     return x[0]
 
 
-def test_a_batch_has_the_teachers_path_for_each_of_its_captions(tmp_path):
-    family = PathFamily()
+def test_a_batch_has_the_teachers_trajectory_for_each_of_its_captions(tmp_path):
+    family = TrajectoryFamily()
     captions = prompts("p", prompts_file=lines_file(tmp_path), caption_dropout_probability=1.0)
-    data, _ = pair_pipeline(captions, entry=cache_entry(trajectory_points=2), root=tmp_path, family=family)
+    data, _ = trajectory_pipeline(captions, entry=cache_entry(trajectory_points=2), root=tmp_path, family=family)
     seen = {}
     for (batch,) in take(data, 5):
-        pairs = batch.trajectories
+        found = batch.trajectories
         assert batch.latents is None
-        assert pairs.times.tolist() == [999, 499]
-        assert pairs.points.shape == (2, 2, 3, 4, 4)
-        assert pairs.cond["time_ids"].tolist() == [[32, 32, 0, 0, 32, 32]] * 2
+        assert found.times.tolist() == [999, 499]
+        assert found.points.shape == (2, 2, 3, 4, 4)
+        assert found.cond["time_ids"].tolist() == [[32, 32, 0, 0, 32, 32]] * 2
         assert not batch.cond["pooled"].any(), "the caption is dropped for the method"
-        assert torch.equal(pairs.cond["pooled"], PathFamily().encode_prompts(list(batch.captions))["pooled"])
+        assert torch.equal(found.cond["pooled"], TrajectoryFamily().encode_prompts(list(batch.captions))["pooled"])
         for row, caption in enumerate(batch.captions):
-            torch.testing.assert_close(pairs.data[row], walked(family, batch, row, 3.0, 10), rtol=0, atol=1e-4)
-            seen[caption] = pairs.noise[row]
+            torch.testing.assert_close(found.data[row], walked(family, batch, row, 3.0, 10), rtol=0, atol=1e-4)
+            seen[caption] = found.noise[row]
         moved = batch.to("cpu").trajectories
-        assert torch.equal(moved.points, pairs.points)
-        assert moved.cond.keys() == pairs.cond.keys()
+        assert torch.equal(moved.points, found.points)
+        assert moved.cond.keys() == found.cond.keys()
     assert len(seen) == 10
     assert len({tuple(each.flatten().tolist()) for each in seen.values()}) == 10, "each has a noise of its own"
     every = torch.cat([each.flatten() for each in seen.values()])
@@ -100,9 +102,9 @@ def test_a_batch_has_the_teachers_path_for_each_of_its_captions(tmp_path):
     assert abs(float(every.std()) - 1) < 0.15
 
 
-def test_images_have_pairs_of_their_buckets_size_beside_them(tmp_path):
+def test_images_have_trajectories_of_their_buckets_size(tmp_path):
     images = entry(fill(tmp_path / "a", [(32, 32), (64, 32), (32, 32), (64, 32)]))
-    data, _ = pair_pipeline(images, entry=cache_entry(), root=tmp_path, family=PathFamily(), images=True)
+    data, _ = trajectory_pipeline(images, entry=cache_entry(), root=tmp_path, family=TrajectoryFamily(), images=True)
     sizes = set()
     for (batch,) in take(data, 4):
         height, width = batch.latents.shape[-2:]
@@ -118,11 +120,11 @@ def test_several_noises_of_a_caption_are_drawn_from(tmp_path):
     family, report, _ = build(tmp_path, num_pairs_per_prompt=3)
     assert report.trajectories_made == 30
     one = prompts("p", prompts_file=lines_file(tmp_path))
-    data, _ = pair_pipeline(one, entry=cache_entry(num_pairs_per_prompt=3), root=tmp_path, family=family)
+    data, _ = trajectory_pipeline(one, entry=cache_entry(num_pairs_per_prompt=3), root=tmp_path, family=family)
     found: dict[str, set[float]] = {}
     for (batch,) in take(data, 50):
-        for caption, path in zip(batch.captions, batch.trajectories.noise, strict=True):
-            found.setdefault(caption, set()).add(float(path[0, 0, 0]))
+        for caption, start in zip(batch.captions, batch.trajectories.noise, strict=True):
+            found.setdefault(caption, set()).add(float(start[0, 0, 0]))
     assert {len(noises) for noises in found.values()} == {3}
     again, first = take(data, 3, start=20), take(data, 23)[20:]
     for (ours,), (theirs,) in zip(again, first, strict=True):
@@ -132,7 +134,7 @@ def test_several_noises_of_a_caption_are_drawn_from(tmp_path):
 # -- when it is made ---------------------------------------------------------------------------------------------------
 
 
-def test_it_is_made_once_and_says_what_it_costs(tmp_path):
+def test_trajectories_are_made_once_and_their_cost_is_said(tmp_path):
     family, report, lines = build(tmp_path)
     assert (report.trajectories_made, family.loads, family.predicted) == (10, 1, 10 * 10 * 2)
     assert any("10 of 10 are made: 10 steps of the teacher at guidance 3, 200 predictions" in line for line in lines)
@@ -144,9 +146,9 @@ def test_it_is_made_once_and_says_what_it_costs(tmp_path):
     assert unguided.predicted == 10 * 10
 
 
-def test_a_run_that_needs_no_pairs_makes_none(tmp_path):
-    family = PathFamily()
-    data, _ = pair_pipeline(
+def test_a_run_that_needs_no_trajectories_makes_none(tmp_path):
+    family = TrajectoryFamily()
+    data, _ = trajectory_pipeline(
         prompts("p", prompts_file=lines_file(tmp_path)), entry=cache_entry(), root=tmp_path, family=family
     )
     data._trajectories = False
@@ -166,14 +168,14 @@ def test_a_run_that_needs_no_pairs_makes_none(tmp_path):
         ({}, {"text": "t2"}, "the text encoders are another one"),
     ],
 )
-def test_what_it_depends_on_makes_it_anew_and_is_said(tmp_path, settings, prints, why):
+def test_changed_settings_make_trajectories_anew_and_say_why(tmp_path, settings, prints, why):
     build(tmp_path)
-    _, report, lines = build(tmp_path, PathFamily(**prints), **settings)
+    _, report, lines = build(tmp_path, TrajectoryFamily(**prints), **settings)
     assert report.trajectories_made == 10
     assert any(f"trajectories of 'pairs': {why}, so they are made anew" in line for line in lines), lines
 
 
-def test_more_noises_or_captions_add_to_what_is_there(tmp_path):
+def test_more_noises_or_captions_extend_the_cache(tmp_path):
     build(tmp_path)
     first = entries(tmp_path)
     _, report, _ = build(tmp_path, num_pairs_per_prompt=2)
@@ -188,11 +190,11 @@ def test_more_noises_or_captions_add_to_what_is_there(tmp_path):
     assert same(first, {key: now[key] for key in first})
 
 
-def test_killed_in_the_middle_it_goes_on_bit_for_bit(tmp_path):
+def test_a_killed_build_of_trajectories_is_resumed_bit_for_bit(tmp_path):
     small = {"write_batch_size": 3, "pair_batch_size": 1, "num_pairs_per_prompt": 2}
     build(tmp_path / "whole", **small)
     with pytest.raises(KeyboardInterrupt):
-        build(tmp_path / "cut", PathFamily(stop_after=25), **small)
+        build(tmp_path / "cut", TrajectoryFamily(stop_after=25), **small)
     assert len(entries(tmp_path / "cut")) == 6, "two whole shards of three, ten calls each"
     _, report, _ = build(tmp_path / "cut", **small)
     assert report.trajectories_made == 14
@@ -202,12 +204,12 @@ def test_killed_in_the_middle_it_goes_on_bit_for_bit(tmp_path):
 def test_processes_that_share_the_work_make_what_one_makes(tmp_path):
     small = {"write_batch_size": 3, "pair_batch_size": 1, "num_pairs_per_prompt": 2}
     one = prompts("p", prompts_file=lines_file(tmp_path))
-    data, _ = pair_pipeline(one, entry=cache_entry(**small), root=tmp_path, family=PathFamily())
+    data, _ = trajectory_pipeline(one, entry=cache_entry(**small), root=tmp_path, family=TrajectoryFamily())
     data.prepare()
     (source,) = data._loader.datasets
     wanted, made = WantedTrajectories(source.dataset, cache_entry(**small)), []
     for rank in range(2):
-        family = PathFamily()
+        family = TrajectoryFamily()
         descriptor = trajectory_descriptor(family, wanted.settings)
         cache = TensorCache(tmp_path / "shared" / "cache" / "trajectories" / "pairs", descriptor, label="")
         jobs = wanted.missing(cache)  # each sees what was there before any began
@@ -243,11 +245,11 @@ def test_the_noise_is_a_function_of_the_key_alone():
     assert not torch.equal(noise(np.array([2, 1], np.uint64), (3, 4, 4)), expected)
 
 
-def test_a_resumed_run_must_have_the_same_pairs(tmp_path):
+def test_a_resumed_run_must_have_the_same_trajectories(tmp_path):
     one = prompts("p", prompts_file=lines_file(tmp_path))
     prints = set()
     for settings in ({}, {"num_pairs_per_prompt": 2}, {"noise_seed": 1}, {"num_inference_steps": 20}):
-        data, _ = pair_pipeline(one, entry=cache_entry(**settings), root=tmp_path, family=PathFamily())
+        data, _ = trajectory_pipeline(one, entry=cache_entry(**settings), root=tmp_path, family=TrajectoryFamily())
         prints.add(data.fingerprint())
     assert len(prints) == 4
 
@@ -267,12 +269,12 @@ KD = {
 def add_pairs(root: Path, *more: dict, **settings) -> None:
     """A distillation cache in the data file."""
     file = root / "multidatabackend.json"
-    pairs = {"id": "pairs", "dataset_type": "distillation_cache", "num_inference_steps": 4, "guidance_scale": 2.0}
-    file.write_text(json.dumps([*json.loads(file.read_text())[:1], {**pairs, **settings}, *more]))
+    entry = {"id": "pairs", "dataset_type": "distillation_cache", "num_inference_steps": 4, "guidance_scale": 2.0}
+    file.write_text(json.dumps([*json.loads(file.read_text())[:1], {**entry, **settings}, *more]))
 
 
 @pytest.mark.parametrize("solver", ["ddim", "dpm++"])
-def test_paths_end_in_the_images_of_the_plain_pipeline(tmp_path, solver):
+def test_trajectories_end_in_the_images_of_the_plain_pipeline(tmp_path, solver):
     config = write_run(tmp_path, **KD)
     add_pairs(tmp_path, solver=solver)
     built = CliRunner().invoke(app, ["cache", "build", "--config", str(config)], catch_exceptions=False)
@@ -303,7 +305,7 @@ def test_paths_end_in_the_images_of_the_plain_pipeline(tmp_path, solver):
     torch.testing.assert_close(family.decode_latents(batch.trajectories.data), images, rtol=0, atol=2e-4)
 
 
-def test_verify_and_clear_know_it(tmp_path):
+def test_cache_verify_and_clear_cover_trajectories(tmp_path):
     config = write_run(tmp_path, **KD)
     add_pairs(tmp_path, cache_dir=str(tmp_path / "kept"))
 
@@ -312,7 +314,7 @@ def test_verify_and_clear_know_it(tmp_path):
 
     assert cache("build").exit_code == 0
     shard = next((tmp_path / "kept").rglob("*.safetensors"))
-    assert cache("verify").output.count("13 entries") == 2, "texts and pairs; no latents, for none are needed"
+    assert cache("verify").output.count("13 entries") == 2, "texts and trajectories; no latents, for none are needed"
     content = bytearray(shard.read_bytes())
     content[-40] ^= 1
     shard.write_bytes(content)
@@ -326,7 +328,7 @@ def test_verify_and_clear_know_it(tmp_path):
     assert list((tmp_path / "out" / "cache" / "text").rglob("*.safetensors")), "the texts stay"
 
 
-def test_a_run_makes_what_it_lacks_and_resumes_bit_for_bit(tmp_path):
+def test_a_run_makes_missing_trajectories_and_resumes_bit_for_bit(tmp_path):
     write_run(tmp_path)
     add_pairs(tmp_path, num_inference_steps=2)
     whole, lines = execute(write_run_kept(tmp_path, output="out", **KD))
@@ -339,7 +341,7 @@ def test_a_run_makes_what_it_lacks_and_resumes_bit_for_bit(tmp_path):
 
 
 def test_regression_is_a_term_beside_distribution_matching(tmp_path):
-    """The first DMD: a matching gradient, and pairs of the teacher that hold the student to its own images."""
+    """The first DMD: a distribution matching gradient, and trajectories that hold the student to the teacher."""
     matching = {"num_inference_steps": 2, "fake_updates_per_student_update": 1, "guidance_scale": 2.0}
     terms = [
         {"method": "dmd2", "config": matching},
@@ -397,37 +399,37 @@ def check(tmp_path, *entries: dict, **config):
     return distill("config", "check", "--config", str(tmp_path / "out.json"), "--plugin", str(PLUGIN))
 
 
-PAIRS = {"id": "pairs", "dataset_type": "distillation_cache"}
+CACHE = {"id": "pairs", "dataset_type": "distillation_cache"}
 
 
-def pairs(**values):
-    return [{**PAIRS, **values}]
+def caches(**values):
+    return [{**CACHE, **values}]
 
 
 @pytest.mark.parametrize(
     ("entries", "key", "problem", "remedy"),
     [
-        (pairs(trajectory_points=3), "pairs.trajectory_points", "needs 2 even points", "set trajectory_points"),
-        (pairs(num_inference_steps=25), "pairs.num_inference_steps", "of the 2 points", "set it to 26"),
-        (pairs(num_inference_steps=25, trajectory_points=2), "pairs.num_inference_steps", "no multiple", "26"),
-        (pairs(crop=True), "pairs.crop", "is not for a distillation cache", "a dataset of images or prompts"),
-        (pairs(instance_data_dir="x"), "pairs.instance_data_dir", "is not for a distillation cache", "may name"),
-        (pairs(resolution=512), "pairs.resolution", "is not for a distillation cache", "may name this cache"),
-        (pairs(solver="euler"), "pairs.solver", "'ddim', 'dpm++'", ""),
-        (pairs(num_pairs_per_prompt=0), "pairs.num_pairs_per_prompt", "at least 1", ""),
-        ([*pairs(default=True), *pairs(id="b", default=True)], "b.default", "only one", "keep it on one"),
-        ([PAIRS, {**PAIRS, "id": "b"}], "noise.distillation_cache", "there are several, pairs, b", '"default": true'),
+        (caches(trajectory_points=3), "pairs.trajectory_points", "needs 2 even points", "set trajectory_points"),
+        (caches(num_inference_steps=25), "pairs.num_inference_steps", "of the 2 points", "set it to 26"),
+        (caches(num_inference_steps=25, trajectory_points=2), "pairs.num_inference_steps", "no multiple", "26"),
+        (caches(crop=True), "pairs.crop", "is not for a distillation cache", "a dataset of images or prompts"),
+        (caches(instance_data_dir="x"), "pairs.instance_data_dir", "is not for a distillation cache", "may name"),
+        (caches(resolution=512), "pairs.resolution", "is not for a distillation cache", "may name this cache"),
+        (caches(solver="euler"), "pairs.solver", "'ddim', 'dpm++'", ""),
+        (caches(num_pairs_per_prompt=0), "pairs.num_pairs_per_prompt", "at least 1", ""),
+        ([*caches(default=True), *caches(id="b", default=True)], "b.default", "only one", "keep it on one"),
+        ([CACHE, {**CACHE, "id": "b"}], "noise.distillation_cache", "there are several, pairs, b", '"default": true'),
         (
             [{"id": "t", "dataset_type": "text_embeds", "solver": "dpm++"}],
             "t.solver", "is for a distillation cache", '"dataset_type": "distillation_cache"',
         ),
         (
-            [{"id": "two", "instance_data_dir": "images", "distillation_cache": "gone"}, PAIRS],
+            [{"id": "two", "instance_data_dir": "images", "distillation_cache": "gone"}, CACHE],
             "two.distillation_cache", "is not the id of a distillation_cache entry", "entries: pairs",
         ),
     ],
 )  # fmt: skip
-def test_nonsense_is_refused_with_what_to_do(tmp_path, entries, key, problem, remedy):
+def test_wrong_settings_of_a_distillation_cache_are_refused_with_a_remedy(tmp_path, entries, key, problem, remedy):
     result = check(tmp_path, *entries)
     text = said(result.output)
     assert result.exit_code == 2, text
@@ -436,26 +438,26 @@ def test_nonsense_is_refused_with_what_to_do(tmp_path, entries, key, problem, re
     assert remedy in text
 
 
-def test_what_is_left_open_is_filled_in_and_said(tmp_path):
+def test_missing_settings_of_a_distillation_cache_are_filled_in_and_said(tmp_path):
     result = check(tmp_path)
     assert result.exit_code == 0, result.output
     text = said(result.output)
     assert "50 steps at guidance 5 for each caption and size (100 predictions)" in text
     assert '"dataset_type": "distillation_cache"} of the data file can say otherwise' in text
-    given = check(tmp_path, PAIRS, distillation_config={"kd": {"num_inference_steps": 4}})
+    given = check(tmp_path, CACHE, distillation_config={"kd": {"num_inference_steps": 4}})
     assert given.exit_code == 0, given.output
     assert "can say otherwise" not in said(given.output)
-    unused = check(tmp_path, PAIRS, distillation_method="lcm", distillation_config={})
+    unused = check(tmp_path, CACHE, distillation_method="lcm", distillation_config={})
     assert "data.pairs: not used by runs of lcm, which needs no trajectories" in said(unused.output)
 
 
-def test_each_dataset_may_have_its_own(tmp_path):
+def test_each_dataset_may_have_its_own_distillation_cache(tmp_path):
     from distill.core.config.load import load_configuration
     from distill.core.registry.registry import Registry
 
     other = {"id": "other", "instance_data_dir": "images", "distillation_cache": "fast"}
-    fast = {**PAIRS, "id": "fast", "num_inference_steps": 8, "solver": "dpm++", "guidance_scale": 1}
-    assert check(tmp_path, other, {**PAIRS, "default": True}, fast).exit_code == 0
+    fast = {**CACHE, "id": "fast", "num_inference_steps": 8, "solver": "dpm++", "guidance_scale": 1}
+    assert check(tmp_path, other, {**CACHE, "default": True}, fast).exit_code == 0
     registry = Registry.load([PLUGIN], installed=False)
     configuration = load_configuration(registry, config_file=tmp_path / "out.json")
     assert [each.distillation_cache for each in configuration.datasets] == ["pairs", "fast"]

@@ -11,7 +11,7 @@ def found(data):
     }
 
 
-def test_each_entry_is_accounted_for(tmp_path):
+def test_cache_entries_are_counted_as_needed_missing_or_orphaned(tmp_path):
     folder, other = fill(tmp_path / "set", MIXED), fill(tmp_path / "other", [(32, 32)] * 3, start=20)
     settings = {"cache_dir_vae": None, "write_batch_size": 4}
     one, two = entry(folder, **settings), entry(other, **settings)
@@ -48,7 +48,7 @@ def test_each_entry_is_accounted_for(tmp_path):
     assert not family.prompts
 
 
-def test_what_a_setting_changes_is_missing_and_what_it_leaves_is_orphaned(tmp_path):
+def test_a_changed_setting_makes_new_entries_missing_and_old_ones_orphaned(tmp_path):
     folder = fill(tmp_path / "set", MIXED)
     pipeline(entry(folder), root=tmp_path)[0].prepare()
     for settings, latents, captions in (

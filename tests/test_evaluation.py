@@ -192,7 +192,7 @@ def model_with_classifier(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-def test_the_judge_is_used_where_the_model_has_one(tmp_path, model_with_classifier):
+def test_the_miniature_classifier_is_used_where_the_model_has_one(tmp_path, model_with_classifier):
     assert "judge/" in (MiniatureClassifierEvaluator.usable(ANYWHERE) or "")
     assert MiniatureClassifierEvaluator.usable(EvaluationSetting(model_path=tmp_path))
     setting = EvaluationSetting(model_path=model_with_classifier)
@@ -266,7 +266,7 @@ def test_a_fast_solver_that_the_pipeline_does_not_take_is_left_out_and_nothing_e
         evaluate(family, FakeNetworks(), plan_for(family, num_samples=2), {})
 
 
-def test_scores_order_the_recipes_as_they_are_made(tmp_path):
+def test_scores_order_the_sampling_plans_by_quality(tmp_path):
     data = torch.stack([image(sum(b"a red fish") % 997, seed, 0.0, 32, 32) for seed in range(100)])
     found = run_evaluation(FakeFamily(), tmp_path, data=data)
     distance = {
@@ -313,7 +313,7 @@ def test_evaluation_is_written_for_programs_and_for_people(tmp_path):
     assert found.markdown().count("\n") == 8
 
 
-def test_steps_are_taken_once_and_in_order():
+def test_repeated_step_counts_are_evaluated_once_in_order():
     plan = plan_for(FakeFamily(), steps=(4, 1, 4), teacher_steps=(50,), teacher_guidance=3.0)
     assert [(r.role, r.steps) for r in plan.sampling_plans] == [
         ("teacher", 50),
@@ -325,7 +325,7 @@ def test_steps_are_taken_once_and_in_order():
     assert plan.sample_prompts[:4] == ["a red fish", "two birds", "a tree", "a red fish"]
 
 
-def test_the_fast_solver_speaks_the_models_language():
+def test_the_fast_solver_is_configured_for_the_models_prediction_type():
     import diffusers
 
     family = FakeFamily()

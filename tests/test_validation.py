@@ -37,7 +37,7 @@ def test_large_images_are_scaled_down_keeping_their_aspect(size, expected):
     assert fit(coloured(*size, (1, 2, 3))).size == expected
 
 
-def test_every_image_stands_in_the_grid_and_labels_leave_ink():
+def test_every_image_is_in_the_grid_and_labels_are_drawn():
     red, green, blue = (255, 0, 0), (0, 255, 0), (0, 0, 255)
     colours = [red, green, blue]
     rows = [GridRow(f"prompt {n}", [coloured(32, 32, colour) for colour in colours]) for n in range(2)]
@@ -80,7 +80,7 @@ def test_images_and_tensors_convert_both_ways():
 # -- sampling ----------------------------------------------------------------------------------------------------------
 
 
-def test_words_for_steps_and_guidance():
+def test_labels_name_steps_and_guidance():
     assert [plural(n, "step") for n in (1, 4)] == ["1 step", "4 steps"]
     assert [describe_guidance(g) for g in (0, 1, 5.0, 7.5)] == [
         "no guidance",
@@ -153,7 +153,7 @@ def test_every_prompt_at_every_resolution_and_seed_by_all_three(tmp_path):
     assert made == {("teacher", 4): noise, ("teacher", 50): noise, ("student", 4): noise}
 
 
-def test_a_image_shows_its_own_prompt_and_seed(tmp_path):
+def test_an_image_shows_its_own_prompt_and_seed(tmp_path):
     folder = Validator(FakeFamily(), plan(), tmp_path).run(1, FakeNetworks(), no_trackers())
     code = sum(b"two birds") % 997
     expected = image(code, 6, 0.2 / 4, 48, 32)
@@ -161,7 +161,7 @@ def test_a_image_shows_its_own_prompt_and_seed(tmp_path):
     assert torch.allclose(stored, expected, atol=1 / 255)
 
 
-def test_the_teacher_is_asked_once_a_run_and_not_again_after_a_resume(tmp_path):
+def test_teacher_images_are_made_once_and_not_again_after_a_resume(tmp_path):
     family = FakeFamily()
     validator = Validator(family, plan(), tmp_path)
     validator.run(1, FakeNetworks(), no_trackers())
@@ -178,7 +178,7 @@ def test_the_teacher_is_asked_once_a_run_and_not_again_after_a_resume(tmp_path):
 
 
 @pytest.mark.parametrize("change", ["guidance", "model", "negative", "seed", "interrupted"])
-def test_a_image_of_another_teacher_is_not_taken_for_this_one(tmp_path, change):
+def test_a_cached_image_of_another_teacher_is_not_reused(tmp_path, change):
     Validator(FakeFamily(), plan(), tmp_path).run(1, FakeNetworks(), no_trackers())
     family, changed = FakeFamily(), plan()
     if change == "guidance":
@@ -250,14 +250,14 @@ def test_no_prompt_at_all_is_an_error_that_names_the_key():
     ("name", "content"),
     [("p.json", '{"one": "a", "two": " b "}'), ("p.json", '["a", "b"]'), ("p.txt", "a\n\n  b\n")],
 )
-def test_prompt_libraries(tmp_path, name, content):
+def test_prompt_libraries_of_all_formats_are_read(tmp_path, name, content):
     (tmp_path / name).write_text(content)
     assert read_library(tmp_path / name) == ["a", "b"]
     assert read_library(None) == []
 
 
 @pytest.mark.parametrize("content", ["{", "3", '{"a": 1}', None])
-def test_a_library_of_another_shape_is_refused_by_name(tmp_path, content):
+def test_a_prompt_library_of_another_format_is_refused_by_name(tmp_path, content):
     if content is not None:
         (tmp_path / "p.json").write_text(content)
     with pytest.raises(UserError, match=r"p\.json") as caught:
@@ -266,7 +266,7 @@ def test_a_library_of_another_shape_is_refused_by_name(tmp_path, content):
     assert "one prompt per line" in caught.value.remedy
 
 
-def test_slugs_are_file_names():
+def test_slugs_are_valid_file_names():
     assert slug("A Portrait of a woman, 4k!") == "a-portrait-of-a-woman-4k"
     assert slug("/../..") == "prompt"
     assert len(slug("long " * 50)) <= 40

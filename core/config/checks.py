@@ -1,4 +1,4 @@
-"""Settings that contradict each other, have the wrong unit or cannot work on this machine."""
+"""Checks for settings that contradict each other, have the wrong unit or cannot work on this machine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _DEVICE = re.compile(r"(auto|cpu|mps|cuda(:\d+)?)$")
 
 
 class ConfigReport:
-    """Collects findings and notices about the run's keys, with the file that each value came from."""
+    """Findings and notices about the run's keys, with the file that each value came from."""
 
     def __init__(self, layers: Layers, findings: list[Finding], notices: list[str]) -> None:
         self.layers = layers
@@ -39,17 +39,17 @@ class ConfigReport:
         self.notices.append(line)
 
     def given(self, key: str) -> bool:
-        """Whether the user set the key."""
+        """Return whether the user set the key."""
         return self.layers.given(key)
 
 
 def check_run(run: RunSettings, report: ConfigReport, *, to_train: bool = True) -> None:
-    """Everything about the run's keys that no single field's limits can say.
+    """Check everything about the run's keys that no single field's limits can express.
 
     Args:
         run: The settings.
         report: Where findings and notices go.
-        to_train: Also check what only training needs of this machine: its files and its device.
+        to_train: Also check the files and the device, which only training needs.
     """
     for check in (_check_length, _check_lora, _check_validation, _check_tracking):
         check(run, report)
@@ -75,7 +75,7 @@ def _check_length(run: RunSettings, report: ConfigReport) -> None:
 
 
 def cuda_available() -> bool:
-    """Whether PyTorch sees a CUDA device (imports PyTorch)."""
+    """Return whether PyTorch sees a CUDA device (imports PyTorch)."""
     import torch
 
     return torch.cuda.is_available()
@@ -154,7 +154,7 @@ Refuse = Callable[[str, object, str, str], None]
 
 
 def check_sizes(settings: Any, prefix: str, refuse: Refuse) -> None:
-    """Sizes of a run or a dataset: units that cannot be meant, and a minimum above the maximum."""
+    """Refuse sizes of a run or a dataset whose unit cannot be meant, and a minimum above the maximum."""
     unit, resolution = settings.resolution_type, settings.resolution
     if unit == "area" and resolution > MAX_MEGAPIXELS:
         problem = f"would be {resolution:g} megapixels under resolution_type area"
@@ -190,7 +190,7 @@ def _check_order(settings: Any, prefix: str, refuse: Refuse) -> None:
 
 
 def check_dataset(entry: DatasetSettings, refuse: Refuse) -> None:
-    """One enabled dataset."""
+    """Check the settings of one enabled dataset."""
     prefix = f"data.{entry.id}."
     check_sizes(entry, prefix, refuse)
     low, high = entry.minimum_aspect_ratio, entry.maximum_aspect_ratio
@@ -210,7 +210,7 @@ def check_dataset(entry: DatasetSettings, refuse: Refuse) -> None:
 
 
 def check_folder(entry: DatasetSettings, refuse: Refuse) -> None:
-    """A folder is named only where it is read."""
+    """Refuse a folder where the backend reads none."""
     own = type(entry.backend).model_fields if entry.backend is not None else {}
     if entry.instance_data_dir is not None and "instance_data_dir" not in own:
         problem = f"is not read by the data backend {entry.type!r}"
@@ -219,7 +219,7 @@ def check_folder(entry: DatasetSettings, refuse: Refuse) -> None:
 
 
 def check_weights(entries: Iterable[DatasetSettings], file: str, findings: list[Finding]) -> None:
-    """Datasets' probabilities must leave something to draw from."""
+    """Refuse datasets whose probabilities are all 0."""
     entries = list(entries)
     if entries and all(entry.probability == 0 for entry in entries):
         names = ", ".join(f"data.{entry.id}.probability" for entry in entries)

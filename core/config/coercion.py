@@ -1,4 +1,4 @@
-"""Raw values made ready for validation: numbers written as text, paths relative to their file."""
+"""Preparation of raw values for validation: numbers written as text, paths relative to their file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Leaf:
 
 
 def leaves(annotation: Any, metadata: tuple[Any, ...] = (), *, inside: bool = False) -> Iterator[Leaf]:
-    """Everything that an annotation admits."""
+    """Yield everything that an annotation admits."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         yield from leaves(arguments[0], (*metadata, *arguments[1:]), inside=inside)
@@ -45,17 +45,17 @@ def leaves(annotation: Any, metadata: tuple[Any, ...] = (), *, inside: bool = Fa
 
 
 def is_local(text: str) -> bool:
-    """Whether a model's name is meant as a path rather than as a hub id."""
+    """Return whether a model's name is meant as a path rather than as a hub id."""
     return text.startswith(("/", "./", "../", "~", "\\")) or text.endswith((".safetensors", ".ckpt", ".bin"))
 
 
 def absolute(text: str, base: Path) -> Path:
-    """A path as it is meant in a file of the folder `base`."""
+    """Return a path as it is meant in a file of the folder `base`."""
     return Path(os.path.normpath(Path(base, Path(text).expanduser())))
 
 
 def adapt_text(text: str, admitted: set[Any], *, marked: Relative | None, base: Path) -> Any:
-    """A text for a field that may want a path, a number, a truth value or nothing."""
+    """Convert a text for a field that may want a path, a number, a truth value or nothing."""
     if isinstance(marked, Anywhere):
         return text if is_url(text) else str(absolute(text, base))
     if marked:
@@ -73,7 +73,7 @@ def adapt_text(text: str, admitted: set[Any], *, marked: Relative | None, base: 
 
 
 def _whole(text: str) -> Any:
-    """``"1e4"`` as 10000; anything that is no whole number stays as it is."""
+    """Convert ``"1e4"`` to 10000; a text that is not a whole number stays as it is."""
     try:
         number = float(text)
     except ValueError:
@@ -82,7 +82,9 @@ def _whole(text: str) -> Any:
 
 
 def problem_of(value: Any, admitted: set[Any]) -> str | None:
-    """What pydantic would let through: truth values as numbers, numbers that are not finite."""
+    """Return what is wrong with a value that pydantic would accept: a truth value as a number, or a number that is not
+    finite.
+    """
     numeric = bool(admitted & {int, float})
     if isinstance(value, bool) and numeric and bool not in admitted and str not in admitted:
         return "is a truth value where a number is expected"
@@ -100,12 +102,12 @@ def problem_of(value: Any, admitted: set[Any]) -> str | None:
 def prepare(
     model: type[BaseModel], raw: Mapping[str, Any], base: Callable[[str], Path]
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Values of `raw` for `model`, and key -> problem for those that are refused already.
+    """Return the values of `raw` prepared for `model`, and key -> problem for those that are refused already.
 
     Args:
-        model: Whose fields say what is wanted.
-        raw: As read from the files.
-        base: The folder that relative paths of a key are relative to.
+        model: Its fields say which types are wanted.
+        raw: Values as read from the files.
+        base: Returns the folder that relative paths of a key are relative to.
     """
     ready: dict[str, Any] = {}
     problems: dict[str, str] = {}

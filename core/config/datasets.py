@@ -1,4 +1,4 @@
-"""The data file: found, read, checked and filled with the run's defaults."""
+"""The data file: how it is found, read, checked and filled with the run's defaults."""
 
 from __future__ import annotations
 
@@ -50,26 +50,26 @@ INHERITED = (
 
 @dataclass
 class RawEntry:
-    """One entry as read, with the origin of each key."""
+    """One entry of the data file as read, with the origin of each key."""
 
     layers: Layers
     index: int
 
     @property
     def id(self) -> str:
-        """Its id, or its place in the list where it has none."""
+        """The entry's id, or its index in the list where it has none."""
         name = self.layers.values.get("id")
         return str(name) if name else f"[{self.index}]"
 
     @property
     def prefix(self) -> str:
-        """In front of its keys in messages."""
+        """The prefix of its keys in messages."""
         return f"data.{self.id}."
 
 
 @dataclass
 class Datasets:
-    """What comes out: enabled datasets of images or prompts, and places for caches."""
+    """The checked entries: enabled datasets of images or prompts, and caches."""
 
     training: list[DatasetSettings] = field(default_factory=list)
     caches: list[DatasetSettings] = field(default_factory=list)
@@ -83,7 +83,7 @@ class Datasets:
 
 
 def find_data_file(config_file: Path | None, output_dir: Path | None) -> Path | None:
-    """``multidatabackend.*`` beside the configuration, in output_dir or in the working directory."""
+    """Find ``multidatabackend.*`` beside the configuration, in output_dir or in the working directory."""
     folders = [folder for folder in (config_file.parent if config_file else None, output_dir, Path.cwd()) if folder]
     for folder in folders:
         for suffix in SUFFIXES:
@@ -94,7 +94,7 @@ def find_data_file(config_file: Path | None, output_dir: Path | None) -> Path | 
 
 
 def read_entries(content: Any, origin: Origin, findings: list[Finding]) -> list[RawEntry]:
-    """The entries of a data file's content."""
+    """Return the entries of a data file's content."""
     if isinstance(content, Mapping) and set(content) == {"data"}:
         content = content["data"]  # TOML has no list at the top
     if not isinstance(content, list):
@@ -121,7 +121,7 @@ def _kind(value: object) -> str:
 
 
 def read_data_file(path: Path, findings: list[Finding]) -> list[RawEntry]:
-    """The entries of a data file."""
+    """Read the entries of a data file."""
     before = len(findings)
     content = read_file(path, findings, what="--data")
     return [] if len(findings) > before else read_entries(content, Origin(str(path), path.parent.absolute()), findings)
@@ -130,7 +130,7 @@ def read_data_file(path: Path, findings: list[Finding]) -> list[RawEntry]:
 def apply_overrides(
     entries: Sequence[RawEntry], overrides: Sequence[tuple[tuple[str, ...], Any]], findings: list[Finding]
 ) -> None:
-    """Put ``data.<id>.<key>=value`` of the command line into the entries; ids may contain dots."""
+    """Apply ``data.<id>.<key>=value`` of the command line to the entries; ids may contain dots."""
     origin = Origin(COMMAND_LINE, Path.cwd())
     for path, value in overrides:
         dotted = ".".join(path[1:])
@@ -151,7 +151,7 @@ def apply_overrides(
 
 
 class DatasetsCheck:
-    """Turns raw entries into settings."""
+    """The check that turns raw entries into settings."""
 
     def __init__(
         self,
@@ -169,7 +169,7 @@ class DatasetsCheck:
         self.notices = notices
 
     def check(self, entries: Sequence[RawEntry]) -> Datasets:
-        """Every entry checked; disabled ones are left out afterwards."""
+        """Check every entry; disabled ones are left out afterwards."""
         self._check_ids(entries)
         result = Datasets()
         for raw in entries:
@@ -200,7 +200,7 @@ class DatasetsCheck:
                 check_prompts(entry, self.registry, refuse)
 
     def _check_cache(self, raw: RawEntry, entry: DatasetSettings) -> None:
-        """A cache's backend can be written, and its place is usable."""
+        """Check that a cache's backend can be written to, and that its folder or bucket is usable."""
         kind = self.registry.get("data_backend", entry.type)
         if issubclass(kind, SampleBackend):
             remedy = "keep caches in a folder (type local) or a bucket"
@@ -209,7 +209,7 @@ class DatasetsCheck:
             self._check_place(entry, partial(self._refuse, raw))
 
     def _check_place(self, entry: DatasetSettings, refuse: Refuse) -> None:
-        """The backend finds its place usable, as far as that can be seen without the network."""
+        """Let the backend check its folder, files or bucket, as far as it can without the network."""
         try:
             backend = self.registry.get("data_backend", entry.type)(entry.backend)
             backend.check()
@@ -286,7 +286,7 @@ class DatasetsCheck:
         return None if absent else found.Config
 
     def _inherited(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The run's defaults, sizes converted into the entry's unit."""
+        """Return the run's defaults, with sizes converted into the entry's unit."""
         run = self.run
         unit = values.get("resolution_type", run.resolution_type)
         known = unit in ("pixel", "area", "pixel_area")
@@ -301,7 +301,7 @@ class DatasetsCheck:
         return result
 
     def _writable(self, entry: DatasetSettings) -> DatasetSettings:
-        """Cache folders that cannot be made are moved under output_dir, which is said: nothing is lost by it."""
+        """Move cache folders that cannot be made under output_dir, with a notice: nothing is lost by it."""
         for key in ("cache_dir_vae", "cache_dir"):
             folder = getattr(entry, key)
             if folder is not None and not folder.exists() and not can_be_made(folder):
@@ -326,7 +326,7 @@ class DatasetsCheck:
 
 
 def can_be_made(folder: Path) -> bool:
-    """Whether the nearest existing parent lets a folder be made in it."""
+    """Return whether the nearest existing parent lets a folder be made in it."""
     import os
 
     parent = absolute(str(folder), Path.cwd())

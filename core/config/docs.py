@@ -38,7 +38,7 @@ HOW_CHOSEN = {
 
 
 def table(model: type[BaseModel], keys: Iterable[str]) -> str:
-    """A Markdown table of fields: key, default, what is accepted, meaning."""
+    """Return a Markdown table of fields: key, default, accepted values, meaning."""
     lines = ["| key | default | accepted | meaning |", "| --- | --- | --- | --- |"]
     for key in keys:
         info = model.model_fields[key]
@@ -56,13 +56,13 @@ def as_written(default: object) -> str:
 
 
 def own_first(model: type[BaseModel]) -> list[str]:
-    """The fields of a model, those that it shares with others of its kind behind its own."""
+    """List the fields of a model, those that it shares with others of its kind last."""
     bases = [base for base in model.__mro__[1:] if issubclass(base, BaseModel) and base is not BaseModel]
     return sorted(model.model_fields, key=lambda key: any(key in base.model_fields for base in bases))
 
 
 def config_page() -> str:
-    """``docs/config.md``: the keys of the run and of datasets."""
+    """Return ``docs/config.md``: the keys of the run and of datasets."""
     parts = [
         GENERATED,
         "# Configuration keys",
@@ -150,7 +150,7 @@ def first_paragraph(found: type) -> str:
 
 
 def hooks() -> Iterator[tuple[str, str, str]]:
-    """Name, exact signature and first docstring line of every hook, in the order of the specifications."""
+    """Yield name, exact signature and first docstring line of every hook, in the order of the specifications."""
     from ..plugin_api import hookspecs
 
     for node in ast.parse(inspect.getsource(hookspecs)).body:
@@ -160,7 +160,7 @@ def hooks() -> Iterator[tuple[str, str, str]]:
 
 
 def hooks_page() -> str:
-    """``docs/hooks.md``: every hook with its signature."""
+    """Return ``docs/hooks.md``: every hook with its signature."""
     registration = [hook for hook in hooks() if hook[0].startswith("register_")]
     observation = [hook for hook in hooks() if not hook[0].startswith("register_")]
     parts = [
@@ -185,7 +185,7 @@ def hooks_page() -> str:
 
 
 def matrix_page(registry: Registry) -> str:
-    """``docs/matrix.md``: which method runs on which family, with the reason for every hole."""
+    """Return ``docs/matrix.md``: which method runs on which family, with the reason for every gap."""
     families, reasons = registry.names("family"), list[str]()
     lines = [f"| method | trains | {' | '.join(families)} |", "| --- | --- |" + " --- |" * len(families)]
     made_of_others = []
@@ -213,7 +213,7 @@ def matrix_page(registry: Registry) -> str:
 
 
 def hole(registry: Registry, method: str, family: str, model_type: Literal["lora", "full"]) -> str | None:
-    """Why `method` cannot run on `family` with its default settings; None where it can."""
+    """Return why `method` cannot run on `family` with its default settings; None where it can."""
     found = registry.get("method", method)
     run = RunSettings(model_type=model_type)
     findings, _ = check_requirements(found, found.Config(), registry.get("family", family), run)

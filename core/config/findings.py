@@ -1,4 +1,4 @@
-"""What is wrong, said so that it can be mended: pydantic's errors as findings."""
+"""Conversion of pydantic's errors to findings, which say how a mistake is mended."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _TYPES = {
 
 
 def expectation(model: type[BaseModel], key: str) -> str:
-    """What a field accepts, in words."""
+    """Describe in words what a field accepts."""
     schema = model.model_json_schema()
     return _expectation(schema["properties"].get(key, {}), schema.get("$defs", {}))
 
@@ -57,7 +57,7 @@ def _expectation(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> s
 
 
 def about(model: type[BaseModel], key: str) -> str:
-    """A field's description and default, for a remedy."""
+    """Return a field's description and default, for a remedy."""
     info = model.model_fields[key]
     description = (info.description or "").strip()
     if info.default is PydanticUndefined or info.default in (None, ()):
@@ -66,7 +66,7 @@ def about(model: type[BaseModel], key: str) -> str:
 
 
 class PartCheck:
-    """Validates one part against its model and collects what is wrong with it."""
+    """The check of one part against its model, which collects everything that is wrong with it."""
 
     def __init__(self, findings: list[Finding], *, elsewhere: Mapping[str, str] | None = None) -> None:
         self.findings = findings
@@ -81,13 +81,13 @@ class PartCheck:
         *,
         known: Iterable[str] = (),
     ) -> BaseModel | None:
-        """The validated part, or None after adding findings.
+        """Return the validated part, or None after adding findings.
 
         Args:
             model: The part's pydantic model.
             raw: Its values as read.
             prefix: Dotted path in front of its keys, with the dot.
-            origin: Where the value of a key comes from.
+            origin: Returns the origin of a key's value.
             known: Further keys that are accepted beside the model's, for hints.
         """
         ready, problems = prepare(model, raw, lambda key: origin(key).base)
@@ -113,24 +113,26 @@ class PartCheck:
     ) -> None:
         seen: set[str] = {prefix + key for key in skip}
         for item in error.errors(include_url=False):
-            place = _innermost(model, raw, prefix, item["loc"])
-            key = str(place.location[0]) if place.location else ""
-            if place.prefix + key in seen:
+            where = _innermost(model, raw, prefix, item["loc"])
+            key = str(where.rest[0]) if where.rest else ""
+            if where.prefix + key in seen:
                 continue
-            seen.add(place.prefix + key)
+            seen.add(where.prefix + key)
             top = str(item["loc"][0]) if item["loc"] else ""
-            source = origin if place.model is model else lambda _, top=top: origin(top)
-            self._say(item, place, key, source, known if place.model is model else ())
+            source = origin if where.model is model else lambda _, top=top: origin(top)
+            self._say(item, where, key, source, known if where.model is model else ())
 
-    def _say(self, item: Any, place: _Place, key: str, origin: Callable[[str], Origin], known: Iterable[str]) -> None:
-        model, raw, prefix = place.model, place.raw, place.prefix
-        if item["type"] == "extra_forbidden" and len(place.location) == 1:
+    def _say(
+        self, item: Any, where: _ErrorLocation, key: str, origin: Callable[[str], Origin], known: Iterable[str]
+    ) -> None:
+        model, raw, prefix = where.model, where.raw, where.prefix
+        if item["type"] == "extra_forbidden" and len(where.rest) == 1:
             self.unknown(key, raw[key], prefix, origin(key), [*model.model_fields, *known])
-        elif item["type"] == "missing" and len(place.location) == 1:
+        elif item["type"] == "missing" and len(where.rest) == 1:
             problem = f"is required: {expectation(model, key)}"
             self.findings.append(Finding(origin(key).file, prefix + key, None, problem, about(model, key)))
         elif key in model.model_fields:
-            self._add(model, prefix, key, raw.get(key), _problem(item, place.location, model, key), origin)
+            self._add(model, prefix, key, raw.get(key), _problem(item, where.rest, model, key), origin)
         else:
             self._whole(model, item, raw, prefix, origin)
 
@@ -142,7 +144,7 @@ class PartCheck:
         prefix: str,
         origin: Callable[[str], Origin],
     ) -> None:
-        """An error of the part as a whole: filed under the first of its keys that the message names, given or not."""
+        """Add an error of the part as a whole, under the first of its keys that the message names, given or not."""
         message = str(item["msg"]).removeprefix("Value error, ")
         named = next((key for key in raw if key in message), None)
         missing = next((key for key in model.model_fields if key in message), None) if named is None else None
@@ -167,7 +169,7 @@ class PartCheck:
         self.findings.append(Finding(origin(key).file, prefix + key, shown(key, value), problem, remedy))
 
     def unknown(self, key: str, value: object, prefix: str, origin: Origin, known: Iterable[str]) -> None:
-        """Add the finding of a key that is not known."""
+        """Add the finding of an unknown key."""
         names = list(dict.fromkeys(known))
         close = nearest(key, names)
         if key in self.elsewhere:
@@ -196,18 +198,22 @@ def _literals(model: type[BaseModel], key: str) -> list[str]:
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where an error lies: the innermost model around it, its values, the path that leads there, and what is left."""
+class _ErrorLocation:
+    """The location of an error: the innermost model around it, its values, the prefix of its keys, and the rest of the
+    path.
+    """
 
     model: type[BaseModel]
     raw: Mapping[str, Any]
     prefix: str
-    location: Sequence[int | str]
+    rest: Sequence[int | str]
 
 
-def _innermost(model: type[BaseModel], raw: Mapping[str, Any], prefix: str, location: Sequence[int | str]) -> _Place:
+def _innermost(
+    model: type[BaseModel], raw: Mapping[str, Any], prefix: str, location: Sequence[int | str]
+) -> _ErrorLocation:
     """Follow an error into the models that a part's fields, or the elements of its lists, are."""
-    here = _Place(model, raw, prefix, location)
+    here = _ErrorLocation(model, raw, prefix, location)
     key = str(location[0]) if location else ""
     if len(location) < 2 or key not in model.model_fields:
         return here

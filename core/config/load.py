@@ -1,4 +1,4 @@
-"""From files and flags to one validated configuration; everything that is wrong is said in one go."""
+"""Loading of files and flags into one validated configuration; all findings are reported at once."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ def load_configuration(
     overrides: Sequence[str] = (),
     to_train: bool = True,
 ) -> Configuration:
-    """The validated configuration.
+    """Load and validate the configuration.
 
     Args:
-        registry: What is there by name; plugin files that the configuration names are added to it.
+        registry: All plugins by name; plugin files that the configuration names are added to it.
         config_file: JSON, YAML or TOML with the run's keys.
         data_file: JSON, YAML or TOML with the list of datasets.
         flags: Run keys from the command line; stronger than the file.
         overrides: ``key.path=value`` texts; stronger than everything. ``data.<id>.key`` reaches into the datasets.
-        to_train: Also check what only training needs of this machine: files of data and models, device, packages.
+        to_train: Also check what only training needs: files of data and models, device, packages.
 
     Raises:
         ConfigError: With all findings.
@@ -62,7 +62,7 @@ def load_configuration(
 
 @dataclass
 class ConfigurationLoader:
-    """One pass over all sources; findings and notices gather on the way."""
+    """One pass over all sources, which gathers findings and notices."""
 
     registry: Registry
     config_file: Path | None = None
@@ -71,15 +71,15 @@ class ConfigurationLoader:
     notices: list[str] = field(default_factory=list)
     layers: Layers = field(default_factory=Layers)
     given_parts: list[tuple[str, Any, Origin]] = field(default_factory=list)
-    """What was given for plugins' parts, the strongest last; folded once the plugins are known."""
+    """Values given for plugins' parts, the strongest last; folded once the plugins are known."""
     miniature: bool = False
     readable: bool = True
-    """Whether the file could be read; if not, nothing is said of what it lacks."""
+    """Whether the file could be read; if not, keys that it lacks are not reported."""
 
     def load(
         self, data_file: Path | None, flags: Mapping[str, object], overrides: Sequence[str]
     ) -> Configuration | None:
-        """The configuration, or None where findings leave none."""
+        """Return the configuration, or None where there are findings."""
         data_overrides = self._read(flags, overrides)
         self._load_plugins()
         check = PartsCheck(self.registry, self.layers, self.findings, self.notices)
@@ -99,7 +99,7 @@ class ConfigurationLoader:
         datasets = self._datasets(run or RunSettings(), entries, data_overrides)
         if run is not None:
             self._compare_data(run, parts, check, entries or [], datasets)
-            self._give_pairs(run, parts, check, entries or [], datasets)
+            self._assign_trajectory_caches(run, parts, check, entries or [], datasets)
         if run is not None:
             self._check_plugins(run, parts, check)
         if run is None or self.findings:
@@ -107,7 +107,7 @@ class ConfigurationLoader:
         return self._assemble(run, parts, check, datasets)
 
     def _check_plugins(self, run: RunSettings, parts: Parts, check: PartsCheck) -> None:
-        """Packages, and whether optimizer and quantizers can be used as the run asks."""
+        """Check the packages, and whether optimizer and quantizers can be used as the run asks."""
         if self.to_train:
             check.check_optimizer(run)
             check.check_packages()
@@ -120,7 +120,7 @@ class ConfigurationLoader:
     # -- layers -------------------------------------------------------------------------------------------------------
 
     def _read(self, flags: Mapping[str, object], overrides: Sequence[str]) -> list[Override]:
-        """Lay file, flags and overrides on top of each other; returns the overrides of datasets."""
+        """Lay file, flags and overrides on top of each other; return the overrides of datasets."""
         file = self.config_file
         if file is not None:
             self.layers.fallback = Origin(str(file), file.parent.absolute())
@@ -161,7 +161,9 @@ class ConfigurationLoader:
     # -- model --------------------------------------------------------------------------------------------------------
 
     def _choose_model(self, check: PartsCheck) -> list[RawEntry] | None:
-        """Where no model is named: the family's miniature, its recipe under everything given; returns its data."""
+        """Choose the family's miniature where no model is named, with its recipe under everything given; return its
+        data.
+        """
         family = check.classes.get("family")
         if family is None:
             return None
@@ -234,16 +236,16 @@ class ConfigurationLoader:
         files = {entry.id: entry.layers.origin("dataset_type").file for entry in entries}
         self.findings.extend(check_images(method, config, run, datasets.training, files=files))
 
-    def _give_pairs(
+    def _assign_trajectory_caches(
         self, run: RunSettings, parts: Parts, check: PartsCheck, entries: list[RawEntry], datasets: Datasets
     ) -> None:
-        """Each dataset its distillation cache, where there is one or the method needs one."""
+        """Assign a distillation cache to each dataset, where there is one or the method needs one."""
         method, family = check.classes.get("method"), check.classes.get("family")
         config = parts["distillation_config"].get(method.name) if method else None
         if method is None or family is None or config is None or self.findings:
             return
-        points, place = trajectory_points(method, config, run), f"{run.output_dir}/cache/trajectories"
-        needs = TrajectoryNeeds(method.name, points, family.default_guidance, place)
+        points, folder = trajectory_points(method, config, run), f"{run.output_dir}/cache/trajectories"
+        needs = TrajectoryNeeds(method.name, points, family.default_guidance, folder)
         files = {entry.id: entry.layers.fallback.file for entry in entries}
         trajectories = TrajectoryCheck(needs, files, self.findings, self.notices)
         datasets.training, datasets.caches = trajectories.resolve(datasets.training, datasets.caches)
@@ -251,7 +253,7 @@ class ConfigurationLoader:
     def _entries(
         self, run: RunSettings | None, data_file: Path | None, inline: Any, recipe: list[RawEntry] | None
     ) -> list[RawEntry] | None:
-        """Raw entries of the first source there is; None, with a finding, where there is none."""
+        """Return the raw entries of the first source there is; None, with a finding, where there is none."""
         before = len(self.findings)
         named = data_file or (run.data_backend_config if run else None)
         if named is not None and inline is not None:

@@ -1,4 +1,4 @@
-"""Names and units that users bring along, turned into ours, with a line for each."""
+"""Conversion of users' other names and units into the canonical ones, with a notice for each."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ SIZES = ("minimum_image_size", "maximum_image_size", "target_downsample_size")
 def rename_run_keys(
     values: Mapping[str, Any], origin: Origin, notices: list[str], findings: list[Finding]
 ) -> dict[str, Any]:
-    """Aliases under their canonical names."""
+    """Replace aliases by their canonical names."""
     result = dict(values)
     for alias, name in RUN_ALIASES.items():
         if alias not in result:
@@ -57,7 +57,7 @@ def rename_run_keys(
 
 
 def refuse_not_yet(layers: Layers, findings: list[Finding]) -> None:
-    """Keys and values of the established trainer that come with a later version."""
+    """Refuse keys and values of the established trainer that this version does not support."""
     for key, instead in NOT_YET.items():
         if key in layers.values:
             value, file = layers.values.pop(key), layers.origin(key).file
@@ -66,7 +66,7 @@ def refuse_not_yet(layers: Layers, findings: list[Finding]) -> None:
 
 
 def align_rounding(values: dict[str, Any], prefix: str, file: str, notices: list[str], findings: list[Finding]) -> None:
-    """An ``aspect_bucket_rounding`` above 9 is an alignment in pixels."""
+    """Convert an ``aspect_bucket_rounding`` above 9, which is an alignment in pixels."""
     rounding = values.get("aspect_bucket_rounding")
     try:
         means_alignment = not isinstance(rounding, bool) and float(rounding or 0) > 9
@@ -98,7 +98,7 @@ def rename_dataset_keys(
     notices: list[str],
     findings: list[Finding],
 ) -> None:
-    """A backend's keys under other names, and the established trainer's objects with columns."""
+    """Replace other names of a backend's keys, and unfold the established trainer's objects with columns."""
     for name in METADATA_OBJECTS:
         table = values.get(name)
         if not isinstance(table, Mapping):
@@ -124,7 +124,7 @@ def _merge(
 
 
 def rename_dataset_values(values: dict[str, Any], prefix: str, notices: list[str]) -> None:
-    """Other spellings of a dataset's values."""
+    """Replace other spellings of a dataset's values."""
     for (key, other), name in DATASET_VALUES.items():
         if values.get(key) == other:
             values[key] = name
@@ -132,7 +132,7 @@ def rename_dataset_values(values: dict[str, Any], prefix: str, notices: list[str
 
 
 def megapixel_notices(values: Any, prefix: str, notices: list[str]) -> None:
-    """Say which sizes are megapixels although the unit is said to be pixels."""
+    """Add a notice of sizes that are megapixels although the unit is said to be pixels."""
     if values.resolution_type != "pixel":
         return
     sizes = [(key, getattr(values, key)) for key in SIZES]
@@ -144,7 +144,7 @@ def megapixel_notices(values: Any, prefix: str, notices: list[str]) -> None:
 
 
 def convert_size(size: float, source: str, target: str) -> float:
-    """A size in another unit, exact for squares; edges in pixels, areas in megapixels."""
+    """Convert a size to another unit, exact for squares; edges in pixels, areas in megapixels."""
     if source == target or (source == "pixel" and size < PIXEL_LIMIT and target == "area"):
         return size
     edge = size**0.5 * 1000 if source == "area" or (source == "pixel" and size < PIXEL_LIMIT) else size

@@ -1,4 +1,4 @@
-"""The parts of a configuration that plugins own: folded into one form, checked by their owners' models."""
+"""The parts of a configuration that belong to plugins: folded into one form, checked by their owners' models."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ NAMED = {"distillation_method": "method", "model_family": "family", "optimizer":
 LISTED = {"report_to": "tracker", "evaluators": "evaluator", "publish_to": "publisher"}
 """Keys that name several."""
 FACTORS = (0.1, 10.0)
-"""Learning rates of optimizers that find the size of their steps themselves: least and greatest."""
+"""Least and greatest learning rate of optimizers that estimate the size of their steps themselves."""
 ADAM_KEYS = ("adam_beta1", "adam_beta2", "adam_epsilon", "adam_weight_decay")
 Parts = dict[str, dict[str, BaseModel]]
 """Key of a part -> plugin's name -> its validated configuration."""
 
 
 def _lists(kind: str, run: RunSettings) -> list[tuple[str, Sequence[str]]]:
-    """Keys that name plugins of a kind -> the names."""
+    """Return the keys that name plugins of a kind, each with the names."""
     if kind == "quantizer":
         return [(key, [name]) for key, name in named_quantizers(run).items()]
     return [(key, getattr(run, key)) for key, listed in LISTED.items() if listed == kind]
@@ -41,7 +41,7 @@ def _lists(kind: str, run: RunSettings) -> list[tuple[str, Sequence[str]]]:
 
 @dataclass
 class PartsCheck:
-    """Names of plugins and the settings under them."""
+    """The check of the plugins' names and of their settings."""
 
     registry: Registry
     layers: Layers
@@ -55,7 +55,7 @@ class PartsCheck:
         self.findings.append(Finding(self.layers.origin(*key.split(".")).file, key, value, problem, remedy))
 
     def resolve_names(self) -> None:
-        """Find the classes of method, family and optimizer; aliases become names."""
+        """Find the classes of method, family and optimizer; replace aliases by names."""
         for key, kind in NAMED.items():
             name = self.layers.values.get(key)
             name = RunSettings.model_fields[key].default if name is None else name
@@ -70,7 +70,7 @@ class PartsCheck:
                 self.notices.append(f"{key} = {name!r} is read as {self.classes[kind].name!r}")
 
     def fold(self, given: Sequence[tuple[str, Any, Origin]]) -> None:
-        """Lay parts over each other, each brought into the form {name: {...}} whichever form it was given in.
+        """Merge parts on top of each other, each brought into the form {name: {...}} whichever form it was given in.
 
         Args:
             given: (key, value, origin), the strongest last.
@@ -102,16 +102,16 @@ class PartsCheck:
         return named
 
     def elsewhere(self) -> dict[str, str]:
-        """Keys that are known at another level than the run's -> where."""
+        """Return the keys that are known at another level than the run's, each with the place for it."""
         homes = {key: f"the data file, as data.<id>.{key}" for key in DatasetSettings.model_fields}
         for key, kind in PARTS.items():
             if kind in self.classes:
                 part = self.classes[kind]
                 homes |= {name: f"{key}.{part.name}.{name}" for name in part.Config.model_fields}
-        return {key: place for key, place in homes.items() if key not in RunSettings.model_fields}
+        return {key: home for key, home in homes.items() if key not in RunSettings.model_fields}
 
     def validate(self, run: RunSettings | None) -> Parts:
-        """Every part that is in use or was given."""
+        """Validate every part that is in use or was given."""
         result: Parts = {}
         for key, kind in PARTS.items():
             given: Mapping[str, Any] = self.layers.values.get(key) or {}
@@ -156,7 +156,7 @@ class PartsCheck:
         return settings is not None
 
     def wanted(self, kind: str, run: RunSettings | None, *, report: bool = False) -> list[str]:
-        """Names of the plugins of a kind that the run uses."""
+        """List the plugins of a kind that the run uses."""
         if kind in self.classes:
             return [self.classes[kind].name]
         named = [] if run is None else [(key, name) for key, names in _lists(kind, run) for name in names]
@@ -167,7 +167,7 @@ class PartsCheck:
         return [self.registry.get(kind, name).name for name in names]
 
     def check_optimizer(self, run: RunSettings) -> None:
-        """It has the ``adam_*`` settings that the user gave."""
+        """Check that the optimizer honours the ``adam_*`` settings that the user gave."""
         plugin = self.classes.get("optimizer")
         if plugin is None:
             return
@@ -182,7 +182,7 @@ class PartsCheck:
             self._check_schedule_free(run, plugin.name)
 
     def check_packages(self) -> None:
-        """What method, family and optimizer need is installed."""
+        """Check that the packages of method, family and optimizer are installed."""
         for key, kind in NAMED.items():
             chosen = [self.classes[kind]] if kind in self.classes else []
             for found in chosen:
@@ -205,7 +205,7 @@ class PartsCheck:
             self.refuse("use_ema", True, problem, "set use_ema to false")
 
     def default_learning_rate(self) -> None:
-        """Where neither the user nor a recipe gives a learning rate: the optimizer's own."""
+        """Set the optimizer's own learning rate where neither the user nor a recipe gives one."""
         plugin = self.classes.get("optimizer")
         if plugin is None or self.layers.given("learning_rate"):
             return
@@ -218,7 +218,7 @@ class PartsCheck:
             self.notices.append(f"learning_rate is {rate:g}, as {plugin.name!r} wants it")
 
     def recipe_for_optimizer(self, recipe: dict[str, Any]) -> dict[str, Any]:
-        """A recipe, which is made for AdamW, without what the chosen optimizer does in its own way."""
+        """Adapt a recipe, which is made for AdamW: drop the keys that the chosen optimizer handles in its own way."""
         plugin = self.classes.get("optimizer")
         if plugin is None:
             return recipe

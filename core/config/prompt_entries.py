@@ -1,4 +1,4 @@
-"""Entries of the data file that hold captions alone (``dataset_type: prompts``)."""
+"""Checks of data file entries that hold captions alone (``dataset_type: prompts``)."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ ABOUT_IMAGES = (
     "aspect_bucket_rounding", "minimum_aspect_ratio", "maximum_aspect_ratio", "max_upscale_threshold", "random_flip",
     "cache_dir_vae", "vae_batch_size",
 )  # fmt: skip
-"""Keys that decide what happens to images, hence nothing where there are none."""
+"""Keys that decide what happens to images, without effect where there are none."""
 
 
 def without_images(entry: DatasetSettings, given: Collection[str], notices: list[str]) -> DatasetSettings:
-    """The entry with the keys that are about images at their defaults; those that were given are named in a notice.
+    """Return the entry with the keys about images at their defaults; those that were given are named in a notice.
 
     Args:
-        entry: Of prompts.
+        entry: An entry of prompts.
         given: Keys that the entry itself has, rather than the run.
-        notices: Where the notice goes.
+        notices: Takes the notice.
     """
     defaults = {name: DatasetSettings.model_fields[name].default for name in ABOUT_IMAGES}
     idle = [name for name in ABOUT_IMAGES if name in given and getattr(entry, name) != defaults[name]]
@@ -35,7 +35,7 @@ def without_images(entry: DatasetSettings, given: Collection[str], notices: list
 
 
 def check_kind(entry: DatasetSettings, refuse: Refuse) -> None:
-    """Keys that fit the one kind of dataset only."""
+    """Refuse keys that fit the other kind of dataset only."""
     prefix = f"data.{entry.id}."
     if entry.has_images:
         if entry.prompts_file is not None:
@@ -54,7 +54,7 @@ def check_kind(entry: DatasetSettings, refuse: Refuse) -> None:
 
 
 def check_captions(entry: DatasetSettings, refuse: Refuse, *, with_samples: bool) -> None:
-    """Where captions, sizes and columns are said to be, there can be some.
+    """Refuse sources of captions, sizes and columns that the entry cannot have.
 
     Args:
         entry: One enabled dataset.
@@ -101,7 +101,7 @@ def _refuse_strategy(entry: DatasetSettings, refuse: Refuse, *, with_samples: bo
 
 
 def _check_columns(entry: DatasetSettings, refuse: Refuse) -> None:
-    """Columns are named only where there is a table."""
+    """Refuse names of columns where there is no table."""
     known = type(entry.backend).model_fields if entry.backend is not None else {}
     of_prompts = ("caption_column", "fallback_caption_column") if entry.prompts_file is not None else ()
     for key in COLUMN_KEYS:
@@ -115,7 +115,7 @@ def _check_columns(entry: DatasetSettings, refuse: Refuse) -> None:
 
 
 def check_prompts(entry: DatasetSettings, registry: Registry, refuse: Refuse) -> None:
-    """The first prompts of a dataset can be read: file, suffix, column, encoding."""
+    """Read the first prompts of a dataset to check file, suffix, column and encoding."""
     from ..data.index.prompt_files import open_source
     from ..errors import BadValue
 

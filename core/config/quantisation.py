@@ -1,4 +1,4 @@
-"""The keys that name quantizers: which networks they are for, and whether the run can have them."""
+"""Checks of the keys that name quantizers: which networks they are for, and whether the run can use them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PRECISIONS = (BASE, *TEXT_ENCODERS)
 
 
 def named_quantizers(run: RunSettings) -> dict[str, str]:
-    """Key -> the quantizer that it names."""
+    """Return each key that names a quantizer, with the name."""
     named = {key: getattr(run, key) for key in PRECISIONS}
     return {key: name for key, name in named.items() if name != NO_CHANGE}
 
@@ -36,14 +36,14 @@ def check_quantisation(
     layers: Layers,
     to_train: bool,
 ) -> list[Finding]:
-    """Findings of every key that names a quantizer: its package, the machine, the family, the training.
+    """Check every key that names a quantizer: its package, the machine, the family, the training.
 
     Args:
         run: The settings.
         classes: Kind -> the class chosen, of method and family.
-        method_config: The method's, or None where it is not valid.
-        registry: Of the quantizers.
-        layers: Where values come from.
+        method_config: Settings of the method, or None where they are not valid.
+        registry: Gives the quantizers.
+        layers: Give the origin of each value.
         to_train: Also check what only training needs.
     """
     findings: list[Finding] = []
@@ -72,7 +72,7 @@ def _on_this_machine(quantizer: type[Any], run: RunSettings) -> Problems:
 
 
 def _available(device: str) -> bool:
-    """Whether the device is on this machine; one that is not is refused by its own key."""
+    """Return whether the device is on this machine; one that is not is refused by its own key."""
     from .checks import cuda_available
 
     return not device.startswith("cuda") or cuda_available()

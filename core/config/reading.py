@@ -1,4 +1,4 @@
-"""Files and flags as layers of raw values, each value with the place it came from."""
+"""Files and flags as layers of raw values, each value with its origin."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ _ENVIRONMENT = re.compile(r"\{env:([^}]*)\}")
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a value comes from."""
+    """The file that a value comes from."""
 
     file: str
-    """As findings show it."""
+    """The file as findings show it."""
     base: Path
-    """What relative paths are relative to."""
+    """The folder that relative paths are relative to."""
 
 
 class Repeated(Exception):
-    """A key stands twice in one object."""
+    """The error of a key that stands twice in one object."""
 
 
 @dataclass
 class Layers:
-    """Raw values of several layers merged into one, later ones stronger, and the origin of each."""
+    """The raw values of several layers merged into one, later ones stronger, and the origin of each."""
 
     values: dict[str, Any] = field(default_factory=dict)
     origins: dict[tuple[str, ...], Origin] = field(default_factory=dict)
     fallback: Origin = field(default_factory=lambda: Origin(COMMAND_LINE, Path.cwd()))
-    """Where a key that nobody gave would have to be given."""
+    """The origin of keys that nobody gave: where they would have to be given."""
 
     def add(self, values: Mapping[str, Any], origin: Origin, *, deep: frozenset[str] = frozenset()) -> None:
-        """Lay `values` over what is there; objects under the keys `deep` are merged, all else is replaced."""
+        """Lay `values` over the present ones; objects under the keys `deep` are merged, all else is replaced."""
         for key, value in values.items():
             self._put((key,), self.values, value, origin, deep=key in deep)
 
@@ -61,7 +61,7 @@ class Layers:
         self.origins[path] = origin
 
     def origin(self, *path: str) -> Origin:
-        """Of the value at `path`, or of what encloses it."""
+        """Return the origin of the value at `path`, or of what encloses it."""
         for length in range(len(path), 0, -1):
             if path[:length] in self.origins:
                 return self.origins[path[:length]]
@@ -69,12 +69,12 @@ class Layers:
         return deeper[0] if deeper else self.fallback
 
     def given(self, key: str) -> bool:
-        """Whether some layer gave the key a value that is not null."""
+        """Return whether some layer gave the key a value that is not null."""
         return self.values.get(key) is not None
 
 
 def read_file(path: Path, findings: list[Finding], *, what: str) -> Any:
-    """The content of a JSON, YAML or TOML file, or None with a finding."""
+    """Return the content of a JSON, YAML or TOML file, or None with a finding."""
 
     def refuse(key: str, value: object, problem: str, remedy: str) -> None:
         findings.append(Finding(str(path), key, value, problem, remedy))
@@ -129,7 +129,7 @@ def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 
 class _UniqueLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key that stands twice."""
+    """A SafeLoader that refuses a key that stands twice."""
 
 
 def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[str, Any]:
@@ -144,7 +144,7 @@ _UniqueLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _m
 
 
 def fill_environment(value: Any, file: str, key: str, findings: list[Finding]) -> Any:
-    """`value` with every ``{env:NAME}`` inside its texts replaced."""
+    """Return `value` with every ``{env:NAME}`` inside its texts replaced."""
     if isinstance(value, Mapping):
         return {
             name: fill_environment(inner, file, f"{key}.{name}".strip("."), findings) for name, inner in value.items()
@@ -162,7 +162,7 @@ def fill_environment(value: Any, file: str, key: str, findings: list[Finding]) -
 
 
 def strip_dashes(values: Mapping[str, Any], file: str, findings: list[Finding]) -> dict[str, Any]:
-    """Keys without their leading ``--``."""
+    """Remove the leading ``--`` of keys."""
     result: dict[str, Any] = {}
     for key, value in values.items():
         plain = key.removeprefix("--")
@@ -175,7 +175,7 @@ def strip_dashes(values: Mapping[str, Any], file: str, findings: list[Finding]) 
 
 
 def parse_override(text: str, findings: list[Finding]) -> tuple[tuple[str, ...], Any] | None:
-    """``a.b=c`` as (("a", "b"), c), c read as JSON where it is JSON, else as text."""
+    """Parse ``a.b=c`` into (("a", "b"), c), with c read as JSON where it is JSON, else as text."""
     key, equals, value = text.partition("=")
     path = tuple(part.strip() for part in key.strip().removeprefix("--").split("."))
     if not equals or not all(path):
@@ -189,7 +189,7 @@ def parse_override(text: str, findings: list[Finding]) -> tuple[tuple[str, ...],
 
 
 def nested(path: Sequence[str], value: Any) -> dict[str, Any]:
-    """``("a", "b"), c`` as ``{"a": {"b": c}}``."""
+    """Turn ``("a", "b"), c`` into ``{"a": {"b": c}}``."""
     for key in reversed(path):
         value = {key: value}
     return value

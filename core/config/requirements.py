@@ -1,4 +1,4 @@
-"""What a method needs against what a family can do, compared before weights load."""
+"""Comparison of a method's requirements with a family's capabilities, before weights load."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SWITCHES = {
     "second_time": "a network that takes a second time",
     "features": "features from inside the network",
 }
-"""Requirement and capability of one name -> what it is, for messages."""
+"""Name of a requirement, and of the capability that meets it -> its description, for messages."""
 
 
 def check_requirements(
@@ -31,7 +31,7 @@ def check_requirements(
     prediction_type: str = "epsilon",
     num_timesteps: int = 1000,
 ) -> tuple[list[Finding], list[str]]:
-    """Findings and notices of a method with this configuration on this family.
+    """Return findings and notices about a method with this configuration on this family.
 
     Args:
         method: The chosen method.
@@ -39,7 +39,7 @@ def check_requirements(
         family: The chosen family.
         run: The run's settings.
         files: Key -> the file its value comes from, for the findings; "" for keys that nobody gave.
-        prediction_type: Of the model, where it is known already.
+        prediction_type: The model's, where it is known already.
         num_timesteps: Training timesteps of the model's discrete schedule, where it is known already.
     """
     from ..plugin_api.method import MethodSetup
@@ -86,7 +86,9 @@ def check_requirements(
 def check_smaller_student(
     family: type[ModelFamily], family_config: Any, run: RunSettings, *, files: Mapping[str, str]
 ) -> list[Finding]:
-    """Findings of settings that make the student smaller than its teacher, where it is a LoRA on the teacher itself."""
+    """Return findings about settings that make the student smaller than its teacher, where it is a LoRA on the teacher
+    itself.
+    """
     if run.model_type == "full":
         return []
     file = files.get("family_config", files.get("", "configuration"))
@@ -103,7 +105,7 @@ def check_smaller_student(
 
 
 def _without(switch: str, method: type[Method], config: Any, run: RunSettings) -> str:
-    """What to do where the family lacks `switch`."""
+    """Return the remedy for a family that lacks `switch`."""
     from ..diffusion.guidance import GuidanceRange
 
     ways = ["choose another family or method"]
@@ -115,7 +117,7 @@ def _without(switch: str, method: type[Method], config: Any, run: RunSettings) -
 
 
 def _own_refusal(method: type[Method], config: Any, setup: MethodSetup, run: RunSettings) -> UserError | None:
-    """What the method itself says against these settings or this kind of training."""
+    """Return the method's own error about these settings or this kind of training, or None."""
     try:
         method.requires(config, setup)
         method.roles(config, setup)
@@ -127,12 +129,12 @@ def _own_refusal(method: type[Method], config: Any, setup: MethodSetup, run: Run
 
 
 def _with_parts(method: type[Method], config: Any, path: str) -> Iterator[tuple[str, type[Method], Any]]:
-    """A method and those that its settings are made of: path of the settings, class, settings."""
+    """Yield a method and those that its settings are made of, as path of the settings, class, settings."""
     from ..plugin_api.method import method_parts
 
     yield path, method, config
-    for place, part in method_parts(config):
-        yield from _with_parts(part.found, part.settings, f"{path}.{place}.config")
+    for inner, part in method_parts(config):
+        yield from _with_parts(part.found, part.settings, f"{path}.{inner}.config")
 
 
 def check_images(
@@ -143,7 +145,7 @@ def check_images(
     *,
     files: Mapping[str, str],
 ) -> list[Finding]:
-    """Findings of datasets that have captions alone, where the method needs images.
+    """Return findings about datasets that have captions alone, where the method needs images.
 
     Args:
         method: The chosen method.
@@ -175,7 +177,9 @@ def check_images(
 
 
 def trajectory_points(method: type[Method], method_config: Any, run: RunSettings) -> int:
-    """Points of the teacher's path that the method needs with this configuration; 0 for no path at all."""
+    """Return the number of points of the teacher's trajectory that the method needs with this configuration; 0 for
+    none.
+    """
     from ..plugin_api.method import MethodSetup
 
     return method.requires(method_config, MethodSetup(run.model_type, use_ema=run.use_ema)).trajectory_points

@@ -1,4 +1,4 @@
-"""JSON Schema of the configuration, for editors."""
+"""The JSON Schema of the configuration, for editors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def json_schema(registry: Registry) -> dict[str, Any]:
-    """The schema of a run's file, with the parts of every registered plugin and the datasets under ``data``."""
+    """Return the schema of a run's file, with the parts of every registered plugin and the datasets under ``data``."""
     definitions: dict[str, Any] = {}
     run = _part(RunSettings, "run", definitions)
     properties: dict[str, Any] = run["properties"]
@@ -57,7 +57,7 @@ def _dataset(registry: Registry, definitions: dict[str, Any]) -> dict[str, Any]:
 
 
 def _part(model: type[BaseModel], owner: str, definitions: dict[str, Any]) -> dict[str, Any]:
-    """A model's schema, its own definitions moved to the top under the owner's name."""
+    """Return a model's schema, with its own definitions moved to the top under the owner's name."""
     schema = model.model_json_schema(ref_template=f"#/$defs/{owner}.{{model}}")
     definitions.update({f"{owner}.{name}": inner for name, inner in schema.pop("$defs", {}).items()})
     schema["additionalProperties"] = False

@@ -1,4 +1,4 @@
-"""A commented pair of files to start from."""
+"""Two commented files to start from: a configuration and a data file."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _comment(model: type[BaseModel], key: str) -> str:
 
 
 def starting_config(registry: Registry, *, method: str, family: str, model_type: str) -> str:
-    """A YAML configuration with the keys that are changed most, each with its meaning.
+    """Return a YAML configuration with the keys that are changed most, each with its meaning.
 
     Raises:
         UserError: Method or family are not registered.
@@ -81,7 +81,7 @@ def starting_config(registry: Registry, *, method: str, family: str, model_type:
 
 
 def starting_data() -> str:
-    """A YAML list of datasets: one folder of images with captions beside them, and a text cache."""
+    """Return a YAML list of datasets: one folder of images with captions beside them, and a text cache."""
     lines = ["# Where the images are. Relative paths are relative to this file."]
     for index, (key, value) in enumerate(DATA_VALUES.items()):
         start = "- " if index == 0 else "  "

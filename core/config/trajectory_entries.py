@@ -1,4 +1,4 @@
-"""Entries of the data file that hold what the teacher makes of captions (``dataset_type: distillation_cache``)."""
+"""Checks of distillation caches, the data file entries for trajectories (``dataset_type: distillation_cache``)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TRAJECTORY_KEYS = (
     "num_pairs_per_prompt", "num_inference_steps", "guidance_scale", "solver", "trajectory_points", "noise_seed",
     "pair_batch_size",
 )  # fmt: skip
-"""Keys that say what the teacher makes."""
+"""Keys that decide the trajectories."""
 CACHE_KEYS = ("id", "type", "dataset_type", "disabled", "default", "cache_dir", "write_batch_size", *TRAJECTORY_KEYS)
 """Keys that such an entry may have."""
 USUAL_STEPS = 50
@@ -29,19 +29,19 @@ def check_trajectory_keys(entry: DatasetSettings, given: Collection[str], refuse
     """Refuse keys that stand on the wrong kind of entry, and steps that do not visit even points of the trajectory.
 
     Args:
-        entry: Of any kind.
+        entry: An entry of any kind.
         given: Keys that the entry itself has, rather than the run.
         refuse: Takes key, value, problem and remedy.
 
     Returns:
-        The entry, a distillation cache without what it would have from the run.
+        The entry; a distillation cache without the defaults that it would take from the run.
     """
     prefix = f"data.{entry.id}."
     own = TRAJECTORY_KEYS if entry.dataset_type != KIND else tuple(key for key in DEFAULTS if key not in CACHE_KEYS)
     wrong = [key for key in own if key in given and getattr(entry, key) != DEFAULTS[key]]
     if entry.dataset_type != KIND:
         problem = f"is for a distillation cache, and this entry is of dataset_type {entry.dataset_type}"
-        remedy = f'move it into an entry {{"id": "pairs", "dataset_type": "{KIND}"}}'
+        remedy = f'move it into an entry {{"id": "trajectories", "dataset_type": "{KIND}"}}'
     else:
         problem = "is not for a distillation cache: its captions and sizes are those of the datasets that use it"
         remedy = f'give it to a dataset of images or prompts, which may name this cache ("{KIND}": "{entry.id}")'
@@ -57,35 +57,35 @@ def check_trajectory_keys(entry: DatasetSettings, given: Collection[str], refuse
 
 
 def _multiple(points: int, steps: int) -> int:
-    """The next multiple of `points` from `steps` on."""
+    """Return the next multiple of `points` from `steps` on."""
     return -(-steps // points) * points
 
 
 @dataclass(frozen=True)
 class TrajectoryNeeds:
-    """What a run asks of its distillation caches.
+    """The requirements of a run for its distillation caches.
 
     Attributes:
         method: Name of the method.
         points: Points of the trajectory that it needs; 0 for none at all.
         guidance: The family's usual guidance scale.
-        place: Folder of caches that the data file gives none, for messages.
+        folder: Folder of caches that the data file gives none, for messages.
     """
 
     method: str
     points: int
     guidance: float
-    place: str
+    folder: str
 
 
 class TrajectoryCheck:
-    """Gives each dataset its distillation cache, with everything that the entries leave open filled in.
+    """The check that gives each dataset its distillation cache and fills in what the entries leave open.
 
     Args:
-        needs: Of the run.
+        needs: The run's requirements.
         files: Id of an entry -> the file that it comes from.
-        findings: Takes what is wrong.
-        notices: Takes what should be known.
+        findings: Takes the findings.
+        notices: Takes the notices.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class TrajectoryCheck:
     def resolve(
         self, datasets: Sequence[DatasetSettings], caches: Sequence[DatasetSettings]
     ) -> tuple[list[DatasetSettings], list[DatasetSettings]]:
-        """Datasets and caches as they are used; a method that needs a cache and finds none gets one."""
+        """Return datasets and caches as they are used; a method that needs a cache and finds none gets one."""
         entries = {entry.id: self._filled(entry) for entry in caches if entry.dataset_type == KIND}
         if not entries and not self.needs.points:
             return list(datasets), list(caches)
@@ -123,12 +123,12 @@ class TrajectoryCheck:
             f"{self.needs.method} learns from what the teacher makes of captions, and the data file has no "
             f"distillation cache: one is made of the captions of all datasets, {entry.num_inference_steps} steps at "
             f"guidance {entry.guidance_scale:g} for each caption and size ({calls} predictions), once, and kept in "
-            f'{self.needs.place}/{entry.id}; an entry {{"id": "pairs", "dataset_type": "{KIND}"}} of the data file can '
-            "say otherwise"
+            f'{self.needs.folder}/{entry.id}; an entry {{"id": "trajectories", "dataset_type": "{KIND}"}} of the data '
+            "file can say otherwise"
         )
 
     def _filled(self, entry: DatasetSettings) -> DatasetSettings:
-        """The entry with its defaults, which depend on method and family."""
+        """Return the entry with its defaults, which depend on method and family."""
         needed = self.needs.points
         points = entry.trajectory_points or needed or 1
         steps = entry.num_inference_steps or _multiple(points, USUAL_STEPS)
@@ -148,7 +148,7 @@ class TrajectoryCheck:
         return entry.model_copy(update=filled)
 
     def _assigned(self, dataset: DatasetSettings, entries: Mapping[str, DatasetSettings]) -> DatasetSettings:
-        """The dataset with the id of its cache."""
+        """Return the dataset with the id of its cache."""
         if dataset.distillation_cache is not None:
             return dataset
         chosen = [entry.id for entry in entries.values() if entry.default] or list(entries)

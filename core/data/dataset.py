@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 CHUNK = 1 << 18
-"""Rows that geometry is worked out for at a time, to bound memory."""
+"""Rows that geometry is computed for at a time, to bound memory."""
 
 
 @dataclass
 class Counts:
-    """What became of a dataset's images, or of its prompts where it has no images.
+    """Counts of a dataset's images (or prompts, where it has no images) by what became of them.
 
     Attributes:
         noun: What is counted: ``image`` or ``prompt``.
@@ -56,7 +56,7 @@ class Counts:
 
 
 def in_parts(values: NDArray[Any]) -> Iterator[NDArray[Any]]:
-    """Pieces of :data:`CHUNK` rows."""
+    """Yield the array in pieces of at most :data:`CHUNK` rows."""
     return (values[start : start + CHUNK] for start in range(0, len(values), CHUNK))
 
 
@@ -98,7 +98,7 @@ class Dataset:
             self.counts.quarantined[self.index.key(row)] = self.index.problem(row)
 
     def _filter(self) -> tuple[Int64s, NDArray[np.int32]]:
-        """Rows that pass the filters, and their (width, height) buckets, shape (n, 2)."""
+        """Return the rows that pass the filters, shape (n,), and their (width, height) buckets, shape (n, 2)."""
         usable = np.flatnonzero(self.index.having(""))
         rows, shapes = [np.zeros(0, np.int64)], [np.zeros((0, 2), np.int32)]
         for start in range(0, len(usable), CHUNK):
@@ -144,18 +144,18 @@ class Dataset:
         self._group(self.rows[keep][order], shapes[keep][order])
 
     def check_not_empty(self) -> None:
-        """Raise UserError, saying what was looked for and where, when no image is left."""
+        """Raise UserError, with what was looked for and where, if no image is left."""
         if not self.counts.used:
             raise UserError(*_nothing_left(self))
 
     # -- one image ------------------------------------------------------------------------------------------------
 
     def plan(self, rows: Int64s) -> Plan:
-        """Scaling and crop of images, by index row."""
+        """Return the scaling and crop of the images at these index rows."""
         return self.geometry.plan(self.index.width[rows], self.index.height[rows], self.index.draw[rows])
 
     def entry_keys(self, rows: Int64s, flip: int) -> UInt64s:
-        """Keys of latents: the file and everything that decides its pixels, shape (n, 2)."""
+        """Return the cache keys of latents, made of the file and everything that decides its pixels, shape (n, 2)."""
         keys = np.empty((len(rows), 2), np.uint64)
         for start in range(0, len(rows), CHUNK):
             part = rows[start : start + CHUNK]
@@ -165,12 +165,12 @@ class Dataset:
 
     @property
     def in_order(self) -> bool:
-        """Whether its images can only be read in the order that they lie in."""
+        """True if the images can only be read in the order in which the source holds them."""
         return isinstance(self.backend, SampleBackend) and self.backend.in_order
 
     def opened(self, rows: Int64s) -> Iterator[tuple[int, Opener]]:
-        """Index rows, each with what opens its image: in any order at any time, except where a source is read in its
-        order; then they come in that one, and those that do not pass by are left out.
+        """Yield index rows, each with the function that opens its image. Sequential sources yield them in their own
+        order and leave out images that they do not deliver.
         """
         if not (isinstance(self.backend, SampleBackend) and self.in_order):
             yield from ((row, partial(self._open, row)) for row in rows.tolist())
@@ -178,19 +178,19 @@ class Dataset:
         positions = positions_of(self.index, rows)
         order = np.argsort(positions)
         found = dict(zip(positions.tolist(), rows.tolist(), strict=True))
-        for place, opener in read_in_order(self.backend, self.index.path, positions[order]):
-            yield found[place], opener
+        for position, opener in read_in_order(self.backend, self.index.path, positions[order]):
+            yield found[position], opener
 
     def _open(self, row: int) -> BinaryIO:
-        return self.backend.open(self.index.place(row))
+        return self.backend.open(self.index.position(row))
 
     def image(self, row: int, use: Callable[[Image.Image], T], opener: Opener | None = None) -> T:
-        """What `use` makes of the decoded image. Raises BrokenImage; OSError when the file cannot be read.
+        """Return the result of `use` on the decoded image. Raises BrokenImage; OSError when the file cannot be read.
 
         Args:
             row: Index row.
-            use: Called with the image, which is not to be kept.
-            opener: What opens it, as :meth:`opened` gives it; needed where a source is read in its order.
+            use: Called with the image, which it must not keep.
+            opener: Opens the image, as :meth:`opened` gives it; needed for sequential sources.
         """
         with self._open(row) if opener is None else opener() as stream:
             data = read_file(stream)
@@ -203,7 +203,7 @@ class Dataset:
             return use(image)
 
     def pixels(self, row: int, *, flip: bool, opener: Opener | None = None) -> NDArray[np.uint8]:
-        """The training image, shape (H, W, 3). Arguments and errors as :meth:`image`."""
+        """Return the training image, shape (H, W, 3). Arguments and errors are those of :meth:`image`."""
         plan = self.plan(np.array([row]))
         cut = partial(
             scale_and_crop,
@@ -216,13 +216,15 @@ class Dataset:
         return self.image(row, cut, opener)
 
     def crop_left(self, plan: Plan, flip: NDArray[np.bool_]) -> Int64s:
-        """The left edge of the crop as the network is told, in pixels of the scaled image, mirrored or not."""
+        """Return the left edge of the crop that the network is conditioned on, in pixels of the scaled image, mirrored
+        or not.
+        """
         return np.where(flip, flipped_left(plan), plan.left)
 
     # -- order ------------------------------------------------------------------------------------------------------
 
     def streams(self, heaviest: float, global_batch: int | None = None) -> list[Stream]:
-        """A stream for each bucket.
+        """Return one stream of samples for each bucket.
 
         Args:
             heaviest: The largest probability of all datasets.
@@ -237,7 +239,7 @@ class Dataset:
         ]
 
     def hash_into(self, hasher: blake2b) -> None:
-        """Add what the batches depend on: the samples, their captions and their crops; a part at a time."""
+        """Add everything that the batches depend on to the hash: samples, captions and crops, a part at a time."""
         for rows in in_parts(self.rows):
             hasher.update(self.index.draw[rows].data)
         for digests in in_parts(self.index.caption_digests):
@@ -249,12 +251,12 @@ class Dataset:
 
     @property
     def span(self) -> Span:
-        """The optimizer steps that it is used in."""
+        """The optimizer steps in which the dataset is used."""
         return Span(self.settings.start_step, self.settings.end_step)
 
 
 def _nothing_left(dataset: Dataset) -> tuple[str, str]:
-    """What to say of a dataset without a usable image, and how to mend it."""
+    """Return the error message and the remedy for a dataset without a usable image."""
     counts, settings, where = dataset.counts, dataset.settings, dataset.backend.location
     head = f"dataset {settings.id!r} has no {counts.noun} to train on: "
     if not settings.has_images:
@@ -291,7 +293,7 @@ def _reasons(counts: Counts) -> str:
 
 
 def _no_prompt_left(head: str, dataset: Dataset) -> tuple[str, str]:
-    """The same of prompts: all are empty, or their files are broken."""
+    """Return the same for prompts: all are empty, or their files are broken."""
     return (
         f"{head}all {dataset.counts.found:,} in {dataset.backend.location} were left out: {_reasons(dataset.counts)}",
         "write the prompts there, check caption_column and caption_filter_list, or set disabled: true",

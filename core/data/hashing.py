@@ -1,4 +1,4 @@
-"""Vectorised integer hashing and permutations with random access: what makes the data order a pure function."""
+"""Vectorised integer hashing and random-access permutations, which make the order of the data a pure function."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Int64s: TypeAlias = NDArray[np.int64]
 Integers: TypeAlias = NDArray[np.integer]
 
 SMALL = 4096
-"""Up to this many elements a permutation is sorted out at once; above, it is computed for the indices asked for."""
+"""Up to this many elements a permutation is made by sorting; above, it is computed for the requested indices alone."""
 ROUNDS = 6
 LOOKUP_ROWS = 1 << 18
 """Keys that are looked up at a time, to bound memory."""
 
 
 def mix(values: UInt64s) -> UInt64s:
-    """The finaliser of SplitMix64: every bit of the result depends on every bit of the input."""
+    """Apply the finaliser of SplitMix64: every bit of the result depends on every bit of the input."""
     x = values + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -29,7 +29,9 @@ def mix(values: UInt64s) -> UInt64s:
 
 
 def combine(identity: UInt64s, columns: list[Int64s]) -> UInt64s:
-    """128-bit keys (n, 2) that depend on `identity` (n, 2) and on every integer column (n,)."""
+    """Return 128-bit keys, shape (n, 2), that depend on `identity`, shape (n, 2), and on every integer column, shape
+    (n,).
+    """
     low, high = identity[:, 0], identity[:, 1]
     for column in columns:
         value = column.astype(np.uint64)
@@ -39,19 +41,19 @@ def combine(identity: UInt64s, columns: list[Int64s]) -> UInt64s:
 
 
 def fractions(values: UInt64s, salt: int) -> NDArray[np.float64]:
-    """Numbers in [0, 1), one for each value, independent for different salts."""
+    """Return one number in [0, 1) for each value, independent for different salts."""
     salted = mix(values ^ mix(np.full_like(values, salt)))
     return (salted >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def count_different(values: NDArray[Any]) -> int:
-    """Different numbers among `values`, shape (n,), with the memory of one copy."""
+    """Count the distinct numbers among `values`, shape (n,), with the memory of one copy."""
     ordered = np.sort(values)
     return int(np.count_nonzero(ordered[1:] != ordered[:-1])) + bool(len(ordered))
 
 
 class Lookup:
-    """Finds 128-bit keys among many, with 24 bytes of memory for each; of equal keys the first.
+    """An index of 128-bit keys with 24 bytes of memory each; of equal keys the first is found.
 
     Args:
         keys: Shape (n, 2).
@@ -63,7 +65,7 @@ class Lookup:
         self._low, self._high = keys[order, 0], keys[order, 1]
 
     def find(self, wanted: UInt64s) -> Int64s:
-        """Positions among the keys, -1 for those that are not there; shape (m,), for `wanted` of shape (m, 2)."""
+        """Return the positions of `wanted`, shape (m, 2), among the keys, shape (m,); -1 for keys that are absent."""
         positions = np.full(len(wanted), -1, np.int64)
         for start in range(0, len(wanted), LOOKUP_ROWS):
             self._find(wanted[start : start + LOOKUP_ROWS], positions[start : start + LOOKUP_ROWS])
@@ -89,7 +91,7 @@ def _sorted_permutation(size: int, key: int) -> Int64s:
 
 
 def _feistel(values: UInt64s, half: int, keys: UInt64s) -> UInt64s:
-    """A keyed bijection of 2 * half bits."""
+    """Apply a keyed bijection of 2 * half bits."""
     shift, mask = np.uint64(half), np.uint64((1 << half) - 1)
     left, right = values >> shift, values & mask
     for key in keys:
@@ -98,7 +100,7 @@ def _feistel(values: UInt64s, half: int, keys: UInt64s) -> UInt64s:
 
 
 def permute(indices: Int64s, size: int, key: int) -> Int64s:
-    """Where a random permutation of {0, ..., size - 1} sends `indices`, without making the permutation.
+    """Map `indices` through a random permutation of {0, ..., size - 1} without building the permutation.
 
     A Feistel network over the next even number of bits, walked until it falls inside the range.
     The memory used does not depend on `size`.
@@ -116,5 +118,5 @@ def permute(indices: Int64s, size: int, key: int) -> Int64s:
 
 
 def digest(text: str) -> bytes:
-    """128-bit hash of a text."""
+    """Return the 128-bit hash of a text."""
     return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()

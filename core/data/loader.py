@@ -32,8 +32,8 @@ class CachedLatents:
     """The latents of a dataset.
 
     Attributes:
-        cache: Where they are.
-        positions: Where each image's are in it, plain and mirrored; shape (flips, n), n as in ``dataset.rows``.
+        cache: The cache that holds them.
+        positions: Position of each image's latents, plain and mirrored; shape (flips, n), n as in ``dataset.rows``.
     """
 
     cache: TensorCache
@@ -42,14 +42,14 @@ class CachedLatents:
 
 @dataclass(frozen=True)
 class CachedDataset:
-    """A dataset with the places of its latents and captions in the caches.
+    """A dataset with the positions of its latents and captions in the caches.
 
     Attributes:
         latents: Its latents, or None for a method that needs no images.
         texts: The embeddings of its captions.
-        captions: Where each caption's embeddings are, as ``dataset.index.caption_digests``.
+        captions: Position of each caption's embeddings, in the order of ``dataset.index.caption_digests``.
         first_stream: Number of its first bucket among the streams of all datasets.
-        trajectories: Paths of the teacher for its captions, or None for a method that needs none.
+        trajectories: Trajectories of the teacher for its captions, or None for a method that needs none.
     """
 
     dataset: Dataset
@@ -61,12 +61,12 @@ class CachedDataset:
 
 
 SAMPLES_BETWEEN_RELEASES = 512
-"""Each brings in pages of a dozen columns of the index, and what lies around them: a megabyte, nearly."""
+"""Each sample loads pages of a dozen columns of the index and what lies around them, nearly a megabyte."""
 
 
 @dataclass(frozen=True)
 class BatchLayout:
-    """How a global batch is cut: micro-batch m of rank r has positions (m * world + r) * B ... + B."""
+    """The cut of a global batch: micro-batch m of rank r has positions (m * world + r) * B ... + B."""
 
     micro_batch_size: int
     accumulation: int
@@ -74,16 +74,16 @@ class BatchLayout:
     world_size: int = 1
 
     def of(self, dataset: Dataset) -> BatchLayout:
-        """How a global batch of this dataset is cut: it may have a micro-batch size of its own."""
+        """Return the layout for this dataset, which may have a micro-batch size of its own."""
         return replace(self, micro_batch_size=dataset.settings.train_batch_size or self.micro_batch_size)
 
     @property
     def global_batch(self) -> int:
-        """Samples per optimizer step over all processes."""
+        """The number of samples per optimizer step over all processes."""
         return self.micro_batch_size * self.accumulation * self.world_size
 
     def positions(self, micro: int) -> np.ndarray:
-        """Positions of this rank's micro-batch in the global batch."""
+        """Return the positions of this rank's micro-batch in the global batch, shape (B,)."""
         start = (micro * self.world_size + self.rank) * self.micro_batch_size
         return np.arange(start, start + self.micro_batch_size)
 
@@ -105,13 +105,13 @@ IMAGES_ALONE = BatchContents()
 
 
 class BatchLoader:
-    """Makes the batches of any optimizer step.
+    """The maker of the batches of any optimizer step.
 
     Args:
         datasets: All datasets, in the order of the streams.
-        order: Which samples a step has.
+        order: The samples of each step.
         family: Turns embeddings and sizes into conditioning.
-        layout: How the global batch is cut, of datasets that say nothing else.
+        layout: The cut of the global batch, for datasets without a micro-batch size of their own.
         seed: The run's seed.
     """
 
@@ -130,22 +130,22 @@ class BatchLoader:
         self._num_read = 0
 
     def at(self, step: int) -> list[Batch]:
-        """This rank's micro-batches of optimizer step `step`."""
+        """Return this rank's micro-batches of optimizer step `step`."""
         chosen = self.order.at(step)
         source = self.datasets[int(np.searchsorted(self._firsts, chosen.stream, side="right")) - 1]
-        start, shape = source.dataset.starts[chosen.stream - source.first_stream], self.layout.of(source.dataset)
-        self._num_read += shape.micro_batch_size * shape.accumulation
+        start, layout = source.dataset.starts[chosen.stream - source.first_stream], self.layout.of(source.dataset)
+        self._num_read += layout.micro_batch_size * layout.accumulation
         if self._num_read > SAMPLES_BETWEEN_RELEASES:
             self._num_read = 0
             for each in self.datasets:
                 each.dataset.index.release()
         return [
             self._batch(source, start + chosen.indices[positions], step, positions)
-            for positions in map(shape.positions, range(shape.accumulation))
+            for positions in map(layout.positions, range(layout.accumulation))
         ]
 
     def _batch(self, source: CachedDataset, indices: Int64s, step: int, positions: np.ndarray) -> Batch:
-        """One micro-batch; `indices` are positions in ``dataset.rows``."""
+        """Make one micro-batch; `indices` are positions in ``dataset.rows``."""
         dataset, index = source.dataset, source.dataset.index
         rng = RngStreams(self.seed, step, positions.tolist())
         rows = dataset.rows[indices]
@@ -162,7 +162,7 @@ class BatchLoader:
             cond=self._condition(dataset, rows, flip, embeds, rng),
             keys=tuple(keys),
             positions=tuple(positions.tolist()),
-            captions=tuple(index.caption(place) for place in captions),
+            captions=tuple(index.caption(position) for position in captions),
             latent_shape=self._latent_shape(dataset, rows) if latents is None else tuple(latents.shape[1:]),
             trajectories=self._trajectories(source, rows, captions, embeds, rng),
         )
@@ -170,7 +170,7 @@ class BatchLoader:
     def _trajectories(
         self, source: CachedDataset, rows: Int64s, captions: Int64s, embeds: Conditioning, rng: RngStreams
     ) -> Trajectories | None:
-        """One path of each caption, of a noise that is drawn."""
+        """Read one trajectory for each caption; which of its noises is drawn at random."""
         if source.trajectories is None:
             return None
         plan = source.dataset.plan(rows[:1])
@@ -185,7 +185,7 @@ class BatchLoader:
         return source.latents.cache.read(source.latents.positions[flip.astype(np.int64), indices])[LATENTS].float()
 
     def _latent_shape(self, dataset: Dataset, rows: Int64s) -> tuple[int, ...]:
-        """(C, h, w) that the latents of these samples, all of one bucket, would have."""
+        """Return the shape (C, h, w) that the latents of these samples, all of one bucket, would have."""
         plan, factor = dataset.plan(rows[:1]), self.family.scale_factor
         return (self.family.latent_channels, int(plan.bucket_h[0]) // factor, int(plan.bucket_w[0]) // factor)
 
@@ -203,7 +203,7 @@ class BatchLoader:
     def _condition(
         self, dataset: Dataset, rows: Int64s, flip: np.ndarray, embeds: Conditioning, rng: RngStreams
     ) -> Conditioning:
-        """Embeddings with each sample's sizes; the unconditional for those whose caption is dropped."""
+        """Combine embeddings with each sample's sizes, and put the unconditional where the caption is dropped."""
         cond = self.family.condition(embeds, self._micro(dataset, rows, flip))
         probability = dataset.settings.caption_dropout_probability
         if not probability:
@@ -226,12 +226,12 @@ class BatchLoader:
 
 
 def _where(mask: torch.Tensor, yes: torch.Tensor, no: torch.Tensor) -> torch.Tensor:
-    """Rows of `yes` where `mask` (B,) holds, else of `no`."""
+    """Select rows of `yes` where `mask` (B,) holds, else of `no`."""
     return torch.where(mask.reshape(-1, *[1] * (no.ndim - 1)), yes.to(no.dtype), no)
 
 
 class Prefetch(Iterator[T]):
-    """Runs ``make(first), make(first + 1), ...`` in a thread, some results ahead; its errors reach the consumer."""
+    """An iterator that computes ``make(first), make(first + 1), ...`` ahead in a thread; errors reach the consumer."""
 
     def __init__(self, make: Callable[[int], T], *, first: int, depth: int) -> None:
         self._make, self._queue = make, queue.Queue[tuple[T | None, BaseException | None]](maxsize=depth)

@@ -1,4 +1,4 @@
-"""A file of tensors, memory-mapped: what is read from it need not stay in memory."""
+"""Memory-mapped files of tensors: what is read from them need not stay in memory."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _LIBC = ctypes.CDLL(None) if hasattr(mmap, "MADV_DONTNEED") else None  # None on
 
 
 def release(address: int, size: int) -> None:
-    """Let the system have the pages of a mapped file back; nothing is lost, since a touch reads them again.
+    """Give the pages of a mapped file back to the system; nothing is lost, since a touch reads them again.
 
     It would take them when it needs memory, but until then they count as this process's.
 
     Args:
-        address: Where the file is mapped.
-        size: Of the file, bytes.
+        address: Memory address of the mapping.
+        size: Bytes of the file.
     """
     if _LIBC is not None:
         _LIBC.madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
@@ -50,5 +50,5 @@ class MappedShard:
             self.tensors[name] = whole[start:end].view(_DTYPES[entry["dtype"]]).view(entry["shape"])
 
     def release(self) -> None:
-        """Let the system have the pages back that were read."""
+        """Give the pages that were read back to the system."""
         release(self._whole.data_ptr(), self._whole.numel())

@@ -19,7 +19,7 @@ from ..utils.seeds import derive_seed
 from .hashing import Int64s, permute
 
 AHEAD = 1 << 14
-"""Samples that are worked out at once where one step follows another, in a fraction of the time of each alone."""
+"""Samples that are computed at once for consecutive steps, in a fraction of the time of each alone."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,10 @@ class Stream:
     """Samples that may share a batch.
 
     Attributes:
-        name: Tells the stream apart for the random draws; independent of where data lives.
+        name: Identifies the stream in random draws; independent of where the data lives.
         size: Number of samples.
         rate: Passes over the samples per epoch, exact.
-        global_batch: Samples per optimizer step; None for the order's own.
+        global_batch: Samples per optimizer step; None for that of the order.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """One optimizer step's samples: indices (G,) into one stream."""
+    """The samples of one optimizer step: indices (G,) into one stream."""
 
     stream: int
     indices: Int64s
@@ -82,12 +82,12 @@ class SampleOrder:
         self._made: tuple[int, list[GlobalBatch]] = (0, [])  # first step, and batches from there on
 
     def _before(self, epoch: int) -> Int64s:
-        """Batches that each stream has given before `epoch`."""
-        pairs = zip(self._numerators, self._denominators, strict=True)
-        return np.array([epoch * numerator // denominator for numerator, denominator in pairs], dtype=np.int64)
+        """Return how many batches each stream has given before `epoch`, shape (streams,)."""
+        fractions = zip(self._numerators, self._denominators, strict=True)
+        return np.array([epoch * numerator // denominator for numerator, denominator in fractions], dtype=np.int64)
 
     def epoch_of(self, step: int) -> int:
-        """The epoch that optimizer step `step` falls into."""
+        """Return the epoch that optimizer step `step` falls into."""
         high = 1
         while self._before(high).sum() <= step:
             high *= 2
@@ -105,7 +105,7 @@ class SampleOrder:
         return self._epoch
 
     def at(self, step: int) -> GlobalBatch:
-        """The samples of optimizer step `step`: a single step is made for itself, steps in a row ever more at once."""
+        """Return the samples of optimizer step `step`; consecutive steps are computed together, ever more at once."""
         first, made = self._made
         if not first <= step < first + len(made):
             follows = bool(made) and step == first + len(made)
@@ -114,7 +114,7 @@ class SampleOrder:
         return made[step - first]
 
     def _make(self, step: int, count: int) -> list[GlobalBatch]:
-        """The batches of up to `count` steps from `step` on, within its epoch."""
+        """Compute the batches of up to `count` steps from `step` on, within its epoch."""
         epoch = self._at_epoch_of(step)
         steps = np.arange(step, min(step + count, epoch.end)) - epoch.start
         positions = permute(steps, epoch.end - epoch.start, derive_seed(self.seed, "batch_order", epoch.number))
@@ -123,13 +123,15 @@ class SampleOrder:
         ordinals = epoch.first[numbers] + positions - begins[numbers]
         samples: list[Int64s] = [positions] * len(positions)
         for number in np.unique(numbers).tolist():
-            own = np.flatnonzero(numbers == number)
-            for at, indices in zip(own.tolist(), self._samples(number, ordinals[own]), strict=True):
+            chosen = np.flatnonzero(numbers == number)
+            for at, indices in zip(chosen.tolist(), self._samples(number, ordinals[chosen]), strict=True):
                 samples[at] = indices
         return [GlobalBatch(*each, epoch.number) for each in zip(numbers.tolist(), samples, strict=True)]
 
     def _samples(self, number: int, ordinals: Int64s) -> Int64s:
-        """Batches of a stream, shape (n, G): places in its endless sequence, each looked up in its own permutation."""
+        """Return batches of a stream, shape (n, G): each position of its endless sequence is looked up in its own
+        permutation.
+        """
         stream, batch = self.streams[number], self._batches[number]
         positions = ordinals[:, None] * batch + np.arange(batch)
         passes, offsets = positions // stream.size, positions % stream.size
@@ -149,12 +151,12 @@ class Span:
     end: int | None = None
 
     def covers(self, step: int) -> bool:
-        """Whether `step` lies inside."""
+        """Return whether `step` lies inside."""
         return self.start <= step and (self.end is None or step < self.end)
 
 
 class Curriculum:
-    """Orders that follow each other where datasets join (``start_step``) or leave (``end_step``)."""
+    """A sequence of orders that changes where datasets join (``start_step``) or leave (``end_step``)."""
 
     def __init__(self, streams: Sequence[Stream], spans: Sequence[Span], *, global_batch: int, seed: int) -> None:
         self.streams = tuple(streams)
@@ -171,17 +173,17 @@ class Curriculum:
 
     @property
     def steps_per_epoch(self) -> float:
-        """Optimizer steps per epoch while the first datasets are in use."""
+        """The number of optimizer steps per epoch while the first datasets are in use."""
         return next((order.steps_per_epoch for order in self._orders if order is not None), 0.0)
 
     @property
     def samples_per_step(self) -> float:
-        """Mean samples per optimizer step while the first datasets are in use."""
+        """The mean number of samples per optimizer step while the first datasets are in use."""
         first = next((order for order in self._orders if order is not None), None)
         return first.samples_per_epoch / first.steps_per_epoch if first else 0.0
 
     def at(self, step: int) -> GlobalBatch:
-        """The samples of optimizer step `step`; UserError where no dataset is active."""
+        """Return the samples of optimizer step `step`. Raises UserError where no dataset is in use."""
         phase = int(np.searchsorted(self._starts, step, side="right")) - 1
         order = self._orders[phase]
         if order is None:

@@ -51,18 +51,18 @@ logger = logging.getLogger(__name__)
 
 
 class DataPipeline:
-    """Everything from the data file to batches.
+    """The whole data path, from the data file to batches.
 
     Args:
         config: The run's configuration.
-        registry: Where backends are found by name.
+        registry: Finds backends by name.
         family: Encodes captions and images; its fingerprints are part of the cache keys.
         layout: Samples per micro-batch, micro-batches per step, and this process's place among all.
-        contents: What batches carry.
-        seed: Decides order and draws.
-        cache_root: Folder for caches that the data file gives no place.
+        contents: Which tensors batches carry.
+        seed: Decides the order and all random draws.
+        cache_root: Folder for caches that the data file gives no folder.
         progress: How long work tells of itself; by default a bar in a terminal, plain lines elsewhere.
-        resumes: Whether a run goes on: what was set aside when it began stays so, for its samples are these.
+        resumes: Whether a run is resumed: samples that were quarantined when it began stay out.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class DataPipeline:
     # -- before the first step --------------------------------------------------------------------------------------
 
     def prepare(self) -> DataReport:
-        """Bring index and caches up to date; encoders are released when they were used.
+        """Bring indexes and caches up to date; encoders that were used are released.
 
         Raises:
             UserError: A dataset has nothing to train on, or its settings cannot be met.
@@ -117,7 +117,7 @@ class DataPipeline:
         return report
 
     def _indexed(self) -> list[Dataset]:
-        """The datasets with their indexes up to date, for which no encoder is needed."""
+        """Return the datasets with their indexes up to date, for which no encoder is needed."""
         if not self._datasets:
             shard = self._shard()
             self._datasets = [self._open_dataset(settings, shard) for settings in self._config.datasets]
@@ -138,7 +138,7 @@ class DataPipeline:
         with synchronized():
             index = self._build_index(settings, backend, rules, geometry) if shard.rank == 0 else None
         dataset = Dataset(settings, backend, index or Index(path), geometry)
-        quarantined = self._paths.quarantine_file(settings)
+        quarantined = self._paths.quarantine_state(settings)
         if self._resumes and quarantined.exists():
             names: dict[str, str] = json.loads(quarantined.read_bytes())
             rows = dataset.index.rows_of(names).tolist()
@@ -163,8 +163,8 @@ class DataPipeline:
 
     def _write_quarantine(self, report: DataReport) -> None:
         for dataset in self._datasets:
-            path = self._paths.quarantine(dataset.settings)
-            quarantined = self._paths.quarantine_file(dataset.settings)
+            path = self._paths.quarantine_list(dataset.settings)
+            quarantined = self._paths.quarantine_state(dataset.settings)
             if dataset.dropped:
                 write_whole(quarantined, json.dumps(dataset.dropped, indent=1).encode())
             else:
@@ -181,14 +181,14 @@ class DataPipeline:
         for dataset in self._datasets:
             latents, texts = _locate(dataset, caches), caches.texts[dataset.id]
             if latents is not None:
-                latents.cache.release_lookup()  # places are all that is needed from here on
+                latents.cache.release_lookup()  # positions are all that is needed from here on
             captions = texts.locate(dataset.index.caption_digests)
             trajectories = caches.trajectories.get(dataset.id)
             cached.append(CachedDataset(dataset, latents, texts, captions, len(streams), trajectories))
             global_batch = self._layout.of(dataset).global_batch
-            own = dataset.streams(heaviest or 1.0, None if global_batch == self.global_batch else global_batch)
-            streams += own
-            spans += [dataset.span] * len(own)
+            new = dataset.streams(heaviest or 1.0, None if global_batch == self.global_batch else global_batch)
+            streams += new
+            spans += [dataset.span] * len(new)
         order = Curriculum(streams, spans, global_batch=self._layout.global_batch, seed=self._seed)
         trajectories_alone = (each.cache for each in caches.trajectories.values())
         for cache in (*caches.texts.values(), *trajectories_alone):
@@ -202,7 +202,9 @@ class DataPipeline:
         return self._loader
 
     def cache_states(self) -> Iterator[CacheState]:
-        """Each cache against what the datasets need of it; indexes are brought up to date, nothing is encoded."""
+        """Compare each cache with the entries that the datasets need; indexes are brought up to date, nothing is
+        encoded.
+        """
         datasets = self._indexed()
         parents = dataset_folders(self._paths, [dataset.settings for dataset in datasets])
         beside = folders_beside(self._paths, parents)
@@ -213,31 +215,33 @@ class DataPipeline:
 
     @property
     def num_samples(self) -> int:
-        """Images or prompts that are trained on, over all datasets."""
+        """The number of images or prompts that are trained on, over all datasets."""
         return sum(dataset.counts.used for dataset in self._indexed())
 
     @property
     def global_batch(self) -> int:
-        """Samples per optimizer step over all processes, of datasets that have no ``train_batch_size`` of their own."""
+        """The number of samples per optimizer step over all processes, for datasets without a ``train_batch_size``."""
         return self._layout.global_batch
 
     @property
     def samples_per_step(self) -> float:
-        """Mean samples per optimizer step over all processes."""
+        """The mean number of samples per optimizer step over all processes."""
         return self._ready().order.samples_per_step
 
     @property
     def resolution(self) -> tuple[int, int]:
-        """(width, height) of the first dataset's largest bucket."""
+        """The (width, height) in pixels of the first dataset's bucket with the most images."""
         buckets = self._indexed()[0].counts.buckets
         return max(buckets, key=lambda shape: (buckets[shape], shape))
 
     def steps_per_epoch(self) -> float:
-        """Optimizer steps in which every sample comes once, times its repeats and weight."""
+        """Return the number of optimizer steps in which every sample comes once, times its repeats and weight."""
         return self._ready().order.steps_per_epoch
 
     def steps(self, start_step: int) -> Iterator[list[Batch]]:
-        """Endless: for each optimizer step from `start_step` this process's micro-batches, on the CPU, read ahead."""
+        """Yield, without end, this process's micro-batches of each optimizer step from `start_step` on, on the CPU,
+        read ahead.
+        """
         depth = self._config.run.dataloader_prefetch
         prefetch = Prefetch(self._ready().at, first=start_step, depth=depth)
         self._open.append(prefetch)
@@ -253,7 +257,7 @@ class DataPipeline:
             prefetch.close()
 
     def fingerprint(self) -> str:
-        """Hash of the sample set and its order, kept in checkpoints: a resumed run must find the same."""
+        """Hash the set of samples and its order; a resumed run must find the hash that its checkpoint holds."""
         hasher = blake2b(f"1 {self._seed} {self.global_batch}".encode(), digest_size=16)
         streams = self._ready().order.streams
         hasher.update(json.dumps([_named(each) for each in streams]).encode())
@@ -271,16 +275,18 @@ class DataPipeline:
     # -- looking at the data ----------------------------------------------------------------------------------------
 
     def describe(self) -> list[str]:
-        """Lines on each dataset: what is used, in which buckets, what is left out and what is broken."""
+        """Return lines on each dataset: what is used, in which buckets, what is left out and what is broken."""
         return [line for dataset in self._indexed() for line in describe(dataset.id, dataset.counts)]
 
     def write_reports(self, folder: Path) -> list[DatasetReport]:
-        """A report of each dataset below `folder`, by the first process; returns those that are new or have changed."""
+        """Write a report of each dataset below `folder`, in the first process; return those that are new or have
+        changed.
+        """
         datasets = [(dataset, self._layout.of(dataset).global_batch) for dataset in self._indexed()]
         return write_reports(datasets, folder) if self._layout.rank == 0 else []
 
     def real_images(self, count: int, width: int, height: int) -> Tensor:
-        """Up to `count` images of all datasets, fitted to width x height, shape (M, 3, H, W), float32 in [0, 1].
+        """Return up to `count` images of all datasets, fitted to width x height, shape (M, 3, H, W), float32 in [0, 1].
 
         Always the same ones for the same data; scaled to cover and cropped in the middle. None for prompts alone.
         """
@@ -303,13 +309,13 @@ class DataPipeline:
 
     @staticmethod
     def _opened(chosen: Sequence[tuple[Dataset, int]]) -> Iterator[tuple[Dataset, int, Opener]]:
-        """What opens each sample's image, those of a dataset together."""
+        """Yield each sample with the function that opens its image, those of a dataset together."""
         for dataset in {dataset.id: dataset for dataset, _ in chosen}.values():
             rows = np.array([row for each, row in chosen if each is dataset])
             yield from ((dataset, row, opener) for row, opener in dataset.opened(rows))
 
     def captions(self, count: int) -> list[str]:
-        """Up to `count` different captions, of different samples, always the same ones for the same data."""
+        """Return up to `count` different captions of different samples, always the same for the same data."""
         found = (
             dataset.index.caption(int(dataset.index.caption_offsets[row]))
             for dataset, row in self._choose(64 * count, self._indexed())
@@ -318,19 +324,19 @@ class DataPipeline:
 
     @staticmethod
     def _choose(count: int, datasets: Sequence[Dataset]) -> list[tuple[Dataset, int]]:
-        """Samples of `datasets` in an order that depends on nothing but their number."""
+        """Choose samples of `datasets`, in an order that depends on nothing but the number of samples."""
         starts = np.cumsum([0, *(dataset.counts.used for dataset in datasets)])
         total = int(starts[-1])
         positions = permute(np.arange(min(count, total)), total, derive_seed(0, "real_images"))
         numbers = np.searchsorted(starts, positions, side="right") - 1
         return [
-            (datasets[number], int(datasets[number].rows[place - starts[number]]))
-            for number, place in zip(numbers.tolist(), positions.tolist(), strict=True)
+            (datasets[number], int(datasets[number].rows[position - starts[number]]))
+            for number, position in zip(numbers.tolist(), positions.tolist(), strict=True)
         ]
 
 
 def _locate(dataset: Dataset, caches: Caches) -> CachedLatents | None:
-    """A dataset's latents with the place of each image's, where there are any."""
+    """Return a dataset's latents with the position of each image's, or None where there are none."""
     cache = caches.latents.get(dataset.id)
     if cache is None:
         return None

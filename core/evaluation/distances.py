@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
-    r"""Squared Fréchet (2-Wasserstein) distance between Gaussians fitted to two sets of features.
+    r"""Return the squared Fréchet (2-Wasserstein) distance between Gaussians fitted to two sets of features.
 
     .. math:: |m_a - m_b|^2 + \mathrm{tr}(C_a) + \mathrm{tr}(C_b) - 2 \, \mathrm{tr} (C_a^{1/2} C_b C_a^{1/2})^{1/2}
 
@@ -38,7 +38,8 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
 
 def kernel_distance(a: Tensor, b: Tensor) -> float:
-    r"""Unbiased squared maximum mean discrepancy with the cubic kernel :math:`k(x, y) = (x \cdot y / s + 1)^3`.
+    r"""Return the unbiased squared maximum mean discrepancy with the cubic kernel :math:`k(x, y) = (x \cdot y / s +
+    1)^3`.
 
     It has no bias at few samples (and may so be slightly negative), where a Fréchet distance has much. Features are
     centred on the mean of `b`, and s is the mean squared norm of `b` around it: the unit is that of the reference.
@@ -57,7 +58,7 @@ def kernel_distance(a: Tensor, b: Tensor) -> float:
 
 
 def polynomial_distance(a: Tensor, b: Tensor) -> float:
-    r"""The same with the features as they are and s = F: in features of the Inception network, the kernel inception
+    r"""Return the same with uncentred features and s = F: in features of the Inception network, the kernel inception
     distance (KID).
 
     Args:
@@ -81,7 +82,7 @@ def _off_diagonal_mean(kernel: Tensor) -> Tensor:
 
 
 def relative_spread(features: Tensor, groups: Sequence[object], reference: Tensor) -> float | None:
-    """How different images of one prompt are: their mean distance in units of that of two real images.
+    """Measure how different the images of one prompt are: their mean distance, relative to that of two real images.
 
     Args:
         features: Shape (N, F).
@@ -102,5 +103,5 @@ def relative_spread(features: Tensor, groups: Sequence[object], reference: Tenso
 
 
 def root_mean_square(a: Tensor, b: Tensor) -> Tensor:
-    """Distance of each image of `a` to the one of `b` at its place, (N, ...) -> (N,), in the units of the values."""
+    """Return the distance of each image of `a` to that of `b`, (N, ...) -> (N,), in the units of the values."""
     return (a.double() - b.double()).flatten(1).square().mean(dim=1).sqrt()

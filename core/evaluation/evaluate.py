@@ -1,4 +1,4 @@
-"""Evaluation: teacher against student, in scores, seconds and one image."""
+"""Evaluation of teacher against student, in scores, seconds and one image."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def evaluate(
     Args:
         family: Encodes the prompts and runs the pipeline.
         networks: Gives the networks of the roles in the plan.
-        plan: What to make.
+        plan: The images to make.
         evaluators: By name; see :func:`.evaluators.build_evaluators`.
         data: Real images (M, 3, H, W) in [0, 1] at the plan's size, or None.
         left_out: Evaluators that cannot be used here, with the reason.
@@ -92,13 +92,13 @@ def evaluate(
 
 
 class _Scorers:
-    """Evaluators, without those that have failed."""
+    """The evaluators that have not failed."""
 
     def __init__(self, evaluators: Mapping[str, Evaluator], left_out: dict[str, str]) -> None:
         self._evaluators, self.left_out = dict(evaluators), left_out
 
     def score(self, samples: Samples) -> dict[str, float]:
-        """Scores of all that have not failed yet."""
+        """Return the scores of all evaluators that have not failed yet."""
         scores: dict[str, float] = {}
         for name, evaluator in list(self._evaluators.items()):
             try:
@@ -116,7 +116,7 @@ def _by_role(sampling_plans: Sequence[SamplingPlan]) -> Iterator[tuple[str, list
 
 
 def encode(family: ModelFamily, prompts: Sequence[str], *, size: int = 64) -> Conditioning:
-    """Embeddings of all prompts, encoded in batches."""
+    """Encode all prompts in batches, with the prompts in front."""
     parts = [family.encode_prompts(prompts[start : start + size]) for start in range(0, len(prompts), size)]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
@@ -143,7 +143,7 @@ def _make(
 def _warm_up(
     family: ModelFamily, network: nn.Module, sampling_plan: SamplingPlan, embeds: Conditioning, plan: EvaluationPlan
 ) -> None:
-    """One step at each batch size that is timed: first calls load, tune and allocate."""
+    """Make one step at each batch size that is timed: first calls load, tune and allocate."""
     from dataclasses import replace
 
     # its own scheduler, which may tell the network more than the time; but not the times of another number of steps

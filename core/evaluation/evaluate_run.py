@@ -35,7 +35,7 @@ class Subject:
     """The student that is scored, and its teacher.
 
     Attributes:
-        family: Of the run.
+        family: Family of the run.
         method: Gives the student's sampler and the role that is scored.
         networks: Of the run, or :class:`..runs.finished.ExportedNetworks`.
         loras: LoRAs beside the student's with their weights, for the record.
@@ -120,7 +120,7 @@ def evaluate_run(
 
 
 def _real(real_images: RealImages | None, width: int, height: int, count: int) -> Tensor | None:
-    """The real images to compare with; None, which is said, where there are none."""
+    """Return the real images to compare with, shape (M, 3, H, W); None, which is reported, where there are none."""
     data = real_images(num_real_images(width, height, count), width, height) if real_images else None
     if data is None or not len(data):
         logger.info("there are no real images to compare with: distances to the data are left out")
@@ -129,7 +129,7 @@ def _real(real_images: RealImages | None, width: int, height: int, count: int) -
 
 
 def _possible_steps(configuration: Configuration, family: ModelFamily, method: Method) -> list[int]:
-    """``evaluation_steps`` without those that the method cannot sample with, each of which is said."""
+    """Return ``evaluation_steps`` without those that the method cannot sample with, each of which is reported."""
     possible = []
     for steps in configuration.run.evaluation_steps:
         try:
@@ -151,7 +151,7 @@ def _require_something(prompts: Sequence[str], count: int) -> None:
 
 
 def num_real_images(width: int, height: int, num_samples: int = 0) -> int:
-    """Real images that distances are measured to, at most: as many as a gigabyte holds, up to a thousand, or up to
-    as many as are generated where those are more.
+    """Return how many real images distances are measured to: what a gigabyte holds, at most a thousand or the number of
+    generated images.
     """
     return max(16, min(max(MOST_REAL_IMAGES, num_samples), REAL_BYTES // (3 * 4 * width * height)))

@@ -1,4 +1,4 @@
-"""Which evaluators score a run, and which of them cannot be used here."""
+"""The choice of the evaluators that score a run, without those that cannot be used here."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def build_evaluators(
     registry: Registry, configuration: Configuration, setting: EvaluationSetting
 ) -> tuple[dict[str, Evaluator], dict[str, str]]:
-    """The run's evaluators; those that cannot be used here come back with the reason."""
+    """Build the run's evaluators; return them, and the reasons for those that cannot be used here."""
     usable: dict[str, Evaluator] = {}
     left_out: dict[str, str] = {}
     for name in evaluator_names(registry, configuration):
@@ -32,7 +32,7 @@ def build_evaluators(
 
 
 def evaluator_names(registry: Registry, configuration: Configuration) -> list[str]:
-    """Those that the run names; where it names none, the usual ones and those that it has settings for."""
+    """List the evaluators that the run names; if it names none, the default ones and those that it has settings for."""
     if configuration.run.evaluators:
         return [registry.get("evaluator", name).name for name in configuration.run.evaluators]
     usual = [name for name in registry.names("evaluator") if registry.get("evaluator", name).by_default]
@@ -52,12 +52,12 @@ def require_evaluators(registry: Registry, configuration: Configuration) -> None
 def evaluation_notices(
     registry: Registry, configuration: Configuration, setting: EvaluationSetting | None = None
 ) -> list[str]:
-    """What to say at the start of a run of evaluators that it asks for, by name or by settings, in vain.
+    """Return notices about evaluators that the run asks for, by name or by settings, and that cannot be used.
 
     Args:
-        registry: Where they come from.
+        registry: Gives the evaluators.
         configuration: The run's.
-        setting: What there is; without it, what the configuration alone says.
+        setting: What evaluators may use; None for what the configuration alone says.
     """
     run, lines = configuration.run, []
     setting = setting or early_evaluation_setting(configuration)
@@ -74,14 +74,14 @@ def _unusable(evaluator: type[Evaluator], setting: EvaluationSetting, config: An
 
 
 def evaluation_setting(family: ModelFamily, *, num_data: int | None = None) -> EvaluationSetting:
-    """What evaluators may look at; `num_data` real images, where that is known."""
+    """Describe what evaluators may use: the model's folder, the device, `num_data` real images where that is known."""
     folder = Path(family.settings.source)
     source = folder if folder.is_dir() else None
     return EvaluationSetting(model_path=source, device=family.settings.device, num_data=num_data)
 
 
 def early_evaluation_setting(configuration: Configuration) -> EvaluationSetting:
-    """The same before there is a family: how many real images there will be is not known."""
+    """Return the same before there is a family, when the number of real images is not known."""
     run = configuration.run
     folder = Path(run.pretrained_model_name_or_path or "")
     known = run.pretrained_model_name_or_path is not None and folder.is_dir()

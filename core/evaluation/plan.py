@@ -1,4 +1,4 @@
-"""What an evaluation compares: which networks, at how many steps, with which schedulers."""
+"""The plan of an evaluation: which networks, at how many steps, with which schedulers."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EvaluationPlan:
-    """What is made and scored. Sample i has prompt i (cycled) and seed ``seed + i``, whoever makes it.
+    """The images to be made and scored. Sample i has prompt i (cycled) and seed ``seed + i`` for every network.
 
     Attributes:
         prompts: At least one.
-        sampling_plans: Who is scored, the full teacher among them.
+        sampling_plans: The networks and steps that are scored, the full teacher among them.
         reference: The full teacher.
         num_samples: Images of each sampling plan.
-        seed: Of the first sample.
+        seed: Seed of the first sample.
         width: Pixels.
         height: Pixels.
     """
@@ -42,7 +42,7 @@ class EvaluationPlan:
 
     @property
     def prompt_indices(self) -> list[int]:
-        """Index into the prompts of each sample."""
+        """The index into the prompts of each sample."""
         return [index % len(self.prompts) for index in range(self.num_samples)]
 
     @property
@@ -64,19 +64,20 @@ def plan_evaluation(
     teacher_guidance: float | None = None,
     role: str = "student",
 ) -> EvaluationPlan:
-    """Teacher at few steps, a fast solver beside it, the student at each number of steps, the full teacher.
+    """Plan the teacher at few steps, a fast solver beside it, the student at each number of steps, and the full
+    teacher.
 
     All of the teacher's sampling plans but the fast solver use one scheduler, and all of them one guidance.
 
     Args:
-        family: For the teacher's usual guidance and the fast solver's settings.
-        sampler_for: The method's sampler at a number of steps.
+        family: Gives the teacher's usual guidance and the fast solver's settings.
+        sampler_for: Makes the method's sampler for a number of steps.
         prompts: At least one.
         num_samples: Images of each sampling plan.
-        seed: Of the first sample.
+        seed: Seed of the first sample.
         resolution: (width, height) in pixels.
-        steps: Of the student.
-        teacher_steps: Of the teacher; the largest is the reference, the smallest also the fast solver's.
+        steps: Numbers of steps of the student.
+        teacher_steps: Numbers of steps of the teacher; the largest is the reference, the fast solver has the smallest.
         teacher_guidance: Guidance scale; None for the family's usual one.
         role: The student's role.
     """
@@ -90,7 +91,7 @@ def plan_evaluation(
 
 
 def fast_solver(family: ModelFamily, steps: int, guidance: float) -> SamplingPlan:
-    """DPM-Solver++ 2M, the teacher's best at few steps without any training (arXiv 2211.01095)."""
+    """Plan DPM-Solver++ 2M, the teacher's best at few steps without any training (arXiv 2211.01095)."""
     from ..diffusion.sampler import Sampler
 
     config: dict[str, object] = {"algorithm_type": "dpmsolver++", "solver_order": 2}

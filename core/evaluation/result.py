@@ -1,4 +1,4 @@
-"""What an evaluation found, for programs (JSON), for people (table, image) and for trackers (scalars)."""
+"""The result of an evaluation, for programs (JSON), for people (table, image) and for trackers (scalars)."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ SCHEMA = 1
 
 @dataclass
 class Evaluation:
-    """Rows in the order of the image's columns: teacher at few steps, fast solver, student, full teacher.
+    """The result, with rows in the order of the image's columns: teacher at few steps, fast solver, student, full
+    teacher.
 
     Attributes:
-        plan: What was made.
+        plan: The images that were made.
         rows: One per sampling plan.
         higher_is_better: For each score.
         left_out: Evaluators that could not be used, with the reason.
         num_data: Real images that distances are measured to.
-        device: Where it ran.
+        device: The device that it ran on.
         loras: LoRAs that stood beside the student's, in the teacher as well: path -> weight.
     """
 
@@ -44,11 +45,11 @@ class Evaluation:
 
     @property
     def score_names(self) -> list[str]:
-        """All scores that any row has, in order of appearance."""
+        """The names of all scores that any row has, in order of appearance."""
         return list(dict.fromkeys(name for row in self.rows for name in row.scores))
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but the images."""
+        """Return everything but the images as JSON values."""
         plan = self.plan
         return {
             "schema": SCHEMA,
@@ -66,7 +67,7 @@ class Evaluation:
         }
 
     def scalars(self) -> dict[str, float]:
-        """Scores by slash-separated name, as ``scores/student_4_steps/prompt_agreement_judge``."""
+        """Return scores by slash-separated name, as ``scores/student_4_steps/prompt_agreement_judge``."""
         found = {}
         for row in self.rows:
             sampling_plan = row.sampling_plan
@@ -80,7 +81,7 @@ class Evaluation:
         return found
 
     def table(self) -> Table:
-        """For a terminal of eighty columns: a row for each score, a column for each sampling plan."""
+        """Make a table for a terminal of eighty columns: a row for each score, a column for each sampling plan."""
         from rich import box
         from rich.table import Table
 
@@ -98,7 +99,7 @@ class Evaluation:
         return table
 
     def markdown(self) -> str:
-        """The same for a model card."""
+        """Return the table in Markdown, for a model card."""
         heads = ["", "steps", "guidance", *(self._header(name).replace("\n", " ") for name in self.score_names),
                  "seconds per image"]  # fmt: skip
         lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
@@ -119,7 +120,7 @@ class Evaluation:
         return f"Teacher and student: {images} each from the same noise, {plan.width}x{plan.height}{data}"
 
     def image(self) -> Image:
-        """The first prompts, a column per sampling plan."""
+        """Draw the first prompts, with a column for each sampling plan."""
         from ..drawing.grid import GridRow, labelled_grid
 
         plan = self.plan
@@ -139,7 +140,9 @@ class Evaluation:
         )
 
     def save(self, folder: Path, *, suffix: str = "") -> list[Path]:
-        """Write ``evaluation.json`` and ``evaluation.png`` (with `suffix`), each whole or not at all; returns them."""
+        """Write ``evaluation.json`` and ``evaluation.png`` (with `suffix`), each whole or not at all; return their
+        paths.
+        """
         from ..utils.files import save_image, write_text
 
         files = [folder / f"evaluation{suffix}{ending}" for ending in (".json", ".png")]
@@ -167,7 +170,7 @@ def _guidance(value: float) -> str:
 
 
 def format_score(value: float | None) -> str:
-    """Three significant digits, plain notation where that is readable; a dash for none."""
+    """Format a score with three significant digits, in plain notation where that is readable; a dash for none."""
     if value is None:
         return "–"
     return f"{value:.3g}" if value == 0 or 1e-3 <= abs(value) < 1e4 else f"{value:.1e}"
@@ -175,13 +178,13 @@ def format_score(value: float | None) -> str:
 
 @dataclass
 class Row:
-    """One sampling plan's result."""
+    """The result of one sampling plan."""
 
     sampling_plan: SamplingPlan
     scores: dict[str, float] = field(default_factory=dict)
     seconds_per_image: float = 0.0
-    """In batches of ``batch_size``, warm, without text encoding."""
+    """Seconds per image in batches of ``batch_size``, after a warm-up, without text encoding."""
     seconds_single: float = 0.0
-    """Of one image by itself, warm, without text encoding."""
+    """Seconds for one image by itself, after a warm-up, without text encoding."""
     images: list[Image] = field(default_factory=list)
-    """The first few, for people."""
+    """The first few images, for people."""

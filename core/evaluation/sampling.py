@@ -1,4 +1,4 @@
-"""Images for people and for scores: many prompts and seeds through a family's plain pipeline, in batches."""
+"""Sampling of images for people and for scores: many prompts and seeds through a family's pipeline, in batches."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ LARGEST_BATCH = 64
 
 @dataclass(frozen=True)
 class SamplingPlan:
-    """Who makes an image, and how.
+    """The network, sampler, steps and guidance that images are made with.
 
     Attributes:
         name: For people: ``teacher``, ``student``, ``teacher, DPM++ 2M``.
-        role: The network.
+        role: Role of the network.
         sampler: Its sampler, or None for the model's own scheduler.
         steps: Number of inference steps.
         guidance: Guidance scale; 0 and 1 both mean none.
@@ -45,23 +45,23 @@ class SamplingPlan:
 
     @property
     def label(self) -> str:
-        """Two lines, for the head of a column."""
+        """The label of a column, on two lines."""
         return f"{self.name}\n{plural(self.steps, 'step')}, {describe_guidance(self.guidance)}"
 
 
 def plural(count: int, noun: str) -> str:
-    """``1 step``, ``4 steps``."""
+    """Return ``1 step`` or ``4 steps``."""
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def describe_guidance(guidance: float) -> str:
-    """``guidance 5``, or ``no guidance`` for 0 and 1."""
+    """Return ``guidance 5``, or ``no guidance`` for 0 and 1."""
     return f"guidance {guidance:g}" if guides(guidance) else "no guidance"
 
 
 @contextmanager
 def sampling(networks: NetworksByRole, role: str) -> Iterator[nn.Module]:
-    """The role's network in eval mode and without gradients; its mode and the global generators come back after."""
+    """Yield the role's network in eval mode and without gradients; restore its mode and the global generators after."""
     with networks.use(role) as network, torch.no_grad(), torch.random.fork_rng(devices=[]):
         training = network.training
         network.eval()
@@ -72,7 +72,7 @@ def sampling(networks: NetworksByRole, role: str) -> Iterator[nn.Module]:
 
 
 def batch_size(width: int, height: int) -> int:
-    """How many images of this size go through in one batch."""
+    """Return how many images of this size, in pixels, go through in one batch."""
     return max(1, min(LARGEST_BATCH, BATCH_PIXELS // (width * height)))
 
 
@@ -88,18 +88,18 @@ def make_images(
     height: int,
     negative: Conditioning | None = None,
 ) -> Iterator[Tensor]:
-    """Batches of images, each (b, 3, H, W) in [0, 1] on the CPU, in the order of `seeds`.
+    """Yield batches of images, each (b, 3, H, W) in [0, 1] on the CPU, in the order of `seeds`.
 
     Args:
-        family: Knows the pipeline.
+        family: Runs the pipeline.
         network: As :func:`sampling` yields it.
         sampling_plan: Sampler, steps and guidance.
-        embeds: Of P prompts, P in front.
+        embeds: Embeddings of P prompts, P in front.
         which: N indices into the prompts.
         seeds: N seeds.
         width: Pixels.
         height: Pixels.
-        negative: Of one negative prompt, 1 in front; has an effect with guidance only.
+        negative: Embeddings of one negative prompt, 1 in front; has an effect with guidance only.
     """
     size = batch_size(width, height)
     for start in range(0, len(seeds), size):
@@ -120,10 +120,10 @@ def make_images(
 
 
 def repeat(embeds: Conditioning, count: int) -> Conditioning:
-    """Embeddings of one prompt, `count` times."""
+    """Repeat the embeddings of one prompt `count` times."""
     return {name: value.expand(count, *value.shape[1:]).contiguous() for name, value in embeds.items()}
 
 
 def teacher_plan(family: ModelFamily, steps: int, guidance: float | None) -> SamplingPlan:
-    """The teacher with the model's own scheduler, at the given guidance or the family's usual one."""
+    """Plan the teacher with the model's own scheduler, at the given guidance or the family's usual one."""
     return SamplingPlan("teacher", "teacher", None, steps, family.usual_guidance if guidance is None else guidance)

@@ -1,4 +1,4 @@
-"""Validation: the student beside its teacher, same prompts and seeds, while it trains."""
+"""Validation while the student trains: student beside teacher, with the same prompts and seeds."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ MANY_ROWS = 8
 
 @dataclass(frozen=True)
 class Shot:
-    """One image that everybody makes: what it shows, its size and its noise."""
+    """One image that student and teacher both make: its prompt, size and noise."""
 
     prompt: str
     width: int
@@ -47,7 +47,7 @@ class Shot:
 
 @dataclass(frozen=True)
 class ValidationPlan:
-    """What is made at each validation.
+    """The images that are made at each validation.
 
     Attributes:
         prompts: At least one.
@@ -80,11 +80,11 @@ class ValidationPlan:
         fallback_resolution: tuple[int, int],
         role: str = "student",
     ) -> ValidationPlan:
-        """The plan that a run's ``validation_*`` keys describe.
+        """Make the plan that a run's ``validation_*`` keys describe.
 
         Args:
             run: The settings.
-            family: For the teacher's usual guidance.
+            family: Gives the teacher's usual guidance.
             sampler: The method's sampler, made with the run's validation steps and guidance.
             prompts: ``Configuration.validation_prompts``, or captions of the data where there are none.
             fallback_resolution: (width, height) in pixels, used when the run names none.
@@ -111,7 +111,7 @@ class ValidationPlan:
         )
 
     def shots(self) -> list[Shot]:
-        """Every prompt at every resolution and seed, in the order of the grid's rows."""
+        """Return every prompt at every resolution and seed, in the order of the grid's rows."""
         seeds = range(self.seed, self.seed + self.num_images)
         return [
             Shot(prompt, width, height, seed, f"{index:02d}-{slug(prompt)}-{width}x{height}-seed{seed}")
@@ -119,21 +119,21 @@ class ValidationPlan:
         ]
 
     def notices(self) -> list[str]:
-        """Settings without an effect."""
+        """List settings that have no effect."""
         if self.negative_prompt and not guides(self.student.guidance):
             return ["validation_negative_prompt has no effect on the student, which runs without guidance"]
         return []
 
 
 class Validator:
-    """Makes, keeps and reports the images of a plan.
+    """The maker of a plan's images, which it saves and reports.
 
-    The teacher's images are made once and kept under ``validation/teacher/``, each under a name that says what
-    decides it: a resumed run finds them again, one with another teacher, prompt or guidance does not.
+    The teacher's images are made once and kept under ``validation/teacher/``, each under a name that depends on
+    everything that decides it: a resumed run finds them again, one with another teacher, prompt or guidance does not.
 
     Args:
         family: Encodes prompts and runs the pipeline.
-        plan: What to make.
+        plan: The images to make.
         output_dir: The run's folder.
     """
 
@@ -153,7 +153,7 @@ class Validator:
         return self.plan.teacher_few, self.plan.student, self.plan.teacher_full
 
     def run(self, step: int, networks: NetworksByRole, trackers: Trackers) -> Path:
-        """Make the images of `step`; returns the folder with each of them and ``grid.png``."""
+        """Make the images of `step`; return the folder with each of them and ``grid.png``."""
         folder = self._folder / f"step-{step:06d}"
         few, student, full = self._sampling_plans()
         made = self._make(networks, student, self._shots)
@@ -165,7 +165,7 @@ class Validator:
         return folder
 
     def grid(self, step: int, columns: Sequence[Sequence[Image]]) -> Image:
-        """The images of teacher at few steps, student, full teacher, a row per shot."""
+        """Draw the images of teacher at few steps, student and full teacher, with a row per shot."""
         rows = [
             GridRow(shot.prompt, images, f"{shot.width}x{shot.height}, seed {shot.seed}")
             for shot, *images in zip(self._shots, *columns, strict=True)
@@ -179,7 +179,7 @@ class Validator:
         )
 
     def _kept(self, networks: NetworksByRole, sampling_plan: SamplingPlan) -> list[Image]:
-        """The teacher's images of every shot: those on disk, and the rest made now."""
+        """Return the teacher's images of every shot: those on disk, and the rest made now."""
         from PIL import Image
 
         files = [self._teacher_file(sampling_plan, shot) for shot in self._shots]
@@ -202,7 +202,7 @@ class Validator:
         return self._folder / TEACHER_FOLDER / f"{shot.name}-{sampling_plan.steps}steps-{key}.png"
 
     def _make(self, networks: NetworksByRole, sampling_plan: SamplingPlan, shots: Sequence[Shot]) -> list[Image]:
-        """Images in the order of `shots`; those of one size go through in batches."""
+        """Make images in the order of `shots`; those of one size go through in batches."""
         made: dict[Shot, Image] = {}
         if not shots:
             return []
@@ -229,13 +229,13 @@ class Validator:
 
 
 def slug(prompt: str, length: int = 40) -> str:
-    """The prompt as part of a file name."""
+    """Return the prompt as part of a file name."""
     words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")
     return words[:length].rstrip("-") or "prompt"
 
 
 def describe(plan: ValidationPlan) -> str:
-    """One line for the start of a run."""
+    """Describe the plan in one line, for the start of a run."""
     student = plan.student
     return (
         f"validation: {plural(len(plan.shots()), 'image')} with {plural(student.steps, 'step')}, "

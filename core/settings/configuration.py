@@ -1,4 +1,4 @@
-"""The one validated configuration of a run."""
+"""The validated configuration of a run."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ class Configuration:
         evaluators: Name -> validated ``Config`` of each registered evaluator (or of those named by ``evaluators``).
         publishers: Name -> validated ``Config`` of each publisher asked for.
         datasets: The enabled datasets of images or prompts, run defaults applied.
-        caches: The enabled entries that are places for caches, the default text cache included.
+        caches: The enabled entries of caches, the default text cache included.
         text_cache: The default text_embeds entry, or None (then a cache is made under output_dir).
-        notices: A line for each thing that was normalised or should be known.
+        notices: A line for each value that was normalised and everything else that the user should know.
         miniature: Whether no model was named, so that the family's shipped one is used.
         plugin_files: Plugin files of command line and configuration.
     """
@@ -65,24 +65,24 @@ class Configuration:
 
     @property
     def largest_batch(self) -> int:
-        """Samples of the largest micro-batch that any dataset gives a process."""
+        """The number of samples of the largest micro-batch that any dataset gives a process."""
         sizes = [entry.train_batch_size or self.run.train_batch_size for entry in self.datasets]
         return max(sizes, default=self.run.train_batch_size)
 
     @property
     def distillation_caches(self) -> tuple[DatasetSettings, ...]:
-        """The entries that hold what the teacher makes of captions; datasets name them."""
+        """The distillation caches that datasets name."""
         named = {entry.distillation_cache for entry in self.datasets}
         return tuple(entry for entry in self.caches if entry.id in named)
 
     @property
     def validation_prompts(self) -> tuple[str, ...]:
-        """Prompts of ``validation_prompt``, then those of the library file, each once."""
+        """The prompts of ``validation_prompt``, then those of the library file, each once."""
         library = self.run.validation_prompt_library
         return tuple(dict.fromkeys([*self.run.validation_prompt, *(read_library(library))]))
 
     def resolved(self) -> dict[str, Any]:
-        """The complete configuration, JSON-able and without secrets; feeding it back reproduces the run."""
+        """Return the complete configuration, JSON-able and without secrets; loading it again reproduces the run."""
         run = self.run
         named: dict[str, dict[str, BaseModel]] = {
             "distillation_config": {run.distillation_method: self.method},
@@ -104,13 +104,15 @@ class Configuration:
 
 
 def dump_dataset(entry: DatasetSettings) -> dict[str, Any]:
-    """An entry of the data file as it would be written in full."""
+    """Return an entry of the data file as it would be written in full."""
     own = without_secrets(entry.backend) if entry.backend is not None else {}
     return {**own, **without_secrets(entry)}
 
 
 def default_resolution(configuration: Configuration) -> tuple[int, int]:
-    """(width, height) in pixels of images: the first validation resolution, else a square of the first dataset's."""
+    """Return (width, height) in pixels of images: the first validation resolution, else a square of the first
+    dataset's.
+    """
     run = configuration.run
     if run.validation_resolution:
         return run.validation_resolution[0]
@@ -120,7 +122,7 @@ def default_resolution(configuration: Configuration) -> tuple[int, int]:
 
 
 def data_resolution(configuration: Configuration) -> tuple[int, int]:
-    """(width, height) in pixels of a square image of the first dataset."""
+    """Return (width, height) in pixels of a square image of the first dataset."""
     dataset = configuration.datasets[0]
     multiple = dataset.aspect_bucket_alignment
     edge = max(1, round(dataset.square_edge / multiple)) * multiple

@@ -29,7 +29,7 @@ class ColumnSettings(Settings):
     """Columns of captions, one or several, with dots into what is nested; all of their texts are captions of the
     sample. Absent: `caption`, else `text`."""
     fallback_caption_column: Texts = ()
-    """Columns that are asked where the caption columns are empty."""
+    """Columns that are used where the caption columns are empty."""
     filename_column: str | None = None
     """Column of the samples' names, which stand for them in the data's order and random draws. Absent: the path of the
     image (beside `metadata_file`: `file_name`, `filename`, `path`, `key`, else `id`)."""
@@ -51,8 +51,8 @@ class DatasetSettings(ColumnSettings):
     """A registered data backend (`distill plugins list`)."""
     dataset_type: DatasetType = "image"
     """What the entry holds: `image` or `prompts` (captions alone) to train on, `text_embeds` or `vae_embeds` for a
-    cache's place, `distillation_cache` for what the teacher makes of the captions, `checkpoints` for a second place of
-    the run's checkpoints."""
+    cache, `distillation_cache` for the teacher's trajectories of the captions, `checkpoints` for a copy of the run's
+    checkpoints."""
     disabled: bool = False
     """Leave the entry out."""
     default: bool = False
@@ -105,7 +105,7 @@ class DatasetSettings(ColumnSettings):
     distillation_cache: str | None = None
     """Id of the distillation_cache entry whose trajectories this dataset's captions have; absent: the default one."""
     num_pairs_per_prompt: int = Field(default=1, ge=1, le=10_000)
-    """For a distillation_cache: paths of each caption and size, from as many noises."""
+    """For a distillation_cache: trajectories of each caption and size, from as many noises."""
     num_inference_steps: int | None = Field(default=None, ge=1, le=1000)
     """For a distillation_cache: the teacher's steps; absent: 50, or the next multiple of trajectory_points."""
     guidance_scale: float | None = Field(default=None, ge=0, le=100)
@@ -114,12 +114,12 @@ class DatasetSettings(ColumnSettings):
     """For a distillation_cache: how the teacher steps: `ddim` (Euler on a flow) or `dpm++` (DPM-Solver++ 2M, as exact
     in half the steps)."""
     trajectory_points: int | None = Field(default=None, ge=1, le=1000)
-    """For a distillation_cache: points of each path that are kept beside its end, the noise included; they divide
+    """For a distillation_cache: points of each trajectory that are kept beside its end, the noise included; they divide
     num_inference_steps. Absent: as many as the method needs."""
     noise_seed: int = Field(default=0, ge=0)
-    """For a distillation_cache: seed of the noise that paths begin at."""
+    """For a distillation_cache: seed of the noise that trajectories start from."""
     pair_batch_size: int = Field(default=4, ge=1)
-    """For a distillation_cache: paths of a megapixel that are made at once; of smaller images more, up to 64."""
+    """For a distillation_cache: trajectories of a megapixel that are made at once; of smaller images up to 64."""
     vae_batch_size: int = Field(default=4, ge=1)
     """Images per autoencoder call while the latent cache is built; absent: the run's."""
     write_batch_size: int = Field(default=128, ge=1)
@@ -164,12 +164,12 @@ class DatasetSettings(ColumnSettings):
 
     @property
     def needs_captions(self) -> bool:
-        """Whether samples must come with captions."""
+        """True if samples must come with captions."""
         return not self.only_instance_prompt and self.caption_strategy in ("textfile", *OF_THE_SOURCE)
 
     @property
     def metadata_is_here(self) -> bool:
-        """Whether metadata_file can be looked at without the network."""
+        """True if metadata_file can be read without the network."""
         if self.metadata_file is None or is_url(self.metadata_file):
             return False
         beside = self.instance_data_dir is not None and not is_url(self.instance_data_dir)
@@ -177,22 +177,22 @@ class DatasetSettings(ColumnSettings):
 
     @property
     def captions_in_table(self) -> bool:
-        """Whether captions of image files stand in metadata_file."""
+        """True if captions of image files stand in metadata_file."""
         return self.metadata_file is not None and self.caption_strategy in OF_A_TABLE
 
     @property
     def sizes_in_table(self) -> bool:
-        """Whether sizes of image files stand in metadata_file."""
+        """True if sizes of image files stand in metadata_file."""
         named = self.width_column is not None or self.height_column is not None
         return self.metadata_file is not None and (self.metadata_backend in OF_A_TABLE or named)
 
     @property
     def has_images(self) -> bool:
-        """Whether samples are images with captions rather than captions alone."""
+        """True if samples are images with captions rather than captions alone."""
         return self.dataset_type == "image"
 
     def edge_and_area(self, size: float) -> tuple[float | None, float | None]:
-        """A size of this entry as (shorter edge in pixels, area in megapixels); one of the two is None."""
+        """Return a size of this entry as (shorter edge in pixels, area in megapixels); one of the two is None."""
         if self.resolution_type == "area" or (self.resolution_type == "pixel" and size < PIXEL_LIMIT):
             return None, size
         if self.resolution_type == "pixel":
@@ -201,6 +201,6 @@ class DatasetSettings(ColumnSettings):
 
     @property
     def square_edge(self) -> float:
-        """Edge in pixels of a square image at this entry's resolution."""
+        """The edge in pixels of a square image at this entry's resolution."""
         edge, area = self.edge_and_area(self.resolution)
         return edge if edge is not None else (area or 0.0) ** 0.5 * 1000

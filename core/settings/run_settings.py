@@ -24,7 +24,7 @@ class TeacherLora(Settings):
 
 
 class ModelKeys(Settings):
-    """Which model is distilled, and how."""
+    """The model that is distilled, and the method."""
 
     model_type: Literal["lora", "full"] = "lora"
     """What is trained: `lora`, an adapter on the frozen base, or `full`, all weights."""
@@ -223,7 +223,7 @@ class RunSettings(ModelKeys, DataKeys, TrainingKeys, OutputKeys):
     @model_validator(mode="before")
     @classmethod
     def _defaults_by_others(cls, values: dict[str, object]) -> dict[str, object]:
-        """Defaults that depend on other keys: learning rate, alpha, output folder."""
+        """Fill in defaults that depend on other keys: learning rate, alpha, output folder."""
         full = values.get("model_type") == "full"
         values = {"learning_rate": FULL_RATE if full else LORA_RATE, **values}
         values.setdefault("lora_alpha", values.get("lora_rank", 64))

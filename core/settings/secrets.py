@@ -1,4 +1,4 @@
-"""Values that are never shown: known by the names of their keys or by their type, kept as ``{env:NAME}`` at most."""
+"""Values that are never shown: found by the names of their keys or by their type, written as ``{env:NAME}`` at most."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _SECRET = re.compile(r"(secret|password|api_key|access_key|_token$|^token$|crede
 
 
 def is_secret(key: str) -> bool:
-    """Whether a key's name says that its value must not be shown."""
+    """Return whether a key's name says that its value must not be shown."""
     return bool(_SECRET.search(key.rsplit(".", 1)[-1].lower()))
 
 
 def shown(key: str, value: object) -> object:
-    """A value as a message may show it."""
+    """Return a value as a message may show it."""
     if isinstance(value, Mapping):
         return {name: shown(str(name), inner) for name, inner in value.items()}
     return "***" if is_secret(key) and value is not None else value
@@ -34,7 +34,7 @@ class FromEnvironment(str):
 
     @classmethod
     def fill(cls, text: str, written: str) -> FromEnvironment:
-        """`text`, which stands in the file as `written`."""
+        """Return `text`, which stands in the file as `written`."""
         filled = cls(text)
         filled.written = written
         return filled
@@ -59,7 +59,7 @@ Secret = Annotated[SecretStr, BeforeValidator(_remember)]
 
 
 def without_secrets(model: BaseModel) -> dict[str, Any]:
-    """A model as JSON values: of secrets only the names of the environment's variables that hold them."""
+    """Dump a model to JSON values; of secrets only the names of their environment variables are kept."""
     values = model.model_dump(mode="json")
     result = {}
     for name, value in values.items():

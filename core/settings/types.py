@@ -21,20 +21,20 @@ class Settings(BaseModel):
 
 
 def is_url(text: str) -> bool:
-    """Whether a place is a URL rather than a path."""
+    """Return whether a text is a URL rather than a path."""
     return bool(_URL.match(text))
 
 
 class Relative:
-    """Marks a text that may be a path relative to its file, or a hub id when nothing lies there."""
+    """A mark on a text that may be a path relative to its file, or a hub id when nothing lies there."""
 
 
 class Anywhere(Relative):
-    """Marks a text that is a path relative to its file, or a URL."""
+    """A mark on a text that is a path relative to its file, or a URL."""
 
 
 class LocalRelative:
-    """Marks a path that is relative to its file."""
+    """A mark on a path that is relative to its file."""
 
 
 HubOrPath = Annotated[str, Relative()]
@@ -46,7 +46,7 @@ PathOrUrl = Annotated[str, Anywhere(), BeforeValidator(lambda value: str(value) 
 
 
 def split_names(value: Any) -> Any:
-    """``"a, b"`` and ``["a", "b"]`` are both the tuple (a, b); ``none`` and nothing are ()."""
+    """Turn ``"a, b"`` and ``["a", "b"]`` into the tuple (a, b); ``none`` and nothing into ()."""
     if value is None:
         return ()
     if isinstance(value, str):
@@ -57,7 +57,7 @@ def split_names(value: Any) -> Any:
 
 
 def split_numbers(value: Any) -> Any:
-    """``"1,2,4"``, ``4`` and ``[1, 2, 4]`` as a list."""
+    """Turn ``"1,2,4"``, ``4`` and ``[1, 2, 4]`` into a list."""
     if isinstance(value, str):
         return [part.strip() for part in value.split(",") if part.strip()]
     if isinstance(value, int | float):
@@ -66,7 +66,7 @@ def split_numbers(value: Any) -> Any:
 
 
 def parse_resolution(text: object) -> tuple[int, int]:
-    """``"1280x768"`` as (width, height); a bare ``1024`` is a square. Raises ValueError."""
+    """Parse ``"1280x768"`` into (width, height); a bare ``1024`` is a square. Raises ValueError."""
     if isinstance(text, Sequence) and not isinstance(text, str) and len(text) == 2:
         width, height = text
     else:
@@ -82,7 +82,7 @@ def parse_resolution(text: object) -> tuple[int, int]:
 
 
 def parse_resolutions(value: Any) -> Any:
-    """A comma-separated text, a number or a list as a tuple of (width, height)."""
+    """Turn a comma-separated text, a number or a list into a tuple of (width, height)."""
     if value is None:
         return ()
     parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
@@ -97,7 +97,7 @@ Resolutions = Annotated[tuple[tuple[int, int], ...], BeforeValidator(parse_resol
 
 
 def one_or_many(value: Any) -> Any:
-    """A single text as a tuple of one."""
+    """Turn a single text into a tuple of one."""
     if value is None:
         return ()
     return (value,) if isinstance(value, str | Path) else value

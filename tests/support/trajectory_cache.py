@@ -11,7 +11,7 @@ from torch import nn
 from .data_helpers import FakeFamily, configuration, pipeline
 
 
-class PathFamily(FakeFamily):
+class TrajectoryFamily(FakeFamily):
     """Counts loads and predictions; `stop_after` predictions it is interrupted."""
 
     schedule, prediction_type, default_guidance = TABLE, "epsilon", 5.0
@@ -33,8 +33,8 @@ class PathFamily(FakeFamily):
             raise KeyboardInterrupt
         self.calls += 1
         self.predicted += len(x_t)
-        told = cond["pooled"].sum(1) + cond["time_ids"].sum(1) / 1000
-        return torch.tanh(x_t + told[:, None, None, None] * time[:, None, None, None] / 1000)
+        condition = cond["pooled"].sum(1) + cond["time_ids"].sum(1) / 1000
+        return torch.tanh(x_t + condition[:, None, None, None] * time[:, None, None, None] / 1000)
 
 
 def cache_entry(id: str = "pairs", **settings) -> DatasetSettings:
@@ -43,7 +43,7 @@ def cache_entry(id: str = "pairs", **settings) -> DatasetSettings:
     return DatasetSettings(id=id, dataset_type="distillation_cache", **given)
 
 
-def pair_pipeline(*datasets, entry, root, family, **settings):
+def trajectory_pipeline(*datasets, entry, root, family, **settings):
     """A pipeline whose datasets all use one distillation cache, and the lines that it says."""
     using = [dataset.model_copy(update={"distillation_cache": entry.id}) for dataset in datasets]
     config = configuration(*using, caches=[entry])

@@ -1,4 +1,4 @@
-"""Bringing the caches of all datasets up to date, and saying why anything is made anew."""
+"""The builder that brings the caches of all datasets up to date and says why anything is encoded anew."""
 
 from __future__ import annotations
 
@@ -32,47 +32,47 @@ PREPROCESSING = (
     "resolution", "resolution_type", "crop", "crop_aspect", "crop_style", "maximum_image_size",
     "target_downsample_size", "aspect_bucket_alignment", "aspect_bucket_rounding", "random_flip",
 )  # fmt: skip
-"""Settings that decide an image's pixels: what is compared to say why latents are made anew."""
+"""Settings that decide an image's pixels; they are compared to say why latents are made anew."""
 MODEL_PARTS = {"vae": "autoencoder is", "denoiser": "teacher is", "text": "text encoders are"}
 
 
 class Paths(Protocol):
-    """Where caches lie."""
+    """The paths of the caches."""
 
     def latents(self, settings: DatasetSettings) -> Path:
-        """Folder of a dataset's latent caches."""
+        """Return the folder of a dataset's latent caches."""
         ...
 
     def remembered(self, settings: DatasetSettings) -> Path:
-        """File with the settings that a dataset's latents were last made with."""
+        """Return the file with the settings that a dataset's latents were last made with."""
         ...
 
     def texts(self, settings: DatasetSettings) -> Path:
-        """Folder of the text caches that a dataset uses."""
+        """Return the folder of the text caches that a dataset uses."""
         ...
 
     def text_shard_size(self, settings: DatasetSettings) -> int:
-        """Captions per file of that text cache."""
+        """Return the number of captions per file of that text cache."""
         ...
 
     def trajectory_entry(self, settings: DatasetSettings) -> DatasetSettings:
-        """The distillation cache that a dataset uses."""
+        """Return the distillation cache entry that a dataset uses."""
         ...
 
     def trajectories(self, entry: DatasetSettings) -> Path:
-        """Folder of a distillation cache."""
+        """Return the folder of a distillation cache."""
         ...
 
     def remote_trajectories(self, entry: DatasetSettings) -> RemoteCache | None:
-        """The other place that a distillation cache is kept in too, if there is one."""
+        """Return the remote copy of a distillation cache, if there is one."""
         ...
 
     def remote_latents(self, settings: DatasetSettings) -> RemoteCache | None:
-        """The other place that a dataset's latents are kept in too, if there is one."""
+        """Return the remote copy of a dataset's latent cache, if there is one."""
         ...
 
     def remote_texts(self, settings: DatasetSettings) -> RemoteCache | None:
-        """The same of its text cache."""
+        """Return the remote copy of a dataset's text cache, if there is one."""
         ...
 
 
@@ -86,26 +86,26 @@ class Caches:
 
 
 def text_descriptor(family: ModelFamily) -> dict[str, Any]:
-    """What all embeddings of a cache depend on."""
+    """Return everything that all embeddings of a cache depend on."""
     return {"kind": "text", "format": FORMAT, "family": family.name, "text": family.fingerprint("text")}
 
 
 def latent_descriptor(family: ModelFamily, dataset: str) -> dict[str, Any]:
-    """What all latents of a cache depend on."""
+    """Return everything that all latents of a cache depend on."""
     return {"kind": "latents", "format": FORMAT, "family": family.name, "vae": family.fingerprint("vae"),
             "dataset": dataset, "pixels": PIXELS_VERSION}  # fmt: skip
 
 
 class CacheBuilder:
-    """Encodes what is missing; the text encoders go before the autoencoder comes.
+    """Encodes the missing entries; the text encoders are released before the autoencoder loads.
 
     Args:
         family: The encoders.
         paths: Where caches lie.
         shard: This process's part of the work.
         workers: Threads that decode images.
-        progress: Told of every entry.
-        together: A block that all processes leave together, or with the error of the one that failed in it.
+        progress: Reports every entry.
+        synchronized: A block that all processes leave together, or with the error of the one that failed in it.
     """
 
     def __init__(
@@ -124,11 +124,11 @@ class CacheBuilder:
     def build(
         self, datasets: Sequence[Dataset], report: DataReport, *, images: bool = True, trajectories: bool = False
     ) -> Caches:
-        """All caches, complete; broken images are dropped from their datasets, and counts go into `report`.
+        """Return the complete caches; broken images are dropped from their datasets, and counts go into `report`.
 
         Args:
-            datasets: What is trained on.
-            report: Filled in.
+            datasets: The datasets that are trained on.
+            report: Takes the counts.
             images: Whether latents are made; without, the autoencoder is not loaded.
             trajectories: Whether the teacher makes trajectories of the captions; without, it is not loaded.
         """
@@ -186,7 +186,7 @@ class CacheBuilder:
         if missing:
             self._explain_latents(dataset, cache, missing)
             with self.synchronized():
-                encoder.run(encoder.mine(jobs, self.shard), progress=self.progress)
+                encoder.run(encoder.own_jobs(jobs, self.shard), progress=self.progress)
             self.family.release_encoders()
             report.images_encoded += missing
             cache = self._reload(cache)
@@ -203,7 +203,7 @@ class CacheBuilder:
         return kind(dataset, cache, self.family, workers=self.workers)
 
     def _after(self, encoder: LatentEncoder, cache: TensorCache) -> LatentEncoder:
-        """What is broken as all processes see it: known failures, and whatever is still missing."""
+        """Find the broken images as all processes see them: known failures, and everything that is still missing."""
         final = self._encoder(encoder.dataset, cache)
         left = final.plan()
         for job in left:
@@ -242,7 +242,7 @@ class CacheBuilder:
         jobs = wanted.missing(cache)
         missing = sum(len(job.keys) for job in jobs)
         if missing:
-            self._explain_pairs(cache)
+            self._explain_trajectories(cache)
             logger.info(cost(settings, missing, wanted.num_trajectories))
             with self.synchronized():
                 maker.run(wanted, self.shard.of(jobs), cache, texts)
@@ -252,7 +252,7 @@ class CacheBuilder:
             cache = self._reload(cache)
         return wanted.cached(cache, self.family)
 
-    def _explain_pairs(self, cache: TensorCache) -> None:
+    def _explain_trajectories(self, cache: TensorCache) -> None:
         others = [found for _, found in cache_folders(cache.parent) if found["kind"] == cache.descriptor["kind"]]
         if not len(cache) and others:
             differences = min((changed(other, cache.descriptor) for other in others), key=len)
@@ -263,21 +263,20 @@ class CacheBuilder:
     def _open(
         self, folder: Path, descriptor: Mapping[str, Any], label: str, remote: RemoteCache | None, report: DataReport
     ) -> TensorCache:
-        """The cache, checked by the first process before the others read it."""
+        """Open the cache, which the first process checks before the others read it."""
         cache = TensorCache(folder, descriptor, label=label)
         if remote is not None:
-            place = remote.within(cache.folder.name)
-            cache.mirror = Mirror(place, cache.folder, progress=self.progress)
+            cache.mirror = Mirror(remote.within(cache.folder.name), cache.folder, progress=self.progress)
         with self.synchronized():
             if self.shard.rank == 0:
-                report.damaged_shards += _brought(cache)
+                report.damaged_shards += _load(cache)
         with self.synchronized():  # nobody writes before all have seen the same
             if self.shard.rank != 0:
                 cache.load()
         return cache
 
     def _reload(self, cache: TensorCache) -> TensorCache:
-        """The same cache with what every process has added."""
+        """Load the cache again, with the entries that all processes have added."""
         with self.synchronized():
             if cache.mirror is not None:
                 cache.mirror.flush()
@@ -285,8 +284,8 @@ class CacheBuilder:
         return cache
 
 
-def _brought(cache: TensorCache) -> int:
-    """Read a cache, filled from its other place where it has one; returns how many of its shards were damaged."""
+def _load(cache: TensorCache) -> int:
+    """Load a cache, first filled from its remote copy if it has one; return the number of its damaged shards."""
     if cache.mirror is None:
         return len(cache.load())
     cache.mirror.pull()
@@ -296,7 +295,7 @@ def _brought(cache: TensorCache) -> int:
 
 
 def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Settings that differ, as ``resolution 512 -> 1024``."""
+    """List the settings that differ, as ``resolution 512 -> 1024``."""
     different = [name for name in now if before.get(name) != now[name]]
     return [
         f"the {MODEL_PARTS[name]} another one" if name in MODEL_PARTS else f"{name} {before.get(name)} -> {now[name]}"

@@ -1,4 +1,4 @@
-"""Where the indexes and caches of a configuration's datasets lie."""
+"""The paths of the indexes and caches of a configuration's datasets."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class CachePaths:
-    """Where indexes and caches lie: as the data file says, else below `root`."""
+    """The paths of indexes and caches: those that the data file names, else folders below `root`."""
 
     def __init__(self, config: Configuration, root: Path, registry: Registry | None = None) -> None:
         self._config, self._root, self._registry = config, root, registry
@@ -24,42 +24,42 @@ class CachePaths:
         self._caches: dict[str, DatasetSettings] = {entry.id: entry for entry in config.caches}
 
     def latents(self, settings: DatasetSettings) -> Path:
-        """Folder of a dataset's latent caches."""
+        """Return the folder of a dataset's latent caches."""
         if settings.cache_dir_vae is not None:
             return Path(settings.cache_dir_vae)
         return self.latents_root / settings.id
 
     @property
     def latents_root(self) -> Path:
-        """Folder of the latents of all datasets that are given no place of their own."""
+        """The folder of the latents of all datasets that are given no folder of their own."""
         shared = self._latents_entry()
         return Path(shared.cache_dir) if shared is not None and shared.cache_dir is not None else self._root / "vae"
 
     def index(self, settings: DatasetSettings) -> Path:
-        """File of a dataset's index, beside its latents where it has any."""
+        """Return the file of a dataset's index, which lies beside its latents where it has any."""
         folder = self.latents(settings) if settings.has_images else self._root / "prompts" / settings.id
         return folder / f"{settings.id}.index.arrow"
 
-    def quarantine(self, settings: DatasetSettings) -> Path:
-        """File that names a dataset's broken files, with reasons."""
+    def quarantine_list(self, settings: DatasetSettings) -> Path:
+        """Return the text file that lists a dataset's broken files with reasons, for people."""
         return self.index(settings).with_name(f"{settings.id}.quarantine.txt")
 
-    def quarantine_file(self, settings: DatasetSettings) -> Path:
-        """File that remembers which samples could not be encoded, for runs that are resumed."""
-        return self.index(settings).with_name(f"{settings.id}.set-aside.json")
+    def quarantine_state(self, settings: DatasetSettings) -> Path:
+        """Return the JSON file of the samples that could not be encoded, which resumed runs read."""
+        return self.index(settings).with_name(f"{settings.id}.quarantine.json")
 
     def remembered(self, settings: DatasetSettings) -> Path:
-        """File with the settings that a dataset's latents were last made with."""
+        """Return the file with the settings that a dataset's latents were last made with."""
         return self.latents(settings) / f"{settings.id}.settings.json"
 
     def side_files(self, settings: DatasetSettings) -> list[Path]:
-        """What lies beside a dataset's caches."""
+        """List the files that lie beside a dataset's caches."""
         index = self.index(settings)
-        beside = [self.quarantine(settings), self.quarantine_file(settings), self.remembered(settings)]
+        beside = [self.quarantine_list(settings), self.quarantine_state(settings), self.remembered(settings)]
         return [index, resume_points_path(index), *beside]
 
     def texts(self, settings: DatasetSettings) -> Path:
-        """Folder of the text caches that a dataset uses."""
+        """Return the folder of the text caches that a dataset uses."""
         entry = self.text_entry(settings)
         if entry is not None and entry.cache_dir is not None:
             return Path(entry.cache_dir)
@@ -68,8 +68,8 @@ class CachePaths:
     def _latents_entry(self) -> DatasetSettings | None:
         return next((entry for entry in self._caches.values() if entry.dataset_type == "vae_embeds"), None)
 
-    def _place(self, entry: DatasetSettings | None) -> RemoteCache | None:
-        """The other place that an entry names; one with a backend of its own does."""
+    def _remote_cache(self, entry: DatasetSettings | None) -> RemoteCache | None:
+        """Return the remote cache that an entry names by having a backend of its own, else None."""
         if entry is None or entry.backend is None or self._registry is None:
             return None
         if entry.id not in self._remote:
@@ -78,39 +78,39 @@ class CachePaths:
         return self._remote[entry.id]
 
     def remote_latents(self, settings: DatasetSettings) -> RemoteCache | None:
-        """The other place that a dataset's latents are kept in too, if there is one."""
-        place = self._place(self._latents_entry())
-        return place.within(settings.id) if place is not None else None
+        """Return the remote copy of a dataset's latent cache, if there is one."""
+        remote = self._remote_cache(self._latents_entry())
+        return remote.within(settings.id) if remote is not None else None
 
     def remote_texts(self, settings: DatasetSettings) -> RemoteCache | None:
-        """The same of its text cache."""
-        return self._place(self.text_entry(settings))
+        """Return the remote copy of a dataset's text cache, if there is one."""
+        return self._remote_cache(self.text_entry(settings))
 
     def text_entry(self, settings: DatasetSettings) -> DatasetSettings | None:
-        """The text_embeds entry that a dataset uses."""
+        """Return the text_embeds entry that a dataset uses."""
         return self._caches[settings.text_embeds] if settings.text_embeds else self._config.text_cache
 
     def trajectory_entry(self, settings: DatasetSettings) -> DatasetSettings:
-        """The distillation cache that a dataset uses; the configuration gives it one where a method needs it."""
+        """Return the distillation cache that a dataset uses; the configuration gives it one where a method needs it."""
         assert settings.distillation_cache is not None, f"dataset {settings.id!r} has no distillation cache"
         return self._caches[settings.distillation_cache]
 
     def trajectories(self, entry: DatasetSettings) -> Path:
-        """Folder of a distillation cache."""
+        """Return the folder of a distillation cache."""
         return Path(entry.cache_dir) if entry.cache_dir is not None else self._root / "trajectories" / entry.id
 
     def remote_trajectories(self, entry: DatasetSettings) -> RemoteCache | None:
-        """The other place that a distillation cache is kept in too, if there is one."""
-        return self._place(entry)
+        """Return the remote copy of a distillation cache, if there is one."""
+        return self._remote_cache(entry)
 
     def text_shard_size(self, settings: DatasetSettings) -> int:
-        """Captions per file of the text cache that a dataset uses."""
+        """Return the number of captions per file of the text cache that a dataset uses."""
         return (self.text_entry(settings) or settings).write_batch_size
 
 
 def dataset_folders(paths: CachePaths, datasets: Sequence[DatasetSettings]) -> list[Path]:
-    """Every folder that may hold caches of `datasets`, each once."""
-    folders = [place(settings) for settings in datasets for place in (paths.latents, paths.texts)]
+    """List every folder that may hold caches of `datasets`, each once."""
+    folders = [folder(settings) for settings in datasets for folder in (paths.latents, paths.texts)]
     folders += [
         paths.trajectories(paths.trajectory_entry(each)) for each in datasets if each.distillation_cache is not None
     ]

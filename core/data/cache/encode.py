@@ -38,23 +38,23 @@ LATENTS = "latents"
 
 @dataclass(frozen=True)
 class WorkerShard:
-    """Which part of the work this process does when several build one cache."""
+    """The part of the work that this process does when several build one cache."""
 
     rank: int = 0
     world: int = 1
 
     def of(self, chunks: Sequence[T]) -> list[T]:
-        """Every `world`-th chunk."""
+        """Return every `world`-th chunk, from number `rank` on."""
         return list(chunks[self.rank :: self.world])
 
 
 def chunked(rows: NDArray[np.int64], size: int) -> list[Int64s]:
-    """Consecutive pieces of at most `size`."""
+    """Split rows into consecutive pieces of at most `size`."""
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 def ahead(pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterator[T], depth: int) -> Iterator[R]:
-    """``map`` in threads, in order, with at most `depth` results waiting."""
+    """Map a function over items in threads, in order, with at most `depth` results waiting."""
     waiting: deque[Future[R]] = deque()
     for item in items:
         waiting.append(pool.submit(function, item))
@@ -68,7 +68,7 @@ def ahead(pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterator[
 
 
 def missing_captions(cache: TensorCache, datasets: Sequence[Dataset]) -> list[tuple[Dataset, Int64s]]:
-    """For each dataset, places of captions that must be encoded: each text once over all datasets."""
+    """For each dataset, return the positions of captions that must be encoded; each text once over all datasets."""
     todo, seen = [], np.zeros((0, 2), np.uint64)
     for dataset in datasets:
         digests = dataset.index.caption_digests
@@ -82,7 +82,7 @@ def missing_captions(cache: TensorCache, datasets: Sequence[Dataset]) -> list[tu
 
 
 def as_void(keys: UInt64s) -> NDArray[np.void]:
-    """128-bit keys (n, 2) as single values (n,), which can be compared."""
+    """View 128-bit keys (n, 2) as single values (n,), which can be compared."""
     return np.ascontiguousarray(keys).view(np.dtype((np.void, 16))).reshape(-1)
 
 
@@ -97,12 +97,12 @@ def encode_captions(
 ) -> None:
     """Encode captions and add them to the cache."""
     chunks = [(dataset, chunk) for dataset, positions in todo for chunk in chunked(positions, shard_size)]
-    mine = shard.of(chunks)
-    with progress("encoding captions", sum(len(chunk) for _, chunk in mine)) as advance, torch.inference_mode():
-        for dataset, chunk in mine:
+    own = shard.of(chunks)
+    with progress("encoding captions", sum(len(chunk) for _, chunk in own)) as advance, torch.inference_mode():
+        for dataset, chunk in own:
             parts = []
             for positions in chunked(chunk, TEXT_BATCH):
-                parts.append(family.encode_prompts([dataset.index.caption(place) for place in positions]))
+                parts.append(family.encode_prompts([dataset.index.caption(position) for position in positions]))
                 advance(len(positions))
             tensors = {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
             cache.write(dataset.index.caption_digests[chunk], tensors)
@@ -112,17 +112,17 @@ def encode_captions(
 
 
 def flips(dataset: Dataset) -> tuple[int, ...]:
-    """The variants of each image that are cached: as it is, and mirrored where the dataset flips."""
+    """Return the variants of each image that are cached: as it is (0), and mirrored (1) where the dataset flips."""
     return (0, 1) if dataset.settings.random_flip else (0,)
 
 
 def images_per_call(dataset: Dataset, bucket: int) -> int:
-    """``vae_batch_size`` images, and more of small ones."""
+    """Return the images per call of the autoencoder: ``vae_batch_size``, and more of small ones."""
     return per_call(dataset.settings.vae_batch_size, *dataset.shapes[bucket])
 
 
 def per_call(asked: int, width: int, height: int) -> int:
-    """`asked` images, and of images below a megapixel as many more as have the same pixels in all."""
+    """Return `asked` images, and for images below a megapixel as many more as have the same pixels in all."""
     return max(asked, min(LARGEST_BATCH, int(asked * MEGAPIXEL / (width * height))))
 
 
@@ -142,14 +142,14 @@ Image: TypeAlias = NDArray[np.uint8] | BrokenImage | OSError
 
 @dataclass
 class Filling:
-    """A shard that fills up, image by image in the order of its job.
+    """A shard that is being filled, image by image in the order of its job.
 
     Attributes:
-        job: What goes into it.
+        job: The images that go into it.
         batches: Positions in the job of each call of the autoencoder.
-        waiting: Images of the next call, by place in the job.
+        waiting: Images of the next call, by position in the job.
         seen: Positions in the job whose images have come.
-        latents: What the calls so far have given, each of shape (b, C, h, w).
+        latents: Results of the calls so far, each of shape (b, C, h, w).
         good: Positions in the job of those latents.
         failures: Images that will never be read.
     """
@@ -164,7 +164,7 @@ class Filling:
 
 
 class LatentEncoder:
-    """Encodes the images of one dataset that its cache lacks."""
+    """The encoder of those images of one dataset that its cache lacks."""
 
     def __init__(self, dataset: Dataset, cache: TensorCache, family: ModelFamily, *, workers: int) -> None:
         self.dataset, self.cache, self.family = dataset, cache, family
@@ -173,7 +173,7 @@ class LatentEncoder:
         """Rows whose images cannot be read, with the reason."""
 
     def plan(self) -> list[Job]:
-        """The shards to make; fills :attr:`broken` with what is known from earlier builds."""
+        """Return the shards to make; fill :attr:`broken` with the failures of earlier builds."""
         dataset, jobs = self.dataset, []
         for flip in flips(dataset):
             for bucket in range(len(dataset.shapes)):
@@ -181,20 +181,20 @@ class LatentEncoder:
                 keys = dataset.entry_keys(rows, flip)
                 missing = self.cache.locate(keys) < 0
                 failed = missing & self.cache.failed(keys)
-                for place in np.flatnonzero(failed):
-                    failure = self.cache.failure(keys[place])
-                    self.broken[int(rows[place])] = failure.reason if failure else ""
+                for position in np.flatnonzero(failed):
+                    failure = self.cache.failure(keys[position])
+                    self.broken[int(rows[position])] = failure.reason if failure else ""
                 positions = self._in_order(rows, np.flatnonzero(missing & ~failed))
                 for chunk in chunked(positions, dataset.settings.write_batch_size):
                     jobs.append(Job(bucket, flip, rows[chunk], keys[chunk]))
         return jobs
 
     def _in_order(self, rows: Int64s, positions: Int64s) -> Int64s:
-        """`positions` among index `rows` in the order that they are encoded in."""
+        """Sort `positions` among index `rows` into the order of encoding."""
         return positions
 
-    def mine(self, jobs: Sequence[Job], shard: WorkerShard) -> list[Job]:
-        """This process's part of the shards."""
+    def own_jobs(self, jobs: Sequence[Job], shard: WorkerShard) -> list[Job]:
+        """Return the jobs of this process."""
         return shard.of(jobs)
 
     def run(self, jobs: Sequence[Job], *, progress: TaskProgress) -> None:
@@ -209,8 +209,8 @@ class LatentEncoder:
             images = ahead(pool, self._read, work, depth=max(2 * self.workers, LARGEST_BATCH))
             for job in jobs:
                 shard = self._filling(job)
-                for place in range(len(job.rows)):
-                    self._put(shard, place, next(images), advance)
+                for position in range(len(job.rows)):
+                    self._put(shard, position, next(images), advance)
 
     def _read(self, work: tuple[Job, int]) -> Image:
         job, row = work
@@ -222,15 +222,15 @@ class LatentEncoder:
     def _filling(self, job: Job) -> Filling:
         return Filling(job, deque(chunked(np.arange(len(job.rows)), images_per_call(self.dataset, job.bucket))))
 
-    def _put(self, shard: Filling, place: int, image: Image, advance: Callable[[int], None]) -> None:
-        """Take in the next image of a shard; encode when a batch is complete, write when the shard is."""
-        shard.waiting[place] = image
-        shard.seen.add(place)
+    def _put(self, shard: Filling, position: int, image: Image, advance: Callable[[int], None]) -> None:
+        """Add the next image to a shard; encode when a batch is complete, write when the shard is."""
+        shard.waiting[position] = image
+        shard.seen.add(position)
         if len(shard.waiting) < len(shard.batches[0]):
             return
-        usable = {place: image for place, image in shard.waiting.items() if isinstance(image, np.ndarray)}
-        for place in shard.waiting.keys() - usable.keys():
-            shard.failures += self._note(shard.job, place, shard.waiting[place])
+        usable = {position: image for position, image in shard.waiting.items() if isinstance(image, np.ndarray)}
+        for position in shard.waiting.keys() - usable.keys():
+            shard.failures += self._note(shard.job, position, shard.waiting[position])
         if usable:
             shard.good += usable
             shard.latents.append(self._latents(shard.job, usable))
@@ -241,17 +241,17 @@ class LatentEncoder:
             tensors = {LATENTS: torch.cat(shard.latents)} if shard.latents else {}
             self.cache.write(shard.job.keys[shard.good], tensors, shard.failures)
 
-    def _note(self, job: Job, place: int, error: object) -> list[Failure]:
-        """Remember a broken image; for ever only when the file itself is at fault, and not its being out of reach."""
-        row = int(job.rows[place])
+    def _note(self, job: Job, position: int, error: object) -> list[Failure]:
+        """Record a broken image; permanently only if the file itself is at fault, not if it was out of reach."""
+        row = int(job.rows[position])
         self.broken[row] = why_unread(error, self.dataset.index.key(row))
         if not isinstance(error, BrokenImage):
             return []
-        return [Failure(job.keys[place].tobytes().hex(), self.dataset.index.key(row), str(error))]
+        return [Failure(job.keys[position].tobytes().hex(), self.dataset.index.key(row), str(error))]
 
     def _latents(self, job: Job, images: dict[int, NDArray[np.uint8]]) -> torch.Tensor:
-        """A sample of the posterior of each image, drawn by a generator that depends on its key alone."""
+        """Sample the posterior of each image, with a generator that depends on the image's key alone."""
         stacked = torch.from_numpy(np.stack(list(images.values()))).permute(0, 3, 1, 2)
-        draws = [int(self.dataset.index.draw[job.rows[place]]) for place in images]
+        draws = [int(self.dataset.index.draw[job.rows[position]]) for position in images]
         generators = [torch.Generator().manual_seed(derive_seed(draw, "posterior", job.flip)) for draw in draws]
         return self.family.encode_images(stacked.float() / 127.5 - 1, generators).detach().cpu()

@@ -1,9 +1,9 @@
-"""Filling the latent cache from a source that can only be read in its order: latents wait for their shards, not pixels.
+"""Filling the latent cache from a source that can only be read in its order: latents, not pixels, wait for their
+shards.
 
-Every process has a stretch of the source. A shard holds images of one bucket in the source's order, as many as any
-other; while it fills up its latents wait in memory: an unfinished shard for each bucket and mirroring, at most. A
-killed build starts again where the first image lies whose latents are missing, with the same batches, hence the
-same bits.
+Every process has a part of the source. A shard holds images of one bucket in the source's order, as many as any other;
+its latents wait in memory until it is full: at most one unfinished shard for each bucket and mirroring. A killed build
+starts again at the first image whose latents are missing, with the same batches, hence the same bits.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .encode import LARGEST_BATCH, Filling, Image, Job, LatentEncoder, WorkerSha
 
 @dataclass(frozen=True)
 class _Entries:
-    """What is to be encoded, in the order of index rows; arrays of shape (n,).
+    """The images to be encoded, in the order of index rows; arrays of shape (n,).
 
     Attributes:
         rows: Index rows, growing.
@@ -45,20 +45,20 @@ class _Entries:
         return cls(rows[order], numbers[order], positions[order])
 
     def of_row(self, row: int) -> list[tuple[int, int]]:
-        """(number of the job, place in it) for each mirroring of an image."""
+        """Return (number of the job, position in it) for each mirroring of an image."""
         part = slice(np.searchsorted(self.rows, row), np.searchsorted(self.rows, row, side="right"))
         return list(zip(self.jobs[part].tolist(), self.positions[part].tolist(), strict=True))
 
 
 class SequentialEncoder(LatentEncoder):
-    """Encodes images as they pass by."""
+    """An encoder that takes images in the order in which the source delivers them."""
 
     def plan(self) -> list[Job]:
-        """The shards to make, in the order that they are complete in."""
+        """Return the shards to make, in the order in which they become complete."""
         return sorted(super().plan(), key=lambda job: int(self._positions(job.rows[-1:])[0]))
 
-    def mine(self, jobs: Sequence[Job], shard: WorkerShard) -> list[Job]:
-        """This process's part: consecutive shards, so that each process reads about as much as it encodes."""
+    def own_jobs(self, jobs: Sequence[Job], shard: WorkerShard) -> list[Job]:
+        """Return this process's part: consecutive shards, so that each process reads about as much as it encodes."""
         start, end = (len(jobs) * rank // shard.world for rank in (shard.rank, shard.rank + 1))
         return list(jobs[start:end])
 
@@ -79,20 +79,20 @@ class SequentialEncoder(LatentEncoder):
             torch.inference_mode(),
         ):
             opened = self.dataset.opened(np.unique(entries.rows))
-            for row, images in ahead(pool, self._read_flips, opened, depth=max(2 * self.workers, LARGEST_BATCH)):
-                for number, place in entries.of_row(row):
-                    self._put(shards[number], place, images[jobs[number].flip], advance)
+            for row, images in ahead(pool, self._read_both, opened, depth=max(2 * self.workers, LARGEST_BATCH)):
+                for number, position in entries.of_row(row):
+                    self._put(shards[number], position, images[jobs[number].flip], advance)
             self._end(shards, advance)
 
     def _end(self, shards: Sequence[Filling], advance: Callable[[int], None]) -> None:
-        """Close the shards whose images have not all passed by."""
+        """Complete the shards whose images the source has not all delivered."""
         for shard in shards:
-            for place in range(len(shard.job.rows)):
-                if place not in shard.seen:
-                    self._put(shard, place, FileNotFoundError("the source did not bring it this time"), advance)
+            for position in range(len(shard.job.rows)):
+                if position not in shard.seen:
+                    self._put(shard, position, FileNotFoundError("the source did not bring it this time"), advance)
 
-    def _read_flips(self, opened: tuple[int, Opener]) -> tuple[int, tuple[Image, Image]]:
-        """An index row, with the image as it is and mirrored."""
+    def _read_both(self, opened: tuple[int, Opener]) -> tuple[int, tuple[Image, Image]]:
+        """Return an index row with its image as it is and mirrored."""
         row, opener = opened
         try:
             pixels = self.dataset.pixels(row, flip=False, opener=opener)

@@ -1,4 +1,4 @@
-"""The files that say what a cache holds."""
+"""The manifests of a cache: files that list its shards and failures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DESCRIPTOR = "descriptor.json"
 
 @dataclass(frozen=True)
 class Shard:
-    """A line of a manifest: one shard file."""
+    """One shard file, as a line of a manifest lists it."""
 
     file: str
     count: int
@@ -24,7 +24,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Failure:
-    """Something that could not be encoded, kept so that it is not tried at every start."""
+    """An entry that could not be encoded, recorded so that it is not tried at every start."""
 
     key: str
     name: str
@@ -32,7 +32,7 @@ class Failure:
 
 
 def whole_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a manifest; a last one that a crash has torn is skipped, for what it names is not there."""
+    """Yield the lines of a manifest; an incomplete last line after a crash is skipped, for its shard is not there."""
     for line in path.read_bytes().splitlines():
         try:
             yield json.loads(line)
@@ -41,5 +41,5 @@ def whole_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def whole_text(lines: Iterable[Mapping[str, Any]]) -> bytes:
-    """A manifest of these lines."""
+    """Return a manifest of these lines."""
     return b"".join(json.dumps(line).encode() + b"\n" for line in lines)

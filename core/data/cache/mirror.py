@@ -1,8 +1,8 @@
-"""Caches that live in another place: a copy here that is filled from there, and what is made here pushed there.
+"""Mirrors of caches in a remote place: a local copy that is filled from there, and new shards pushed there.
 
-The copy is the cache that is used; every rule of its format holds for both. There, too, a shard exists when a manifest
-names it, and a manifest is pushed after the shards that it names: whatever moment a process dies at, the other place
-holds whole shards. Any backend that can be written serves.
+The local copy is the cache that is used; every rule of its format holds for both. In the remote place, too, a shard
+exists when a manifest names it, and a manifest is pushed after its shards: whenever a process dies, the remote place
+holds whole shards. Any backend that can be written to will do.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from .manifests import DESCRIPTOR, Shard, whole_lines, whole_text
 if TYPE_CHECKING:
     from ...utils.progress import TaskProgress
 
-WAITING = 4
-"""Shards that may wait for their push while more are made."""
+MAX_PENDING_PUSHES = 4
+"""Shards that may wait to be pushed while more are made."""
 FETCHES = 8
 
 
 class RemoteCache:
-    """A place for caches, as an entry of the data file names it.
+    """A remote place for caches, as an entry of the data file names it.
 
     Args:
         entry: The entry's id.
-        backend: Where it is.
+        backend: Reads and writes it.
         prefix: In front of all its keys: a folder with its slash, or nothing.
-        listing: What is there, shared by all places of one entry so that it is asked for once.
+        listing: Key -> bytes of all objects, shared by all folders of one entry so that it is requested once.
     """
 
     def __init__(
@@ -47,11 +47,11 @@ class RemoteCache:
         self._listed = listing is not None
 
     def within(self, folder: str) -> RemoteCache:
-        """A folder of this place."""
+        """Return a folder of this place."""
         return RemoteCache(self.entry, self.backend, f"{self.prefix}{folder}/", self.sizes())
 
     def sizes(self) -> dict[str, int]:
-        """Key -> bytes of everything there. Raises UserError where it cannot be listed."""
+        """Return key -> bytes of every object there. Raises UserError where the place cannot be listed."""
         if not self._listed:
             try:
                 self._listing |= {entry.key: entry.size for entry in self.backend.list()}
@@ -61,12 +61,12 @@ class RemoteCache:
         return self._listing
 
     def read(self, key: str) -> bytes:
-        """An object. Raises FileNotFoundError or PermissionError."""
+        """Read an object. Raises FileNotFoundError or PermissionError."""
         with self.backend.open(self.prefix + key) as stream:
             return stream.read()
 
     def write(self, key: str, data: bytes | Path) -> None:
-        """An object from bytes or from a file. Raises UserError where it may not be written."""
+        """Write an object from bytes or from a file. Raises UserError where it may not be written."""
         try:
             if isinstance(data, Path):
                 self.backend.upload(self.prefix + key, data)
@@ -80,49 +80,49 @@ class RemoteCache:
 
 
 class Mirror:
-    """One cache's folder here and there.
+    """The local folder of one cache and its remote copy.
 
     Args:
-        place: There, with the cache's own folder in its prefix.
-        folder: Here.
-        progress: Told of every shard that is fetched.
+        remote: The remote copy, with the cache's own folder in its prefix.
+        folder: The local folder.
+        progress: Reports every shard that is fetched.
     """
 
-    def __init__(self, place: RemoteCache, folder: Path, *, progress: TaskProgress) -> None:
-        self.place, self.folder, self._progress = place, folder, progress
-        self._remote: dict[str, int] = {}
+    def __init__(self, remote: RemoteCache, folder: Path, *, progress: TaskProgress) -> None:
+        self.remote, self.folder, self._progress = remote, folder, progress
+        self._remote_sizes: dict[str, int] = {}
         self._pushes: deque[Future[None]] = deque()
         self._pusher: ThreadPoolExecutor | None = None
         self._failed = False
 
-    # -- from there ---------------------------------------------------------------------------------------------------
+    # -- download ----------------------------------------------------------------------------------------------------
 
     def pull(self) -> None:
-        """Bring the manifests here, then the shards that they name and that are not here."""
-        prefix = self.place.prefix
-        self._remote = {
-            key.removeprefix(prefix): size for key, size in self.place.sizes().items() if key.startswith(prefix)
+        """Download the manifests, then the shards that they name and that are not here."""
+        prefix = self.remote.prefix
+        self._remote_sizes = {
+            key.removeprefix(prefix): size for key, size in self.remote.sizes().items() if key.startswith(prefix)
         }
-        manifests = [name for name in self._remote if name.endswith(".jsonl") or name == DESCRIPTOR]
-        longer = [name for name in manifests if _size(self.folder / name) < self._remote[name]]
+        manifests = [name for name in self._remote_sizes if name.endswith(".jsonl") or name == DESCRIPTOR]
+        longer = [name for name in manifests if _size(self.folder / name) < self._remote_sizes[name]]
         with threads(FETCHES) as pool:
-            for name, data in zip(longer, pool.map(self.place.read, longer), strict=True):
+            for name, data in zip(longer, pool.map(self.remote.read, longer), strict=True):
                 write_whole(self.folder / name, data)
         missing = [shard for shard in named_shards(self.folder) if _size(self.folder / shard.file) != shard.size]
-        missing = [shard for shard in missing if self._remote.get(shard.file) == shard.size]
+        missing = [shard for shard in missing if self._remote_sizes.get(shard.file) == shard.size]
         if not missing:
             return
-        what = f"fetching caches from {self.place.backend.location}"
+        what = f"fetching caches from {self.remote.backend.location}"
         with self._progress(what, len(missing)) as advance, threads(FETCHES) as pool:
             for _ in pool.map(self.fetch, missing):
                 advance(1)
 
     def fetch(self, shard: Shard) -> bool:
-        """Bring one shard here; whether it is there, and what it should be."""
-        if self._remote.get(shard.file) != shard.size:
+        """Download one shard; return whether it was there and had the right checksum."""
+        if self._remote_sizes.get(shard.file) != shard.size:
             return False
         try:
-            data = self.place.read(shard.file)
+            data = self.remote.read(shard.file)
         except (FileNotFoundError, PermissionError):
             return False
         if sha256(data).hexdigest() != shard.sha256:
@@ -132,26 +132,26 @@ class Mirror:
         os.utime(path, ns=(shard.mtime_ns, shard.mtime_ns))  # as written: it need not be hashed again
         return True
 
-    # -- to there -----------------------------------------------------------------------------------------------------
+    # -- upload ------------------------------------------------------------------------------------------------------
 
     def push_missing(self) -> None:
-        """Push what an earlier process made and could not push any more."""
+        """Push the shards that an earlier process made and could not push."""
         for path in sorted(self.folder.glob("*.jsonl")):
             shards = [line["shard"] for line in whole_lines(path) if "shard" in line]
-            files = [shard["file"] for shard in shards if self._remote.get(shard["file"]) != shard["size"]]
-            waiting = [file for file in files if (self.folder / file).exists()]
-            if waiting or self._remote.get(path.name) != len(self._manifest(path)):
-                self._submit(waiting, path.name)
+            files = [shard["file"] for shard in shards if self._remote_sizes.get(shard["file"]) != shard["size"]]
+            unpushed = [file for file in files if (self.folder / file).exists()]
+            if unpushed or self._remote_sizes.get(path.name) != len(self._manifest(path)):
+                self._submit(unpushed, path.name)
         self.flush()
 
     def push(self, manifest: str, shard: str | None) -> None:
-        """Push a shard, then the manifest that names it, while work goes on. Raises what an earlier push raised."""
-        while len(self._pushes) >= WAITING:
+        """Push a shard, then the manifest that names it, in the background. Raises the error of an earlier push."""
+        while len(self._pushes) >= MAX_PENDING_PUSHES:
             self._pushes.popleft().result()
         self._submit([shard] if shard else [], manifest)
 
     def flush(self) -> None:
-        """Wait until everything is there. Raises OutOfReach or UserError when it cannot be."""
+        """Wait until everything is pushed. Raises OutOfReach or UserError when it cannot be."""
         while self._pushes:
             self._pushes.popleft().result()
         if self._pusher is not None:
@@ -166,20 +166,22 @@ class Mirror:
         if self._failed:
             return  # the first failure is raised where it is waited for; the rest is pushed by the next start
         self._failed = True
-        if DESCRIPTOR not in self._remote:
-            self.place.write(DESCRIPTOR, (self.folder / DESCRIPTOR).read_bytes())
-            self._remote[DESCRIPTOR] = 0
+        if DESCRIPTOR not in self._remote_sizes:
+            self.remote.write(DESCRIPTOR, (self.folder / DESCRIPTOR).read_bytes())
+            self._remote_sizes[DESCRIPTOR] = 0
         for file in shards:
-            self.place.write(file, self.folder / file)
-            self._remote[file] = (self.folder / file).stat().st_size
+            self.remote.write(file, self.folder / file)
+            self._remote_sizes[file] = (self.folder / file).stat().st_size
         text = self._manifest(self.folder / manifest)
-        self.place.write(manifest, text)
-        self._remote[manifest] = len(text)
+        self.remote.write(manifest, text)
+        self._remote_sizes[manifest] = len(text)
         self._failed = False
 
     def _manifest(self, path: Path) -> bytes:
-        """A manifest with the lines of those shards that are there."""
-        lines = [line for line in whole_lines(path) if "shard" not in line or line["shard"]["file"] in self._remote]
+        """Return a manifest that names only the shards that have been pushed."""
+        lines = [
+            line for line in whole_lines(path) if "shard" not in line or line["shard"]["file"] in self._remote_sizes
+        ]
         return whole_text(lines)
 
 
@@ -191,7 +193,7 @@ def _size(path: Path) -> int:
 
 
 def named_shards(folder: Path) -> list[Shard]:
-    """The shards that a folder's manifests name, but for those that were dropped."""
+    """List the shards that a folder's manifests name, except for dropped ones."""
     lines: list[Mapping[str, Any]] = [line for path in sorted(folder.glob("*.jsonl")) for line in whole_lines(path)]
     dropped = {line["drop"] for line in lines if "drop" in line}
     shards = {line["shard"]["file"]: Shard(**line["shard"]) for line in lines if "shard" in line}

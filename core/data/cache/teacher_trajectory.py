@@ -43,11 +43,11 @@ Predict = Callable[[Tensor, Tensor], Prediction]
 
 @dataclass(frozen=True)
 class Trajectory:
-    """What a solver went through.
+    """The trajectory of a solver.
 
     Attributes:
-        points: Where it was asked to stop over, shape (B, P, ...).
-        data: Where it ended, shape (B, ...).
+        points: The points that were asked for, shape (B, P, ...).
+        data: Its end, shape (B, ...).
     """
 
     points: Tensor
@@ -57,13 +57,13 @@ class Trajectory:
 def follow(
     predict: Predict, x: Tensor, timesteps: TimestepGrid, *, solver: Solver, keep: Sequence[int] = (0,)
 ) -> Trajectory:
-    """The trajectory from `x` (B, ...) at the timestep grid's first point to the data.
+    """Follow the trajectory from `x` (B, ...) at the timestep grid's first point to the data.
 
     Args:
         predict: The network's prediction at x (B, ...) and t (B,).
-        x: Noise.
+        x: Noise, shape (B, ...).
         timesteps: The steps.
-        solver: How a step is made.
+        solver: The rule for a step.
         keep: Numbers of the points to keep, rising; 0 is the noise.
     """
     points, before = [], None
@@ -83,7 +83,7 @@ def _at(timesteps: TimestepGrid, number: int, count: int) -> tuple[Tensor, Tenso
 
 
 def _second_order(prediction: Prediction, timesteps: TimestepGrid, number: int, before: Tensor | None) -> Tensor:
-    """Step `number` of DPM-Solver++ 2M; `before` is the x_0 of the step before."""
+    """Make step `number` of DPM-Solver++ 2M; `before` is the x_0 of the step before."""
     x_t, x_0 = prediction.x_t, prediction.x0
     alpha, sigma = timesteps.alpha[number : number + 2], timesteps.sigma[number : number + 2]
     if before is not None and number + 1 < len(timesteps):
@@ -96,10 +96,10 @@ def _second_order(prediction: Prediction, timesteps: TimestepGrid, number: int, 
 
 
 class TeacherAlone:
-    """The bare teacher, loaded when it is first asked for, for work that comes before a run's networks are there.
+    """The bare teacher, loaded on first use, for work that precedes a run's networks.
 
     Args:
-        family: Whose.
+        family: The teacher's family.
     """
 
     def __init__(self, family: ModelFamily) -> None:
@@ -108,17 +108,19 @@ class TeacherAlone:
 
     @contextmanager
     def use(self, role: str) -> Iterator[nn.Module]:
-        """The teacher, whatever it is called."""
+        """Yield the teacher, whatever the role is called."""
         if self._network is None:
             self._network = self._family.load_network()
         yield self._network
 
     def release(self) -> None:
-        """Free it; it loads again when it is needed."""
+        """Free the teacher; it is loaded again when it is needed."""
         self._network = None
 
     def guided(self, cond: Conditioning, scale: float) -> Predict:
-        """Its predictions with `cond` (B in front) at guidance scale `scale`, one call each where that guides."""
+        """Return the teacher's predictions with `cond` (B in front) at guidance scale `scale`; with guidance, both
+        predictions are one call.
+        """
         device = torch.device(self._family.settings.device)
         context = Context(Runtime(self._family, self, seed=0, device=device))
 

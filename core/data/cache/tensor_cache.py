@@ -49,27 +49,27 @@ logger = logging.getLogger(__name__)
 KEYS, CRCS = "cache.keys", "cache.crc32"
 OPEN_SHARDS = 1024
 TOUCHED_BYTES = 64 * 2**20
-"""Of mapped files that stay in memory."""
+"""Bytes of mapped files that stay in memory."""
 FAULT_BYTES = 2**16
-"""That a read brings in at least: the system maps the pages around as well."""
+"""Least number of bytes that a read loads: the system maps the pages around as well."""
 SHARDS_PER_MANIFEST = 64
-"""Of a cache that is pushed elsewhere: a manifest is pushed whole after each of its shards."""
+"""Limit for a mirrored cache, whose manifest is pushed whole after each of its shards."""
 ROW_BITS = 32
 
 
 def descriptor_hash(descriptor: Mapping[str, Any]) -> str:
-    """Short name of a cache's folder."""
+    """Return the short name of a cache's folder."""
     return blake2b(json.dumps(descriptor, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def row_checksums(tensors: Mapping[str, Tensor]) -> Tensor:
-    """CRC-32 of each entry over its tensors in the order of their names, shape (n,), int64."""
+    """Return the CRC-32 of each entry over its tensors in the order of their names, shape (n,), int64."""
     count = len(next(iter(tensors.values())))
     return torch.tensor([row_checksum(tensors, row) for row in range(count)], dtype=torch.int64)
 
 
 def row_checksum(tensors: Mapping[str, Tensor], row: int) -> int:
-    """CRC-32 of one entry."""
+    """Return the CRC-32 of one entry."""
     crc = 0
     for name in sorted(tensors):
         flat = tensors[name][row].contiguous().reshape(-1).view(torch.uint8)
@@ -82,8 +82,8 @@ class TensorCache:
 
     Args:
         parent: Folder that holds the cache's folder (``cache_dir``).
-        descriptor: What all entries depend on.
-        label: What messages call it.
+        descriptor: Everything that all entries depend on.
+        label: Its name in messages.
     """
 
     def __init__(self, parent: Path, descriptor: Mapping[str, Any], *, label: str) -> None:
@@ -105,7 +105,7 @@ class TensorCache:
     # -- what is there ----------------------------------------------------------------------------------------------
 
     def load(self, *, thorough: bool = False) -> list[str]:
-        """Read the manifests and check the shards; returns the names of those dropped as damaged.
+        """Read the manifests and check the shards; return the names of those dropped as damaged.
 
         Args:
             thorough: Hash every shard, not only those whose size or time differs from what was written.
@@ -186,11 +186,11 @@ class TensorCache:
 
     @property
     def num_bytes(self) -> int:
-        """Size of all shards in bytes."""
+        """The size of all shards in bytes."""
         return sum(shard.size for shard in self._shards)
 
     def locate(self, keys: UInt64s) -> Int64s:
-        """Where entries are, for :meth:`read`; -1 for those that are not there.
+        """Return the locations of entries for :meth:`read`, shape (n,); -1 for those that are not there.
 
         Args:
             keys: Shape (n, 2).
@@ -207,7 +207,7 @@ class TensorCache:
         return positions
 
     def keys(self) -> UInt64s:
-        """The keys of all entries, shape (n, 2)."""
+        """Return the keys of all entries, shape (n, 2)."""
         keys = np.empty((len(self), 2), np.uint64)
         for number, (start, end) in enumerate(pairwise(self._starts.tolist())):
             shard = self._shards[number]  # mapped for this alone: of most shards only a few entries are read later
@@ -215,15 +215,15 @@ class TensorCache:
         return keys
 
     def release_lookup(self) -> None:
-        """Free what :meth:`locate` needs: it comes back when it is asked again."""
+        """Free the index that :meth:`locate` needs; it is made again on the next call."""
         self._lookup = None
 
     def failure(self, key: NDArray[np.uint64]) -> Failure | None:
-        """Why an entry could not be encoded earlier, if so."""
+        """Return why an entry could not be encoded earlier, or None."""
         return self._failures.get(key.tobytes().hex())
 
     def failed(self, keys: UInt64s) -> NDArray[np.bool_]:
-        """Which entries could not be encoded earlier, shape (n,)."""
+        """Return a mask of the entries that could not be encoded earlier, shape (n,)."""
         if not self._failures or not len(keys):
             return np.zeros(len(keys), np.bool_)
         known = pa.array([bytes.fromhex(key) for key in self._failures], pa.binary(16))
@@ -267,7 +267,7 @@ class TensorCache:
         )
 
     def read(self, locations: Sequence[int] | Int64s) -> dict[str, Tensor]:
-        """Entries by location, stacked, each tensor of shape (B, ...). Raises DistillError for a damaged shard."""
+        """Read entries by location, stacked, each tensor of shape (B, ...). Raises DistillError for a damaged shard."""
         entries = [self._entry(int(location)) for location in locations]
         stacked = {name: torch.stack([entry[name] for entry in entries]) for name in entries[0]}
         self._release(sum(value.nbytes for value in stacked.values()) + FAULT_BYTES * len(entries))
@@ -284,7 +284,7 @@ class TensorCache:
     # -- writing ----------------------------------------------------------------------------------------------------
 
     def _start_writing(self) -> str:
-        """The name that this writer's files begin with; the folder is made on the first call."""
+        """Return the prefix of this writer's file names; the folder is made on the first call."""
         full = self.mirror is not None and self._num_written >= SHARDS_PER_MANIFEST
         if self._writer is None or full:
             self._num_written = 0
@@ -301,7 +301,7 @@ class TensorCache:
             self.mirror.push(f"{writer}.jsonl", shard)
 
     def write(self, keys: UInt64s, tensors: Mapping[str, Tensor], failures: Sequence[Failure] = ()) -> None:
-        """Add one shard, whole or not at all, and with it what could not be encoded among its entries.
+        """Add one shard, whole or not at all, with the failures among its entries.
 
         Args:
             keys: Shape (n, 2); n may be 0 when all failed.
@@ -316,7 +316,7 @@ class TensorCache:
             self._record(line, shard.file if shard else None)
 
     def retain(self, kept: NDArray[np.bool_]) -> int:
-        """Remove the other entries; shards that hold both are written anew. Returns the bytes freed.
+        """Remove all entries but `kept`; shards that hold both kinds are rewritten. Returns the bytes freed.
 
         Args:
             kept: Shape (entries,).
@@ -349,13 +349,13 @@ class TensorCache:
 
 
 def as_binary(keys: NDArray[Any]) -> pa.Array:
-    """Hashes of 16 bytes each as an Arrow column."""
+    """Return hashes of 16 bytes each as an Arrow column."""
     data = np.ascontiguousarray(keys)
     return pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), data.nbytes // 16, [None, pa.py_buffer(data)])
 
 
 def cache_folders(parent: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The caches inside a ``cache_dir``: folder and descriptor of each."""
+    """Yield the folder and the descriptor of each cache inside a ``cache_dir``."""
     for path in sorted(parent.glob(f"*/{DESCRIPTOR}")):
         descriptor = json.loads(path.read_bytes())
         if path.parent.name == descriptor_hash(descriptor):
@@ -363,7 +363,7 @@ def cache_folders(parent: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
 
 
 def remove_cache(folder: Path) -> int:
-    """Remove a cache's own files, and its folder if nothing else is in it; returns the bytes freed."""
+    """Remove a cache's own files, and its folder if nothing else is in it; return the bytes freed."""
     freed = 0
     for pattern in ("*.safetensors", "*.jsonl", f"{PARTIAL}*", DESCRIPTOR):
         for path in folder.glob(pattern):

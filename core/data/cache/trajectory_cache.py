@@ -1,9 +1,9 @@
-"""The distillation cache: what the teacher makes of captions, from noise that is a pure function of seed and caption.
+"""The distillation cache: the teacher's trajectories for captions, from noise that is a pure function of seed and
+caption.
 
-An entry is one trajectory of the teacher's sampler, (points of the trajectory, where it ended), for a caption, a size
-and a number that tells noises apart. Its key says these three and the seed; everything else that it depends on stands
-in the cache's descriptor. Work is cut into shards as that of the other caches is: a killed build goes on with the same
-bits.
+An entry is one trajectory of the teacher's sampler (kept points and end) for a caption, a size and a number that tells
+noises apart. Its key holds these three and the seed; everything else that it depends on is in the cache's descriptor.
+Work is cut into shards as in the other caches: a killed build goes on with the same bits.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ POINTS, DATA = "points", "data"
 
 
 def trajectory_descriptor(family: ModelFamily, settings: DatasetSettings) -> dict[str, Any]:
-    """What all trajectories of a cache depend on."""
+    """Return everything that all trajectories of a cache depend on."""
     timesteps, kept = timesteps_of(family, settings)
     return {
         "kind": "trajectories", "format": FORMAT, "family": family.name, "denoiser": family.fingerprint("denoiser"),
@@ -50,7 +50,7 @@ def trajectory_descriptor(family: ModelFamily, settings: DatasetSettings) -> dic
 
 
 def timesteps_of(family: ModelFamily, settings: DatasetSettings) -> tuple[TimestepGrid, list[int]]:
-    """The steps of a distillation cache's sampler, and the numbers of the points that are kept."""
+    """Return the timesteps of a distillation cache's sampler, and the numbers of the points that are kept."""
     steps, points = settings.num_inference_steps, settings.trajectory_points
     assert steps is not None, "filled in with the configuration"
     assert points is not None, "filled in with the configuration"
@@ -58,17 +58,17 @@ def timesteps_of(family: ModelFamily, settings: DatasetSettings) -> tuple[Timest
 
 
 def uncropped_image(width: int, height: int, count: int) -> MicroConditioning:
-    """An image of this size as a sampler asks for it: not scaled, not cropped."""
+    """Return the micro-conditioning of `count` images that are neither scaled nor cropped, sizes in pixels."""
     return MicroConditioning([(height, width)] * count, [(0, 0)] * count, [(height, width)] * count)
 
 
 def noise(key: NDArray[np.uint64], shape: Sequence[int]) -> Tensor:
-    """What the trajectory of an entry begins at: a CPU generator's, seeded by the entry's key alone."""
+    """Draw the noise that an entry's trajectory starts from, with a CPU generator seeded by the entry's key alone."""
     return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(noise_seed(key)))
 
 
 def noise_seed(key: NDArray[np.uint64]) -> int:
-    """The seed of that generator; a pipeline that is given it begins at the same noise."""
+    """Return the seed of that generator; a pipeline that is given it starts from the same noise."""
     return derive_seed(0, "pair", key.tobytes().hex())
 
 
@@ -77,10 +77,10 @@ class CachedTrajectories:
     """The trajectories of a dataset's captions.
 
     Attributes:
-        cache: Where they are.
-        positions: Row in the cache of each caption, for each noise; shape (K, m), m as in
+        cache: The cache that holds them.
+        positions: Position in the cache of each caption, for each noise; shape (K, m), m as in
             ``dataset.index.caption_digests``.
-        times: Of the points of a trajectory, falling, shape (P,).
+        times: Times of the points of a trajectory, falling, shape (P,).
     """
 
     cache: TensorCache
@@ -88,7 +88,7 @@ class CachedTrajectories:
     times: Tensor
 
     def read(self, numbers: Int64s, captions: Int64s, cond: Conditioning) -> Trajectories:
-        """Trajectory `numbers` (B,) of captions (B,), which were made with `cond`."""
+        """Read the trajectories `numbers` (B,) of captions (B,), which were made with `cond`."""
         found = self.cache.read(self.positions[numbers, captions])
         return Trajectories(points=found[POINTS].float(), times=self.times, data=found[DATA].float(), cond=cond)
 
@@ -106,8 +106,8 @@ class WantedTrajectories:
     """The trajectories that a dataset's captions should have.
 
     Args:
-        dataset: Whose captions, of the samples in use, in the size of their bucket.
-        settings: Of the distillation cache.
+        dataset: Gives the captions of the samples in use, each in the size of its bucket.
+        settings: Settings of the distillation cache.
     """
 
     def __init__(self, dataset: Dataset, settings: DatasetSettings) -> None:
@@ -121,7 +121,7 @@ class WantedTrajectories:
 
     @cached_property
     def keys(self) -> UInt64s:
-        """Of every trajectory, shape (K, n, 2)."""
+        """The keys of all trajectories, shape (K, n, 2)."""
         digests, settings = self.dataset.index.caption_digests[self.captions], self.settings
         sizes = np.array(self.dataset.shapes, np.int64)[self.buckets]
         count = len(digests)
@@ -130,18 +130,18 @@ class WantedTrajectories:
         return np.stack([combine(digests, [np.full(count, number), *common]) for number in numbers])
 
     def locate(self, cache: TensorCache) -> Int64s:
-        """Where they are in the cache, -1 where they are not; shape (K, n)."""
+        """Return the locations of the trajectories in the cache, -1 where absent; shape (K, n)."""
         return cache.locate(self.keys.reshape(-1, 2)).reshape(self.keys.shape[:2])
 
     def cached(self, cache: TensorCache, family: ModelFamily) -> CachedTrajectories:
-        """For the loader; all must be there."""
+        """Return the trajectories for the loader; all must be in the cache."""
         positions = np.full((self.settings.num_pairs_per_prompt, len(self.dataset.index.caption_digests)), -1)
         positions[:, self.captions] = self.locate(cache)
         timesteps, kept = timesteps_of(family, self.settings)
         return CachedTrajectories(cache, positions, timesteps.times[kept])
 
     def missing(self, cache: TensorCache) -> list[TrajectoryJob]:
-        """Shards to make: the first trajectory of every caption and size, then the second, ..."""
+        """Return the shards to make: the first trajectory of every caption and size, then the second, ..."""
         absent = self.locate(cache) < 0
         _, once = np.unique(as_void(self.keys[0]), return_index=True)
         chosen = np.zeros(len(self.captions), np.bool_)
@@ -158,16 +158,16 @@ class WantedTrajectories:
 
     @property
     def num_trajectories(self) -> int:
-        """Different trajectories in all."""
+        """The number of distinct trajectories."""
         return len(np.unique(as_void(self.keys[0]))) * len(self.keys)
 
 
 class TrajectoryMaker:
-    """Makes trajectories with the teacher, which is loaded for the first and freed by :meth:`release`.
+    """Makes trajectories with the teacher, which is loaded on first use and freed by :meth:`release`.
 
     Args:
-        family: Whose teacher.
-        progress: Told of every trajectory.
+        family: The teacher's family.
+        progress: Reports every trajectory.
     """
 
     def __init__(self, family: ModelFamily, *, progress: TaskProgress) -> None:
@@ -180,10 +180,10 @@ class TrajectoryMaker:
         """Make the trajectories of `jobs` and add them to the cache.
 
         Args:
-            wanted: What the jobs are of.
-            jobs: A part of what is missing.
-            cache: Where trajectories go.
-            texts: Where the captions' embeddings are.
+            wanted: The trajectories that the jobs belong to.
+            jobs: Some of the missing trajectories.
+            cache: Takes the trajectories.
+            texts: Holds the captions' embeddings.
         """
         dataset, settings = wanted.dataset, wanted.settings
         total = sum(len(job.keys) for job in jobs)
@@ -208,8 +208,8 @@ class TrajectoryMaker:
         cond = {name: value.to(device) for name, value in cond.items()}
         timesteps, kept = timesteps_of(family, settings)
         predict = self._teacher.guided(cond, settings.guidance_scale or 0.0)
-        path = follow(predict, start, timesteps.to(device), solver=settings.solver, keep=kept)
-        return {POINTS: path.points.float().cpu(), DATA: path.data.float().cpu()}
+        trajectory = follow(predict, start, timesteps.to(device), solver=settings.solver, keep=kept)
+        return {POINTS: trajectory.points.float().cpu(), DATA: trajectory.data.float().cpu()}
 
     def release(self) -> None:
         """Free the teacher."""
@@ -217,7 +217,7 @@ class TrajectoryMaker:
 
 
 def cost(settings: DatasetSettings, missing: int, total: int) -> str:
-    """What making `missing` of `total` trajectories takes."""
+    """Describe what making `missing` of `total` trajectories takes."""
     guidance, steps = settings.guidance_scale or 0.0, settings.num_inference_steps or 0
     calls = missing * steps * (2 if guides(guidance) else 1)
     return (

@@ -1,4 +1,4 @@
-"""What caches hold against what a configuration's datasets need: damaged, missing and orphaned entries."""
+"""Comparison of caches with the entries that a configuration's datasets need: damaged, missing and orphaned ones."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from ...plugin_api.family import ModelFamily
 
 LOOKED_AT = ("latents", "text")
-"""Kinds of caches whose entries are known to be needed or not; of others only checksums are compared."""
+"""Kinds of caches whose needed entries are known; of others only checksums are compared."""
 
 
 @dataclass(frozen=True)
 class Need:
-    """A cache that datasets need, with the keys of all entries that they need of it, shape (n, 2)."""
+    """A cache that datasets need, with the keys of the entries that they need of it, shape (n, 2)."""
 
     name: str
     parent: Path
@@ -41,15 +41,15 @@ class Need:
 
 @dataclass
 class CacheState:
-    """What was found of one cache.
+    """The findings about one cache.
 
     Attributes:
-        name: Whose it is, for people.
-        cache: As it was read: damaged shards are gone from it.
+        name: Its name for people.
+        cache: The cache as it was read, without damaged shards.
         damaged: Names of shards whose checksum was wrong.
         needed: Different entries that datasets need.
-        missing: Those of them that are not there.
-        failed: Those of the missing that could not be encoded earlier, and will not be tried again.
+        missing: Needed entries that are not there.
+        failed: Missing entries that could not be encoded earlier and will not be tried again.
         orphaned: Entries that no dataset of the configuration needs, shape (entries,).
     """
 
@@ -63,16 +63,16 @@ class CacheState:
 
     @property
     def num_orphaned(self) -> int:
-        """Number of orphaned entries."""
+        """The number of orphaned entries."""
         return int(self.orphaned.sum())
 
     @property
     def orphaned_bytes(self) -> int:
-        """Their share of the shards' bytes."""
+        """The bytes of the orphaned entries, estimated from their number."""
         return round(self.cache.num_bytes * self.num_orphaned / max(1, len(self.cache)))
 
     def line(self) -> str:
-        """What to print."""
+        """Return the line to print."""
         parts = [f"{len(self.cache):,} entries ({mebibytes(self.cache.num_bytes)})"]
         if self.needed:
             known = f" ({self.failed:,} of them cannot be encoded)" if self.failed else ""
@@ -83,25 +83,25 @@ class CacheState:
         return f"{self.name}, {self.cache.folder}: {', '.join(parts)}"
 
     def remove_orphaned(self) -> int:
-        """Remove the orphaned entries, or all of the cache where nothing else is in it; returns the bytes freed."""
+        """Remove the orphaned entries, or the whole cache where nothing else is in it; return the bytes freed."""
         if not self.num_orphaned:
             return 0
         return remove_cache(self.cache.folder) if self.orphaned.all() else self.cache.retain(~self.orphaned)
 
 
 def mebibytes(num_bytes: int) -> str:
-    """A size for people."""
+    """Format a size for people."""
     return f"{num_bytes / 2**20:,.1f} MiB"
 
 
 def needs(family: ModelFamily, paths: CachePaths, datasets: Sequence[Dataset], *, images: bool) -> list[Need]:
-    """The latents of each dataset of images, and the text caches, which datasets may share.
+    """Return the latents that each dataset of images needs, and the text caches, which datasets may share.
 
     Args:
         family: Its fingerprints name the caches.
-        paths: Where they lie.
-        datasets: With their indexes up to date.
-        images: Whether latents are needed; without, those that are there are compared all the same.
+        paths: Paths of the caches.
+        datasets: The datasets, with their indexes up to date.
+        images: Whether latents are needed; if not, those that are there are compared all the same.
     """
     found = []
     for dataset in datasets:
@@ -120,7 +120,7 @@ def needs(family: ModelFamily, paths: CachePaths, datasets: Sequence[Dataset], *
 
 
 def cache_states(needed: Sequence[Need], parents: Sequence[Path]) -> Iterator[CacheState]:
-    """Each cache that is needed, then each other one below `parents`; damaged shards are removed on the way."""
+    """Yield each cache that is needed, then each other one below `parents`; damaged shards are removed on the way."""
     for need in needed:
         yield _of_need(need, _opened(need.parent, need.descriptor, need.name))
     known = {need.folder for need in needed}
@@ -146,7 +146,7 @@ def _of_need(need: Need, opened: tuple[TensorCache, list[str]]) -> CacheState:
 
 
 def _of_rest(cache: TensorCache, damaged: list[str]) -> CacheState:
-    """A cache of other encoders or settings, or of a dataset that is gone."""
+    """Describe a cache of other encoders or settings, or of a dataset that is gone."""
     kind = cache.descriptor["kind"]
     if kind not in LOOKED_AT:
         return CacheState(f"{kind}", cache, damaged)
@@ -155,7 +155,7 @@ def _of_rest(cache: TensorCache, damaged: list[str]) -> CacheState:
 
 
 def folders_beside(paths: CachePaths, parents: Sequence[Path]) -> list[Path]:
-    """Folders of latents of datasets that the configuration no longer has, where it has a folder for all of them."""
+    """List the latent folders of datasets that the configuration no longer has, where all share one parent."""
     root = paths.latents_root
     found = sorted(path for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
     return [path for path in found if path not in parents]

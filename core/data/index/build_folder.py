@@ -1,4 +1,4 @@
-"""The folder of an index in the making: what one build makes, and what builds that died have left."""
+"""The folder of an index under construction: the files of one build, and those that dead builds have left."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from uuid import uuid4
 from ...utils.files import is_stale
 
 LEFT = "left-"
-_mine: set[str] = set()
-"""Builds of this process that are going on."""
+_active: set[str] = set()
+"""Names of the build folders of this process that are in use."""
 
 
 def build_folder_of(index: Path) -> Path:
-    """Folder of all unfinished builds of an index."""
+    """Return the folder of all unfinished builds of an index."""
     return index.with_name(f".{index.name}.building")
 
 
 class BuildFolder:
-    """A build's own folder beside its index. Several builds at once, on whatever machines, do not meet.
+    """A build's own folder beside its index; several builds at once, on whatever machines, do not interfere.
 
-    It is gone when the build ends well, with what dead builds have left; a build that fails leaves it for the next.
+    It is removed when the build succeeds, with the folders of dead builds; a failed build leaves it for the next one.
     """
 
     def __init__(self, index: Path) -> None:
@@ -35,7 +35,7 @@ class BuildFolder:
         self.folder = self.root / f"{socket.gethostname()}-{os.getpid()}-{uuid4().hex[:12]}"
 
     def __enter__(self) -> Self:
-        _mine.add(self.folder.name)
+        _active.add(self.folder.name)
         self.folder.mkdir(parents=True)
         return self
 
@@ -48,25 +48,27 @@ class BuildFolder:
                 self.root.rmdir()
         else:
             self.folder.rename(self.root / f"{LEFT}{self.folder.name}")
-        _mine.discard(self.folder.name)
+        _active.discard(self.folder.name)
 
     def _others(self) -> list[Path]:
         return [path for path in sorted(self.root.iterdir()) if path != self.folder]
 
     def left(self, pattern: str) -> Iterator[Path]:
-        """What other builds have written, dead or not, to be read at once: it may be removed at any time."""
+        """Yield files that other builds, dead or not, have written; open them at once, for they may be removed at any
+        time.
+        """
         for folder in self._others():
             yield from sorted(folder.glob(pattern))
 
 
 def _is_dead(folder: Path) -> bool:
-    """Whether the build that made the folder has surely ended."""
+    """Return whether the build that made the folder has surely ended."""
     if folder.name.startswith(LEFT) or is_stale(folder):
         return True
     host, pid, _ = folder.name.rsplit("-", 2)
     if host != socket.gethostname():
         return False
-    return folder.name not in _mine if int(pid) == os.getpid() else not _is_running(int(pid))
+    return folder.name not in _active if int(pid) == os.getpid() else not _is_running(int(pid))
 
 
 def _is_running(pid: int) -> bool:

@@ -22,7 +22,7 @@ from ...plugin_api.backend import DataBackend, Entry
 from ...utils.files import partial_of, sync_folder
 from ..hashing import UInt64s
 from ..mapped import release
-from ..tables.external_sort import ExternalTable, joined
+from ..tables.external_sort import OnDiskTable, joined
 
 FORMAT = 2
 
@@ -33,7 +33,7 @@ SCHEMA = pa.schema(
         ("size", pa.int64()),
         ("version", pa.large_string()),
         ("caption_version", pa.large_string()),
-        ("place", pa.large_string()),
+        ("position", pa.large_string()),
         ("width", pa.int32()),
         ("height", pa.int32()),
         ("draw", pa.uint64()),
@@ -45,12 +45,12 @@ SCHEMA = pa.schema(
 )
 NO_CAPTION = "it has no caption"
 FILTERED = "it does not meet the dataset's conditions"
-"""Said by sources that choose among their samples; such ones are left out on purpose."""
+"""Problem of samples that the source itself filters out; they are left out on purpose."""
 SAME_NAME = "another sample has the same name"
 
 
 def as_keys(array: pa.Array) -> UInt64s:
-    """A column of 16-byte hashes as unsigned integers of shape (n, 2), without a copy."""
+    """View a column of 16-byte hashes as unsigned integers of shape (n, 2), without a copy."""
     raw = np.frombuffer(array.buffers()[1] or b"", dtype=np.uint64)
     return raw[2 * array.offset : 2 * (array.offset + len(array))].reshape(-1, 2)
 
@@ -61,7 +61,7 @@ class Index:
     Attributes:
         width: Upright width in pixels, 0 for files with a problem, -1 where they were out of reach; shape (n,).
         height: Upright height in pixels; shape (n,).
-        draw: Hash of dataset id and key: the source of what is random about an image for good; shape (n,).
+        draw: Hash of dataset id and key, which seeds the fixed random choices about an image; shape (n,).
         identity: Hash of dataset id, key, size and version of the file; shape (n, 2).
         caption_offsets: Captions of row i are [caption_offsets[i], caption_offsets[i + 1]); shape (n + 1,).
         caption_digests: Hashes of all captions; shape (m, 2).
@@ -76,7 +76,7 @@ class Index:
             self._file = source.read_buffer()
         columns = {name: joined(self.table.column(name)) for name in SCHEMA.names}
         self._keys, self._captions = columns["key"], columns["captions"]
-        self._problems, self._positions = columns["problem"], columns["place"]
+        self._problems, self._positions = columns["problem"], columns["position"]
         self.width: NDArray[np.int32] = columns["width"].to_numpy()
         self.height: NDArray[np.int32] = columns["height"].to_numpy()
         self.draw: UInt64s = columns["draw"].to_numpy()
@@ -89,40 +89,40 @@ class Index:
         return len(self._keys)
 
     def release(self) -> None:
-        """Let the system have the pages back that were read."""
+        """Give the pages that were read back to the system."""
         release(self._file.address, self._file.size)
 
     def key(self, row: int | np.integer) -> str:
-        """The image's key in its backend."""
+        """Return the image's key in its backend."""
         return self._keys[int(row)].as_py()
 
-    def place(self, row: int | np.integer) -> str:
-        """What the backend opens the image by: its key, unless the backend says otherwise."""
+    def position(self, row: int | np.integer) -> str:
+        """Return the key that the backend opens the image by: the image's own, unless the backend gave another."""
         return self._positions[int(row)].as_py() or self.key(row)
 
     def problem(self, row: int) -> str:
-        """Why the row cannot be used; empty when it can."""
+        """Return why the row cannot be used; empty if it can."""
         return self._problems[int(row)].as_py()
 
-    def caption(self, place: int) -> str:
-        """A caption by its place among all captions."""
-        return self.caption_texts[int(place)].as_py()
+    def caption(self, position: int) -> str:
+        """Return a caption by its position among all captions."""
+        return self.caption_texts[int(position)].as_py()
 
     def rows_of(self, keys: Iterable[str]) -> NDArray[np.int64]:
-        """The rows of a few images; those that are not there are left out."""
+        """Return the rows of a few images; those that are not there are left out."""
         named = pa.array(list(keys), pa.large_string())
         return np.flatnonzero(pc.is_in(self._keys, value_set=named).to_numpy(zero_copy_only=False))
 
     def having(self, problem: str) -> NDArray[np.bool_]:
-        """Which rows have this problem (empty: none at all), shape (n,)."""
+        """Return a mask of the rows that have this problem (empty: no problem), shape (n,)."""
         return pc.equal(self._problems, problem).to_numpy(zero_copy_only=False)
 
     def has_unread(self) -> bool:
-        """Whether there are files that were out of reach, and are to be tried again."""
+        """Return whether there are files that were out of reach and are to be tried again."""
         return bool((self.width < 0).any())
 
     def matches(self, rules: str, source: str = "") -> bool:
-        """Whether the captions were made by the same rules, of the same source where one is named."""
+        """Return whether the captions were made by the same rules, and of the same source where one is named."""
         meta = self.table.schema.metadata or {}
         wanted = {b"rules": rules.encode(), b"format": str(FORMAT).encode()}
         same = all(meta.get(name) == value for name, value in wanted.items())
@@ -130,7 +130,7 @@ class Index:
 
 
 def open_index(path: Path) -> Index | None:
-    """The index that is there; None when there is none, or when it cannot be used (it is only a cache)."""
+    """Open an index; return None where there is none or it cannot be used (it is only a cache)."""
     try:
         return Index(path)
     except (FileNotFoundError, pa.ArrowInvalid, KeyError):
@@ -142,7 +142,7 @@ def write_index(batches: Iterable[pa.RecordBatch], path: Path, rules: str, sourc
 
     Rows go to files in `folder` as they come: the memory is that of one batch.
     """
-    table = ExternalTable(SCHEMA, folder).extend(batches).table()
+    table = OnDiskTable(SCHEMA, folder).extend(batches).table()
     table = table.replace_schema_metadata({"rules": rules, "source": source, "format": str(FORMAT)})
     partial = partial_of(path)
     with partial.open("wb") as stream:
@@ -156,6 +156,6 @@ def write_index(batches: Iterable[pa.RecordBatch], path: Path, rules: str, sourc
 
 
 def describe_listing(backend: DataBackend, limit: int = 5) -> tuple[int, list[str]]:
-    """How many objects a backend has, and the first few keys: what to say when no image was found."""
+    """Return how many objects a backend has, and the first few keys, for the message that no image was found."""
     entries: list[Entry] = list(islice(backend.list(), 10_000))
     return len(entries), [entry.key for entry in entries[:limit]]

@@ -1,8 +1,9 @@
 # pyright: reportAttributeAccessIssue=false
-"""Building an index: list, read what is not known, put together; in bounded memory, and never reading a thing twice.
+"""Building an index: list the samples, read those that are not known, assemble all; in bounded memory, nothing read
+twice.
 
-Rows are kept aside on disk as they are read. A build that dies, or whose place goes out of reach, leaves them in the
-index's workshop, and the next one goes on with them; the index is the one of an unbroken build, byte for byte.
+Rows are saved on disk as they are read. A build that dies, or whose source goes out of reach, leaves them in its build
+folder, and the next build goes on with them; the index is the one of an uninterrupted build, byte for byte.
 """
 
 from __future__ import annotations
@@ -25,24 +26,24 @@ from ...utils.threads import threads
 from ..hashing import digest
 from ..samples.captions import CaptionRules, caption_key, read_caption
 from ..samples.images import SUFFIXES, BrokenImage, probe, why_unread
-from ..tables.external_sort import CHUNK, ExternalTable, between, joined, merge_table, open_run, write_run
+from ..tables.external_sort import CHUNK, OnDiskTable, between, joined, merge_table, open_run, write_run
 from .build_folder import BuildFolder
 from .index import NO_CAPTION, SCHEMA, Index, open_index, write_index
 from .listing import LISTING, FileListing, SampleListing
 
 READ_ROWS = 2048
-"""Rows that are read before they are kept aside."""
+"""Rows that are read before they are saved."""
 IMAGE = ("key", "size", "version")
-"""Columns that tell an image's content."""
-ROW = (*IMAGE, "caption_version", "place")
-"""Columns that tell all that a row is made of."""
+"""Columns that identify an image's content."""
+ROW = (*IMAGE, "caption_version", "position")
+"""Columns that identify everything that a row is made of."""
 SEPARATOR = pa.scalar("\x1f", pa.large_string())
 ROWS = ".rows"
 
 
 @dataclass(frozen=True)
 class Read:
-    """What was found in one file; a width of -1 says that it was out of reach."""
+    """The result of reading one file; a width of -1 says that it was out of reach."""
 
     width: int = 0
     height: int = 0
@@ -51,7 +52,7 @@ class Read:
 
 
 class Known:
-    """Rows that were read earlier, found by what they are made of.
+    """Rows that were read earlier, found by the columns that they are made of.
 
     Args:
         by: Columns that must be the same.
@@ -62,19 +63,21 @@ class Known:
         self._tables: list[tuple[pa.Table, Callable[[pa.Table], pa.Table]]] = []
 
     def add(self, table: pa.Table, only: Callable[[pa.Table], pa.Table]) -> None:
-        """Take in a table sorted by key; of the rows in question those count that `only` leaves."""
+        """Add a table sorted by key; of its rows only those count that `only` keeps."""
         self._tables.append((table.select(SCHEMA.names), only))
 
     def find(self, listed: pa.RecordBatch) -> tuple[pa.Table, pa.Array]:
-        """Some known rows, and for each one listed its place among them, null where it is not known."""
+        """Return some known rows, and for each listed row its position among them, null where it is not known."""
         ends = pc.min_max(listed["key"]).as_py()
         near = [only(between(table, "key", ends["min"], ends["max"])) for table, only in self._tables]
         table = pa.concat_tables([SCHEMA.empty_table(), *near]).combine_chunks()
         return table, pc.index_in(_stamp(listed, self._by), value_set=joined(_stamp(table, self._by)))
 
 
-def _settled(rows: pa.Table) -> pa.Table:
-    """Those that stay as they are while their files do: others are tried again, for they may have been out of reach."""
+def _reusable(rows: pa.Table) -> pa.Table:
+    """Keep the rows that hold as long as their files do; the others are tried again, for they may have been out of
+    reach.
+    """
     return rows.filter(pc.is_in(rows["problem"], value_set=pa.array(["", NO_CAPTION], pa.large_string())))
 
 
@@ -91,11 +94,11 @@ def _stamp(rows: pa.RecordBatch | pa.Table, by: Sequence[str]) -> Any:
 
 
 class ReadRows:
-    """Rows kept in a workshop as they are read, in sorted files of some thousand.
+    """The rows that have been read, kept in the build folder in sorted files of a few thousand.
 
     Args:
-        workshop: Of this build; other builds have left theirs beside it.
-        rules: What decides the captions: rows made by other rules serve for their sizes only.
+        build_folder: Of this build; other builds have left theirs beside it.
+        rules: Identity of the caption rules; rows made by other rules serve for their sizes only.
     """
 
     def __init__(self, build_folder: BuildFolder, rules: str) -> None:
@@ -103,19 +106,19 @@ class ReadRows:
         self._earlier = list(_opened(build_folder.left(f"*{ROWS}")))
 
     def keep(self, batch: pa.RecordBatch) -> None:
-        """Put some rows aside, all or none."""
+        """Write some rows to disk, all or none."""
         path = self.build_folder.folder / f"{len(self._own):06d}{ROWS}"
         self._own.append(write_run([batch], ["key"], SCHEMA, path, rules=self.rules))
 
     def earlier(self, *, same_rules: bool) -> pa.Table:
-        """Rows of earlier builds."""
+        """Return the rows of earlier builds, made by the same rules or by others."""
         return self._table([run for run in self._earlier if self._fits(run) == same_rules])
 
     def _fits(self, run: pa.Table) -> bool:
         return (run.schema.metadata or {}).get(b"rules") == self.rules.encode()
 
     def own(self) -> pa.Table:
-        """Rows of this build."""
+        """Return the rows of this build."""
         return self._table(self._own)
 
     def _table(self, runs: Sequence[pa.Table]) -> pa.Table:
@@ -129,16 +132,16 @@ def _opened(paths: Iterable[Path]) -> Iterator[pa.Table]:
 
 
 def source_of(backend: SampleBackend) -> str:
-    """What an index says it was made of: the samples, and what could read their images."""
+    """Return a text that identifies what an index is made of: the samples, and the software that read their images."""
     return json.dumps([backend.identity(), PIL.__version__, SUFFIXES])
 
 
 class IndexBuilder:
-    """Brings a dataset's index up to date.
+    """The builder that brings a dataset's index up to date.
 
     Args:
         dataset: Id of the dataset.
-        backend: Where it lives.
+        backend: Its source.
         rules: How captions are made.
         workers: Threads that read files.
         progress: Told of every file read.
@@ -164,7 +167,7 @@ class IndexBuilder:
 
         Raises:
             UserError: The samples cannot be read.
-            distill.core.errors.OutOfReach: The place does not answer; what was read is kept for the next build.
+            distill.core.errors.OutOfReach: The source does not answer; rows already read are kept for the next build.
         """
         try:
             if isinstance(self.backend, SampleBackend):
@@ -186,24 +189,24 @@ class IndexBuilder:
             return self._build(SampleListing(backend, source, build_folder).table(), path, source, build_folder)
 
     def _build(self, listing: pa.Table, path: Path, source: str, build_folder: BuildFolder) -> Index:
-        """Read of the listing what is not known, then put all rows together in its order."""
+        """Read the listed samples that are not known, then assemble all rows in the order of the listing."""
         rules, old = self.rules.identity(), open_index(path)
         read_rows, rows, sizes = ReadRows(build_folder, rules), Known(*ROW), Known(*IMAGE)
         if old is not None:
             sizes.add(old.table, _measured)
             if old.matches(rules):
-                rows.add(old.table, _settled if self._again else _all)
+                rows.add(old.table, _reusable if self._again else _all)
         earlier = read_rows.earlier(same_rules=True)
-        rows.add(earlier, _settled)
+        rows.add(earlier, _reusable)
         sizes.add(earlier, _measured)
         sizes.add(read_rows.earlier(same_rules=False), _measured)
-        unknown = ExternalTable(LISTING, build_folder.folder).extend(self._unknown(listing, rows)).table()
+        unknown = OnDiskTable(LISTING, build_folder.folder).extend(self._unknown(listing, rows)).table()
         self.num_read = len(unknown)
         if old is not None and old.matches(rules, source) and not len(unknown) and len(old) == len(listing):
             return old
         self._read(unknown, sizes, read_rows)
         rows.add(read_rows.own(), _all)
-        return write_index(self._together(listing, rows), path, rules, source, folder=build_folder.folder)
+        return write_index(self._assembled(listing, rows), path, rules, source, folder=build_folder.folder)
 
     @staticmethod
     def _unknown(listing: pa.Table, rows: Known) -> Iterator[pa.RecordBatch]:
@@ -233,7 +236,7 @@ class IndexBuilder:
         try:
             width, height = row["width"], row["height"]
             if not width or not height:
-                with self.backend.open(row["place"] or row["key"]) as stream:
+                with self.backend.open(row["position"] or row["key"]) as stream:
                     width, height = probe(stream)
             captions = self._captions(row)
         except (BrokenImage, ValueError) as error:
@@ -252,7 +255,7 @@ class IndexBuilder:
         with self.backend.open(caption_key(key)) as stream:
             return read_caption(stream)
 
-    def _together(self, listing: pa.Table, rows: Known) -> Iterator[pa.RecordBatch]:
+    def _assembled(self, listing: pa.Table, rows: Known) -> Iterator[pa.RecordBatch]:
         for batch in listing.to_batches(max_chunksize=CHUNK):
             usable = batch.filter(pc.equal(batch["problem"], ""))
             found, positions = rows.find(usable) if len(usable) else (SCHEMA.empty_table(), pa.array([], pa.int32()))
@@ -261,7 +264,7 @@ class IndexBuilder:
                 bad = batch.filter(pc.not_equal(batch["problem"], "")).to_pylist()
                 unusable = self._to_batch(bad, [Read(problem=row["problem"]) for row in bad])
                 table = pa.concat_tables([table, pa.Table.from_batches([unusable])])
-                table = table.sort_by([("key", "ascending"), ("place", "ascending")])
+                table = table.sort_by([("key", "ascending"), ("position", "ascending")])
             yield from table.combine_chunks().to_batches()
 
     def _to_batch(self, rows: Sequence[dict[str, Any]], read: Sequence[Read]) -> pa.RecordBatch:
@@ -271,7 +274,7 @@ class IndexBuilder:
             digest(f"{name}\x1f{row['size']}\x1f{row['version']}") for name, row in zip(names, rows, strict=True)
         ]
         columns = {
-            **{name: [row[name] for row in rows] for name in ("key", "size", "version", "caption_version", "place")},
+            **{name: [row[name] for row in rows] for name in ("key", "size", "version", "caption_version", "position")},
             "width": [each.width for each in read],
             "height": [each.height for each in read],
             "draw": draws,
@@ -284,7 +287,7 @@ class IndexBuilder:
 
 
 def _with_known_sizes(listed: pa.RecordBatch, sizes: Known) -> pa.RecordBatch:
-    """The listing with widths and heights of images that have been measured before."""
+    """Fill in the widths and heights of listed images that have been measured before."""
     found, positions = sizes.find(listed)
     for name in ("width", "height"):
         known = pc.fill_null(joined(found[name]).take(positions), 0)

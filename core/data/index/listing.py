@@ -1,5 +1,5 @@
 # pyright: reportAttributeAccessIssue=false
-"""What a backend holds, as a sorted table on disk: files with their captions' versions, or samples with their texts."""
+"""The content of a backend as a sorted table on disk: files with versions of their captions, or samples with texts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..samples.images import SUFFIXES
 from ..tables.external_sort import (
     CHUNK,
     RUN_ROWS,
-    ExternalTable,
+    OnDiskTable,
     between,
     in_chunks,
     joined,
@@ -42,7 +42,7 @@ LISTING = pa.schema(
     [
         *FILES,
         ("caption_version", pa.large_string()),
-        ("place", pa.large_string()),
+        ("position", pa.large_string()),
         ("texts", pa.large_list(pa.large_string())),
         ("width", pa.int32()),
         ("height", pa.int32()),
@@ -51,10 +51,10 @@ LISTING = pa.schema(
 """Samples before their files are read: no texts where captions stand in files, sizes are 0 where unknown."""
 IMAGES = rf"(?i:\.({'|'.join(SUFFIXES)})|/)$"
 """Keys of image files, and of folders that cannot be listed."""
-BY = ("key", "place")
+BY = ("key", "position")
 """Columns that samples are sorted by."""
 KEPT_SECONDS = 60.0
-"""What a resumable source has listed is put aside at least so often."""
+"""The samples that a resumable source has listed are saved at least so often."""
 
 
 class FileListing:
@@ -64,20 +64,20 @@ class FileListing:
         self.backend, self.rules, self.folder, self.num_unmatched = backend, rules, folder, 0
 
     def table(self) -> pa.Table:
-        """All images in key order, of schema :data:`LISTING`, mapped from files in the folder."""
-        texts = ExternalTable(FILES, self.folder)
+        """Return all images in key order, of schema :data:`LISTING`, mapped from files in the folder."""
+        texts = OnDiskTable(FILES, self.folder)
         files = sorted_table(self._files(), ["key"], FILES, self.folder)
         is_text = (_of_kind(batch, r"\.txt$") for batch in files.to_batches(max_chunksize=CHUNK))
         captions = texts.extend(is_text if self.rules.reads_files else ()).table()
         images = (checked_images(_of_kind(batch, IMAGES)) for batch in files.to_batches(max_chunksize=CHUNK))
         listed, settings = (_with_captions(each, captions) for each in images), self.rules.settings
         beside = MetadataTable(settings, self.backend) if settings.metadata_file is not None else None
-        table = ExternalTable(LISTING, self.folder).extend(map(beside.joined, listed) if beside else listed).table()
+        table = OnDiskTable(LISTING, self.folder).extend(map(beside.joined, listed) if beside else listed).table()
         self.num_unmatched = beside.num_unmatched if beside else 0
         return table
 
     def _files(self) -> Iterator[pa.RecordBatch]:
-        """Images and caption files, in columns."""
+        """Yield images and caption files, in columns."""
         for chunk in in_chunks(map(named, self.backend.list()), CHUNK):
             columns = {name: [getattr(entry, name) for entry in chunk] for name in FILES.names}
             batch = pa.RecordBatch.from_pydict(columns, schema=FILES)
@@ -89,12 +89,12 @@ def _of_kind(batch: pa.RecordBatch, pattern: str) -> pa.RecordBatch:
 
 
 def _with_captions(images: pa.RecordBatch, texts: pa.Table) -> pa.RecordBatch:
-    """The listing of image files: the version of each one's caption file, empty where there is none."""
+    """Turn image files into a listing with the version of each one's caption file, empty where there is none."""
     count = len(images)
     empty, zeros = pa.repeat(pa.scalar("", pa.large_string()), count), pa.repeat(pa.scalar(0, pa.int32()), count)
     versions, unread = _beside(images["key"], texts)
     columns = {
-        **{name: images[name] for name in FILES.names}, "caption_version": versions, "place": empty,
+        **{name: images[name] for name in FILES.names}, "caption_version": versions, "position": empty,
         "texts": pa.array([[]] * count, LISTING.field("texts").type), "width": zeros, "height": zeros,
         "problem": pc.if_else(pc.equal(images["problem"], ""), unread, images["problem"]),
     }  # fmt: skip
@@ -102,7 +102,9 @@ def _with_captions(images: pa.RecordBatch, texts: pa.Table) -> pa.RecordBatch:
 
 
 def _beside(keys: pa.Array, texts: pa.Table) -> tuple[pa.Array, pa.Array]:
-    """Of the caption file beside each image its version and why it cannot be read, both empty where there is none."""
+    """Return the version of the caption file beside each image, and why it cannot be read; both empty where there is
+    none.
+    """
     if not len(keys):
         return pa.array([], pa.large_string()), pa.array([], pa.large_string())
     names = pc.replace_substring_regex(keys, r"\.[^./]*$", ".txt")
@@ -117,9 +119,9 @@ def _beside(keys: pa.Array, texts: pa.Table) -> tuple[pa.Array, pa.Array]:
 
 
 class SampleListing:
-    """The samples of a backend that knows them.
+    """The samples of a backend that holds samples rather than files.
 
-    What a resumable source has told is kept in the workshop, so that a build that dies goes on behind it.
+    The samples that a resumable source has listed are kept in the build folder, so that a build that dies is continued.
     """
 
     def __init__(self, backend: SampleBackend, identity: str, build_folder: BuildFolder) -> None:
@@ -128,15 +130,15 @@ class SampleListing:
         self._kept: list[pa.Table] = []
 
     def table(self) -> pa.Table:
-        """All samples in the order of keys, of schema :data:`LISTING`; names that come again are marked."""
+        """Return all samples in key order, of schema :data:`LISTING`; repeated names get a problem."""
         folder = self.build_folder.folder
         listed = merge_table(self._runs(), BY, LISTING, folder)
-        return ExternalTable(LISTING, folder).extend(_marked(listed)).table()
+        return OnDiskTable(LISTING, folder).extend(_with_repeats(listed)).table()
 
     def _runs(self) -> list[pa.Table]:
         self._kept = self._earlier()
-        after = _mark(self._kept, "after")
-        if _mark(self._kept, "whole"):
+        after = _metadata(self._kept, "after")
+        if _metadata(self._kept, "whole"):
             return self._kept
         waiting, since = [], time.monotonic()
         try:
@@ -153,19 +155,19 @@ class SampleListing:
         self._keep(waiting, whole="yes")
         return self._kept
 
-    def _keep(self, batches: Sequence[pa.RecordBatch], **marks: str) -> None:
+    def _keep(self, batches: Sequence[pa.RecordBatch], **metadata: str) -> None:
         path = self.build_folder.folder / self._name / f"{len(self._kept):06d}.run"
-        self._kept.append(write_run(batches, BY, LISTING, path, **marks))
+        self._kept.append(write_run(batches, BY, LISTING, path, **metadata))
 
     def _earlier(self) -> list[pa.Table]:
-        """The longest listing that another build has left and that can be gone on with, copied into this build's."""
+        """Return the longest resumable listing that another build has left, copied into this build's folder."""
         found: dict[Path, list[Path]] = {}
         for path in self.build_folder.left(f"{self._name}/*.run"):
             found.setdefault(path.parent, []).append(path)
         for runs in sorted(found.values(), key=len, reverse=True):
             with suppress(FileNotFoundError):  # its build has just ended
                 tables = [open_run(path) for path in runs]
-                if _mark(tables, "after") or _mark(tables, "whole"):
+                if _metadata(tables, "after") or _metadata(tables, "whole"):
                     self._copy(runs)
                     return tables
         return []
@@ -177,7 +179,7 @@ class SampleListing:
             shutil.copyfile(path, own / path.name)
 
 
-def _mark(runs: Sequence[pa.Table], name: str) -> str:
+def _metadata(runs: Sequence[pa.Table], name: str) -> str:
     metadata = (runs[-1].schema.metadata or {}) if runs else {}
     return metadata.get(name.encode(), b"").decode()
 
@@ -186,14 +188,14 @@ def _listed(chunk: SampleChunk) -> pa.RecordBatch:
     texts = [digest("\x1f".join(each)).hex() for each in chunk.captions]
     columns = {
         "key": chunk.keys, "size": chunk.sizes, "version": chunk.versions, "caption_version": texts,
-        "place": chunk.positions, "texts": chunk.captions, "width": chunk.widths, "height": chunk.heights,
+        "position": chunk.positions, "texts": chunk.captions, "width": chunk.widths, "height": chunk.heights,
         "problem": chunk.problems,
     }  # fmt: skip
     return pa.RecordBatch.from_pydict(columns, schema=LISTING)
 
 
-def _marked(listed: pa.Table) -> Iterator[pa.RecordBatch]:
-    """The samples, with a problem for those whose name has come before."""
+def _with_repeats(listed: pa.Table) -> Iterator[pa.RecordBatch]:
+    """Yield the samples, with a problem for those whose name has come before."""
     last = pa.scalar(None, pa.large_string())
     for batch in listed.to_batches(max_chunksize=CHUNK):
         keys = batch["key"]

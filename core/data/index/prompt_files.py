@@ -33,8 +33,8 @@ class Chunk:
     """Some prompts, in columns of one length.
 
     Attributes:
-        keys: Names that stay as long as the prompt stays at its place.
-        texts: As they stand there; None where there is none.
+        keys: Names that stay the same as long as the prompt keeps its position.
+        texts: The texts as written; None where there is none.
         problems: Why a text could not be read; empty where it could.
     """
 
@@ -44,19 +44,19 @@ class Chunk:
 
 
 class PromptSource(Protocol):
-    """Where the prompts of one dataset come from."""
+    """The source of one dataset's prompts."""
 
     def identity(self) -> str:
-        """A text that changes whenever the prompts may have."""
+        """Return a text that changes whenever the prompts may have changed."""
         ...
 
     def chunks(self) -> Iterator[Chunk]:
-        """All prompts in order. Raises BadValue."""
+        """Yield all prompts in order. Raises BadValue."""
         ...
 
 
 def open_source(backend: DataBackend, settings: DatasetSettings, *, workers: int = 1) -> PromptSource:
-    """The prompts of a dataset: of its samples, of its one file, or of the .txt files of its folder."""
+    """Open the prompts of a dataset: of its samples, its one file, or the .txt files of its folder."""
     if isinstance(backend, SampleBackend):
         return SampleCaptions(backend)
     if backend.prompts_key is not None:
@@ -75,17 +75,17 @@ def _version(entries: Sequence[Entry], *more: object) -> str:
 
 
 class SampleCaptions:
-    """The captions of a backend that knows its samples: a prompt for each text."""
+    """The captions of a backend of samples, with a prompt for each text."""
 
     def __init__(self, backend: SampleBackend) -> None:
         self.backend = backend
 
     def identity(self) -> str:
-        """What the backend says of its samples."""
+        """Return the backend's own identity of its samples."""
         return self.backend.identity()
 
     def chunks(self) -> Iterator[Chunk]:
-        """Keys are the samples' names, with a number where a sample has several texts."""
+        """Yield all prompts; keys are the samples' names, with a number where a sample has several texts."""
         for samples in self.backend.samples(images=False):
             rows = [
                 row
@@ -109,10 +109,11 @@ def _texts(key: str, texts: Sequence[str], problem: str) -> list[tuple[str, str 
 
 
 class FolderSource:
-    """All .txt files of a backend, recursively: a prompt per line, or per file. What is no UTF-8 is set aside.
+    """All .txt files of a backend, recursively, with a prompt per line or per file. Files that are not UTF-8 are
+    quarantined.
 
     Args:
-        backend: Where they are.
+        backend: Holds the files.
         whole_files: Whether the lines of a file make one prompt.
         workers: Threads that read files.
     """
@@ -127,11 +128,11 @@ class FolderSource:
         return self._entries
 
     def identity(self) -> str:
-        """Names, sizes and versions of the files."""
+        """Return a hash of the names, sizes and versions of the files."""
         return _version(self._files(), self.whole_files)
 
     def chunks(self) -> Iterator[Chunk]:
-        """Keys are ``a/b.txt:3``, or ``a/b.txt`` where files are prompts."""
+        """Yield all prompts; keys are ``a/b.txt:3``, or ``a/b.txt`` where whole files are prompts."""
         files = self._files()
         if not files:
             folder, file = self.backend.place_keys
@@ -165,10 +166,10 @@ Numbered = tuple[Sequence[int], Sequence[list[str]]]
 
 
 class FileSource:
-    """One file of a backend.
+    """The prompts of one file of a backend.
 
     Args:
-        backend: Where it is.
+        backend: Holds the file.
         key: Its key.
         columns: The columns of a table that hold prompts, and those that do where these are empty; none for the usual.
     """
@@ -179,12 +180,12 @@ class FileSource:
         self.file = TableFile(backend.place_keys[1], backend.location, lambda: backend.open(key))
 
     def identity(self) -> str:
-        """Name, size and version of the file."""
+        """Return a hash of the name, size and version of the file."""
         with self.file.reading(""):
             return _version([self.backend.entry(self.key)], self.columns)
 
     def chunks(self) -> Iterator[Chunk]:
-        """Keys are line or row numbers, counted from 1."""
+        """Yield all prompts; keys are line or row numbers, counted from 1."""
         if self.suffix not in (*READERS, *TABLES):
             problem = f"has the suffix {self.suffix!r}; {', '.join((*READERS, *TABLES))} are read"
             raise self.file.bad(problem, "write one prompt per line into a .txt file")
@@ -239,7 +240,7 @@ def _read_json(file: TableFile) -> Iterator[Numbered]:
 
 
 READERS: dict[str, Callable[[TableFile], Iterator[Numbered]]] = {".txt": _read_lines, ".json": _read_json}
-"""What is no table, by suffix."""
+"""Readers of files that are not tables, by suffix."""
 _REMEDIES = {
     ".txt": "write one prompt per line, as UTF-8",
     ".json": 'write a list, as ["a cat", "a dog"], or an object {"name": "a cat"}; a list of objects goes into .jsonl',

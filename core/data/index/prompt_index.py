@@ -1,4 +1,4 @@
-"""The index of prompts without images: the same table as that of images, all of one square size."""
+"""The index of prompts without images: the same table as for images, all of one square size."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from .prompt_files import Chunk, PromptSource
 
 
 class PromptIndexBuilder:
-    """Brings the index of a dataset of prompts up to date.
+    """The builder that brings the index of a dataset of prompts up to date.
 
     Args:
         dataset: Id of the dataset.
-        source: Where the prompts come from.
-        rules: How captions are made of them.
+        source: Yields the prompts.
+        rules: Turn prompts into captions.
         edge: Width and height in pixels that every prompt is for.
     """
 
@@ -54,7 +54,7 @@ class PromptIndexBuilder:
             "size": [0] * size,
             "version": [""] * size,
             "caption_version": [""] * size,
-            "place": [""] * size,
+            "position": [""] * size,
             "width": [self.edge] * size,
             "height": [self.edge] * size,
             "draw": [int.from_bytes(name[:8], "little") for name in names],

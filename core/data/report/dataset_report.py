@@ -46,7 +46,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class DatasetReport:
-    """What was written for one dataset.
+    """The report that was written for one dataset.
 
     Attributes:
         id: The dataset's.
@@ -62,7 +62,8 @@ class DatasetReport:
 
 
 def write_reports(datasets: Sequence[tuple[Dataset, int]], folder: Path) -> list[DatasetReport]:
-    """A folder for each dataset below `folder`: ``report.md``, ``report.json``, ``report.png``, ``contact-sheet.png``.
+    """Write ``report.md``, ``report.json``, ``report.png`` and ``contact-sheet.png`` of each dataset into a folder
+    below `folder`.
 
     What has been written for the same index, settings and batch stands, and is not returned.
 
@@ -79,7 +80,7 @@ def write_reports(datasets: Sequence[tuple[Dataset, int]], folder: Path) -> list
 
 
 def write_report(dataset: Dataset, folder: Path, *, global_batch: int, heaviest: float) -> DatasetReport:
-    """The report of one dataset; figures come from the index, and only the contact sheet's images are read."""
+    """Write the report of one dataset; figures come from the index, and only the contact sheet's images are read."""
     figures = statistics_of(dataset, global_batch=global_batch, heaviest=heaviest)
     samples = list(_samples(dataset))
     images = {"charts": draw_charts(figures)}
@@ -118,7 +119,7 @@ def _is_written(folder: Path, made_from: str) -> bool:
 
 
 def _samples(dataset: Dataset) -> Iterator[Sample]:
-    """Some samples, the same ones for the same data."""
+    """Yield some samples, the same ones for the same data."""
     count = min(SHEET_SAMPLES, len(dataset.rows))
     positions = np.sort(permute(np.arange(count), len(dataset.rows), derive_seed(0, "contact_sheet")))
     rows = dataset.rows[positions]
@@ -153,7 +154,7 @@ def _thumbnail(image: Image) -> Image:
 
 
 def contact_sheet(samples: Sequence[Sample], *, title: str) -> Image:
-    """Images with their first captions below them."""
+    """Draw images with their first captions below them."""
     from PIL import Image, ImageDraw
 
     text, head = font(12), 44
@@ -211,7 +212,7 @@ def _panel(histogram: Histogram, title: str, axis: str, counted: str) -> Panel:
 
 
 def markdown(figures: DatasetStatistics, captions: Sequence[str], images: Sequence[str]) -> str:
-    """The page."""
+    """Return the page ``report.md``."""
     parts = [f"# {_cell(figures.title)}", _table(["", ""], _facts(figures))]
     parts += [f"![{name}]({_file(name)})" for name in images]
     spreads = {"width, pixels": figures.width, "height, pixels": figures.height, "megapixels": figures.megapixels,
@@ -273,7 +274,7 @@ def _listed(lines: Sequence[str], where: str) -> str:
 
 
 def _cell(text: str) -> str:
-    """Text that Markdown takes as it is."""
+    """Escape a text for Markdown."""
     for letter in "\\`*_|<[":
         text = text.replace(letter, f"\\{letter}")
     return text

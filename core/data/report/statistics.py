@@ -31,7 +31,7 @@ NAMED = 1000
 
 @dataclass(frozen=True)
 class Spread:
-    """Lowest, middle and highest of some numbers."""
+    """The lowest, the median and the highest of some numbers."""
 
     lowest: float
     median: float
@@ -39,20 +39,20 @@ class Spread:
 
     @classmethod
     def of(cls, values: NDArray[np.integer] | NDArray[np.floating]) -> Spread:
-        """Of a column that is not empty, shape (n,)."""
+        """Measure a column that is not empty, shape (n,)."""
         return cls(float(values.min()), float(np.median(values)), float(values.max()))
 
 
 @dataclass(frozen=True)
 class Histogram:
-    """Counts by bin; bins that are empty at both ends are left out."""
+    """Counts by bin; empty bins at both ends are left out."""
 
     labels: list[str]
     counts: list[int]
 
     @classmethod
     def of(cls, bins: Int64s, labels: Sequence[str]) -> Histogram:
-        """Of bin numbers, shape (n,)."""
+        """Count bin numbers, shape (n,)."""
         counts = np.bincount(bins, minlength=len(labels))
         filled = np.flatnonzero(counts)
         inside = slice(int(filled[0]), int(filled[-1]) + 1) if len(filled) else slice(0)
@@ -61,7 +61,7 @@ class Histogram:
 
 @dataclass(frozen=True)
 class Bucket:
-    """How one bucket fills batches.
+    """The way in which one bucket fills batches.
 
     Attributes:
         width: In pixels.
@@ -82,7 +82,7 @@ class Bucket:
 
 @dataclass(frozen=True)
 class DatasetStatistics:
-    """What a dataset's report shows.
+    """The figures that a dataset's report shows.
 
     Attributes:
         id: The dataset's.
@@ -134,12 +134,12 @@ class DatasetStatistics:
 
     @property
     def title(self) -> str:
-        """One line on it."""
+        """The headline of the report."""
         return f"{self.id}: {self.used:,} of {self.found:,} {self.noun}s used"
 
 
 def statistics_of(dataset: Dataset, *, global_batch: int, heaviest: float) -> DatasetStatistics:
-    """The figures of a dataset in which something is used.
+    """Compute the figures of a dataset of which at least one sample is used.
 
     Args:
         dataset: With its index.
@@ -163,7 +163,7 @@ def statistics_of(dataset: Dataset, *, global_batch: int, heaviest: float) -> Da
 
 
 def _shapes(dataset: Dataset) -> dict[str, Any]:
-    """Sizes and shapes of the used images."""
+    """Compute sizes and shapes of the used images."""
     width, height = dataset.index.width[dataset.rows], dataset.index.height[dataset.rows]
     megapixels = width.astype(np.float32) * height / np.float32(MEGAPIXEL)
     exponents = np.clip(np.floor(np.log2(megapixels)), -11, 7).astype(np.int64) + 11
@@ -188,8 +188,8 @@ def _power(exponent: int) -> str:
 
 def _word_labels() -> list[str]:
     ends = [*(WORD_EDGES[1:] - 1), 0]
-    pairs = zip(WORD_EDGES, ends, strict=True)
-    return ["none", *(f"{a}+" if not b else str(a) if a == b else f"{a}-{b}" for a, b in pairs)]
+    edges = zip(WORD_EDGES, ends, strict=True)
+    return ["none", *(f"{a}+" if not b else str(a) if a == b else f"{a}-{b}" for a, b in edges)]
 
 
 def _buckets(dataset: Dataset, global_batch: int, heaviest: float) -> list[Bucket]:
@@ -202,7 +202,7 @@ def _buckets(dataset: Dataset, global_batch: int, heaviest: float) -> list[Bucke
 
 
 def _words(dataset: Dataset) -> NDArray[np.int32]:
-    """Words of each caption of the used samples: captions have one blank between words."""
+    """Count the words of each caption of the used samples; captions have one blank between words."""
     index = dataset.index
     used = np.zeros(len(index), np.bool_)
     used[dataset.rows] = True

@@ -1,4 +1,4 @@
-"""What the data path found and made, for people."""
+"""A summary for people of what the data pipeline found and made."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ NAMED = 5
 
 @dataclass
 class DataReport:
-    """Result of :meth:`DataPipeline.prepare`.
+    """The result of :meth:`DataPipeline.prepare`.
 
     Attributes:
         datasets: Counts by dataset id.
         captions_encoded: Captions that went through the text encoders now.
         images_encoded: Images that went through the autoencoder now.
-        trajectories_made: Paths that the teacher made now.
+        trajectories_made: Trajectories that the teacher made now.
         damaged_shards: Cache files that failed their check and were made anew.
         seconds: How long all of it took.
         images: Whether latents were asked for.
@@ -37,12 +37,12 @@ class DataReport:
 
     @property
     def num_samples(self) -> int:
-        """Images or prompts in use over all datasets."""
+        """The number of images or prompts in use over all datasets."""
         return sum(counts.used for counts in self.datasets.values())
 
     @property
     def quarantined(self) -> dict[str, str]:
-        """Broken files, dataset id and key -> reason."""
+        """The broken files of all datasets: dataset id and key -> reason."""
         return {
             f"{name}/{key}": reason
             for name, counts in self.datasets.items()
@@ -50,7 +50,7 @@ class DataReport:
         }
 
     def lines(self) -> list[str]:
-        """What to print."""
+        """Return the lines to print."""
         lines = [line for name, counts in self.datasets.items() for line in describe(name, counts)]
         latents = f" and {self.images_encoded:,} images" if self.images else ""
         made = f"{self.captions_encoded:,} captions{latents} encoded"
@@ -69,12 +69,12 @@ class DataReport:
 
 
 def named_with_reasons(broken: Mapping[str, str]) -> list[str]:
-    """A line for each broken file, whatever its name, sorted."""
+    """Return a line for each broken file, whatever its name, sorted."""
     return [f"{printable(key)}: {printable(why)}" for key, why in sorted(broken.items())]
 
 
 def describe(name: str, counts: Counts) -> list[str]:
-    """Lines on one dataset: what is used, in which buckets, what was left out and what is broken."""
+    """Return lines on one dataset: what is used, in which buckets, what was left out and what is broken."""
     buckets = sorted(counts.buckets.items(), key=lambda item: -item[1])
     shown = ", ".join(f"{width}x{height}: {number:,}" for (width, height), number in buckets[:6])
     more = f" and {len(buckets) - 6} more" if len(buckets) > 6 else ""

@@ -1,4 +1,4 @@
-"""From an image's file name or caption file to the captions it is trained with."""
+"""Captions of an image, from its file name, its caption file or the texts that come with it."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ SUBSTITUTION = re.compile(r"s/((?:[^/\\]|\\.)+)/((?:[^/\\]|\\.)*)/")
 
 
 def caption_key(key: str) -> str:
-    """Key of the caption file beside an image: ``a/b.jpg`` -> ``a/b.txt``."""
+    """Return the key of the caption file beside an image: ``a/b.jpg`` -> ``a/b.txt``."""
     return str(PurePosixPath(key).with_suffix(".txt"))
 
 
 def read_text(data: bytes, *, what: str = "its caption file") -> str:
-    """A caption file's text: UTF-8, or UTF-16 with its mark. Raises ValueError that begins with `what`."""
+    """Decode a caption file: UTF-8, or UTF-16 with its byte order mark. Raises ValueError that begins with `what`."""
     utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
         text = data.decode("utf-16" if utf16 else "utf-8-sig")
@@ -41,7 +41,7 @@ def read_text(data: bytes, *, what: str = "its caption file") -> str:
 
 
 def read_caption(stream: BinaryIO) -> str:
-    """A caption file's text. Raises ValueError when it is none, or too long to be one."""
+    """Read a caption file. Raises ValueError when it is no text, or too long."""
     data = stream.read(MAX_CAPTION_BYTES + 1)
     if len(data) > MAX_CAPTION_BYTES:
         raise ValueError(f"its caption file has more than {MAX_CAPTION_BYTES // 2**20} MiB")
@@ -49,7 +49,7 @@ def read_caption(stream: BinaryIO) -> str:
 
 
 class CaptionRules:
-    """How one dataset makes captions.
+    """The rules by which one dataset makes captions.
 
     A filter is a text that is cut out, or ``s/PATTERN/REPLACEMENT/`` with a regular expression.
     """
@@ -69,11 +69,11 @@ class CaptionRules:
 
     @property
     def reads_files(self) -> bool:
-        """Whether captions stand in files beside the images."""
+        """True if captions stand in files beside the images."""
         return self.settings.caption_strategy == "textfile" and not self.settings.only_instance_prompt
 
     def identity(self) -> str:
-        """Text that changes whenever captions would."""
+        """Return a text that changes whenever the captions would."""
         settings = self.settings
         parts = [settings.caption_strategy, settings.instance_prompt, settings.prepend_instance_prompt,
                  settings.only_instance_prompt, settings.disable_multiline_split, settings.caption_shuffle,
@@ -94,7 +94,7 @@ class CaptionRules:
         return [_compile_filter(settings.id, line) for line in given if line.strip()]
 
     def captions(self, key: str, text: str | None) -> list[str]:
-        """All captions of an image; empty when it has none.
+        """Return all captions of an image; empty when it has none.
 
         Args:
             key: The image's key.
@@ -110,13 +110,13 @@ class CaptionRules:
         return self._variants_of(found)
 
     def of_sample(self, key: str, texts: Sequence[str]) -> list[str]:
-        """All captions of an image that comes with its texts; empty when it has none."""
+        """Return all captions of an image that comes with its texts; empty when it has none."""
         if self.settings.only_instance_prompt or self.settings.caption_strategy in ("instanceprompt", "filename"):
             return self.captions(key, None)
         return self._variants_of([line for text in texts for line in self._split(text)])
 
     def of_prompt(self, text: str) -> list[str]:
-        """The captions of a prompt that has no image; empty when nothing is left of it."""
+        """Return the captions of a prompt that has no image; empty when nothing is left of it."""
         settings = self.settings
         return self._variants_of([settings.instance_prompt or "" if settings.only_instance_prompt else _one_line(text)])
 

@@ -1,4 +1,4 @@
-"""From the size of an image to its bucket, scaling and crop: pure functions over whole columns.
+"""Bucket, scaling and crop from the size of an image: pure functions over whole columns.
 
 An image of (w, h) is scaled to (resized_w, resized_h), which covers its bucket, and the bucket is cut out of it at
 (left, top). Without cropping the bucket has the image's own aspect ratio, and what is cut off is the few pixels that
@@ -39,7 +39,7 @@ REASONS = (
 
 @dataclass(frozen=True)
 class Plan:
-    """What happens to each image, in pixels, columns of shape (n,)."""
+    """The bucket, scaling and crop of each image, in pixels; columns of shape (n,)."""
 
     bucket_w: Int64s
     bucket_h: Int64s
@@ -49,7 +49,7 @@ class Plan:
     top: Int64s
 
     def columns(self) -> list[Int64s]:
-        """Everything that decides the pixels."""
+        """Return all columns that decide the pixels."""
         return [self.bucket_w, self.bucket_h, self.resized_w, self.resized_h, self.left, self.top]
 
 
@@ -96,14 +96,14 @@ class Geometry:
         return np.maximum(np.rint(edge / self.alignment), 1).astype(np.int64) * self.alignment
 
     def _relative_size(self, width: Int64s, height: Int64s, size: float) -> NDArray[np.float64]:
-        """Edge of the image divided by the edge that `size` (in the dataset's unit) stands for."""
+        """Divide the edge of the image by the edge that `size` (in the dataset's unit) stands for."""
         edge, area = self.settings.edge_and_area(size)
         if edge is not None:
             return np.minimum(width, height) / edge
         return np.sqrt(width * height / ((area or 0.0) * MEGAPIXEL))
 
     def _scale(self, width: Int64s, height: Int64s, cover: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Scale before cropping: to the bucket, or, with a maximum size, only as far down as that asks for."""
+        """Return the scale before cropping: to the bucket, or, with a maximum size, only as far down as needed."""
         settings = self.settings
         if not settings.crop or settings.maximum_image_size is None:
             return cover
@@ -119,7 +119,7 @@ class Geometry:
         return slack // 2 if style == "center" else np.zeros_like(slack)
 
     def plan(self, width: Integers, height: Integers, draw: UInt64s) -> Plan:
-        """What happens to images of these sizes, columns of shape (n,); `draw` decides for good what is random."""
+        """Plan images of these sizes, columns of shape (n,); `draw` decides all random choices for good."""
         width, height = width.astype(np.int64), height.astype(np.int64)
         bucket_w, bucket_h = self._buckets(self._aspects(width, height, draw))
         scale = self._scale(width, height, np.maximum(bucket_w / width, bucket_h / height))
@@ -130,12 +130,12 @@ class Geometry:
         return Plan(bucket_w, bucket_h, resized_w, resized_h, left, top)
 
     def square(self) -> int:
-        """Edge in pixels of the bucket of square images."""
+        """Return the edge in pixels of the bucket of square images."""
         one = np.ones(1, np.int64)
         return int(self.plan(one, one, np.zeros(1, np.uint64)).bucket_w[0])
 
     def filter(self, width: Integers, height: Integers, plan: Plan) -> NDArray[np.int8]:
-        """0 for images to keep, else the place in :data:`REASONS` of why not."""
+        """Return 0 for images to keep, else the position in :data:`REASONS` of the reason; shape (n,)."""
         settings, aspect = self.settings, width / height
         width, height = width.astype(np.int64), height.astype(np.int64)
         codes = np.zeros(len(width), dtype=np.int8)
@@ -153,5 +153,5 @@ class Geometry:
 
 
 def flipped_left(plan: Plan) -> Int64s:
-    """The left edge of the crop in the mirrored image, counted on the *resized* image."""
+    """Return the left edge of the crop in the mirrored image, in pixels of the *resized* image."""
     return plan.resized_w - plan.bucket_w - plan.left

@@ -1,7 +1,7 @@
-"""Images of any mode, upright, as RGB on white, scaled and cropped; files that are none are refused with a reason.
+"""Decoding of images of any mode: upright, RGB on white, scaled and cropped; other files are refused with a reason.
 
-What a file says of itself is not believed: its header is asked for the number of pixels before anything is decoded, and
-all threads together decode no more than :data:`MAX_PIXELS` at a time.
+Files are not trusted: the header's number of pixels is checked before anything is decoded, and all threads together
+decode no more than :data:`MAX_PIXELS` at a time.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ SUFFIXES = (
     "jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff", "avif", "ppm", "pgm", "jp2", "heic",
     "heif", "jxl",
 )  # fmt: skip
-"""Endings of files that are taken for images, lower case; those that cannot be read are named in the report."""
+"""Suffixes of files that are taken for images, lower case; those that cannot be read are named in the report."""
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF", "PPM", "JPEG2000")
-"""What is read, whatever a file is called. Pillow's other readers are kept away: that of EPS starts a program."""
+"""Formats that are read, whatever a file is called. Pillow's other readers are off: that of EPS starts a program."""
 PIXELS_VERSION = 1
 """Raised whenever this module gives other pixels for the same file, so that latent caches follow."""
 MAX_PIXELS = 128_000_000
@@ -58,21 +58,21 @@ BEGINNINGS = (
     (0, b"\xff\xd8\xff", "JPEG"), (0, b"\x89PNG", "PNG"), (0, b"GIF8", "GIF"), (8, b"WEBP", "WebP"),
     (0, b"II*\0", "TIFF"), (0, b"MM\0*", "TIFF"), (4, b"ftypavi", "AVIF"), (4, b"jP  ", "JPEG 2000"), (0, b"BM", "BMP"),
 )  # fmt: skip
-"""Place, bytes there, format."""
+"""Offset in the file, bytes at it, format."""
 UNREAD = (
     (4, b"ftyphe", "HEIC"), (4, b"ftypmif1", "HEIC"), (0, b"\xff\x0a", "JPEG XL"), (4, b"JXL ", "JPEG XL"),
     (0, b"%PDF", "PDF"), (0, b"<svg", "SVG"), (0, b"<!DOCTYPE", "a web page"), (0, b"<html", "a web page"),
     (0, b"%!PS", "PostScript"), (0, b"PK\3\4", "an archive"), (0, b"version https://git-lfs", "a Git LFS pointer"),
 )  # fmt: skip
-"""The same of what there is no reader for."""
+"""The same for formats that have no reader."""
 
 
 class BrokenImage(Exception):
-    """A file that is no readable image; the text says why."""
+    """A file that is not a readable image; the text says why."""
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation (1 when there is none, or when the EXIF block itself is damaged: the pixels are still good)."""
+    """Return the EXIF orientation, 1 if there is none or the EXIF block is damaged (the pixels are still good)."""
     try:
         value = image.getexif().get(ORIENTATION, 1)
     except DECODE_ERRORS:
@@ -82,7 +82,7 @@ def _orientation(image: Image.Image) -> int:
 
 @contextmanager
 def _opened(stream: BinaryIO) -> Iterator[Image.Image]:
-    """The image of a stream, not yet decoded, its size believable. Raises BrokenImage, also for errors inside."""
+    """Open an image without decoding it, and check its size. Raises BrokenImage, also for errors in the block."""
     try:
         with Image.open(stream, formats=FORMATS) as image:
             _check_size(image)
@@ -117,7 +117,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _unidentified(stream: BinaryIO) -> str:
-    """What to say of bytes that no reader takes, by how they begin."""
+    """Describe bytes that no reader takes by how they begin."""
     stream.seek(0)
     head = stream.read(64)
     if not head:
@@ -132,14 +132,14 @@ def _unidentified(stream: BinaryIO) -> str:
 
 
 def probe(stream: BinaryIO) -> tuple[int, int]:
-    """Width and height of an image when upright, from its header alone. Raises BrokenImage."""
+    """Return width and height in pixels of the upright image, from its header alone. Raises BrokenImage."""
     with _opened(stream) as image:
         width, height = image.size
         return (height, width) if _orientation(image) >= 5 else (width, height)
 
 
 def read_file(stream: BinaryIO) -> bytes:
-    """All bytes of an image's file. Raises BrokenImage when they are too many."""
+    """Read all bytes of an image's file. Raises BrokenImage when they are too many."""
     data = stream.read(MAX_FILE_BYTES + 1)
     if len(data) > MAX_FILE_BYTES:
         raise BrokenImage(too_many_bytes())
@@ -147,12 +147,12 @@ def read_file(stream: BinaryIO) -> bytes:
 
 
 def too_many_bytes() -> str:
-    """Why a file is not read."""
+    """Return why a large file is not read."""
     return f"files of more than {MAX_FILE_BYTES // 2**20} MiB are not read"
 
 
 def decode(data: bytes) -> Image.Image:
-    """The first frame of an image, upright, in RGB whatever its mode, transparency on white. Raises BrokenImage."""
+    """Decode the first frame of an image to upright RGB, with transparency on white. Raises BrokenImage."""
     with _opened(io.BytesIO(data)) as image:
         image.load()
         transpose = TRANSPOSES.get(_orientation(image))
@@ -161,14 +161,14 @@ def decode(data: bytes) -> Image.Image:
 
 
 class _Budget:
-    """So many pixels at a time over all threads."""
+    """A limit on the pixels that all threads together hold at a time."""
 
     def __init__(self, pixels: int) -> None:
         self._free, self._changed = pixels, threading.Condition()
 
     @contextmanager
     def of(self, pixels: int) -> Iterator[None]:
-        """Waits until `pixels`, never more than all, are free."""
+        """Wait until `pixels`, never more than the limit, are free, and hold them inside the block."""
         with self._changed:
             self._changed.wait_for(lambda: self._free >= pixels)
             self._free -= pixels
@@ -185,14 +185,14 @@ _budget = _Budget(MAX_PIXELS)
 
 @contextmanager
 def decoded(data: bytes) -> Iterator[Image.Image]:
-    """:func:`decode` for as long as its result is needed: waits while other threads hold too many pixels."""
+    """Yield the result of :func:`decode`, once other threads hold few enough pixels."""
     width, height = probe(io.BytesIO(data))
     with _budget.of(width * height):
         yield decode(data)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode to 8-bit sRGB."""
+    """Convert any mode to 8-bit sRGB."""
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         return Image.fromarray(_to_8_bit(image)).convert("RGB")
     if image.has_transparency_data:
@@ -201,7 +201,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _bands(width: int, height: int) -> Iterator[tuple[int, int]]:
-    """Rows [top, bottom) that have :data:`BAND_PIXELS` or so."""
+    """Yield ranges of rows [top, bottom) of about :data:`BAND_PIXELS` pixels."""
     rows = max(1, BAND_PIXELS // width)
     for top in range(0, height, rows):
         yield top, min(top + rows, height)
@@ -217,7 +217,7 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _to_8_bit(image: Image.Image) -> NDArray[np.uint8]:
-    """Grey levels of 16 or 32 bits, or floats, as 8 bits: by the range of the type, not of the image."""
+    """Convert grey levels of 16 or 32 bits, or floats, to 8 bits by the range of the type, not of the image."""
     levels = np.asarray(image)
     if image.mode == "F":
         highest = levels.max(initial=0, where=np.isfinite(levels))
@@ -232,7 +232,7 @@ def _to_8_bit(image: Image.Image) -> NDArray[np.uint8]:
 
 
 def _to_srgb(image: Image.Image) -> Image.Image:
-    """Through the embedded colour profile where it says something else than sRGB."""
+    """Apply the embedded colour profile unless it is sRGB."""
     profile = image.info.get("icc_profile")
     if image.mode in ("RGB", "CMYK") and profile and b"sRGB" not in profile:
         try:
@@ -248,7 +248,7 @@ def _to_srgb(image: Image.Image) -> Image.Image:
 def scale_and_crop(
     image: Image.Image, *, size: tuple[int, int], left: int, top: int, bucket: tuple[int, int], flip: bool = False
 ) -> NDArray[np.uint8]:
-    """The image scaled to `size` and cut to `bucket`, both (width, height), perhaps mirrored; shape (H, W, 3)."""
+    """Scale the image to `size` and cut it to `bucket`, both (width, height), perhaps mirrored; shape (H, W, 3)."""
     box = (left, top, left + bucket[0], top + bucket[1])
     if image.size == size:
         cropped = image.crop(box)
@@ -262,7 +262,7 @@ def scale_and_crop(
 
 
 def fit(image: Image.Image, width: int, height: int) -> NDArray[np.uint8]:
-    """The image scaled to cover width x height and cropped in the middle, shape (H, W, 3)."""
+    """Scale the image to cover width x height and crop it in the middle, shape (H, W, 3)."""
     scale = max(width / image.width, height / image.height)
     size = max(width, round(image.width * scale)), max(height, round(image.height * scale))
     left, top = (size[0] - width) // 2, (size[1] - height) // 2
@@ -270,6 +270,6 @@ def fit(image: Image.Image, width: int, height: int) -> NDArray[np.uint8]:
 
 
 def why_unread(error: object, key: str) -> str:
-    """What an image that could not be read is set aside for: the error's own words, unless they are its name alone."""
+    """Return why an image could not be read: the error's own words, unless they are its name alone."""
     words = (error.strerror if isinstance(error, OSError) else None) or str(error)
     return "it is not there" if words in ("", key) else words

@@ -1,4 +1,4 @@
-"""Columns of a table: found by name or by what they are usually called, dotted into what is nested, and their texts."""
+"""Columns of a table: found by name or by their usual names, with dots into nested ones, and their texts."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ class Columns:
     """The columns that a table has.
 
     Attributes:
-        names: As they are written; what is nested in one is reached with dots (``json.caption``).
-        where: The table, for messages.
+        names: As they are written; nested columns are reached with dots (``json.caption``).
+        where: Name of the table, for messages.
     """
 
     names: Sequence[str]
     where: str
 
     def has(self, name: str) -> bool:
-        """Whether the column is there."""
+        """Return whether the column is there."""
         return name in self.names
 
     def usual(self, names: Sequence[str]) -> str | None:
-        """The first of `names` that is there, whatever the case of its letters."""
+        """Return the first of `names` that is there, whatever the case of its letters; None if none is."""
         folded = {name.lower(): name for name in reversed(self.names)}
         return next((name if self.has(name) else folded[name] for name in names if name in folded), None)
 
     def wanted(self, key: str, given: Sequence[str]) -> list[str]:
-        """The columns that the entry's `key` names.
+        """Return the columns that the entry's `key` names.
 
         Raises:
             BadValue: One is not there; with the columns that there are.
@@ -54,7 +54,7 @@ class Columns:
         return list(given)
 
     def required(self, key: str, given: Sequence[str], usual: Sequence[str]) -> list[str]:
-        """The columns that `key` names, or the first usual one. Raises BadValue where there is none."""
+        """Return the columns that `key` names, or the first usual one. Raises BadValue where there is none."""
         if given:
             return self.wanted(key, given)
         found = self.usual(usual)
@@ -63,7 +63,7 @@ class Columns:
         return [found]
 
     def missing(self, key: str, value: object, names: Sequence[str]) -> BadValue:
-        """The error that none of `names` is there."""
+        """Make the error that none of `names` is there."""
         close = next((match for name in names if (match := nearest(name, self.names))), None)
         there = ", ".join(map(repr, self.names[:MAX_LISTED])) or "none"
         more = f" and {len(self.names) - MAX_LISTED} more" if len(self.names) > MAX_LISTED else ""
@@ -73,7 +73,7 @@ class Columns:
 
 
 def names_in(value: object, prefix: str = "") -> list[str]:
-    """The names of what is in a nested value, dotted: ``{"json": {"caption": ...}}`` has json and json.caption."""
+    """List the dotted names inside a nested value: ``{"json": {"caption": ...}}`` has json and json.caption."""
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
         value = next((item for item in value if isinstance(item, Mapping)), None)
     if not isinstance(value, Mapping):
@@ -85,7 +85,7 @@ def names_in(value: object, prefix: str = "") -> list[str]:
 
 
 def value_of(row: Row, name: str) -> Any:
-    """What stands in a column: of that very name, or reached by its dots; of a list, what each element has there."""
+    """Return the value of a column, by its own name or by its dots; for a list, the value inside each element."""
     return row[name] if name in row else _inside(row, name.split("."))
 
 
@@ -100,7 +100,7 @@ def _inside(value: Any, path: Sequence[str]) -> Any:
 
 
 def texts_of(value: object) -> list[str]:
-    """The texts of a cell: of a text, of a list of texts, of nothing. Raises ValueError when it is something else."""
+    """Return the texts of a cell that holds a text, a list of texts or nothing. Raises ValueError for anything else."""
     if value is None:
         return []
     if isinstance(value, str):
@@ -112,7 +112,7 @@ def texts_of(value: object) -> list[str]:
 
 
 def edge_of(value: Any) -> int:
-    """Pixels of a cell, 0 where there is no such number."""
+    """Return a cell's edge length in pixels, 0 where it holds no such number."""
     try:
         number = float(value or 0)
     except (TypeError, ValueError):
@@ -122,11 +122,11 @@ def edge_of(value: Any) -> int:
 
 @dataclass(frozen=True)
 class CaptionColumns:
-    """Where the captions of a row stand.
+    """The columns that hold the captions of a row.
 
     Attributes:
         main: Columns whose texts are all captions of the sample.
-        fallback: Columns that are asked when those are empty.
+        fallback: Columns that are used when those are empty.
     """
 
     main: Sequence[str]
@@ -134,7 +134,7 @@ class CaptionColumns:
 
     @classmethod
     def of(cls, columns: Columns, main: Sequence[str], fallback: Sequence[str]) -> CaptionColumns:
-        """As the entry's keys say, or the usual one. Raises BadValue."""
+        """Choose the columns that the entry's keys name, else the usual one. Raises BadValue."""
         return cls(
             columns.required("caption_column", main, CAPTIONS),
             columns.wanted("fallback_caption_column", fallback),
@@ -142,11 +142,11 @@ class CaptionColumns:
 
     @property
     def names(self) -> list[str]:
-        """All of them."""
+        """All columns of captions."""
         return [*self.main, *self.fallback]
 
     def texts(self, row: Row) -> list[str]:
-        """The captions of a row. Raises ValueError that names the column."""
+        """Return the captions of a row. Raises ValueError that names the column."""
         found = self._texts(row, self.main)
         return found if any(text.strip() for text in found) else self._texts(row, self.fallback) or found
 

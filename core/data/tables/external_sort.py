@@ -1,5 +1,6 @@
 # pyright: reportAttributeAccessIssue=false
-"""Tables larger than memory: columns that grow on disk and are mapped when they are whole, sorted in runs and merged.
+"""Tables larger than memory: columns that grow on disk and are mapped once they are complete, and an external merge
+sort.
 
 Memory is that of a few batches, however many rows there are. Columns are free of nulls.
 """
@@ -21,7 +22,7 @@ from ...utils.files import write_whole
 
 T = TypeVar("T")
 CHUNK = 8192
-"""Rows that are worked on at once."""
+"""Rows that are processed at a time."""
 RUN_ROWS = 1 << 17
 """Rows that are sorted in memory at a time."""
 MERGE_ROWS = 1 << 18
@@ -29,12 +30,12 @@ MERGE_ROWS = 1 << 18
 SMALLEST_BATCH = 256
 
 
-class ExternalTable:
-    """A table in the making: each buffer of each column is a file that grows.
+class OnDiskTable:
+    """A table under construction, in which each buffer of each column is a growing file.
 
     Args:
-        schema: Of all batches.
-        folder: Where the files lie; made here, removed by whoever owns it.
+        schema: Schema of all batches.
+        folder: Holds the files; made here, removed by its owner.
     """
 
     def __init__(self, schema: pa.Schema, folder: Path) -> None:
@@ -44,24 +45,24 @@ class ExternalTable:
         self._columns = [_Column(field.type, folder / f"{number}") for number, field in enumerate(schema)]
 
     def append(self, batch: pa.RecordBatch) -> None:
-        """Write rows behind those that are there."""
+        """Append rows."""
         for column, array in zip(self._columns, batch.columns, strict=True):
             column.append(array)
         self.num_rows += len(batch)
 
-    def extend(self, batches: Iterable[pa.RecordBatch]) -> ExternalTable:
-        """Write all of `batches`."""
+    def extend(self, batches: Iterable[pa.RecordBatch]) -> OnDiskTable:
+        """Append all of `batches`."""
         for batch in batches:
             self.append(batch)
         return self
 
     def table(self) -> pa.Table:
-        """All rows as mapped columns of one chunk each; nothing can be appended afterwards."""
+        """Return all rows as memory-mapped columns of one chunk each; nothing can be appended afterwards."""
         return pa.table([column.close() for column in self._columns], schema=self.schema)
 
 
 class _Column:
-    """The buffers of one column: data, and for texts and lists where each begins."""
+    """The buffers of one column: data, and for texts and lists the offsets at which each begins."""
 
     def __init__(self, kind: pa.DataType, stem: Path) -> None:
         self.kind, self.length, self._stem = kind, 0, stem
@@ -74,7 +75,7 @@ class _Column:
 
     def append(self, array: pa.Array) -> None:
         assert array.type == self.kind, (array.type, self.kind)
-        assert not array.null_count, "a spool keeps no nulls"
+        assert not array.null_count, "a table on disk keeps no nulls"
         self.length += len(array)
         if self._child is not None:
             offsets = array.offsets.to_numpy()
@@ -100,7 +101,7 @@ class _Column:
             self._data.write(memoryview(buffer)[start:end])
 
     def close(self) -> pa.Array:
-        """The column, mapped."""
+        """Return the column, memory-mapped."""
         if self._child is not None:
             assert self._ends is not None
             offsets = pa.Array.from_buffers(pa.int64(), self.length + 1, [None, _mapped(self._ends)])
@@ -130,7 +131,7 @@ def _mapped(stream: BinaryIO) -> pa.Buffer:
 
 
 def open_run(path: Path) -> pa.Table:
-    """A file of :func:`write_run`, mapped: it may be removed then."""
+    """Map a file of :func:`write_run`, which may be removed afterwards."""
     with pa.memory_map(str(path)) as source:
         return pa.ipc.open_file(source).read_all()
 
@@ -148,7 +149,7 @@ def write_run(
 
 
 def _sorted(table: pa.Table, by: Sequence[str]) -> pa.Table:
-    """A table of one chunk in order; what is sorted already, as most listings are, is not sorted again."""
+    """Sort a table of one chunk; a table that is sorted already, as most listings are, is returned as it is."""
     first = table[by[0]].chunk(0) if len(table) else []
     if len(first) < 2 or pc.all(pc.less(first[:-1], first[1:])).as_py():
         return table
@@ -156,7 +157,7 @@ def _sorted(table: pa.Table, by: Sequence[str]) -> pa.Table:
 
 
 def write_runs(batches: Iterable[pa.RecordBatch], by: Sequence[str], schema: pa.Schema, folder: Path) -> list[pa.Table]:
-    """Sorted runs of :data:`RUN_ROWS` rows each, in files of `folder`."""
+    """Write sorted runs of :data:`RUN_ROWS` rows each into files of `folder`."""
     runs, waiting = [], []
     for batch in batches:
         waiting.append(batch)
@@ -167,7 +168,7 @@ def write_runs(batches: Iterable[pa.RecordBatch], by: Sequence[str], schema: pa.
 
 
 class _Run:
-    """A sorted table, read a few rows at a time."""
+    """A sorted table that is read a few rows at a time."""
 
     def __init__(self, table: pa.Table, by: Sequence[str], rows: int) -> None:
         self._table, self._by, self._rows, self._start = table, by, rows, 0
@@ -191,7 +192,7 @@ class _Run:
         return len(self._head) > 0
 
     def take(self, limit: tuple[str, ...]) -> pa.Table:
-        """The rows up to and with `limit` among those that are loaded."""
+        """Return the rows up to and with `limit` among those that are loaded."""
         count = bisect_right(range(len(self._head)), limit, key=self._value)
         taken = self._head.slice(0, count)
         self._use(self._head.slice(count))
@@ -201,7 +202,7 @@ class _Run:
 
 
 def merged(runs: Sequence[pa.Table], by: Sequence[str], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-    """The rows of sorted tables in one order."""
+    """Yield the rows of sorted tables in one sorted order."""
     rows = max(SMALLEST_BATCH, MERGE_ROWS // max(1, len(runs)))
     active = [run for run in (_Run(table, by, rows) for table in runs) if run]
     while active:
@@ -213,22 +214,22 @@ def merged(runs: Sequence[pa.Table], by: Sequence[str], schema: pa.Schema) -> It
 
 
 def sorted_table(batches: Iterable[pa.RecordBatch], by: Sequence[str], schema: pa.Schema, folder: Path) -> pa.Table:
-    """All rows of `batches` sorted by text columns, mapped from files in `folder`."""
+    """Sort all rows of `batches` by text columns; the result is mapped from files in `folder`."""
     return merge_table(write_runs(batches, by, schema, folder), by, schema, folder)
 
 
 def merge_table(runs: Sequence[pa.Table], by: Sequence[str], schema: pa.Schema, folder: Path) -> pa.Table:
-    """The rows of sorted tables as one in one order, mapped from files in `folder`."""
-    return ExternalTable(schema, folder).extend(merged(runs, by, schema)).table()
+    """Merge sorted tables into one, mapped from files in `folder`."""
+    return OnDiskTable(schema, folder).extend(merged(runs, by, schema)).table()
 
 
 def joined(column: pa.ChunkedArray) -> pa.Array:
-    """A column as one array: the mapped one where there is one, for joining copies even that."""
+    """Return a column as one array, without a copy where it has one chunk."""
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
 def between(table: pa.Table, column: str, low: str, high: str) -> pa.Table:
-    """Rows of a table sorted by `column` whose values lie in [low, high]."""
+    """Return the rows of a table sorted by `column` whose values lie in [low, high]."""
     values, rows = table[column], range(len(table))
     start = bisect_left(rows, low, key=lambda row: values[row].as_py())
     end = bisect_right(rows, high, lo=start, key=lambda row: values[row].as_py())
@@ -236,6 +237,6 @@ def between(table: pa.Table, column: str, low: str, high: str) -> pa.Table:
 
 
 def in_chunks(items: Iterator[T], size: int) -> Iterator[list[T]]:
-    """Lists of `size` items, the last one shorter."""
+    """Yield lists of `size` items; the last one may be shorter."""
     while chunk := list(islice(items, size)):
         yield chunk

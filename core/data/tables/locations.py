@@ -1,4 +1,4 @@
-"""Files by the name that a user gives them: a path, a folder, a glob, a brace range, a URL, or several of these."""
+"""Files by the name that a user gives: a path, a folder, a glob, a brace range, a URL, or several of these."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 @dataclass(frozen=True)
 class Location:
-    """One file, here or elsewhere.
+    """One file, on this machine or in a remote store.
 
     Attributes:
-        place: Its path or URL, for messages.
-        store: Where it is.
-        key: Its key there.
+        path: Its path or URL, for messages.
+        store: The store that holds it.
+        key: Its key in the store.
         size: Bytes.
         version: Changes when the content does.
     """
 
-    place: str
+    path: str
     store: RemoteStore
     key: str
     size: int = 0
@@ -49,19 +49,19 @@ class Location:
         return Path(self.key.partition("?")[0]).name
 
     def open(self) -> BinaryIO:
-        """The file, seekable."""
+        """Open the file for reading, seekable."""
         return self.store.open(self.key)
 
     def read(self, start: int, length: int) -> bytes:
-        """A part of the file. Raises FileNotFoundError where it is another version by now."""
+        """Read a part of the file. Raises FileNotFoundError where the file has another version by now."""
         fetched = self.store.fetch(self.key, start, length, version=self.version)
         skip = start - fetched.start
         return fetched.data[skip : skip + length]
 
     def known(self) -> Location:
-        """The file with size and version. Raises FileNotFoundError, PermissionError."""
+        """Return the location with size and version filled in. Raises FileNotFoundError, PermissionError."""
         entry = self.store.stat(self.key)
-        return Location(self.place, self.store, self.key, entry.size, entry.version)
+        return Location(self.path, self.store, self.key, entry.size, entry.version)
 
 
 @lru_cache(maxsize=64)
@@ -69,18 +69,18 @@ def _store(root: str) -> RemoteStore:
     return open_store(root)
 
 
-def at(place: str) -> Location:
-    """The file at a path or URL; nothing is asked of it."""
-    if not is_remote(place):
-        return Location(place, _store("/"), str(Path(place).expanduser().absolute()))
-    scheme, _, rest = place.partition("://")
+def at(path: str) -> Location:
+    """Return the location of a path or URL without looking whether it exists."""
+    if not is_remote(path):
+        return Location(path, _store("/"), str(Path(path).expanduser().absolute()))
+    scheme, _, rest = path.partition("://")
     host, _, key = rest.partition("/")
     store = _store(f"{scheme}://{host}")
     return Location(f"{store.url.rstrip('/')}/{key.partition('?')[0]}", store, key)
 
 
 def locate(key: str, given: Sequence[str], suffixes: Sequence[str]) -> list[Location]:
-    """The files that an entry's `key` names, those of one text in sorted order.
+    """Find the files that an entry's `key` names; those of one text come in sorted order.
 
     Args:
         key: The entry's key, for messages.
@@ -96,7 +96,7 @@ def locate(key: str, given: Sequence[str], suffixes: Sequence[str]) -> list[Loca
 def _locate(key: str, text: str, suffixes: Sequence[str]) -> list[Location]:
     patterns = list(_unbraced(key, text))
     try:
-        found = [file for place in patterns for file in _matching(place, suffixes)]
+        found = [file for pattern in patterns for file in _matching(pattern, suffixes)]
         with ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
             found = list(pool.map(lambda file: file if file.version else file.known(), found))
     except FileNotFoundError as error:
@@ -128,35 +128,35 @@ def _unbraced(key: str, text: str) -> Iterator[str]:
         yield from _unbraced(key, text[: match.start()] + part + text[match.end() :])
 
 
-def _matching(place: str, suffixes: Sequence[str]) -> Iterator[Location]:
-    if is_remote(place):
-        yield from _remote(place, suffixes)
-    elif glob.has_magic(place) and not Path(place).exists():
-        yield from (at(path) for path in sorted(glob.glob(place, recursive=True)) if Path(path).is_file())
-    elif Path(place).is_dir():
-        yield from _below(place, suffixes)
+def _matching(path: str, suffixes: Sequence[str]) -> Iterator[Location]:
+    if is_remote(path):
+        yield from _remote(path, suffixes)
+    elif glob.has_magic(path) and not Path(path).exists():
+        yield from (at(name) for name in sorted(glob.glob(path, recursive=True)) if Path(name).is_file())
+    elif Path(path).is_dir():
+        yield from _below(path, suffixes)
     else:
-        yield at(place)
+        yield at(path)
 
 
-def _below(place: str, suffixes: Sequence[str]) -> Iterator[Location]:
-    store = open_store(place)
+def _below(path: str, suffixes: Sequence[str]) -> Iterator[Location]:
+    store = open_store(path)
     for entry in store.list():
         if entry.key.lower().endswith(tuple(suffixes)):
-            yield Location(f"{place.rstrip('/')}/{entry.key}", store, entry.key, entry.size, entry.version)
+            yield Location(f"{path.rstrip('/')}/{entry.key}", store, entry.key, entry.size, entry.version)
 
 
-def _remote(place: str, suffixes: Sequence[str]) -> Iterator[Location]:
-    file = at(place)
-    path = file.key.partition("?")[0]
-    if "?" not in file.key and glob.has_magic(path):
-        for entry in file.store.list(re.split(r"[*?\[]", path)[0]):
-            if fnmatchcase(entry.key, path):
+def _remote(path: str, suffixes: Sequence[str]) -> Iterator[Location]:
+    file = at(path)
+    inside = file.key.partition("?")[0]
+    if "?" not in file.key and glob.has_magic(inside):
+        for entry in file.store.list(re.split(r"[*?\[]", inside)[0]):
+            if fnmatchcase(entry.key, inside):
                 yield _entry(file.store, entry.key, entry.size, entry.version)
-    elif path.lower().endswith(tuple(suffixes)) or place.lower().startswith("http"):
+    elif inside.lower().endswith(tuple(suffixes)) or path.lower().startswith("http"):
         yield file
     else:
-        for entry in file.store.list(f"{path.rstrip('/')}/" if path else ""):
+        for entry in file.store.list(f"{inside.rstrip('/')}/" if inside else ""):
             if entry.key.lower().endswith(tuple(suffixes)):
                 yield _entry(file.store, entry.key, entry.size, entry.version)
 
@@ -166,8 +166,8 @@ def _entry(store: RemoteStore, key: str, size: int, version: str) -> Location:
 
 
 def identity_of(files: Sequence[Location], *more: object) -> str:
-    """A text that changes when names, sizes or versions of files do, or anything else that is given; not with their
-    folder.
+    """Return a hash of the names, sizes and versions of files and of anything else that is given; their folder does not
+    matter.
     """
     described = [[file.name, file.size, file.version] for file in files]
     return blake2b(json.dumps([described, *more]).encode(), digest_size=16).hexdigest()

@@ -1,5 +1,5 @@
 # pyright: reportAttributeAccessIssue=false
-"""A table of captions and sizes beside image files: of a folder or a bucket, a row for each image."""
+"""A table beside the image files of a folder or a bucket, with captions and sizes in one row for each image."""
 
 from __future__ import annotations
 
@@ -38,31 +38,31 @@ SCHEMA = pa.schema(
 
 
 class MetadataTable:
-    """What ``metadata_file`` says of a dataset's images.
+    """The table that a dataset names as ``metadata_file``.
 
     Args:
         settings: The dataset.
-        backend: Where its images are, and perhaps the table.
+        backend: Holds its images, and perhaps the table.
     """
 
     def __init__(self, settings: DatasetSettings, backend: DataBackend) -> None:
         assert settings.metadata_file is not None
-        self.settings, place = settings, settings.metadata_file
-        suffix = PurePosixPath(place.partition("?")[0]).suffix.lower()
+        self.settings, path = settings, settings.metadata_file
+        suffix = PurePosixPath(path.partition("?")[0]).suffix.lower()
         if suffix not in TABLES:
             problem = f"has the suffix {suffix!r}; {', '.join(TABLES)} are read"
-            raise BadValue("metadata_file", place, problem, "write the table in one of these formats")
-        inside = not is_remote(place) and not Path(place).is_absolute()
-        opener = (lambda: backend.open(place)) if inside else at(place).open
-        self.table: Table = TABLES[suffix](TableFile("metadata_file", place, opener))
+            raise BadValue("metadata_file", path, problem, "write the table in one of these formats")
+        inside = not is_remote(path) and not Path(path).is_absolute()
+        opener = (lambda: backend.open(path)) if inside else at(path).open
+        self.table: Table = TABLES[suffix](TableFile("metadata_file", path, opener))
 
     def check(self) -> None:
-        """The table is there and has the columns. Raises BadValue."""
+        """Raise BadValue unless the table is there and has the columns."""
         self._layout()
 
     @property
     def num_unmatched(self) -> int:
-        """Rows that are of no image, after all have been joined."""
+        """The number of rows that belong to no image, once all images have been joined."""
         return int((~self._matched).sum())
 
     @cached_property
@@ -75,7 +75,7 @@ class MetadataTable:
         return np.zeros(len(self._rows), np.bool_)
 
     def joined(self, listed: pa.RecordBatch) -> pa.RecordBatch:
-        """Some image files with what the table says of each.
+        """Add the table's captions and sizes to some listed image files.
 
         Raises:
             BadValue: The table is not there, or lacks a column.
@@ -97,7 +97,7 @@ class MetadataTable:
 
     @staticmethod
     def _positions(keys: pa.Array, names: pa.Array) -> pa.Array:
-        """The row of each image: by its whole name, else by its name without the suffix."""
+        """Find the row of each image by its whole name, else by its name without the suffix."""
         stems = pc.replace_substring_regex(keys, r"\.[^./]*$", "")
         return pc.coalesce(pc.index_in(keys, value_set=names), pc.index_in(stems, value_set=names))
 
@@ -114,7 +114,7 @@ def _with(batch: pa.RecordBatch, name: str, column: pa.Array) -> pa.RecordBatch:
 
 
 class _Layout:
-    """Which columns hold what."""
+    """The columns that hold names, captions and sizes."""
 
     def __init__(self, columns: Columns, settings: DatasetSettings) -> None:
         self.name = columns.required("filename_column", _given(settings.filename_column), NAMES)[0]
@@ -133,7 +133,7 @@ class _Layout:
         return [self.name, *(self.captions.names if self.captions else ()), *self.edges]
 
     def batch(self, part: Rows) -> pa.RecordBatch:
-        """Some rows."""
+        """Turn some rows into a batch of schema :data:`SCHEMA`."""
         rows = [self._row(number, row) for number, row in zip(part.numbers, part.rows, strict=True)]
         return pa.RecordBatch.from_pylist(rows, SCHEMA)
 

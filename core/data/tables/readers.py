@@ -1,5 +1,5 @@
 # pyright: reportAttributeAccessIssue=false
-"""Tables of CSV, JSON lines and Parquet, read a few rows and some columns at a time, wherever they lie."""
+"""Readers of CSV, JSON lines and Parquet tables, a few rows and some columns at a time, wherever the files lie."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from .columns import Columns, Row, names_in
 from .external_sort import CHUNK, in_chunks
 
 BATCH_BYTES = 64 * 2**20
-"""Rows of a Parquet table are read in batches of about so many bytes."""
+"""Approximate size of the batches in which Parquet tables are read."""
 LINES_ASKED = 100
-"""Lines of a table of JSON lines that are asked for its columns."""
+"""Lines of a JSON lines table that are read to find its columns."""
 
 
 @dataclass(frozen=True)
@@ -33,21 +33,21 @@ class TableFile:
 
     Attributes:
         key: The entry's key that names it.
-        place: Its path or URL, for messages.
-        open: The file from its beginning, seekable.
+        path: Its path or URL, for messages.
+        open: Opens the file at its beginning, seekable.
     """
 
     key: str
-    place: str
+    path: str
     open: Callable[[], BinaryIO]
 
     def bad(self, problem: str, remedy: str) -> BadValue:
-        """The error that the file cannot be used."""
-        return BadValue(self.key, self.place, problem, remedy)
+        """Make the error that the file cannot be used."""
+        return BadValue(self.key, self.path, problem, remedy)
 
     @contextmanager
     def reading(self, remedy: str) -> Iterator[None]:
-        """Turns what goes wrong inside into BadValue."""
+        """Turn errors inside the block into BadValue."""
         try:
             yield
         except FileNotFoundError as error:
@@ -61,7 +61,7 @@ class TableFile:
 
 
 def reason(error: Exception) -> str:
-    """What was found wrong in a file, in one line."""
+    """Describe in one line what is wrong with a file."""
     if isinstance(error, UnicodeDecodeError):
         return f"is not UTF-8 (byte {error.start})"
     return " ".join(str(error).split())[:300]
@@ -73,9 +73,9 @@ class Rows:
 
     Attributes:
         numbers: Lines (of JSON lines) or rows (of the others), counted from 1, for people.
-        rows: What stands in the columns that were asked for.
-        group: Of Parquet, the row group that all of them are in.
-        start: Of Parquet, the place of the first one in that row group.
+        rows: Values of the columns that were asked for.
+        group: For Parquet, the row group that holds all of them.
+        start: For Parquet, the position of the first one in that row group.
     """
 
     numbers: Sequence[int]
@@ -88,19 +88,19 @@ class Table(ABC):
     """A table in one file.
 
     Args:
-        file: Where it is.
+        file: The file that holds it.
     """
 
     remedy: str
-    """How a file that cannot be read is mended."""
+    """The remedy for a file that cannot be read."""
     noun: str = "row"
-    """What is counted."""
+    """The word for one of its rows in messages."""
 
     def __init__(self, file: TableFile) -> None:
         self.file = file
 
     def columns(self) -> Columns:
-        """The columns that there are, none of an empty file.
+        """Return the columns that there are; an empty file has none.
 
         Raises:
             BadValue: The file is not there or cannot be read.
@@ -109,16 +109,16 @@ class Table(ABC):
             return self._columns()
 
     def rows(self, columns: Sequence[str]) -> Iterator[Rows]:
-        """All rows in order, with these of its columns at least. Raises BadValue."""
+        """Yield all rows in order, with at least these columns. Raises BadValue."""
         with self.file.reading(self.remedy):
             yield from self._rows(columns)
 
     def empty(self) -> BadValue:
-        """The error that there is nothing in it."""
+        """Make the error that the file is empty."""
         return self.file.bad("is empty", self.remedy)
 
     def holds_bytes(self, column: str) -> bool:
-        """Whether a column holds bytes, or structs with bytes, rather than texts."""
+        """Return whether a column holds bytes, or structs with bytes, rather than texts."""
         del column
         return False
 
@@ -130,17 +130,17 @@ class Table(ABC):
 
     @property
     def _name(self) -> str:
-        return self.file.place.rpartition("/")[2]
+        return self.file.path.rpartition("/")[2]
 
 
 class CsvTable(Table):
-    """Comma separated values, the first line with the columns' names; separated by tabs in a file called .tsv."""
+    """Comma-separated values with the columns' names in the first line; a .tsv file is separated by tabs."""
 
     remedy = "write a first line with the columns' names, texts with commas in double quotes, as UTF-8"
 
     @property
     def _separator(self) -> str:
-        return "\t" if self.file.place.lower().endswith(".tsv") else ","
+        return "\t" if self.file.path.lower().endswith(".tsv") else ","
 
     def _columns(self) -> Columns:
         with self.file.open() as stream, io.TextIOWrapper(stream, "utf-8-sig", "replace", "") as text:
@@ -164,7 +164,7 @@ class CsvTable(Table):
 
 
 class JsonLinesTable(Table):
-    """An object on each line; empty lines are passed over."""
+    """A table with an object on each line; empty lines are skipped."""
 
     noun = "line"
     remedy = 'write one object per line, as {"caption": "a cat"}, as UTF-8'
@@ -191,7 +191,7 @@ class JsonLinesTable(Table):
 
 
 def decoded_line(line: bytes, number: int) -> str:
-    """A line's text. Raises ValueError that names the line."""
+    """Decode a line. Raises ValueError that names the line."""
     try:
         return line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
@@ -214,7 +214,7 @@ def _object(line: str, number: int) -> dict[str, Any]:
 
 
 class ParquetTable(Table):
-    """Apache Parquet. Of nested columns, what lies inside structs is read alone."""
+    """Apache Parquet; a column inside a struct is read without the rest of the struct."""
 
     remedy = "write the table again, with a column of texts"
 
@@ -227,7 +227,7 @@ class ParquetTable(Table):
         return Columns(names, self._name)
 
     def holds_bytes(self, column: str) -> bool:
-        """Whether a column holds bytes, or structs with bytes, rather than texts."""
+        """Return whether a column holds bytes, or structs with bytes, rather than texts."""
         from pyarrow.parquet import read_schema
 
         with self.file.reading(self.remedy), self.file.open() as stream:
@@ -259,7 +259,9 @@ def _nested(kind: pa.DataType, prefix: str) -> Iterator[str]:
 
 
 def readable(schema: pa.Schema, name: str) -> str:
-    """What Parquet's reader calls the smallest column that holds `name`: it reaches into structs, not into lists."""
+    """Return the name of the smallest Parquet column that holds `name`: the reader reaches into structs, not into
+    lists.
+    """
     if name in schema.names:
         return name
     parts = name.split(".")
@@ -272,7 +274,9 @@ def readable(schema: pa.Schema, name: str) -> str:
 
 
 def bytes_inside(schema: pa.Schema, name: str) -> str | None:
-    """The column of bytes: itself, or ``bytes`` inside its structs; None where it holds something else."""
+    """Return the name of the column of bytes (itself, or ``bytes`` inside its structs); None if it holds something
+    else.
+    """
     kind = schema.field(name).type if name in schema.names else _kind(schema, name.split("."))
     if kind is not None and pa.types.is_struct(kind):
         name, kind = f"{name}.bytes", _kind(kind, ["bytes"])
@@ -283,7 +287,7 @@ def bytes_inside(schema: pa.Schema, name: str) -> str | None:
 
 
 def _kind(outer: Any, path: Sequence[str]) -> pa.DataType | None:
-    """The type of what structs hold under names; None where there is no such thing."""
+    """Return the type of the field that a path of names leads to; None where there is no such field."""
     for name in path:
         if not (isinstance(outer, pa.Schema) or pa.types.is_struct(outer)) or name not in {each.name for each in outer}:
             return None
