@@ -1,4 +1,4 @@
-"""What an observing plugin sees of a run."""
+"""The state of a run as an observing plugin sees it."""
 
 from __future__ import annotations
 
@@ -35,6 +35,6 @@ class RunState:
     main: bool = True
     """Whether this process is the one that writes files; hooks run in all."""
     say: Callable[[str], None] = _to_stderr
-    """Prints a line for people and keeps it in the run's log."""
+    """A function that prints a line for people and keeps it in the run's log."""
     extra: dict[str, Any] = field(default_factory=dict)
-    """A place for plugins to keep things by their own name."""
+    """A place where plugins can keep values, each under its own name."""
