@@ -86,9 +86,7 @@ class DMD2(Method):
         num_inference_steps: int = Field(4, ge=1, le=50)
         """N, the number of student calls per image, in training and in use."""
         one_step_time: int | None = Field(None, ge=1)
-        """Timestep (of the model's training timesteps) that a one-step student takes as input; None: 399, on a flow
-        1.
-        """
+        """Timestep (of the model's training timesteps) that a one-step student is called at; None: 399, on a flow 1."""
         guidance_scale: float = Field(8.0, ge=1, le=100)
         """g of the teacher, uncond + g (cond - uncond); 1 is no guidance. The fake score is never guided."""
         guidance: Literal["coupled", "decoupled"] = "coupled"
@@ -168,9 +166,7 @@ class DMD2(Method):
         return Requirements(images=config.discriminates, features=config.discriminates, finite_snr=True)
 
     def updates(self, context: Context, batch: Batch, step: int) -> Iterator[Update]:
-        """Yield the update of the student on its turn, then of the fake score, then of the heads, on the same
-        samples.
-        """
+        """Yield the updates of the student (on its turn), of the fake score and of the heads, on the same samples."""
         turn = (step + 1) % self.config.fake_updates_per_student_update == 0
         sample = self._simulate(context, batch, with_gradient=turn)
         if turn:
@@ -251,9 +247,7 @@ class DMD2(Method):
         return self._weights(context.logits("discriminator", features).mean(1), share)
 
     def _sid(self, context: Context, batch: Batch, sample: _Sample) -> tuple[Tensor, Tensor]:
-        """Return the loss of score identity distillation (B,), through both denoisers, and the times of comparison
-        (B,).
-        """
+        """Return the loss of score identity distillation (B,), through both denoisers, and its times (B,)."""
         config, x = self.config, sample.x
         share = context.rng.uniform("matching/time", config.min_time, config.max_time)
         x_t, t = _noised(context, batch, x, share, "matching")

@@ -55,9 +55,7 @@ class KD(Method):
         num_inference_steps: int = Field(4, ge=1, le=16)
         """N, the student's number of steps: 1 learns from noise alone, more from as many points of a trajectory."""
         one_step_time: int | None = Field(None, ge=1)
-        """Timestep (of the model's training timesteps) that a one-step student takes as input; None: 399, on a flow
-        1.
-        """
+        """Timestep (of the model's training timesteps) that a one-step student is called at; None: 399, on a flow 1."""
         loss_type: LossType = "l2"
         """l2: squared difference; huber: sqrt(d^2 + huber_c^2) - huber_c, robust to outliers."""
         huber_c: float = Field(0.001, gt=0)
@@ -100,9 +98,7 @@ class KD(Method):
         yield Update("student", losses.mean(), per_sample=losses.detach(), t=t)
 
     def _times(self, schedule: Schedule, num_steps: int) -> list[float]:
-        """Return the falling times of `num_steps` calls: those of the trajectory, or the timestep of a one-step
-        student.
-        """
+        """Return the falling times of `num_steps` calls: those of the trajectory, or that of a one-step student."""
         if self.config.num_inference_steps > 1:
             return trailing_timesteps(schedule, num_steps).times.tolist()
         return [one_step_timestep(schedule, self.config.one_step_time, key="distillation_config.kd.one_step_time")]

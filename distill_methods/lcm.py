@@ -94,9 +94,7 @@ class LCM(Method):
 
     @classmethod
     def requires(cls, config: Any, setup: MethodSetup) -> Requirements:
-        """Require images; equal passes of student and target; a guidance input for a full model's range; a finite
-        x_0.
-        """
+        """Require images; equal passes of student and target; a finite x_0; a guidance input if w is a range."""
         return Requirements(
             guidance_embedding=config.takes_guidance(setup.model_type),
             zero_dropout=True,

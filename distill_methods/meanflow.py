@@ -116,9 +116,7 @@ class MeanFlow(Method):
         time_mean: float = Field(-0.4, ge=-5, le=5)
         """Mean of the normal that logit(tau) is drawn from; on a flow with shift m, log(m) more follows its grid."""
         time_std: float = Field(1.0, gt=0, le=5)
-        """Standard deviation of that normal; larger ones draw times at the ends, on which few steps depend, more
-        often.
-        """
+        """Standard deviation of that normal; larger ones draw the ends, on which few steps depend, more often."""
         adaptive_power: float = Field(1.0, ge=0, le=2)
         """p of the loss s / (s + c)^p; 0: plain squared error, 0.5: normalised tangents, 1: the paper's."""
         adaptive_floor: float = Field(0.01, gt=0, le=1e6)
@@ -151,9 +149,7 @@ class MeanFlow(Method):
         )
 
     def updates(self, context: Context, batch: Batch, step: int) -> Iterator[Update]:
-        """Yield the student's update, one step of algorithm 1 of arXiv 2505.13447 with the teacher's guided
-        velocity.
-        """
+        """Yield the student's update, algorithm 1 of arXiv 2505.13447 with the teacher's guided velocity."""
         assert batch.latents is not None
         config, schedule, rng, x_0 = self.config, context.schedule, context.rng, batch.latents
         t, r = self._times(context)
@@ -180,9 +176,7 @@ class MeanFlow(Method):
         yield Update("student", losses.mean(), {"velocity_error": mean.mean()}, per_sample=mean, t=t)
 
     def _times(self, context: Context) -> tuple[Tensor, Tensor]:
-        """Return t >= r of shape (B,), float64, in the schedule's units; exactly equal for `equal_share` of the
-        samples.
-        """
+        """Return t >= r (B,), float64, in the schedule's units; exactly equal for `equal_share` of the samples."""
         config, schedule, rng = self.config, context.schedule, context.rng
         shares = torch.stack([rng.uniform(f"time-{number}") for number in range(2)], dim=1)
         ends = flow_time(schedule, torch.tensor([0.0, schedule.t_max], dtype=torch.float64, device=shares.device))

@@ -149,9 +149,7 @@ class PCM(Method):
 
     @classmethod
     def requires(cls, config: Any, setup: MethodSetup) -> Requirements:
-        """Require images; equal passes of student and target; a finite x_0; features if there is an adversarial
-        term.
-        """
+        """Require images; equal passes of student and target; a finite x_0; features for an adversarial term."""
         return Requirements(
             features=ever_positive(config.adversarial_weight),
             zero_dropout=True,

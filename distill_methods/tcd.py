@@ -147,9 +147,7 @@ class TCD(Method):
 
     @classmethod
     def requires(cls, config: Any, setup: MethodSetup) -> Requirements:
-        """Require images; equal passes of student and target; a finite x_0; features if there is an adversarial
-        term.
-        """
+        """Require images; equal passes of student and target; a finite x_0; features for an adversarial term."""
         return Requirements(
             guidance_embedding=config.takes_guidance(setup.model_type),
             features=_ever(config.adversarial_weight),

@@ -1,4 +1,4 @@
-"""Training from one step to the last: the loop, figures, validation, checkpoints, and a clean stop."""
+"""Training from the first step to the last: the loop, metrics, validation, checkpoints, and a clean stop."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class TimeBins:
         self.counts = result.bin_counts if self.counts is None else self.counts + result.bin_counts
 
     def flush(self) -> dict[str, float]:
-        """Mean loss of each bin that had samples, by the share of the noisiest time."""
+        """Return the mean loss of each bin that had samples, by the share of the noisiest time."""
         if self.sums is None or self.counts is None:
             return {}
         sums, counts = self.sums.tolist(), self.counts.tolist()
@@ -73,16 +73,16 @@ class Trainer:
         loop: Takes optimizer steps.
         store: Checkpoints.
         metrics_file: metrics.jsonl.
-        trackers: Watch the run.
-        state: What observing plugins see.
-        registry: Whose hooks are called.
-        processes: Ranks.
+        trackers: The run's trackers.
+        state: The run as observing plugins see it.
+        registry: Calls the hooks.
+        processes: The processes of the run.
         stop: Set by Ctrl-C and SIGTERM.
-        validate: Makes validation images of a step.
-        identity: What must be the same when a checkpoint is resumed, by name.
+        validate: Generates validation images of a step.
+        identity: Values by name that must be unchanged when a checkpoint is resumed.
         total_steps: The last step.
-        on_step: Told (step, metrics or None) after every step, for progress displays.
-        say: Takes lines for people.
+        on_step: Called with (step, metrics or None) after every step, for progress displays.
+        say: Prints lines for people.
         pause: A context whose time does not count in the progress display's estimate.
     """
 
@@ -105,14 +105,14 @@ class Trainer:
     _buffer: MetricBuffer = field(default_factory=MetricBuffer)
     _bins: TimeBins = field(default_factory=TimeBins)
     _flushed: float = 0.0
-    """When figures were last read."""
+    """Time of the last flush."""
     _samples: int = 0
     """Samples of all processes since then."""
     _saved: int = -1
     _waited: float = 0.0
     """Seconds that the host has waited for batches since the last flush."""
     _whole: bool = True
-    """Whether weights, counter and figures are of one step."""
+    """Whether weights, counter and metrics belong to the same step."""
 
     # -- resuming ---------------------------------------------------------------------------------------------------
 
@@ -153,7 +153,7 @@ class Trainer:
                 self.say(f"later checkpoints are removed: {', '.join(path.name for path in discarded)}")
 
     def _begun(self, step: int) -> list[int]:
-        """First steps of the later stages that had begun when `step` steps were taken."""
+        """Return the first steps of the later stages that had begun after `step` steps."""
         return [start for start in self.loop.stage_starts if start < step]
 
     def save(self) -> None:
@@ -209,7 +209,7 @@ class Trainer:
         self.flush()
 
     def _next(self, steps: Iterator[list[Batch]]) -> list[Batch]:
-        """The next step's micro-batches; what was waited for them is counted by the host's clock alone."""
+        """Return the next step's micro-batches; the waiting time is measured by the host's clock alone."""
         start = time.perf_counter()
         batches = next(steps)
         self._waited += time.perf_counter() - start
@@ -243,7 +243,7 @@ class Trainer:
 
     @contextmanager
     def _paused(self) -> Iterator[None]:
-        """What happens inside does not count as training time."""
+        """Leave the block out of the training time."""
         start = time.perf_counter()
         with self.pause():
             yield
@@ -253,7 +253,7 @@ class Trainer:
         return interval > 0 and self.step % interval == 0
 
     def flush(self) -> None:
-        """Read the figures since the last flush from the device and hand them on; the one place that waits for it."""
+        """Read the metrics since the last flush from the device and pass them on; the one place that waits for it."""
         now = time.perf_counter()
         rows = self._buffer.flush()
         if not rows:
@@ -273,7 +273,7 @@ class Trainer:
         self.on_step(step, values)
 
     def save_after_failure(self, error: BaseException) -> Path | None:
-        """What can be kept when the run fails: a checkpoint of the last whole step; returns the newest there is.
+        """Save a checkpoint of the last whole step, if possible, when the run fails; return the newest there is.
 
         Takes part in no exchange between processes, since the others may be elsewhere.
         """
@@ -286,7 +286,7 @@ class Trainer:
 
 
 def _generators() -> dict[str, Tensor]:
-    """The global generators, for anything that draws from them (LoRA dropout)."""
+    """Return the states of the global generators, for anything that draws from them (LoRA dropout)."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()

@@ -192,9 +192,7 @@ class ModelFamily(ABC):
 
     @abstractmethod
     def condition(self, embeds: Conditioning, micro: MicroConditioning) -> Conditioning:
-        """Return the network's input beside x_t and time: cached embeddings and micro-conditioning (fp32), each (B,
-        ...).
-        """
+        """Return the network's conditioning, each (B, ...): cached embeddings and micro-conditioning (fp32)."""
 
     @abstractmethod
     def uncond(self, cond: Conditioning) -> Conditioning:
