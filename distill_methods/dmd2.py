@@ -120,7 +120,7 @@ class DMD2(Method):
 
         @property
         def discriminates(self) -> bool:
-            """Whether there are heads, which need images."""
+            """True if there are heads, which need images."""
             return ever_positive(self.gan_weight) or self.divergence != "reverse_kl"
 
         @model_validator(mode="after")

@@ -58,7 +58,7 @@ class Term(MethodPart):
 
     @property
     def used(self) -> bool:
-        """Whether the term has a weight above 0 at some step."""
+        """True if the term has a weight above 0 at some step."""
         return ever_positive(self.weight)
 
     def weight_at(self, step: int, stage: str) -> float:

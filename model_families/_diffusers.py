@@ -236,7 +236,7 @@ class DiffusersFamily(DiffusersModel):
 
     @property
     def flow_needs_help(self) -> bool:
-        """Whether the pipeline asks its scheduler for attributes that flow schedulers lack."""
+        """True if the pipeline asks its scheduler for attributes that flow schedulers lack."""
         return False
 
     def usage_snippet(self, info: ExportInfo) -> str:

@@ -44,9 +44,7 @@ class Lora:
 
 
 def lora_file(name: str) -> Path:
-    """Return the LoRA's safetensors file: `name` is a file, a folder with one, ``owner/name`` or
-    ``owner/name/file``.
-    """
+    """Return the LoRA's file; `name` is a file, a folder with one, ``owner/name`` or ``owner/name/file``."""
     path = Path(name).expanduser()
     if path.is_file():
         if path.suffix != ".safetensors":

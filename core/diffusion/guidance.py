@@ -35,7 +35,7 @@ class GuidanceRange(BaseModel):
 
     @property
     def is_range(self) -> bool:
-        """Whether there is more than one scale, so that a student needs to know which."""
+        """True if there is more than one scale, so that a student needs to know which."""
         return self.w_min < self.w_max
 
     def takes_guidance(self, model_type: str) -> bool:

@@ -96,7 +96,7 @@ class Schedule(ABC):
     @property
     @abstractmethod
     def zero_terminal_snr(self) -> bool:
-        """Whether alpha_t is exactly 0 at the noisiest time (arXiv 2305.08891)."""
+        """True if alpha_t is exactly 0 at the noisiest time (arXiv 2305.08891)."""
 
     def log_snr(self, t: Tensor) -> Tensor:
         """Return log(alpha_t^2 / sigma_t^2), shape of `t`, float64."""

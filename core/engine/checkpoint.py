@@ -175,9 +175,7 @@ class CheckpointStore:
         return []
 
     def _delete(self, path: Path) -> None:
-        """Rename the folder out of sight, then remove it: one that is half deleted must not bear a checkpoint's
-        name.
-        """
+        """Rename the folder out of sight, then remove it: half a folder must not bear a checkpoint's name."""
         temporary = self._temporary(_step_of(path), "deleted")
         _remove(temporary)
         os.rename(path, temporary)

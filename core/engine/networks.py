@@ -202,9 +202,7 @@ class Networks:
 
     @staticmethod
     def _own(base: nn.Module, role: str) -> dict[str, nn.Parameter]:
-        """Return the parameters of the base that belong to an adapter's role: its LoRA and its second time's
-        embedding.
-        """
+        """Return the parameters of the base that belong to an adapter's role: its LoRA and its second time."""
         marker = f".{role}."
         return {
             name: parameter

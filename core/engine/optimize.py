@@ -1,6 +1,4 @@
-"""One optimizer step for one role: clipping by the true norm; updates with a bad gradient are withheld on the
-device.
-"""
+"""One optimizer step for one role: clipping by the true norm, and withholding on the device of bad updates."""
 
 from __future__ import annotations
 

@@ -191,7 +191,7 @@ class SampleBackend(DataBackend):
 
     @property
     def in_order(self) -> bool:
-        """Whether images are read in their stored order by :meth:`sequential`, and not by :meth:`open`.
+        """True if images are read in their stored order by :meth:`sequential`, and not by :meth:`open`.
 
         The positions of such samples are whole numbers, written in decimals, that grow in that order.
         """

@@ -181,7 +181,7 @@ class ModelFamily(ABC):
 
     @property
     def guided_by_input(self) -> bool:
-        """Whether the teacher takes the guidance scale as an input; guidance then costs one call of the network."""
+        """True if the teacher takes the guidance scale as an input; guidance then costs one call of the network."""
         return False
 
     # -- encoders ---------------------------------------------------------------------------------------------------

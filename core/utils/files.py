@@ -29,9 +29,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def partial_of(path: Path) -> Path:
-    """Return the path at which `path` is written before it is renamed; no other process, on any machine, writes
-    there.
-    """
+    """Return the path at which `path` is written before it is renamed; no other process writes there."""
     return path.with_name(f"{PARTIAL}{uuid4().hex[:12]}-{path.name}")
 
 

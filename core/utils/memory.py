@@ -15,9 +15,7 @@ ACTIVATIONS_PER_PIXEL = 9.4
 """Saved elements per latent pixel and per sqrt(parameters), LoRA. Measured on SDXL's UNet (rank 64) on the meta device;
 other networks differ by a small factor, so give ``activation_bytes_per_sample`` where it matters."""
 CHECKPOINTED_SHARE = 0.15
-"""Share of those that stays with gradient checkpointing on SDXL: the blocks' inputs (0.05), one block at a time
-(0.1).
-"""
+"""Share of those that stays with gradient checkpointing on SDXL: the blocks' inputs (0.05), one block at once (0.1)."""
 OVERHEAD_BYTES = 600 * 2**20
 """Bytes of the process itself: the interpreter, torch and diffusers, or a CUDA context."""
 
