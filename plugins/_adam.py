@@ -38,6 +38,4 @@ def lion_arguments(settings: OptimizerSettings, config: LionConfig) -> dict[str,
 
 
 LION_RATE = 0.2
-"""Ratio of Lion's learning rate to AdamW's: its steps are all as large as AdamW's largest (arXiv 2302.06675: 3 to
-10).
-"""
+"""Ratio of Lion's learning rate to AdamW's: all its steps have AdamW's largest size (arXiv 2302.06675: 3 to 10)."""

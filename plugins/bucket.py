@@ -35,7 +35,7 @@ class Bucket(Publisher):
     packages: ClassVar[Mapping[str, str]] = {"botocore": "distill-engine[s3]"}
 
     class Config(AwsSettings):
-        """Where the bucket is, and how it is reached; the keys are those of a data file's bucket."""
+        """The bucket and how to reach it; the keys are those of a data file's bucket."""
 
         aws_bucket_name: str | None = None
         """Name of the bucket."""

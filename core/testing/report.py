@@ -32,7 +32,7 @@ class ConformanceReport:
 
     @property
     def failed(self) -> list[Outcome]:
-        """Those that failed."""
+        """The checks that failed."""
         return [outcome for outcome in self.outcomes if outcome.result == "failed"]
 
     def count(self, result: Result) -> int:
