@@ -217,7 +217,7 @@ class MeanFlow(Method):
             line = f"meanflow: the student takes a guidance scale of {low:g} to {high:g} as an input"
         else:
             line = (
-                f"meanflow: the student is not told the guidance scale, drawn from {low:g} to {high:g}: it learns "
+                f"meanflow: the student has no input for the guidance scale, drawn from {low:g} to {high:g}: it learns "
                 f"the one of {(low + high) / 2:g}, and the range only adds noise"
             )
         return [line]

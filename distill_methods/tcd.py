@@ -330,7 +330,7 @@ def _problem(config: TCD.Config) -> str:
     if steps < segments[-1]:
         return (
             f"num_inference_steps = {steps} is below the {segments[-1]} segments of the last stage, which the student "
-            "does not learn to jump over: raise it, or end segments with a smaller number"
+            "does not learn to skip: raise it, or end segments with a smaller number"
         )
     return _problem_of_stages(config, len(segments))
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 class DiffusersFamily(DiffusersModel):
     """A model in diffusers layout with a plain text-to-image pipeline; subclasses define what differs."""
 
-    # -- what a family says -------------------------------------------------------------------------------------------
+    # -- for families to define ---------------------------------------------------------------------------------------
 
     @property
     def default_steps(self) -> int:

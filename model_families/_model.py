@@ -69,7 +69,7 @@ class DiffusersModel(ModelFamily):
         self._empty: Conditioning | None = None
         self._beside: tuple[ExtraLora, ...] = ()
 
-    # -- what a family says -------------------------------------------------------------------------------------------
+    # -- for families to define ---------------------------------------------------------------------------------------
 
     @abstractmethod
     def encode(self, text: TextEncoders, prompts: Sequence[str]) -> Conditioning:

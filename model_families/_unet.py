@@ -139,7 +139,7 @@ class UNetFamily(DiffusersFamily):
         return outputs_inside(
             [*unet.down_blocks, unet.mid_block],
             lambda: self.predict(unet, x_t, time, cond),
-            # a down block says what skips over to the up blocks as well
+            # a down block returns its skip connections to the up blocks as well
             pick=lambda output: output[0] if isinstance(output, tuple) else output,
             stop=True,
         )

@@ -1,4 +1,4 @@
-"""The version of the plugin API, and the one that a plugin says it was built for.
+"""The version of the plugin API, and the one that a plugin states it was built for.
 
 A plugin states it as a text in its file, or in the module (or package) of its entry point: ``DISTILL_API = "1"`` for
 any 1.x, ``"1.3"`` where it needs what came with 1.3. It is read from the source, so that nothing of a plugin runs that

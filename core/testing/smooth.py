@@ -94,9 +94,9 @@ class SmoothNetwork(nn.Module):
     ) -> Tensor:
         """Return (B, D) for x (B, D), the time inputs time and r (B,), c (B, 1) and w (B,)."""
         if (w is not None) != self.told:
-            raise ValueError("the guidance must be told to a network that takes it, and to no other")
+            raise ValueError("pass the guidance to a network that takes it, and to no other")
         if (r is not None) != self.second_time:
-            raise ValueError("the second time must be told to a network that takes it, and to no other")
+            raise ValueError("pass the second time to a network that takes it, and to no other")
         x, times = x.double(), [each.double() / self.unit for each in (time, r) if each is not None]
         positions = [2 * self._share(t) - 1 for t in times]
         basis = products(positions, CELLS)
