@@ -1,13 +1,13 @@
-r"""Improved distribution matching distillation: the student's samples are to be distributed as the teacher's.
+r"""Improved distribution matching distillation: match the distribution of the student's samples to the teacher's.
 
-A second network, the fake score, learns to denoise what the student makes. Where it and the teacher disagree, the
-student's distribution differs from the teacher's, and the difference says where to move each sample. No image is
-needed, and no path of the teacher is followed.
+A second network, the fake score, learns to denoise the student's samples. Where it and the teacher disagree, the
+student's distribution differs from the teacher's, and the difference is the direction to move each sample in. No image
+is needed, and no trajectory of the teacher is followed.
 
 One training step, with the student's times t_1 > ... > t_N (999, 749, 499, 249 for N = 4):
 
     backward simulation: n ~ U{1 .. N}, the same for all samples and processes; x from pure noise by n calls of the
-    student at t_1 .. t_n, noised anew between them; the gradient runs through the last call alone
+    student at t_1 .. t_n, renoised between them; the gradient runs through the last call alone
 
     student, every `fake_updates_per_student_update`-th step (5):
         t ~ U[0.02 T, 0.98 T],   x_t = alpha_t x + sigma_t eps
@@ -15,7 +15,7 @@ One training step, with the student's times t_1 > ... > t_N (999, 749, 499, 249 
         L    = 1/2 mean (x - sg(x - grad))^2  +  gan_weight softplus(-l(x_t'))
 
     fake score, every step:    t ~ U[0, T),   L = mean |network(x_t) - target|^2 in the network's own parametrisation
-                                              + discriminator_weight (what the heads minimise)
+                                              + discriminator_weight (the heads' loss)
     heads, every step:         L = discriminator_weight (softplus(-l(real_t)) + softplus(l(x_t)))
 
 with logits l of small heads on the first half of the fake-score network; images (real) are needed for these alone.
@@ -74,7 +74,7 @@ from ..core.plugin_api.method import Method, MethodSetup, Requirements, Role, Up
 
 
 class DMD2(Method):
-    """Distribution matching: 4 steps (or 1) from prompts alone, with a second network that follows the student."""
+    """Distribution matching: 4 steps (or 1) from prompts alone, with a second network that tracks the student."""
 
     name = "dmd2"
 
@@ -84,35 +84,35 @@ class DMD2(Method):
         model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
         num_inference_steps: int = Field(4, ge=1, le=50)
-        """N, the calls of the student that make an image, in training and when it is used."""
+        """N, the number of student calls per image, in training and in use."""
         one_step_time: int | None = Field(None, ge=1)
-        """Timestep (of the model's training timesteps) that a student of one step is told; None: 399, on a flow 1."""
+        """Timestep (of the model's training timesteps) that a one-step student is called at; None: 399, on a flow 1."""
         guidance_scale: float = Field(8.0, ge=1, le=100)
         """g of the teacher, uncond + g (cond - uncond); 1 is no guidance. The fake score is never guided."""
         guidance: Literal["coupled", "decoupled"] = "coupled"
-        """decoupled: the effect of guidance has times of its own, below that of the student's last call."""
+        """decoupled: guidance is computed at times of its own, below that of the student's last call."""
         fake_updates_per_student_update: int = Field(5, ge=1, le=1000)
-        """Optimizer steps in which the student takes one; the fake score takes them all."""
+        """Number of optimizer steps per step of the student; the fake score takes all of them."""
         min_time: float = Field(0.02, ge=0, lt=1)
-        """Lowest noise that samples are compared at, as a share of the training timesteps."""
+        """Lowest noise level at which the denoisers are compared, as a share of the training timesteps."""
         max_time: float = Field(0.98, gt=0, le=1)
-        """Highest noise that samples are compared at, as a share of the training timesteps."""
+        """Highest noise level at which the denoisers are compared, as a share of the training timesteps."""
         normalise: bool = True
         """Whether the gap is divided by the sample's distance to its denoised version, mean |x - D_real|."""
         loss: Literal["dm", "sid"] = "dm"
-        """dm: the gap is the gradient; sid: a loss that is differentiated through both denoisers (costs memory)."""
+        """dm: the gap is used as the gradient; sid: a loss differentiated through both denoisers (costs memory)."""
         sid_alpha: float = Field(1.0, ge=0, le=2)
         """a of the loss sid; 1 and 1.2 are the paper's."""
         divergence: Divergence = "reverse_kl"
-        """What is to become small; all but reverse_kl weigh samples by the heads' density ratio and need images."""
+        """The divergence to minimise; all but reverse_kl weigh samples by the heads' density ratio and need images."""
         max_density_ratio: float = Field(10.0, gt=1, le=1e4)
-        """The heads' density ratio is kept between this and one over this."""
+        """The heads' density ratio is clamped between 1 / max_density_ratio and max_density_ratio."""
         gan_weight: Weight = 0.0
         """Weight of the adversarial term of the student; above 0 it needs images. The paper's is 5e-3."""
         discriminator_weight: Weight = 1e-2
         """Weight of the heads' loss, in their own update and in the fake score's."""
         adapt_features: bool = True
-        """Whether the fake score, whose features the heads read, learns to tell images from samples as well."""
+        """Whether the fake score, whose features the heads read, also learns to tell images from samples."""
         fake_score_learning_rate: float | None = Field(None, gt=0, le=1)
         """Learning rate of the fake score; None is the run's."""
         discriminator_learning_rate: float | None = Field(None, gt=0, le=1)
@@ -120,7 +120,7 @@ class DMD2(Method):
 
         @property
         def discriminates(self) -> bool:
-            """Whether there are heads, and images for them."""
+            """True if there are heads, which need images."""
             return ever_positive(self.gan_weight) or self.divergence != "reverse_kl"
 
         @model_validator(mode="after")
@@ -145,12 +145,12 @@ class DMD2(Method):
 
     @classmethod
     def example(cls) -> Mapping[str, Any]:
-        """A short path to a student."""
+        """Return settings that reach a student quickly."""
         return {"num_inference_steps": 1, "guidance_scale": 2.0, "fake_updates_per_student_update": 2}
 
     @classmethod
     def roles(cls, config: Any, setup: MethodSetup) -> Sequence[Role]:
-        """Real score, student and fake score: the base and two adapters on it, or the base and two copies."""
+        """Return real score, student and fake score: the base and two adapters on it, or the base and two copies."""
         roles = [
             Role("teacher"),
             Role("student", trains=setup.model_type),
@@ -162,11 +162,11 @@ class DMD2(Method):
 
     @classmethod
     def requires(cls, config: Any, setup: MethodSetup) -> Requirements:
-        """A finite x0 everywhere; images and features where there are heads."""
+        """Require a finite x_0 at all times; images and features where there are heads."""
         return Requirements(images=config.discriminates, features=config.discriminates, finite_snr=True)
 
     def updates(self, context: Context, batch: Batch, step: int) -> Iterator[Update]:
-        """The student on its turn, then the fake score, then the heads, all on the same samples."""
+        """Yield the updates of the student (on its turn), of the fake score and of the heads, on the same samples."""
         turn = (step + 1) % self.config.fake_updates_per_student_update == 0
         sample = self._simulate(context, batch, with_gradient=turn)
         if turn:
@@ -184,7 +184,7 @@ class DMD2(Method):
     # -- the student ------------------------------------------------------------------------------------------------
 
     def _simulate(self, context: Context, batch: Batch, *, with_gradient: bool) -> _Sample:
-        """Samples of the student as it will be used, ended after a random number of its calls."""
+        """Return samples of the student as it is used at inference, stopped after a random number of its calls."""
         count = self.config.num_inference_steps
         calls = 1 + context.rng.shared_integer("calls", count)
         x, times = _noise(context, batch, "start"), self._times(context.schedule, count)[:calls]
@@ -195,7 +195,7 @@ class DMD2(Method):
             return _Sample(_x0(last).to(x.dtype), calls=calls, share=1 - (calls - 1) / count)
 
     def _student(self, context: Context, batch: Batch, sample: _Sample) -> Update:
-        """Move the samples to where the teacher has more of them and the fake score fewer."""
+        """Return the student's update, which moves samples to where the teacher's density is above the fake score's."""
         losses, t = (self._sid if self.config.loss == "sid" else self._distribution_matching)(context, batch, sample)
         calls = torch.full((), float(sample.calls), device=losses.device)
         metrics = {"matching": losses.detach().mean(), "simulated_calls": calls}
@@ -207,7 +207,7 @@ class DMD2(Method):
         return Update("student", losses.mean(), metrics, per_sample=losses.detach(), t=t)
 
     def _distribution_matching(self, context: Context, batch: Batch, sample: _Sample) -> tuple[Tensor, Tensor]:
-        """Losses (B,) whose gradient is the gap of the denoised samples, and the times of comparison."""
+        """Return losses (B,) whose gradient is the gap of the denoised samples, and the times of comparison (B,)."""
         config, x = self.config, sample.x.detach()
         decoupled = config.guidance == "decoupled"
         share = context.rng.uniform("matching/time", config.min_time, config.max_time)
@@ -223,14 +223,17 @@ class DMD2(Method):
         return distribution_matching_loss(sample.x, gradient), t
 
     def _real(self, context: Context, batch: Batch, x_t: Tensor, t: Tensor, *, scale: float) -> Tensor:
-        """D_real at `x_t`, guided."""
+        """Return D_real at `x_t`, guided, shape (B, ...)."""
         if scale == 1:
             return _x0(context.predict("teacher", x_t, t, batch.cond))
         cond, uncond = (_exact(half) for half in context.predict_cond_uncond("teacher", x_t, t, batch.cond))
         return classifier_free_guidance(cond, uncond, torch.full_like(t, scale, dtype=torch.float64)).x0
 
     def _augmentation(self, context: Context, batch: Batch, x: Tensor, *, highest: float) -> Tensor:
-        """What guidance adds, at noise below that of the student's last call: above it all is decided already."""
+        """Return the guidance augmentation (B, ...) at noise below that of the student's last call.
+
+        Above that noise the sample's content is decided already.
+        """
         config = self.config
         high = max(config.min_time, min(config.max_time, highest))
         share = context.rng.uniform("augmentation/time", config.min_time, high)
@@ -239,12 +242,12 @@ class DMD2(Method):
         return augmentation_gradient(x, cond, uncond, scale=config.guidance_scale, normalise=config.normalise)
 
     def _ratio_weights(self, context: Context, batch: Batch, x_t: Tensor, t: Tensor, share: Tensor) -> Tensor:
-        """h(r) / mean h of the samples, r being what the heads say at `x_t`."""
+        """Return h(r) / mean h of the samples, shape (B,), with r from the heads' logits at `x_t`."""
         features = context.features("fake_score", x_t, t, batch.cond)
         return self._weights(context.logits("discriminator", features).mean(1), share)
 
     def _sid(self, context: Context, batch: Batch, sample: _Sample) -> tuple[Tensor, Tensor]:
-        """The loss of score identity distillation (B,), through both denoisers, and the times of comparison."""
+        """Return the loss of score identity distillation (B,), through both denoisers, and its times (B,)."""
         config, x = self.config, sample.x
         share = context.rng.uniform("matching/time", config.min_time, config.max_time)
         x_t, t = _noised(context, batch, x, share, "matching")
@@ -253,7 +256,7 @@ class DMD2(Method):
         return sid_loss(x, real, fake, alpha=config.sid_alpha, normalise=config.normalise), t
 
     def _adversarial(self, context: Context, batch: Batch, x: Tensor) -> Tensor:
-        """How far the samples (B, ...) are from passing for images, shape (B,)."""
+        """Return the generator loss (B,) of the samples `x` (B, ...)."""
         x_t, t = _noised(context, batch, x, context.rng.uniform("adversarial/time"), "adversarial")
         features = context.features("fake_score", x_t, t, batch.cond)
         return generator_loss(context.logits("discriminator", features), kind="softplus")
@@ -261,7 +264,7 @@ class DMD2(Method):
     # -- what follows the student -----------------------------------------------------------------------------------
 
     def _fake_score(self, context: Context, batch: Batch, x: Tensor, *, features: Sequence[Tensor]) -> Update:
-        """Learn to denoise the samples `x`, and to see what sets them apart from images."""
+        """Return the fake score's update: denoise the samples `x`, and tell them from images."""
         eps, t = _noise(context, batch, "fake"), _time_at(context.schedule, context.rng.uniform("fake/time"))
         prediction = context.predict("fake_score", context.schedule.add_noise(x, eps, t), t, batch.cond)
         target = denoising_target(prediction.prediction_type, x, eps, t, context.schedule)
@@ -273,7 +276,7 @@ class DMD2(Method):
         return Update("fake_score", losses.mean(), metrics, per_sample=losses.detach(), t=t)
 
     def _features(self, context: Context, batch: Batch, x: Tensor) -> list[Tensor]:
-        """Features of noised images, then of noised samples, each (2 B, C_k, h_k, w_k)."""
+        """Return features of noised images, then of noised samples, each (2 B, C_k, h_k, w_k)."""
         assert batch.latents is not None
         rng, images = context.rng, batch.latents
         real, t_real = _noised(context, batch, images, rng.uniform("real/time"), "real")
@@ -283,12 +286,12 @@ class DMD2(Method):
             return context.features("fake_score", torch.cat([real, fake]), torch.cat([t_real, t_fake]), cond)
 
     def _discriminator_loss(self, context: Context, features: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """What the heads minimise (B,), and their logits (B, K) of images and samples."""
+        """Return the heads' loss (B,), and their logits (B, K) of images and of samples."""
         real, fake = context.logits("discriminator", features).chunk(2)
         return discriminator_loss(real, fake, kind="softplus"), real, fake
 
     def _discriminator(self, context: Context, features: Sequence[Tensor]) -> Update:
-        """Tell images from samples by features that are given."""
+        """Return the heads' update: tell images from samples by the given features."""
         losses, real, fake = self._discriminator_loss(context, features)
         metrics = {
             "discriminator/real": real.detach().sigmoid().mean(),
@@ -300,7 +303,7 @@ class DMD2(Method):
     # -- the run ----------------------------------------------------------------------------------------------------
 
     def _times(self, schedule: Schedule, num_steps: int) -> list[float]:
-        """The times of `num_steps` calls, falling: evenly spaced, or where a student of one step is told it is."""
+        """Return the falling times of `num_steps` calls: evenly spaced, or the timestep of a one-step student."""
         if num_steps > 1 or self.config.num_inference_steps > 1:
             return trailing_timesteps(schedule, num_steps).times.tolist()
         return [one_step_timestep(schedule, self.config.one_step_time, key="distillation_config.dmd2.one_step_time")]
@@ -308,15 +311,16 @@ class DMD2(Method):
     def sampler(
         self, schedule: Schedule, *, num_inference_steps: int | None = None, guidance_scale: float | None = None
     ) -> Sampler:
-        """LCM's multistep sampling at the times of training, guidance off: it is built in.
+        """Return LCM's multistep sampling at the times of training, guidance off: it is built in.
 
-        Another number of steps than that of training is spaced by the same rule; the student has not seen those times.
+        Another number of steps than that of training is spaced by the same rule; the student was not trained at those
+        times.
         """
         steps = num_inference_steps or self.config.num_inference_steps
         return multistep_sampler(schedule, self._times(schedule, steps), guidance_scale or 0.0)
 
     def notices(self) -> list[str]:
-        """What a step is, and what a student of one step lacks."""
+        """Return what counts as a step, and what a one-step student lacks."""
         config, every = self.config, self.config.fake_updates_per_student_update
         lines = [f"dmd2: every step trains the fake score, one in {every} the student too (max_train_steps / {every})"]
         if config.num_inference_steps == 1:
@@ -326,7 +330,7 @@ class DMD2(Method):
         return lines
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Running means of the divergence's weights."""
+        """Return the running means of the divergence's weights."""
         return self._weights.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -336,12 +340,12 @@ class DMD2(Method):
 
 @dataclass(frozen=True)
 class _Sample:
-    """What the student made.
+    """Samples of the student.
 
     Attributes:
         x: Samples (B, ...).
-        calls: How many calls of the student made them.
-        share: Noise that the last call saw, as a share of the training timesteps; 1 for pure noise.
+        calls: Number of student calls that made them.
+        share: Noise level of the last call's input, as a share of the training timesteps; 1 for pure noise.
     """
 
     x: Tensor
@@ -350,7 +354,7 @@ class _Sample:
 
 
 def _exact(prediction: Prediction) -> Prediction:
-    """The same, converted in float64: eps is divided by alpha_999 = 0.068, and gaps are small differences."""
+    """Return the prediction in float64: eps is divided by alpha_999 = 0.068, and gaps are small differences."""
     return replace(prediction, x_t=prediction.x_t.double())
 
 
@@ -359,7 +363,7 @@ def _x0(prediction: Prediction) -> Tensor:
 
 
 def _noise(context: Context, batch: Batch, name: str) -> Tensor:
-    """Noise for the latents (B, C, h, w), in at least fp32."""
+    """Return noise for the latents (B, C, h, w), in at least fp32."""
     shape = batch.latent_shape if batch.latents is None else batch.latents.shape[1:]
     given = [*batch.cond.values()] if batch.latents is None else [batch.latents]
     wide = any(value.dtype == torch.float64 for value in given)
@@ -367,7 +371,7 @@ def _noise(context: Context, batch: Batch, name: str) -> Tensor:
 
 
 def _time_at(schedule: Schedule, share: Tensor) -> Tensor:
-    """Times (B,) at a `share` (B,) of the way to pure noise: whole timesteps on a table, shifted on a flow."""
+    """Return times (B,) at a `share` (B,) of the way to pure noise: whole timesteps on a table, shifted on a flow."""
     if isinstance(schedule, FlowSchedule):
         return schedule.shifted(share)
     total = schedule.num_train_timesteps
@@ -375,12 +379,12 @@ def _time_at(schedule: Schedule, share: Tensor) -> Tensor:
 
 
 def _noised(context: Context, batch: Batch, x: Tensor, share: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """`x` (B, ...) with noise, and the times (B,) it is noised to."""
+    """Return `x` (B, ...) with noise, and the times (B,) of that noise."""
     t = _time_at(context.schedule, share)
     return context.schedule.add_noise(x, _noise(context, batch, name), t), t
 
 
 @hookimpl
 def register_methods() -> list[type[Method]]:
-    """Improved distribution matching distillation."""
+    """Return the method of this file."""
     return [DMD2]

@@ -1,17 +1,17 @@
-r"""Guidance distillation: one call of the student is worth the teacher's two with classifier-free guidance.
+r"""Guidance distillation: one call of the student replaces the teacher's two with classifier-free guidance.
 
     t ~ U{0 .. T-1} (shift(j / T) on a flow),  w ~ U[w_min, w_max],  x_t = alpha_t x_0 + sigma_t eps     from data
     D^w  = (1 + w) D(x_t, t, c) - w D(x_t, t, no prompt)                      the guided teacher
     L    = max(alpha_t^2 / sigma_t^2, 1) || D_theta(x_t, t, c, w) - D^w ||^2
 
 in the paper's w, one less than the guidance scale g of uncond + g (cond - uncond). The student is sampled with as many
-steps as its teacher, each at half the price; fewer steps are the business of other methods, for which it can be the
-teacher (stage one of the paper; stage two is ``progressive``).
+steps as its teacher, each at half the cost; other methods reduce the number of steps, and can use it as their teacher
+(stage one of the paper; stage two is ``progressive``).
 
-Full training tells the student w (a guidance embedding), so that it can be run at any guidance of its range. A LoRA has
-no such input. Since D^w is linear in w, what minimises L over a range is D^w at its middle; so a LoRA is trained at the
-middle throughout, which has the same optimum without the spread. Full training at one scale (w_min = w_max) needs no
-input either.
+In full training the student takes w as input (a guidance embedding), so that it can be sampled at any guidance of its
+range. A LoRA has no such input. Since D^w is linear in w, the minimiser of L over a range is D^w at its middle; so a
+LoRA is trained at the middle throughout, which has the same optimum without the spread. Full training at one scale
+(w_min = w_max) needs no input either.
 
 References:
     Meng et al., On Distillation of Guided Diffusion Models, arXiv 2210.03142 (stage one, w ~ U[w_min, w_max]).
@@ -39,7 +39,7 @@ from ..core.plugin_api.method import Method, MethodSetup, Requirements, Role, Up
 
 
 class Guidance(Method):
-    """Guidance distillation: the images of guidance without its second call, at the teacher's number of steps."""
+    """Guidance distillation: guided images without the second call, at the teacher's number of steps."""
 
     name = "guidance"
 
@@ -59,7 +59,7 @@ class Guidance(Method):
 
     @classmethod
     def roles(cls, config: Any, setup: MethodSetup) -> Sequence[Role]:
-        """The base, and a student that takes w where it is trained in full over a range."""
+        """Return the base, and a student that takes w where it is trained in full over a range."""
         return [
             Role("teacher"),
             Role("student", trains=setup.model_type, guidance_embedding=config.takes_guidance(setup.model_type)),
@@ -67,11 +67,11 @@ class Guidance(Method):
 
     @classmethod
     def requires(cls, config: Any, setup: MethodSetup) -> Requirements:
-        """Images; a finite x0 everywhere; a guidance input for full training over a range."""
+        """Require images; a finite x_0 at all times; a guidance input for full training over a range."""
         return Requirements(guidance_embedding=config.takes_guidance(setup.model_type), finite_snr=True)
 
     def updates(self, context: Context, batch: Batch, step: int) -> Iterator[Update]:
-        """One step of algorithm 1 of arXiv 2210.03142."""
+        """Yield the student's update, one step of algorithm 1 of arXiv 2210.03142."""
         assert batch.latents is not None
         config, schedule, rng, x_0 = self.config, context.schedule, context.rng, batch.latents
         times = context.grid(schedule.num_train_timesteps).times
@@ -96,10 +96,11 @@ class Guidance(Method):
     def sampler(
         self, schedule: Schedule, *, num_inference_steps: int | None = None, guidance_scale: float | None = None
     ) -> Sampler:
-        """DDIM on the model's own spacing (Euler with explicit sigmas on a flow), in as many steps as its teacher.
+        """Return DDIM on the model's own spacing (Euler with explicit sigmas on a flow), at the teacher's number of
+        steps.
 
-        A student that takes w gets the middle of its range unless another scale of it is asked for; the others have
-        their guidance built in, and theirs is off.
+        A student that takes w gets the middle of its range unless another scale in the range is asked for; the others
+        have their guidance built in, and theirs is off.
         """
         told = self.config.takes_guidance(self.setup.model_type)
         guidance = embedded_scale(guidance_scale, self.config.scales) if told else guidance_scale or 0.0
@@ -107,7 +108,7 @@ class Guidance(Method):
         return deterministic_sampler(schedule, steps, guidance, spacing=None)
 
     def notices(self) -> list[str]:
-        """Which guidance the student learns."""
+        """Return which guidance the student learns."""
         low, high = self.config.scales
         if self.config.takes_guidance(self.setup.model_type):
             return [f"guidance: the student takes the guidance scale as an input, {low:g} to {high:g}"]
@@ -117,5 +118,5 @@ class Guidance(Method):
 
 @hookimpl
 def register_methods() -> list[type[Method]]:
-    """Guidance distillation."""
+    """Return the method of this file."""
     return [Guidance]

@@ -1,21 +1,20 @@
-r"""Knowledge distillation: the student learns where the teacher's sampler ends from each noise it begins with.
+r"""Knowledge distillation: the student learns the end of the teacher's trajectory from each noise it begins with.
 
 A deterministic sampler is a function of its noise. Its trajectories (z, x(z)) are made once, before training
 (``dataset_type: distillation_cache``), and one step regresses on them:
 
     L = || D_theta(z, T) - x(z) ||^2                                                          one step
 
-With N steps the student also learns from the points that N even steps of the teacher's trajectory begin at,
+With N steps the student also learns from the points at which N even steps of the teacher's trajectory begin,
 
     i ~ U{0 .. N-1},   L = || D_theta(x_{t_i}, t_i) - x(z) ||^2,   x_{t_0} = z                N steps
 
-and is then run with fresh noise between its steps: each denoises to the end of the path through the point it sees. D is
-the network's x_0. No teacher is called in training, and no image is needed.
+and is then sampled with fresh noise between its steps: each denoises to the end of the trajectory through its input. D
+is the network's x_0. No teacher is called in training, and no image is needed.
 
-A regression on one noise has one answer, so nothing is averaged but what the student cannot tell apart: unlike a
-regression on data, its minimum is the exact flow map, at the times it is trained at. What a network of finite size
-cannot express comes out blurred, which is why this is a warm-up, or a term beside distribution matching, more often
-than a method by itself.
+Each noise has one target, so only what the student cannot tell apart is averaged: unlike a regression on data, its
+minimum is the exact flow map, at the times it is trained at. Detail that a network of finite size cannot express comes
+out blurred, which is why this is a warm-up, or a term beside distribution matching, more often than a method by itself.
 
 References:
     Luhman and Luhman, Knowledge Distillation in Iterative Generative Models for Improved Sampling Speed,
@@ -54,9 +53,9 @@ class KD(Method):
         model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
         num_inference_steps: int = Field(4, ge=1, le=16)
-        """N, the steps of the student: 1 learns from noise alone, more from as many points of a trajectory."""
+        """N, the student's number of steps: 1 learns from noise alone, more from as many points of a trajectory."""
         one_step_time: int | None = Field(None, ge=1)
-        """Timestep (of the model's training timesteps) that a student of one step is told; None: 399, on a flow 1."""
+        """Timestep (of the model's training timesteps) that a one-step student is called at; None: 399, on a flow 1."""
         loss_type: LossType = "l2"
         """l2: squared difference; huber: sqrt(d^2 + huber_c^2) - huber_c, robust to outliers."""
         huber_c: float = Field(0.001, gt=0)
@@ -73,21 +72,21 @@ class KD(Method):
 
     @classmethod
     def example(cls) -> Mapping[str, Any]:
-        """A short path to a student."""
+        """Return settings that reach a student quickly."""
         return {"num_inference_steps": 2}
 
     @classmethod
     def roles(cls, config: Any, setup: MethodSetup) -> Sequence[Role]:
-        """The teacher, which is not called in training, and the student."""
+        """Return the teacher, which is not called in training, and the student."""
         return [Role("teacher"), Role("student", trains=setup.model_type)]
 
     @classmethod
     def requires(cls, config: Any, setup: MethodSetup) -> Requirements:
-        """Paths of the teacher instead of images; a finite x0 everywhere."""
+        """Require trajectories of the teacher instead of images; a finite x_0 at all times."""
         return Requirements(images=False, trajectory_points=config.num_inference_steps, finite_snr=True)
 
     def updates(self, context: Context, batch: Batch, step: int) -> Iterator[Update]:
-        """Regress on the path's end from one of its points."""
+        """Yield the student's update: regress on the trajectory's end from one of its points."""
         assert batch.trajectories is not None
         config, trajectories = self.config, batch.trajectories
         stride = len(trajectories.times) // config.num_inference_steps
@@ -99,7 +98,7 @@ class KD(Method):
         yield Update("student", losses.mean(), per_sample=losses.detach(), t=t)
 
     def _times(self, schedule: Schedule, num_steps: int) -> list[float]:
-        """Return the falling times of `num_steps` calls: those of the trajectory, or the one that one step is fed."""
+        """Return the falling times of `num_steps` calls: those of the trajectory, or that of a one-step student."""
         if self.config.num_inference_steps > 1:
             return trailing_timesteps(schedule, num_steps).times.tolist()
         return [one_step_timestep(schedule, self.config.one_step_time, key="distillation_config.kd.one_step_time")]
@@ -107,7 +106,7 @@ class KD(Method):
     def sampler(
         self, schedule: Schedule, *, num_inference_steps: int | None = None, guidance_scale: float | None = None
     ) -> Sampler:
-        """Multistep sampling at times of training, guidance off: it is built in."""
+        """Return multistep sampling at times of training, guidance off: it is built in."""
         trained = self.config.num_inference_steps
         steps = num_inference_steps or trained
         if trained % steps:
@@ -122,5 +121,5 @@ class KD(Method):
 
 @hookimpl
 def register_methods() -> list[type[Method]]:
-    """Knowledge distillation."""
+    """Return the method of this file."""
     return [KD]

@@ -74,13 +74,16 @@ class LCM(Method):
             if self.num_inference_steps > self.num_ddim_timesteps:
                 raise ValueError(
                     f"num_inference_steps = {self.num_inference_steps} is above "
-                    f"num_ddim_timesteps = {self.num_ddim_timesteps}: the sampler walks on the training grid"
+                    f"num_ddim_timesteps = {self.num_ddim_timesteps}: the sampler visits times of the training grid"
                 )
             return self
 
     @classmethod
     def roles(cls, config: Any, setup: MethodSetup) -> Sequence[Role]:
-        """LoRA: student = target = base with the adapter. Full: a copy that takes w if it is a range, and its EMA."""
+        """Return the roles.
+
+        LoRA: student and target are the base with the adapter. Full: a copy that takes w if it is a range, and its EMA.
+        """
         if setup.model_type == "lora":
             return [Role("teacher"), Role("student", trains="lora")]
         return [
@@ -91,7 +94,7 @@ class LCM(Method):
 
     @classmethod
     def requires(cls, config: Any, setup: MethodSetup) -> Requirements:
-        """Images; equal passes of student and target; a guidance input for a full model's range; a finite x0."""
+        """Require images; equal passes of student and target; a finite x_0; a guidance input if w is a range."""
         return Requirements(
             guidance_embedding=config.takes_guidance(setup.model_type),
             zero_dropout=True,
@@ -108,11 +111,11 @@ class LCM(Method):
         return self.config.takes_guidance(self.setup.model_type)
 
     def result_role(self) -> str:
-        """The EMA is what full training exports."""
+        """Return the exported role, which for full training is the EMA."""
         return "student" if self._lora else "target"
 
     def updates(self, context: Context, batch: Batch, step: int) -> Iterator[Update]:
-        """One step of algorithm 1 of arXiv 2310.04378."""
+        """Yield the student's update, one step of algorithm 1 of arXiv 2310.04378."""
         assert batch.latents is not None
         config, schedule, rng, x_0 = self.config, context.schedule, context.rng, batch.latents
         grid = context.grid(config.num_ddim_timesteps)
@@ -138,7 +141,7 @@ class LCM(Method):
     def sampler(
         self, schedule: Schedule, *, num_inference_steps: int | None = None, guidance_scale: float | None = None
     ) -> Sampler:
-        """LCMScheduler on the training grid (FlowMatchLCMScheduler with explicit sigmas on a flow), guidance off.
+        """Return LCMScheduler on the training grid (FlowMatchLCMScheduler with sigmas on a flow), guidance off.
 
         A student with a guidance embedding gets the middle of its range instead: 0 or 1 would feed it w <= 0.
         """
@@ -159,7 +162,7 @@ class LCM(Method):
         return Sampler("LCMScheduler", config, steps, guidance)
 
     def notices(self) -> list[str]:
-        """Both conventions of the guidance, and what a LoRA does with it."""
+        """Return the guidance in both conventions, and its effect on a LoRA."""
         low, high = self.config.scales
         line = (
             f"lcm: the teacher's guidance scale is drawn from {low:g} to {high:g} "
@@ -172,5 +175,5 @@ class LCM(Method):
 
 @hookimpl
 def register_methods() -> list[type[Method]]:
-    """Latent consistency models."""
+    """Return the method of this file."""
     return [LCM]

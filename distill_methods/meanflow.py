@@ -1,11 +1,11 @@
-r"""Mean flows: the student learns the average velocity between any two times, so that any number of steps will do.
+r"""Mean flows: the student learns the average velocity between any two times, so that it can use any number of steps.
 
 In flow coordinates a noised point is z = (1 - tau) x_0 + tau eps, and the teacher's guided ODE is dz/dtau = v. The map
-from tau to rho < tau along one trajectory, and the average velocity u that writes it, are
+from tau to rho < tau along one trajectory, and the average velocity u that expresses it, are
 
     f(z_tau, tau, rho) = z_tau - (tau - rho) u(z_tau, tau, rho),    u = 1 / (tau - rho) int_rho^tau v(z_s, s) ds
 
-and differentiating (tau - rho) u by tau, along the trajectory and with rho held, gives what u must obey:
+and differentiating (tau - rho) u by tau, along the trajectory and with rho fixed, gives the equation of u:
 
     u = v - (tau - rho) d/dtau u,    d/dtau = v d/dz + partial/partial tau
 
@@ -20,13 +20,13 @@ This is MeanFlow with the velocity of a teacher in place of eps - x_0 (arXiv 250
 AYF-EMD (arXiv 2506.14603): dividing by the error's norm is the latter's tangent normalisation at p = 1/2, and letting
 the JVP's term grow over the first steps is its tangent warm-up.
 
-Every schedule x_t = alpha x_0 + sigma eps is such a flow, seen at z = x_t / (alpha + sigma) and
+Every schedule x_t = alpha_t x_0 + sigma_t eps is such a flow in z = x_t / (alpha_t + sigma_t) and
 
-    tau = sigma / (alpha + sigma),    dt/dtau = (alpha + sigma)^2 / (alpha sigma' - sigma alpha')
+    tau = sigma_t / (alpha_t + sigma_t),    dt/dtau = (alpha_t + sigma_t)^2 / (alpha_t sigma_t' - sigma_t alpha_t')
 
-so u is eps - x_0 of whatever the network predicts at (x_t, t), told r as well. At r = t the student starts as the
+so u is eps - x_0 of the network's prediction at (x_t, t), with r as a second input. At r = t the student starts as the
 teacher. And since z is linear in (x_0, eps), z_rho = z_tau - (tau - rho) u is x_r = alpha_r x_0 + sigma_r eps in the
-schedule's own coordinates: the sampler is DDIM's jump, of a network that knows where it jumps to.
+schedule's own coordinates: the sampler is DDIM, of a network that knows the time at which its step ends.
 
 Derivatives are taken along the *teacher's* trajectory in the schedule's time: the tangent (dx_t/dt, 1, 0) dt/dtau.
 
@@ -55,34 +55,47 @@ from ..core.plugin_api.method import Method, MethodSetup, Requirements, Role, Up
 
 
 def flow_time(schedule: Schedule, t: Tensor) -> Tensor:
-    """Tau = sigma / (alpha + sigma) of times `t`, float64: 0 is data, 1 is noise."""
+    """Return tau = sigma_t / (alpha_t + sigma_t), float64, shape of `t`: 0 is data, 1 is noise."""
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
     return sigma / (alpha + sigma)
 
 
 def time_of_flow_time(schedule: Schedule, tau: Tensor) -> Tensor:
-    """The inverse of :func:`flow_time`, held inside of the schedule, float64."""
+    """Return the inverse of :func:`flow_time`, clamped to the schedule's times, float64, shape of `tau`."""
     return schedule.time_of_log_snr(2 * ((1 - tau).log() - tau.log())).clamp(0.0, schedule.t_max)
 
 
 def flow_time_speed(schedule: Schedule, t: Tensor) -> Tensor:
-    """dt/dtau at times `t`, float64."""
+    """Return dt/dtau at times `t`, float64, shape of `t`."""
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
     return (alpha + sigma) ** 2 / (alpha * schedule.sigma_dot(t) - sigma * schedule.alpha_dot(t))
 
 
 def truncated_logit_normal(shares: Tensor, *, mean: float, std: float, low: Tensor, high: Tensor) -> Tensor:
-    """Where sigmoid(N(mean, std^2)), kept between `low` and `high`, has its quantiles `shares` in [0, 1); float64.
+    """Return quantiles of sigmoid(N(mean, std^2)) truncated to [low, high], float64.
 
     Draws beyond the ends are not moved onto them: the semi-gradient of u + (tau - rho) u' = v contracts where the
     density of tau grows no faster than tau - rho, and a point mass at the end breaks that.
+
+    Args:
+        shares: Levels of the quantiles in [0, 1), any shape; the result has the same.
+        mean: Mean of the normal.
+        std: Standard deviation of the normal.
+        low: Lower end in (0, 1).
+        high: Upper end in (0, 1).
     """
     below, above = (torch.special.ndtr((torch.logit(end) - mean) / std) for end in (low, high))
     return torch.sigmoid(mean + std * torch.special.ndtri(below + (above - below) * shares)).clamp(low, high)
 
 
 def adaptive_weight(squared: Tensor, *, power: float, floor: float) -> Tensor:
-    """1 / (s + c)^p of summed squared errors `squared` (B,), as a constant: outliers count less."""
+    """Return 1 / (s + c)^p, detached, shape (B,): outliers count less (arXiv 2505.13447).
+
+    Args:
+        squared: s, the squared error of each sample summed over its elements, shape (B,).
+        power: p.
+        floor: c, in squared latent units.
+    """
     return (squared.detach() + floor) ** -power
 
 
@@ -103,30 +116,30 @@ class MeanFlow(Method):
         time_mean: float = Field(-0.4, ge=-5, le=5)
         """Mean of the normal that logit(tau) is drawn from; on a flow with shift m, log(m) more follows its grid."""
         time_std: float = Field(1.0, gt=0, le=5)
-        """Standard deviation of that normal; larger ones visit the ends, which few steps depend on, more often."""
+        """Standard deviation of that normal; larger ones draw the ends, on which few steps depend, more often."""
         adaptive_power: float = Field(1.0, ge=0, le=2)
         """p of the loss s / (s + c)^p; 0: plain squared error, 0.5: normalised tangents, 1: the paper's."""
         adaptive_floor: float = Field(0.01, gt=0, le=1e6)
         """c of the loss, in squared latent units summed over a sample."""
         tangent_warmup_steps: int = Field(0, ge=0)
-        """Optimizer steps over which the derivative's term grows from 0 to all; until then guidance is learnt first."""
+        """Optimizer steps over which the derivative's term grows from 0 to 1; until then guidance is learnt first."""
         derivative: Literal["exact", "difference"] = "exact"
-        """exact: forward-mode differentiation of the network; difference: two calls of it, for kernels without."""
+        """exact: forward-mode differentiation of the network; difference: two calls of it, for kernels without that."""
         difference_step: float = Field(0.02, gt=0, le=0.1)
-        """h of the central difference, in tau, which rounding (bfloat16's above all) is divided by."""
+        """h of the central difference, in tau; rounding errors (bfloat16's above all) are divided by it."""
         num_inference_steps: int = Field(4, ge=1, le=50)
         """Steps that the student is validated and exported with unless the run says otherwise."""
 
     @classmethod
     def roles(cls, config: Any, setup: MethodSetup) -> Sequence[Role]:
-        """The student takes a second time; a full one takes w as well where w is a range."""
+        """Return the roles: the student takes a second time; a full one takes w as well where w is a range."""
         full, embedded = setup.model_type == "full", config.takes_guidance(setup.model_type)
         trains = "full" if full else "lora"
         return [Role("teacher"), Role("student", trains=trains, guidance_embedding=embedded, second_time=True)]
 
     @classmethod
     def requires(cls, config: Any, setup: MethodSetup) -> Requirements:
-        """Images; a second time; equal passes for value and derivative; a finite x0 everywhere."""
+        """Require images; a second time; equal passes for value and derivative; a finite x_0 at all times."""
         return Requirements(
             guidance_embedding=config.takes_guidance(setup.model_type),
             second_time=True,
@@ -136,7 +149,7 @@ class MeanFlow(Method):
         )
 
     def updates(self, context: Context, batch: Batch, step: int) -> Iterator[Update]:
-        """One step of algorithm 1 of arXiv 2505.13447, with the teacher's guided velocity."""
+        """Yield the student's update, algorithm 1 of arXiv 2505.13447 with the teacher's guided velocity."""
         assert batch.latents is not None
         config, schedule, rng, x_0 = self.config, context.schedule, context.rng, batch.latents
         t, r = self._times(context)
@@ -163,7 +176,7 @@ class MeanFlow(Method):
         yield Update("student", losses.mean(), {"velocity_error": mean.mean()}, per_sample=mean, t=t)
 
     def _times(self, context: Context) -> tuple[Tensor, Tensor]:
-        """T >= r of shape (B,), float64, in the schedule's units; exactly equal for `equal_share` of the samples."""
+        """Return t >= r (B,), float64, in the schedule's units; exactly equal for `equal_share` of the samples."""
         config, schedule, rng = self.config, context.schedule, context.rng
         shares = torch.stack([rng.uniform(f"time-{number}") for number in range(2)], dim=1)
         ends = flow_time(schedule, torch.tensor([0.0, schedule.t_max], dtype=torch.float64, device=shares.device))
@@ -186,7 +199,7 @@ class MeanFlow(Method):
     def sampler(
         self, schedule: Schedule, *, num_inference_steps: int | None = None, guidance_scale: float | None = None
     ) -> Sampler:
-        """Deterministic jumps between any times, guidance off.
+        """Return deterministic steps between any times, guidance off.
 
         A student that takes w gets the guidance asked for, or the middle of its range where that lies outside.
         """
@@ -196,7 +209,7 @@ class MeanFlow(Method):
         return Sampler("FlowMapScheduler", {}, steps, guidance)
 
     def notices(self) -> list[str]:
-        """What a range of guidance means to a student that is not told w."""
+        """Return the effect of a guidance range on a student that does not take w."""
         low, high = self.config.scales
         if low == high:
             line = f"meanflow: the teacher's guidance scale is {low:g}, and the student has it built in"
@@ -204,7 +217,7 @@ class MeanFlow(Method):
             line = f"meanflow: the student takes a guidance scale of {low:g} to {high:g} as an input"
         else:
             line = (
-                f"meanflow: the student is not told the guidance scale, drawn from {low:g} to {high:g}: it learns "
+                f"meanflow: the student has no input for the guidance scale, drawn from {low:g} to {high:g}: it learns "
                 f"the one of {(low + high) / 2:g}, and the range only adds noise"
             )
         return [line]
@@ -212,5 +225,5 @@ class MeanFlow(Method):
 
 @hookimpl
 def register_methods() -> list[type[Method]]:
-    """Mean flows."""
+    """Return the method of this file."""
     return [MeanFlow]

@@ -1,8 +1,8 @@
 r"""Phased consistency models, full and as a LoRA.
 
 The trajectory of the teacher's probability-flow ODE is cut into M phases, and the student is consistent inside each of
-them only: from any point it says where its own *phase* ends, not where the trajectory ends. M deterministic steps from
-edge to edge then follow one trajectory, with no noise added between them.
+them only: from any point it predicts the end of its own *phase*, not the end of the trajectory. M deterministic steps
+from edge to edge then follow one trajectory, with no noise added between them.
 
 One training step, with a grid of N times t_i = (i + 1) k - 1, k = T // N, and its points p_0 = max(t_0 - k, 0),
 p_j = t_{j-1}:
@@ -25,7 +25,7 @@ without their prompt, the student keeps what its teacher had: a guidance scale a
 paper does so with four phases or more: fewer leave the student on the poor unguided trajectory for too long.
 
 **Adversarial consistency** (section 3.3). Heads D on features of the frozen teacher tell targets (real) from
-predictions (fake), both noised further from s to the same u ~ U[s, upper edge of the phase):
+predictions (fake), both renoised from s to the same u ~ U[s, upper edge of the phase):
 
     L_D = relu(1 - D(target_u)) + relu(1 + D(prediction_u)),      L_G = relu(1 - D(prediction_u))
 
@@ -35,8 +35,8 @@ Real is the target, not data: where the student is consistent both distributions
 authors' code steps the heads and the student in turns, each with forward passes of its own; here every step takes both,
 first the student, then the heads, from the same passes. Each moves its own weights only.
 
-What differs from the authors' code where M does not divide N: their edges are floor(m N / M), which no sampler's even
-steps visit; ours are the points where M steps of the sampler stand. Where M divides N both are the same.
+The authors' code differs where M does not divide N: their edges are floor(m N / M), which no sampler's even steps
+visit; ours are the points that M steps of the sampler visit. Where M divides N both are the same.
 
 References:
     Wang et al., Phased Consistency Models, arXiv 2405.18407.
@@ -67,9 +67,9 @@ from ..core.plugin_api.hookspecs import hookimpl
 from ..core.plugin_api.method import Method, MethodSetup, Requirements, Role, Update
 
 EMPTY_PROMPTS = 0.1
-"""Share of samples without their prompt where the solver is not guided, as the authors'."""
+"""Share of samples without their prompt where the solver is not guided, as in the authors' code."""
 OWN_GUIDANCE = 7.5
-"""Guidance scale that students of an unguided solver are sampled with, as the authors'."""
+"""Guidance scale that students of an unguided solver are sampled with, as in the authors' code."""
 
 
 class PCM(Method):
@@ -115,13 +115,13 @@ class PCM(Method):
             if self.default_steps > num_steps:
                 raise ValueError(
                     f"num_inference_steps = {self.default_steps} is above num_ddim_timesteps = {num_steps}: "
-                    "the sampler walks on the training grid"
+                    "the sampler visits times of the training grid"
                 )
             return self
 
         @property
         def default_steps(self) -> int:
-            """Steps of the sampler where none are asked for."""
+            """The sampler's number of steps where none is asked for."""
             return self.num_inference_steps or self.num_phases
 
         @property
@@ -133,7 +133,11 @@ class PCM(Method):
 
     @classmethod
     def roles(cls, config: Any, setup: MethodSetup) -> Sequence[Role]:
-        """LoRA: student = target = base with the adapter. Full: a copy and its EMA as target. Heads if adversarial."""
+        """Return the roles.
+
+        LoRA: student and target are the base with the adapter. Full: a copy and its EMA as target. Heads if
+        adversarial.
+        """
         if setup.model_type == "lora":
             roles = [Role("teacher"), Role("student", trains="lora")]
         else:
@@ -145,7 +149,7 @@ class PCM(Method):
 
     @classmethod
     def requires(cls, config: Any, setup: MethodSetup) -> Requirements:
-        """Images; equal passes of student and target; a finite x0; features where there is an adversarial term."""
+        """Require images; equal passes of student and target; a finite x_0; features for an adversarial term."""
         return Requirements(
             features=ever_positive(config.adversarial_weight),
             zero_dropout=True,
@@ -158,11 +162,11 @@ class PCM(Method):
         return "student" if self.setup.model_type == "lora" else "target"
 
     def result_role(self) -> str:
-        """The EMA is what full training exports."""
+        """Return the exported role, which for full training is the EMA."""
         return self._target
 
     def updates(self, context: Context, batch: Batch, step: int) -> Iterator[Update]:
-        """One step of algorithm 1 of arXiv 2405.18407, with the terms of its equation 9."""
+        """Yield the updates of one step of algorithm 1 of arXiv 2405.18407, with the terms of its equation 9."""
         assert batch.latents is not None
         config, schedule, rng, x_0 = self.config, context.schedule, context.rng, batch.latents
         grid = context.grid(config.num_ddim_timesteps)
@@ -202,14 +206,14 @@ class PCM(Method):
         yield Update("discriminator", discriminator_loss(*logits, kind="hinge").mean())
 
     def _solve(self, context: Context, x_t: Tensor, t: Tensor, t_prev: Tensor, cond: Conditioning) -> Tensor:
-        """x': one step of the teacher's solver."""
+        """Return x' (B, ...), one step of the teacher's solver from `t` to `t_prev`."""
         if self.config.cfg_free:
             return context.predict("teacher", x_t, t, cond).ddim_step(t_prev)
         scale = context.rng.uniform("w", *self.config.scales)
         return context.predict_guided(x_t, t, cond, scale).ddim_step(t_prev)
 
     def _prompts(self, context: Context, cond: Conditioning) -> Conditioning:
-        """`cond`, with a share of the samples unconditional."""
+        """Return `cond` with a share of the samples unconditional."""
         share = self.config.share_without_prompt
         if share == 0:
             return cond
@@ -221,9 +225,9 @@ class PCM(Method):
     def sampler(
         self, schedule: Schedule, *, num_inference_steps: int | None = None, guidance_scale: float | None = None
     ) -> Sampler:
-        """DDIM on the training grid, from phase edge to phase edge; Euler with explicit sigmas on a flow.
+        """Return DDIM on the training grid, from phase edge to phase edge; Euler with explicit sigmas on a flow.
 
-        TCDScheduler at eta = 0 is DDIM that ends at the first time of the table, on the grid that it is told. Guidance
+        TCDScheduler at eta = 0 is DDIM that ends at the first time of the table, on the grid that it is given. Guidance
         is as asked; by default off, and 7.5 with ``cfg_free``.
         """
         steps, num_grid_steps = num_inference_steps or self.config.default_steps, self.config.num_ddim_timesteps
@@ -242,7 +246,7 @@ class PCM(Method):
         return Sampler("TCDScheduler", {"original_inference_steps": num_grid_steps}, steps, guidance, call)
 
     def notices(self) -> list[str]:
-        """What the solver is guided by, and where the phases begin if that is not even."""
+        """Return the solver's guidance, and where the phases begin if they are uneven."""
         config = self.config
         (low, high), num_steps, phases = config.scales, config.num_ddim_timesteps, config.num_phases
         lines = [
@@ -267,9 +271,14 @@ class PCM(Method):
 
 
 def phase_of(index: Tensor, *, num_steps: int, num_phases: int) -> tuple[Tensor, Tensor]:
-    """The first and the last step of each step's phase, of `index` i (B,) in 0 .. N-1.
+    """Return the first and the last step of each step's phase, each of shape (B,) (arXiv 2405.18407).
 
     The phase ends (clean side) where its first step ends and begins (noisy side) where its last step begins.
+
+    Args:
+        index: Steps i of the grid in 0 .. N-1, shape (B,).
+        num_steps: N.
+        num_phases: M.
     """
     following = index * num_phases // num_steps + 1
     lower = segment_edge(index, num_steps=num_steps, num_segments=num_phases)
@@ -277,7 +286,7 @@ def phase_of(index: Tensor, *, num_steps: int, num_phases: int) -> tuple[Tensor,
 
 
 def sampling_steps(count: int, *, num_steps: int, num_phases: int) -> list[int]:
-    """The steps of the grid that `count` sampling steps begin with, falling; they stop at every edge if they can.
+    """Return the steps of the grid that `count` sampling steps begin with, falling; they visit every edge if they can.
 
     Each phase gets one, the widest ones get what is left, and inside a phase they are even. Fewer steps than phases
     are spread evenly over the grid, and cross edges.
@@ -297,5 +306,5 @@ def sampling_steps(count: int, *, num_steps: int, num_phases: int) -> list[int]:
 
 @hookimpl
 def register_methods() -> list[type[Method]]:
-    """Phased consistency models."""
+    """Return the method of this file."""
     return [PCM]

@@ -1,7 +1,7 @@
-r"""Progressive distillation: a student makes in one step what its teacher makes in two, then becomes the teacher.
+r"""Progressive distillation: a student does in one step what its teacher does in two, then becomes the teacher.
 
 A stage has a student of N steps from the noisiest time to the data. One training step, t being the start of one of the
-N, s its end, and u the point between, where the teacher of 2 N steps stops over:
+N, s its end, and u the point between, which the teacher of 2 N steps visits:
 
     i ~ U{0 .. N-1},  t -> u -> s  the points 2 i, 2 i + 1, 2 i + 2 of the timestep grid of 2 N steps
     x_t  = alpha_t x_0 + sigma_t eps                                          from data
@@ -10,16 +10,16 @@ N, s its end, and u the point between, where the teacher of 2 N steps stops over
     L    = max(alpha_t^2 / sigma_t^2, 1) || x0_theta(x_t, t) - x_0* ||^2
 
 x_0* is what the student must predict for its one step to end where the teacher's two do; on a flow it is the average
-velocity. When a stage is over, the student is copied, frozen, and teaches the next: N -> N/2. Its optimizer and its
-learning rate begin anew.
+velocity. At the end of a stage the student is copied, frozen, and becomes the next teacher: N -> N/2. Its optimizer and
+its learning rate begin anew.
 
 The first teacher is the model itself with guidance, so that the first stage also takes the two calls of guidance into
-one; later teachers have it in them. A LoRA has no guidance input: a range of w is averaged, which blurs, so w is one
-number by default. Full training over a range (w_min < w_max) tells the student w in all stages, as stage two of Meng et
-al. does: their two stages in one run.
+one; later teachers have it built in. A LoRA has no guidance input: a range of w is averaged, which blurs, so w is one
+number by default. In full training over a range (w_min < w_max) the student takes w as input in all stages, as in stage
+two of Meng et al.: their two stages in one run.
 
-The timestep grid is that of DDIM with trailing spacing and its last step ends at the data, on a table of betas too: it
-is what the sampler does. x_0 is divided by alpha_t (0.068 at SDXL's last timestep, so an eps network's errors count
+The timestep grid is that of DDIM with trailing spacing and its last step ends at the data, on a table of betas too, as
+the sampler's does. x_0 is divided by alpha_t (0.068 at SDXL's last timestep, so an eps network's errors count
 14.6-fold there); with zero terminal SNR there is no x_0 of eps, and only v, x_0 and flow predictions are accepted.
 
 References:
@@ -65,10 +65,11 @@ class Progressive(Method):
         model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
         student_steps: Integers = (32, 16, 8, 4)
-        """Sampling steps of each stage's student, each half of the one before; the first teacher makes twice the first.
-        The last is what the student is validated and exported with."""
+        """Sampling steps of each stage's student, each half of the one before; the first teacher uses twice the first.
+        The student is validated and exported with the last.
+        """
         stage_shares: Shares | None = None
-        """Length of each stage in proportion to the others (no unit); absent: all alike."""
+        """Length of each stage in proportion to the others (no unit); absent: equal lengths."""
         w_min: float = Field(6.0, ge=0, le=100)
         """Lower end of the range that the first teacher's guidance is drawn from, in the units of
         guidance_convention."""
@@ -100,24 +101,24 @@ class Progressive(Method):
 
     @classmethod
     def example(cls) -> Mapping[str, Any]:
-        """A short path to a student."""
+        """Return settings that reach a student quickly."""
         return {"student_steps": [4, 2], "stage_shares": [1, 3]}
 
     @classmethod
     def roles(cls, config: Any, setup: MethodSetup) -> Sequence[Role]:
-        """The base, the student, and the student of the stage before (a frozen adapter or network)."""
+        """Return the base, the student, and the student of the stage before (a frozen adapter or network)."""
         student = Role("student", trains=setup.model_type, guidance_embedding=config.takes_guidance(setup.model_type))
         before = [Role("stage_teacher", copy_of="student")] if len(config.student_steps) > 1 else []
         return [Role("teacher"), student, *before]
 
     @classmethod
     def requires(cls, config: Any, setup: MethodSetup) -> Requirements:
-        """Images; a finite x0 everywhere; a guidance input for full training over a range of guidance."""
+        """Require images; a finite x_0 at all times; a guidance input for full training over a range of guidance."""
         return Requirements(guidance_embedding=config.takes_guidance(setup.model_type), finite_snr=True)
 
     @classmethod
     def stages(cls, config: Any, *, total_steps: int) -> Sequence[Stage]:
-        """One for each number of steps; from the second on, the student becomes its own teacher."""
+        """Return a stage for each number of steps; from the second on, the student becomes its own teacher."""
         count = len(config.student_steps)
         lengths = _lengths(config.stage_shares or (1.0,) * count, total_steps)
         if min(lengths) < 1:
@@ -132,7 +133,7 @@ class Progressive(Method):
         return [Stage(*first), *(Stage(name, length, **later) for name, length in rest)]
 
     def updates(self, context: Context, batch: Batch, step: int) -> Iterator[Update]:
-        """One step of algorithm 2 of arXiv 2202.00512."""
+        """Yield the student's update, one step of algorithm 2 of arXiv 2202.00512."""
         assert batch.latents is not None
         config, rng, x_0 = self.config, context.rng, batch.latents
         num_steps = config.student_steps[context.stage.index]
@@ -155,20 +156,20 @@ class Progressive(Method):
     def _target(
         self, context: Context, timesteps: TimestepGrid, point: Tensor, x_t: Tensor, cond: Conditioning, scale: Tensor
     ) -> Tensor:
-        """x_0* of the teacher's two steps from `x_t` at `point` (B,) of the timestep grid."""
+        """Return x_0* (B, ...) of the teacher's two steps from `x_t` at `point` (B,) of the timestep grid."""
         t, u = timesteps.times[point], timesteps.times[point + 1]
         x_u = step_to(self._teacher(context, x_t, t, cond, scale), timesteps.at(point + 1))
         x_s = step_to(self._teacher(context, x_u, u, cond, scale), timesteps.at(point + 2))
         return data_of_step(x_t, x_s, start=timesteps.at(point), end=timesteps.at(point + 2))
 
     def _timestep_grid(self, context: Context, num_steps: int) -> TimestepGrid:
-        """On the device; making one anew would copy to it at every step."""
+        """Return the timestep grid on the device; kept, since a new one would be copied to it at every step."""
         if num_steps not in self._timestep_grids:
             self._timestep_grids[num_steps] = trailing_timesteps(context.schedule, num_steps).to(context.device)
         return self._timestep_grids[num_steps]
 
     def _teacher(self, context: Context, x: Tensor, t: Tensor, cond: Conditioning, scale: Tensor) -> Prediction:
-        """The guided base in the first stage, the student of the stage before in the others."""
+        """Return the prediction of the guided base in the first stage, of the last stage's student in the others."""
         if context.stage.index > 0:
             w = scale - 1 if self.config.takes_guidance(self.setup.model_type) else None
             return context.predict("stage_teacher", x, t, cond, guidance=w)
@@ -179,9 +180,9 @@ class Progressive(Method):
     def sampler(
         self, schedule: Schedule, *, num_inference_steps: int | None = None, guidance_scale: float | None = None
     ) -> Sampler:
-        """DDIM with trailing spacing (Euler with explicit sigmas on a flow) at the last stage's steps, guidance off.
+        """Return DDIM with trailing spacing (Euler with sigmas on a flow) at the last stage's steps, guidance off.
 
-        A student that takes w gets the middle of its range unless another scale of it is asked for.
+        A student that takes w gets the middle of its range unless another scale in the range is asked for.
         """
         steps = self.config.student_steps
         trailing_timesteps(schedule, 2 * steps[0])  # refuses a teacher of more steps than the model has timesteps
@@ -190,7 +191,7 @@ class Progressive(Method):
         return deterministic_sampler(schedule, num_inference_steps or steps[-1], guidance)
 
     def notices(self) -> list[str]:
-        """The stages, the guidance in both conventions, and what a LoRA does with a range."""
+        """Return the stages, the guidance in both conventions, and the effect of a range on a LoRA."""
         steps, (low, high) = self.config.student_steps, self.config.scales
         stages = " -> ".join(str(number) for number in (2 * steps[0], *steps))
         scales = f"{low:g}" if low == high else f"{low:g} to {high:g}"
@@ -209,12 +210,12 @@ def _halved(steps: int) -> list[int]:
 
 
 def _lengths(shares: Sequence[float], total: int) -> list[int]:
-    """Whole numbers in these proportions that sum to `total`."""
+    """Return whole numbers in these proportions that sum to `total`."""
     ends = [round(total * part / sum(shares)) for part in accumulate(shares)]
     return [end - start for start, end in pairwise([0, *ends[:-1], total])]
 
 
 @hookimpl
 def register_methods() -> list[type[Method]]:
-    """Progressive distillation."""
+    """Return the method of this file."""
     return [Progressive]

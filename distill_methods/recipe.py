@@ -5,16 +5,16 @@ stage. At optimizer step n, with L_k the student's loss of term k,
 
     L = sum_k  w_k(n) L_k          over the terms whose weight is above 0 and that step the student at n
 
-is one update of the student. A term whose weight is 0 at n is not computed at all, its other networks included. What a
-term yields for its other networks (a fake score, heads) passes through as it comes and is scaled by nothing: a weight
-says how much the student listens to a term, not how well the term's own networks are trained. A term that steps the
-student every fifth time contributes then.
+is one update of the student. A term whose weight is 0 at n is not computed at all, its other networks included. Updates
+that a term yields for its other networks (a fake score, heads) pass through unscaled: a weight sets how much a term
+counts for the student, not how well the term's own networks are trained. A term that steps the student every fifth time
+contributes at those steps.
 
 Consistency beside distribution matching (rCM) and regression beside both adversarial and matching terms (Flash
 Diffusion) are recipes of this kind.
 
 Roles of one name are one network. So the terms must declare them alike, and at most one term may train a role other
-than the student: two losses that step one fake score in turn would be neither's. Terms draw the same noise where they
+than the student: alternating two losses on one fake score would fit neither. Terms draw the same noise where they
 name it alike (common random numbers), so a recipe of one term with weight 1 is that method, bit for bit. The graphs of
 all terms of a step are in memory at once.
 
@@ -49,25 +49,25 @@ STUDENT = "student"
 
 
 class Term(MethodPart):
-    """A method, its settings, and how much its loss of the student weighs."""
+    """A method, its settings, and the weight of its student's loss."""
 
     weight: Weight = 1.0
     """A number, or {step: number}: linear between the steps named, constant before the first and after the last."""
     stage_weights: dict[str, Number] = Field(default_factory=dict)
-    """Name of a stage -> what the weight is multiplied by during it; 1 for stages that are not named."""
+    """Name of a stage -> factor of the weight during it; 1 for stages that are not named."""
 
     @property
     def used(self) -> bool:
-        """Whether the term is there at all."""
+        """True if the term has a weight above 0 at some step."""
         return ever_positive(self.weight)
 
     def weight_at(self, step: int, stage: str) -> float:
-        """The weight at an optimizer step of a stage."""
+        """Return the weight at an optimizer step of a stage."""
         return weight_at(self.weight, step) * self.stage_weights.get(stage, 1.0)
 
 
 def labels_of(terms: Sequence[Term]) -> list[str]:
-    """The terms' names: that of the method, with -2, -3, ... for another of the same."""
+    """Return the terms' labels: the name of the method, with -2, -3, ... for further terms of the same method."""
     names = [term.method for term in terms]
     counts = [names[:index].count(name) + 1 for index, name in enumerate(names)]
     return [name if count == 1 else f"{name}-{count}" for name, count in zip(names, counts, strict=True)]
@@ -118,7 +118,7 @@ class Recipe(Method):
 
     @classmethod
     def roles(cls, config: Any, setup: MethodSetup) -> Sequence[Role]:
-        """Those of all terms; one name is one network."""
+        """Return the roles of all terms; roles of one name are one network."""
         owners: dict[str, tuple[str, Role]] = {}
         for label, term in config.used.items():
             for role in term.found.roles(term.settings, setup):
@@ -129,12 +129,12 @@ class Recipe(Method):
 
     @classmethod
     def requires(cls, config: Any, setup: MethodSetup) -> Requirements:
-        """What any term needs."""
+        """All that any of its terms needs."""
         return Requirements.union(term.found.requires(term.settings, setup) for term in config.used.values())
 
     @classmethod
     def stages(cls, config: Any, *, total_steps: int) -> Sequence[Stage]:
-        """Those of the one term that has several, or none."""
+        """Return the stages of the one term that has several, or none."""
         found = {
             label: term.found.stages(term.settings, total_steps=total_steps) for label, term in config.used.items()
         }
@@ -149,7 +149,7 @@ class Recipe(Method):
         return stages
 
     def updates(self, context: Context, batch: Batch, step: int) -> Iterator[Update]:
-        """All terms advance to their student's loss; the student is stepped once; all go on.
+        """Yield the other roles' updates of each term, and one update of the student with the sum of the losses.
 
         A term waits at its student's loss until the others have come to theirs, so that every loss of the sum belongs
         to the same weights.
@@ -173,32 +173,32 @@ class Recipe(Method):
 
     @property
     def _sampled(self) -> Method:
-        """The method whose sampler and result are the recipe's."""
+        """The method whose sampler and result the recipe uses."""
         by_label = {term.label: term.method for term in self._terms}
         return by_label[self.config.sampler] if self.config.sampler else self._terms[0].method
 
     def result_role(self) -> str:
-        """What the term of the sampler exports."""
+        """Return the role that the term of the sampler exports."""
         return self._sampled.result_role()
 
     def sampler(
         self, schedule: Schedule, *, num_inference_steps: int | None = None, guidance_scale: float | None = None
     ) -> Sampler:
-        """That of the term named by ``sampler``, or of the first."""
+        """Return the sampler of the term named by ``sampler``, or of the first term."""
         return self._sampled.sampler(schedule, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
 
     def notices(self) -> list[str]:
-        """The weights, then what each term has to say."""
+        """Return the weights, then each term's notices."""
         weights = "; ".join(f"{term.label} {_spoken(term.config)}" for term in self._terms)
         return [f"recipe: {weights}", *(line for term in self._terms for line in term.method.notices())]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The terms' states."""
+        """Return the terms' states."""
         states = {term.label: term.method.state_dict() for term in self._terms}
         return {f"{label}/{key}": value for label, state in states.items() for key, value in state.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Each term takes its own."""
+        """Give each term its own state."""
         for term in self._terms:
             prefix = f"{term.label}/"
             own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
@@ -216,7 +216,7 @@ class ActiveTerm:
 
 @dataclass(frozen=True)
 class WeightedUpdate:
-    """A term's loss of the student at one step, and what it weighs."""
+    """A term's update of the student at one step, and its weight."""
 
     label: str
     weight: float
@@ -224,7 +224,7 @@ class WeightedUpdate:
 
 
 def joint(weighteds: Sequence[WeightedUpdate]) -> Update:
-    """One update of the student: the weighted sum of the terms' losses.
+    """Return one update of the student: the weighted sum of the terms' losses.
 
     Losses of single samples add up where every term gives them. Times are kept where one term alone contributes: terms
     draw their own, and a sum of losses has none.
@@ -269,7 +269,7 @@ def _require_alike(owner: str, declared: Role, label: str, role: Role) -> None:
 
 
 def _check_weights(terms: Mapping[str, Term], stages: Sequence[Stage]) -> None:
-    """Every stage that a weight names is there, and at every step something weighs."""
+    """Check that every stage named by a weight exists, and that some weight is above 0 at every step."""
     names = [stage.name for stage in stages]
     for label, term in terms.items():
         for name in term.stage_weights:
@@ -291,7 +291,7 @@ def _check_weights(terms: Mapping[str, Term], stages: Sequence[Stage]) -> None:
 
 
 def _turning_points(terms: Mapping[str, Term], start: int, end: int) -> list[int]:
-    """Steps of [start, end) between which weights are linear: a sum of them vanishes at one of these or nowhere."""
+    """Return the steps of [start, end) between which weights are linear: a sum of them vanishes at one or nowhere."""
     named = {step for term in terms.values() if isinstance(term.weight, dict) for step in term.weight}
     return sorted({start, end - 1, *(step for step in named if start <= step < end)})
 
@@ -307,5 +307,5 @@ def _spoken(term: Term) -> str:
 
 @hookimpl
 def register_methods() -> list[type[Method]]:
-    """Recipes."""
+    """Return the method of this file."""
     return [Recipe]

@@ -22,23 +22,23 @@ d_s = alpha_s - a alpha_t, J_{t -> s} = a x_t + d_s x_0^ is linear in the predic
 
     x_0^(x_t) = sum_s d_s (J_{t' -> s}(x') - a x_t) / sum_s d_s^2
 
-over the s of the segment: the x_0^ that each target asks for, weighted by d_s^2, so that far jumps count most. With a
+over the s of the segment: the x_0^ that each target asks for, weighted by d_s^2, so that long steps count most. With a
 single s per t (segments of one step) it is the teacher's DDIM step exactly.
 
 **Segments** (Hyper-SD, equation 11). ``segments`` [8, 4, 2, 1] cuts the run into stages and the grid into 8, then 4,
-2, 1 segments; the targets of a stage do not leave the segment of t. Shorter jumps are easier to fit and stay close to
+2, 1 segments; the targets of a stage do not leave the segment of t. Shorter steps are easier to fit and stay close to
 the teacher's trajectory; each stage goes on with the weights of the one before (and with its optimizer's moments,
 unless ``reset_optimizer``: the paper speaks of weights alone). Edges are snapped up to the grid, to the points that as
 many steps of the sampler visit. The paper weighs the squared error down and an adversarial loss up from stage to stage,
 without figures: ``consistency_weight`` and ``adversarial_weight`` take one number per stage. Heads on features of the
-frozen teacher tell targets (real) from jumps (fake), both noised further from s to u ~ U[s, s + a segment's length):
+frozen teacher tell targets (real) from predictions (fake), both renoised from s to u ~ U[s, s + a segment's length):
 
-    L_D = relu(1 - D(target_u)) + relu(1 + D(jump_u)),       L_G = relu(1 - D(jump_u))
+    L_D = relu(1 - D(target_u)) + relu(1 + D(prediction_u)),       L_G = relu(1 - D(prediction_u))
 
 The noising and the heads are those of phased consistency models (arXiv 2405.18407); Hyper-SD's reward and score
 distillation terms are not part of this method.
 
-**Sampling** (strategic stochastic sampling, algorithm 4 of the paper). From t to the next time t_n: jump to
+**Sampling** (strategic stochastic sampling, algorithm 4 of the paper). From t to the next time t_n: step to
 s = (1 - gamma) t_n, then add the noise that leads back up to t_n. gamma (``eta``) 0 is DDIM, 1 is LCM's sampling.
 
 The paper trains LoRAs, with the LCM paper's w in [2, 14]; its training code is not published, and this range is from
@@ -110,7 +110,7 @@ class TCD(Method):
         discriminator_learning_rate: float | None = Field(1e-5, gt=0, le=1)
         """Learning rate of the discriminator's heads; null: the run's."""
         eta: float | None = Field(None, ge=0, le=1)
-        """gamma of the sampler: 0 deterministic, 1 all noise anew each step; null: 0.3, and 0 on a flow."""
+        """gamma of the sampler: 0 is deterministic, 1 draws all noise anew at each step; null: 0.3, and 0 on a flow."""
         num_inference_steps: int = Field(4, ge=1, le=1000)
         """Steps that the student is validated and exported with unless the run says otherwise."""
 
@@ -132,7 +132,10 @@ class TCD(Method):
 
     @classmethod
     def roles(cls, config: Any, setup: MethodSetup) -> Sequence[Role]:
-        """LoRA: student = target = base with the adapter. Full: a copy that takes w if it is a range, and its EMA."""
+        """Return the roles.
+
+        LoRA: student and target are the base with the adapter. Full: a copy that takes w if it is a range, and its EMA.
+        """
         if setup.model_type == "lora":
             roles = [Role("teacher"), Role("student", trains="lora")]
         else:
@@ -144,7 +147,7 @@ class TCD(Method):
 
     @classmethod
     def requires(cls, config: Any, setup: MethodSetup) -> Requirements:
-        """Images; equal passes of student and target; a finite x0; features where there is an adversarial term."""
+        """Require images; equal passes of student and target; a finite x_0; features for an adversarial term."""
         return Requirements(
             guidance_embedding=config.takes_guidance(setup.model_type),
             features=_ever(config.adversarial_weight),
@@ -155,7 +158,7 @@ class TCD(Method):
 
     @classmethod
     def stages(cls, config: Any, *, total_steps: int) -> Sequence[Stage]:
-        """One stage for each number of segments."""
+        """Return one stage for each number of segments."""
         segments = config.stage_segments
         lengths = stage_lengths(total_steps, config.stage_shares or [1.0] * len(segments))
         trained = ("student", "discriminator") if _ever(config.adversarial_weight) else ("student",)
@@ -174,11 +177,11 @@ class TCD(Method):
         return self.config.takes_guidance(self.setup.model_type)
 
     def result_role(self) -> str:
-        """The EMA is what full training exports."""
+        """Return the exported role, which for full training is the EMA."""
         return "student" if self._lora else "target"
 
     def updates(self, context: Context, batch: Batch, step: int) -> Iterator[Update]:
-        """One step of algorithm 1 of arXiv 2402.19159, inside the segments of arXiv 2404.13686."""
+        """Yield the updates of one step of algorithm 1 of arXiv 2402.19159, inside the segments of arXiv 2404.13686."""
         assert batch.latents is not None
         config, schedule, rng, x_0 = self.config, context.schedule, context.rng, batch.latents
         grid, num_steps = context.grid(config.num_ddim_timesteps), config.num_ddim_timesteps
@@ -231,7 +234,7 @@ class TCD(Method):
     def sampler(
         self, schedule: Schedule, *, num_inference_steps: int | None = None, guidance_scale: float | None = None
     ) -> Sampler:
-        """TCDScheduler on the training grid, guidance off; on a flow, Euler with explicit sigmas.
+        """Return TCDScheduler on the training grid, guidance off; on a flow, Euler with explicit sigmas.
 
         A student with a guidance embedding gets the middle of its range instead: 0 or 1 would feed it w <= 0.
         """
@@ -247,7 +250,7 @@ class TCD(Method):
         return Sampler("TCDScheduler", {"original_inference_steps": num_grid_steps}, steps, guidance, {"eta": eta})
 
     def notices(self) -> list[str]:
-        """Both conventions of the guidance, and where the edges of the segments lie."""
+        """Return the guidance in both conventions, and where the edges of the segments lie."""
         (low, high), num_steps = self.config.scales, self.config.num_ddim_timesteps
         lines = [
             f"tcd: the teacher's guidance scale is drawn from {low:g} to {high:g} "
@@ -264,12 +267,16 @@ class TCD(Method):
 
 
 def _of_stage(values: Sequence[T], context: Context) -> T:
-    """The value of the present stage; stages of another method beside a single one here are none of its business."""
+    """Return the present stage's value; where this method has one stage, that value serves stages of other methods."""
     return values[context.stage.index if len(values) > 1 else 0]
 
 
 def gamma(eta: float | None, *, flow: bool) -> float:
-    """Gamma of strategic stochastic sampling.
+    """Return gamma of strategic stochastic sampling (arXiv 2402.19159), in [0, 1].
+
+    Args:
+        eta: The user's value, or None for the default: 0.3, and 0 on a flow.
+        flow: Whether the model is a flow.
 
     Raises:
         UserError: A value between 0 and 1 on a flow, for which diffusers has no scheduler.
@@ -285,7 +292,7 @@ def gamma(eta: float | None, *, flow: bool) -> float:
 
 
 def stage_lengths(total_steps: int, shares: Sequence[float]) -> list[int]:
-    """Whole numbers in proportion to `shares` that sum to `total_steps`; every partial sum is rounded, none drifts.
+    """Return whole numbers in proportion to `shares` that sum to `total_steps`; partial sums are rounded, none drifts.
 
     Raises:
         UserError: A stage would have no step.
@@ -306,12 +313,12 @@ def _ever(weight: float | dict[int, float] | list[float]) -> bool:
 
 
 def _problem(config: TCD.Config) -> str:
-    """What no single field's limits can say; "" where all is well."""
+    """Return the problem of settings that are valid alone but not together; "" where there is none."""
     segments, num_steps, steps = config.stage_segments, config.num_ddim_timesteps, config.num_inference_steps
     if steps > num_steps:
         return (
             f"num_inference_steps = {steps} is above num_ddim_timesteps = {num_steps}: "
-            "the sampler walks on the training grid"
+            "the sampler visits times of the training grid"
         )
     if any(later >= earlier for earlier, later in pairwise(segments)):
         return f"segments = {segments} must fall from stage to stage, as [8, 4, 2, 1]"
@@ -323,7 +330,7 @@ def _problem(config: TCD.Config) -> str:
     if steps < segments[-1]:
         return (
             f"num_inference_steps = {steps} is below the {segments[-1]} segments of the last stage, which the student "
-            "does not learn to jump over: raise it, or end segments with a smaller number"
+            "does not learn to skip: raise it, or end segments with a smaller number"
         )
     return _problem_of_stages(config, len(segments))
 
@@ -341,5 +348,5 @@ def _problem_of_stages(config: TCD.Config, num_stages: int) -> str:
 
 @hookimpl
 def register_methods() -> list[type[Method]]:
-    """Trajectory consistency distillation."""
+    """Return the method of this file."""
     return [TCD]

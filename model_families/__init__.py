@@ -1,6 +1,6 @@
-"""Model families: a teacher architecture and how to talk to it; one file each.
+"""Model families: a teacher architecture and how to use it; one file each.
 
-What stands here is for plugins that add a model of diffusers: the bases and the helpers of the families built in.
+This page serves plugins that add a model of diffusers: the bases and the helpers of the built-in families.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a model in diffusers layout is made of: the facts by which one family's files differ from another's."""
+"""The parts of a model in diffusers layout: the facts by which one family's files differ from another's."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import Any
 from torch import Tensor
 
 MINIATURES = Path(__file__).parent / "assets"
-"""Folder of the trained miniatures that ship, one of each family that has one."""
+"""Folder of the trained miniatures that ship with the package."""
 ReadConfig = Callable[[str], dict[str, Any]]
 """Reads a JSON file of a model, as ``vae/config.json``."""
 
 
 @dataclass(frozen=True)
 class SingleFile:
-    """What a checkpoint in one file, in the original layout, is recognised and loaded by.
+    """How a checkpoint in one file, in the original layout, is recognised and loaded.
 
     Attributes:
-        needed: What it must hold, in words -> what the names of those tensors begin with.
-        base_repository: Where its configs and tokenizers come from unless a folder is named.
-        size: About how large such a file is, in words.
+        needed: Name of each part that it must hold, in words -> prefixes of its tensors' names.
+        base_repository: Repository of its configs and tokenizers, unless a folder is named.
+        size: Approximate size of such a file, in words.
     """
 
     needed: Mapping[str, str]
@@ -32,23 +32,23 @@ class SingleFile:
 
 @dataclass(frozen=True)
 class Architecture:
-    """The parts of a model, by the names that its pipeline gives them.
+    """The parts of a model, by their names in its pipeline.
 
     Attributes:
-        title: What messages call it, with its article: ``an SDXL``.
-        pipeline: Class of diffusers that makes images with it.
+        title: Name in messages, with its article: ``an SDXL``.
+        pipeline: Class of its diffusers pipeline.
         accepted: Classes that ``model_index.json`` may name.
         denoiser: Name of the network that is distilled.
         denoiser_class: Its class in diffusers.
         tokenizers: Name -> class in transformers.
         encoders: Name of a text encoder -> class in transformers; as many as tokenizers, in the same order.
         check: Raises UserError unless the configs are this architecture's; takes the model's name and a reader.
-        made_of: What a complete model has, for the message about one that lacks something.
+        made_of: The parts of a complete model, for the message about an incomplete one.
         optional: Parts that a model may lack.
         lora_encoders: Text encoders that a LoRA may change.
         arguments: Further arguments of the pipeline's constructor.
-        single_file: How it lies in a single file; None where such files are not read.
-        kohya: What its LoRAs are in kohya's format; None where that has no form that diffusers reads.
+        single_file: Its layout in a single file; None where such files are not read.
+        kohya: Its LoRAs in kohya's format; None where that has no form that diffusers reads.
     """
 
     title: str
@@ -82,24 +82,24 @@ class Architecture:
         return (self.denoiser, "vae", *self.encoders)
 
     def folders(self, part: str) -> tuple[str, ...]:
-        """Folders of ``text``, ``vae`` or ``denoiser``."""
+        """Return the folders of ``text``, ``vae`` or ``denoiser``."""
         own = {"text": (*self.tokenizers, *self.encoders), "vae": ("vae",), "denoiser": (self.denoiser,)}
         return own[part]
 
     def pipeline_class(self) -> Any:
-        """The class of diffusers."""
+        """Return the pipeline's class in diffusers."""
         import diffusers
 
         return getattr(diffusers, self.pipeline)
 
     def network_class(self) -> Any:
-        """The class of the denoiser."""
+        """Return the denoiser's class in diffusers."""
         import diffusers
 
         return getattr(diffusers, self.denoiser_class)
 
     def shell(self, **parts: Any) -> Any:
-        """A pipeline of these parts alone; the others are absent."""
+        """Return a pipeline of these parts alone; the others are absent."""
         return self.pipeline_class()(**{**dict.fromkeys(self.components), **parts}, **self.arguments)
 
 
@@ -123,14 +123,14 @@ Layers = dict[str, Layer]
 
 @dataclass(frozen=True)
 class KohyaFormat:
-    """What the format calls one architecture.
+    """Names that kohya's format uses for one architecture.
 
     Attributes:
         base_model: ``ss_base_model_version``.
         architecture: ``modelspec.architecture``.
-        renamed: Layers by diffusers' module paths, and the denoiser's config, to layers by sd-scripts' paths. Raises
+        renamed: Renames layers from diffusers' module paths to sd-scripts' paths, given the denoiser's config. Raises
             UserError for a layer that has none.
-        of_v: The first two of models that predict v, where they are told apart.
+        of_v: The first two of models that predict v, where they differ.
         module: ``ss_network_module``.
         second_generation: ``ss_v2``.
         unread: diffusers' paths of modules that its own reader of the format leaves out.

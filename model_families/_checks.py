@@ -1,4 +1,4 @@
-"""What a model is told by, from its configs and tensor names; every refusal says what to do."""
+"""Checks that recognise a model by its configs and tensor names; every refusal says what to do."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def check_index(name: str, index: Mapping[str, Any], architecture: Architecture)
 
 
 def has_part(index: Mapping[str, Any], part: str) -> bool:
-    """Whether ``model_index.json`` says that the component is there."""
+    """Return True if ``model_index.json`` lists the component."""
     return (index.get(part) or [None])[0] is not None
 
 
@@ -57,7 +57,7 @@ def check_channels(name: str, part: str, channels: Any, vae: Mapping[str, Any]) 
 
 
 def check_unet(name: str, unet: Mapping[str, Any], vae: Mapping[str, Any]) -> None:
-    """Raise UserError unless a UNet takes what its own autoencoder makes, and no guidance scale."""
+    """Raise UserError unless a UNet takes its own autoencoder's latents, and no guidance scale."""
     check_channels(name, "unet", unet.get("in_channels"), vae)
     if unet.get("time_cond_proj_dim") is not None:
         raise UserError(

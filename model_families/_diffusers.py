@@ -1,4 +1,4 @@
-"""What the families have in common that are made of diffusers' models: networks, images, students on disk."""
+"""The base of families made of diffusers' models: networks, images, students on disk."""
 
 from __future__ import annotations
 
@@ -30,37 +30,42 @@ if TYPE_CHECKING:
 
 
 class DiffusersFamily(DiffusersModel):
-    """A model in diffusers layout with a plain text-to-image pipeline. A family says what is special about it."""
+    """A model in diffusers layout with a plain text-to-image pipeline; subclasses define what differs."""
 
-    # -- what a family says -------------------------------------------------------------------------------------------
+    # -- for families to define ---------------------------------------------------------------------------------------
 
     @property
     def default_steps(self) -> int:
-        """Steps of the pipeline's own call."""
+        """Default number of steps of the pipeline's call."""
         return 50
 
     @abstractmethod
     def input_weight(self, network: nn.Module) -> Tensor:
-        """The weight that the latents meet first: its type and device are the network's."""
+        """Return the weight of the network's input layer: its type and device are the network's."""
 
     @abstractmethod
     def takes_guidance(self, network: nn.Module) -> bool:
-        """Whether the network takes the guidance scale as an input."""
+        """Return True if the network takes the guidance scale as an input."""
 
     def pipeline_arguments(self) -> Mapping[str, Any]:
-        """Arguments of the exported pipeline's constructor, read from the model."""
+        """Return arguments of the exported pipeline's constructor, read from the model."""
         return {}
 
     def guidance_call(self, network: nn.Module, scale: float) -> dict[str, Any]:
-        """Arguments of the pipeline's call that make it guide `network` by `scale` (0 and 1: off)."""
+        """Return arguments of the pipeline's call that guide `network` by `scale` (0 and 1: off)."""
         return {"guidance_scale": scale}
 
     def to_network(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, h, w) as the pipeline hands them to the network."""
+        """Return latents (B, C, h, w) in the form in which the pipeline gives them to the network."""
         return latents
 
     def from_network(self, latents: Tensor, *, size: tuple[int, int]) -> Tensor:
-        """The reverse of :meth:`to_network`, (B, C, h, w) of images of `size` (width, height) in pixels."""
+        """Return latents (B, C, h, w) from the network's form; the inverse of :meth:`to_network`.
+
+        Args:
+            latents: As the pipeline returns them.
+            size: (width, height) of the images in pixels.
+        """
         return latents
 
     # -- network ----------------------------------------------------------------------------------------------------
@@ -75,14 +80,14 @@ class DiffusersFamily(DiffusersModel):
         return network.requires_grad_(False).eval()
 
     def on_device(self, network: nn.Module) -> nn.Module:
-        """`network` on the device, in the type of the frozen weights, quantised where the run asks for it."""
+        """Move `network` to the device, in the type of the frozen weights, quantised where the run asks for it."""
         network = self.laid_out(network.to(self._weight_dtype()).requires_grad_(False))
         first = self.input_weight(network)
         kept = [name.removesuffix(".weight") for name, weight in network.named_parameters() if weight is first]
         return self.settings.precision.place(network, BASE, device=self.settings.device, keep=kept)
 
     def laid_out(self, network: nn.Module) -> nn.Module:
-        """`network` with its weights in the order in memory that its kernels like best."""
+        """Return `network` with its weights in the memory layout that is fastest for its kernels."""
         return network
 
     def empty_network(self) -> nn.Module:
@@ -152,7 +157,7 @@ class DiffusersFamily(DiffusersModel):
         size: tuple[int, int],
         call: Mapping[str, Any],
     ) -> Tensor:
-        """Scaled latents (B, C, h, w) by one call of the pipeline, each from the noise of its own CPU generator."""
+        """Return scaled latents (B, C, h, w) from one call of the pipeline, each with its own CPU generator's noise."""
         weight = self.input_weight(getattr(pipeline, self.architecture.denoiser))
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         shape = (1, self.latent_channels, size[1] // self.scale_factor, size[0] // self.scale_factor)
@@ -169,7 +174,7 @@ class DiffusersFamily(DiffusersModel):
         return self.from_network(latents, size=size)
 
     def scheduler(self, sampler: Sampler | None) -> Any:
-        """The diffusers scheduler of `sampler` over this model's noise process, or the model's own."""
+        """Return the diffusers scheduler of `sampler` over this model's noise process, or the model's own."""
         return build_scheduler(self.scheduler_config if sampler is None else self.noise_config, sampler)
 
     def export(self, network: nn.Module, folder: Path, info: ExportInfo) -> None:
@@ -223,7 +228,7 @@ class DiffusersFamily(DiffusersModel):
         return network.requires_grad_(False)
 
     def _put_beside(self, extra_loras: Sequence[ExtraLora]) -> None:
-        """Text encoders of these LoRAs from now on; encoded prompts change only where a LoRA has such parts."""
+        """Use these LoRAs' text-encoder parts from now on; encoded prompts change only where a LoRA has such parts."""
         if tuple(extra_loras) != self._beside:
             self._beside = tuple(extra_loras)
             self._text = None
@@ -231,7 +236,7 @@ class DiffusersFamily(DiffusersModel):
 
     @property
     def flow_needs_help(self) -> bool:
-        """Whether the pipeline asks its scheduler for what flow schedulers lack."""
+        """True if the pipeline asks its scheduler for attributes that flow schedulers lack."""
         return False
 
     def usage_snippet(self, info: ExportInfo) -> str:
@@ -248,5 +253,5 @@ class DiffusersFamily(DiffusersModel):
         )
 
     def snippet_call(self, info: ExportInfo) -> dict[str, Any]:
-        """Arguments of a plain call that make the engine's images: guidance, and what differs from the defaults."""
+        """Return arguments of a plain call that make the engine's images: guidance, and other non-default values."""
         return {"guidance_scale": info.sampler.guidance_scale}

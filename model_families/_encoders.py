@@ -1,4 +1,4 @@
-"""What text encoders and autoencoders compute, as the pipelines ask them."""
+"""Calls of text encoders and autoencoders, as diffusers' pipelines make them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def token_ids(tokenizer: Any, prompts: Sequence[str], *, length: int | None = None) -> Any:
-    """Tokens (B, length) padded and cut to `length`, the tokenizer's own where None; with their attention mask."""
+    """Return tokens (B, length), padded and cut to `length` (None: the tokenizer's own), with their attention mask."""
     return tokenizer(
         list(prompts),
         padding="max_length",
@@ -24,7 +24,7 @@ def token_ids(tokenizer: Any, prompts: Sequence[str], *, length: int | None = No
 def penultimate(
     tokenizer: Any, encoder: Any, prompts: Sequence[str], *, length: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """A CLIP text encoder's states (B, T, D) before its last layer, and its first output: the projection (B, P)."""
+    """Return a CLIP text encoder's states (B, T, D) before its last layer, and its projection (B, P)."""
     ids = token_ids(tokenizer, prompts, length=length).input_ids
     output = encoder(ids.to(encoder.device), output_hidden_states=True)
     return output.hidden_states[-2], output[0]
@@ -34,7 +34,7 @@ def penultimate(
 def last_states(
     tokenizer: Any, encoder: Any, prompts: Sequence[str], *, length: int | None = None, masked: bool = False
 ) -> Any:
-    """A text encoder's output: states (B, T, D) first; with the attention mask of its padding if `masked`."""
+    """Return a text encoder's output, states (B, T, D) first; with the attention mask of its padding if `masked`."""
     tokens = token_ids(tokenizer, prompts, length=length)
     mask = tokens.attention_mask.to(encoder.device) if masked else None
     return encoder(tokens.input_ids.to(encoder.device), attention_mask=mask)
@@ -42,7 +42,7 @@ def last_states(
 
 @torch.no_grad()
 def encode_pixels(vae: Any, pixels: Tensor, generator: Sequence[torch.Generator] | None) -> Tensor:
-    """Scaled latents (B, C, h, w) of `pixels` (B, 3, H, W) in [-1, 1]: (z - shift) scaling_factor / std."""
+    """Return scaled latents (B, C, h, w) of `pixels` (B, 3, H, W) in [-1, 1]: (z - shift) scaling_factor / std."""
     posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
     latents = posterior.mode()
     if generator is not None:
@@ -57,7 +57,7 @@ def encode_pixels(vae: Any, pixels: Tensor, generator: Sequence[torch.Generator]
 
 @torch.no_grad()
 def decode(vae: Any, latents: Tensor) -> Tensor:
-    """Images (B, 3, H, W) in [0, 1], float32, of scaled `latents`."""
+    """Return images (B, 3, H, W) in [0, 1], float32, decoded from scaled `latents` (B, C, h, w)."""
     latents = latents.to(vae.device, vae.dtype)
     shift, std = _statistics(vae.config, latents)
     pixels = vae.decode(latents * std / vae.config.scaling_factor + shift, return_dict=False)[0]
@@ -65,7 +65,7 @@ def decode(vae: Any, latents: Tensor) -> Tensor:
 
 
 def _statistics(config: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
-    """Shift and deviation of the latents by the autoencoder's config, else 0 and 1; shape (1, C or 1, 1, 1)."""
+    """Return mean and deviation of the latents from the autoencoder's config, else 0 and 1; shape (1, C or 1, 1, 1)."""
     mean, std = config.get("latents_mean"), config.get("latents_std")
     if mean is None or std is None:
         mean, std = [config.get("shift_factor") or 0.0], [1.0]

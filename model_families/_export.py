@@ -1,4 +1,4 @@
-"""Students on disk: what plain diffusers loads."""
+"""Students on disk, as plain diffusers loads them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def export_lora(architecture: Architecture, network: nn.Module, folder: Path, info: ExportInfo) -> None:
-    """Write the adapter in diffusers' format; rank and alpha go along as adapter metadata.
+    """Write the adapter in diffusers' format, with rank and alpha as adapter metadata.
 
     ``info.metadata`` is added to the header of the file.
     """
@@ -43,7 +43,7 @@ def export_lora(architecture: Architecture, network: nn.Module, folder: Path, in
 
 
 def _in_order(config: dict[str, Any]) -> dict[str, Any]:
-    """Sets as sorted lists, so that the same student is the same file."""
+    """Turn sets into sorted lists, so that the same student is the same file."""
     return {key: sorted(value) if isinstance(value, set | frozenset) else value for key, value in config.items()}
 
 
@@ -71,14 +71,14 @@ def export_pipeline(
     """Write the whole pipeline around a fully trained denoiser; ``info.metadata`` lies beside it as ``metadata.json``.
 
     Args:
-        architecture: Of the pipeline.
+        architecture: The model's architecture.
         network: The student.
-        folder: Where it goes.
-        scheduler: The student's.
+        folder: Folder to write to.
+        scheduler: The student's scheduler.
         text: Tokenizers and text encoders.
         vae: The autoencoder.
-        info: What goes along.
-        arguments: Of the pipeline's constructor, in addition to the architecture's.
+        info: Facts to write beside it.
+        arguments: Arguments of the pipeline's constructor, in addition to the architecture's.
     """
     with quiet_libraries():
         # a scheduler that plain diffusers lacks stays out: better no image than one without the second time
@@ -103,7 +103,7 @@ def export_sampler(
 
 
 def student_lora(architecture: Architecture, folder: Path) -> list[tuple[str, float]]:
-    """The student's adapter at weight 1, or nothing for a fully trained student. Raises UserError for neither."""
+    """Return the student's adapter at weight 1, or nothing for a fully trained student; raise UserError for neither."""
     if (folder / WEIGHTS).is_file():
         return [(str(folder / WEIGHTS), 1.0)]
     if (folder / architecture.denoiser / "config.json").is_file():
@@ -117,7 +117,7 @@ def student_lora(architecture: Architecture, folder: Path) -> list[tuple[str, fl
 def refill(architecture: Architecture, network: nn.Module, folder: Path, *, adapter: str) -> None:
     """Give the weights of `adapter` the type that they were exported in.
 
-    What attached it has rounded them to the type of the base, and with that another image than the trained one's.
+    Attaching it rounded them to the type of the base, which would give other images than the trained adapter.
     """
     from safetensors.torch import load_file
 
@@ -130,7 +130,7 @@ def refill(architecture: Architecture, network: nn.Module, folder: Path, *, adap
 
 
 def load_denoiser(architecture: Architecture, folder: Path, dtype: torch.dtype) -> nn.Module:
-    """The denoiser of a fully trained student, on the CPU."""
+    """Load the denoiser of a fully trained student on the CPU."""
     with quiet_libraries():
         return architecture.network_class().from_pretrained(
             folder, subfolder=architecture.denoiser, torch_dtype=dtype, use_safetensors=True, local_files_only=True

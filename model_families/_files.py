@@ -1,4 +1,4 @@
-"""What the SDXL family knows of files: safetensors headers, content hashes; and quiet loading."""
+"""Model files: safetensors headers, content hashes; and quiet loading."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ..core.errors import UserError
 WHOLE_BYTES = 64 * 2**20
 """Files up to this size are hashed whole."""
 CHUNKS, CHUNK_BYTES = 1024, 64 * 2**10
-"""Of larger files so many evenly spaced pieces are hashed: any change longer than size / 1024 is seen."""
+"""Number and bytes of the evenly spaced pieces hashed of larger files: any change longer than size / 1024 is seen."""
 
 
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """No progress bars or import-time advice of diffusers and transformers for as long as it lasts."""
+    """Silence progress bars and import-time advice of diffusers and transformers inside the block."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
@@ -40,7 +40,7 @@ def quiet_libraries() -> Iterator[None]:
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """The JSON header of a safetensors file. Raises UserError when the file is none or is cut short."""
+    """Read the JSON header of a safetensors file. Raises UserError when the file is none or is cut short."""
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
@@ -57,7 +57,7 @@ def read_header(path: Path) -> dict[str, Any]:
 
 
 def hash_files(paths: Sequence[Path]) -> str:
-    """SHA-256 of the contents in order, of large files by 1,024 evenly spaced pieces; wherever they lie."""
+    """Return the SHA-256 of the contents in order, of large files by 1,024 evenly spaced pieces."""
     digest = hashlib.sha256()
     for path in paths:
         size = path.stat().st_size

@@ -1,4 +1,4 @@
-"""Images by the plain diffusers pipeline around a network."""
+"""Image generation with the plain diffusers pipeline around a network."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def guidance_scale_embedding(w: Tensor, dim: int) -> Tensor:
-    """The sinusoid of 1000 w that diffusers' pipelines feed to ``time_cond_proj``.
+    """Return the sinusoid of 1000 w that diffusers' pipelines feed to ``time_cond_proj`` (arXiv 2210.03142).
 
     Args:
         w: Guidance scale minus one, shape (B,).
@@ -36,7 +36,7 @@ def guidance_scale_embedding(w: Tensor, dim: int) -> Tensor:
 
 
 def build_pipeline(architecture: Architecture, network: nn.Module, scheduler: Any, *, scale_factor: int) -> Any:
-    """The plain pipeline without text encoders and autoencoder: embeddings in, latents out."""
+    """Build the plain pipeline without text encoders and autoencoder: embeddings in, latents out."""
     with quiet_libraries():
         pipeline = architecture.shell(**{architecture.denoiser: network, "scheduler": scheduler})
     pipeline.vae_scale_factor = scale_factor
@@ -52,7 +52,7 @@ def call_arguments(
     guidance_scale: float | None,
     guidance_embedding: bool,
 ) -> dict[str, Any]:
-    """Steps, guidance and the sampler's own arguments of the pipeline call; `own` steps and guidance without one."""
+    """Return the pipeline call's steps, guidance and sampler arguments; `own` steps and guidance without a sampler."""
     default_steps = own[0] if sampler is None else sampler.num_inference_steps
     default_guidance = own[1] if sampler is None else sampler.guidance_scale
     call = {} if sampler is None else dict(sampler.call)
@@ -84,16 +84,16 @@ def sample_latents(
     size: tuple[int, int],
     call: Mapping[str, Any],
 ) -> Tensor:
-    """What one call of the pipeline makes of `noise`, undecoded.
+    """Return the latents, not decoded, that one call of the pipeline makes from `noise`.
 
     Args:
         pipeline: What :func:`build_pipeline` returned.
-        embeds: Arguments of the pipeline, B in front.
-        negative: The same of the negative prompts, or None without guidance.
+        embeds: Embeddings for the pipeline's call, each of shape (B, ...).
+        negative: Embeddings of the negative prompts, or None without guidance.
         noise: As the pipeline takes it, of the network's type, on its device.
-        generators: B of them, of the noise that schedulers draw between steps.
+        generators: B generators, for the noise that schedulers draw between steps.
         size: (width, height) in pixels.
-        call: Steps, guidance and what else the call takes.
+        call: Steps, guidance and the call's other arguments.
     """
     given = {**embeds, **{f"negative_{key}": value for key, value in (negative or {}).items()}}
     # masks of whole numbers stay what they are: some pipelines count with them
@@ -114,7 +114,7 @@ def sample_latents(
 
 @contextlib.contextmanager
 def evaluating(network: nn.Module) -> Iterator[None]:
-    """Eval mode (no dropout) for as long as it lasts."""
+    """Keep the network in eval mode (no dropout) inside the block."""
     training = {module: module.training for module in network.modules()}
     network.eval()
     try:

@@ -38,21 +38,21 @@ def export_kohya(
     dtype: torch.dtype,
     predicts_v: bool = False,
 ) -> list[str]:
-    """Write the LoRA of a student's folder once more, as `file`, whole or not at all.
+    """Write the LoRA of a student's folder once more, as `file`, completely or not at all.
 
-    What was written is read with diffusers' own reader before it takes its place.
+    The result is read with diffusers' own reader before it is moved into place.
 
     Args:
-        architecture: Of the student.
-        config: The denoiser's.
+        architecture: The student's architecture.
+        config: The denoiser's config.
         student: The exported folder.
-        file: Where it goes.
+        file: The file to write.
         title: Name of the LoRA.
-        dtype: Of the tensors.
+        dtype: Type of the tensors.
         predicts_v: Whether the model predicts v.
 
     Returns:
-        What people should know of the file, a line each.
+        Notes for users of the file, a line each.
 
     Raises:
         UserError: It is no LoRA, or one that the format cannot hold.
@@ -85,12 +85,12 @@ def export_kohya(
 
 
 def no_form(architecture: Architecture) -> str:
-    """The sentence for an architecture without :attr:`Architecture.kohya`."""
+    """Return the sentence for an architecture without :attr:`Architecture.kohya`."""
     return f"{architecture.title} has no form in kohya's format that diffusers reads"
 
 
 def read_layers(file: Path, prefix: str) -> tuple[Layers, dict[str, str]]:
-    """The layers of an exported LoRA by module path, and the rest of its header.
+    """Read the layers of an exported LoRA by module path, and the rest of its header.
 
     Raises:
         UserError: The file is not there, or its layers have alphas of their own.
@@ -119,7 +119,7 @@ def read_layers(file: Path, prefix: str) -> tuple[Layers, dict[str, str]]:
 
 
 def tensors(layers: Layers, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The file's tensors, of layers by sd-scripts' paths."""
+    """Return the file's tensors, from layers by sd-scripts' paths."""
     found = {}
     for path, layer in layers.items():
         name = f"lora_unet_{path.replace('.', '_')}"
@@ -130,7 +130,7 @@ def tensors(layers: Layers, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def header(form: KohyaFormat, layers: Layers, *, title: str, predicts_v: bool = False) -> dict[str, str]:
-    """What sd-scripts and the programs that list LoRAs look for."""
+    """Return the metadata that sd-scripts and programs that list LoRAs read."""
     base_model, architecture = (predicts_v and form.of_v) or (form.base_model, form.architecture)
     first = next(iter(layers.values()))
     dim, alpha = str(first.rank), f"{first.alpha:g}"
@@ -151,14 +151,14 @@ def header(form: KohyaFormat, layers: Layers, *, title: str, predicts_v: bool = 
 
 
 def write_file(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """A safetensors file."""
+    """Write a safetensors file."""
     from safetensors.torch import save_file
 
     save_file(dict(state), path, metadata=dict(metadata))
 
 
 def readable(file: Path, architecture: Architecture, config: Mapping[str, Any]) -> set[str]:
-    """Paths of the modules that diffusers finds in a LoRA, by its own names.
+    """Return the paths, as diffusers names them, of the modules that it finds in a LoRA.
 
     Raises:
         UserError: It cannot read the file.
@@ -201,15 +201,16 @@ _RESNET = {
 
 
 def original_unet(layers: Layers, config: Mapping[str, Any]) -> Layers:
-    """Layers of a UNet by the paths of the original code (``input_blocks.4.1...``)."""
+    """Return the layers of a UNet by the paths of the original code (``input_blocks.4.1...``)."""
     return {original_unet_path(path, config): layer for path, layer in layers.items()}
 
 
 def original_unet_path(path: str, config: Mapping[str, Any]) -> str:
-    """``down_blocks.1.resnets.0.conv1`` -> ``input_blocks.4.0.in_layers.2`` and so on.
+    """Return the original code's path: ``input_blocks.4.0.in_layers.2`` for ``down_blocks.1.resnets.0.conv1`` and so
+    on.
 
-    The original code counts all layers of a side on; a change of size is a layer of its own on the way down, and goes
-    with the last layer of its level on the way up.
+    The original code numbers all layers of a side in one sequence; a change of size is a layer of its own on the way
+    down, and goes with the last layer of its level on the way up.
     """
     side, *rest = path.split(".")
     count = config["layers_per_block"] + 1
@@ -237,9 +238,9 @@ def _inner(part: str, inner: Sequence[str]) -> Sequence[str]:
 
 
 def fused(layers: Sequence[Layer]) -> Layer:
-    """Layers of one input as one, whose outputs follow each other: the downs stacked, the ups on a diagonal of blocks.
+    """Return one layer for several layers of the same input, with their outputs concatenated.
 
-    Alpha grows with the rank, so that the scale stays.
+    The downs are stacked, the ups form a block diagonal. Alpha grows with the rank, so that the scale stays.
     """
     return Layer(
         torch.cat([layer.down for layer in layers]),
@@ -249,5 +250,5 @@ def fused(layers: Sequence[Layer]) -> Layer:
 
 
 def at_scale_one(layer: Layer) -> Layer:
-    """The same change of the weight with an alpha equal to the rank, for readers that heed none."""
+    """Return the same change of the weight with an alpha equal to the rank, for readers that ignore alpha."""
     return Layer(layer.down, layer.up * (layer.alpha / layer.rank), float(layer.rank))

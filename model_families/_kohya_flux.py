@@ -33,7 +33,7 @@ _PATH = re.compile(rf"({'|'.join(_BLOCKS)})\.(\d+)\.(.+)")
 
 
 def original_flux(layers: Layers, config: Mapping[str, Any]) -> Layers:
-    """Layers by the original code's paths. Raises UserError where a fused one is adapted in part only."""
+    """Return layers by the original code's paths. Raises UserError where a fused one is adapted in part only."""
     found: Layers = {}
     for path in layers:
         if path == FINAL:
@@ -52,7 +52,7 @@ def original_flux(layers: Layers, config: Mapping[str, Any]) -> Layers:
 
 
 def _place(path: str) -> tuple[str, list[str]]:
-    """The original's path, and diffusers' paths of all that lies there."""
+    """Return the original's path, and diffusers' paths of all layers that are fused there."""
     match = _PATH.fullmatch(path)
     for name, members in _BLOCKS[match[1]][1].items() if match else ():
         if match and match[3] in members:

@@ -1,4 +1,4 @@
-"""LoRAs: finding their files, fusing them into the teacher, putting them beside a student's."""
+"""LoRAs: finding their files, fusing them into the teacher, attaching them beside a student's."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Lora:
 
     Attributes:
         name: As the user wrote it.
-        weight: What its contribution is multiplied by.
-        state: Tensors by name, prefixed with the part it changes: ``unet.``, ``text_encoder_2.``.
+        weight: Factor of its contribution.
+        state: Tensors by name, prefixed with the part that they change: ``unet.``, ``text_encoder_2.``.
         alphas: Alphas by tensor name, for files that carry them (kohya), or None.
         metadata: diffusers' adapter metadata of the file (rank, alpha, targets), or None.
     """
@@ -39,12 +39,12 @@ class Lora:
     metadata: Mapping[str, Any] | None
 
     def has(self, prefix: str) -> bool:
-        """Whether it changes the component `prefix`."""
+        """Return True if it changes the component `prefix`."""
         return any(key.startswith(f"{prefix}.") for key in self.state)
 
 
 def lora_file(name: str) -> Path:
-    """The safetensors file that `name` means: a file, a folder with one, ``owner/name`` or ``owner/name/file``."""
+    """Return the LoRA's file; `name` is a file, a folder with one, ``owner/name`` or ``owner/name/file``."""
     path = Path(name).expanduser()
     if path.is_file():
         if path.suffix != ".safetensors":
@@ -56,7 +56,7 @@ def lora_file(name: str) -> Path:
 
 
 def student_folder(name: str) -> Path:
-    """Where the LoRA `name` lies, with the second time beside it if it has one."""
+    """Return the folder of the LoRA `name`, with the second time beside it if it has one."""
     file = lora_file(name)
     if not Path(name).expanduser().exists():
         _download_second_time(name)
@@ -64,7 +64,7 @@ def student_folder(name: str) -> Path:
 
 
 def read_lora(name: str, weight: float, architecture: Architecture, config: Mapping[str, Any]) -> Lora:
-    """The LoRA `name`, in diffusers' or kohya's format, for a denoiser of `config`.
+    """Read the LoRA `name`, in diffusers' or kohya's format, for a denoiser of `config`.
 
     Raises UserError when it is none for this architecture.
     """
@@ -90,7 +90,7 @@ def fuse(architecture: Architecture, components: Mapping[str, nn.Module], loras:
     """Add every LoRA, at its weight, to the weights of `components`; no adapter is left behind.
 
     Args:
-        architecture: Whose pipeline reads them.
+        architecture: The architecture whose pipeline reads them.
         components: Networks by pipeline name: ``unet``, ``text_encoder``, ``text_encoder_2``.
         loras: Applied one after the other; the order does not matter but for rounding.
     """
@@ -133,7 +133,7 @@ def _attach(pipeline: Any, architecture: Architecture, lora: Lora, adapter: str,
 
 
 def _shell(architecture: Architecture, components: Mapping[str, nn.Module]) -> Any:
-    """A pipeline around some networks only, for diffusers' LoRA functions."""
+    """Return a pipeline around some networks only, for diffusers' LoRA functions."""
     with quiet_libraries():
         return architecture.shell(**components)
 

@@ -1,4 +1,4 @@
-"""A model in diffusers layout: what its files say of it, its text encoders, its autoencoder, its noise."""
+"""A model in diffusers layout: its configs, its text encoders, its autoencoder, its noise."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ if TYPE_CHECKING:
     from ._architecture import Architecture
 
 PROMPTS_AT_ONCE = 32
-"""Prompts in one pass of the text encoders."""
+"""Number of prompts in one pass of the text encoders."""
 
 
 class DiffusersModel(ModelFamily):
-    """The part of a family that knows files, text encoders, autoencoder and noise; abstract."""
+    """The part of a family that handles files, text encoders, autoencoder and noise; abstract."""
 
     architecture: ClassVar[Architecture]
     embed_keys: ClassVar[tuple[str, ...]] = ("prompt_embeds", "pooled_prompt_embeds")
-    """What :meth:`encode_prompts` returns: arguments of the pipeline."""
+    """Keys of the result of :meth:`encode_prompts`: arguments of the pipeline."""
     position_edge: ClassVar[int] = 1
-    """Latents along an edge of what the network sees as one position."""
+    """Latents along an edge of one position of the network (a transformer's patch)."""
     native_edge: ClassVar[int] = 1024
     """Pixels along an edge of the images that the models of the family are made for."""
     upcasts_vae: ClassVar[bool] = False
-    """Whether the pipeline heeds ``force_upcast`` of the autoencoder."""
+    """Whether the pipeline obeys ``force_upcast`` of the autoencoder."""
 
     class Config(ModelFamily.Config):
         """Settings of every family of diffusers' models, under ``family_config``."""
@@ -51,8 +51,9 @@ class DiffusersModel(ModelFamily):
         variant: str | None = None
         """Variant of the weights' files, as ``fp16`` of ``model.fp16.safetensors``; local folders need none."""
         vae_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-        """Type of the autoencoder. ``auto``: float32 when its config says force_upcast and the pipeline heeds it
-        (SDXL's own overflows in float16), else the type of the other frozen weights."""
+        """Type of the autoencoder. ``auto``: float32 when its config says force_upcast and the pipeline obeys it
+        (SDXL's own overflows in float16), else the type of the other frozen weights.
+        """
         vae_tiling: bool = False
         """Whether large images go through the autoencoder in tiles: less memory, faint seams."""
         latents_at_once: int = Field(default=4 * 128 * 128, ge=1)
@@ -68,23 +69,23 @@ class DiffusersModel(ModelFamily):
         self._empty: Conditioning | None = None
         self._beside: tuple[ExtraLora, ...] = ()
 
-    # -- what a family says -------------------------------------------------------------------------------------------
+    # -- for families to define ---------------------------------------------------------------------------------------
 
     @abstractmethod
     def encode(self, text: TextEncoders, prompts: Sequence[str]) -> Conditioning:
-        """What :meth:`encode_prompts` returns of up to 32 prompts, on any device."""
+        """Return what :meth:`encode_prompts` returns for up to 32 prompts, on any device."""
 
     def scheduler_overrides(self) -> Mapping[str, Any]:
-        """What the user says of the noise over the model's scheduler config."""
+        """Return the user's settings of the noise, which override the model's scheduler config."""
         return {}
 
     @property
     def left_out(self) -> Collection[str]:
-        """Text encoders and tokenizers that the user does without, of those that the model may lack."""
+        """Text encoders and tokenizers that the user leaves out, of those that the model may lack."""
         return ()
 
     def text_settings(self) -> Sequence[str]:
-        """Settings that decide what prompts are encoded to, for the fingerprint."""
+        """Return the settings that decide the encoding of prompts, for the fingerprint."""
         return ()
 
     # -- identity ---------------------------------------------------------------------------------------------------
@@ -116,12 +117,12 @@ class DiffusersModel(ModelFamily):
 
     @cached_property
     def scheduler_config(self) -> dict[str, Any]:
-        """The model's scheduler config, with what the user says of its noise over it."""
+        """The model's scheduler config, with the user's settings of the noise over it."""
         return {**self._source.config("scheduler/scheduler_config.json"), **self.scheduler_overrides()}
 
     @cached_property
     def noise_config(self) -> dict[str, Any]:
-        """The scheduler config of the run: a shift that depends on the resolution is that of the run's."""
+        """The scheduler config of the run: a shift that depends on the resolution is fixed to the run's resolution."""
         width, height = self.settings.resolution or (self.native_edge, self.native_edge)
         edge = self.scale_factor * self.position_edge
         return with_fixed_shift(self.scheduler_config, num_positions=(width // edge) * (height // edge))
@@ -134,7 +135,7 @@ class DiffusersModel(ModelFamily):
 
     @property
     def taken_channels(self) -> int:
-        """Channels of the latents that the denoiser is made for."""
+        """Number of channels of the latents that the denoiser takes."""
         return int(self.denoiser_config["in_channels"])
 
     def _check_vae(self) -> None:
@@ -210,7 +211,7 @@ class DiffusersModel(ModelFamily):
         self.settings.precision.place(encoder, text_encoder(number), device=self.settings.device, keep=tuple(wide))
 
     def _finalize(self, encoder: Any) -> None:
-        """LoRAs that were put beside each other get the type and the place of the other weights."""
+        """Move the LoRAs attached to `encoder` to the type and device of its other weights."""
         for name, weight in encoder.named_parameters():
             if "lora_" in name:
                 weight.data = weight.data.to(self.settings.device, self._weight_dtype())
@@ -222,7 +223,7 @@ class DiffusersModel(ModelFamily):
         return dict(embeds)
 
     def uncond(self, cond: Conditioning) -> Conditioning:
-        """The encoded empty prompt."""
+        """Return the encoded empty prompt."""
         if self._empty is None:
             loaded = self._text is not None
             self._empty = self.encode_prompts([""])

@@ -1,4 +1,4 @@
-"""What the calls and copies of networks of any kind have in common."""
+"""Calls and copies of networks of any kind."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from ..core.diffusion.second_time import PREFIX
 
 
 class _FarEnough(Exception):
-    """The last module that was asked for is done: no error, it ends a forward pass."""
+    """Ends a forward pass once the last module that was asked for is computed; no error."""
 
 
 def outputs_inside(
     modules: Sequence[nn.Module], call: Callable[[], Any], *, pick: Callable[[Any], Tensor], stop: bool
 ) -> list[Tensor]:
-    """What `pick` takes of each module's output during `call`.
+    """Return what `pick` takes of each module's output during `call`.
 
     Args:
         modules: In the order in which they are computed.
         call: A forward pass of the network that they belong to.
         pick: Finds the activation in a module's output.
-        stop: Whether the call ends after the last of them. Modules that are recomputed as a whole in the backward pass
-            must not be stopped in.
+        stop: Whether the call ends after the last of them. A call must not be stopped inside modules that the backward
+            pass recomputes as a whole.
     """
     found: list[Tensor] = []
 
@@ -46,7 +46,7 @@ def outputs_inside(
 
 
 def own_state(network: nn.Module) -> dict[str, Tensor]:
-    """Copies in fp32 of a network's own weights, without second times."""
+    """Return copies in fp32 of a network's own weights, without second times."""
     own = {name: value for name, value in network.state_dict().items() if not name.startswith(PREFIX)}
     return {name: value.detach().to(torch.float32, copy=True) for name, value in own.items()}
 

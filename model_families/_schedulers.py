@@ -3,18 +3,18 @@
 Where samplers begin and end, for T training timesteps and N steps (a method chooses by its :class:`Sampler`):
 
     DDIMScheduler, timestep_spacing="trailing"
-        T - 1, T - 1 - T/N, ..., and a last jump to the data; with set_alpha_to_one=False it ends at alpha_0 instead.
-        Where N does not divide T, diffusers' jumps end up to a timestep away from where the next begins, and the
+        T - 1, T - 1 - T/N, ..., and a last step to the data; with set_alpha_to_one=False it ends at alpha_0 instead.
+        Where N does not divide T, diffusers' steps end up to a timestep away from where the next begins, and the
         last one ends at alpha_0 where T/N has a fraction of one half or more.
     TCDScheduler, original_inference_steps=M; the call's eta is the paper's gamma (0 where it is not given)
-        N points of the grid (i + 1) T/M - 1, from T - 1 down; the last jump ends at t = 0 of the table, alpha_0.
+        N points of the grid (i + 1) T/M - 1, from T - 1 down; the last step ends at t = 0 of the table, alpha_0.
     EulerDiscreteScheduler, timestep_spacing="trailing"
-        the times of DDIM and exactly its jumps, to the data; but it begins from sigma_T eps, not eps (sigma_T = 0.998),
+        the times of DDIM and exactly its steps, to the data; but it begins from sigma_T eps, not eps (sigma_T = 0.998),
         and with zero terminal SNR from alpha_T = 2^-12 instead of 0.
     LCMScheduler, the call's ``timesteps`` if named
         consistency functions with noise between them; ends at the data.
-    FlowMapScheduler (:mod:`..core.flow_map`)
-        the times of DDIM for any N, each jump ending where the next begins, the last at the data; on a flow shift(i/N).
+    FlowMapScheduler (:mod:`..core.diffusion.flow_map`)
+        the times of DDIM for any N, each step ending where the next begins, the last at the data; on a flow shift(i/N).
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ NOISE_KEYS = (
     "prediction_type",
     "shift",
 )
-"""What belongs to the model, not to its scheduler: kept when another scheduler class takes over."""
+"""Keys that belong to the model, not to its scheduler: kept when another scheduler class takes over."""
 ENDS: Mapping[str, Any] = {"clip_sample": False, "thresholding": False, "set_alpha_to_one": True}
-"""Latents are never clipped, and a last jump ends at the data, unless the sampler says otherwise: never the model's."""
+"""Defaults that override the model's: latents are never clipped, and the last step ends at the data."""
 
 
 def build_scheduler(model_config: Mapping[str, Any], sampler: Sampler | None) -> Any:
-    """The sampler's scheduler over the model's noise process; the model's own scheduler without a sampler."""
+    """Build the sampler's scheduler over the model's noise process; the model's own scheduler without a sampler."""
     with quiet_libraries():
         import diffusers
 
@@ -82,7 +82,7 @@ def _scheduler_class(name: str) -> Any:
 
 
 def _for_unets(scheduler: Any) -> Any:
-    """Flow schedulers lack two attributes that pipelines with a UNet ask for; their values are the neutral ones."""
+    """Give a flow scheduler two attributes that pipelines with a UNet ask for, with neutral values."""
     if not hasattr(scheduler, "init_noise_sigma"):
         scheduler.init_noise_sigma = 1.0
     if not hasattr(scheduler, "scale_model_input"):
@@ -91,7 +91,7 @@ def _for_unets(scheduler: Any) -> Any:
 
 
 def with_fixed_shift(config: Mapping[str, Any], *, num_positions: int) -> dict[str, Any]:
-    """A scheduler config whose shift does not depend on the resolution: that of images of `num_positions`.
+    """Return a scheduler config whose shift is fixed to that of images of `num_positions`.
 
     Pipelines shift s to m s / (1 + (m - 1) s) with m = exp(mu), or mu itself (``time_shift_type`` linear), where mu is
     linear in the number of positions that the transformer sees: base_shift at base_image_seq_len, max_shift at

@@ -23,12 +23,12 @@ PLAIN = {"CrossAttnDownBlock2D": "DownBlock2D", "CrossAttnUpBlock2D": "UpBlock2D
 
 
 def evenly(total: int, kept: int) -> list[int]:
-    """`kept` of the indices below `total`, evenly spaced, the first and the last among them; the last alone for one."""
+    """Return `kept` of the indices below `total`, evenly spaced, first and last among them; the last alone for one."""
     return [total - 1] if kept == 1 else [round(number * (total - 1) / (kept - 1)) for number in range(kept)]
 
 
 def _per_level(value: Any, levels: int, key: str) -> list[int]:
-    """A number for all levels, or one for each, as a list of one for each."""
+    """Return a list with a number for each level, from one for all or one for each."""
     values = [value] * levels if isinstance(value, int) else list(value)
     if len(values) != levels or not all(isinstance(each, int) for each in values):
         raise UserError(
@@ -39,7 +39,7 @@ def _per_level(value: Any, levels: int, key: str) -> list[int]:
 
 
 def not_more(key: str, asked: int, there: int) -> None:
-    """Raise UserError where the setting `key` asks for more than is there."""
+    """Raise UserError where the setting `key` asks for more than there is."""
     if asked > there:
         raise UserError(
             f"family_config.{key} = {asked}: the teacher has {there}",
@@ -48,14 +48,14 @@ def not_more(key: str, asked: int, there: int) -> None:
 
 
 def _kinds(kinds: Sequence[str], depth: Sequence[int]) -> tuple[str, ...]:
-    """Types of blocks, without attention where its depth is 0."""
+    """Return the types of blocks, without attention where its depth is 0."""
     return tuple(kind if each else PLAIN.get(kind, kind) for kind, each in zip(kinds, depth, strict=True))
 
 
 def smaller_unet_config(
     config: Mapping[str, Any], *, layers: int | Sequence[int] | None, depth: int | Sequence[int] | None, middle: bool
 ) -> dict[str, Any]:
-    """A UNet's config with fewer blocks.
+    """Return a UNet's config with fewer blocks.
 
     Args:
         config: The teacher's.
@@ -96,12 +96,12 @@ def smaller_unet_config(
 def kept_unet_weights(
     state: Mapping[str, Tensor], config: Mapping[str, Any], smaller: Mapping[str, Any]
 ) -> dict[str, Tensor]:
-    """Of a UNet's weights, those that the smaller one keeps, under the names that they have there.
+    """Return the weights of a UNet that the smaller one keeps, under the smaller one's names.
 
     Args:
-        state: The teacher's.
+        state: The teacher's weights.
         config: The teacher's config.
-        smaller: The student's, of :func:`smaller_unet_config`.
+        smaller: The student's config, from :func:`smaller_unet_config`.
     """
     levels = len(config["block_out_channels"])
     own = _per_level(config.get("layers_per_block", 2), levels, "")
@@ -132,14 +132,14 @@ def kept_unet_weights(
 
 
 def _place(index: int, total: int, kept: int, *, last: bool) -> int | None:
-    """Where the layer `index` of `total` stands among those kept: the first ones, and the last one if `last`."""
+    """Return the position of layer `index` of `total` among those kept: the first ones, and the last one if `last`."""
     if last and index == total - 1:
         return kept - 1
     return index if index < kept - int(last) else None
 
 
 def smaller_transformer_config(config: Mapping[str, Any], kept: Mapping[str, Sequence[int]]) -> dict[str, Any]:
-    """A transformer's config with the blocks in `kept`: key of the config -> indices, which go into their number."""
+    """Return a transformer's config with as many blocks as `kept` (key of the config -> indices) has."""
     changed: dict[str, Any] = {key: len(indices) for key, indices in kept.items()}
     if config.get("dual_attention_layers"):
         dual = set(config["dual_attention_layers"])
@@ -149,7 +149,7 @@ def smaller_transformer_config(config: Mapping[str, Any], kept: Mapping[str, Seq
 
 
 def kept_transformer_weights(state: Mapping[str, Tensor], kept: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
-    """Of a transformer's weights, those of the blocks in `kept` (name of the list -> indices) and all others."""
+    """Return a transformer's weights of the blocks in `kept` (name of the list -> indices) and all others."""
     positions = {name: {old: new for new, old in enumerate(indices)} for name, indices in kept.items()}
     found: dict[str, Tensor] = {}
     for name, value in state.items():

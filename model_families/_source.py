@@ -1,4 +1,4 @@
-"""Where a model comes from: a folder in diffusers layout, a hub repository, or a single ``.safetensors`` file."""
+"""Sources of a model: a folder in diffusers layout, a hub repository, or a single ``.safetensors`` file."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ if TYPE_CHECKING:
     from ._architecture import Architecture
 
 SETTINGS = ("*.json", "*.txt", "*.model")
-"""Files beside the weights that decide what a part computes: configs, vocabularies, sentencepiece models."""
+"""Files beside the weights that change a part's output: configs, vocabularies, sentencepiece models."""
 PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth")
 
 
 @dataclass
 class TextEncoders:
-    """Tokenizers and encoders by the names that the pipeline gives them; those that the model lacks are left out."""
+    """Tokenizers and encoders by their names in the pipeline; those that the model lacks are left out."""
 
     tokenizers: dict[str, Any]
     encoders: dict[str, Any]
 
     def pairs(self) -> list[tuple[Any, Any]]:
-        """(tokenizer, encoder) in order."""
+        """Return the pairs (tokenizer, encoder) in order."""
         return list(zip(self.tokenizers.values(), self.encoders.values(), strict=True))
 
 
@@ -48,7 +48,7 @@ class Source(ABC):
 
     @abstractmethod
     def config(self, relative: str) -> dict[str, Any]:
-        """A JSON file of the model, as ``vae/config.json``."""
+        """Read a JSON file of the model, as ``vae/config.json``."""
 
     @abstractmethod
     def check(self) -> None:
@@ -56,23 +56,23 @@ class Source(ABC):
 
     @abstractmethod
     def has(self, part: str) -> bool:
-        """Whether the model has this component; only those that are optional are looked for."""
+        """Return True if the model has this component; only those that are optional are looked for."""
 
     @abstractmethod
     def digest(self, part: str) -> str:
-        """Hash of what decides the output of ``text``, ``vae`` or ``denoiser``."""
+        """Return a hash of all files that decide the output of ``text``, ``vae`` or ``denoiser``."""
 
     @abstractmethod
     def load_denoiser(self, dtype: torch.dtype) -> Any:
-        """The denoiser on the CPU."""
+        """Load the denoiser on the CPU."""
 
     @abstractmethod
     def load_vae(self, dtype: torch.dtype) -> AutoencoderKL:
-        """The autoencoder on the CPU."""
+        """Load the autoencoder on the CPU."""
 
     @abstractmethod
     def load_text(self, dtype: torch.dtype, *, without: Collection[str] = ()) -> TextEncoders:
-        """Tokenizers and text encoders on the CPU, but for those `without` which the user does."""
+        """Load tokenizers and text encoders on the CPU, except for those in `without`."""
 
 
 @dataclass
@@ -82,14 +82,14 @@ class FolderSource(Source):
     name: str
     architecture: Architecture
     variant: str | None = None
-    """Middle part of the weights' names, as ``fp16``; found by itself when only one variant lies there."""
+    """Middle part of the weights' names, as ``fp16``; found automatically when there is only one variant."""
 
     def component(self, part: str) -> Path:
-        """The folder of one component."""
+        """Return the folder of one component."""
         return Path(self.name) / part
 
     def file(self, relative: str) -> Path:
-        """One file of the model. Raises UserError when it is not there."""
+        """Return one file of the model. Raises UserError when it is not there."""
         path = Path(self.name) / relative
         if not path.is_file():
             raise UserError(f"model {self.name!r} has no {relative}", f"expected {path}; is the folder complete?")
@@ -118,7 +118,7 @@ class FolderSource(Source):
         return part not in self.architecture.optional or has_part(self.config("model_index.json"), part)
 
     def weights_variant(self, part: str) -> str | None:
-        """Which variant of a component's weights to read. Raises UserError without safetensors."""
+        """Return the variant of a component's weights to read. Raises UserError without safetensors."""
         folder = self.component(part)
         found = sorted(path.name for path in folder.glob("*.safetensors"))
         if not found:
@@ -249,7 +249,7 @@ class FileSource(Source):
         return self.configs.has(part)
 
     def header(self) -> dict[str, Any]:
-        """Names, types and shapes of the tensors, read without the weights."""
+        """Return names, types and shapes of the tensors, read without the weights."""
         return read_header(Path(self.name))
 
     def check(self) -> None:
@@ -276,7 +276,7 @@ class FileSource(Source):
         return hash_files([Path(self.name), *sorted(settings)])
 
     def config_root(self) -> str:
-        """A local folder with every config and tokenizer."""
+        """Return a local folder with every config and tokenizer."""
         if not isinstance(self.configs, HubSource):
             return self.configs.name
         from huggingface_hub import snapshot_download
@@ -315,7 +315,7 @@ def open_source(
     variant: str | None = None,
     config_source: str | None = None,
 ) -> Source:
-    """The source that `name` means. Raises UserError when it can be none."""
+    """Return the source that `name` means. Raises UserError when it can be none."""
     path = Path(name).expanduser()
     if path.is_dir():
         return FolderSource(str(path), architecture, variant)
@@ -344,7 +344,7 @@ def _open_file(
 def open_hub(
     name: str, architecture: Architecture, *, revision: str | None = None, variant: str | None = None
 ) -> HubSource:
-    """The repository `name`, which is no local path. Raises UserError when it cannot be an id."""
+    """Return the hub repository `name`, which is no local path. Raises UserError when it cannot be an id."""
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith((".safetensors", ".ckpt", "/")):
         raise UserError(
             f"model {name!r} does not exist",
@@ -354,7 +354,7 @@ def open_hub(
 
 
 def config_remedy(architecture: Architecture) -> str:
-    """Where the configs of a single file may come from instead."""
+    """Return the sentence on where else the configs of a single file may come from."""
     tokenizers = ", ".join(f"{part}/" for part in architecture.tokenizers)
     return (
         f"set model_config_source to a folder in diffusers layout with the configs and tokenizers of "
@@ -374,7 +374,7 @@ def _config_source(name: str | None, architecture: Architecture, revision: str |
 
 
 def empty_denoiser(architecture: Architecture, config: Mapping[str, Any]) -> Any:
-    """A denoiser on the meta device: shapes without memory."""
+    """Build a denoiser on the meta device: shapes without memory."""
     import torch
 
     with quiet_libraries(), torch.device("meta"):
@@ -382,13 +382,13 @@ def empty_denoiser(architecture: Architecture, config: Mapping[str, Any]) -> Any
 
 
 def _variant_of(filename: str) -> str | None:
-    """``fp16`` of ``model.fp16.safetensors`` and ``model.fp16-00001-of-00002.safetensors``."""
+    """Return ``fp16`` for ``model.fp16.safetensors`` and ``model.fp16-00001-of-00002.safetensors``."""
     stem = re.sub(r"-\d{5}-of-\d{5}", "", filename.removesuffix(".safetensors"))
     return stem.split(".", 1)[1] if "." in stem else None
 
 
 def _scheduler_flags(header: Mapping[str, Any]) -> dict[str, Any]:
-    """What a single file says of its own noise by marker tensors."""
+    """Return the scheduler settings that marker tensors of a single file state."""
     flags: dict[str, Any] = {}
     if "v_pred" in header:
         flags["prediction_type"] = "v_prediction"

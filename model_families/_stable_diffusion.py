@@ -1,4 +1,4 @@
-"""Stable Diffusion before XL: a UNet that sees the last states of one CLIP text encoder, (B, 77, D).
+"""Stable Diffusion before XL: a UNet conditioned on the last states (B, 77, D) of one CLIP text encoder.
 
 References:
     Rombach et al., High-Resolution Image Synthesis with Latent Diffusion Models, arXiv 2112.10752.
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class StableDiffusion(UNetFamily):
-    """What the first and the second generation share; abstract. The unconditional is the encoded empty prompt."""
+    """The base of the first and the second generation; abstract. The unconditional is the encoded empty prompt."""
 
     capabilities: ClassVar[Capabilities] = Capabilities(
         lora=True,
@@ -46,15 +46,15 @@ class StableDiffusion(UNetFamily):
 def generation(
     title: str, *, linear: bool, text_prefix: str, base_repository: str, size: str, kohya: KohyaFormat
 ) -> Architecture:
-    """The architecture of one generation.
+    """Return the architecture of one generation.
 
     Args:
-        title: With its article.
+        title: Name with its article.
         linear: ``use_linear_projection`` of its UNets, which tells the generations apart.
-        text_prefix: What names of the text encoder's tensors begin with in a single file.
-        base_repository: Where the configs of a single file come from unless a folder is named.
-        size: About how large such a file is, in words.
-        kohya: What its LoRAs are in kohya's format.
+        text_prefix: Prefix of the text encoder's tensor names in a single file.
+        base_repository: Repository of the configs of a single file, unless a folder is named.
+        size: Approximate size of such a file, in words.
+        kohya: Its LoRAs in kohya's format.
     """
     name = title.partition(" ")[2]
 

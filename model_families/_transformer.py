@@ -1,4 +1,4 @@
-"""Multimodal diffusion transformers trained by flow matching: what the families that have one share."""
+"""The base of families with a multimodal diffusion transformer trained by flow matching."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ LORA_TARGETS = (
     *("norm1.linear", "norm1_context.linear"),
 )
 """The attention and feed-forward layers of blocks with two streams, of images and of text, and the modulations that
-tell these blocks the time: a few-step student answers a time otherwise than its teacher."""
+feed these blocks the time: a few-step student depends on the time in another way than its teacher.
+"""
 NUM_FEATURES = 4
-"""At most so many activations are features."""
+"""Largest number of activations that are features."""
 SINGLE_STREAM = "single_transformer_blocks"
 """Name of the blocks that come after those with two streams, in networks that have them."""
 
@@ -42,8 +43,9 @@ class TransformerFamily(DiffusersFamily):
         """Settings of families with a transformer."""
 
         student_num_layers: int | None = Field(default=None, ge=1)
-        """Blocks of two streams that the student has (full training): so many of the teacher's, evenly spaced, with
-        their weights. Absent: all."""
+        """Number of blocks of two streams that the student has (full training): evenly spaced ones of the teacher's,
+        with their weights. Absent: all.
+        """
 
     block_lists: ClassVar[Mapping[str, str]] = {"num_layers": "transformer_blocks"}
     """Key of the network's config that counts blocks -> the list of them; ``student_<key>`` is the family's setting."""
@@ -54,7 +56,7 @@ class TransformerFamily(DiffusersFamily):
         return [key for key in keys if getattr(config, key) is not None]
 
     def kept_blocks(self, teacher: Any) -> dict[str, list[int]]:
-        """Key of the network's config -> indices of the teacher's blocks that a smaller student has."""
+        """Return key of the network's config -> indices of the teacher's blocks that a smaller student has."""
         kept = {}
         for key in self.block_lists:
             asked, there = getattr(self.config, f"student_{key}"), teacher.config[key]
@@ -63,7 +65,7 @@ class TransformerFamily(DiffusersFamily):
         return kept
 
     def copy_network(self, teacher: Any, *, smaller: bool = False, **changes: Any) -> Any:
-        """A trainable fp32 copy of `teacher` with `changes` of its config; what it adds to the weights is zero."""
+        """Return a trainable fp32 copy of `teacher` with `changes` of its config; weights that these add are zero."""
         config, state = {**teacher.config, **changes}, own_state(teacher)
         if smaller:
             kept = self.kept_blocks(teacher)
@@ -82,7 +84,7 @@ class TransformerFamily(DiffusersFamily):
         return add_second_time(network, name=name, path="time_text_embed.timestep_embedder", width=width)
 
     def features(self, network: nn.Module, x_t: Tensor, time: Tensor, cond: Conditioning) -> list[Tensor]:
-        """States of the image's stream after up to four blocks of the first half, evenly spaced, as (B, D, h, w)."""
+        """Return states of the image stream after up to four evenly spaced blocks of the first half, (B, D, h, w)."""
         transformer: Any = network
         chosen = feature_blocks(transformer)
         grid = [edge // self.position_edge for edge in x_t.shape[-2:]]
@@ -100,7 +102,7 @@ class TransformerFamily(DiffusersFamily):
 
 
 def feature_blocks(transformer: Any) -> list[int]:
-    """Indices of the blocks with two streams whose states are features."""
+    """Return the indices of the blocks with two streams whose states are features."""
     two_streams, one_stream = len(transformer.transformer_blocks), len(getattr(transformer, SINGLE_STREAM, ()))
     half = min(two_streams, max(1, (two_streams + one_stream) // 2))
     count = min(NUM_FEATURES, half)
@@ -109,7 +111,7 @@ def feature_blocks(transformer: Any) -> list[int]:
 
 @contextlib.contextmanager
 def only_first_blocks(transformer: Any, count: int) -> Iterator[None]:
-    """`transformer` with its first `count` blocks of two streams alone, inside the block; the ends are kept."""
+    """Run only the first `count` two-stream blocks of `transformer` inside the block; its ends stay."""
     whole = {"transformer_blocks": transformer.transformer_blocks}
     if hasattr(transformer, SINGLE_STREAM):
         whole[SINGLE_STREAM] = getattr(transformer, SINGLE_STREAM)

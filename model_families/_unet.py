@@ -1,4 +1,4 @@
-"""UNets: what the families that have one share. Their calls, inner activations, and copies of them to train."""
+"""The base of families with a UNet: its calls, inner activations, and copies of it to train."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ class UNetFamily(DiffusersFamily):
         """Settings of families with a UNet."""
 
         prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
-        """What the network predicts, for models whose scheduler config does not say so."""
+        """The network's prediction type, for models whose scheduler config does not state it."""
         rescale_betas_zero_snr: bool | None = None
-        """Whether the model was trained with zero terminal SNR, for models whose scheduler config does not say so."""
+        """Whether the model was trained with zero terminal SNR, for models whose scheduler config does not state it."""
         student_layers_per_block: Levels | None = None
         """Residual layers of the student in each level, one number or one per level (full training); absent: as many
         as the teacher's. The student begins with the weights of the layers it keeps."""
@@ -83,7 +83,7 @@ class UNetFamily(DiffusersFamily):
         return unet.conv_in.weight
 
     def added(self, cond: Conditioning, dtype: torch.dtype) -> dict[str, Tensor] | None:
-        """``added_cond_kwargs`` of the UNet: what it is told beside the prompt's states."""
+        """Return ``added_cond_kwargs`` of the UNet: its conditioning beside the prompt's states."""
         return None
 
     def student_network(
@@ -97,7 +97,7 @@ class UNetFamily(DiffusersFamily):
         return student.to(memory_format=torch.channels_last)
 
     def _shape(self, teacher: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """The smaller student's config, and the weights of the teacher that it keeps."""
+        """Return the smaller student's config, and the weights of the teacher that it keeps."""
         config = smaller_unet_config(
             teacher.config,
             layers=self.config.student_layers_per_block,
@@ -134,12 +134,12 @@ class UNetFamily(DiffusersFamily):
             )[0]
 
     def features(self, network: nn.Module, x_t: Tensor, time: Tensor, cond: Conditioning) -> list[Tensor]:
-        """Outputs of the down blocks and the middle block; the up blocks are not computed."""
+        """Return outputs of the down blocks and the middle block; the up blocks are not computed."""
         unet: Any = network
         return outputs_inside(
             [*unet.down_blocks, unet.mid_block],
             lambda: self.predict(unet, x_t, time, cond),
-            # a down block says what skips over to the up blocks as well
+            # a down block returns its skip connections to the up blocks as well
             pick=lambda output: output[0] if isinstance(output, tuple) else output,
             stop=True,
         )
@@ -153,7 +153,7 @@ class UNetFamily(DiffusersFamily):
 def copy_unet(
     architecture: Architecture, config: dict[str, Any], state: dict[str, Tensor], *, guidance_embedding: bool
 ) -> Any:
-    """A trainable UNet of this config with these weights; a guidance embedding that they lack starts at zero."""
+    """Return a trainable UNet of this config with these weights; a guidance embedding that they lack starts at zero."""
     if guidance_embedding and config.get("time_cond_proj_dim") is None:
         first = state["time_embedding.linear_1.weight"]
         state["time_embedding.cond_proj.weight"] = first.new_zeros(first.shape[1], GUIDANCE_DIM)
@@ -164,6 +164,6 @@ def copy_unet(
 
 
 def unet_second_time(unet: Any, *, name: str) -> nn.Module:
-    """The second time `name` of a UNet, added to the output of its time embedding."""
+    """Return the second time `name` of a UNet, added to the output of its time embedding."""
     width = unet.time_embedding.linear_2.out_features
     return add_second_time(unet, name=name, path="time_embedding", width=width)

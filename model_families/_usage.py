@@ -1,4 +1,4 @@
-"""The lines of plain diffusers that people paste to use a student."""
+"""The lines of plain diffusers code that people paste to use a student."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def usage_snippet(
     neutral: bool,
     call: Mapping[str, Any],
 ) -> str:
-    """Plain diffusers code that makes an image with the exported student.
+    """Return plain diffusers code that makes an image with the exported student.
 
     Args:
-        architecture: Whose pipeline it is.
+        architecture: The architecture whose pipeline it uses.
         settings: The model that the student was made from.
-        info: What was exported.
-        variant: Of the model's files.
+        info: Facts of the export.
+        variant: Variant of the model's files.
         absent: Parts that the pipeline is loaded without.
         neutral: Whether the pipeline asks its scheduler for two attributes that flow schedulers lack.
         call: Arguments of the pipeline's call after the prompt.

@@ -1,4 +1,4 @@
-"""Another autoencoder than the model's own."""
+"""Replaces the model's autoencoder by another."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ._source import FileSource, FolderSource, HubSource, Source, open_hub
 
 
 def with_vae(vae: str, source: Source) -> Source:
-    """The source of another autoencoder: a folder (of a VAE or of a whole model), a file or a hub id."""
+    """Return the source with another autoencoder: a folder (of a VAE or of a whole model), a file or a hub id."""
     path = Path(vae).expanduser()
     if path.is_dir() and not (path / "config.json").is_file() and not (path / "vae" / "config.json").is_file():
         raise UserError(f"vae {vae!r} has neither config.json nor vae/config.json", "name a folder in diffusers layout")

@@ -1,12 +1,12 @@
 r"""FLUX.1: a transformer over text and packed latents, trained by flow matching.
 
 Latents (B, 16, h, w) are packed into patches of 2 x 2, (B, h/2 w/2, 64), each with its row and column as an id. They
-have four axes everywhere but inside the calls of the network and of the pipeline. The network sees T5's states
+have four axes everywhere but inside the calls of the network and of the pipeline. The network takes T5's states
 (B, 512, 4096) and CLIP's pooled ones (B, 768).
 
 *dev* takes the guidance scale as an input: its guided prediction is one call, and there is none without guidance. Where
-no scale is asked for, by a method or of an image, it is told ``embedded_guidance``. *schnell* takes none: guidance is
-the usual one of two calls then (``true_cfg_scale``), against the encoded empty prompt.
+a method or an image asks for no scale, it is fed ``embedded_guidance``. *schnell* takes none: guidance is then
+the usual one of two calls (``true_cfg_scale``), against the encoded empty prompt.
 
 The grid of times is shifted by the resolution: m = exp(mu), mu linear in the number of patches. The teacher's own
 scheduler does so for every image; the schedule of a run, and its students' sampler, have the shift of the run's
@@ -45,12 +45,12 @@ if TYPE_CHECKING:
 PIPELINE_TOKENS = 512
 """``max_sequence_length`` of a plain call."""
 PATCH = 4
-"""Latents that are packed into one."""
+"""Number of latents that are packed into one position."""
 GUIDANCE_EMBEDDER = "time_text_embed.guidance_embedder"
 
 
 def check_configs(name: str, config: ReadConfig) -> None:
-    """Raise UserError unless the transformer takes what the model's autoencoder makes, packed, on a flow."""
+    """Raise UserError unless the transformer takes the packed latents of the model's autoencoder, on a flow."""
     channels = config("transformer/config.json").get("in_channels", 0)
     check_channels(name, "transformer", channels / PATCH, config("vae/config.json"))
     check_flow(name, config)
@@ -92,9 +92,9 @@ class Flux(TransformerFamily):
         """Settings of the family flux, under ``family_config``."""
 
         student_num_single_layers: int | None = Field(default=None, ge=1)
-        """Blocks of one stream that the student has (full training): so many of the teacher's, evenly spaced."""
+        """Number of blocks of one stream that the student has (full training): evenly spaced ones of the teacher's."""
         embedded_guidance: float = Field(default=3.5, ge=0, le=100)
-        """Guidance scale that a network which takes it as an input (dev) is told where none is asked for."""
+        """Guidance scale that a network which takes it as an input (dev) is fed where none is asked for."""
         max_sequence_length: int = Field(default=PIPELINE_TOKENS, ge=1, le=512)
         """Tokens of a prompt that T5 reads; the rest is cut off. Schnell was trained with 256."""
 
@@ -178,7 +178,7 @@ class Flux(TransformerFamily):
         return unpack(packed, height, width)
 
     def _guidance_input(self, network: nn.Module, guidance: Tensor | None, *, like: Tensor) -> Tensor | None:
-        """The guidance scale (B,) that the network is told, of the paper's w; None where it takes none."""
+        """Return the network's guidance input (B,), a scale, from the paper's w; None where it takes none."""
         if not self.takes_guidance(network):
             check_guidance(guidance, taken=False)
             return None
@@ -200,7 +200,7 @@ class Flux(TransformerFamily):
         return unpack(latents, size[1] // self.scale_factor, size[0] // self.scale_factor)
 
     def scheduler(self, sampler: Sampler | None) -> Any:
-        """That of the other families; a sampler's heeds no mu, which this pipeline tells every scheduler."""
+        """Return the base's scheduler; a sampler's ignores mu, which this pipeline passes to every scheduler."""
         scheduler = super().scheduler(sampler)
         if sampler is not None:
             scheduler.set_timesteps = _without_mu(scheduler.set_timesteps)
@@ -218,21 +218,21 @@ class Flux(TransformerFamily):
 
 
 def pack(latents: Tensor) -> Tensor:
-    """(B, C, h, w) -> (B, h/2 w/2, 4 C), patches row by row."""
+    """Pack latents (B, C, h, w) into (B, h/2 w/2, 4 C), patches row by row."""
     batch, channels, height, width = latents.shape
     patches = latents.reshape(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
     return patches.reshape(batch, (height // 2) * (width // 2), PATCH * channels)
 
 
 def unpack(packed: Tensor, height: int, width: int) -> Tensor:
-    """(B, h/2 w/2, 4 C) -> (B, C, h, w)."""
+    """Unpack (B, h/2 w/2, 4 C) into latents (B, C, h, w)."""
     batch, _, channels = packed.shape
     patches = packed.reshape(batch, height // 2, width // 2, channels // PATCH, 2, 2).permute(0, 3, 1, 4, 2, 5)
     return patches.reshape(batch, channels // PATCH, height, width)
 
 
 def patch_ids(height: int, width: int, *, like: Tensor) -> Tensor:
-    """(0, row, column) of each patch of latents of `height` and `width`, shape (h/2 w/2, 3)."""
+    """Return (0, row, column) of each patch of latents of `height` and `width`, shape (h/2 w/2, 3)."""
     axes = (torch.arange(edge, device=like.device) for edge in (1, height // 2, width // 2))
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, 3).to(like)
 
@@ -247,5 +247,5 @@ def _without_mu(set_timesteps: Any) -> Any:
 
 @hookimpl
 def register_families() -> list[type[ModelFamily]]:
-    """FLUX.1."""
+    """Return the family of this file."""
     return [Flux]

@@ -30,5 +30,5 @@ class SD1x(StableDiffusion):
 
 @hookimpl
 def register_families() -> list[type[ModelFamily]]:
-    """The first generation of Stable Diffusion."""
+    """Return the family of this file."""
     return [SD1x]

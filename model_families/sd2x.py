@@ -1,6 +1,6 @@
 """Stable Diffusion 2.x: the UNet of 1.x with linear projections and the text encoder of OpenCLIP ViT-H/14.
 
-The base models predict noise at 512 x 512 pixels, the others v at 768 x 768; the scheduler config says which.
+The base models predict noise at 512 x 512 pixels, the others v at 768 x 768; the scheduler config states which.
 """
 
 from __future__ import annotations
@@ -40,5 +40,5 @@ class SD2x(StableDiffusion):
 
 @hookimpl
 def register_families() -> list[type[ModelFamily]]:
-    """The second generation of Stable Diffusion."""
+    """Return the family of this file."""
     return [SD2x]

@@ -1,6 +1,6 @@
 """Stable Diffusion 3 and 3.5: a transformer over text and image, trained by flow matching, with three text encoders.
 
-The network sees the penultimate states of two CLIP encoders, side by side and padded with zeros to the width of T5's,
+The network takes the penultimate states of two CLIP encoders, side by side and padded with zeros to the width of T5's,
 followed by T5's states: (B, 77 + 256, 4096); and the projections of both CLIP encoders (B, 2048). T5 may be left out:
 its states are zeros then, as in the pipeline. The unconditional is the encoded empty prompt.
 
@@ -38,7 +38,7 @@ PIPELINE_TOKENS = 256
 
 
 def check_configs(name: str, config: ReadConfig) -> None:
-    """Raise UserError unless the transformer takes what the model's autoencoder makes, on a flow."""
+    """Raise UserError unless the transformer takes the latents of the model's autoencoder, on a flow."""
     channels = config("transformer/config.json").get("in_channels")
     check_channels(name, "transformer", channels, config("vae/config.json"))
     check_flow(name, config)
@@ -104,7 +104,7 @@ class SD3(TransformerFamily):
         return {"prompt_embeds": torch.cat([states, t5], dim=-2), "pooled_prompt_embeds": pooled}
 
     def _t5(self, text: TextEncoders, prompts: Sequence[str], *, like: Tensor) -> Tensor:
-        """T5's states (B, T, D), or zeros where there is none."""
+        """Return T5's states (B, T, D), or zeros where there is no T5."""
         tokenizer, encoder = T5
         length = self.config.max_sequence_length
         if encoder in text.encoders:
@@ -159,5 +159,5 @@ class SD3(TransformerFamily):
 
 @hookimpl
 def register_families() -> list[type[ModelFamily]]:
-    """The third generation of Stable Diffusion."""
+    """Return the family of this file."""
     return [SD3]

@@ -1,7 +1,8 @@
 """Stable Diffusion XL: a UNet with two CLIP text encoders and per-sample micro-conditioning.
 
-The network sees the penultimate states of both encoders, concatenated (B, 77, 2048), the pooled embedding of the second
-(B, 1280), and six time ids per sample: original height and width, top and left of the crop, target height and width.
+The network takes the penultimate states of both encoders, concatenated (B, 77, 2048), the pooled embedding of the
+second (B, 1280), and six time ids per sample: original height and width, top and left of the crop, target height and
+width, in pixels.
 
 References:
     Podell et al., SDXL: Improving Latent Diffusion Models for High-Resolution Image Synthesis, arXiv 2307.01952.
@@ -111,7 +112,7 @@ class SDXL(UNetFamily):
         return {**embeds, "time_ids": torch.tensor(ids, dtype=torch.float32, device=device)}
 
     def uncond(self, cond: Conditioning) -> Conditioning:
-        """Zeros, or the encoded empty prompt where the pipeline forces no zeros; time ids kept."""
+        """Return zeros, or the encoded empty prompt where the pipeline forces no zeros; time ids kept."""
         if not self.zeros_for_uncond:
             return super().uncond(cond)
         return {**cond, **{key: torch.zeros_like(cond[key]) for key in self.embed_keys}}
@@ -122,5 +123,5 @@ class SDXL(UNetFamily):
 
 @hookimpl
 def register_families() -> list[type[ModelFamily]]:
-    """The SDXL family."""
+    """Return the family of this file."""
     return [SDXL]

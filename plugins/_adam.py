@@ -1,4 +1,4 @@
-"""What the optimizers have in common."""
+"""Arguments and options that several optimizers share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..core.plugin_api.optimizer import OptimizerPlugin, OptimizerSettings
 
 
 def adam_arguments(settings: OptimizerSettings) -> dict[str, Any]:
-    """The arguments that every Adam takes by the same names."""
+    """Return the arguments that every Adam takes by the same names."""
     return {
         "lr": settings.learning_rate,
         "betas": (settings.beta1, settings.beta2),
@@ -29,7 +29,7 @@ class LionConfig(OptimizerPlugin.Config):
 
 
 def lion_arguments(settings: OptimizerSettings, config: LionConfig) -> dict[str, Any]:
-    """The arguments that every Lion takes by the same names."""
+    """Return the arguments that every Lion takes by the same names."""
     return {
         "lr": settings.learning_rate,
         "betas": (config.beta1, config.beta2),
@@ -38,4 +38,4 @@ def lion_arguments(settings: OptimizerSettings, config: LionConfig) -> dict[str,
 
 
 LION_RATE = 0.2
-"""Lion's learning rate by AdamW's: its steps are all of the size of AdamW's largest (arXiv 2302.06675 says 3 to 10)."""
+"""Ratio of Lion's learning rate to AdamW's: all its steps have AdamW's largest size (arXiv 2302.06675: 3 to 10)."""

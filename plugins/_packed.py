@@ -1,4 +1,4 @@
-"""Linear layers that hold their weight packed and unpack it when it is used, in the backward pass anew.
+"""Linear layers that hold their weight packed and unpack it on use, in the backward pass again.
 
 Autograd keeps nothing but the packed weight between the two, whatever the packing.
 """
@@ -15,7 +15,7 @@ Unpack = Callable[[], Tensor]
 
 
 class _Product(torch.autograd.Function):
-    """``y = x W^T`` for a frozen W that is unpacked anew by each pass."""
+    """``y = x W^T`` for a frozen W that each pass unpacks again."""
 
     @staticmethod
     def forward(x: Tensor, unpack: Unpack) -> Tensor:
@@ -37,11 +37,11 @@ class _Product(torch.autograd.Function):
 class PackedLinear(nn.Linear):
     """``y = x W^T + b`` with a frozen W held in other tensors; abstract.
 
-    The parameter ``weight`` holds W in whole numbers, whatever they mean: peft would give an adapter the type of a
+    The parameter ``weight`` holds W in whole numbers, in any encoding: peft would give an adapter the type of a
     floating-point one, and fails to merge into whole ones rather than doing it wrong.
 
     Args:
-        linear: The layer that it stands for.
+        linear: The layer that it replaces.
         packed: The numbers of W, of a type of whole numbers.
     """
 
@@ -52,11 +52,11 @@ class PackedLinear(nn.Linear):
         self.dtype = linear.weight.dtype
 
     def unpack(self) -> Tensor:
-        """W, shape (out, in)."""
+        """Return W, shape (out, in)."""
         raise NotImplementedError
 
     def forward(self, input: Tensor) -> Tensor:
-        """``input`` of shape (..., in) -> (..., out)."""
+        """Return y of shape (..., out) for ``input`` of shape (..., in)."""
         y = _Product.apply(input.to(self.dtype), self.unpack)
         return y if self.bias is None else y + self.bias
 
@@ -65,7 +65,7 @@ class ScaledLinear(PackedLinear):
     """A weight in a byte, and a scale for each row.
 
     Args:
-        linear: The layer that it stands for.
+        linear: The layer that it replaces.
         numbers: Shape (out, in), one byte each.
         scale: Shape (out, 1), float32; W is their product.
     """
@@ -78,7 +78,7 @@ class ScaledLinear(PackedLinear):
         self.register_buffer("scale", scale)
 
     def unpack(self) -> Tensor:
-        """W, shape (out, in)."""
+        """Return W, shape (out, in)."""
         return (self.weight.view(self.kind).to(self.scale.dtype) * self.scale).to(self.dtype)
 
 
@@ -86,7 +86,7 @@ class Int4Linear(PackedLinear):
     """Two weights in a byte, and a scale and a zero point for each group of weights along a row.
 
     Args:
-        linear: The layer that it stands for.
+        linear: The layer that it replaces.
         group_size: Weights in a group; divides the number of inputs.
     """
 
@@ -109,7 +109,7 @@ class Int4Linear(PackedLinear):
         self.register_buffer("zero_point", zero_point)
 
     def unpack(self) -> Tensor:
-        """W, shape (out, in)."""
+        """Return W, shape (out, in)."""
         from torchao.quantization import dequantize_affine
 
         codes = torch.stack([self.weight & 15, self.weight >> 4], dim=-1).flatten(1)

@@ -1,4 +1,4 @@
-"""Networks of transformers that evaluators are given: where they are, if they can be had, what scores call them."""
+"""Pretrained networks of transformers for evaluators: loading, availability, and their name in scores."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 PACKAGES: Mapping[str, str] = {"transformers": "transformers>=4.50,<6"}
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 SECONDS = 10.0
-"""How long the hub may take to say whether it has a model."""
+"""Seconds that the hub may take to answer whether it has a model."""
 
 
 class PretrainedConfig(BaseModel):
-    """Which network, and how it is run."""
+    """Which network to use, and how to run it."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     model: HubOrPath | None = None
     """Hub id or local folder of a model of transformers, with safetensors."""
     processor: HubOrPath | None = None
-    """Hub id or folder of its processor, where that lies elsewhere; absent: the model's own."""
+    """Hub id or folder of its processor, if it lies elsewhere; absent: the model's own."""
     revision: str | None = None
     """Revision of the hub model (branch, tag or commit)."""
     label: str | None = Field(default=None, pattern=r"^[a-z0-9_]+$")
@@ -39,14 +39,14 @@ class PretrainedConfig(BaseModel):
 
 
 def label_of(config: Any) -> str:
-    """The network's name in scores: letters, digits and underscores."""
+    """Return the network's name in scores: letters, digits and underscores."""
     if config.label:
         return config.label
     return re.sub(r"[^a-z0-9]+", "_", config.model.rstrip("/").rpartition("/")[2].lower()).strip("_")
 
 
 def problem(evaluator: str, config: Any) -> str | None:
-    """Why the network cannot be had here, and what to do; None where it can."""
+    """Return why the network is not available here, and the remedy; None where it is."""
     key = f"evaluator_config.{evaluator}.model"
     if config.model is None:
         return f"it names no network (set {key} to a hub id or a folder)"
@@ -88,7 +88,7 @@ def _hub_problem(name: str, revision: str | None, *, weights: bool) -> str | Non
 
 
 def load(config: Any, device: str, *, images_only: bool = False) -> tuple[Any, Any]:
-    """(model in eval mode without gradients on `device`, its processor, or that of images alone)."""
+    """Load (model in eval mode without gradients on `device`, its processor, or that of images alone)."""
     from transformers import AutoImageProcessor, AutoModel, AutoProcessor
 
     revision = {} if config.revision is None else {"revision": config.revision}
@@ -100,6 +100,6 @@ def load(config: Any, device: str, *, images_only: bool = False) -> tuple[Any, A
 
 
 def pixels(processor: Any, images: list[Image], device: str) -> Tensor:
-    """What the network sees of images, shape (B, 3, h, w)."""
+    """Return images as the network's input, shape (B, 3, h, w)."""
     own = getattr(processor, "image_processor", processor)  # a processor of images alone is its own
     return own(images=images, return_tensors="pt")["pixel_values"].to(device)

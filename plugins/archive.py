@@ -19,7 +19,7 @@ from ..core.plugin_api.publisher import Publisher
 from ..core.settings.types import LocalPath
 
 EARLIEST = (1980, 1, 1, 0, 0, 0)
-"""The first time that a ZIP can hold; every member has it."""
+"""The earliest time that a ZIP can hold; every member has it."""
 MODE = 0o644
 
 
@@ -29,7 +29,7 @@ class Archive(Publisher):
     name: ClassVar[str] = "archive"
 
     class Config(BaseModel):
-        """Which file, and how it is packed."""
+        """The file to write, and how to pack it."""
 
         model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
@@ -38,10 +38,10 @@ class Archive(Publisher):
         file: LocalPath | None = None
         """The file; absent: `<name of the run>.<format>` beside `student/`."""
         compression: int = Field(default=1, ge=0, le=9)
-        """How hard it is compressed (0 = not at all, 9 = hardest). Weights hardly shrink."""
+        """Compression level (0 = none, 9 = highest). Weights hardly shrink."""
 
     def problems(self) -> list[str]:
-        """A place that is a folder, or that cannot be written."""
+        """Return a problem if the file is a folder or cannot be written."""
         file = self.config.file
         if file is None:
             return []
@@ -53,7 +53,7 @@ class Archive(Publisher):
         return []
 
     def publish(self, student: Path) -> str:
-        """Pack the folder; the file is there whole or not at all."""
+        """Pack the folder, completely or not at all; return the path of the file."""
         file = self.config.file or student.absolute().with_name(f"{self.setting.run_name}.{self.config.format}")
         members = sorted(path for path in student.rglob("*") if path.is_file())
         if not members:
@@ -99,5 +99,5 @@ def _pack_zip(stream: IO[bytes], members: Sequence[Path], names: Sequence[str], 
 
 @hookimpl
 def register_publishers() -> Sequence[type[Publisher]]:
-    """The archive."""
+    """Return the publisher of this file."""
     return [Archive]

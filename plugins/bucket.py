@@ -27,7 +27,7 @@ class Bucket(Publisher):
     """Uploads `student/` below a prefix of a bucket.
 
     `manifest.json` there is written first, with `"complete": false`, and again at the end, with `true` and every file's
-    size and SHA-256: an upload that was cut off is never taken for a whole one.
+    size and SHA-256, so that an interrupted upload is never taken for a complete one.
     """
 
     name: ClassVar[str] = "s3"
@@ -35,7 +35,7 @@ class Bucket(Publisher):
     packages: ClassVar[Mapping[str, str]] = {"botocore": "distill-engine[s3]"}
 
     class Config(AwsSettings):
-        """Where the bucket is, and how it is reached; the keys are those of a data file's bucket."""
+        """The bucket and how to reach it; the keys are those of a data file's bucket."""
 
         aws_bucket_name: str | None = None
         """Name of the bucket."""
@@ -43,7 +43,7 @@ class Bucket(Publisher):
         """The folder in the bucket, as `students/sdxl-lcm`; absent: the name of the run."""
 
     def problems(self) -> list[str]:
-        """No bucket; one that is not there, does not answer or may not be written: an empty object is tried."""
+        """Return problems: no bucket, or one that is missing, does not answer or is read-only (tried by a write)."""
         bucket = self.config.aws_bucket_name
         if not bucket or "/" in bucket:
             said = "is missing" if not bucket else f"= {bucket!r} is no name of a bucket (the folder is aws_prefix)"
@@ -63,7 +63,7 @@ class Bucket(Publisher):
         return []
 
     def publish(self, student: Path) -> str:
-        """Upload every file, and the manifest last; returns the address."""
+        """Upload every file, the manifest last; return the address."""
         files = sorted(path for path in student.rglob("*") if path.is_file())
         if not files:
             raise UserError(f"{student} holds no file", "give the folder student/ of a finished run")
@@ -96,7 +96,7 @@ class Bucket(Publisher):
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong, without the advice that is for runs."""
+    """Return the reason of an error, without the advice that is for runs."""
     if isinstance(error, OutOfReach):
         return error.reason
     if isinstance(error, OSError):
@@ -116,5 +116,5 @@ def _manifest(files: Mapping[str, Any], *, complete: bool) -> bytes:
 
 @hookimpl
 def register_publishers() -> Sequence[type[Publisher]]:
-    """The bucket."""
+    """Return the publisher of this file."""
     return [Bucket]

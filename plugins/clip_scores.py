@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class PromptAgreement(Evaluator):
-    """What is shared: the cosine of image and prompt in the space of one network; abstract."""
+    """The cosine of image and prompt in the space of one network; abstract base of the scores."""
 
     packages: ClassVar[Mapping[str, str]] = pretrained.PACKAGES
     by_default: ClassVar[bool] = False
@@ -35,7 +35,7 @@ class PromptAgreement(Evaluator):
 
     @classmethod
     def usable(cls, setting: EvaluationSetting, config: Any = None) -> str | None:
-        """Only with the network, here or on the hub."""
+        """Return None if the network is available here or on the hub, otherwise the reason."""
         return pretrained.problem(cls.name, config or cls.Config())
 
     def _network(self) -> tuple[Any, Any]:
@@ -44,7 +44,7 @@ class PromptAgreement(Evaluator):
         return self._loaded
 
     def cosines(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Of each image and its prompt, shape (N,), float64."""
+        """Return the cosine of each image and its prompt, shape (N,), float64."""
         import torch
 
         from ..core.drawing.grid import to_images
@@ -62,12 +62,12 @@ class PromptAgreement(Evaluator):
 
 
 class ClipScore(PromptAgreement):
-    """How well images show their prompts, by a CLIP: 100 times the cosine, not below 0, on average."""
+    """How well images match their prompts, by a CLIP: 100 times the cosine, not below 0, on average."""
 
     name: ClassVar[str] = "clip_score"
 
     class Config(pretrained.PretrainedConfig):
-        """Which CLIP; scores of different ones do not compare."""
+        """Which CLIP to use; scores of different ones do not compare."""
 
         model: HubOrPath | None = "openai/clip-vit-large-patch14"
         """Hub id or local folder of a CLIP of transformers, with safetensors."""
@@ -77,13 +77,13 @@ class ClipScore(PromptAgreement):
         self.higher_is_better = {f"clip_score_{self.label}": True}
 
     def score(self, samples: Samples) -> dict[str, float]:
-        """The mean over the images."""
+        """Return the mean over the images."""
         cosines = self.cosines(samples.images, samples.prompts)
         return {f"clip_score_{self.label}": float(100 * cosines.clamp(min=0).mean())}
 
 
 class Reward(PromptAgreement):
-    """What people would think of images, by a CLIP that was trained on their choices (PickScore).
+    """Predicted human preference for images, by a CLIP that was trained on people's choices (PickScore).
 
     Beside the reward: the probability that the student's image is chosen over the full teacher's of the same noise.
     """
@@ -91,7 +91,7 @@ class Reward(PromptAgreement):
     name: ClassVar[str] = "reward"
 
     class Config(pretrained.PretrainedConfig):
-        """Which network: a CLIP whose scaled cosine is a reward."""
+        """Which network to use: a CLIP whose scaled cosine is a reward."""
 
         model: HubOrPath | None = "yuvalkirstain/PickScore_v1"
         """Hub id or local folder of a CLIP of transformers that was trained on choices, with safetensors."""
@@ -102,7 +102,7 @@ class Reward(PromptAgreement):
         self._reference: tuple[Tensor, Tensor] | None = None
 
     def score(self, samples: Samples) -> dict[str, float]:
-        """The mean reward, and the mean probability of being chosen over the teacher's image."""
+        """Return the mean reward, and the mean probability of being chosen over the teacher's image."""
         rewards = self._rewards(samples.images, samples.prompts)
         scores = {f"reward_{self.label}": float(rewards.mean())}
         if samples.reference is None:
@@ -119,5 +119,5 @@ class Reward(PromptAgreement):
 
 @hookimpl
 def register_evaluators() -> Sequence[type[Evaluator]]:
-    """CLIP score and rewards."""
+    """Return the evaluators of this file."""
     return [ClipScore, Reward]

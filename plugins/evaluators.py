@@ -1,6 +1,6 @@
 """The evaluators that ship: distance to the teacher's image, distances to the data, agreement with the prompt.
 
-Every score says which space it lives in. Without downloaded weights there is no Inception network here, hence no "FID".
+Every score names its feature space. Without downloaded weights there is no Inception network here, hence no "FID".
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 BATCH = 128
 CLASSIFIER_FOLDER = "judge"
 FEWEST_DATA = 2
-"""Images on either side that a distance between distributions needs."""
+"""Number of images on either side that a distance between distributions needs."""
 
 
 def too_few_data(setting: EvaluationSetting) -> str | None:
-    """Why no distance to real images can be measured; None where it can, or where that is not known yet."""
+    """Return why no distance to real images can be measured; None where it can, or where that is not known yet."""
     if setting.num_data is not None and setting.num_data < FEWEST_DATA:
         return f"it measures distances to real images, and the data has {setting.num_data or 'none'}"
     return None
@@ -35,7 +35,7 @@ class ImageDistance(Evaluator):
     higher_is_better: ClassVar[Mapping[str, bool]] = {"distance_to_teacher_pixels": False}
 
     def score(self, samples: Samples) -> dict[str, float]:
-        """Mean over the images; nothing for the full teacher itself."""
+        """Return the mean over the images; nothing for the full teacher itself."""
         from ..core.evaluation.distances import root_mean_square
 
         if samples.reference is None:
@@ -60,12 +60,12 @@ class FeatureDistance(Evaluator):
 
     @property
     def at_once(self) -> int:
-        """Images in one pass of the network."""
+        """Number of images in one pass of the network."""
         return BATCH
 
     @abstractmethod
     def features(self, images: Tensor) -> Tensor:
-        """Features (B, F) of images (B, 3, H, W) in [0, 1]."""
+        """Return features (B, F) of images (B, 3, H, W) in [0, 1]."""
 
     def _all_features(self, images: Tensor) -> Tensor:
         import torch
@@ -74,7 +74,7 @@ class FeatureDistance(Evaluator):
             return torch.cat([self.features(part).double().cpu() for part in images.split(self.at_once)])
 
     def both_features(self, samples: Samples) -> tuple[Tensor, Tensor] | None:
-        """Features of the images (N, F) and of the data (M, F), float64; None where there are too few of either."""
+        """Return features of the images (N, F) and of the data (M, F), float64; None if there are too few."""
         if samples.data is None or min(len(samples.data), len(samples.images)) < FEWEST_DATA:
             return None
         if self._data is not samples.data or self._data_features is None:
@@ -82,7 +82,7 @@ class FeatureDistance(Evaluator):
         return self._all_features(samples.images), self._data_features
 
     def score(self, samples: Samples) -> dict[str, float]:
-        """Fréchet and kernel distance to the data; nothing where there is no data."""
+        """Return Fréchet and kernel distance to the data; nothing where there is no data."""
         from ..core.evaluation.distances import frechet_distance, kernel_distance, relative_spread
 
         both = self.both_features(samples)
@@ -115,11 +115,11 @@ class RandomConvolutions(FeatureDistance):
 
     @classmethod
     def usable(cls, setting: EvaluationSetting, config: Any = None) -> str | None:
-        """Only with images to measure the distance to."""
+        """Return None if there are images to measure the distance to, otherwise the reason."""
         return too_few_data(setting)
 
     def features(self, images: Tensor) -> Tensor:
-        """Mean and spread of every channel of every level, (B, 48)."""
+        """Return mean and spread of every channel of every level, (B, 48)."""
         import torch
         from torch.nn import functional
 
@@ -160,17 +160,17 @@ class MiniatureClassifierEvaluator(FeatureDistance):
 
     @classmethod
     def usable(cls, setting: EvaluationSetting, config: Any = None) -> str | None:
-        """Only beside a local model that has a judge."""
+        """Return None for a local model with a classifier in ``judge/``, otherwise the reason."""
         if setting.model_path is None or not (setting.model_path / CLASSIFIER_FOLDER).is_dir():
             return f"the model has no folder {CLASSIFIER_FOLDER}/"
         return None
 
     def features(self, images: Tensor) -> Tensor:
-        """The classifier's penultimate features, (B, F)."""
+        """Return the classifier's penultimate features, (B, F)."""
         return self._classifier.features(images)
 
     def score(self, samples: Samples) -> dict[str, float]:
-        """Share of images that show what their prompt says, and the distances to the data."""
+        """Return the share of images that show what their prompt says, and the distances to the data."""
         size, total = len(samples.images), 0
         for start in range(0, size, BATCH):
             part = slice(start, start + BATCH)
@@ -180,5 +180,5 @@ class MiniatureClassifierEvaluator(FeatureDistance):
 
 @hookimpl
 def register_evaluators() -> Sequence[type[Evaluator]]:
-    """Image distance, random convolutions, judge."""
+    """Return the evaluators of this file."""
     return [ImageDistance, RandomConvolutions, MiniatureClassifierEvaluator]

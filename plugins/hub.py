@@ -21,13 +21,13 @@ _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class HuggingFaceHub(Publisher):
-    """Uploads ``student/`` as a model repository, made if it is not there."""
+    """Uploads ``student/`` as a model repository, made if it does not exist."""
 
     name: ClassVar[str] = "hub"
     packages: ClassVar[Mapping[str, str]] = {"huggingface_hub": "huggingface_hub>=0.30"}
 
     class Config(BaseModel):
-        """Where it goes."""
+        """The repository to publish to."""
 
         model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
@@ -38,7 +38,10 @@ class HuggingFaceHub(Publisher):
 
     @classmethod
     def from_run(cls, run: RunSettings, config: Any | None) -> Any | None:
-        """Asked for by ``push_to_hub`` as well; the id comes from ``hub_model_id`` unless its own part names one."""
+        """Return its settings if the run asks for it, by ``push_to_hub`` too, otherwise None.
+
+        The id comes from ``hub_model_id`` unless its own part names one.
+        """
         if not run.push_to_hub:
             config = super().from_run(run, config)
         elif config is None:
@@ -48,7 +51,7 @@ class HuggingFaceHub(Publisher):
         return config.model_copy(update={"model_id": run.hub_model_id})
 
     def problems(self) -> list[str]:
-        """An id that is missing, malformed or a placeholder; no token; offline mode."""
+        """Return problems: an id that is missing, malformed or a placeholder; no token; offline mode."""
         from huggingface_hub import get_token
 
         found = []
@@ -66,7 +69,7 @@ class HuggingFaceHub(Publisher):
         return found
 
     def publish(self, student: Path) -> str:
-        """Upload the folder as one commit; returns the repository's address."""
+        """Upload the folder as one commit; return the repository's address."""
         from huggingface_hub import HfApi
 
         api = HfApi()
@@ -77,5 +80,5 @@ class HuggingFaceHub(Publisher):
 
 @hookimpl
 def register_publishers() -> Sequence[type[Publisher]]:
-    """The Hugging Face hub."""
+    """Return the publisher of this file."""
     return [HuggingFaceHub]

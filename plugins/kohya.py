@@ -21,7 +21,7 @@ class Kohya(Publisher):
     aliases: ClassVar[tuple[str, ...]] = ("comfyui",)
 
     class Config(BaseModel):
-        """Which file, and in what precision."""
+        """The file to write, and its precision."""
 
         model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
@@ -31,7 +31,7 @@ class Kohya(Publisher):
         """Type of the tensors. `float32` is what was trained; the others are half as large, and rounded."""
 
     def problems(self) -> list[str]:
-        """A fully trained student; a family without such a format; a file of another kind."""
+        """Return problems: a fully trained student, a family without such a format, a file of another kind."""
         found = []
         family, file = self.setting.family, self.config.file
         if self.setting.model_type == "full":
@@ -43,7 +43,7 @@ class Kohya(Publisher):
         return found
 
     def publish(self, student: Path) -> str:
-        """Write the file; returns its path, with what its readers leave out."""
+        """Write the file; return its path, and the layers that its readers ignore."""
         if self.setting.load_family is None:
             raise UserError("it is not known of which family the student is", "publish a run: distill publish")
         title = f"{self.setting.run_name}-kohya"
@@ -54,5 +54,5 @@ class Kohya(Publisher):
 
 @hookimpl
 def register_publishers() -> Sequence[type[Publisher]]:
-    """Kohya's format."""
+    """Return the publisher of this file."""
     return [Kohya]

@@ -1,4 +1,4 @@
-"""A small image classifier that says whether an image shows what its caption says.
+"""A small image classifier that decides whether an image shows what its caption says.
 
 It is trained on the scenes of the miniature teacher (`benchmarks/miniature.py judge`) and ships beside it. One head per
 attribute (kind of thing, colour of the ground, texture of the ground). The penultimate features serve for a Frechet
@@ -23,9 +23,9 @@ class MiniatureClassifier(nn.Module):
     """Four convolution stages, a global average, and one linear head per attribute.
 
     Args:
-        vocabulary: attribute -> the words for its values, in the order of the logits.
-        channels: width of the four stages; the last is the number of features F.
-        resolution: side of the images it was trained on; others are resized to it.
+        vocabulary: Attribute -> the words for its values, in the order of the logits.
+        channels: Width of the four stages; the last is the number of features F.
+        resolution: Side in pixels of the images it was trained on; others are resized to it.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class MiniatureClassifier(nn.Module):
         self.heads = nn.ModuleDict({name: nn.Linear(width, len(words)) for name, words in self.vocabulary.items()})
 
     def features(self, images: Tensor) -> Tensor:
-        """Images in [0, 1], (B, 3, H, W) -> features (B, F)."""
+        """Return features (B, F) of images in [0, 1], (B, 3, H, W)."""
         weight = next(self.parameters())
         images = images.to(weight.device, weight.dtype)
         if images.shape[-2:] != (self.resolution, self.resolution):
@@ -55,12 +55,12 @@ class MiniatureClassifier(nn.Module):
         return self.trunk(images * 2 - 1).mean(dim=(-2, -1))
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Images in [0, 1], (B, 3, H, W) -> attribute -> logits (B, number of its values)."""
+        """Return attribute -> logits (B, number of its values) of images in [0, 1], (B, 3, H, W)."""
         features = self.features(images)
         return {name: head(features) for name, head in self.heads.items()}
 
     def mentioned(self, caption: str) -> dict[str, int]:
-        """The attributes that a caption mentions, each with the index of its value."""
+        """Return the attributes that a caption mentions, each with the index of its value."""
         words = re.findall(r"[a-z]+", caption.lower())
         return {
             attribute: values.index(word)
@@ -71,7 +71,7 @@ class MiniatureClassifier(nn.Module):
 
     @torch.no_grad()
     def agreement(self, images: Tensor, captions: Sequence[str]) -> Tensor:
-        """Whether each image shows every attribute that its caption mentions; (B,) bool. What is open counts not."""
+        """Return, (B,) bool, if each image shows every attribute that its caption mentions; others do not count."""
         found = {name: logits.argmax(dim=-1).tolist() for name, logits in self(images).items()}
         return torch.tensor(
             [
@@ -95,7 +95,7 @@ class MiniatureClassifier(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> MiniatureClassifier:
-        """Load a judge for use: evaluation mode, no gradients."""
+        """Load a classifier in evaluation mode, without gradients."""
         folder = Path(folder)
         judge = cls(**json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")))
         judge.load_state_dict(load_file(folder / WEIGHTS_NAME))

@@ -25,20 +25,20 @@ if TYPE_CHECKING:
 FOLDER = "mlflow"
 RUN_FILE = "mlflow-run.json"
 MOST_AT_ONCE = 1000
-"""Metrics that a server takes in one request."""
+"""Number of metrics that a server takes in one request."""
 LONGEST_VALUE = 6000
-"""Letters of a parameter's value."""
+"""Largest number of characters of a parameter's value."""
 LONGEST_NAME = 250
-"""Letters of a metric's name."""
+"""Largest number of characters of a metric's name."""
 LONGEST_FILE = 120
-"""Letters of an image's name, whose file has the step, the time and a number of 32 letters as well."""
+"""Largest number of characters of an image's name; its file adds the step, the time and a number of 32 characters."""
 
 
 class MLflow(Tracker):
     """One MLflow run: metrics, parameters, images and texts, continued under the same id when the run is resumed.
 
     Parameters cannot be changed once they are written: a resumed run keeps those it began with, and the configuration
-    that it went on with lies in the artifact ``config.json``.
+    that it continued with lies in the artifact ``config.json``.
     """
 
     name: ClassVar[str] = "mlflow"
@@ -50,12 +50,13 @@ class MLflow(Tracker):
         model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
         tracking_uri: str | None = None
-        """Where it is kept, as `http://host:5000` or `sqlite:////folder/mlflow.db`; absent: MLFLOW_TRACKING_URI, else a
-        SQLite file in the output folder."""
+        """Where the run is stored, as `http://host:5000` or `sqlite:////folder/mlflow.db`; absent: MLFLOW_TRACKING_URI,
+        else a SQLite file in the output folder.
+        """
         experiment: str | None = None
         """Experiment that the run belongs to; absent: tracker_project_name."""
         flush_seconds: float = Field(default=10.0, ge=0)
-        """Seconds that metrics are gathered before they are sent."""
+        """Seconds for which metrics are gathered before they are sent."""
 
         @field_validator("tracking_uri")
         @classmethod
@@ -77,7 +78,7 @@ class MLflow(Tracker):
         self._last_step = 0
 
     def start(self, run: RunInfo) -> None:
-        """Open the run, or go on with it, and write the configuration at once."""
+        """Open the run, or continue it, and write the configuration at once."""
         mlflow = _library()
         self._uri = self.config.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or _own_store(run.output_dir)
         self._client = mlflow.MlflowClient(tracking_uri=self._uri)
@@ -112,7 +113,7 @@ class MLflow(Tracker):
             self._client.log_batch(self._run, params=new[start : start + 100])
 
     def notices(self) -> list[str]:
-        """How to look at the run."""
+        """Return how to look at the run."""
         return [f"watch with: mlflow ui --backend-store-uri {self._uri}"] if self._uri.startswith("sqlite") else []
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
@@ -130,32 +131,32 @@ class MLflow(Tracker):
         self._sent = time.monotonic()
 
     def images(self, name: str, images: Mapping[str, Image], step: int) -> None:
-        """Images under ``images/``, by step."""
+        """Write images under ``images/``, by step."""
         self._send()
         for caption, image in images.items():
             key = accepted(f"{name}/{caption}", more="", longest=LONGEST_FILE)
             self._client.log_image(self._run, image.convert("RGB"), key=key, step=step, synchronous=True)
 
     def text(self, name: str, text: str, step: int) -> None:
-        """Markdown files under ``text/``, by step."""
+        """Write Markdown files under ``text/``, by step."""
         self._client.log_text(
             self._run, text, f"text/{accepted(name, more='', longest=LONGEST_FILE)}-step-{step:06d}.md"
         )
 
     def finish(self, scores: Mapping[str, float] | None = None) -> None:
-        """Send what waits and the scores, and end the run."""
+        """Send the waiting metrics and the scores, and end the run."""
         self.log(scores or {}, self._last_step)
         self._send()
         self._client.set_terminated(self._run)
 
 
 def accepted(name: str, *, more: str = ":", longest: int = LONGEST_NAME) -> str:
-    """The name with an underscore for each letter that MLflow refuses; a longer one loses its middle.
+    """Return the name with an underscore for each character that MLflow refuses; a longer one loses its middle.
 
     Args:
-        name: Of a metric, image or text.
-        more: Letters that it takes beside letters, digits and ``_-. /``.
-        longest: Letters that it takes.
+        name: Name of a metric, image or text.
+        more: Characters that it accepts beside letters, digits and ``_-. /``.
+        longest: Largest number of characters.
     """
     name = re.sub(rf"[^\w\-. /{more}]", "_", name, flags=re.ASCII)
     if len(name) <= longest:
@@ -165,7 +166,7 @@ def accepted(name: str, *, more: str = ":", longest: int = LONGEST_NAME) -> str:
 
 
 def without_password(uri: str) -> str:
-    """The address without the name and password before its host."""
+    """Return the address without the name and password before its host."""
     return re.sub(r"://[^/@]*:[^/@]*@", "://", uri)
 
 
@@ -176,7 +177,7 @@ def _own_store(output_dir: Path) -> str:
 
 
 def _known_run(file: Path, uri: str) -> str | None:
-    """The id of the run that this folder began in the store of that address."""
+    """Return the id of the run that this folder began in the store of that address."""
     if not file.is_file():
         return None
     known = json.loads(file.read_text(encoding="utf-8"))
@@ -184,7 +185,7 @@ def _known_run(file: Path, uri: str) -> str | None:
 
 
 def _library() -> Any:
-    """The package of this module's own name, without its telemetry, its talk of tables and its upgrade of git."""
+    """Import the package of this module's own name, without telemetry, messages about tables and git."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when it is imported
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     library = importlib.import_module("mlflow")
@@ -195,5 +196,5 @@ def _library() -> Any:
 
 @hookimpl
 def register_trackers() -> Sequence[type[Tracker]]:
-    """MLflow."""
+    """Return the tracker of this file."""
     return [MLflow]

@@ -23,7 +23,7 @@ class AdamW(OptimizerPlugin):
     name = "adamw"
 
     def build(self, parameters: Iterable[torch.nn.Parameter], settings: OptimizerSettings) -> torch.optim.Optimizer:
-        """One fused (elsewhere: foreach) AdamW."""
+        """Return one fused (elsewhere: foreach) AdamW."""
         import torch
 
         parameters = list(parameters)
@@ -41,10 +41,10 @@ class OptimiAdamW(OptimizerPlugin):
         """Options of optimi's AdamW."""
 
         decouple_lr: bool = False
-        """Weight decay fully decoupled from the learning rate; then it is to be far smaller (1e-5 rather than 1e-2)."""
+        """Weight decay fully decoupled from the learning rate; use a far smaller one then (1e-5 rather than 1e-2)."""
 
     def build(self, parameters: Iterable[torch.nn.Parameter], settings: OptimizerSettings) -> torch.optim.Optimizer:
-        """An optimi AdamW."""
+        """Return an optimi AdamW."""
         import optimi
 
         return optimi.AdamW(list(parameters), decouple_lr=self.config.decouple_lr, **adam_arguments(settings))
@@ -63,12 +63,12 @@ class AdamWBF16(OptimizerPlugin):
     parameter_dtype = "bfloat16"
 
     def build(self, parameters: Iterable[torch.nn.Parameter], settings: OptimizerSettings) -> torch.optim.Optimizer:
-        """An optimi AdamW with compensated weights."""
+        """Return an optimi AdamW with compensated weights."""
         return _compensated_adamw()(list(parameters), kahan_sum=True, **adam_arguments(settings))
 
 
 def _compensated_adamw() -> Callable[..., torch.optim.Optimizer]:
-    """The class is made here, since torch-optimi is imported late."""
+    """Make the class here, since torch-optimi is imported late."""
     import optimi
     import torch
 
@@ -90,7 +90,7 @@ class StableAdamW(OptimizerPlugin):
     packages: ClassVar = {"optimi": "torch-optimi"}
 
     def build(self, parameters: Iterable[torch.nn.Parameter], settings: OptimizerSettings) -> torch.optim.Optimizer:
-        """An optimi StableAdamW."""
+        """Return an optimi StableAdamW."""
         import optimi
 
         return optimi.StableAdamW(list(parameters), **adam_arguments(settings))
@@ -114,7 +114,7 @@ class Adafactor(OptimizerPlugin):
         """Root mean square above which an update is scaled down."""
 
     def build(self, parameters: Iterable[torch.nn.Parameter], settings: OptimizerSettings) -> torch.optim.Optimizer:
-        """A transformers Adafactor with the learning rate that it is told."""
+        """Return a transformers Adafactor with a fixed learning rate."""
         from transformers.optimization import Adafactor as Library
 
         return Library(
@@ -137,7 +137,7 @@ class Lion(OptimizerPlugin):
     Config = LionConfig
 
     def build(self, parameters: Iterable[torch.nn.Parameter], settings: OptimizerSettings) -> torch.optim.Optimizer:
-        """A lion-pytorch Lion."""
+        """Return a lion-pytorch Lion."""
         from lion_pytorch import Lion as Library
 
         return Library(list(parameters), **lion_arguments(settings, self.config))
@@ -153,7 +153,7 @@ class OptimiLion(OptimizerPlugin):
     Config = LionConfig
 
     def build(self, parameters: Iterable[torch.nn.Parameter], settings: OptimizerSettings) -> torch.optim.Optimizer:
-        """An optimi Lion."""
+        """Return an optimi Lion."""
         import optimi
 
         return optimi.Lion(list(parameters), **lion_arguments(settings, self.config))
@@ -161,5 +161,5 @@ class OptimiLion(OptimizerPlugin):
 
 @hookimpl
 def register_optimizers() -> Sequence[type[OptimizerPlugin]]:
-    """The optimizers of this module."""
+    """Return the optimizers of this file."""
     return [AdamW, OptimiAdamW, AdamWBF16, StableAdamW, Adafactor, Lion, OptimiLion]

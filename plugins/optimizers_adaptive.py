@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class ScheduleFreeAdamW(OptimizerPlugin):
     """AdamW over an average of its iterates in place of a schedule (arXiv 2405.15682), by schedulefree.
 
-    Gradients are taken between the average x and the iterate z, which is what the parameters hold while training; x is
-    what is validated and exported. Checkpoints hold the former, so that a resumed run goes on bit for bit.
+    Gradients are taken between the average x and the iterate z, at the point that the parameters hold in training; x is
+    validated and exported. Checkpoints hold the former, so that a resumed run continues bit for bit.
     """
 
     name = "schedulefree-adamw"
@@ -38,7 +38,7 @@ class ScheduleFreeAdamW(OptimizerPlugin):
         """Power of the learning rate by which iterates of the warm-up weigh less."""
 
     def build(self, parameters: Iterable[torch.nn.Parameter], settings: OptimizerSettings) -> torch.optim.Optimizer:
-        """A schedulefree AdamW in train mode, which warms up itself."""
+        """Return a schedulefree AdamW in train mode, which warms up itself."""
         from schedulefree import AdamWScheduleFree
 
         optimizer = AdamWScheduleFree(
@@ -52,7 +52,7 @@ class ScheduleFreeAdamW(OptimizerPlugin):
 
     @contextlib.contextmanager
     def evaluating(self, optimizer: Any) -> Iterator[None]:
-        """The average in the parameters' place; the way back is a copy, since the library's rounds."""
+        """Put the average in the parameters' place inside the block; restore a copy, since the library rounds."""
         import torch
 
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -68,7 +68,7 @@ class ScheduleFreeAdamW(OptimizerPlugin):
 
 
 class Prodigy(OptimizerPlugin):
-    """Adam that finds the size of its steps itself (arXiv 2306.06101), by prodigyopt: learning_rate stays at 1."""
+    """Adam that finds its step size itself (arXiv 2306.06101), by prodigyopt: learning_rate stays at 1."""
 
     name = "prodigy"
     packages: ClassVar = {"prodigyopt": "prodigyopt>=1.1"}
@@ -82,16 +82,16 @@ class Prodigy(OptimizerPlugin):
         d0: float = Field(default=1e-6, gt=0, le=1)
         """Step size that the estimate begins at; it grows from there."""
         d_coef: float = Field(default=1.0, gt=0, le=100)
-        """Factor on the estimate: the way to larger or smaller steps."""
+        """Factor on the estimate, for larger or smaller steps."""
         growth_rate: float = Field(default=1e30, gt=1)
-        """Factor that the estimate grows by per step at most; 1.02 warms up."""
+        """Largest factor by which the estimate grows per step; 1.02 warms up."""
         use_bias_correction: bool = True
         """Whether Adam's bias is corrected: smaller first steps."""
         slice_p: int = Field(default=1, ge=1)
-        """Every how many-th weight the estimate looks at: 11 takes a good half of its memory away."""
+        """The estimate uses every slice_p-th weight: 11 saves a good half of its memory."""
 
     def build(self, parameters: Iterable[torch.nn.Parameter], settings: OptimizerSettings) -> torch.optim.Optimizer:
-        """A prodigyopt Prodigy with decoupled weight decay, safe under a warm-up."""
+        """Return a prodigyopt Prodigy with decoupled weight decay, safe under a warm-up."""
         from prodigyopt import Prodigy as Library
 
         with contextlib.redirect_stdout(io.StringIO()):  # it prints that weight decay is decoupled
@@ -105,5 +105,5 @@ class Prodigy(OptimizerPlugin):
 
 @hookimpl
 def register_optimizers() -> Sequence[type[OptimizerPlugin]]:
-    """The optimizers of this module."""
+    """Return the optimizers of this file."""
     return [ScheduleFreeAdamW, Prodigy]

@@ -31,7 +31,7 @@ class BnbAdamW8bit(OptimizerPlugin):
         min_8bit_size: int = Field(default=4096, ge=1, description=MIN_8BIT_SIZE)
 
     def build(self, parameters: Iterable[torch.nn.Parameter], settings: OptimizerSettings) -> torch.optim.Optimizer:
-        """A bitsandbytes AdamW8bit."""
+        """Return a bitsandbytes AdamW8bit."""
         from bitsandbytes.optim import AdamW8bit
 
         return AdamW8bit(list(parameters), min_8bit_size=self.config.min_8bit_size, **adam_arguments(settings))
@@ -52,7 +52,7 @@ class BnbLion8bit(OptimizerPlugin):
         min_8bit_size: int = Field(default=4096, ge=1, description=MIN_8BIT_SIZE)
 
     def build(self, parameters: Iterable[torch.nn.Parameter], settings: OptimizerSettings) -> torch.optim.Optimizer:
-        """A bitsandbytes Lion8bit."""
+        """Return a bitsandbytes Lion8bit."""
         from bitsandbytes.optim import Lion8bit
 
         arguments: dict[str, Any] = lion_arguments(settings, self.config)
@@ -61,5 +61,5 @@ class BnbLion8bit(OptimizerPlugin):
 
 @hookimpl
 def register_optimizers() -> Sequence[type[OptimizerPlugin]]:
-    """The optimizers of this module."""
+    """Return the optimizers of this file."""
     return [BnbAdamW8bit, BnbLion8bit]

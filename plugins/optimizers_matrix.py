@@ -1,4 +1,4 @@
-"""Optimizers that see a weight as a matrix: Muon and SOAP (pytorch-optimizer)."""
+"""Optimizers that treat a weight as a matrix: Muon and SOAP (pytorch-optimizer)."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Muon(OptimizerPlugin):
         """Newton-Schulz iterations that make a matrix orthogonal."""
 
     def build(self, parameters: Iterable[torch.nn.Parameter], settings: OptimizerSettings) -> torch.optim.Optimizer:
-        """A pytorch-optimizer Muon over two groups."""
+        """Return a pytorch-optimizer Muon over two groups."""
         from pytorch_optimizer import Muon as Library
 
         adam = adam_arguments(settings)
@@ -75,7 +75,7 @@ class Soap(OptimizerPlugin):
         """Whether each update is scaled to a root mean square of 1."""
 
     def build(self, parameters: Iterable[torch.nn.Parameter], settings: OptimizerSettings) -> torch.optim.Optimizer:
-        """A pytorch-optimizer SOAP."""
+        """Return a pytorch-optimizer SOAP."""
         from pytorch_optimizer import SOAP as Library
 
         return Library(list(parameters), **self.config.model_dump(), **adam_arguments(settings))
@@ -83,5 +83,5 @@ class Soap(OptimizerPlugin):
 
 @hookimpl
 def register_optimizers() -> Sequence[type[OptimizerPlugin]]:
-    """The optimizers of this module."""
+    """Return the optimizers of this file."""
     return [Muon, Soap]

@@ -20,12 +20,12 @@ class Torchao(OptimizerPlugin):
     packages: ClassVar = {"torchao": "torchao>=0.17"}
 
     def state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """The state dict, quantised moments as their parts."""
+        """Return the state dict, quantised moments as their parts."""
         state = optimizer.state_dict()
         return {**state, "state": {index: _in_parts(moments) for index, moments in state["state"].items()}}
 
     def load(self, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-        """Fresh moments whose parts are then filled: a state dict's own way of loading would unpack them."""
+        """Make new moments and fill their parts: a state dict's own way of loading would unpack them."""
         load_optimizer(optimizer, {**state, "state": {}})
         for group in optimizer.param_groups:
             group["lr"] = torch_tensor(group["lr"])
@@ -38,11 +38,11 @@ class Torchao(OptimizerPlugin):
 
 
 SIGNED = {"exp_avg": True, "exp_avg_sq": False}
-"""Moments -> whether they are below 0 too."""
+"""Name of the moments -> whether they can be negative."""
 
 
 def torch_tensor(value: Any) -> torch.Tensor:
-    """A learning rate as torchao wants it: a tensor in float32 that is filled anew."""
+    """Return a learning rate in torchao's form: a float32 tensor that is filled in place."""
     import torch
 
     return torch.as_tensor(value, dtype=torch.float32)
@@ -78,7 +78,7 @@ class TorchaoAdamW8bit(Torchao):
     state_bytes = 2.0
 
     def build(self, parameters: Iterable[torch.nn.Parameter], settings: OptimizerSettings) -> torch.optim.Optimizer:
-        """A torchao AdamW8bit."""
+        """Return a torchao AdamW8bit."""
         from torchao.optim import AdamW8bit
 
         return AdamW8bit(list(parameters), **adam_arguments(settings))
@@ -91,7 +91,7 @@ class TorchaoAdamW4bit(Torchao):
     state_bytes = 1.1
 
     def build(self, parameters: Iterable[torch.nn.Parameter], settings: OptimizerSettings) -> torch.optim.Optimizer:
-        """A torchao AdamW4bit."""
+        """Return a torchao AdamW4bit."""
         from torchao.optim import AdamW4bit
 
         return AdamW4bit(list(parameters), **adam_arguments(settings))
@@ -99,5 +99,5 @@ class TorchaoAdamW4bit(Torchao):
 
 @hookimpl
 def register_optimizers() -> Sequence[type[OptimizerPlugin]]:
-    """The optimizers of this module."""
+    """Return the optimizers of this file."""
     return [TorchaoAdamW8bit, TorchaoAdamW4bit]

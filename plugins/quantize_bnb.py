@@ -27,7 +27,7 @@ class NF4(Quantizer):
         """Whether the scales are quantised too: 0.4 bits per weight less."""
 
     def quantize(self, network: nn.Module, *, device: str, keep: Collection[str] = ()) -> nn.Module:
-        """`network` with bitsandbytes' 4-bit linear layers; moving a layer to the device packs its weights."""
+        """Return `network` with bitsandbytes' 4-bit linear layers; moving a layer to the device packs its weights."""
         from torch import nn
 
         for name, linear in quantised_layers(network, (nn.Linear,), keep):
@@ -54,7 +54,7 @@ class NF4(Quantizer):
         return packed
 
     def stored_bytes(self, network: nn.Module) -> int:
-        """Packed weights and their scales, which are no buffers."""
+        """Return the bytes of packed weights and of their scales, which are no buffers."""
         layers: list[Any] = [module for module in network.modules() if isinstance(module, _layers().Linear4bit)]
         states = [layer.weight.quant_state.as_dict(packed=False).values() for layer in layers]
         scales = [value for values in states for value in values if hasattr(value, "element_size")]
@@ -80,5 +80,5 @@ def _linear() -> type[Any]:
 
 @hookimpl
 def register_quantizers() -> Sequence[type[Quantizer]]:
-    """The quantizer of this module."""
+    """Return the quantizer of this file."""
     return [NF4]

@@ -24,7 +24,7 @@ class Int8Quanto(Quantizer):
     layers = ("Linear", "Conv2d")
 
     def quantize(self, network: nn.Module, *, device: str, keep: Collection[str] = ()) -> nn.Module:
-        """`network` with quanto's weights in its linear layers and convolutions."""
+        """Return `network` with quanto's weights in its linear layers and convolutions."""
         from optimum.quanto import freeze, qint8, quantize
         from torch import nn
 
@@ -46,5 +46,5 @@ class Int8Quanto(Quantizer):
 
 @hookimpl
 def register_quantizers() -> Sequence[type[Quantizer]]:
-    """The quantizer of this module."""
+    """Return the quantizer of this file."""
     return [Int8Quanto]

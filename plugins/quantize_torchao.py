@@ -1,6 +1,6 @@
 """Quantizers by torchao: 8-bit whole and floating-point weights, and 4-bit weights in groups.
 
-torchao's own layers show autograd the unpacked weight, which is then kept for the backward pass, and its 4-bit kernels
+torchao's own layers give autograd the unpacked weight, which is then kept for the backward pass, and its 4-bit kernels
 have no backward pass at all. So its numbers are used in layers of our own (:mod:`._packed`).
 """
 
@@ -25,10 +25,10 @@ class Torchao(Quantizer):
 
     @abstractmethod
     def replaced(self, linear: nn.Linear) -> nn.Module | None:
-        """What stands for `linear`, or None where it stays."""
+        """Return the replacement of `linear`, or None where it stays."""
 
     def quantize(self, network: nn.Module, *, device: str, keep: Collection[str] = ()) -> nn.Module:
-        """`network` with packed weights in its linear layers."""
+        """Return `network` with packed weights in its linear layers."""
         from torch import nn
 
         for name, linear in quantised_layers(network, (nn.Linear,), keep):
@@ -44,7 +44,7 @@ class Int8Torchao(Torchao):
     name = "int8-torchao"
 
     def replaced(self, linear: nn.Linear) -> nn.Module:
-        """A layer with the numbers of an ``Int8Tensor``."""
+        """Return a layer with the numbers of an ``Int8Tensor``."""
         from torchao.quantization import Int8Tensor, PerRow
 
         from ._packed import ScaledLinear
@@ -59,7 +59,7 @@ class Fp8Torchao(Torchao):
     name = "fp8-torchao"
 
     def replaced(self, linear: nn.Linear) -> nn.Module:
-        """A layer with the numbers of a ``Float8Tensor``."""
+        """Return a layer with the numbers of a ``Float8Tensor``."""
         from torchao.quantization import Float8Tensor, PerRow
 
         from ._packed import ScaledLinear
@@ -81,7 +81,7 @@ class Int4Torchao(Torchao):
         """Weights that share a scale; a layer whose inputs it does not divide stays as it is."""
 
     def replaced(self, linear: nn.Linear) -> nn.Module | None:
-        """A layer with two weights in a byte."""
+        """Return a layer with two weights in a byte."""
         from ._packed import Int4Linear
 
         group_size = self.config.group_size
@@ -90,5 +90,5 @@ class Int4Torchao(Torchao):
 
 @hookimpl
 def register_quantizers() -> Sequence[type[Quantizer]]:
-    """The quantizers of this module."""
+    """Return the quantizers of this file."""
     return [Int8Torchao, Fp8Torchao, Int4Torchao]

@@ -1,4 +1,4 @@
-"""``report.html`` at the end of every run, good or bad. Its failure is said and ends nothing."""
+"""``report.html`` at the end of every run, also of a failed one. Its own failure is reported and ends nothing."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ logger = logging.getLogger(__name__)
 
 @hookimpl
 def on_run_start(state: RunState) -> None:
-    """A run that starts afresh leaves no page of the one before it."""
+    """Remove the page of an earlier run when a run starts afresh."""
     if state.main and state.step == 0:
         (state.output_dir / FILE).unlink(missing_ok=True)
 
 
 @hookimpl
 def on_run_end(state: RunState) -> None:
-    """The page of the finished run."""
+    """Write the page of the finished run."""
     _write(state)
 
 
 @hookimpl
 def on_exception(state: RunState, error: BaseException) -> None:
-    """The page of what there is."""
+    """Write the page of a failed run, with what there is."""
     _write(state)
 
 

@@ -55,13 +55,13 @@ class TensorBoard(Tracker):
         self._writer._get_file_writer().add_summary(session_start)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """One scalar per metric."""
+        """Write one scalar per metric."""
         self._last_step = step
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
 
     def images(self, name: str, images: Mapping[str, Image], step: int) -> None:
-        """One image per caption, under ``name/caption``."""
+        """Write one image per caption, under ``name/caption``."""
         import numpy as np
 
         for caption, image in images.items():
@@ -70,7 +70,7 @@ class TensorBoard(Tracker):
         self._writer.flush()
 
     def text(self, name: str, text: str, step: int) -> None:
-        """Markdown."""
+        """Write Markdown."""
         self._writer.add_text(name, text, step)
 
     def finish(self, scores: Mapping[str, float] | None = None) -> None:
@@ -83,5 +83,5 @@ class TensorBoard(Tracker):
 
 @hookimpl
 def register_trackers() -> Sequence[type[Tracker]]:
-    """TensorBoard."""
+    """Return the tracker of this file."""
     return [TensorBoard]

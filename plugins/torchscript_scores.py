@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 
 ADDRESS = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics"
 NUM_FEATURES = 2048
-"""Of the Inception network's last pooling."""
+"""Number of features of the Inception network's last pooling."""
 
 
 class NetworkConfig(BaseModel):
-    """Which file, and how it is run."""
+    """Which file to use, and how to run it."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
@@ -46,7 +46,7 @@ class NetworkConfig(BaseModel):
 
 
 def problem(evaluator: str, file: str, config: Any) -> str | None:
-    """Why the file cannot be used, and where it is to be had; None where it can."""
+    """Return why the file cannot be used, and where to get it; None where it can."""
     key, mend = f"evaluator_config.{evaluator}.network", f"download {ADDRESS}/{file} and name the file"
     if config.network is None:
         return f"it needs its network: {mend} ({key})"
@@ -56,7 +56,7 @@ def problem(evaluator: str, file: str, config: Any) -> str | None:
 
 
 def load(path: LocalPath, device: str) -> Any:
-    """The network, in eval mode on `device`."""
+    """Load the network, in eval mode on `device`."""
     import torch
 
     try:
@@ -66,14 +66,14 @@ def load(path: LocalPath, device: str) -> Any:
 
 
 def as_bytes(images: Tensor) -> Tensor:
-    """Images as 8-bit files hold them, (B, 3, H, W) uint8."""
+    """Return images as 8-bit files hold them, (B, 3, H, W) uint8."""
     return images.clamp(0, 1).mul(255).round().byte()
 
 
 class InceptionDistance(FeatureDistance):
     """FID and KID: Fréchet and kernel distance to the data in the features of the Inception network of 2015.
 
-    Images are brought to 299 pixels inside the network, as TensorFlow did. The FID has a bias that is large with few
+    Images are resized to 299 pixels inside the network, as TensorFlow did. The FID has a bias that is large with few
     images: below `fewest_pictures` of either kind only the KID is given, which has none.
     """
 
@@ -83,10 +83,10 @@ class InceptionDistance(FeatureDistance):
     file: ClassVar[str] = "inception-2015-12-05.pt"
 
     class Config(NetworkConfig):
-        """Where the Inception network is, and from how many images on there is a FID."""
+        """The file of the Inception network, and the number of images that a FID needs."""
 
         fewest_pictures: int = Field(default=NUM_FEATURES, ge=FEWEST_DATA)
-        """Images, generated and real, that a FID takes. Papers use 5,000 to 50,000; compare only equal numbers."""
+        """Number of images, generated and real, that a FID needs. Papers use 5,000 to 50,000; compare equal numbers."""
 
     def __init__(self, config: Any, setting: EvaluationSetting) -> None:
         super().__init__(config, setting)
@@ -94,7 +94,7 @@ class InceptionDistance(FeatureDistance):
 
     @classmethod
     def usable(cls, setting: EvaluationSetting, config: Any = None) -> str | None:
-        """Only with the network's file, and with images to measure the distance to."""
+        """Return None if the network's file and images to measure the distance to are there, otherwise the reason."""
         return problem(cls.name, cls.file, config or cls.Config()) or too_few_data(setting)
 
     @property
@@ -103,7 +103,7 @@ class InceptionDistance(FeatureDistance):
         return self.config.batch_size
 
     def features(self, images: Tensor) -> Tensor:
-        """The last pooling, (B, 2048). Raises DistillError for a network of another kind."""
+        """Return the last pooling, (B, 2048). Raises DistillError for a network of another kind."""
         if self._network is None:
             self._network = load(self.config.network, self.setting.device)
         found = self._network(as_bytes(images).to(self.setting.device), return_features=True).flatten(1)
@@ -113,7 +113,7 @@ class InceptionDistance(FeatureDistance):
         return found
 
     def score(self, samples: Samples) -> dict[str, float]:
-        """The KID, and the FID where there are images enough."""
+        """Return the KID, and the FID where there are enough images."""
         from ..core.evaluation.distances import frechet_distance, polynomial_distance
 
         both = self.both_features(samples)
@@ -134,7 +134,7 @@ class PerceptualDistance(Evaluator):
     file: ClassVar[str] = "vgg16.pt"
 
     class Config(NetworkConfig):
-        """Where the VGG16 is."""
+        """The file of the VGG16."""
 
         batch_size: int = Field(default=1, ge=1)
         """Images in one pass of the network; one of 1024 x 1024 pixels takes about two gigabytes."""
@@ -145,11 +145,11 @@ class PerceptualDistance(Evaluator):
 
     @classmethod
     def usable(cls, setting: EvaluationSetting, config: Any = None) -> str | None:
-        """Only with the network's file."""
+        """Return None if the network's file is there, otherwise the reason."""
         return problem(cls.name, cls.file, config or cls.Config())
 
     def score(self, samples: Samples) -> dict[str, float]:
-        """Mean over the images; nothing for the full teacher itself."""
+        """Return the mean over the images; nothing for the full teacher itself."""
         import torch
 
         if samples.reference is None:
@@ -163,12 +163,12 @@ class PerceptualDistance(Evaluator):
         return {"lpips_to_teacher": float(torch.cat(found).mean())}
 
     def _embedded(self, images: Tensor) -> Tensor:
-        """Where the squared distance is the LPIPS, (B, F)."""
+        """Return features (B, F) whose squared distance is the LPIPS."""
         pixels = as_bytes(images).float().to(self.setting.device)
         return self._network(pixels, resize_images=False, return_lpips=True).flatten(1)
 
 
 @hookimpl
 def register_evaluators() -> Sequence[type[Evaluator]]:
-    """FID with KID, and LPIPS."""
+    """Return the evaluators of this file."""
     return [InceptionDistance, PerceptualDistance]

@@ -1,4 +1,4 @@
-"""Trackio: a SQLite file under ``output_dir/trackio``, looked at with a local dashboard."""
+"""Trackio: a SQLite file under ``output_dir/trackio``, shown by a local dashboard."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ ELSEWHERE = ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL")
 class Trackio(Tracker):
     """One Trackio run, found again by its name when the run is resumed.
 
-    Trackio has one folder for a process, which it takes when it is imported: the first run's, unless TRACKIO_DIR or
-    ``folder`` name one for all.
+    Trackio has one folder per process, which it chooses on import: the first run's, unless TRACKIO_DIR or ``folder``
+    name one for all.
     """
 
     name: ClassVar[str] = "trackio"
@@ -39,7 +39,7 @@ class Trackio(Tracker):
         model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
         folder: Path | None = None
-        """Where it writes; absent: TRACKIO_DIR, else `trackio` in the output folder."""
+        """Folder to write to; absent: TRACKIO_DIR, else `trackio` in the output folder."""
         system_metrics: bool = False
         """Whether the load of processor and GPU is recorded as well."""
 
@@ -48,7 +48,7 @@ class Trackio(Tracker):
     _last_step: int = 0
 
     def start(self, run: RunInfo) -> None:
-        """Open the run, or go on with the newest one of its name."""
+        """Open the run, or continue the newest one of its name."""
         wanted = Path(self.config.folder or os.environ.get("TRACKIO_DIR") or run.output_dir / FOLDER).absolute()
         wanted.mkdir(parents=True, exist_ok=True)
         trackio = _library(wanted)
@@ -70,22 +70,22 @@ class Trackio(Tracker):
             self._notices = [f"writes into {folder}, the folder of this process' first run", *self._notices]
 
     def notices(self) -> list[str]:
-        """How to look at the run."""
+        """Return how to look at the run."""
         return list(self._notices)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """All metrics of the step in one row."""
+        """Write all metrics of the step in one row."""
         self._last_step = step
         self._run.log(dict(metrics), step=step)
 
     def images(self, name: str, images: Mapping[str, Image], step: int) -> None:
-        """One image per caption, under ``name/caption``."""
+        """Write one image per caption, under ``name/caption``."""
         trackio = importlib.import_module("trackio")
         for caption, image in images.items():
             self._run.log({f"{name}/{caption}": trackio.Image(image, caption=caption)}, step=step)
 
     def text(self, name: str, text: str, step: int) -> None:
-        """Markdown."""
+        """Write Markdown."""
         self._run.log({name: importlib.import_module("trackio").Markdown(text)}, step=step)
 
     def finish(self, scores: Mapping[str, float] | None = None) -> None:
@@ -98,7 +98,7 @@ class Trackio(Tracker):
 
 @contextmanager
 def _away_from_the_hub() -> Iterator[None]:
-    """Trackio asks the hub whose token this is, also for a run that stays here; inside, no question leaves."""
+    """Send no request inside the block: Trackio asks the hub whose token this is, even for a local run."""
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE
@@ -110,7 +110,7 @@ def _away_from_the_hub() -> Iterator[None]:
 
 
 def _library(folder: Path) -> Any:
-    """The package of this module's own name, which takes its folder from the environment when it is imported."""
+    """Import the package of this module's own name, which takes its folder from the environment on import."""
     before = os.environ.get("TRACKIO_DIR")
     os.environ["TRACKIO_DIR"] = str(folder)
     try:
@@ -124,5 +124,5 @@ def _library(folder: Path) -> Any:
 
 @hookimpl
 def register_trackers() -> Sequence[type[Tracker]]:
-    """Trackio."""
+    """Return the tracker of this file."""
     return [Trackio]

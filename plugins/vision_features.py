@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TWO_TOWERS = "clip"
-"""``model_type`` of networks of images and text, whose images are seen through a projection."""
+"""``model_type`` of networks of images and text, whose image features go through a projection."""
 
 
 class VisionFeatures(FeatureDistance):
@@ -32,7 +32,7 @@ class VisionFeatures(FeatureDistance):
     by_default: ClassVar[bool] = False
 
     class Config(pretrained.PretrainedConfig):
-        """Which network; distances in different ones do not compare."""
+        """Which network to use; distances in different ones do not compare."""
 
         model: HubOrPath | None = "facebook/dinov2-base"
         """Hub id or local folder of a vision network of transformers (or of a CLIP), with safetensors."""
@@ -49,7 +49,7 @@ class VisionFeatures(FeatureDistance):
 
     @classmethod
     def usable(cls, setting: EvaluationSetting, config: Any = None) -> str | None:
-        """Only with the network, here or on the hub, and with images to measure the distance to."""
+        """Return None if the network (here or on the hub) and images to compare with exist, otherwise the reason."""
         return pretrained.problem(cls.name, config or cls.Config()) or too_few_data(setting)
 
     @property
@@ -58,7 +58,7 @@ class VisionFeatures(FeatureDistance):
         return self.config.batch_size
 
     def features(self, images: Tensor) -> Tensor:
-        """The network's pooled output (B, F): of a CLIP the projected one, of a network without any the mean state."""
+        """Return the network's pooled output (B, F): a CLIP's projected one; without any, the mean state."""
         from ..core.drawing.grid import to_images
 
         if self._loaded is None:
@@ -76,5 +76,5 @@ class VisionFeatures(FeatureDistance):
 
 @hookimpl
 def register_evaluators() -> Sequence[type[Evaluator]]:
-    """Distances in given features."""
+    """Return the evaluator of this file."""
     return [VisionFeatures]

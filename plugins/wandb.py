@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class WandB(Tracker):
     """One wandb run, continued under the same id when the run is resumed.
 
-    wandb has one axis for a run and refuses to go back on it, while images and figures of one step come at different
-    moments; so each call carries the step as ``train/step``, which all charts are drawn over.
+    wandb has one axis for a run and refuses to go back on it, while images and metrics of one step come at different
+    moments; so each call carries the step as ``train/step``, which is the axis of all charts.
     """
 
     name: ClassVar[str] = "wandb"
@@ -81,21 +81,21 @@ class WandB(Tracker):
         )
 
     def notices(self) -> list[str]:
-        """Whether it writes offline, and why."""
+        """Return a notice if it writes offline, with the reason."""
         return self._notices
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """All metrics of the step in one row."""
+        """Write all metrics of the step in one row."""
         self._run.log({**metrics, "train/step": step})
 
     def images(self, name: str, images: Mapping[str, Image], step: int) -> None:
-        """A gallery."""
+        """Write a gallery."""
         wandb = _library()
         gallery = [wandb.Image(image, caption=caption) for caption, image in images.items()]
         self._run.log({name: gallery, "train/step": step})
 
     def text(self, name: str, text: str, step: int) -> None:
-        """A panel of preformatted text (wandb draws no markdown in charts)."""
+        """Write a panel of preformatted text (wandb draws no markdown in charts)."""
         import html
 
         panel = _library().Html(f"<pre>{html.escape(text)}</pre>", inject=False)
@@ -108,13 +108,13 @@ class WandB(Tracker):
 
 
 def _library() -> Any:
-    """The package of this module's own name, which sends no report of its own failures unless it is told to."""
+    """Import the package of this module's own name, with reports of its own failures off by default."""
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read when it is imported
     return importlib.import_module("wandb")
 
 
 def logged_in() -> bool:
-    """Whether wandb would find credentials, without asking anybody."""
+    """Return True if wandb would find credentials, without asking the user."""
     import netrc
 
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
@@ -131,9 +131,9 @@ def logged_in() -> bool:
 
 
 def run_id(output_dir: Path, *, resumed: bool) -> str:
-    """The wandb id of the run in this folder, kept in ``wandb-run.json`` so that a resumed run continues it.
+    """Return the wandb id of the run in this folder, kept in ``wandb-run.json`` so that a resumed run continues it.
 
-    A run that starts afresh where another one was gets an id of its own.
+    A run that starts afresh in the folder of another gets an id of its own.
     """
     import secrets
 
@@ -148,5 +148,5 @@ def run_id(output_dir: Path, *, resumed: bool) -> str:
 
 @hookimpl
 def register_trackers() -> Sequence[type[Tracker]]:
-    """Weights & Biases."""
+    """Return the tracker of this file."""
     return [WandB]

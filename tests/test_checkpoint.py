@@ -115,7 +115,7 @@ def test_a_flipped_bit_is_found_and_the_file_named(tmp_path: Path, file: str) ->
     assert "checkpoint-1" in str(caught.value)
 
 
-def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+def test_folders_that_are_no_checkpoint_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is no checkpoint"):
         CheckpointStore(tmp_path, limit=1).load(tmp_path)
 
@@ -210,7 +210,7 @@ def test_optimizer_state_survives_json_and_tensors_exactly() -> None:
     assert list(back["state"]) == [0, 1]
 
 
-def test_state_that_json_cannot_hold_is_refused_by_place() -> None:
+def test_state_that_json_cannot_hold_is_refused_with_its_position() -> None:
     with pytest.raises(TypeError, match=r"state\.0\.closure is a function"):
         optimizer_to_tensors({"state": {0: {"closure": lambda: 0}}})
 

@@ -86,7 +86,7 @@ def built_in():
 
 
 @pytest.mark.parametrize("check", built_in())
-def test_what_ships_conforms(check: Check):
+def test_every_shipped_plugin_conforms(check: Check):
     outcome = outcome_of(check)
     assert outcome.result in ("ok", "not applicable"), outcome
     assert bool(outcome.reason) == (outcome.result == "not applicable")
@@ -148,7 +148,7 @@ SQLITE = Path(__file__).parent.parent / "examples" / "distill-studio" / "distill
         ("keys=[str(row[1])", "keys=[row[1].nam", "sqlite_backend.py, line"),
     ],
 )
-def test_a_broken_backend_of_samples_is_told_what_is_wrong(right, wrong, words, tmp_path):
+def test_the_fault_of_a_broken_sample_backend_is_reported(right, wrong, words, tmp_path):
     code = SQLITE.read_text(encoding="utf-8")
     assert code.count(right) == 1
     (tmp_path / SQLITE.name).write_text(code.replace(right, wrong), encoding="utf-8")
@@ -158,7 +158,7 @@ def test_a_broken_backend_of_samples_is_told_what_is_wrong(right, wrong, words, 
 
 
 @pytest.mark.parametrize("fault", BROKEN)
-def test_each_broken_plugin_is_told_what_is_wrong(fault, tmp_path):
+def test_the_fault_of_each_broken_plugin_is_reported(fault, tmp_path):
     broken = BROKEN[fault]
     result = distill("plugins", "check", broken.write(tmp_path), "--only", broken.check)
     assert result.exit_code == 1, result.output
@@ -180,7 +180,7 @@ def test_the_good_plugin_passes_where_the_broken_ones_fail(fault):
 
 
 @pytest.mark.parametrize("fault", FAMILIES)
-def test_each_broken_family_is_told_what_is_wrong(fault, tmp_path):
+def test_the_fault_of_each_broken_family_is_reported(fault, tmp_path):
     method, only, words = FAMILIES[fault]
     path = tmp_path / "family.py"
     path.write_text(BROKEN_FAMILY.replace("{fault}", method))
@@ -202,7 +202,7 @@ def test_a_family_without_a_model_and_a_backend_without_a_place_say_so(tmp_path)
 # -- where it comes from ----------------------------------------------------------------------------------------------
 
 
-def test_what_cannot_be_loaded_is_a_usage_error(tmp_path):
+def test_a_plugin_that_cannot_be_loaded_is_a_usage_error(tmp_path):
     (tmp_path / "broken.py").write_text("import distill\nimport no_such_package_anywhere\n")
     (tmp_path / "empty").mkdir()
     cases = {
@@ -249,7 +249,7 @@ def test_a_check_is_for_pytest_as_well():
     assert issubclass(ConformanceError, AssertionError)
 
 
-def test_only_a_text_that_no_check_has_is_refused():
+def test_a_filter_that_matches_no_check_is_refused():
     result = distill("plugins", "check", GOOD, "--only", "no such check")
     assert result.exit_code == 2
     assert "no check has 'no such check' in its name" in said(result.stderr)

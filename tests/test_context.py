@@ -138,7 +138,7 @@ def test_jvp_through_a_network_is_the_derivative_of_its_prediction_and_leaves_no
     assert all(p.requires_grad and p.grad is None for p in networks.parameters("student"))
 
 
-def test_jvp_of_what_does_not_depend_on_its_input_says_so():
+def test_jvp_of_a_constant_function_is_refused():
     context, *_ = make()
     with pytest.raises(AssertionError, match="does not depend"):
         context.jvp(lambda x: torch.ones(2), (torch.zeros(2),), (torch.ones(2),))
@@ -193,7 +193,7 @@ def test_a_context_knows_its_step_and_hands_on_its_run():
     assert other.grid(8) is context.grid(8), "made once"
 
 
-def test_second_times_are_told_to_the_family_as_networks_are_fed():
+def test_second_times_reach_the_family_in_the_networks_units():
     context, family, _, grid = make("flow-shift")
     told, predict = [], family.predict
     family.predict = lambda *a, second_time=None, **k: (told.append(second_time), predict(*a, **k))[1]

@@ -25,7 +25,7 @@ def times(schedule, n=7):
 @pytest.mark.parametrize(
     "extra", [{}, {"rescale_betas_zero_snr": True}, {"beta_schedule": "linear"}, {"beta_schedule": "squaredcos_cap_v2"}]
 )
-def test_table_equals_diffusers(extra):
+def test_the_ddpm_table_equals_diffusers(extra):
     from diffusers import DDIMScheduler
 
     config = {**SDXL, **extra}
@@ -46,7 +46,7 @@ def test_derivatives_match_finite_differences(name):
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_log_snr_inverts(name):
+def test_time_of_log_snr_inverts_log_snr(name):
     schedule = SCHEDULES[name]
     t = times(schedule)
     torch.testing.assert_close(schedule.time_of_log_snr(schedule.log_snr(t)), t, rtol=1e-6, atol=1e-6)
@@ -60,7 +60,7 @@ def test_zero_terminal_snr_is_exactly_zero():
 
 @pytest.mark.parametrize("name", ["ddpm", "cosine", "flow"])
 @pytest.mark.parametrize("kind", PREDICTION_TYPES)
-def test_every_kind_gives_the_pair_back(name, kind):
+def test_every_prediction_type_gives_back_x0_and_eps(name, kind):
     schedule = SCHEDULES[name]
     t = times(schedule)
     generator = torch.Generator().manual_seed(0)
@@ -85,7 +85,7 @@ def test_half_precision_is_converted_in_fp32():
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
-def test_jump_is_diffusers_ddim_step(kind):
+def test_ddim_step_equals_diffusers_ddim_step(kind):
     from diffusers import DDIMScheduler
 
     theirs = DDIMScheduler(
@@ -100,7 +100,7 @@ def test_jump_is_diffusers_ddim_step(kind):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_jump_is_diffusers_euler_step_on_a_flow():
+def test_ddim_step_equals_diffusers_euler_step_on_a_flow():
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     theirs = FlowMatchEulerDiscreteScheduler(shift=3.0)
@@ -113,7 +113,7 @@ def test_jump_is_diffusers_euler_step_on_a_flow():
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_ddpm_grid_is_the_papers():
+def test_the_ddpm_grid_is_that_of_the_lcm_paper():
     grid = SCHEDULES["ddpm"].grid(50)
     assert grid.times[:2].tolist() == [19, 39]
     assert grid.previous[:2].tolist() == [0, 19]

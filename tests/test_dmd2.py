@@ -93,7 +93,7 @@ def turns_of_all_lengths():
 
 
 @pytest.mark.parametrize("model_type", ["lora", "full"])
-def test_a_step_is_the_papers(folder, model_type):
+def test_one_step_equals_the_papers_algorithm(folder, model_type):
     trial, seen = trial_of(folder, model_type), set()
     for step in turns_of_all_lengths():
         batch = trial.batch(step)
@@ -115,7 +115,7 @@ def test_a_step_is_the_papers(folder, model_type):
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
-def test_the_student_takes_the_last_of_so_many_steps(folder, steps):
+def test_the_student_is_stepped_in_the_last_of_every_n_steps(folder, steps):
     trial = trial_of(folder, fake_updates_per_student_update=steps, num_inference_steps=1)
     batch, turns = trial.batch(0), []
     for step in range(10):
@@ -324,7 +324,7 @@ def stepped(scheduler, output, time, x, noise):
 # -- whole runs -------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_from_prompts_alone_logs_the_turns_it_has(tmp_path):
+def test_a_run_from_prompts_alone_logs_the_students_loss_on_its_turns_only(tmp_path):
     (tmp_path / "prompts.txt").write_text("\n".join(f"a noise number {i}" for i in range(9)))
     settings = {
         "distillation_method": "dmd2", "max_train_steps": 7, "log_step_interval": 2,
@@ -344,7 +344,7 @@ def test_a_run_from_prompts_alone_logs_the_turns_it_has(tmp_path):
     assert (tmp_path / "out" / "student" / "pytorch_lora_weights.safetensors").is_file()
 
 
-def test_a_step_without_the_students_loss_can_be_shown():
+def test_progress_shows_a_step_without_the_students_loss():
     stream = io.StringIO()
     progress = Progress(10, samples_per_step=4, stream=stream)
     progress.log(1, {"fake_score/loss": 0.5, "fake_score/lr": 1e-4})

@@ -88,7 +88,7 @@ def test_the_normaliser_is_the_samples_distance_to_its_denoised_version(case):
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("loss", ["dm", "sid"])
-def test_where_fake_equals_real_nothing_moves(case, loss):
+def test_no_sample_moves_where_fake_equals_real(case, loss):
     method, _, context, batch = bound(case, guidance_scale=1.0, loss=loss)
     assert gradient_of(method, context, batch, samples()).abs().max() < 1e-10
 
@@ -197,7 +197,7 @@ def wrong_sign(x, real, fake, *, normalise):
 
 
 @pytest.mark.parametrize("wrong", [teacher_alone, wrong_sign])
-def test_another_gradient_does_not(monkeypatch, wrong):
+def test_a_wrong_gradient_does_not_move_the_gaussian_onto_the_right_one(monkeypatch, wrong):
     monkeypatch.setattr(dmd2, "distribution_matching_gradient", wrong)
     _, (mean, std) = train("eps")
     print(f"{wrong.__name__}: {mean:.3f} {std:.3f}")

@@ -31,7 +31,7 @@ def test_online_weights_lie_beside_the_average(tmp_path, settings):
     assert sizes(online) == sizes(saved(result.output_dir, "network-student"))
 
 
-def test_without_an_average_it_is_said(tmp_path, capsys):
+def test_without_an_average_a_notice_is_printed(tmp_path, capsys):
     result, _ = execute(write_run(tmp_path, **SHORT))
     assert not (result.output_dir / "student-online").exists()
     assert "export_online_weights has no effect: the student is no average" in capsys.readouterr().err

@@ -97,7 +97,7 @@ def with_adapter(family, name="student", *, seed=0, std=0.05):
 # -- what it is -------------------------------------------------------------------------------------------------------
 
 
-def test_it_is_what_its_files_say(model):
+def test_a_family_reads_its_properties_from_the_model_files(model):
     family, config = model.family, json.loads((model.folder / "scheduler" / "scheduler_config.json").read_text())
     family.check_source()
     flow = "FlowMatch" in config["_class_name"]
@@ -259,7 +259,7 @@ def test_predict_equals_the_pipelines_denoising_loop(model, guided):
             torch.testing.assert_close(ours, output, rtol=0, atol=1e-11 * float(output.abs().max()))
 
 
-def test_samples_of_a_batch_do_not_see_each_other(model):
+def test_samples_of_a_batch_do_not_affect_each_other(model):
     family = model.family
     network, (x_t, time, cond) = family.load_network().double(), inputs(family)
     with torch.no_grad():
@@ -344,7 +344,7 @@ def test_checkpointed_features_have_the_same_gradients(model):
 # -- the second time --------------------------------------------------------------------------------------------------
 
 
-def test_a_second_time_starts_at_nothing_and_has_exact_derivatives(model):
+def test_a_second_time_starts_without_effect_and_has_exact_derivatives(model):
     from torch.autograd import forward_ad
 
     family = model.family
@@ -460,7 +460,7 @@ def test_a_student_with_a_second_time_runs_in_the_plain_pipeline(model, tmp_path
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
-def test_the_lines_that_people_paste_run(model, tmp_path, monkeypatch, kind):
+def test_the_usage_snippet_runs(model, tmp_path, monkeypatch, kind):
     family, sampler = model.tiny.make(model.folder), sampler_for(model.family)
     exported(family, tmp_path / "student", kind, sampler)
     monkeypatch.chdir(tmp_path)

@@ -43,13 +43,13 @@ def folder_of(tmp_path_factory):
     return cache(lambda name: CHOSEN[name].write(tmp_path_factory.mktemp("matrix") / "model"))
 
 
-def test_every_family_is_here():
+def test_the_matrix_covers_every_family():
     assert {tiny.family for tiny in CHOSEN.values()} == set(registry().names("family"))
     assert all(CHOSEN[name].family == "sd3" and kind == "full" for name, _, kind in HOLES)
 
 
 @pytest.mark.parametrize("cell", EVERY, ids="-".join)
-def test_it_trains(cell, folder_of, tmp_path):
+def test_every_method_trains_on_every_family(cell, folder_of, tmp_path):
     name, method, kind = cell
 
     def make(**settings):

@@ -79,7 +79,7 @@ def test_a_lora_on_every_quantised_base_brings_the_loss_down(name, model):
     assert fall(*build(model, quantizer=name)) < FALL
 
 
-def test_an_optimizer_that_does_nothing_is_found_out(model, monkeypatch):
+def test_an_optimizer_that_does_nothing_fails(model, monkeypatch):
     loop, batch = build(model)
     monkeypatch.setattr(loop.optimizers["student"].optimizer, "step", lambda: None)
     assert fall(loop, batch) == 1.0

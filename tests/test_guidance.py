@@ -64,7 +64,7 @@ def guided_gaussian(schedule, x, t, scale):
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_a_student_that_is_told_w_is_the_guided_teacher_at_every_w(path):
+def test_a_student_that_takes_w_is_the_guided_teacher_at_every_w(path):
     """The wrong target, the teacher without guidance, would leave it where it began."""
     kind, schedule = PATHS[path]
     schedule = coarse(schedule)
@@ -102,7 +102,7 @@ def test_on_a_mixture_a_student_of_one_scale_is_the_guided_teacher(path):
 
 
 @pytest.mark.parametrize("schedule", [TABLE, FlowSchedule(shift=3.0)], ids=["table", "flow"])
-def test_the_middle_of_a_range_is_what_the_range_averages_to(schedule):
+def test_the_mean_over_a_range_of_guidance_is_its_middle(schedule):
     """Guidance is linear in w, so the best student without an input is the teacher at the middle: a LoRA's target."""
     x, t = noised(schedule)
     g = torch.Generator().manual_seed(0)
@@ -143,7 +143,7 @@ def papers_loss(parts, batch, *, step, told):
 
 @pytest.mark.parametrize("loss_weight", ["truncated_snr", "snr_plus_one"])
 @pytest.mark.parametrize(("model_type", "top"), [("lora", 3.0), ("lora", 7.0), ("full", 3.0), ("full", 7.0)])
-def test_one_step_is_the_papers(folder, model_type, top, loss_weight):
+def test_one_step_equals_the_papers_algorithm(folder, model_type, top, loss_weight):
     parts = make_parts(Guidance, folder, model_type=model_type, w_min=3.0, w_max=top, loss_weight=loss_weight)
     batch = make_batch(parts.family)
     (update,) = parts.method.updates(parts.context.at(5, batch.positions), batch, 5)
@@ -177,7 +177,7 @@ def test_the_teacher_stays_bitwise_and_accumulating_changes_nothing(folder, mode
 @pytest.mark.parametrize(
     "variant", [{}, {"model_type": "full", "learning_rate": 1e-4, "validation_step_interval": 2}], ids=["lora", "full"]
 )
-def test_a_run_resumes_bit_for_bit_and_exports_what_it_says(tmp_path, variant):
+def test_a_run_resumes_bit_for_bit_and_exports_its_guidance_input_and_sampler(tmp_path, variant):
     settings = {
         "distillation_method": "guidance", "distillation_config": {"guidance": {"num_inference_steps": 2}},
         "max_train_steps": 3, "validation_step_interval": 0, "checkpoint_step_interval": 1,

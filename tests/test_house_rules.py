@@ -335,6 +335,38 @@ def test_functions_are_short_enough():
     assert not long, f"functions past {MAX_FUNCTION_LINES} lines ask to be two: {long}"
 
 
+PLAIN_DOCSTRINGS = (
+    *("core/plugin_api", "core/diffusion", "core/engine", "core/testing", "core/utils"),
+    *("distill_methods", "model_families", "plugins"),
+)
+"""Folders whose functions say what they do, verb first."""
+
+
+def noun_docstrings(source: str) -> list[str]:
+    """Names of functions whose docstring begins with "What" or "Whether" instead of a verb."""
+    functions = [
+        node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    return [node.name for node in functions if (ast.get_docstring(node) or "").startswith(("What ", "Whether "))]
+
+
+def test_the_reader_of_docstrings_finds_those_without_a_verb():
+    source = (
+        'def good():\n    """Return whether it is."""\n\n\nclass C:\n    def bad(self):\n        """Whether it is."""\n'
+    )
+    assert noun_docstrings(source) == ["bad"]
+
+
+@pytest.mark.parametrize("folder", PLAIN_DOCSTRINGS)
+def test_docstrings_of_functions_begin_with_a_verb(folder):
+    wrong = [
+        f"{relative(path)}: {name}"
+        for path in sources(folder)
+        for name in noun_docstrings(path.read_text(encoding="utf-8"))
+    ]
+    assert not wrong, f'write "Return ...", not "What ..." or "Whether ...": {wrong}'
+
+
 def test_a_broad_except_passes_the_error_on_or_says_why_not():
     wrong = []
     for path in sources():

@@ -64,7 +64,7 @@ def test_the_solvers_error_falls_with_its_steps(path):
     assert errors["ddim", 25] < 0.06
 
 
-def test_points_are_where_even_steps_begin():
+def test_trajectory_points_are_the_starts_of_even_steps():
     kind, schedule = PATHS["eps"]
     made = pairs_of(schedule, kind, noise_of(0), num_steps=20, points=4)
     assert made.times.tolist() == trailing_timesteps(schedule, 4).times.tolist() == [999, 749, 499, 249]
@@ -136,7 +136,7 @@ def test_the_parametrisation_leaves_the_loss_unchanged(schedule):
 # -- the sampler ------------------------------------------------------------------------------------------------------
 
 
-def test_the_sampler_walks_the_times_of_training():
+def test_the_sampler_visits_the_times_of_training():
     method = KD(KD.Config(num_inference_steps=4), MethodSetup("lora"))
     assert method.sampler(TABLE).call == {"timesteps": [999, 749, 499, 249]}
     assert method.sampler(TABLE, num_inference_steps=2).call == {"timesteps": [999, 499]}
@@ -146,7 +146,7 @@ def test_the_sampler_walks_the_times_of_training():
     assert "sample with 1 or 2 or 4" in error.value.remedy
 
 
-def test_a_student_of_one_step_is_told_a_time_of_its_own():
+def test_a_one_step_student_is_called_at_a_timestep_of_its_own():
     """The one that distribution matching tells its students of one step, so that it is a start for them."""
 
     def call(schedule, asked=None):
@@ -162,7 +162,7 @@ def test_a_student_of_one_step_is_told_a_time_of_its_own():
         KD.Config(one_step_time=500, num_inference_steps=2)
 
 
-def test_what_several_terms_need_is_a_path_that_serves_them_all():
+def test_the_union_of_requirements_is_a_trajectory_that_serves_all_terms():
     needs = [Requirements(trajectory_points=points, images=False) for points in (0, 2, 3)]
     assert Requirements.union(needs) == Requirements(trajectory_points=6, images=False)
     assert Requirements.union(needs[:1]).trajectory_points == 0

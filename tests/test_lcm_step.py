@@ -86,7 +86,7 @@ def papers_loss(family, networks, batch, *, model_type, seed, step, config):
 
 @pytest.mark.parametrize("loss_type", ["l2", "huber"])
 @pytest.mark.parametrize("model_type", ["lora", "full"])
-def test_one_step_is_the_papers(folder, model_type, loss_type):
+def test_one_step_equals_the_papers_algorithm(folder, model_type, loss_type):
     family, method, networks, context = make_setup(folder, model_type=model_type, loss_type=loss_type)
     batch = make_batch(family)
     if model_type == "full":  # student, target and teacher must differ for the test to mean anything
@@ -153,7 +153,7 @@ def test_teacher_is_bitwise_untouched_and_student_moves(folder, model_type):
 
 
 @pytest.mark.parametrize("model_type", ["lora", "full"])
-def test_checkpointed_gradients_equal(folder, model_type):
+def test_gradient_checkpointing_changes_no_gradient(folder, model_type):
     results = []
     for checkpointing in (False, True):
         family, method, networks, context = make_setup(folder, model_type=model_type, checkpointing=checkpointing)
@@ -179,7 +179,7 @@ def test_one_backward_may_cross_student_and_teacher_under_checkpointing(folder):
 
 
 @pytest.mark.parametrize("model_type", ["lora", "full"])
-def test_accumulating_four_ones_equals_one_four(folder, model_type):
+def test_four_micro_batches_of_one_equal_one_batch_of_four(folder, model_type):
     losses, weights = [], []
     for parts in (1, 4):
         family, method, networks, context = make_setup(folder, model_type=model_type)

@@ -32,7 +32,7 @@ def some(*shape, seed=0):
 
 
 @pytest.mark.parametrize("divergence", GENERATORS)
-def test_the_weight_is_the_second_derivative(divergence):
+def test_the_divergence_weight_is_r_squared_times_the_second_derivative(divergence):
     r = torch.logspace(-2, 2, 41, dtype=torch.float64).requires_grad_()
     (first,) = torch.autograd.grad(GENERATORS[divergence](r).sum(), r, create_graph=True)
     (second,) = torch.autograd.grad(first.sum(), r)
@@ -74,7 +74,7 @@ def test_the_normaliser_is_of_each_sample_and_never_zero():
     assert torch.isfinite(distribution_matching_gradient(x, x, fake, normalise=True)).all()
 
 
-def test_both_parts_make_the_guided_gap():
+def test_matching_and_augmentation_gradients_sum_to_the_guided_gap():
     x, cond, uncond, fake = (some(3, 5, seed=seed) for seed in range(4))
     guided = uncond + 7.5 * (cond - uncond)
     parts = distribution_matching_gradient(x, cond, fake, normalise=False)
@@ -98,7 +98,7 @@ def test_sid_is_the_papers_product():
 
 @pytest.mark.parametrize("schedule", [DDPMSchedule.from_config({"beta_schedule": "scaled_linear"}), FlowSchedule(3.0)])
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample", "flow"])
-def test_a_network_that_says_its_target_gives_back_data_and_noise(schedule, kind):
+def test_a_network_that_predicts_its_target_gives_back_data_and_noise(schedule, kind):
     x_0, eps = some(6, 3), some(6, 3, seed=1)
     t = torch.linspace(0.1, 0.9, 6, dtype=torch.float64) * schedule.t_max
     prediction = Prediction(
@@ -139,7 +139,7 @@ def test_the_mean_weight_becomes_one_whatever_the_heads_offset():
     torch.testing.assert_close(found / found.mean(), expected / expected.mean(), rtol=0.25, atol=0.15)
 
 
-def test_batches_and_processes_do_not_matter():
+def test_divergence_weights_depend_on_neither_batches_nor_processes():
     whole, parts = (DivergenceWeights("kl", max_ratio=10) for _ in range(2))
     ranks = [DivergenceWeights("kl", max_ratio=10) for _ in range(2)]
     for step in range(4):

@@ -84,7 +84,7 @@ def test_flow_times_invert_and_their_speed_is_their_derivative(path):
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_a_jump_is_a_step_along_the_average_velocity(path):
+def test_a_ddim_step_is_a_step_along_the_average_velocity(path):
     """z_rho = z_tau - (tau - rho) u with u = eps - x0 is alpha_r x0 + sigma_r eps in the schedule's coordinates."""
     kind, schedule = PATHS[path]
     g = torch.Generator().manual_seed(0)
@@ -124,7 +124,7 @@ def test_the_exact_flow_map_has_no_loss_and_no_gradient(path):
     assert wrong.metrics["velocity_error"] > 1e-3, "without the derivative the exact map is not the fixed point"
 
 
-def test_a_student_that_is_told_the_guidance_is_exact_at_each():
+def test_a_student_that_takes_the_guidance_is_exact_at_each_scale():
     method, context, batch = make("eps", exact=SCALE, w_min=1.0, w_max=5.0)
     assert only_update(method, context, batch).metrics["velocity_error"] < 1e-18
     assert method.sampler(TABLE, guidance_scale=4.0).guidance_scale == 4.0
@@ -300,7 +300,7 @@ def test_the_adaptive_weight_scales_gradients_and_has_none_itself(power):
     torch.testing.assert_close(gradient, 2 * error.detach() / (squared.detach()[:, None] + 0.01) ** power)
 
 
-def test_the_warm_up_ends_and_begins_without_the_derivative():
+def test_the_tangent_warm_up_begins_without_the_derivative_and_ends():
     none, half, whole = (
         only_update(*make("flow", exact=SCALE, tangent_warmup_steps=10), step=step).metrics["velocity_error"].item()
         for step in (0, 5, 10)
@@ -311,7 +311,7 @@ def test_the_warm_up_ends_and_begins_without_the_derivative():
 
 @pytest.mark.parametrize("path", ["eps", "v", "x0", "flow"])
 @pytest.mark.parametrize("num_steps", [1, 3])
-def test_the_sampler_walks_the_exact_map(path, num_steps):
+def test_the_sampler_follows_the_exact_flow_map(path, num_steps):
     """The exact student, run by the scheduler itself, ends where the exact map does."""
     kind, schedule = PATHS[path]
     method, context, batch = make(path, exact=SCALE)
@@ -401,7 +401,7 @@ def gradients(trial, loss):
 
 
 @pytest.mark.parametrize("model_type", ["lora", "full"])
-def test_one_step_is_the_papers(folder, model_type):
+def test_one_step_equals_the_papers_algorithm(folder, model_type):
     trial = make_trial(folder, MeanFlow, MeanFlow.Config(w_min=2.0, w_max=6.0), model_type)
     batch = trial.batch(7)
     loss = only_update(trial.method, trial.context.at(7, batch.positions), batch, step=7).loss
@@ -475,7 +475,7 @@ def test_settings_out_of_range_are_named(settings, named):
         MeanFlow.Config(**settings)
 
 
-def test_what_a_range_of_guidance_means_is_said():
+def test_a_notice_explains_a_range_of_guidance():
     def notice(model_type, **settings):
         return MeanFlow(MeanFlow.Config(**settings), MethodSetup(model_type)).notices()[0]
 

@@ -77,7 +77,7 @@ def test_an_update_moves_its_own_role_and_that_roles_averages_alone(trained):
     assert trained.trial.loop.taken
 
 
-def test_the_teacher_is_bitwise_what_it_was_and_what_is_there_with_all_adapters_off(trained):
+def test_the_teacher_is_bitwise_unchanged_and_is_the_network_without_adapters(trained):
     trial = trained.trial
     now = base_weights(trial.networks)
     assert set(now) == set(trial.pristine)
@@ -103,7 +103,7 @@ def test_four_micro_batches_of_one_train_as_one_of_four(cell, folder, trained):
             torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
 
 
-def test_resumed_from_a_checkpoint_it_is_bit_for_bit_the_same(cell, folder, trained):
+def test_a_method_resumed_from_a_checkpoint_trains_bit_for_bit_the_same(cell, folder, trained):
     fresh = make(folder, cell)
     trainer = fresh.trainer(trained.folder)
     trainer.resume(trainer.store.latest())
@@ -118,7 +118,7 @@ def test_resumed_from_a_checkpoint_it_is_bit_for_bit_the_same(cell, folder, trai
     assert all(torch.equal(value, other[key]) for key, value in state.items())
 
 
-def test_checkpointed_gradients_equal(cell, folder, trained):
+def test_gradient_checkpointing_changes_no_gradient(cell, folder, trained):
     """Whatever adapters a backward pass crosses, each recomputation runs with those of its forward pass."""
     recomputed = make(folder, cell, checkpointing=True)
     recomputed.run(0, HALF)
@@ -178,7 +178,7 @@ def test_the_family_can_do_what_it_needs(cell):
 
 
 @pytest.mark.parametrize("name", registry().names("method"))
-def test_plugins_show_says_what_it_is_what_it_takes_and_what_it_needs(name):
+def test_plugins_show_prints_description_settings_and_needs(name):
     result = distill("plugins", "show", f"method.{name}")
     assert result.exit_code == 0, result.output
     found, text = found_of(name), said(result.stdout)
@@ -207,7 +207,7 @@ def test_plugins_show_says_what_it_is_what_it_takes_and_what_it_needs(name):
 
 @pytest.mark.parametrize("name", ["lcm", "tcd", "guidance", "progressive", "meanflow"])
 @pytest.mark.parametrize("model_type", ["lora", "full"])
-def test_only_a_full_student_of_a_range_is_told_the_guidance(name, model_type):
+def test_only_a_full_student_of_a_range_takes_the_guidance(name, model_type):
     found = found_of(name)
     for high, told in ((3.0, False), (5.0, model_type == "full")):
         config, setup = found.Config(w_min=3.0, w_max=high), MethodSetup(model_type)
@@ -217,7 +217,7 @@ def test_only_a_full_student_of_a_range_is_told_the_guidance(name, model_type):
         assert sampler.guidance_scale == (4.0 if told else 0.0)
 
 
-def test_what_is_refused_has_a_reason():
+def test_refused_combinations_have_a_reason():
     for case, model_type in EVERY:
         refused = refusal(case, model_type)
         if refused is not None:

@@ -62,7 +62,7 @@ def step(weights: list[torch.nn.Parameter], optimizer, seed: int) -> float:
 
 
 @each
-def test_descends(plugin: type[OptimizerPlugin]) -> None:
+def test_every_optimizer_brings_the_loss_down(plugin: type[OptimizerPlugin]) -> None:
     weights = parameters(plugin)
     optimizer = wrapped(plugin, weights)
     losses = [step(weights, optimizer, seed) for seed in range(300)]
@@ -80,7 +80,7 @@ def reloaded(plugin, weights, optimizer) -> tuple[list[torch.nn.Parameter], Role
 
 
 @each
-def test_resumes_bit_for_bit(plugin: type[OptimizerPlugin]) -> None:
+def test_every_optimizer_resumes_bit_for_bit(plugin: type[OptimizerPlugin]) -> None:
     weights = parameters(plugin, shapes=SHAPES)
     optimizer = wrapped(plugin, weights)
     for seed in range(7):

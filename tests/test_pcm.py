@@ -195,7 +195,7 @@ def test_samples_approach_the_exact_flow_as_the_grid_grows(name, mixed):
 
 
 @pytest.mark.parametrize("c", [MEAN, 0.0])
-def test_an_unguided_student_keeps_both_sides_of_its_guidance(c):
+def test_an_unguided_student_keeps_its_predictions_with_and_without_the_prompt(c):
     """What it says with and without the prompt are the unguided teacher's, phase by phase."""
     trained = train(
         family_of("eps", 8), steps=500, num_ddim_timesteps=8, num_phases=2, cfg_free=True, empty_prompt_share=0.5
@@ -229,7 +229,7 @@ def test_the_adversarial_term_leaves_the_fixed_point_where_it_is():
 
 
 @pytest.mark.parametrize(("num_steps", "num_phases"), [(40, 4), (40, 3), (7, 4), (6, 4), (5, 5), (50, 16), (8, 1)])
-def test_phases_tile_the_grid_and_begin_where_the_sampler_stands(num_steps, num_phases):
+def test_phases_tile_the_grid_and_begin_at_the_samplers_times(num_steps, num_phases):
     lower, upper = phase_of(torch.arange(num_steps), num_steps=num_steps, num_phases=num_phases)
     assert lower.tolist() == [edge_of(i, num_steps, num_phases) for i in range(num_steps)]
     for i in range(num_steps):

@@ -117,7 +117,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("model_type", ["lora", "full"])
-def test_one_step_is_the_papers(folder, model_type, case):
+def test_one_step_equals_the_papers_algorithm(folder, model_type, case):
     family, method, networks, context = make_setup(folder, model_type=model_type, **CASES[case])
     batch = make_batch(family, size=6)
     expected = papers_losses(family, networks, batch, step=3, config=method.config, model_type=model_type)
@@ -170,7 +170,7 @@ def test_an_update_moves_its_own_role_alone(folder, model_type, moving):
 
 
 @pytest.mark.parametrize("model_type", ["lora", "full"])
-def test_accumulating_four_ones_equals_one_four(folder, model_type):
+def test_four_micro_batches_of_one_equal_one_batch_of_four(folder, model_type):
     found = []
     for parts in (1, 4):
         family, method, networks, context = make_setup(folder, model_type=model_type)
@@ -182,7 +182,7 @@ def test_accumulating_four_ones_equals_one_four(folder, model_type):
         torch.testing.assert_close(one, four, rtol=1e-6, atol=1e-8)
 
 
-def test_checkpointed_gradients_equal(folder):
+def test_gradient_checkpointing_changes_no_gradient(folder):
     found = []
     for checkpointing in (False, True):
         family, method, networks, context = make_setup(folder, checkpointing=checkpointing)
@@ -212,7 +212,7 @@ def test_the_adversarial_term_follows_its_weight(folder):
     torch.testing.assert_close(weighed.metrics["consistency"], plain.loss.detach())
 
 
-def test_bf16_heads_look_at_an_fp32_network():
+def test_bf16_heads_read_features_of_an_fp32_network():
     """As an optimizer that compensates the rounding of bf16 weights has them, without autocast."""
     heads = Heads([4]).bfloat16()
     features = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -112,7 +112,7 @@ def test_of_two_plugins_in_a_package_the_one_that_failed_is_named(monkeypatch, t
         ),
     ],
 )
-def test_what_is_no_update_is_said_with_the_methods_name(body, words, tmp_path, model):
+def test_a_yielded_value_that_is_no_update_is_reported_with_the_methods_name(body, words, tmp_path, model):
     file = method(tmp_path, "updates(self, context, batch, step)")
     file.write_text("import torch\n" + file.read_text().replace('raise ZeroDivisionError("of the test")', body))
     result = distill("run", "--config", quick(tmp_path, model), "--method", "failing", f"--plugin={file}")
@@ -227,7 +227,7 @@ def test_the_trace_says_each_call_with_its_arguments_result_and_time(tmp_path, m
 
 
 @pytest.mark.parametrize("value", ["", "0", "false", None])
-def test_without_it_nothing_is_said(value, tmp_path, monkeypatch, capsys):
+def test_without_the_trace_variable_nothing_is_printed(value, tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("DISTILL_TRACE", raising=False) if value is None else monkeypatch.setenv("DISTILL_TRACE", value)
     traced(tmp_path).hook.on_log(state=None, metrics={}, step=1)
     assert capsys.readouterr().err == ""
@@ -239,7 +239,7 @@ def test_the_trace_shows_what_was_registered(monkeypatch):
     assert "trace:   register_optimizers of plugin 'distill.plugins.optimizers' (built in) returned [AdamW, " in stderr
 
 
-def test_values_are_shown_short():
+def test_traced_values_are_shortened():
     assert short({"a": 1.0, "b": [1, "x"]}) == "{a: 1.0, b: [1, 'x']}"
     assert short(Registry) == "Registry"
     assert short(Path("a/b")) == str(Path("a/b"))

@@ -64,7 +64,7 @@ def test_buckets_keep_every_tensor_and_one_type():
 
 
 @pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
-def test_what_cannot_work_is_refused_with_the_reason(kind, monkeypatch):
+def test_impossible_combinations_are_refused_with_the_reason(kind, monkeypatch):
     class State:
         device, process_index, num_processes, is_main_process = torch.device("cpu"), 0, 1, True
 

@@ -26,7 +26,7 @@ def settings(*steps, **more):
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_one_step_read_backwards_is_the_identity(path):
+def test_data_of_step_inverts_a_step(path):
     """A prediction of x0* jumps onto x_s exactly: between times, and to the data at the last step."""
     _, schedule = PATHS[path]
     timesteps = trailing_timesteps(schedule, 8)
@@ -52,7 +52,7 @@ def test_on_a_flow_the_target_is_the_average_velocity():
     torch.testing.assert_close(velocity, (x_t - x_s) / (t - s)[:, None], rtol=1e-12, atol=1e-12)
 
 
-def test_two_equal_steps_are_one():
+def test_two_steps_of_one_prediction_give_that_prediction_as_target():
     """A teacher that says the same x0 and eps twice is copied as it is."""
     timesteps = trailing_timesteps(TABLE, 8)
     x_0, eps = torch.randn(2, 1, 6, dtype=torch.float64)
@@ -67,7 +67,7 @@ def test_two_equal_steps_are_one():
 
 @pytest.mark.parametrize("num_steps", [1, 2, 4, 8, 25, 16, 32, 3])
 @pytest.mark.parametrize("schedule", [TABLE, ZERO_SNR], ids=["table", "zero-snr"])
-def test_the_walk_is_that_of_diffusers_ddim(schedule, num_steps):
+def test_the_timestep_grid_is_that_of_diffusers_ddim(schedule, num_steps):
     from distill.model_families._schedulers import build_scheduler
 
     method = Progressive(settings(4, 2), MethodSetup("lora"))
@@ -100,7 +100,7 @@ def test_the_walk_is_that_of_diffusers_ddim(schedule, num_steps):
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_on_a_flow_the_sampler_walks_the_training_times(shift):
+def test_on_a_flow_the_sampler_visits_the_training_times(shift):
     from distill.model_families._schedulers import build_scheduler
 
     schedule = FlowSchedule(shift=shift)
@@ -115,7 +115,7 @@ def test_on_a_flow_the_sampler_walks_the_training_times(shift):
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_the_points_of_a_walk_are_every_second_one_of_the_finer_walk(path):
+def test_the_points_of_a_timestep_grid_are_every_second_point_of_the_finer_grid(path):
     _, schedule = PATHS[path]
     for num_steps in (32, 16, 8, 4, 2, 1):
         coarse, fine = trailing_timesteps(schedule, num_steps), trailing_timesteps(schedule, 2 * num_steps)

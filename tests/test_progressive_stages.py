@@ -66,7 +66,7 @@ def papers_loss(parts, batch, *, step, stage, told):
 
 @pytest.mark.parametrize("stage", [0, 1])
 @pytest.mark.parametrize(("model_type", "told"), [("lora", False), ("full", False), ("full", True)])
-def test_one_step_is_the_papers(folder, model_type, told, stage):
+def test_one_step_equals_the_papers_algorithm(folder, model_type, told, stage):
     top = 7.0 if told or model_type == "lora" else 3.0  # a LoRA is not told, and sees a range all the same
     parts = make(folder, model_type, w_min=3.0, w_max=top, student_steps=(4, 2))
     step = 1 + 3 * stage
@@ -95,7 +95,7 @@ def test_a_teacher_without_guidance_is_called_once(folder):
 
 
 @pytest.mark.parametrize("model_type", ["lora", "full"])
-def test_accumulating_four_ones_equals_one_four(folder, model_type):
+def test_four_micro_batches_of_one_equal_one_batch_of_four(folder, model_type):
     weights = []
     for count in (1, 4):
         parts = make(folder, model_type)
@@ -175,7 +175,7 @@ SMALL = {
 @pytest.mark.parametrize(
     "variant", [{"use_ema": True}, {"model_type": "full", "learning_rate": 1e-4}], ids=["lora-ema", "full"]
 )
-def test_resumed_before_at_and_after_a_boundary_it_is_bit_for_bit_the_same(tmp_path, variant):
+def test_a_run_resumed_before_at_or_after_a_stage_boundary_is_bit_for_bit_the_same(tmp_path, variant):
     """Three steps per stage: checkpoints of steps 2, 3 (the second stage has not begun) and 4."""
     whole = resumed_equals_whole(tmp_path, (2, 3, 4), **SMALL, **variant)
     scheduler = json.loads((whole / "student" / "scheduler" / "scheduler_config.json").read_text())
@@ -198,7 +198,7 @@ def test_lengths_of_stages_follow_their_shares():
         assert min(lengths(total)) >= 1
 
 
-def test_stages_say_what_happens_between_them():
+def test_later_stages_copy_the_student_to_the_teacher_and_reset_its_optimizer():
     first, *rest = Progressive.stages(Progressive.Config(), total_steps=8)
     assert not first.copy
     assert not first.reset
@@ -251,7 +251,7 @@ def test_eps_at_zero_terminal_snr_and_short_runs_are_refused_before_weights_load
         assert caught.value.exit_code == 2
 
 
-def test_guidance_of_the_sampler():
+def test_the_samplers_guidance_lies_in_the_range_and_is_off_where_built_in():
     def guidance(model_type, asked, **config):
         method = Progressive(Progressive.Config(**config), MethodSetup(model_type))
         return method.sampler(schedule, guidance_scale=asked).guidance_scale

@@ -74,7 +74,7 @@ def test_an_archive_holds_the_student_in_the_same_bytes_whenever_it_is_packed(fo
     assert (file.stat().st_size > 70_000) == (compression == 0)
 
 
-def test_an_archive_is_whole_or_not_there(student, monkeypatch, said):
+def test_an_archive_is_complete_or_absent(student, monkeypatch, said):
     file = student.parent / "fox.tar.gz"
     file.write_bytes(b"of an earlier run")
     monkeypatch.setattr(tarfile.TarFile, "addfile", lambda *_: (_ for _ in ()).throw(OSError(28, "no space left")))

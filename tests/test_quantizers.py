@@ -64,7 +64,7 @@ def test_the_names_that_users_know_are_there():
 
 @each
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_computes_nearly_the_same_in_fewer_bytes(name, dtype):
+def test_a_quantised_network_computes_nearly_the_same_in_fewer_bytes(name, dtype):
     network, quantizer = Small(dtype), make(name)
     plain, modules = copy.deepcopy(network), list(dict(network.named_modules()))
     small = quantizer.quantize(network, device="cpu", keep=("kept",))
@@ -209,7 +209,7 @@ def test_text_encoders_and_base_have_fingerprints_of_their_own(sdxl):
     assert text.fingerprint("denoiser") == plain.fingerprint("denoiser")
 
 
-def test_the_type_that_other_layers_look_at_stays(tmp_path):
+def test_the_weight_type_that_other_layers_read_is_unchanged(tmp_path):
     """T5 casts to the type of one of its weights; packed numbers would make whole numbers of its states."""
     from distill.model_families.sd3 import SD3
 
@@ -224,7 +224,7 @@ def test_the_type_that_other_layers_look_at_stays(tmp_path):
     assert small.input_weight(network).is_floating_point()
 
 
-def test_a_network_without_room_for_it_is_refused(sdxl):
+def test_a_network_without_quantisable_layers_is_refused(sdxl):
     quantizer = REGISTRY.get("quantizer", "int4-torchao")
     precision = Precisions({BASE: quantizer(quantizer.Config(group_size=256))})
     family = SDXL(SDXL.Config(), ModelSettings(str(sdxl), precision=precision))

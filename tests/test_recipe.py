@@ -178,7 +178,7 @@ def test_a_term_of_weight_zero_is_not_computed(registry):
     assert not all(torch.equal(p, q) for p, q in zip(before, training.weights("critic"), strict=True))
 
 
-def test_a_term_that_never_weighs_has_no_networks_and_no_needs(registry):
+def test_a_term_whose_weight_is_always_zero_has_no_networks_and_no_requirements(registry):
     config = recipe(registry, term("halves"), term("turns", 0.0))
     found = registry.get("method", "recipe")
     assert [role.name for role in found.roles(config, FULL)] == ["teacher", "student"]
@@ -187,7 +187,7 @@ def test_a_term_that_never_weighs_has_no_networks_and_no_needs(registry):
     assert found.requires(recipe(registry, term("lcm", **LCM)), FULL).guidance_embedding
 
 
-def test_needs_are_the_union(registry):
+def test_requirements_are_the_union_of_the_terms(registry):
     found = registry.get("method", "recipe")
     needs = found.requires(recipe(registry, term("turns"), term("lcm", **LCM)), MethodSetup("lora"))
     assert needs.images
@@ -249,7 +249,7 @@ def test_weights_may_depend_on_the_stage(registry):
         ([term("halves", stage_weights={"second": 0.0})], 5),
     ],
 )
-def test_a_step_at_which_nothing_weighs_is_refused(registry, terms, step):
+def test_a_step_at_which_all_weights_are_zero_is_refused(registry, terms, step):
     with pytest.raises(UserError, match=f"above 0 at step {step},"):
         registry.get("method", "recipe").stages(recipe(registry, *terms), total_steps=10)
 
@@ -277,7 +277,7 @@ def test_a_full_lcm_in_a_recipe_exports_its_average(registry):
     assert found(config, FULL).result_role() == "target"
 
 
-def test_each_terms_state_comes_back_to_it(registry):
+def test_each_terms_state_is_restored_to_that_term(registry):
     config = recipe(registry, term("turns"), term("turns", critic="other", every=3), term("halves"))
     training = Training(registry, "recipe", config)
     training.steps(4)
@@ -339,7 +339,7 @@ RIGHT = {"method": "lcm", "config": {"w_min": 2.0, "w_max": 3.0}}
         ({"method": "turns", "config": 3}, "terms.1.config = 3", "an object"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_inside_a_term_is_said_with_its_path_and_remedy(tmp_path, bad, key, remedy):
+def test_errors_inside_a_term_are_reported_with_path_and_remedy(tmp_path, bad, key, remedy):
     code, text, file = findings(tmp_path, [RIGHT, bad])
     assert code == 2, text
     assert f"{file}: distillation_config.recipe.{key}" in text
@@ -366,7 +366,7 @@ def test_all_terms_are_checked_in_one_go(tmp_path):
         ({"terms": [{"method": "lcm", "config": {"num_ddim_timesteps": 30}}, {"method": "turns"}]}, "usable"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_with_the_whole_is_refused_before_anything_loads(tmp_path, part, said_so):
+def test_errors_of_the_whole_recipe_are_refused_before_anything_loads(tmp_path, part, said_so):
     code, text, _ = findings(tmp_path, None, raw=part)
     assert code == (0 if said_so == "usable" else 2), text
     assert said_so in text

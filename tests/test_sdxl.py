@@ -88,7 +88,7 @@ def test_prediction_type_and_schedule_come_from_the_scheduler_config(tmp_path, p
     assert family.schedule.clean_at_zero == (prediction_type == "flow")
 
 
-def test_the_user_may_say_what_the_scheduler_config_does_not(tiny):
+def test_the_user_may_set_what_the_scheduler_config_lacks(tiny):
     family = make(tiny, {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True})
     assert family.prediction_type == "v_prediction"
     assert family.schedule.zero_terminal_snr
@@ -358,7 +358,7 @@ def test_negative_prompts_count_only_under_guidance(family, pipeline):
     assert torch.equal(ours(0.0, negative), ours(0.0, None))
 
 
-def test_a_image_depends_on_its_own_seed_only(tiny):
+def test_an_image_depends_on_its_own_seed_only(tiny):
     """Also across the micro-batches of the pipeline calls."""
     small = make(tiny, {"latents_at_once": 2 * 16 * 16})
     network, embeds = small.load_network(), small.encode_prompts(PROMPTS)
@@ -369,7 +369,7 @@ def test_a_image_depends_on_its_own_seed_only(tiny):
         torch.testing.assert_close(synchronized[n : n + 1], alone, rtol=0, atol=2e-5)
 
 
-def test_images_of_any_aspect(family):
+def test_images_of_any_aspect_ratio_are_generated(family):
     embeds = family.encode_prompts(PROMPTS[:1])
     shape = family.generate(family.load_network(), embeds, sampler=LCM, seeds=[0], width=40, height=24).shape
     assert shape == (1, 3, 24, 40)

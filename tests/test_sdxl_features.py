@@ -13,7 +13,7 @@ def family(tmp_path_factory):
     return make(write_tiny_sdxl(tmp_path_factory.mktemp("sdxl") / "model"))
 
 
-def test_they_are_the_outputs_of_the_down_blocks_and_the_middle(family):
+def test_features_are_the_outputs_of_the_down_blocks_and_the_middle_block(family):
     network = add_lora(family.load_network(), "student")
     x_t, t, _, cond = inputs(family)
     expected = []
@@ -52,7 +52,7 @@ def test_the_second_half_is_not_computed_and_nothing_stays_behind(family):
     assert torch.equal(family.predict(network, x_t, t, cond), before)
 
 
-def test_gradients_reach_the_image_and_the_adapter_as_differences_say(family):
+def test_gradients_of_the_image_and_the_adapter_equal_finite_differences(family):
     network = add_lora(family.load_network(), "student").double()
     x_t, t, _, cond = inputs(family, dtype=torch.float64)
     weights = [torch.randn(f.shape[1:], dtype=torch.float64) for f in family.features(network, x_t, t, cond)]
@@ -75,7 +75,7 @@ def test_gradients_reach_the_image_and_the_adapter_as_differences_say(family):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradient_checkpointing_changes_none_of_them(family, checkpointing):
+def test_gradient_checkpointing_changes_no_feature(family, checkpointing):
     network = add_lora(family.load_network(), "student").train()
     if checkpointing:
         network.enable_gradient_checkpointing()
@@ -88,7 +88,7 @@ def test_gradient_checkpointing_changes_none_of_them(family, checkpointing):
     assert torch.equal(x.grad, plain.grad)
 
 
-def test_families_without_them_say_so(family):
+def test_families_without_features_say_so(family):
     from distill.core.plugin_api.family import ModelFamily
 
     with pytest.raises(NotImplementedError, match="no features"):

@@ -57,7 +57,7 @@ def walk(family, edges, *, scale=1.0):
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 8])
 @pytest.mark.parametrize("model", list(MODELS))
-def test_ddim_trailing_starts_at_the_end_and_jumps_to_the_data(families, model, steps):
+def test_ddim_trailing_starts_at_the_last_timestep_and_ends_at_the_data(families, model, steps):
     times = [1000 - i * 1000 // steps - 1 for i in range(steps)]
     assert times[0] == 999
     sampler = Sampler("DDIMScheduler", DDIM.config, steps, 0.0)
@@ -66,7 +66,7 @@ def test_ddim_trailing_starts_at_the_end_and_jumps_to_the_data(families, model, 
 
 
 @pytest.mark.parametrize("model", list(MODELS))
-def test_tcd_without_noise_jumps_to_the_first_time_of_the_table(families, model):
+def test_tcd_without_noise_ends_at_the_first_timestep(families, model):
     times = [999, 759, 499, 259]
     expected = walk(families[model], zip(times, [*times[1:], 0], strict=True))
     torch.testing.assert_close(make_images(families[model], TCD), expected, rtol=0, atol=1e-4)
@@ -82,7 +82,7 @@ def test_euler_trailing_is_ddim_from_slightly_less_noise(families, model):
     torch.testing.assert_close(make_images(family, EULER), expected, rtol=0, atol=1e-4)
 
 
-def test_euler_under_zero_snr_starts_a_hair_from_pure_noise(families):
+def test_euler_with_zero_snr_starts_close_to_pure_noise(families):
     """Its sigma must be finite: alpha^2 = 2^-24."""
     times = [999, 749, 499, 249]
     expected = walk(families["zero_snr"], zip(times, [*times[1:], None], strict=True))
@@ -96,7 +96,7 @@ def test_eta_of_tcd_reaches_the_scheduler(families):
     torch.testing.assert_close(noisy, make_images(family, TCD_NOISY))
 
 
-def test_the_times_of_a_sampler_are_the_ones_the_network_sees(families):
+def test_the_network_is_called_at_the_times_of_the_sampler(families):
     family = families["epsilon"]
     network = family.load_network()
     seen = []

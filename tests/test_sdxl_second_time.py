@@ -35,7 +35,7 @@ def family(tiny):
 # -- the embedding ----------------------------------------------------------------------------------------------------
 
 
-def test_it_starts_as_the_teacher_bit_for_bit(family):
+def test_a_second_time_starts_as_the_teacher_bit_for_bit(family):
     x_t, t, r, cond = inputs(family)
     teacher = family.load_network()
     expected = family.predict(teacher, x_t, t, cond)
@@ -48,7 +48,7 @@ def test_it_starts_as_the_teacher_bit_for_bit(family):
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
-def test_trained_it_depends_on_the_second_time_and_is_off_without(family, kind):
+def test_a_trained_network_depends_on_the_second_time_and_is_unchanged_without_it(family, kind):
     network = lora_student(family) if kind == "lora" else full_student(family)
     x_t, t, r, cond = inputs(family)
     without = family.predict(network, x_t, t, cond)
@@ -65,7 +65,7 @@ def test_trained_it_depends_on_the_second_time_and_is_off_without(family, kind):
         assert torch.equal(without, family.predict(family.load_network(), x_t, t, cond))
 
 
-def test_roles_on_one_base_have_their_own(family):
+def test_roles_on_one_base_have_second_times_of_their_own(family):
     from distill.core.engine.networks import AdapterSwitch
 
     network = add_lora(lora_student(family), "fake", seed=1)
@@ -92,7 +92,7 @@ def test_roles_on_one_base_have_their_own(family):
     assert torch.equal(family.predict(network, x_t, t, cond), family.predict(family.load_network(), x_t, t, cond))
 
 
-def test_a_copy_has_its_own(family):
+def test_a_copy_has_a_second_time_of_its_own(family):
     network = full_student(family)
     twin = copy.deepcopy(network)
     x_t, t, r, cond = inputs(family)
@@ -122,7 +122,7 @@ def test_gradient_checkpointing_changes_no_gradient(family):
         assert torch.equal(gradient, checkpointed[name]), name
 
 
-def test_it_is_computed_in_float32_under_autocast(family):
+def test_the_embedding_is_computed_in_float32_under_autocast(family):
     module = trained(SecondTime(16), std=0.3)
     t, r = torch.tensor([999.0, 500.0]), torch.tensor([998.5, 0.0])
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -248,7 +248,7 @@ def scheduler_of(name):
 
 
 @pytest.mark.parametrize("name", list(SCHEDULES))
-def test_its_coefficients_are_the_schedules(name):
+def test_the_flow_map_schedulers_coefficients_are_those_of_the_schedule(name):
     schedule, _ = from_scheduler_config(SCHEDULES[name])
     scheduler = scheduler_of(name)
     t = torch.tensor([0.0, 0.5, 100.0, 512.25, 998.0, 998.5, 999.0], dtype=torch.float64)
@@ -263,7 +263,7 @@ def test_its_coefficients_are_the_schedules(name):
 
 @pytest.mark.parametrize("steps", [1, 3, 4, 50])
 @pytest.mark.parametrize("name", list(SCHEDULES))
-def test_its_steps_are_jumps_of_the_prediction_and_end_at_the_data(name, steps):
+def test_flow_map_steps_are_ddim_steps_and_end_at_the_data(name, steps):
     schedule, kind = from_scheduler_config(SCHEDULES[name])
     scheduler = scheduler_of(name)
     scheduler.set_timesteps(steps)
@@ -286,7 +286,7 @@ def test_its_steps_are_jumps_of_the_prediction_and_end_at_the_data(name, steps):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
 
 
-def test_its_times_are_ddims_trailing_ones():
+def test_flow_map_times_are_those_of_ddim_trailing():
     from diffusers import DDIMScheduler
 
     for steps in (1, 2, 3, 4, 7, 8, 30):
@@ -297,7 +297,7 @@ def test_its_times_are_ddims_trailing_ones():
         assert ours.timesteps.tolist() == ddim.timesteps.tolist()
 
 
-def test_its_times_may_be_named_or_begin_late():
+def test_flow_map_times_may_be_given_or_begin_late():
     scheduler = scheduler_of("cosine")
     scheduler.set_timesteps(timesteps=[999, 400.5, 30])
     assert scheduler.pair == (999.0, 400.5)
@@ -347,7 +347,7 @@ def by_hand(family, network, guidance, *, steps, size=32):
     ("kind", "zero_snr", "guidance"),
     [("epsilon", False, 0.0), ("epsilon", False, 4.0), ("v_prediction", True, 0.0), ("flow", False, 0.0)],
 )
-def test_images_are_a_loop_of_jumps_with_the_next_time_fed(tmp_path, kind, zero_snr, guidance):
+def test_images_are_a_loop_of_ddim_steps_with_the_next_time_fed(tmp_path, kind, zero_snr, guidance):
     family = make(write_tiny_sdxl(tmp_path / "model", prediction_type=kind, zero_snr=zero_snr))
     network = lora_student(family)
     embeds = family.encode_prompts(PROMPTS)
@@ -363,7 +363,7 @@ def test_images_are_a_loop_of_jumps_with_the_next_time_fed(tmp_path, kind, zero_
     assert (without - ours).abs().max() > 1e-3, "the second time does something"
 
 
-def test_another_scheduler_cannot_feed_it(family):
+def test_another_scheduler_cannot_feed_the_second_time(family):
     network = lora_student(family)
     euler = Sampler("EulerDiscreteScheduler", {}, 2, 0.0)
     with pytest.raises(ValueError, match="use FlowMapScheduler"):
@@ -439,7 +439,7 @@ def test_a_full_student_is_not_run_by_accident_without_its_second_time(students)
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
-def test_load_student_restores_it(tiny, students, kind):
+def test_load_student_restores_the_second_time(tiny, students, kind):
     folder, images = students[kind]
     family = make(tiny)
     network = family.load_student(folder)
@@ -454,7 +454,7 @@ def test_load_student_restores_it(tiny, students, kind):
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
-def test_the_lines_that_people_paste_run(family, students, monkeypatch, tmp_path, kind):
+def test_the_usage_snippet_runs(family, students, monkeypatch, tmp_path, kind):
     folder, _ = students[kind]
     (tmp_path / "student").symlink_to(folder)
     monkeypatch.chdir(tmp_path)
@@ -466,7 +466,7 @@ def test_the_lines_that_people_paste_run(family, students, monkeypatch, tmp_path
     assert type(names["pipe"].scheduler).__name__ == "FlowMapScheduler"
 
 
-def test_only_the_flow_map_sampler_goes_with_it(family, tmp_path):
+def test_a_second_time_needs_the_flow_map_sampler(family, tmp_path):
     ddim = Sampler("DDIMScheduler", {}, 2, 0.0)
     with pytest.raises(ValueError, match="is run with FlowMapScheduler"):
         family.export(lora_student(family), tmp_path, ExportInfo(ddim, "lora"))

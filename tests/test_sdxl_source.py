@@ -241,7 +241,7 @@ def test_an_autoencoder_that_does_not_fit_or_exist_is_refused(tiny, tmp_path, no
 # -- fingerprints -----------------------------------------------------------------------------------------------------
 
 
-def test_fingerprints_follow_the_files_not_the_place(tiny, copy):
+def test_fingerprints_depend_on_the_files_not_on_their_folder(tiny, copy):
     for part in ("text", "vae", "denoiser"):
         assert make(tiny).fingerprint(part) == make(copy).fingerprint(part)
     weights = copy / "text_encoder_2" / "model.safetensors"
@@ -253,7 +253,7 @@ def test_fingerprints_follow_the_files_not_the_place(tiny, copy):
     assert make(tiny).fingerprint("denoiser") == make(copy).fingerprint("denoiser")
 
 
-def test_fingerprints_tell_precisions_and_noise_apart(tiny):
+def test_fingerprints_differ_by_precision_and_noise(tiny):
     assert make(tiny).fingerprint("text") != make(tiny, weight_dtype="bfloat16").fingerprint("text")
     assert make(tiny).fingerprint("vae") == make(tiny, weight_dtype="bfloat16").fingerprint("vae")
     assert make(tiny).fingerprint("vae") != make(tiny, {"vae_dtype": "bfloat16"}).fingerprint("vae")

@@ -69,7 +69,7 @@ def size(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-def test_it_starts_as_the_teacher_where_what_it_lacks_did_nothing(case):
+def test_a_smaller_student_starts_as_the_teacher_if_the_removed_blocks_do_nothing(case):
     name, folder = case
     family = CHOSEN[name].make(folder, FEWER[name])
     teacher = family.load_network()
@@ -111,7 +111,7 @@ def test_attentions_keep_their_first_transformer_layers():
     assert size(student) < size(teacher)
 
 
-def test_its_weights_are_its_own(case):
+def test_a_smaller_students_weights_are_its_own(case):
     name, folder = case
     family = CHOSEN[name].make(folder, FEWER[name])
     teacher = family.load_network()
@@ -123,7 +123,7 @@ def test_its_weights_are_its_own(case):
     assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
 
 
-def test_it_takes_a_guidance_and_a_second_time_as_others_do(case):
+def test_a_smaller_student_takes_guidance_and_a_second_time(case):
     name, folder = case
     family = CHOSEN[name].make(folder, FEWER[name])
     told = family.capabilities.guidance_embedding
@@ -147,7 +147,7 @@ def test_it_takes_a_guidance_and_a_second_time_as_others_do(case):
         ("flux", {"student_num_single_layers": 9}, "student_num_single_layers = 9: the teacher has 2"),
     ],
 )
-def test_what_the_teacher_cannot_give_is_refused(tmp_path, name, settings, message):
+def test_more_blocks_than_the_teacher_has_are_refused(tmp_path, name, settings, message):
     family = CHOSEN[name].make(CHOSEN[name].write(tmp_path / "model"), settings)
     with pytest.raises(UserError, match=re.escape(message)) as refused:
         family.student_network(family.load_network(), guidance_embedding=False, smaller=True)
@@ -172,7 +172,7 @@ def test_a_run_that_asks_for_too_much_ends_with_the_key(tmp_path, settings):
     assert "family_config.student_layers_per_block = 5: the teacher has 2" in said(result.stderr)
 
 
-def test_a_run_trains_resumes_and_exports_it(tmp_path):
+def test_a_run_trains_resumes_and_exports_a_smaller_student(tmp_path):
     from diffusers import StableDiffusionXLPipeline
 
     settings = {"model_type": "full", "family_config": FEWER["sdxl"], "max_train_steps": 6}

@@ -33,7 +33,7 @@ def test_every_step_lies_in_one_stage_and_later_ones_in_the_last():
     assert stage_of([], 5).step == 5, "without stages the run is one"
 
 
-def test_the_first_stage_begins_without_ceremony():
+def test_the_first_stage_copies_and_resets_nothing():
     assert {start: stage.name for start, stage in stage_starts(THREE).items()} == {2: "b", 5: "c"}
 
 
@@ -106,7 +106,7 @@ def test_a_loop_that_starts_inside_a_stage_does_not_begin_it_again():
     assert same(copies(networks, "frozen"), before)
 
 
-def test_the_method_is_told_its_stage():
+def test_the_context_gives_the_method_its_stage():
     loop, *_ = make_loop()
     t = SCHEDULE.grid(4).times[2:3].expand(8)
     for step, index in enumerate([0, 0, 1, 1, 1, 2]):
@@ -126,7 +126,7 @@ SHORT = {
 }
 
 
-def test_a_run_whose_stages_lie_elsewhere_is_not_resumed(tmp_path):
+def test_a_run_with_other_stage_boundaries_is_not_resumed(tmp_path):
     """Two halves of 4 begin at 2; of 6, at 3: what was trained in the second is not the other's."""
     execute(write_run(tmp_path, max_train_steps=4, **SHORT))
     with pytest.raises(UserError, match=r"stages began at steps \[2\], this run's at \[3\]"):

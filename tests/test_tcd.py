@@ -202,7 +202,7 @@ def test_the_fixed_points_error_falls_with_the_grid_and_with_the_segments(name):
     assert by_segments[-1] < by_segments[0] / 2
 
 
-def test_a_part_of_the_noise_anew_suits_a_student_of_one_segment_best():
+def test_partial_renoising_suits_a_student_of_one_segment_best():
     """The fixed point sampled with gamma 0, 0.3 and 1: Wasserstein-1 distance to the teacher's exact distribution."""
     teacher, grid, size = guided_teacher(DDPM, mixed=True), DDPM.grid(40), 4000
     draw = torch.Generator().manual_seed(0)
@@ -229,7 +229,7 @@ def test_a_part_of_the_noise_anew_suits_a_student_of_one_segment_best():
 
 
 @pytest.mark.parametrize(("num_steps", "num_segments"), [(50, 8), (50, 4), (50, 1), (7, 3), (10, 10), (1000, 6)])
-def test_segments_begin_where_as_many_steps_of_the_sampler_stand(num_steps, num_segments):
+def test_segments_begin_at_the_times_of_as_many_sampler_steps(num_steps, num_segments):
     found = segment_edge(torch.arange(num_steps), num_steps=num_steps, num_segments=num_segments)
     assert found.unique().tolist() == edges(num_steps, num_segments)
     scheduler = TCDScheduler(original_inference_steps=num_steps)
@@ -421,7 +421,7 @@ def test_wrong_settings_are_refused_by_name(settings, said):
         TCD.Config(**settings)
 
 
-def test_part_of_the_noise_is_refused_on_a_flow_before_training():
+def test_partial_renoising_is_refused_on_a_flow_before_training():
     with pytest.raises(UserError, match=r"tcd\.eta = 0\.3"):
         TCD(TCD.Config(eta=0.3), MethodSetup("lora", prediction_type="flow"))
     flow = TCD(TCD.Config(), MethodSetup("lora", prediction_type="flow")).sampler(FlowSchedule())
@@ -429,7 +429,7 @@ def test_part_of_the_noise_is_refused_on_a_flow_before_training():
     assert TCD(TCD.Config(), MethodSetup("lora")).sampler(DDPM).call == {"eta": 0.3}
 
 
-def test_snapped_edges_are_said():
+def test_snapped_segment_edges_are_reported():
     lines = TCD(TCD.Config(segments=[4, 2, 1]), MethodSetup("lora")).notices()
     assert [line for line in lines if "snapped" in line] == [
         "tcd: 4 segments do not divide num_ddim_timesteps = 50 evenly; "

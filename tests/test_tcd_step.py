@@ -111,7 +111,7 @@ def gradients(loss, networks, role):
 
 
 @pytest.mark.parametrize("model_type", ["lora", "full"])
-def test_one_step_is_as_written_out(folder, model_type):
+def test_one_step_equals_the_papers_algorithm(folder, model_type):
     family, method, networks, context = setup(folder, model_type)
     batch = make_batch(family)
     for step, num_segments in [(1, 4), (7, 2)]:
@@ -133,7 +133,7 @@ def test_one_step_is_as_written_out(folder, model_type):
                     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
-def test_huber_and_both_conventions_of_guidance(folder):
+def test_both_guidance_conventions_give_the_same_huber_loss(folder):
     results = []
     for convention, low, high in [("scale", 2.0, 6.0), ("paper", 1.0, 5.0)]:
         family, method, _, context = setup(
@@ -146,7 +146,7 @@ def test_huber_and_both_conventions_of_guidance(folder):
 
 
 @pytest.mark.parametrize("model_type", ["lora", "full"])
-def test_accumulating_four_ones_equals_one_four_and_the_teacher_stays(folder, model_type):
+def test_four_micro_batches_of_one_equal_one_batch_of_four_and_the_teacher_is_unchanged(folder, model_type):
     weights = []
     for parts in (1, 4):
         family, method, networks, context = setup(folder, model_type)
@@ -214,7 +214,7 @@ def test_resumed_at_and_before_a_boundary_of_stages_is_bit_for_bit_the_same(tmp_
     assert all(torch.equal(again[name], weights[name]) for name in weights)
 
 
-def test_stages_without_steps_and_wrong_settings_end_with_2(tmp_path):
+def test_stages_without_steps_and_wrong_settings_exit_with_code_2(tmp_path):
     with pytest.raises(UserError, match=r"tcd\.segments: 2 optimizer steps leave stage 2 of 3 without any"):
         execute(staged_run(tmp_path, max_train_steps=2))
     wrong = {"tcd": {"segments": [1, 8], "eta": 3, "adversarial_weight": "much"}}

@@ -39,7 +39,7 @@ def test_scalings_are_those_of_the_scheduler_that_samples():
         torch.testing.assert_close(ours, torch.tensor(theirs, dtype=torch.float64).T, rtol=1e-12, atol=0)
 
 
-def test_scalings_leave_the_data_alone_at_zero_and_trust_the_network_far_from_it():
+def test_boundary_scalings_keep_x_at_time_zero_and_use_the_network_far_from_it():
     c_skip, c_out = boundary_scalings(torch.arange(1000), timestep_scaling_factor=10.0)
     assert (c_skip[0], c_out[0]) == (1, 0), "exactly"
     torch.testing.assert_close(c_skip + c_out**2, torch.ones_like(c_skip))
@@ -48,7 +48,7 @@ def test_scalings_leave_the_data_alone_at_zero_and_trust_the_network_far_from_it
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_the_consistency_function_is_the_identity_at_time_zero_whatever_the_network_says(path):
+def test_the_consistency_function_is_the_identity_at_time_zero_whatever_the_network_predicts(path):
     kind, schedule = PATHS[path]
     t = torch.zeros(4, dtype=torch.float64 if schedule.clean_at_zero else torch.int64)
     raw = torch.full_like(X, 7.0)
@@ -57,7 +57,7 @@ def test_the_consistency_function_is_the_identity_at_time_zero_whatever_the_netw
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_all_points_of_a_straight_path_go_to_its_end_up_to_the_skip(path):
+def test_the_consistency_function_maps_a_straight_trajectory_to_its_end_up_to_the_skip(path):
     """A network that knows (x_0, eps) of the path says x_0 everywhere: f = x_0 on a flow, c_skip x + c_out x_0 else."""
     kind, schedule = PATHS[path]
     x_0, eps = X, X.flip(0).cos()
@@ -71,7 +71,7 @@ def test_all_points_of_a_straight_path_go_to_its_end_up_to_the_skip(path):
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_the_trajectory_function_moves_along_the_path_and_stays_where_it_is(path):
+def test_the_trajectory_function_follows_the_trajectory_and_is_the_identity_at_its_own_time(path):
     kind, schedule = PATHS[path]
     x_0, eps = X, X.flip(0).cos()
     times = schedule.grid(8).times
@@ -137,7 +137,7 @@ def test_snr_weights_turn_the_error_of_x0_into_that_of_eps_and_v(schedule):
 # -- adversarial ------------------------------------------------------------------------------------------------------
 
 
-def test_losses_written_out():
+def test_adversarial_losses_equal_their_formulas():
     real, fake = torch.tensor([[0.5, -2.0]]), torch.tensor([[0.5, 3.0]])
     softplus = lambda x: math.log1p(math.exp(x))  # noqa: E731
     assert discriminator_loss(real, fake, kind="hinge").item() == pytest.approx((0.5 + 3.0) / 2 + (1.5 + 4.0) / 2)
@@ -163,7 +163,7 @@ def test_the_best_softplus_discriminator_is_the_log_density_ratio():
 
 
 @pytest.mark.parametrize("kind", ["hinge", "softplus"])
-def test_the_student_is_pulled_to_what_counts_as_real(kind):
+def test_the_adversarial_loss_moves_the_student_to_the_real_samples(kind):
     logits = torch.tensor([[-3.0], [0.5], [4.0]], requires_grad=True)
     generator_loss(logits, kind=kind).sum().backward()
     slope = logits.grad[:, 0]
@@ -171,7 +171,7 @@ def test_the_student_is_pulled_to_what_counts_as_real(kind):
     torch.testing.assert_close(slope, expected)
 
 
-def test_gradients_through_the_heads_are_those_of_differences():
+def test_gradients_through_the_heads_equal_finite_differences():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         heads = Heads([8, 12]).double()
@@ -214,7 +214,7 @@ def test_weights_are_linear_between_the_steps_named_and_constant_beyond():
     assert weight_at(ADAPTER.validate_python({"5": 3.0}), 0) == 3.0
 
 
-def test_the_order_in_which_steps_are_written_is_of_no_account():
+def test_the_order_of_a_weights_steps_does_not_matter():
     assert [weight_at({10: 1.0, 0: 0.0}, step) for step in range(11)] == pytest.approx([s / 10 for s in range(11)])
 
 
@@ -231,7 +231,7 @@ def test_wrong_weights_are_refused(wrong):
         ADAPTER.validate_python(wrong)
 
 
-def test_a_term_is_used_if_it_ever_weighs():
+def test_a_term_is_used_if_its_weight_is_ever_positive():
     assert [ever_positive(weight) for weight in (0.0, 1e-9, {0: 0.0}, {0: 0.0, 9: 1.0})] == [False, True, False, True]
 
 

@@ -134,7 +134,7 @@ def test_a_run_that_starts_afresh_in_the_same_folder_is_another_one(name, folder
     assert {run.last("loss")[2] for run in (first, second)} == {0.5, 1.5}
 
 
-def test_all_at_once_write_the_same_whatever_figures_come(folder):
+def test_all_trackers_together_write_the_same_values_also_non_finite_ones(folder):
     names = [name for name in EVERY if importlib.util.find_spec(name)]
     trackers = opened(folder, *names)
     assert trackers.names == tuple(names)
@@ -232,7 +232,7 @@ print("asked:", asked, "reports:", os.environ["WANDB_ERROR_REPORTING"], os.envir
 """
 
 
-def test_none_of_them_asks_the_network_for_anything(folder, tmp_path):
+def test_no_tracker_uses_the_network(folder, tmp_path):
     """Neither with a token of the hub, nor with a proxy, nor outside a test, where MLflow's telemetry would be on."""
     names = ",".join(name for name in EVERY if importlib.util.find_spec(name))
     outside = ("PYTEST_CURRENT_TEST", "CI", "HF_HUB_OFFLINE", "MLFLOW_DISABLE_TELEMETRY", "WANDB_ERROR_REPORTING")

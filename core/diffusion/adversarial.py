@@ -1,7 +1,7 @@
 r"""Adversarial terms on features of a diffusion network.
 
-Heads D_k look at features h_k of noised samples, from inside a network that the discriminator shares with the run.
-With logits l = D(h), averaged over heads and places,
+Heads D_k read features h_k of noised samples, from inside a network that the discriminator shares with the run.
+With logits l = D(h), averaged over heads and positions,
 
     hinge       L_D = relu(1 - l_real) + relu(1 + l_fake)        L_G = relu(1 - l_fake)
     softplus    L_D = softplus(-l_real) + softplus(l_fake)       L_G = softplus(-l_fake)
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 AdversarialLoss = Literal["hinge", "softplus"]
 POSITIONS = 4
-"""Logits per edge: every level speaks with at most 4 x 4 places, so that none outweighs the others."""
+"""Logits per edge: every level gives at most 4 x 4 logits, so that none outweighs the others."""
 HIDDEN = 64
 
 
@@ -30,7 +30,7 @@ class Heads(nn.Module):
     """A small convolutional head for each level of features.
 
     Args:
-        channels: C_k of the levels.
+        channels: C_k of each level.
     """
 
     def __init__(self, channels: Sequence[int]) -> None:
@@ -38,7 +38,7 @@ class Heads(nn.Module):
         self.levels = nn.ModuleList(_head(width) for width in channels)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """Logits (B, K) of features (B, C_k, h_k, w_k)."""
+        """Return the logits (B, K) of features, each of shape (B, C_k, h_k, w_k)."""
         dtype = next(self.parameters()).dtype  # bf16 heads of a bf16 optimizer may look at an fp32 network
         found = [head(_pooled(level).to(dtype)) for head, level in zip(self.levels, features, strict=True)]
         return torch.cat([logits.flatten(1) for logits in found], dim=1)
@@ -61,7 +61,13 @@ def _pooled(level: Tensor) -> Tensor:
 
 
 def discriminator_loss(real: Tensor, fake: Tensor, *, kind: AdversarialLoss) -> Tensor:
-    """What the heads minimise; logits (B, K) each, result of shape (B,)."""
+    """Return the loss L_D of the heads, shape (B,); see the module's equations.
+
+    Args:
+        real: Logits of real samples, shape (B, K).
+        fake: Logits of generated samples, shape (B, K).
+        kind: ``hinge`` or ``softplus``.
+    """
     if kind == "hinge":
         return (1 - real).relu().mean(1) + (1 + fake).relu().mean(1)
     softplus = nn.functional.softplus
@@ -69,5 +75,5 @@ def discriminator_loss(real: Tensor, fake: Tensor, *, kind: AdversarialLoss) -> 
 
 
 def generator_loss(fake: Tensor, *, kind: AdversarialLoss) -> Tensor:
-    """What the student minimises; logits (B, K), result of shape (B,)."""
+    """Return the student's loss L_G, shape (B,), from logits of its samples `fake`, shape (B, K)."""
     return ((1 - fake).relu() if kind == "hinge" else nn.functional.softplus(-fake)).mean(1)

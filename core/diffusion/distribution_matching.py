@@ -1,4 +1,4 @@
-r"""Matching the distribution of a student's samples to a teacher's, by what two denoisers say of them.
+r"""Losses that match the distribution of a student's samples to the teacher's, from the outputs of two denoisers.
 
 A sample x of the student is noised, x_t = alpha_t x + sigma_t eps, and denoised by the teacher, D_real(x_t), and by a
 network that was trained on the student's samples, D_fake(x_t). Since D(x_t) = (x_t + sigma_t^2 s(x_t)) / alpha_t with
@@ -7,7 +7,8 @@ the score s = grad log p_t,
     D_fake - D_real = (sigma_t^2 / alpha_t) (s_fake - s_real)
 
 which is (sigma_t / alpha_t)^2 times the gradient, with respect to x, of KL(student_t || teacher_t): zero where both
-agree. Distribution matching (dm) takes it for the gradient of the student's samples, no derivative of the denoisers:
+agree. Distribution matching (dm) uses it as the gradient of the student's samples, without a derivative of the
+denoisers:
 
     grad = (D_fake - D_real) / mean |x - D_real|,    L = 1/2 mean (x - sg(x - grad))^2
 
@@ -16,7 +17,7 @@ An f-divergence D_f(teacher || student) has the same gradient times h(r) = r^2 f
     reverse_kl 1          kl r                        js r / (1 + r)      softened_reverse_kl 1 / (1 + r)
     jeffreys 1 + r        squared_hellinger sqrt(r)   neyman 1 / r
 
-up to a constant factor. With guidance, D_real = D_c + (g - 1)(D_c - D_u), and the gradient falls into two parts,
+up to a constant factor. With guidance, D_real = D_c + (g - 1)(D_c - D_u), and the gradient has two parts,
 which may have times of their own:
 
     (D_fake - D_c)        distribution matching proper, and        -(g - 1)(D_c - D_u)        guidance augmentation
@@ -25,8 +26,8 @@ Score identity distillation (sid) lets the gradient through both denoisers' inpu
 
     L = mean (D_real - D_fake) ((D_real - x) - a (D_real - D_fake)) / sg(mean |x - D_real|)
 
-As E[x | x_t] = D_fake, its mean is (1 - a) times the squared gap; its gradient is another, for what D_fake owes to the
-student is left out of it, which is why a = 1 and above train too.
+As E[x | x_t] = D_fake, its mean is (1 - a) times the squared gap; its gradient differs, since it leaves out that D_fake
+depends on the student, which is why a = 1 and above train too.
 
 References:
     Yin et al., One-step Diffusion with Distribution Matching Distillation, arXiv 2311.18828.
@@ -50,7 +51,7 @@ from . import Schedule
 Divergence = Literal["reverse_kl", "kl", "js", "softened_reverse_kl", "squared_hellinger", "jeffreys", "neyman"]
 NUM_TIME_BINS = 10
 SMALLEST_DEVIATION = 1e-5
-"""Where a sample is its own denoised version, mean |x - D_real| is 0: the normaliser stays above this."""
+"""Lower bound of the normaliser mean |x - D_real|, which is 0 where a sample equals its denoised version."""
 
 _WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
     "reverse_kl": torch.ones_like,
@@ -64,20 +65,26 @@ _WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def divergence_weight(ratio: Tensor, divergence: Divergence) -> Tensor:
-    """h(r) of density ratios r = teacher / student above 0, up to a constant factor; shape of `ratio`."""
+    """Return h(r), up to a constant factor, of density ratios r = p_teacher / p_student > 0 (arXiv 2502.15681).
+
+    Args:
+        ratio: r, any shape; the result has the same.
+        divergence: The f-divergence that h belongs to.
+    """
     return _WEIGHTS[divergence](ratio)
 
 
 class DivergenceWeights:
-    """h(r) / mean h of samples, with running means over earlier steps, so that no sample's weight depends on its batch.
+    """Weights h(r) / mean h of samples (arXiv 2502.15681).
 
-    Ratios are first divided by their own mean at about their time, since the mean of p_teacher / p_student over the
-    student's samples is 1 and the heads' is not. Both means start at what r = 1 gives.
+    The means run over earlier steps, so that no sample's weight depends on its batch. Ratios are first divided by their
+    own mean near their time, since the mean of p_teacher / p_student over the student's samples is 1 and that of the
+    heads' ratios is not. Both means start at their values for r = 1.
 
     Args:
-        divergence: Whose h.
-        max_ratio: Density ratios are kept between this and one over this.
-        decay: Of the running means, once per :meth:`settle`.
+        divergence: The f-divergence that h belongs to.
+        max_ratio: Density ratios are clamped between 1 / max_ratio and max_ratio.
+        decay: Decay of the running means, once per :meth:`update`.
     """
 
     def __init__(self, divergence: Divergence, *, max_ratio: float, decay: float = 0.95) -> None:
@@ -89,7 +96,12 @@ class DivergenceWeights:
         self._seen: Tensor | None = None
 
     def __call__(self, log_ratio: Tensor, share: Tensor) -> Tensor:
-        """Weights (B,) of the heads' log density ratios (B,) at times that are a `share` (B,) of the noisiest."""
+        """Return weights (B,) of samples.
+
+        Args:
+            log_ratio: Log density ratios of the heads, shape (B,).
+            share: Times as a share of the noisiest time, in [0, 1], shape (B,).
+        """
         ratio = log_ratio.detach().double().clamp(-self._bound, self._bound).exp()
         bins = (share * NUM_TIME_BINS).long().clamp(0, NUM_TIME_BINS - 1)
         self._means = self._means.to(ratio.device)
@@ -103,7 +115,7 @@ class DivergenceWeights:
         self._seen = seen if self._seen is None else self._seen + seen
 
     def update(self, average: Callable[[Sequence[Tensor]], None]) -> None:
-        """Move the means by what was seen since the last call; every process must call it.
+        """Update the running means with the values since the last call; every process must call it.
 
         Args:
             average: Averages tensors over the processes, in place.
@@ -117,7 +129,7 @@ class DivergenceWeights:
         self._seen = None
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The means; nothing where all weights are 1."""
+        """Return the means; nothing where all weights are 1."""
         return {} if self._divergence == "reverse_kl" else {"means": self._means}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -126,45 +138,60 @@ class DivergenceWeights:
 
 
 def deviation(x: Tensor, denoised: Tensor) -> Tensor:
-    """Mean |x - D| of each sample, shape (B, 1, ...), without a gradient: what the gradients below are divided by."""
+    """Return mean |x - D| of each sample, detached, shape (B, 1, ...): the normaliser of the gradients below.
+
+    Args:
+        x: Samples of the student, shape (B, ...).
+        denoised: D, shape (B, ...).
+    """
     axes = tuple(range(1, x.ndim))
     return (x - denoised).detach().abs().mean(axes, keepdim=True).clamp(min=SMALLEST_DEVIATION)
 
 
 def distribution_matching_gradient(x: Tensor, real: Tensor, fake: Tensor, *, normalise: bool) -> Tensor:
-    """(D_fake - D_real), divided by mean |x - D_real| if asked; all of shape (B, ...)."""
+    """Return D_fake - D_real, shape (B, ...) (arXiv 2311.18828).
+
+    Args:
+        x: Samples of the student, shape (B, ...).
+        real: D_real at the noised samples, shape (B, ...).
+        fake: D_fake at the noised samples, shape (B, ...).
+        normalise: Whether to divide by mean |x - D_real|.
+    """
     gap = fake - real
     return gap / deviation(x, real) if normalise else gap
 
 
 def augmentation_gradient(x: Tensor, cond: Tensor, uncond: Tensor, *, scale: float, normalise: bool) -> Tensor:
-    """-(g - 1)(D_c - D_u), divided by mean |x - D_c| if asked.
+    """Return -(g - 1)(D_c - D_u), the guidance augmentation of arXiv 2511.22677, shape (B, ...).
 
     Args:
         x: Samples of the student, shape (B, ...).
-        cond: D_c, the teacher with the prompt.
-        uncond: D_u, the teacher without.
-        scale: g.
-        normalise: Whether to divide. The paper (2511.22677) gives the sum of scores alone; that each part is divided
-            by its own deviation is a choice made here.
+        cond: D_c, the teacher with the prompt, shape (B, ...).
+        uncond: D_u, the teacher without the prompt, shape (B, ...).
+        scale: The guidance scale g of uncond + g (cond - uncond).
+        normalise: Whether to divide by mean |x - D_c|. The paper gives the sum of scores alone; that each part is
+            divided by its own deviation is a choice made here.
     """
     augmentation = (scale - 1) * (uncond - cond)
     return augmentation / deviation(x, cond) if normalise else augmentation
 
 
 def distribution_matching_loss(x: Tensor, gradient: Tensor) -> Tensor:
-    """1/2 mean (x - sg(x - gradient))^2 of each sample, shape (B,): its derivative by x is `gradient` / elements."""
+    """Return 1/2 mean (x - sg(x - gradient))^2 of each sample, shape (B,) (arXiv 2311.18828).
+
+    Its derivative by x is `gradient` divided by the number of elements. Both arguments have shape (B, ...).
+    """
     return 0.5 * ((x - (x - gradient).detach()) ** 2).flatten(1).mean(1)
 
 
 def sid_loss(x: Tensor, real: Tensor, fake: Tensor, *, alpha: float, normalise: bool) -> Tensor:
-    """The loss of score identity distillation of each sample, shape (B,).
+    """Return the loss of score identity distillation (arXiv 2404.04057) of each sample, shape (B,).
 
     Args:
         x: Samples of the student, shape (B, ...), with their gradient.
-        real: D_real at the noised samples, with its gradient to them.
-        fake: D_fake likewise.
-        alpha: a; 1 and 1.2 are the paper's.
+        real: D_real at the noised samples, shape (B, ...), with its gradient to them.
+        fake: D_fake at the noised samples, likewise.
+        alpha: The paper's alpha, a above; the paper uses 1 and 1.2.
         normalise: Whether to divide by mean |x - D_real|.
     """
     gap = real - fake
@@ -173,7 +200,15 @@ def sid_loss(x: Tensor, real: Tensor, fake: Tensor, *, alpha: float, normalise: 
 
 
 def denoising_target(prediction_type: str, x_0: Tensor, eps: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
-    """Return the target of a network that predicts `prediction_type` at x_t = alpha_t x_0 + sigma_t eps; (B, ...)."""
+    """Return the target (B, ...) of a network that predicts `prediction_type` at x_t = alpha_t x_0 + sigma_t eps.
+
+    Args:
+        prediction_type: ``epsilon``, ``sample``, ``v_prediction`` or ``flow``.
+        x_0: Clean data, shape (B, ...).
+        eps: Noise, shape (B, ...).
+        t: Times in the schedule's units, shape (B,).
+        schedule: The model's noise schedule.
+    """
     if prediction_type == "v_prediction":
         alpha_t, sigma_t = schedule.coefficients(t, x_0)
         return alpha_t * eps - sigma_t * x_0

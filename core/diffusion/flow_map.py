@@ -1,8 +1,8 @@
-r"""A second time for a network, and the sampler that feeds it. Lies, as it is, beside every student that needs it.
+r"""A second time for a network, and the sampler that supplies it. A copy lies beside every student that needs it.
 
-A flow map takes x_t to x_r for any t > r, so its network is told both times (arXiv 2406.07507, 2505.13447). No pipeline
-knows of r: here :class:`SecondTime` adds an embedding of t - r to the output of the network's own time embedding, and
-:class:`FlowMapScheduler` knows which r comes next.
+A flow map takes x_t to x_r for any t > r, so its network takes both times as input (arXiv 2406.07507, 2505.13447).
+No pipeline knows r: here :class:`SecondTime` adds an embedding of t - r to the output of the network's own time
+embedding, and :class:`FlowMapScheduler` knows which r comes next.
 
 This file imports torch, diffusers and safetensors only, so that it works without the package it comes from::
 
@@ -27,18 +27,18 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 WEIGHTS = "second_time.safetensors"
-"""The embedding's weights; the header says where they belong."""
+"""File with the embedding's weights; its header says where they belong."""
 PLACE = "place"
-"""Key of the header: JSON with the pipeline's component and, inside of it, the name of the time embedding."""
+"""Key of the header: JSON with the pipeline's component and the name of the time embedding inside it."""
 NUM_FREQUENCIES = 128
-"""Of the sinusoid of t - r; 10000^(-k/128), as the time itself is embedded."""
+"""Number of frequencies of the sinusoid of t - r: 10000^(-k/128), as for the time itself."""
 
 
 class SecondTime(nn.Module):
     """An embedding of t - r, both in the network's time units: sinusoid, Linear, SiLU, Linear that starts at zero.
 
     Args:
-        width: Of the output: that of the network's time embedding.
+        width: Output width, that of the network's time embedding.
     """
 
     def __init__(self, width: int) -> None:
@@ -54,7 +54,7 @@ class SecondTime(nn.Module):
             nn.init.zeros_(zero)
 
     def forward(self, t: Tensor, r: Tensor) -> Tensor:
-        """Shape (B, width) for times of shape (B,); sinusoid and weights in at least fp32, whatever autocast says."""
+        """Return the embedding (B, width) of times (B,); sinusoid and weights in at least fp32, also under autocast."""
         dtype = torch.promote_types(torch.promote_types(t.dtype, r.dtype), torch.float32)
         steps = torch.arange(NUM_FREQUENCIES, dtype=dtype, device=t.device)
         angle = (t.to(dtype) - r.to(dtype))[:, None] * torch.exp(steps * (-math.log(10000.0) / NUM_FREQUENCIES))
@@ -64,7 +64,7 @@ class SecondTime(nn.Module):
 
 
 class SecondTimes(nn.ModuleDict):
-    """The second times of one network by name (of a role), hooked to its time embedding; none is applied by itself.
+    """The second times of one network by name (of a role), hooked to its time embedding; none is on by default.
 
     Args:
         path: Name of the time embedding inside the network.
@@ -76,12 +76,17 @@ class SecondTimes(nn.ModuleDict):
         self._given: tuple[str, Callable[[], Sequence[Any]]] | None = None
 
     def follow(self, name: str, times: Callable[[], Sequence[Any]]) -> None:
-        """Apply the embedding `name` from now on; `times` says (t, r) anew for each call: tensors (B,), or numbers."""
+        """Apply the embedding `name` from now on.
+
+        Args:
+            name: Name of the embedding.
+            times: Called for each forward pass; returns (t, r) as tensors (B,) or numbers, in the network's time units.
+        """
         self._given = (name, times)
 
     @contextlib.contextmanager
     def given(self, name: str, times: Callable[[], Sequence[Any]]) -> Iterator[None]:
-        """:meth:`follow` inside the block; what was before comes back after it."""
+        """Apply the embedding `name` inside the block, as :meth:`follow` does; restore what was applied before."""
         before = self._given
         self.follow(name, times)
         try:
@@ -90,7 +95,7 @@ class SecondTimes(nn.ModuleDict):
             self._given = before
 
     def add(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        """The forward hook of the time embedding."""
+        """Add the embedding to the output (B, width) of the time embedding, as its forward hook."""
         if self._given is None:
             return None
         name, times = self._given
@@ -103,14 +108,14 @@ def _one_axis(time: Any, device: torch.device) -> Tensor:
 
 
 def install(network: nn.Module, *, name: str, path: str, width: int) -> SecondTime:
-    """Give `network` the second time `name` in place; it lies at ``network.second_time.<name>``, in fp32.
+    """Give `network` the second time `name` in place, at ``network.second_time.<name>``, in fp32.
 
     Args:
         network: Keeps its own weights as they are.
-        name: Of the role that it belongs to; made once, returned afterwards.
-        path: The module whose output (B, width) it is added to. It must not be recomputed in a backward pass
-            (gradient checkpointing of blocks further on is fine).
-        width: See `path`.
+        name: Name of the role that it belongs to; made once, and returned by later calls.
+        path: The module to whose output (B, width) it is added. It must not be recomputed in a backward pass
+            (gradient checkpointing of later blocks is fine).
+        width: Output width of the module at `path`.
     """
     times: Any = getattr(network, "second_time", None)
     if times is None:
@@ -124,7 +129,7 @@ def install(network: nn.Module, *, name: str, path: str, width: int) -> SecondTi
 
 
 def load_second_time(network: nn.Module, folder: str | Path, *, name: str) -> bool:
-    """Give `network` the second time that lies in `folder`; False where none does."""
+    """Load the second time stored in `folder` onto `network`; return False where there is none."""
     path = Path(folder) / WEIGHTS
     if not path.is_file():
         return False
@@ -139,7 +144,7 @@ def load_second_time(network: nn.Module, folder: str | Path, *, name: str) -> bo
 
 
 def attach(pipe: Any, folder: str | Path) -> Any:
-    """Give a diffusers pipeline the scheduler, and the second time, that lie in the folder of a student."""
+    """Give a diffusers pipeline the scheduler and the second time stored in a student's folder."""
     pipe.scheduler = FlowMapScheduler.from_pretrained(folder, subfolder="scheduler")
     path = Path(folder) / WEIGHTS
     if path.is_file():
@@ -153,23 +158,23 @@ def attach(pipe: Any, folder: str | Path) -> Any:
 class FlowMapScheduler(SchedulerMixin, ConfigMixin):
     r"""Any number of steps along a flow map, without noise between them: x_r = alpha_r x_0 + sigma_r eps.
 
-    x_0 and eps are what the network's output at (x_t, t) means, so that a step is one of DDIM on a table of betas
+    x_0 and eps are the network's output at (x_t, t), converted, so that a step is one of DDIM on a table of betas
     (alpha = sqrt(alphas_cumprod), linear in the angle between its entries) and one of Euler on a flow (alpha = 1 - s,
     sigma = s, s = t / T). The last step ends at the data: alpha = 1, sigma = 0, with r = 0.
 
     Its N steps begin at T - 1, T - 1 - T/N, ... (``trailing``), or at shift(1), shift((N - 1)/N), ... on a flow.
-    ``pair`` is what the next call of the network is to be told.
+    ``pair`` holds the times (t, r) of the network's next call.
 
     Args:
         num_train_timesteps: T.
-        beta_start: Of the model's noise, as the next three.
-        beta_end: See above.
+        beta_start: First beta of the model's noise schedule, as in its scheduler config.
+        beta_end: Last beta.
         beta_schedule: ``linear``, ``scaled_linear`` or ``squaredcos_cap_v2``.
-        trained_betas: Betas themselves, instead of those.
+        trained_betas: The betas themselves, instead of the three above.
         rescale_betas_zero_snr: Whether the last alpha is 0.
         prediction_type: ``epsilon``, ``v_prediction``, ``sample``, or ``flow`` (eps - x_0, without betas).
         shift: Resolution shift of the grid of a flow.
-        use_flow_sigmas: Asks pipelines that bring times of their own to leave them to the scheduler.
+        use_flow_sigmas: Makes pipelines that compute times of their own leave them to the scheduler.
     """
 
     order = 1
@@ -209,9 +214,9 @@ class FlowMapScheduler(SchedulerMixin, ConfigMixin):
         sigmas: Sequence[float] | None = None,
         mu: float | None = None,
     ) -> None:
-        """Choose the times: so many steps, or falling times of the network, or (on a flow) falling sigmas.
+        """Set the times: a number of steps, or falling times of the network, or (on a flow) falling sigmas.
 
-        `mu`, a shift by the resolution that some pipelines tell every scheduler, has no effect: ``shift`` stands.
+        `mu`, a resolution shift that some pipelines pass to every scheduler, has no effect: ``shift`` is used.
         """
         if sigmas is not None:
             if not self._flow:
@@ -238,7 +243,7 @@ class FlowMapScheduler(SchedulerMixin, ConfigMixin):
         return [self._T * self._shift * s / (1 + (self._shift - 1) * s) for s in edges]
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """The step that a pipeline begins with (image to image begins late)."""
+        """Set the step that a pipeline begins with (image to image begins late)."""
         self._begin = begin_index
 
     def _index(self, timestep: Any = None) -> int:
@@ -258,14 +263,14 @@ class FlowMapScheduler(SchedulerMixin, ConfigMixin):
     # -- the map -----------------------------------------------------------------------------------------------------
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
-        """The sample as it is; notes which step this is."""
+        """Return the sample unchanged, and note which step this is."""
         self._index(timestep)
         return sample
 
     def step(
         self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True
     ) -> SchedulerOutput | tuple[Tensor]:
-        """x_r of the network's output at (x_t, t), all of shape (B, ...); computed in at least fp32."""
+        """Return x_r from the network's output at (x_t, t), all of shape (B, ...); computed in at least fp32."""
         index = self._index(timestep)
         x_0, eps = self._parts(model_output, sample, *self._coefficients(self._times[index]))
         if index + 1 < self.num_inference_steps:
@@ -278,7 +283,7 @@ class FlowMapScheduler(SchedulerMixin, ConfigMixin):
         return SchedulerOutput(prev_sample=x_r) if return_dict else (x_r,)
 
     def _parts(self, output: Tensor, x_t: Tensor, alpha: float, sigma: float) -> tuple[Tensor, Tensor]:
-        """(x_0, eps)."""
+        """Return (x_0, eps), both of shape (B, ...)."""
         out = output.to(torch.promote_types(output.dtype, torch.float32))
         x = x_t.to(out.dtype)
         if self._kind == "epsilon":
@@ -299,7 +304,7 @@ class FlowMapScheduler(SchedulerMixin, ConfigMixin):
         return (0.0 if angle == math.pi / 2 else math.cos(angle)), math.sin(angle)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """x_t of data and noise at times of shape (B,), for pipelines that begin with an image."""
+        """Return x_t of data and noise (B, ...) at times (B,), for pipelines that begin with an image."""
         pairs = [self._coefficients(float(t)) for t in timesteps.tolist()]
         both = torch.tensor(pairs, dtype=original_samples.dtype, device=original_samples.device)
         alpha, sigma = (part.reshape(-1, *[1] * (original_samples.ndim - 1)) for part in both.T)
@@ -324,7 +329,7 @@ def _betas(num: int, start: float, end: float, kind: str, trained: list[float] |
 
 
 def _angles(betas: Tensor, *, zero_snr: bool) -> list[float]:
-    """theta_t of alpha_t = cos(theta_t), sigma_t = sin(theta_t)."""
+    """Return theta_t with alpha_t = cos(theta_t) and sigma_t = sin(theta_t), for each timestep."""
     table = torch.cumprod(1 - betas, dim=0)
     if zero_snr:
         root = table.sqrt()

@@ -1,4 +1,4 @@
-"""The range that a method draws its teacher's guidance from, and what a student is then sampled with."""
+"""The range that a method draws its teacher's guidance scale from, and the scale that a student is sampled with."""
 
 from __future__ import annotations
 
@@ -35,18 +35,22 @@ class GuidanceRange(BaseModel):
 
     @property
     def is_range(self) -> bool:
-        """Whether there is more than one scale to tell a student of."""
+        """True if there is more than one scale, so that a student needs to know which."""
         return self.w_min < self.w_max
 
     def takes_guidance(self, model_type: str) -> bool:
-        """Whether a student of this type takes w as an input: one scale needs none, and a LoRA has none."""
+        """Return True if a student of this type takes w as an input: one scale needs none, and a LoRA has none."""
         return model_type == "full" and self.is_range
 
 
 def embedded_scale(asked: float | None, scales: tuple[float, float]) -> float:
-    """The guidance scale for a student that takes it as an input: as asked inside its range, else the middle.
+    """Return the guidance scale for a student that takes it as an input: as asked inside its range, else the middle.
 
     0 and 1 mean off to pipelines, which would feed such a student a w that it was not trained with.
+
+    Args:
+        asked: Guidance scale g that the user asks for, or None.
+        scales: Smallest and largest g of training.
     """
     low, high = scales
     if asked is not None and asked > 1 and low <= asked <= high:
@@ -55,5 +59,5 @@ def embedded_scale(asked: float | None, scales: tuple[float, float]) -> float:
 
 
 def guides(guidance: float) -> bool:
-    """Whether the scale has an effect."""
+    """Return True if this guidance scale has an effect: it is neither 0 nor 1."""
     return guidance not in (0, 1)

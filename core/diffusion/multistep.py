@@ -1,9 +1,9 @@
-r"""The stochastic few-step sampler: denoise, noise anew to the next time, denoise.
+r"""The stochastic few-step sampler: denoise, renoise to the next time, denoise.
 
     x_0 = D(x_t1, t1),   x_t2 = alpha_t2 x_0 + sigma_t2 eps,   x_0 = D(x_t2, t2),   ...          t1 > t2 > ...
 
-A student of one step is told a time of its own: where alpha_T is small (0.068 for SDXL) the x_0 of an epsilon network
-at T is its output times 14.6, and the network need not know from its time that all it sees is noise.
+A one-step student uses a timestep other than T: where alpha_T is small (0.068 for SDXL) the x_0 of an epsilon network
+at T is its output times 14.6, and the network need not learn from its timestep that its input is pure noise.
 
 References:
     Song et al., Consistency Models (algorithm 1), arXiv 2303.01469.
@@ -17,16 +17,16 @@ from . import Schedule
 from .sampler import Sampler
 
 ONE_STEP_SHARE = 0.4
-"""Where in the training timesteps a student of one step is told that it is, on a table of betas."""
+"""Timestep of a one-step student, as a share of the training timesteps of a table of betas."""
 
 
 def one_step_timestep(schedule: Schedule, asked: int | None, *, key: str) -> float:
-    """The time of the schedule that a student of one step is told.
+    """Return the time, in the schedule's units, at which a one-step student is called (arXiv 2405.14867).
 
     Args:
-        schedule: The model's.
-        asked: A timestep of the model's training timesteps; None: 399 of 1000, on a flow pure noise.
-        key: Where it was asked for, for the error.
+        schedule: The model's noise schedule.
+        asked: One of the model's training timesteps; None means 399 of 1000, or pure noise on a flow.
+        key: The configuration key of `asked`, for the error.
 
     Raises:
         UserError: There is no such timestep.
@@ -43,7 +43,7 @@ def one_step_timestep(schedule: Schedule, asked: int | None, *, key: str) -> flo
 
 
 def multistep_sampler(schedule: Schedule, times: list[float], guidance_scale: float) -> Sampler:
-    """LCMScheduler of diffusers (FlowMatchLCMScheduler on a flow) at these times, falling."""
+    """Return diffusers' LCMScheduler (FlowMatchLCMScheduler on a flow) at falling `times` in the schedule's units."""
     if schedule.clean_at_zero:
         # the times are shifted already: the scheduler must not do it again
         config = {"shift": 1.0, "use_dynamic_shifting": False}

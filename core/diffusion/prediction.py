@@ -1,13 +1,13 @@
-r"""What a network said at (x_t, t), in whichever parametrisation, and the moves along it.
+r"""A network's prediction at (x_t, t), in any parametrisation, and the steps along it.
 
-With x_t = alpha x_0 + sigma eps, the four parametrisations that networks are trained in,
+With x_t = alpha_t x_0 + sigma_t eps, the four parametrisations that networks are trained in,
 
     epsilon        eps
     sample         x_0
-    v_prediction   v = alpha eps - sigma x_0          (arXiv 2202.00512)
+    v_prediction   v = alpha_t eps - sigma_t x_0      (arXiv 2202.00512)
     flow           u = eps - x_0                      (arXiv 2210.02747)
 
-are each the pair (x_0, eps) seen along one direction, so that each gives both. Everything is computed in at least
+are each a linear combination of x_0 and eps, so that each, with x_t, gives both. Everything is computed in at least
 fp32 (dividing by alpha_999 = 0.068 multiplies errors by 14.6); float64 stays float64.
 """
 
@@ -32,8 +32,8 @@ class Prediction:
     Attributes:
         output: Raw output, shape (B, ...).
         x_t: The noised input, shape (B, ...).
-        t: Its time, shape (B,).
-        schedule: The path that relates them.
+        t: Times in the schedule's units, shape (B,).
+        schedule: The noise schedule of x_t.
         prediction_type: The parametrisation of `output`.
     """
 
@@ -50,7 +50,7 @@ class Prediction:
 
     @cached_property
     def x0(self) -> Tensor:
-        """The denoised data."""
+        """The denoised data x_0, shape (B, ...)."""
         out, x, alpha, sigma = self._parts
         if self.prediction_type == "epsilon":
             return (x - sigma * out) / alpha
@@ -62,7 +62,7 @@ class Prediction:
 
     @cached_property
     def eps(self) -> Tensor:
-        """The noise."""
+        """The noise eps, shape (B, ...)."""
         out, x, alpha, sigma = self._parts
         if self.prediction_type == "sample":
             return (x - alpha * out) / sigma
@@ -74,19 +74,19 @@ class Prediction:
 
     @property
     def v(self) -> Tensor:
-        """Alpha eps - sigma x_0."""
+        """v = alpha_t eps - sigma_t x_0, shape (B, ...) (arXiv 2202.00512)."""
         alpha, sigma = self.schedule.coefficients(self.t, self.x_t)
         return alpha * self.eps - sigma * self.x0
 
     @property
     def velocity(self) -> Tensor:
-        """dx/dt of the probability-flow ODE: alpha' x_0 + sigma' eps (eps - x_0 for flow matching)."""
+        """dx/dt of the probability-flow ODE, shape (B, ...): alpha_t' x_0 + sigma_t' eps (eps - x_0 on a flow)."""
         alpha_dot = append_dims(self.schedule.alpha_dot(self.t), self.x_t)
         sigma_dot = append_dims(self.schedule.sigma_dot(self.t), self.x_t)
         return alpha_dot * self.x0 + sigma_dot * self.eps
 
     def ddim_step(self, u: Tensor) -> Tensor:
-        """Move to time `u` (B,) along this prediction: alpha_u x_0 + sigma_u eps.
+        """Return alpha_u x_0 + sigma_u eps, shape (B, ...): a step along this prediction to times `u` (B,).
 
         One DDIM step (arXiv 2010.02502) on a variance-preserving table, one Euler step on a flow.
         """
@@ -94,7 +94,7 @@ class Prediction:
         return alpha_u * self.x0 + sigma_u * self.eps
 
     def as_type(self, prediction_type: str) -> Tensor:
-        """The raw output that a network of another parametrisation would have given."""
+        """Return the raw output that a network of another prediction type would give, shape (B, ...)."""
         if prediction_type == "flow":
             return self.eps - self.x0
         return {"epsilon": lambda: self.eps, "sample": lambda: self.x0, "v_prediction": lambda: self.v}[
@@ -103,7 +103,7 @@ class Prediction:
 
 
 class GuidedPrediction(Prediction):
-    """The pair (x_0, eps) of two predictions at the same point, extrapolated; made by :func:`guide`."""
+    """The pair (x_0, eps) of two predictions at one point, extrapolated; made by :func:`classifier_free_guidance`."""
 
     def __init__(self, cond: Prediction, uncond: Prediction, scale: Tensor) -> None:
         super().__init__(cond.output, cond.x_t, cond.t, cond.schedule, "sample")
@@ -113,16 +113,16 @@ class GuidedPrediction(Prediction):
 
 
 def classifier_free_guidance(cond: Prediction, uncond: Prediction, scale: Tensor) -> Prediction:
-    """Classifier-free guidance uncond + g (cond - uncond) on the converted predictions (arXiv 2207.12598).
+    """Return uncond + g (cond - uncond), classifier-free guidance (arXiv 2207.12598) of the converted predictions.
 
     Args:
         cond: Prediction with the prompt.
-        uncond: Prediction without, at the same x_t and t.
-        scale: g of shape (B,): the guidance scale that pipelines take; 1 is no guidance.
+        uncond: Prediction without it, at the same x_t and t.
+        scale: Guidance scale g as pipelines take it, shape (B,); 1 is no guidance.
     """
     return GuidedPrediction(cond, uncond, scale)
 
 
 def scale_from_paper(w: Tensor | float) -> Tensor | float:
-    """G of uncond + g (cond - uncond) for the LCM paper's w of cond + w (cond - uncond): g = w + 1."""
+    """Return g = w + 1 of uncond + g (cond - uncond) for w of cond + w (cond - uncond) (arXiv 2310.04378)."""
     return w + 1

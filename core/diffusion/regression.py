@@ -1,4 +1,4 @@
-"""How far an output is from its target, sample by sample, and how samples are weighted.
+"""Distances between output and target of each sample, and their weights.
 
 References:
     Song and Dhariwal, Improved Techniques for Training Consistency Models (pseudo-Huber), arXiv 2310.14189.
@@ -15,7 +15,14 @@ LossType = Literal["l2", "huber"]
 
 
 def distance(output: Tensor, target: Tensor, *, loss_type: str, huber_c: float) -> Tensor:
-    """Mean over the elements of each sample, shape (B,), of d^2 (l2) or sqrt(d^2 + c^2) - c (huber, elementwise)."""
+    """Return the mean over each sample's elements of d^2 (l2) or sqrt(d^2 + c^2) - c (huber), shape (B,).
+
+    Args:
+        output: Shape (B, ...).
+        target: Shape (B, ...); d = output - target.
+        loss_type: ``l2`` or ``huber`` (pseudo-Huber, arXiv 2310.14189).
+        huber_c: c, in the units of d.
+    """
     squared = (output - target) ** 2
     if loss_type == "huber":
         squared = (squared + huber_c**2).sqrt() - huber_c
@@ -23,7 +30,11 @@ def distance(output: Tensor, target: Tensor, *, loss_type: str, huber_c: float) 
 
 
 def truncated_snr(log_snr: Tensor) -> Tensor:
-    """max(SNR, 1), the weight of an x_0 error that is the larger of the x_0 and the eps error; shape of `log_snr`."""
+    """Return max(SNR, 1), the weight that makes an x_0 error the larger of x_0 and eps error (arXiv 2202.00512).
+
+    Args:
+        log_snr: log(alpha_t^2 / sigma_t^2); the result has its shape.
+    """
     return log_snr.exp().clamp(min=1)
 
 
@@ -31,5 +42,10 @@ SnrWeight = Literal["truncated_snr", "snr_plus_one"]
 
 
 def snr_weight(log_snr: Tensor, kind: SnrWeight) -> Tensor:
-    """Weight of an x_0 error: :func:`truncated_snr`, or SNR + 1, which makes it the v error; shape of `log_snr`."""
+    """Return the weight of a squared x_0 error, shape of `log_snr` (arXiv 2202.00512).
+
+    Args:
+        log_snr: log(alpha_t^2 / sigma_t^2).
+        kind: ``truncated_snr``: max(SNR, 1); ``snr_plus_one``: SNR + 1, which makes it the v error.
+    """
     return truncated_snr(log_snr) if kind == "truncated_snr" else log_snr.exp() + 1

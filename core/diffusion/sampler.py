@@ -1,4 +1,4 @@
-"""How a student is to be sampled: a scheduler of diffusers, its settings, steps and guidance."""
+"""The sampler of a student: a diffusers scheduler, its settings, steps and guidance."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Sampler:
-    """How the student is to be run: validation, evaluation and export all use this same object.
+    """How to sample from the student: validation, evaluation and export all use this same object.
 
     Attributes:
         scheduler: Name of a diffusers scheduler class.

@@ -4,8 +4,8 @@ Every schedule is a Gaussian path
 
     x_t = alpha_t x_0 + sigma_t eps,    eps ~ N(0, I)
 
-with t = the schedule's own time, growing with the noise. :class:`DDPMSchedule` counts timesteps 0 .. T-1 of a discrete
-table (also between them); :class:`FlowSchedule` runs from 0 (data) to 1 (noise).
+where t is the schedule's own time and grows with the noise. :class:`DDPMSchedule` counts timesteps 0 .. T-1 of a
+discrete table (also between them); :class:`FlowSchedule` runs from 0 (data) to 1 (noise).
 
 All coefficients are computed in float64 and returned with the shape of `t`; :func:`append_dims` makes them broadcast.
 
@@ -30,17 +30,17 @@ from ..errors import UserError
 
 
 def append_dims(value: Tensor, like: Tensor) -> Tensor:
-    """`value` of shape (B,) with trailing axes appended until it has as many as `like`; the type of `like`, >= fp32."""
+    """Return `value` (B,) with trailing axes appended to match the axes of `like`, in its type, at least fp32."""
     dtype = torch.promote_types(like.dtype, torch.float32)
     return value.to(dtype).reshape(value.shape + (1,) * (like.ndim - value.ndim))
 
 
 @dataclass(frozen=True)
 class SolverGrid:
-    """N steps of a solver over a schedule, from noisy (last) to clean (first).
+    """N steps of a solver over a schedule, from clean (first) to noisy (last).
 
     Attributes:
-        times: Start of each step, shape (N,), growing.
+        times: Start of each step in the schedule's units, shape (N,), growing.
         previous: End of each step, shape (N,); indexed by the number of the step, never by a time.
     """
 
@@ -51,69 +51,70 @@ class SolverGrid:
         return len(self.times)
 
     def to(self, device: str | torch.device) -> SolverGrid:
-        """The same grid on `device`."""
+        """Return the same grid on `device`."""
         return SolverGrid(self.times.to(device), self.previous.to(device))
 
 
 class Schedule(ABC):
-    """A Gaussian path from data to noise; see the module's equation."""
+    """A Gaussian path from data to noise; see the module's equation. Times `t` are in its own units."""
 
     clean_at_zero: bool
-    """Whether x_t at t = 0 is the data itself (sigma(0) = 0): a consistency function meets its boundary there."""
+    """Whether x_t at t = 0 is the data itself (sigma_0 = 0): a consistency function meets its boundary there."""
     t_max: float
     """The noisiest time."""
     num_train_timesteps: int
-    """T of the model's scheduler config."""
+    """T in the model's scheduler config."""
 
     @abstractmethod
     def alpha(self, t: Tensor) -> Tensor:
-        """alpha_t, shape of `t`, float64."""
+        """Return alpha_t, shape of `t`, float64."""
 
     @abstractmethod
     def sigma(self, t: Tensor) -> Tensor:
-        """sigma_t, shape of `t`, float64."""
+        """Return sigma_t, shape of `t`, float64."""
 
     @abstractmethod
     def alpha_dot(self, t: Tensor) -> Tensor:
-        """D alpha / dt."""
+        """Return d alpha_t / dt, shape of `t`, float64."""
 
     @abstractmethod
     def sigma_dot(self, t: Tensor) -> Tensor:
-        """D sigma / dt."""
+        """Return d sigma_t / dt, shape of `t`, float64."""
 
     @abstractmethod
     def time_of_log_snr(self, log_snr: Tensor) -> Tensor:
-        """The time whose :meth:`log_snr` is given."""
+        """Return the time at which :meth:`log_snr` has this value, shape of `log_snr`."""
 
     @abstractmethod
     def network_time(self, t: Tensor) -> Tensor:
-        """What the network is fed for time `t`."""
+        """Return the network's time input for time `t`, shape of `t`."""
 
     @abstractmethod
     def grid(self, num_steps: int) -> SolverGrid:
-        """The solver's grid with `num_steps` steps."""
+        """Return the solver's grid with `num_steps` steps."""
 
     @property
     @abstractmethod
     def zero_terminal_snr(self) -> bool:
-        """Whether alpha is exactly 0 at the noisiest time."""
+        """True if alpha_t is exactly 0 at the noisiest time (arXiv 2305.08891)."""
 
     def log_snr(self, t: Tensor) -> Tensor:
-        """log(alpha_t^2 / sigma_t^2)."""
+        """Return log(alpha_t^2 / sigma_t^2), shape of `t`, float64."""
         return 2 * (self.alpha(t).log() - self.sigma(t).log())
 
     def coefficients(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """(alpha_t, sigma_t) that broadcast against `like` of shape (B, ...)."""
+        """Return (alpha_t, sigma_t) for `t` (B,), shaped to broadcast against `like` (B, ...)."""
         return append_dims(self.alpha(t), like), append_dims(self.sigma(t), like)
 
     def add_noise(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-        """x_t = alpha_t x_0 + sigma_t eps for `x_0`, `eps` of shape (B, ...) and `t` of shape (B,)."""
+        """Return x_t = alpha_t x_0 + sigma_t eps for `x_0`, `eps` of shape (B, ...) and `t` of shape (B,)."""
         alpha_t, sigma_t = self.coefficients(t, x_0)
         return alpha_t * x_0 + sigma_t * eps
 
 
 class DDPMSchedule(Schedule):
-    r"""A variance-preserving table, alpha^2 + sigma^2 = 1, as an angle: alpha = cos(theta_t), sigma = sin(theta_t).
+    r"""A variance-preserving table, alpha_t^2 + sigma_t^2 = 1, as an angle: alpha_t = cos(theta_t), sigma_t =
+    sin(theta_t).
 
     At integer t this is the table itself, alpha_t = sqrt(alphas_cumprod[t]); between integers theta is linear, which
     keeps every quantity finite and monotone also with zero terminal SNR (theta = pi/2).
@@ -134,7 +135,7 @@ class DDPMSchedule(Schedule):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> DDPMSchedule:
-        """The table that a diffusers scheduler config describes (betas, zero terminal SNR)."""
+        """Build the table that a diffusers scheduler config describes (betas, zero terminal SNR)."""
         trained = config.get("trained_betas")
         betas = _betas(config) if trained is None else torch.tensor(trained, dtype=torch.float64)
         alphas_cumprod = torch.cumprod(1 - betas, dim=0)
@@ -152,7 +153,7 @@ class DDPMSchedule(Schedule):
         return self._theta[device]
 
     def _angle(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """theta_t and d theta / dt."""
+        """Return theta_t and d theta_t / dt, each with the shape of `t`."""
         theta = self._table(t.device)
         t = t.to(torch.float64)
         below = t.floor().clamp(0, len(theta) - 2).long()
@@ -189,7 +190,10 @@ class DDPMSchedule(Schedule):
         return t
 
     def grid(self, num_steps: int) -> SolverGrid:
-        """t_i = (i + 1) k - 1 with k = T // N, each step ending at max(t_i - k, 0): LCM's grid (arXiv 2310.04378)."""
+        """Return LCM's grid (arXiv 2310.04378).
+
+        t_i = (i + 1) k - 1 with k = T // N, each step ending at max(t_i - k, 0).
+        """
         if not 1 <= num_steps <= self.num_train_timesteps:
             raise UserError(
                 f"a grid of {num_steps} steps does not fit a schedule of {self.num_train_timesteps} timesteps",
@@ -201,11 +205,11 @@ class DDPMSchedule(Schedule):
 
 
 class FlowSchedule(Schedule):
-    r"""Flow matching: alpha_t = 1 - t, sigma_t = t for t in [0, 1], the network fed T t.
+    r"""Flow matching: alpha_t = 1 - t, sigma_t = t for t in [0, 1]; the network's time input is T t.
 
     Args:
-        shift: Resolution shift of the *grid*: shift(s) = m s / (1 + (m - 1) s). Times given to the other methods are
-            shifted already; it is applied once, where a grid is made.
+        shift: Resolution shift m of the *grid*: shift(s) = m s / (1 + (m - 1) s) (arXiv 2403.03206). Times given to the
+            other methods are shifted already; it is applied once, where a grid is made.
         num_train_timesteps: T, the factor of the network's time.
     """
 
@@ -218,7 +222,7 @@ class FlowSchedule(Schedule):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> FlowSchedule:
-        """From a diffusers FlowMatch scheduler config."""
+        """Build the schedule that a diffusers FlowMatch scheduler config describes."""
         return cls(float(config.get("shift", 1.0)), int(config.get("num_train_timesteps", 1000)))
 
     @property
@@ -226,7 +230,7 @@ class FlowSchedule(Schedule):
         return True
 
     def shifted(self, s: Tensor) -> Tensor:
-        """M s / (1 + (m - 1) s)."""
+        """Return m s / (1 + (m - 1) s) for s in [0, 1], shape of `s`."""
         return self.shift * s / (1 + (self.shift - 1) * s)
 
     def alpha(self, t: Tensor) -> Tensor:
@@ -248,7 +252,7 @@ class FlowSchedule(Schedule):
         return t * self.num_train_timesteps
 
     def grid(self, num_steps: int) -> SolverGrid:
-        """sigma_j = shift(j / N), j = 1 .. N; the last target is sigma_0 = 0."""
+        """Return the grid sigma_j = shift(j / N), j = 1 .. N; the last step ends at sigma_0 = 0."""
         edges = self.shifted(torch.arange(num_steps + 1, dtype=torch.float64) / num_steps)
         return SolverGrid(edges[1:], edges[:-1])
 
@@ -279,7 +283,10 @@ def rescale_to_zero_snr(alphas_cumprod: Tensor) -> Tensor:
 
 
 def from_scheduler_config(config: Mapping[str, Any]) -> tuple[Schedule, str]:
-    """The schedule and prediction type (``epsilon``, ``v_prediction``, ``sample``, ``flow``) of a diffusers config."""
+    """Return schedule and prediction type of a diffusers scheduler config.
+
+    The prediction type is ``epsilon``, ``v_prediction``, ``sample`` or ``flow``.
+    """
     if "FlowMatch" in str(config.get("_class_name", "")):
         return FlowSchedule.from_config(config), "flow"
     return DDPMSchedule.from_config(config), str(config.get("prediction_type", "epsilon"))

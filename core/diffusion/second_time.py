@@ -1,8 +1,9 @@
-"""Networks that take a second time r beside t: which embedding is applied, and the derivative by both times.
+"""Networks that take a second time r beside t: which embedding is applied, and derivatives with respect to both times.
 
-A family that can do it says ``Capabilities(second_time=True)`` and builds its ``add_second_time``, ``predict``,
-``generate``, ``export`` and ``load_student`` from what is here. The embedding itself and the sampler lie in
-:mod:`.flow_map`, which goes along with exported students and is imported when it is first needed: it brings diffusers.
+A family that supports it declares ``Capabilities(second_time=True)`` and builds its ``add_second_time``, ``predict``,
+``generate``, ``export`` and ``load_student`` from these functions. The embedding itself and the sampler lie in
+:mod:`.flow_map`, which is copied beside exported students and is imported when first needed, since it imports
+diffusers.
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ if TYPE_CHECKING:
     from .flow_map import SecondTime
 
 SCHEDULER = "FlowMapScheduler"
-"""Name, in a :class:`.method.Sampler`, of the scheduler that says r."""
+"""Name, in a :class:`.sampler.Sampler`, of the scheduler that supplies r."""
 PREFIX = "second_time."
-"""What the names of its weights begin with: ``second_time.<role>.``."""
+"""Prefix of the names of its weights: ``second_time.<role>.``."""
 
 
 class _PlainNorms(TorchFunctionMode):
-    """Norms see contiguous tensors of one type, at least fp32, and return the type of their input.
+    """Gives norms contiguous tensors of one type, at least fp32, and returns the type of their input.
 
-    The forward-mode derivative of PyTorch's fails on channels-last inputs, and is of another type than the value where
+    PyTorch's forward-mode derivative fails on channels-last inputs, and has another type than the value where
     weights and input differ, as under autocast.
     """
 
@@ -48,10 +49,10 @@ class _PlainNorms(TorchFunctionMode):
 
 @contextlib.contextmanager
 def differentiable_forward() -> Iterator[None]:
-    """Kernels that have a forward-mode derivative, inside the block (:func:`torch.func.jvp`, dual numbers).
+    """Use kernels that have a forward-mode derivative inside the block (:func:`torch.func.jvp`, dual numbers).
 
-    Attention is computed by plain matrix products: the fused kernels have none. That holds the
-    (B, heads, queries, keys) weights in memory, so exact derivatives of large images are dear; differences of two
+    Attention is computed by plain matrix products, since the fused kernels have no such derivative. That holds the
+    (B, heads, queries, keys) weights in memory, so exact derivatives of large images are expensive; differences of two
     calls are not.
     """
     with sdpa_kernel(SDPBackend.MATH), _PlainNorms():
@@ -59,16 +60,16 @@ def differentiable_forward() -> Iterator[None]:
 
 
 def add_second_time(network: nn.Module, *, name: str, path: str, width: int) -> SecondTime:
-    """Give `network` a zero-started embedding of r in place, trainable and in fp32; see :func:`.flow_map.install`."""
+    """Give `network` in place an embedding of r that starts at zero, trainable, fp32; see :func:`.flow_map.install`."""
     from .flow_map import install
 
     return install(network, name=name, path=path, width=width)
 
 
 def active_second_time(network: nn.Module) -> str | None:
-    """The name of the second time that goes with the adapters that are on now; None where there is none.
+    """Return the name of the second time that goes with the active adapters; None where there is none.
 
-    One whose name is an adapter's goes with that adapter; another belongs to the network itself.
+    One that has the name of an adapter goes with that adapter; another belongs to the network itself.
     """
     times: Any = getattr(network, "second_time", None)
     if times is None:
@@ -89,9 +90,15 @@ def _active_adapters(network: nn.Module) -> tuple[str, ...]:
 
 
 def second_time_input(network: nn.Module, t: Tensor, r: Tensor | None) -> AbstractContextManager[None]:
-    """Tell `network` both times, shape (B,) in its own units, inside the block (one forward); nothing where r is None.
+    """Feed `network` both times inside the block, for one forward pass; do nothing where `r` is None.
 
-    Raises ValueError when the network, with the adapters that are on, takes no second time.
+    Args:
+        network: The network, its adapters already set.
+        t: Times in the network's own units, shape (B,).
+        r: Second times, likewise.
+
+    Raises:
+        ValueError: The network, with its active adapters, takes no second time.
     """
     if r is None:
         return nullcontext()
@@ -103,9 +110,9 @@ def second_time_input(network: nn.Module, t: Tensor, r: Tensor | None) -> Abstra
 
 
 def sampled_by(network: nn.Module, scheduler: Any) -> AbstractContextManager[None]:
-    """Tell `network` the times of `scheduler` inside the block; nothing where the network takes one time only.
+    """Feed `network` the times of `scheduler` inside the block; do nothing where the network takes one time only.
 
-    Raises ValueError when the scheduler does not know the second.
+    Raises ValueError when the scheduler has no second time.
     """
     name = active_second_time(network)
     if name is None:
@@ -123,10 +130,10 @@ def export_second_time(network: nn.Module, folder: Path, *, component: str, name
     """Write ``flow_map.py`` and, where the network has one, ``second_time.safetensors`` into `folder`.
 
     Args:
-        network: As it was trained.
-        folder: Of the student.
-        component: What a pipeline calls the network.
-        name: The role; a network without an adapter of this name gives the one that it has itself.
+        network: The trained network.
+        folder: Folder of the student.
+        component: Name of the network in a pipeline.
+        name: The role; a network without an adapter of this name exports its own second time.
     """
     from safetensors.torch import save_file
 
@@ -144,7 +151,7 @@ def export_second_time(network: nn.Module, folder: Path, *, component: str, name
 
 @contextlib.contextmanager
 def detached_second_time(network: nn.Module) -> Iterator[None]:
-    """`network` without its second times inside the block, for writing what plain diffusers reads."""
+    """Remove the second times of `network` inside the block, to write what plain diffusers reads."""
     times = network._modules.pop("second_time", None)
     try:
         yield
@@ -154,7 +161,7 @@ def detached_second_time(network: nn.Module) -> Iterator[None]:
 
 
 def load_second_time(network: nn.Module, folder: Path, *, name: str) -> None:
-    """Give `network` the second time that lies beside a student, frozen; nothing where none does."""
+    """Load the second time stored beside a student onto `network`, frozen; do nothing where there is none."""
     from . import flow_map
 
     flow_map.load_second_time(network, folder, name=name)

@@ -1,8 +1,8 @@
-r"""Pieces of a trajectory: the segments that a solver's grid is cut into, and noise added to a point on its way.
+r"""Segments of a trajectory that a solver's grid is cut into, and renoising of a point on it.
 
 A grid of N steps has N + 1 points p_0 < p_1 < ... < p_N, step i going from p_{i+1} to p_i. Cut into K segments, the
 b-th begins at the point ceil(b N / K): the points that K even steps of a few-step sampler visit, so that such a
-sampler walks from edge to edge, whether K divides N or not. Where K' divides K, its edges are among those of K.
+sampler steps from edge to edge, whether K divides N or not. Where K' divides K, its edges are among those of K.
 
 References:
     Ren et al., Hyper-SD: Trajectory Segmented Consistency Model (equation 11), arXiv 2404.13686.
@@ -18,10 +18,10 @@ from . import Schedule
 
 
 def segment_edge(index: Tensor, *, num_steps: int, num_segments: int) -> Tensor:
-    """The point at which the segment of each step begins: of `index` i (B,) in 0 .. N-1, the largest edge <= i.
+    """Return the point at which the segment of each step begins, the largest edge <= i, shape (B,) (arXiv 2404.13686).
 
     Args:
-        index: Steps of the grid, int64.
+        index: Steps i of the grid in 0 .. N-1, int64, shape (B,).
         num_steps: N.
         num_segments: K, at most N; one segment begins at point 0, N segments are single steps.
     """
@@ -30,9 +30,16 @@ def segment_edge(index: Tensor, *, num_steps: int, num_segments: int) -> Tensor:
 
 
 def renoise(schedule: Schedule, x_s: Tensor, s: Tensor, u: Tensor, eps: Tensor) -> Tensor:
-    """A sample of p(x_u | x_s) for u >= s: r x_s + sqrt(sigma_u^2 - r^2 sigma_s^2) eps with r = alpha_u / alpha_s.
+    """Return a sample of p(x_u | x_s): r x_s + sqrt(sigma_u^2 - r^2 sigma_s^2) eps with r = alpha_u / alpha_s.
 
-    `x_s` and `eps` of shape (B, ...), `s` and `u` of shape (B,). Exactly x_s where u = s; alpha_s must not be 0.
+    It is exactly x_s where u = s.
+
+    Args:
+        schedule: The model's noise schedule.
+        x_s: Noised samples, shape (B, ...).
+        s: Their times in the schedule's units, shape (B,); alpha_s must not be 0.
+        u: Times to noise them to, u >= s, shape (B,).
+        eps: Noise, shape (B, ...).
     """
     (alpha_s, sigma_s), (alpha_u, sigma_u) = schedule.coefficients(s, x_s), schedule.coefficients(u, x_s)
     kept = alpha_u / alpha_s
@@ -40,7 +47,8 @@ def renoise(schedule: Schedule, x_s: Tensor, s: Tensor, u: Tensor, eps: Tensor) 
 
 
 def even_times(schedule: Schedule, *, num_steps: int, num_grid_steps: int) -> list[float]:
-    """`num_steps` times spread evenly over the training grid from its noisy end, falling.
+    """Return `num_steps` falling times spread evenly over the training grid from its noisy end, in the schedule's
+    units.
 
     These are the timesteps of diffusers' LCMScheduler and TCDScheduler with ``original_inference_steps`` N.
     """
@@ -49,10 +57,10 @@ def even_times(schedule: Schedule, *, num_steps: int, num_grid_steps: int) -> li
 
 
 def check_on_grid(method: str, num_steps: int, *, num_grid_steps: int) -> None:
-    """Raise UserError when `num_steps` of a sampler do not fit the grid that the student of `method` knows."""
+    """Raise UserError if `num_steps` of a sampler do not fit the grid that the student of `method` was trained on."""
     if num_steps > num_grid_steps:
         raise UserError(
             f"{num_steps} inference steps are more than {method}'s num_ddim_timesteps = {num_grid_steps}: "
-            "the sampler walks on the training grid",
+            "the sampler visits times of the training grid",
             f"sample with at most {num_grid_steps} steps, or train with a finer grid",
         )

@@ -1,11 +1,11 @@
-r"""The deterministic sampler as a grid of timesteps from noise to data: its times, its steps, a step read backwards.
+r"""The deterministic sampler as a grid of timesteps from noise to data: its times, its steps, and their inverse.
 
 One step along a prediction from time t to time s,
 
     x_s = alpha_s x_0 + sigma_s eps,    eps = (x_t - alpha_t x_0) / sigma_t
 
-is one of DDIM on a table of betas and one of Euler on a flow. Read backwards it says which x_0 a network must predict
-at x_t to land on a given x_s:
+is one of DDIM on a table of betas and one of Euler on a flow. Solved for x_0 it gives the prediction that a network
+must make at x_t to land on a given x_s:
 
     x_0* = (x_s - (sigma_s / sigma_t) x_t) / (alpha_s - (sigma_s / sigma_t) alpha_t)
 
@@ -37,9 +37,9 @@ class TimestepGrid:
     """N steps from the noisiest time to the data; step j goes from point j to point j + 1, and point N is the data.
 
     Attributes:
-        times: Where the network is called, falling, shape (N,), in the schedule's units.
-        alpha: Of the points, shape (N + 1,), float64; the last is 1.
-        sigma: Of the points, shape (N + 1,), float64; the last is 0, also on a table whose own end is noisy.
+        times: Times in the schedule's units at which the network is called, falling, shape (N,).
+        alpha: alpha of the points, shape (N + 1,), float64; the last is 1.
+        sigma: sigma of the points, shape (N + 1,), float64; the last is 0, also on a table whose own end is noisy.
     """
 
     times: Tensor
@@ -50,18 +50,18 @@ class TimestepGrid:
         return len(self.times)
 
     def to(self, device: str | torch.device) -> TimestepGrid:
-        """The same timestep grid on `device`."""
+        """Return the same timestep grid on `device`."""
         return TimestepGrid(self.times.to(device), self.alpha.to(device), self.sigma.to(device))
 
     def at(self, point: Tensor) -> Coefficients:
-        """(alpha, sigma) of points (B,)."""
+        """Return (alpha, sigma) of points with these numbers, each of shape (B,)."""
         return self.alpha[point], self.sigma[point]
 
 
 def trailing_timesteps(schedule: Schedule, num_steps: int) -> TimestepGrid:
-    """The steps T - 1, T - 1 - T/N, ... of ``timestep_spacing="trailing"``, or shift(1), shift(1 - 1/N), ... of a flow.
+    """Return the grid T - 1, T - 1 - T/N, ... of ``timestep_spacing="trailing"`` (arXiv 2305.08891).
 
-    The points of N steps are every second one of 2 N steps.
+    On a flow it is shift(1), shift(1 - 1/N), ... The points of N steps are every second one of 2 N steps.
 
     Raises:
         UserError: There are more steps than timesteps.
@@ -78,19 +78,19 @@ def trailing_timesteps(schedule: Schedule, num_steps: int) -> TimestepGrid:
 
 
 def step_to(prediction: Prediction, end: Coefficients) -> Tensor:
-    """x_s = alpha_s x_0 + sigma_s eps of shape (B, ...), `end` being (alpha_s, sigma_s)."""
+    """Return x_s = alpha_s x_0 + sigma_s eps of shape (B, ...) for `end` = (alpha_s, sigma_s) (arXiv 2010.02502)."""
     alpha_s, sigma_s = (append_dims(part, prediction.x_t) for part in end)
     return alpha_s * prediction.x0 + sigma_s * prediction.eps
 
 
 def data_of_step(x_t: Tensor, x_s: Tensor, *, start: Coefficients, end: Coefficients) -> Tensor:
-    """x_0*: the data whose prediction at `x_t` makes one step land on `x_s` (B, ...).
+    """Return x_0*, the x_0 prediction at `x_t` with which one step lands on `x_s`, shape (B, ...) (arXiv 2202.00512).
 
     Finite also where alpha_t = 0 (pure noise) and where sigma_s = 0 (there it is x_s / alpha_s).
 
     Args:
-        x_t: Where the step begins.
-        x_s: Where it ends.
+        x_t: Start of the step, shape (B, ...).
+        x_s: End of the step, shape (B, ...).
         start: (alpha_t, sigma_t), sigma_t above 0.
         end: (alpha_s, sigma_s), less noisy.
     """
@@ -103,15 +103,15 @@ def data_of_step(x_t: Tensor, x_s: Tensor, *, start: Coefficients, end: Coeffici
 def deterministic_sampler(
     schedule: Schedule, num_steps: int, guidance_scale: float, *, spacing: str | None = "trailing"
 ) -> Sampler:
-    """DDIM (Euler on a flow), ending at the data; over :func:`trailing_timesteps` unless told otherwise.
+    """Return DDIM (Euler on a flow) ending at the data, over :func:`trailing_timesteps` unless `spacing` differs.
 
-    diffusers' DDIM goes on by T // N timesteps and the timestep grid by T / N, which is one where N divides T.
+    diffusers' DDIM steps by T // N timesteps and the timestep grid by T / N, which is the same where N divides T.
 
     Args:
-        schedule: The model's.
+        schedule: The model's noise schedule.
         num_steps: N.
-        guidance_scale: The pipeline's; 0 is off.
-        spacing: ``timestep_spacing`` on a table of betas; None: the model's own.
+        guidance_scale: The pipeline's guidance scale; 0 is off.
+        spacing: ``timestep_spacing`` on a table of betas; None uses the model's own.
     """
     timesteps = trailing_timesteps(schedule, num_steps)
     if schedule.clean_at_zero:

@@ -11,7 +11,7 @@ Number = Annotated[float, Field(ge=0, le=1e6)]
 
 
 def _steps_as_numbers(value: object) -> object:
-    """JSON has text keys only."""
+    """Turn the text keys of JSON objects into numbers."""
     if not isinstance(value, dict):
         return value
     return {int(key) if isinstance(key, str) and key.isdigit() else key: weight for key, weight in value.items()}
@@ -23,7 +23,7 @@ Weight = Annotated[Number | Steps, BeforeValidator(_steps_as_numbers)]
 
 
 def weight_at(weight: float | dict[int, float], step: int) -> float:
-    """The weight at optimizer step `step`."""
+    """Return the weight at optimizer step `step`."""
     if not isinstance(weight, dict):
         return float(weight)
     steps = sorted(weight)
@@ -38,5 +38,5 @@ def weight_at(weight: float | dict[int, float], step: int) -> float:
 
 
 def ever_positive(weight: float | dict[int, float]) -> bool:
-    """Whether the term is used at all."""
+    """Return True if the term has a weight above 0 at some step."""
     return any(value > 0 for value in weight.values()) if isinstance(weight, dict) else weight > 0

@@ -1,1 +1,1 @@
-"""The loop and what it stands on: optimizers, checkpoints, figures, memory, processes."""
+"""The training loop and what it needs: optimizers, checkpoints, metrics, trackers, processes."""

@@ -1,8 +1,9 @@
-"""Checkpoints that are complete or absent, never half, and that hold no pickle.
+"""Checkpoints that are complete or absent, never half written, and that hold no pickle.
 
 A checkpoint is written to a temporary folder (``.checkpoint-<n>.partial``), each file and folder fsynced, its manifest
-of checksums last, and renamed to ``checkpoint-<n>`` in one move. Whatever moment the process dies at, the folders named
-``checkpoint-<n>`` are whole. A partial that already has its manifest is whole too: the next start finishes its rename.
+of checksums last, and renamed to ``checkpoint-<n>`` in one operation. Whenever the process dies, the folders named
+``checkpoint-<n>`` are complete. A partial that already has its manifest is complete too: the next start finishes its
+rename.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class CheckpointState:
     Attributes:
         step: Optimizer steps taken.
         tensors: Group name -> tensor name -> tensor; each group becomes ``<group>.safetensors``.
-        meta: Whatever else there is, JSON-able (floats round-trip exactly).
+        meta: All other state, as JSON values (floats round-trip exactly).
     """
 
     step: int
@@ -53,7 +54,7 @@ class CheckpointStore:
 
     Args:
         output_dir: Folder of the run.
-        limit: How many to keep, the newest; None or 0 keeps all.
+        limit: Number of newest checkpoints to keep; None or 0 keeps all.
         read_only: For ranks that do not save: nothing is cleaned up, and :meth:`save` is refused.
     """
 
@@ -67,11 +68,11 @@ class CheckpointStore:
             self._recover()
 
     def all(self) -> list[Path]:
-        """The complete checkpoints, oldest first. Checksums are left to :meth:`load`."""
+        """Return the complete checkpoints, oldest first. Checksums are left to :meth:`load`."""
         return [path for _, path in sorted(self._complete().items())]
 
     def latest(self) -> Path | None:
-        """The newest complete checkpoint, or None."""
+        """Return the newest complete checkpoint, or None."""
         paths = self.all()
         return paths[-1] if paths else None
 
@@ -81,7 +82,7 @@ class CheckpointStore:
         A checkpoint of the same step is replaced.
 
         Args:
-            state: What to keep.
+            state: The state to keep.
             step: Optimizer steps taken; ``state.step`` unless given, and never another number.
         """
         if self.read_only:
@@ -120,14 +121,14 @@ class CheckpointStore:
         return later
 
     def download(self, step: int | None = None) -> None:
-        """Bring a checkpoint here from another place, where they are kept in one and it is not here.
+        """Download a checkpoint that is not here, where a copy of them is kept in another place.
 
         Args:
             step: Its step; None for the newest.
         """
 
     def wait(self) -> None:
-        """Wait until nothing is under way any more; called when the run ends."""
+        """Wait until all copies are done; called when the run ends."""
 
     # -- the moves --------------------------------------------------------------------------------------------------
 
@@ -135,7 +136,7 @@ class CheckpointStore:
         return self.output_dir / f".checkpoint-{step}.{suffix}"
 
     def _fresh(self, step: int) -> Path:
-        """Where a checkpoint is made before it is moved into its place; nothing is there."""
+        """Return the empty place where a checkpoint is written before it is renamed."""
         partial = self._temporary(step, "partial")
         _remove(partial)
         return partial
@@ -170,11 +171,11 @@ class CheckpointStore:
                 self._delete(path)
 
     def _kept(self) -> list[Path]:
-        """Checkpoints that are not removed now, although they are beyond the limit."""
+        """Return checkpoints that must not be removed now, although they are beyond the limit."""
         return []
 
     def _delete(self, path: Path) -> None:
-        """Out of sight in one move first: a folder that dies half deleted must not bear the name of a checkpoint."""
+        """Rename the folder out of sight, then remove it: half a folder must not bear a checkpoint's name."""
         temporary = self._temporary(_step_of(path), "deleted")
         _remove(temporary)
         os.rename(path, temporary)
@@ -223,7 +224,7 @@ class CheckpointStore:
 
 
 def read_manifest(folder: Path, name: str = MANIFEST) -> dict[str, Any]:
-    """The manifest of a complete checkpoint."""
+    """Read the manifest of a complete checkpoint."""
     return json.loads((folder / name).read_text("utf-8"))
 
 
@@ -238,7 +239,7 @@ def _step_of(path: Path) -> int:
 
 
 def _is_complete(path: Path) -> bool:
-    """Whether every file of the manifest is there at its size (cheap: no file is read)."""
+    """Return True if every file of the manifest is there at its size (cheap: no file is read)."""
     try:
         files = json.loads((path / MANIFEST).read_text("utf-8"))["files"]
         return all((path / name).stat().st_size == entry["bytes"] for name, entry in files.items())
@@ -272,7 +273,7 @@ def _write(folder: Path, state: CheckpointState) -> None:
 
 
 def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """CPU copies that safetensors accepts: contiguous, and no two on one storage."""
+    """Return CPU copies that safetensors accepts: contiguous, and no two on one storage."""
     seen: set[int] = set()
     result: dict[str, Tensor] = {}
     for name, tensor in tensors.items():

@@ -12,10 +12,10 @@ _LOW = (torch.float16, torch.bfloat16)
 
 
 class EMA:
-    """The average of a list of tensors, moved in place and in one fused pass.
+    """The average of a list of tensors, updated in place and in one fused pass.
 
     Args:
-        averages: The tensors that hold the average, in float32 or wider (a bf16 one would not move at high decays).
+        averages: The tensors that hold the average, in float32 or wider (a bf16 one would not change at high decays).
         decay: In [0, 1); 0 copies.
         warmup: Start with smaller decays, ``min(decay, (1 + n) / (10 + n))`` at update n, to forget the start.
     """
@@ -33,12 +33,12 @@ class EMA:
 
     @classmethod
     def copy_of(cls, tensors: Sequence[Tensor], *, decay: float, warmup: bool = False) -> EMA:
-        """An average that starts at (a copy in at least float32 of) `tensors`."""
+        """Return an average that starts at a copy of `tensors` in at least float32."""
         return cls([_wide(tensor.detach()).clone() for tensor in tensors], decay=decay, warmup=warmup)
 
     @torch.no_grad()
     def update(self, tensors: Sequence[Tensor]) -> None:
-        """Move towards `tensors`, which have the shapes of the averages in the same order."""
+        """Update the average with `tensors`, which have the shapes of the averages in the same order."""
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates)) if self.warmup else self.decay
         if len(tensors) != len(self.averages):
             raise ValueError(f"{len(tensors)} tensors for {len(self.averages)} averages")
@@ -55,7 +55,7 @@ class EMA:
 
     @contextmanager
     def applied_to(self, tensors: Sequence[Tensor]) -> Iterator[None]:
-        """`tensors` hold the average inside the block and their own values, bit for bit, after it."""
+        """Write the average into `tensors` inside the block; restore their own values, bit for bit, after it."""
         kept = [tensor.detach().clone() for tensor in tensors]
         self.copy_to(tensors)
         try:
@@ -66,7 +66,7 @@ class EMA:
                     tensor.copy_(value)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Flat tensors for a checkpoint."""
+        """Return flat tensors for a checkpoint."""
         state = {f"average.{index}": tensor for index, tensor in enumerate(self.averages)}
         return {**state, "num_updates": torch.tensor(self.num_updates)}
 

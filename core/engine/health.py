@@ -1,4 +1,4 @@
-"""Watches for losses that are not finite, without stopping the device: each step's flag is read one step later."""
+"""Detects losses that are not finite, without synchronising the device: each step's flag is read one step later."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class _Pending:
 
 
 class HealthMonitor:
-    """Counts withheld updates and ends the run, with the samples' names, after too many in a row.
+    """Counts withheld updates and ends the run, naming the samples, after too many in a row.
 
     Args:
         max_bad_steps: Consecutive withheld updates after which the run stops.
-        gather: What every process gives, from all of them: all withhold the same updates, of samples of their own.
+        gather: Gathers a value from every process: all withhold the same updates, for samples of their own.
     """
 
     def __init__(self, max_bad_steps: int, *, gather: Callable[[Any], list[Any]] = lambda own: [own]) -> None:
@@ -42,7 +42,7 @@ class HealthMonitor:
         """Note a step's flags; :meth:`check` reads them, before the next step begins.
 
         Args:
-            role: Whose update it was.
+            role: The role that was updated.
             step: Optimizer step.
             taken: Boolean scalar, whether the update was taken.
             bad_samples: Boolean, shape (B,), samples whose own loss is not finite.

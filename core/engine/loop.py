@@ -28,12 +28,12 @@ Reduce = Callable[[Sequence[Tensor]], None]
 
 
 def no_reduction(tensors: Sequence[Tensor]) -> None:
-    """One process: nothing to average."""
+    """Do nothing: with one process there is nothing to average."""
 
 
 @dataclass
 class StepResult:
-    """What one optimizer step leaves on the device."""
+    """Results of one optimizer step, still on the device."""
 
     metrics: dict[str, Tensor | float] = field(default_factory=dict)
     bin_sums: Tensor | None = None
@@ -43,7 +43,7 @@ class StepResult:
 
 
 def stage_starts(stages: Sequence[Stage]) -> dict[int, Stage]:
-    """First optimizer step of every stage but the first."""
+    """Return the first optimizer step of every stage but the first."""
     starts, step = {}, 0
     for stage in stages:
         if step:
@@ -54,7 +54,7 @@ def stage_starts(stages: Sequence[Stage]) -> dict[int, Stage]:
 
 @dataclass
 class _Accumulated:
-    """The same update of every micro-batch."""
+    """The updates of one role from every micro-batch of a step."""
 
     role: str
     updates: list[Update] = field(default_factory=list)
@@ -66,12 +66,12 @@ class Loop:
 
     Args:
         method: Yields the updates.
-        context: The run; bound to each micro-batch here.
-        networks: By role.
-        optimizers: By trained role.
-        health: Told of each step's flags.
+        context: The run's context; bound to each micro-batch here.
+        networks: Networks by role.
+        optimizers: Optimizers by trained role.
+        health: Records each step's flags.
         reduce: Averages tensors over processes, in place.
-        stages: The method's, in order; what each asks for happens before its first step.
+        stages: The method's stages, in order; their resets and copies happen before their first step.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Loop:
         self.stage_starts = stage_starts(stages)
 
     def step(self, step: int, batches: Sequence[Batch]) -> StepResult:
-        """Optimizer step `step` over this process's micro-batches."""
+        """Take optimizer step `step` over this process's micro-batches."""
         self.health.check()
         if step in self.stage_starts:
             self._enter(self.stage_starts[step])
@@ -133,7 +133,7 @@ class Loop:
         )
 
     def _enter(self, stage: Stage) -> None:
-        """Copy weights and forget moments, as the stage that begins asks for."""
+        """Copy weights and reset optimizers, as the stage that begins asks for."""
         for source in dict.fromkeys(stage.copy.values()):
             if source in self.optimizers:
                 self.optimizers[source].finalize()
@@ -145,7 +145,7 @@ class Loop:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Inside, every trained role holds the weights to validate, score and export."""
+        """Give every trained role the weights to validate, score and export, inside the block."""
         with ExitStack() as stack:
             for optimizer in self.optimizers.values():
                 stack.enter_context(optimizer.evaluating())
@@ -193,7 +193,7 @@ def _bad_samples(updates: Sequence[Update], num_samples: int, loss: Tensor) -> T
 
 
 def _time_bins(updates: Sequence[Update], t_max: float) -> tuple[Tensor | None, Tensor | None]:
-    """Sums and counts of the per-sample losses in ten equal bins of time."""
+    """Return sums and counts of the per-sample losses in ten equal bins of time, each of shape (10,)."""
     pairs = [(u.per_sample, u.t) for u in updates if u.per_sample is not None and u.t is not None]
     if not pairs:
         return None, None

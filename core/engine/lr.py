@@ -44,7 +44,7 @@ SHAPES: dict[str, DecayCurve | None] = {
     "polynomial": lambda p, num_cycles, power: (1 - p) ** power,
     "sine": lambda p, num_cycles, power: (1 + math.sin(2 * math.pi * num_cycles * p + math.pi / 2)) / 2,
 }
-"""Names and shapes; None is constant. The shapes take p, num_cycles, power."""
+"""Schedule name -> shape, a function of p, num_cycles and power; None is constant."""
 
 
 def lr_lambda(
@@ -56,7 +56,7 @@ def lr_lambda(
     power: float = 1.0,
     end_factor: float = 0.0,
 ) -> Callable[[int], float]:
-    """The factor of the learning rate for optimizer step `step`, counted from 0.
+    """Return the function from optimizer step, counted from 0, to the factor of the learning rate.
 
     Args:
         name: One of :data:`SHAPES`.
@@ -87,11 +87,11 @@ def lr_lambda(
 
 
 def staged(make: Callable[[int], Callable[[int], float]], stages: Sequence[Stage]) -> Callable[[int], float]:
-    """One schedule over the whole run, begun anew by each stage that restarts the learning rate.
+    """Return one schedule over the whole run, begun anew by each stage that restarts the learning rate.
 
     Args:
-        make: The schedule for a number of steps.
-        stages: The run's, in order.
+        make: Makes the schedule for a number of steps.
+        stages: The run's stages, in order.
     """
     lengths: list[int] = []
     for stage in stages:

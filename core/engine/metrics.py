@@ -1,4 +1,4 @@
-"""Figures of each step: collected on the device without stopping it, written as one JSON line per step."""
+"""Metrics of each step: collected on the device without synchronising it, written as one JSON line per step."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class MetricBuffer:
         self._slots: list[list[tuple[int, str]]] = []
 
     def __len__(self) -> int:
-        """Number of steps in the buffer."""
+        """Return the number of steps in the buffer."""
         return len(self._floats)
 
     def add(self, step: int, metrics: Mapping[str, Tensor | float]) -> None:
-        """Keep the values that the scalars of `metrics` have now; several calls for one step add up to one row.
+        """Keep the present values of `metrics`; several calls for one step add up to one row.
 
         Args:
             step: Optimizer step; never smaller than the last one.
@@ -59,7 +59,7 @@ class MetricBuffer:
             self._slots.append([(index, name) for name, _ in named])
 
     def flush(self) -> list[Row]:
-        """The rows since the last flush, in order; the one place that waits for the device."""
+        """Return the rows since the last flush, in order; the one place that waits for the device."""
         rows = self._floats
         by_device: dict[torch.device, list[int]] = {}
         for position, stack in enumerate(self._stacks):
@@ -81,14 +81,14 @@ class MetricBuffer:
 
 
 def _widened(values: Tensor) -> Tensor:
-    """In the widest type of the device, so that nothing is lost (Apple's GPUs have no float64)."""
+    """Return `values` in the widest type of the device, so that nothing is lost (Apple's GPUs have no float64)."""
     return values.to(torch.float32 if values.device.type == "mps" else torch.float64)
 
 
 class MetricsFile:
     """``metrics.jsonl``: one line per optimizer step, floats printed so that reading them back gives the same bits.
 
-    What is not finite is written as the string ``"NaN"``, ``"Infinity"`` or ``"-Infinity"``: JSON has no such number.
+    Non-finite values are written as the string ``"NaN"``, ``"Infinity"`` or ``"-Infinity"``: JSON has no such number.
     """
 
     def __init__(self, path: Path) -> None:
@@ -96,7 +96,7 @@ class MetricsFile:
         self._file: IO[bytes] | None = None
 
     def append(self, rows: Iterable[Row]) -> None:
-        """Write rows and hand them to the operating system: a killed process loses none of them."""
+        """Write rows and hand them to the operating system, so that a killed process loses none of them."""
         text = "".join(json.dumps({"step": step, **_strict(values)}, allow_nan=False) + "\n" for step, values in rows)
         if text:
             file = self._open()
@@ -104,12 +104,12 @@ class MetricsFile:
             file.flush()
 
     def sync(self) -> None:
-        """Wait until the lines are on the disk (before a checkpoint that counts on them)."""
+        """Wait until the lines are on disk (before a checkpoint that counts on them)."""
         if self._file is not None:
             os.fsync(self._file.fileno())
 
     def truncate_after(self, step: int) -> None:
-        """Drop the rows of later steps and a line torn by a kill: the run goes on after `step`."""
+        """Drop the rows of later steps and a line torn by a kill: the run continues after `step`."""
         self.close()
         if not self.path.exists():
             return
@@ -131,7 +131,7 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> Iterator[Row]:
-    """The rows of a ``metrics.jsonl``; a torn last line is left out."""
+    """Yield the rows of a ``metrics.jsonl``; a torn last line is left out."""
     with Path(path).open("rb") as file:
         for line in file:
             row = _parse(line)
@@ -141,7 +141,7 @@ def read_metrics(path: Path) -> Iterator[Row]:
 
 
 def _length_up_to(file: IO[bytes], step: int) -> int:
-    """Bytes of the lines that are whole and not later than `step`; steps only rise."""
+    """Return the bytes of the lines that are whole and not later than `step`; steps only rise."""
     length = 0
     for line in file:
         row = _parse(line)

@@ -73,7 +73,7 @@ class AdapterSwitch:
 
     @contextmanager
     def use(self, adapter: str | None) -> Iterator[None]:
-        """`adapter` on (None: all off) inside the block; what was before comes back after it, also on an error."""
+        """Switch on `adapter` (None: none) inside the block; restore what was on before, also on an error."""
         before = self.active
         if adapter == before:
             yield
@@ -85,7 +85,7 @@ class AdapterSwitch:
             self._apply(before)
 
     def checkpoint(self, module: nn.Module, *args: Any) -> Any:
-        """Gradient checkpointing whose recomputation runs with the adapters of the forward pass."""
+        """Run `module` under gradient checkpointing, its recomputation with the adapters of the forward pass."""
         adapter = self.active
         return checkpoint(
             module.__call__, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), self.use(adapter))
@@ -97,9 +97,9 @@ class Networks:
 
     Args:
         family: Loads the base and makes copies for full training.
-        roles: What the method declared.
+        roles: The roles that the method declared.
         lora: Shape of adapters.
-        seed: Of the adapters' initial weights.
+        seed: Seed of the adapters' initial weights.
         gradient_checkpointing: Recompute activations in the backward pass.
         parameter_dtype: Type of trained LoRA weights (bfloat16 only for optimizers that compensate the rounding).
         ema_decay: Decay of another average of the student, for ``use_ema``; None without.
@@ -138,7 +138,7 @@ class Networks:
             self._enable_checkpointing()
 
     def _is_adapter(self, role: Role) -> bool:
-        """Whether the role's weights are an adapter on the shared base."""
+        """Return True if the role's weights are an adapter on the shared base."""
         return role.trains == "lora" or (role.source is not None and self._is_adapter(self.roles[role.source]))
 
     def _has_second_time(self, role: Role) -> bool:
@@ -161,7 +161,7 @@ class Networks:
         return self.base
 
     def _width_of(self, role: Role) -> torch.dtype:
-        """An average kept in half precision would lose its small steps to rounding."""
+        """Return the role's type; an average in half precision would lose its small steps to rounding."""
         return torch.promote_types(self._dtype, torch.float32) if role.ema_of is not None else self._dtype
 
     def _heads(self, role: Role) -> nn.Module:
@@ -202,7 +202,7 @@ class Networks:
 
     @staticmethod
     def _own(base: nn.Module, role: str) -> dict[str, nn.Parameter]:
-        """What a role that is an adapter owns of the shared base: its LoRA and the embedding of its second time."""
+        """Return the parameters of the base that belong to an adapter's role: its LoRA and its second time."""
         marker = f".{role}."
         return {
             name: parameter
@@ -246,7 +246,7 @@ class Networks:
                 self.copy(each.name, role)
 
     def _move_second_time(self, source: str, target: str, *, path: str) -> None:
-        """Give `target` the second time of `source`, which loses it; one without leaves the start at zero."""
+        """Give `target` the second time of `source`, which loses it; without one, `target` keeps its start at zero."""
         times: Any = getattr(self.base, "second_time", {})
         if source not in times:
             return
@@ -270,18 +270,18 @@ class Networks:
 
     @contextmanager
     def use(self, role: str) -> Iterator[nn.Module]:
-        """The role's network, with its adapters on and all others off, inside the block."""
+        """Switch on the role's adapters, and no others, inside the block; yield its network."""
         module = self._modules[role]
         adapter = role if self._is_adapter(self.roles[role]) else None
         with self._switch.use(adapter) if self._switch and module is self.base else nullcontext():
             yield module
 
     def module(self, role: str) -> nn.Module:
-        """The module that the role runs on, whatever adapters are on."""
+        """Return the module that the role runs on, whatever adapters are on."""
         return self._modules[role]
 
     def named_parameters(self, role: str) -> dict[str, nn.Parameter]:
-        """The role's own weights by name: its adapter, or the whole network when it is a copy of its own."""
+        """Return the role's own weights by name: its adapter, or the whole network when it is a copy of its own."""
         module = self._modules[role]
         if self._is_adapter(self.roles[role]):
             return self._own(module, role)
@@ -291,17 +291,17 @@ class Networks:
         return list(self.named_parameters(role).values())
 
     def parameters(self, role: str) -> list[nn.Parameter]:
-        """The role's trainable parameters, in a fixed order."""
+        """Return the role's trainable parameters, in a fixed order."""
         return [p for p in self._all_parameters(role) if p.requires_grad]
 
     def trained_roles(self) -> list[str]:
-        """Roles that an optimizer steps, in the method's order."""
+        """Return the roles that an optimizer steps, in the method's order."""
         return [name for name, role in self.roles.items() if role.trains != "none"]
 
     # -- averages ---------------------------------------------------------------------------------------------------
 
     def update_averages(self, stepped: str) -> None:
-        """Move every average of the role that was just stepped; once per optimizer step."""
+        """Update every average of the role that was just stepped; once per optimizer step."""
         for name, average in self._averages.items():
             if self.roles[name].ema_of == stepped:
                 average.update(self._all_parameters(stepped))
@@ -310,20 +310,20 @@ class Networks:
 
     @torch.no_grad()
     def apply_ema(self, role: str) -> None:
-        """The ``use_ema`` average becomes the student's weights: what the next stage starts from."""
+        """Make the ``use_ema`` average the student's weights, from which the next stage starts."""
         if self.average is not None and role == "student":
             self.average.copy_to(self.parameters("student"))
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """The ``use_ema`` average in the student's place inside the block; nothing happens without one."""
+        """Put the ``use_ema`` average in the student's place inside the block; do nothing without one."""
         with self.average.applied_to(self.parameters("student")) if self.average else nullcontext():
             yield
 
     # -- state ------------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """Groups of tensors that decide the future, for a checkpoint."""
+        """Return the groups of tensors that decide the future, for a checkpoint."""
         groups = {f"network-{name}": dict(self.named_parameters(name)) for name in self.roles}
         return {name: {n: t.detach() for n, t in group.items()} for name, group in groups.items() if group} | (
             {"average": self.average.state_dict()} if self.average else {}

@@ -1,4 +1,4 @@
-"""One optimizer step for one role: true norm clipping, and updates with a bad gradient withheld on the device."""
+"""One optimizer step for one role: clipping by the true norm, and withholding on the device of bad updates."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class RoleOptimizer:
     """The optimizer of one role.
 
     Args:
-        optimizer: Over `parameters`.
-        parameters: What it steps.
+        optimizer: A torch optimizer over `parameters`.
+        parameters: The parameters that it steps.
         learning_rate: Learning rate before the schedule.
         schedule: Factor of the learning rate by optimizer step (counted from 0).
         max_grad_norm: The global norm is clipped to this; 0 switches clipping off.
         scaler: For fp16, else None.
-        update_policy: Knows what is special about the optimizer.
+        update_policy: How this optimizer is saved, restored and set aside for evaluation.
     """
 
     def __init__(
@@ -44,11 +44,11 @@ class RoleOptimizer:
         self._fresh: list[dict[str, Any]] | None = None
 
     def learning_rate(self, step: int) -> float:
-        """The learning rate of optimizer step `step`."""
+        """Return the learning rate of optimizer step `step`."""
         return self._learning_rate * self._schedule(step)
 
     def reset(self) -> None:
-        """Start afresh: no moments, no counters."""
+        """Start afresh, without moments and counters."""
         self.optimizer.state.clear()
         for group, fresh in zip(self.optimizer.param_groups, self._at_the_start(), strict=True):
             for key in _settings(group).keys() - fresh.keys():
@@ -56,25 +56,25 @@ class RoleOptimizer:
             group.update(copy.deepcopy(fresh))
 
     def _at_the_start(self) -> list[dict[str, Any]]:
-        """What the parameter groups said before anything was stepped or loaded."""
+        """Return the settings of the parameter groups before anything was stepped or loaded."""
         if self._fresh is None:
             self._fresh = [copy.deepcopy(_settings(group)) for group in self.optimizer.param_groups]
         return self._fresh
 
     @torch.no_grad()
     def finalize(self) -> None:
-        """The weights to evaluate become the weights for good: what follows starts from them."""
+        """Make the weights to evaluate the weights for good: later steps start from them."""
         with self.evaluating():
             finalized = [parameter.detach().clone() for parameter in self.parameters]
         for parameter, value in zip(self.parameters, finalized, strict=True):
             parameter.copy_(value)
 
     def evaluating(self) -> AbstractContextManager[None]:
-        """Inside, the parameters hold the weights to validate, score and export."""
+        """Hold, inside the block, the weights to validate, score and export."""
         return self._update_policy.evaluating(self.optimizer)
 
     def state_dict(self) -> dict[str, Any]:
-        """What decides the next steps."""
+        """Return the state that decides the next steps."""
         return self._update_policy.state(self.optimizer)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -130,21 +130,21 @@ class RoleOptimizer:
 
 
 def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Numbers of a parameter group, counters among them; the learning rate is set anew at each step."""
+    """Return the numbers of a parameter group, counters included; the learning rate is set anew at each step."""
     return {key: value for key, value in group.items() if key not in ("params", "lr")}
 
 
 def _total_norm(gradients: Sequence[Tensor]) -> Tensor:
-    """The global 2-norm in at least fp32: bf16 has eight bits, too few for a clipping factor."""
+    """Return the global 2-norm in at least fp32: bf16 has eight bits, too few for a clipping factor."""
     dtype = torch.promote_types(gradients[0].dtype, torch.float32)
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(gradients), 2.0, dtype=dtype)))
 
 
 @contextmanager
 def restored_unless(taken: Tensor, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer) -> Any:
-    """Undo, on the device, what the block does to parameters and optimizer state unless `taken` is true.
+    """Undo, on the device, the block's changes to parameters and optimizer state unless `taken` is true.
 
-    For optimizers without a fused kernel that reads the flag. Costs one copy of both while it lasts.
+    For optimizers without a fused kernel that reads the flag. Costs one copy of both inside the block.
     """
     before = {id(p): p.detach().clone() for p in parameters}
     states = {id(t): t.clone() for t in _state_tensors(optimizer)}
@@ -159,7 +159,7 @@ def restored_unless(taken: Tensor, parameters: Sequence[nn.Parameter], optimizer
 
 
 def _state_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """Moments and counters on the device.
+    """Return moments and counters on the device.
 
     Counters on the host (optimi has one) are left out: undoing them would wait for the device at each step, and one
     more or less of bias correction does not matter.

@@ -1,6 +1,6 @@
-"""The processes of a run, through accelerate: which device, which rank, and how gradients are averaged.
+"""The processes of a run, through accelerate: device, rank, and averaging of gradients.
 
-The engine averages the gradients of the role that was stepped by itself, since several adapters on one base are more
+The engine itself averages the gradients of the role that was stepped, since several adapters on one base are more
 than a DDP reducer or a DeepSpeed engine expects.
 """
 
@@ -56,7 +56,7 @@ class Processes:
             )
 
     def close(self) -> None:
-        """Leave the process group; without this a process that ends early aborts the others' exit."""
+        """Leave the process group; otherwise a process that ends early aborts the others' exit."""
         if self.world_size > 1 and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
@@ -65,11 +65,11 @@ class Processes:
         self._state.wait_for_everyone()
 
     def synchronized(self) -> AbstractContextManager[None]:
-        """A block that all processes leave together, or with the error of the one that failed in it."""
+        """Return a block that all processes leave together, or with the error of the one that failed in it."""
         return synchronized()
 
     def gather(self, own: Any) -> list[Any]:
-        """What each process gives, by rank; every process must call it."""
+        """Return each process's value, by rank; every process must call it."""
         return gathered(own) if self.world_size > 1 else [own]
 
     def average(self, tensors: Sequence[Tensor]) -> None:
@@ -84,7 +84,7 @@ class Processes:
                 tensor.copy_(averaged)
 
     def any(self, flag: bool) -> bool:
-        """Whether `flag` is set in any process; every process must call it."""
+        """Return True if `flag` is set in any process; every process must call it."""
         if self.world_size == 1:
             return flag
         tensor = torch.tensor(int(flag), device=self.device)
@@ -92,7 +92,8 @@ class Processes:
         return bool(tensor.item())
 
     def any_so_far(self, flag: bool) -> bool:
-        """Whether `flag` was set in any process at the call before this one: asking never waits for the device.
+        """Return True if `flag` was set in any process at the previous call, so that the call never waits for the
+        device.
 
         Every process must call it equally often.
         """
@@ -106,12 +107,12 @@ class Processes:
 
 
 def in_group() -> bool:
-    """Whether this process is one of several that talk to each other."""
+    """Return True if this process is one of several in a process group."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def gathered(own: Any) -> list[Any]:
-    """What each process of the group gives, by rank."""
+    """Return the value of each process of the group, by rank."""
     found: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(found, own)
     return found
@@ -119,10 +120,10 @@ def gathered(own: Any) -> list[Any]:
 
 @contextmanager
 def synchronized() -> Iterator[None]:
-    """All processes leave the block together; what ends it in one ends it in all, with the same message.
+    """Make all processes leave the block together; an error in one ends it in all, with the same message.
 
     Without it, a failure of one process leaves the others waiting for it at their next exchange. Inside the block no
-    process may wait for another; every process must come here.
+    process may wait for another; every process must enter it.
     """
     own: BaseException | None = None
     try:
@@ -137,7 +138,7 @@ def synchronized() -> Iterator[None]:
 
 
 def _summary(error: BaseException) -> tuple[int, str]:
-    """Exit code and text of an error: errors themselves may not be fit for sending."""
+    """Return exit code and text of an error, since errors themselves may not be picklable."""
     if isinstance(error, DistillError):
         return error.exit_code, str(error)
     if isinstance(error, KeyboardInterrupt):

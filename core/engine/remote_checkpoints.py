@@ -1,7 +1,7 @@
-"""Checkpoints that are also kept in another place, so that a run goes on there after this machine is gone.
+"""Copies of checkpoints in another place, so that a run can resume from there after this machine is gone.
 
-A complete checkpoint is uploaded file by file, its manifest last: there, too, a checkpoint is complete or none. What
-cannot be uploaded is a warning and is tried again with the next one; the checkpoint here is never touched by it.
+A complete checkpoint is uploaded file by file, its manifest last: there, too, a checkpoint is complete or absent. A
+failed upload is a warning and is tried again with the next one; the local checkpoint is never touched by it.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class RemoteCheckpoints:
 
     Args:
         entry: Id of the data file's entry.
-        backend: The place.
-        limit: How many are kept there, the newest; None keeps all.
+        backend: The backend of that place.
+        limit: Number of newest checkpoints kept there; None keeps all.
     """
 
     def __init__(self, entry: str, backend: DataBackend, *, limit: int | None) -> None:
@@ -36,7 +36,7 @@ class RemoteCheckpoints:
         self._can_remove = True
 
     def files(self) -> dict[int, set[str]]:
-        """Step -> names of the files that are there. Raises UserError where the place cannot be listed."""
+        """Return step -> names of the files there. Raises UserError where the place cannot be listed."""
         found: dict[int, set[str]] = {}
         try:
             for entry in self.backend.list():
@@ -47,7 +47,7 @@ class RemoteCheckpoints:
         return found
 
     def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, the oldest first."""
+        """Return the steps of the complete checkpoints, oldest first."""
         return sorted(step for step, names in self.files().items() if MANIFEST in names)
 
     def upload(self, folder: Path) -> None:
@@ -62,7 +62,7 @@ class RemoteCheckpoints:
             self.remove(self.steps()[: -self.limit])
 
     def remove(self, steps: list[int]) -> None:
-        """Remove checkpoints, the manifest of each first: a half that is left is none."""
+        """Remove checkpoints, the manifest of each first, so that what a failure leaves is no checkpoint."""
         files = self.files() if steps else {}
         for step in steps:
             try:
@@ -74,7 +74,7 @@ class RemoteCheckpoints:
                 return
 
     def begin_afresh(self, *, overwrite: bool) -> None:
-        """Make sure that no other run's checkpoints are there. Raises UserError where there are, unless overwritten."""
+        """Check that no other run's checkpoints are there. Raises UserError where there are, unless `overwrite`."""
         steps = self.steps()
         if steps and not overwrite:
             raise UserError(
@@ -98,7 +98,7 @@ class RemoteCheckpoints:
         waiting.rename(folder / MANIFEST)
 
     def _copy(self, key: str, path: Path) -> str:
-        """Copy an object into a file; returns the SHA-256 of what came."""
+        """Copy an object into a file; return the SHA-256 of the bytes received."""
         digest = hashlib.sha256()
         try:
             with self.backend.open(key) as stream, path.open("wb") as file:
@@ -113,11 +113,11 @@ class RemoteCheckpoints:
 
 
 class MirroredStore(CheckpointStore):
-    """Checkpoints here, each copied to another place after it is complete, while training goes on.
+    """Local checkpoints, each copied to another place after it is complete, while training goes on.
 
     Args:
         output_dir: Folder of the run.
-        limit: How many to keep in each place.
+        limit: Number of checkpoints to keep in each place.
         there: The other place.
     """
 
@@ -130,7 +130,7 @@ class MirroredStore(CheckpointStore):
         self._pool = ThreadPoolExecutor(1)
 
     def save(self, state: CheckpointState, *, step: int | None = None) -> Path:
-        """Write it here, then begin to copy it there; while earlier ones are still being copied, it waits for them."""
+        """Write a local checkpoint, then begin to copy it; wait first for earlier copies under way."""
         path = super().save(state, step=step)
         self._waiting.append(path)
         if not self._busy:
@@ -142,7 +142,7 @@ class MirroredStore(CheckpointStore):
         return self._running is not None and not self._running.done()
 
     def _kept(self) -> list[Path]:
-        """A checkpoint that is being copied stays until that has ended."""
+        """Return the checkpoints being copied, which must stay until that has ended."""
         return self._copying if self._busy else []
 
     def _begin(self) -> None:
@@ -151,13 +151,13 @@ class MirroredStore(CheckpointStore):
         self._running, self._waiting = self._pool.submit(self._copy, self._copying), []
 
     def _collect(self) -> None:
-        """Wait for the copies under way; those that failed wait for the next time."""
+        """Wait for the copies under way; keep those that failed for the next time."""
         if self._running is not None:
             self._waiting = [*self._running.result(), *self._waiting]
             self._running = None
 
     def _copy(self, paths: list[Path]) -> list[Path]:
-        """Copy checkpoints, the newest first; returns those that could not be."""
+        """Copy checkpoints, the newest first; return those that failed."""
         left = list(paths)
         for path in reversed(paths):
             try:
@@ -170,7 +170,7 @@ class MirroredStore(CheckpointStore):
         return left
 
     def wait(self) -> None:
-        """Wait for the copies, try once more those that failed, and say what is not there in the end."""
+        """Wait for the copies, try once more those that failed, and report those that are missing in the end."""
         failed = self._running is not None and bool(self._running.result())
         self._collect()
         for _ in range(1 if failed else 2):
@@ -185,7 +185,7 @@ class MirroredStore(CheckpointStore):
             logger.warning(f"not copied to {self._remote.backend.location}: {', '.join(missing)}")
 
     def download(self, step: int | None = None) -> None:
-        """Bring the checkpoint of `step`, else the newest, here if it is only there."""
+        """Download the checkpoint of `step`, or the newest, if it is not here."""
         here, remote = self._complete(), self._remote.steps()
         if step is None:
             wanted = [newest for newest in remote[-1:] if newest > max(here, default=0)]
@@ -198,7 +198,7 @@ class MirroredStore(CheckpointStore):
             self._move_into_place(partial, self.output_dir / f"checkpoint-{number}")
 
     def discard_after(self, step: int) -> list[Path]:
-        """Remove later checkpoints, here and there."""
+        """Remove later checkpoints in both places."""
         later = [number for number in self._remote.steps() if number > step]
         if later:
             names = ", ".join(f"checkpoint-{number}" for number in later)

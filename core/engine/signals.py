@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: while training they let the step finish and save, elsewhere they end the run at once."""
+"""Ctrl-C and SIGTERM: during training they let the step finish and save, elsewhere they end the run at once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class StopRequest:
     """A context in which SIGINT and SIGTERM end the run in an orderly way.
 
     Inside :meth:`deferred` they set :attr:`requested`, and a second Ctrl-C ends the process at once; outside of it they
-    raise :class:`Interrupted` there and then (caches are kept and gone on with, a trained run has its checkpoint).
+    raise :class:`Interrupted` immediately (caches are kept and continued, a trained run has its checkpoint).
     """
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class StopRequest:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Inside, a signal is a request that the block looks at by itself."""
+        """Turn a signal inside the block into a request that the block checks by itself."""
         self._deferred = True
         try:
             yield

@@ -1,4 +1,4 @@
-"""All trackers of a run behind one face: one that fails is switched off, the run goes on."""
+"""All trackers of a run as one object: a tracker that fails is switched off, and the run goes on."""
 
 from __future__ import annotations
 
@@ -29,35 +29,35 @@ class Trackers:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Those that are still on."""
+        """Names of the trackers that are still on."""
         return tuple(self._trackers)
 
     def start(self, run: RunInfo) -> None:
-        """Open the run in each tracker and pass on what it has to say."""
+        """Open the run in each tracker and print its notices."""
         self._each("start", run)
         for name, notices in self._each("notices").items():
             for notice in notices:
                 logger.info(f"{name}: {notice}")
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Scalars of a step."""
+        """Log the scalars of a step."""
         self._each("log", metrics, step)
 
     def images(self, name: str, images: Mapping[str, Image], step: int) -> None:
-        """Images by caption."""
+        """Log images by caption."""
         self._each("images", name, images, step)
 
     def text(self, name: str, text: str, step: int) -> None:
-        """Markdown text."""
+        """Log Markdown text."""
         self._each("text", name, text, step)
 
     def finish(self, scores: Mapping[str, float] | None = None) -> None:
-        """Close each tracker; `scores` are the run's final figures. Nothing is tracked afterwards."""
+        """Close each tracker; `scores` are the run's final scores. Nothing is tracked afterwards."""
         self._each("finish", scores)
         self._trackers.clear()
 
     def _each(self, call: str, *args: Any) -> dict[str, Any]:
-        """What the call returned, by tracker."""
+        """Call each tracker and return the results, by tracker."""
         returned = {}
         for name, tracker in list(self._trackers.items()):
             try:
@@ -69,7 +69,7 @@ class Trackers:
 
 
 def switched_off(name: str, where: str, error: Exception) -> str:
-    """The warning of a tracker that failed."""
+    """Return the warning of a tracker that failed."""
     problem = f"{type(error).__name__}: {error}"
     return f"tracker {name} failed {where} and is switched off, the run goes on: {problem}"
 
@@ -78,7 +78,7 @@ def build_trackers(registry: Registry, names: Sequence[str], configs: Mapping[st
     """Return the named trackers, and a warning for each that has to be left out.
 
     Args:
-        registry: Where names resolve.
+        registry: Registry that resolves the names.
         names: ``report_to``.
         configs: Validated settings by tracker name; the defaults where there are none.
     """

@@ -1,4 +1,4 @@
-"""Training from one step to the last: the loop, figures, validation, checkpoints, and a clean stop."""
+"""Training from the first step to the last: the loop, metrics, validation, checkpoints, and a clean stop."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class TimeBins:
         self.counts = result.bin_counts if self.counts is None else self.counts + result.bin_counts
 
     def flush(self) -> dict[str, float]:
-        """Mean loss of each bin that had samples, by the share of the noisiest time."""
+        """Return the mean loss of each bin that had samples, by the share of the noisiest time."""
         if self.sums is None or self.counts is None:
             return {}
         sums, counts = self.sums.tolist(), self.counts.tolist()
@@ -153,7 +153,7 @@ class Trainer:
     _throughput: Throughput = field(default_factory=Throughput)
     _saved: int = -1
     _whole: bool = True
-    """Whether weights, counter and figures are of one step."""
+    """Whether weights, counter and metrics belong to the same step."""
 
     @property
     def store(self) -> CheckpointStore:
@@ -199,7 +199,7 @@ class Trainer:
                 logger.info(f"later checkpoints are removed: {', '.join(path.name for path in discarded)}")
 
     def _begun(self, step: int) -> list[int]:
-        """First steps of the later stages that had begun when `step` steps were taken."""
+        """Return the first steps of the later stages that had begun after `step` steps."""
         return [start for start in self.loop.stage_starts if start < step]
 
     def save(self) -> None:
@@ -289,7 +289,7 @@ class Trainer:
         return interval > 0 and self.step % interval == 0
 
     def flush(self) -> None:
-        """Read the figures since the last flush from the device and hand them on; the one place that waits for it."""
+        """Read the metrics since the last flush from the device and pass them on; the one place that waits for it."""
         now = time.perf_counter()
         rows = self._buffer.flush()
         if not rows:
@@ -307,7 +307,7 @@ class Trainer:
         self.observer.on_step(step, values)
 
     def save_after_failure(self, error: BaseException) -> Path | None:
-        """What can be kept when the run fails: a checkpoint of the last whole step; returns the newest there is.
+        """Save a checkpoint of the last whole step, if possible, when the run fails; return the newest there is.
 
         Takes part in no exchange between processes, since the others may be elsewhere.
         """
@@ -320,7 +320,7 @@ class Trainer:
 
 
 def _generators() -> dict[str, Tensor]:
-    """The global generators, for anything that draws from them (LoRA dropout)."""
+    """Return the states of the global generators, for anything that draws from them (LoRA dropout)."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()

@@ -25,10 +25,10 @@ class Entry:
 
     Attributes:
         key: POSIX path relative to the backend's root; the same wherever the data lives.
-        size: Bytes.
-        version: Changes when the content does (modification time, ETag).
-        problem: Why it cannot be read, where the listing tells (a named pipe, a link to nothing); a key with a slash at
-            its end stands for a folder that cannot be listed.
+        size: Size in bytes.
+        version: A text that changes when the content does (modification time, ETag).
+        problem: Why the object cannot be read, where the listing shows it (a named pipe, a broken link). A key that
+            ends in a slash stands for a folder that cannot be listed.
     """
 
     key: str
@@ -38,23 +38,23 @@ class Entry:
 
 
 class DataBackend(ABC):
-    """List, open, test and write keys under one root.
+    """Lists, opens, tests and writes keys under one root.
 
-    What is not there raises FileNotFoundError, what may not be read PermissionError: the image is set aside and the
-    run goes on. A place that does not answer after its retries raises :class:`distill.core.errors.OutOfReach`, and the
-    run ends resumable.
+    A missing object raises FileNotFoundError, one that may not be read PermissionError: the image is quarantined and
+    the run goes on. A server that does not answer after its retries raises :class:`distill.core.errors.OutOfReach`, and
+    the run ends in a state from which it can resume.
     """
 
     name: ClassVar[str]
     aliases: ClassVar[tuple[str, ...]] = ()
     key_aliases: ClassVar[Mapping[str, str]] = {}
-    """Other names of its keys, from other tools -> the key."""
+    """Names that other tools give this backend's keys -> the key."""
     packages: ClassVar[Mapping[str, str]] = {}
-    """Import name -> what to pip install, for packages that only this backend needs."""
+    """Import name -> name to pip install, for packages that only this backend needs."""
     on_this_machine: ClassVar[bool] = False
-    """Whether caches and checkpoints can be used where they lie, rather than through a copy on this machine."""
+    """Whether caches and checkpoints can be used in place, rather than through a local copy."""
     place_keys: ClassVar[tuple[str, str]] = ("instance_data_dir", "prompts_file")
-    """The keys that name the folder and, for prompts, the one file: for messages."""
+    """The keys that name the folder and, for prompts, the one file; used in messages."""
 
     class Config(BaseModel):
         """The keys that this backend adds to a dataset entry."""
@@ -66,52 +66,52 @@ class DataBackend(ABC):
 
     @classmethod
     def example(cls, folder: Path, files: Mapping[str, bytes]) -> Mapping[str, Any] | None:
-        """Put `files` into a place of this kind, for the conformance suite (:mod:`.testing`).
+        """Store `files` in a place of this kind, for the conformance suite (:mod:`.testing`).
 
         Args:
-            folder: Empty; whatever is needed may be written into it.
-            files: Images, and their captions in .txt files, by key (``a/001.png``, ``a/001.txt``).
+            folder: An empty folder that may be written to.
+            files: Contents by key: images, and their captions in .txt files (``a/001.png``, ``a/001.txt``).
 
         Returns:
-            The keys of an entry that names the place; None where such a place cannot be made on this machine.
+            The keys of a dataset entry that names the place; None where none can be made on this machine.
         """
         return None
 
     def check(self) -> None:
-        """Look whether the place can be there, without the network: called before anything loads.
+        """Check the keys of the dataset entry without using the network; called before anything loads.
 
         Raises:
-            distill.core.errors.BadValue: A key of the entry cannot be used. A remedy may say ``data.<id>.``: the
-                entry's own id is put there.
+            distill.core.errors.BadValue: A key of the entry cannot be used. In a remedy, ``data.<id>.`` is replaced by
+                the entry's own id.
         """
         return
 
     @property
     @abstractmethod
     def location(self) -> str:
-        """The root, for messages."""
+        """The root, as messages name it."""
 
     @abstractmethod
     def list(self) -> Iterator[Entry]:
-        """Every object under the root, recursively, in sorted key order."""
+        """Yield every object under the root, recursively, in sorted key order."""
 
     @property
     def parallel_reads(self) -> int:
-        """Reads at the same time that are worth their threads, because they wait for another machine; 0: few."""
+        """Number of simultaneous reads that pay off because they wait for another machine; 0 means few."""
         return 0
 
     @property
     def account(self) -> str:
-        """Whose credentials are used, in words and without them, for `distill doctor`; empty where none are needed."""
+        """Whose credentials are used, in words and without secrets, for `distill doctor`; empty where none are."""
         return ""
 
     @property
     def prompts_key(self) -> str | None:
-        """For ``dataset_type: prompts``: the one object that holds them; None for the .txt files under the root."""
+        """For ``dataset_type: prompts``, the one object that holds them; None for the .txt files under the root."""
         return None
 
     def entry(self, key: str) -> Entry:
-        """What :meth:`list` says of one object. Raises FileNotFoundError."""
+        """Return the entry that :meth:`list` yields for one object. Raises FileNotFoundError."""
         found = next((entry for entry in self.list() if entry.key == key), None)
         if found is None:
             raise FileNotFoundError(key)
@@ -119,39 +119,40 @@ class DataBackend(ABC):
 
     @abstractmethod
     def open(self, key: str) -> BinaryIO:
-        """A binary stream of the object's content. Raises FileNotFoundError."""
+        """Return a binary stream of the object's content. Raises FileNotFoundError."""
 
     @abstractmethod
     def exists(self, key: str) -> bool:
-        """Whether the object is there."""
+        """Return True if the object exists."""
 
     @abstractmethod
     def write(self, key: str, data: bytes) -> None:
-        """Write the object whole or not at all."""
+        """Write the object completely or not at all."""
 
     def upload(self, key: str, path: Path) -> None:
-        """Write a file of this machine as an object, whole or not at all."""
+        """Write a local file as an object, completely or not at all."""
         self.write(key, path.read_bytes())
 
     def delete(self, key: str) -> None:
-        """Remove an object, which may be gone already."""
+        """Remove an object; it is no error if it is gone already."""
         raise UserError(f"from {self.location} nothing can be removed", "remove what is too much by hand")
 
 
 @dataclass(frozen=True)
 class SampleChunk:
-    """Some samples, in columns of one length.
+    """A chunk of samples as columns of equal length.
 
     Attributes:
         keys: Names of the samples, as ``cats/001.jpg``: the same wherever they live. Each name comes once.
-        positions: What :meth:`SampleBackend.open` finds each image's bytes by.
-        sizes: Bytes of the images, 0 where that is not known.
-        versions: Change when the image does (a hash of its bytes, best).
-        captions: Each sample's texts as they stand there, before the dataset's rules for captions.
-        widths: Upright width in pixels, 0 where the image itself must be asked.
-        heights: Upright height in pixels, 0 where the image itself must be asked.
+        positions: The key with which :meth:`SampleBackend.open` finds each image's bytes.
+        sizes: Sizes of the images in bytes, 0 where unknown.
+        versions: Texts that change when the image does (a hash of its bytes, best).
+        captions: Each sample's texts as they are stored, before the dataset's rules for captions.
+        widths: Upright width in pixels, 0 where only the image itself can give it.
+        heights: Upright height in pixels, 0 where only the image itself can give it.
         problems: Why a sample cannot be used, empty where it can.
-        resume: What :meth:`SampleBackend.samples_after` goes on behind this chunk by; empty where it cannot.
+        resume: A token with which :meth:`SampleBackend.samples_after` continues after this chunk; empty where it
+            cannot.
     """
 
     keys: Sequence[str]
@@ -170,13 +171,13 @@ class SampleChunk:
 
 @dataclass(frozen=True)
 class SequentialChunk:
-    """Some images of a source that is read in its order, in columns of one length.
+    """Some images of a source that is read in its stored order, as columns of equal length.
 
     Attributes:
-        positions: Where they lie, growing.
-        images: Opens each one's bytes. Raises FileNotFoundError or PermissionError.
-        end: Everything that lies before this place has passed by.
-        resume: What :meth:`SampleBackend.passing` goes on behind this passage by.
+        positions: Positions of the images in the source, ascending.
+        images: Functions that open each image's bytes. They raise FileNotFoundError or PermissionError.
+        end: The position before which everything has been read.
+        resume: A token with which :meth:`SampleBackend.sequential` continues after this chunk.
     """
 
     positions: Sequence[int]
@@ -186,64 +187,65 @@ class SequentialChunk:
 
 
 class SampleBackend(DataBackend):
-    """Samples that are not files of their own: rows of a table, members of an archive. Read only."""
+    """Samples that are not files of their own: rows of a table, members of an archive. Read-only."""
 
     @property
     def in_order(self) -> bool:
-        """Whether images are read in the order that they lie in, by :meth:`passing`, and not by :meth:`open`.
+        """True if images are read in their stored order by :meth:`sequential`, and not by :meth:`open`.
 
         The positions of such samples are whole numbers, written in decimals, that grow in that order.
         """
         return False
 
     def sequential(self, resume: str = "") -> Generator[SequentialChunk, None, None]:
-        """All images in their order, or those behind the passage that carried `resume`; only for `in_order`."""
-        raise NotImplementedError(f"{self.name} is in_order and has no `passing`")
+        """Yield all images in stored order, or those after the chunk with the token `resume`; only for `in_order`."""
+        raise NotImplementedError(f"{self.name} is in_order and has no `sequential`")
 
     def check_samples(self, *, images: bool, captions: bool) -> None:
-        """Look whether the source has images and captions where they are asked for, without the network.
+        """Check, without using the network, that the source has images and captions where they are asked for.
 
         Raises:
-            distill.core.errors.BadValue: It has not.
+            distill.core.errors.BadValue: It lacks them.
         """
         return
 
     @abstractmethod
     def identity(self) -> str:
-        """A text that changes whenever the samples may have; cheap, for it is asked for at every start."""
+        """Return a text that changes whenever the samples may have; it must be cheap, since every start calls it."""
 
     @abstractmethod
     def samples(self, *, images: bool = True) -> Iterator[SampleChunk]:
-        """All samples, in any order, some thousand at a time.
+        """Yield all samples, in any order, some thousand at a time.
 
         Args:
-            images: Whether images are wanted; without, captions are enough, and a source may hold nothing else.
+            images: Whether images are wanted; if not, captions are enough, and a source may hold nothing else.
 
         Raises:
             distill.core.errors.BadValue: The source cannot be read as it is: a missing column, a broken file.
         """
 
     def samples_after(self, resume: str) -> Iterator[SampleChunk]:
-        """The rest of :meth:`samples`, with images, behind the chunk that carried `resume`: a listing that was
-        broken off goes on. Called only with what chunks carried, while :meth:`identity` is what it was.
+        """Continue an interrupted :meth:`samples`, with images, after the chunk with the token `resume`.
+
+        Called only with tokens of earlier chunks, while :meth:`identity` is unchanged.
         """
         raise NotImplementedError(f"{self.name} marks chunks with `resume` and has no `samples_after`")
 
     @abstractmethod
     def open(self, key: str) -> BinaryIO:
-        """A binary stream of one image's bytes, by its place. Raises FileNotFoundError."""
+        """Return a binary stream of the image at position `key`. Raises FileNotFoundError."""
 
     def list(self) -> Iterator[Entry]:
-        """Every sample with its size and version, in the order of :meth:`samples`."""
+        """Yield every sample with its size and version, in the order of :meth:`samples`."""
         for chunk in self.samples():
             yield from map(Entry, chunk.keys, chunk.sizes, chunk.versions)
 
     def exists(self, key: str) -> bool:
-        """Whether there is a sample of this name."""
+        """Return True if there is a sample of this name."""
         return any(entry.key == key for entry in self.list())
 
     def write(self, key: str, data: bytes) -> None:
-        """Refused: such a source is only read."""
+        """Raise UserError: such a source is read-only."""
         raise UserError(
             f"{self.location} is only read", "keep caches in a folder or a bucket: cache_dir_vae, cache_dir"
         )

@@ -1,4 +1,4 @@
-"""What the data pipeline hands to a method."""
+"""The batch that the data pipeline gives to a method."""
 
 from __future__ import annotations
 
@@ -8,18 +8,20 @@ import torch
 from torch import Tensor
 
 Conditioning = dict[str, Tensor]
-"""Tensors with the batch in front, as the family's network takes them: text embeddings and micro-conditioning."""
+"""Tensors of shape (B, ...) as the family's network takes them: text embeddings and micro-conditioning."""
 
 
 @dataclass(frozen=True)
 class Trajectories:
-    """Where the teacher's sampler began, stopped over and ended: one trajectory per sample of a batch.
+    """Where the teacher's sampler began, which points it visited and where it ended: one trajectory per sample of a
+    batch.
 
     Attributes:
         points: Points of the trajectory in the schedule's scaling, shape (B, P, C, h, w); the first is its noise.
-        times: Their times in the schedule's units, falling, shape (P,): where P even steps of a sampler begin.
-        data: The scaled latents that it ended at, shape (B, C, h, w).
-        cond: What the teacher was told: the prompt, which is never dropped, and a plain image of that size.
+        times: Times of these points in the schedule's units, falling, shape (P,): the starts of P even sampler steps.
+        data: The scaled latents that the trajectory ended at, shape (B, C, h, w).
+        cond: The teacher's conditioning: the prompt, which is never dropped, and the micro-conditioning of an uncropped
+            image of that size.
     """
 
     points: Tensor
@@ -29,11 +31,15 @@ class Trajectories:
 
     @property
     def noise(self) -> Tensor:
-        """What the sampler began from, shape (B, C, h, w)."""
+        """The noise that the sampler began from, shape (B, C, h, w)."""
         return self.points[:, 0]
 
     def at(self, point: Tensor) -> tuple[Tensor, Tensor]:
-        """The points of these numbers (B,), counted from 0 at the noise: (B, C, h, w), and their times (B,)."""
+        """Return the points with numbers `point` (B,), counted from 0 at the noise, and their times.
+
+        Returns:
+            x_t of shape (B, C, h, w) and t of shape (B,) in the schedule's units.
+        """
         rows = torch.arange(len(point), device=point.device)
         return self.points[rows, point], self.times[point]
 
@@ -48,7 +54,7 @@ class Batch:
         keys: B sample keys that do not depend on where the data lives.
         positions: Position of each sample in the global batch of this optimizer step; random draws depend on it.
         captions: The captions that ``cond`` was made from, for logs and error messages.
-        latent_shape: (C, h, w) of one sample's latents, whether they are there or not.
+        latent_shape: (C, h, w) of one sample's latents, also where `latents` is None.
         trajectories: Trajectories of the teacher for the same captions, or None for methods that need none.
     """
 
@@ -64,7 +70,7 @@ class Batch:
         return len(self.keys)
 
     def to(self, device: str, *, non_blocking: bool = True) -> Batch:
-        """The same batch with every tensor on `device`; what stands in it twice is sent once."""
+        """Return the batch with every tensor on `device`; a tensor that it holds twice is sent once."""
         sent: dict[int, Tensor] = {}
 
         def send(tensor: Tensor) -> Tensor:

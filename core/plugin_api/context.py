@@ -1,4 +1,4 @@
-"""What the engine offers a method for one micro-batch: predictions, guidance and named random draws."""
+"""The engine's services to a method for one micro-batch: predictions, guidance and named random draws."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Runtime:
-    """What stays the same over a run."""
+    """The parts of a context that stay the same over a run."""
 
     family: ModelFamily
     networks: NetworksByRole
@@ -33,11 +33,11 @@ class Runtime:
     device: torch.device
     autocast_dtype: torch.dtype | None = None
     grids: dict[int, SolverGrid] = field(default_factory=dict)
-    """Grids on the device by number of steps: making one anew would copy to the device at every step."""
+    """Grids on the device by number of steps; kept, since a new grid would be copied to the device at every step."""
     stages: Sequence[Stage] = ()
     """The method's stages, in order."""
     average: Callable[[Sequence[Tensor]], None] | None = None
-    """Averages tensors over processes, in place; None where there is one."""
+    """A function that averages tensors over processes, in place; None where there is one process."""
 
 
 class Context:
@@ -45,7 +45,7 @@ class Context:
 
     Args:
         runtime: Family, networks, seed and device.
-        step: The optimizer step that the draws belong to.
+        step: The optimizer step that the random draws belong to.
         positions: Position of each sample in the global batch.
     """
 
@@ -58,15 +58,15 @@ class Context:
 
     @property
     def device(self) -> torch.device:
-        """Where the batch lives."""
+        """The device of the batch."""
         return self._runtime.device
 
     def at(self, step: int, positions: Sequence[int]) -> Context:
-        """The same run seen from another micro-batch."""
+        """Return the same run as another micro-batch sees it."""
         return Context(self._runtime, step=step, positions=positions)
 
     def grid(self, num_steps: int) -> SolverGrid:
-        """The schedule's grid with `num_steps` steps, on the device."""
+        """Return the schedule's grid with `num_steps` steps, on the device."""
         grids = self._runtime.grids
         if num_steps not in grids:
             grids[num_steps] = self.schedule.grid(num_steps).to(self.device)
@@ -79,7 +79,7 @@ class Context:
 
     @property
     def stage(self) -> StageProgress:
-        """Where in the method's stages this step lies."""
+        """The stage of the method that this step belongs to."""
         return stage_of(self._runtime.stages, self.step)
 
     def predict(
@@ -92,13 +92,13 @@ class Context:
         guidance: Tensor | None = None,
         r: Tensor | None = None,
     ) -> Prediction:
-        """The role's prediction at `x_t` (B, ...) and time `t` (B,).
+        """Return the role's prediction at `x_t` (B, ...) and time `t` (B,).
 
         Args:
             role: A role that the method declared.
-            x_t: Noised latents.
-            t: Times in the schedule's units.
-            cond: Conditioning, B in front.
+            x_t: Noised latents, shape (B, ...), in the schedule's scaling.
+            t: Times in the schedule's units, shape (B,).
+            cond: Conditioning, each tensor of shape (B, ...).
             guidance: The paper's w (guidance scale minus one), shape (B,), for networks with a guidance embedding.
             r: Second times in the schedule's units, shape (B,), for roles with a second time.
         """
@@ -114,20 +114,23 @@ class Context:
         return torch.autocast(self.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
     def uncond(self, cond: Conditioning) -> Conditioning:
-        """The unconditional counterpart of `cond`; what that is, the family decides."""
+        """Return the unconditional counterpart of `cond`, shapes as in `cond`; the family decides what that is."""
         return self._runtime.family.uncond(cond)
 
     def predict_guided(
         self, x_t: Tensor, t: Tensor, cond: Conditioning, scale: Tensor, *, role: str = "teacher"
     ) -> Prediction:
-        """The guided teacher: classifier-free, both halves in one batched call, or by the input that it has for it.
+        """Return the guided teacher's prediction.
+
+        Guidance is classifier-free, both halves in one batched call, or uses the network's own guidance input if it has
+        one.
 
         Args:
             x_t: Noised latents, shape (B, ...).
-            t: Times, shape (B,).
-            cond: Conditioning, B in front.
-            scale: g of uncond + g (cond - uncond), shape (B,).
-            role: Whose network is guided.
+            t: Times in the schedule's units, shape (B,).
+            cond: Conditioning, each tensor of shape (B, ...).
+            scale: Guidance scale g of uncond + g (cond - uncond), shape (B,).
+            role: The role whose network is guided.
         """
         if self._runtime.family.guided_by_input:
             return self.predict(role, x_t, t, cond, guidance=scale - 1)
@@ -136,7 +139,14 @@ class Context:
     def predict_cond_uncond(
         self, role: str, x_t: Tensor, t: Tensor, cond: Conditioning
     ) -> tuple[Prediction, Prediction]:
-        """The role's predictions with and without the prompt, in one batched call."""
+        """Return the role's predictions with and without the prompt, from one batched call.
+
+        Args:
+            role: A role that the method declared.
+            x_t: Noised latents, shape (B, ...).
+            t: Times in the schedule's units, shape (B,).
+            cond: Conditioning, each tensor of shape (B, ...).
+        """
         uncond = self.uncond(cond)
         both = {name: torch.cat([cond[name], uncond[name]]) for name in cond}
         joint = self.predict(role, torch.cat([x_t, x_t]), torch.cat([t, t]), both)
@@ -146,16 +156,20 @@ class Context:
     # -- longer than one call of a network ---------------------------------------------------------------------------
 
     def rollout(self, role: str, times: Sequence[Tensor], x: Tensor, cond: Conditioning, *, name: str) -> Prediction:
-        """Multistep sampling as consistency models do it: denoise, noise anew to the next time, denoise.
+        """Sample in several steps as consistency models do (arXiv 2303.01469): denoise, renoise to the next time,
+        denoise.
 
         Only the last call carries a gradient.
 
         Args:
-            role: Whose network.
-            times: Falling, each of shape (B,) in the schedule's units; as many calls as there are.
-            x: What the first call sees, at times[0]; shape (B, ...).
-            cond: Conditioning, B in front.
-            name: Of the noise draws.
+            role: The role whose network is called.
+            times: Falling times, each of shape (B,) in the schedule's units; the network is called once for each.
+            x: Input of the first call, at times[0]; shape (B, ...).
+            cond: Conditioning, each tensor of shape (B, ...).
+            name: Name of the noise draws.
+
+        Returns:
+            The prediction of the last call.
         """
         with torch.no_grad():
             for i, (t, following) in enumerate(itertools.pairwise(times)):
@@ -172,13 +186,13 @@ class Context:
         *,
         step: float | None = None,
     ) -> Tensor:
-        """The derivative of `function` at `primals` along `tangents`, without a graph for the backward pass.
+        """Return the derivative of `function` at `primals` along `tangents`, without a graph for the backward pass.
 
         Args:
-            function: Of as many tensors as there are primals.
-            primals: Where.
-            tangents: Along what, shapes as the primals.
-            step: None: exact, by forward-mode differentiation. Else h of the central difference
+            function: Takes as many tensors as there are primals.
+            primals: The point at which to differentiate.
+            tangents: The direction, shapes as the primals.
+            step: None for the exact derivative, by forward-mode differentiation. Otherwise h of the central difference
                 (f(p + h v) - f(p - h v)) / 2h, for networks whose kernels have no forward mode.
         """
         with torch.no_grad():
@@ -195,24 +209,35 @@ class Context:
     # -- inside the networks -----------------------------------------------------------------------------------------
 
     def features(self, role: str, x_t: Tensor, t: Tensor, cond: Conditioning) -> list[Tensor]:
-        """Activations inside the role's network, each (B, C_k, h_k, w_k), coarser and coarser.
+        """Return activations inside the role's network, each (B, C_k, h_k, w_k), from fine to coarse.
 
         The gradient reaches `x_t` and, for a trained role, its weights.
+
+        Args:
+            role: A role that the method declared.
+            x_t: Noised latents, shape (B, ...).
+            t: Times in the schedule's units, shape (B,).
+            cond: Conditioning, each tensor of shape (B, ...).
         """
         runtime = self._runtime
         with runtime.networks.use(role) as network, self._autocast():
             return runtime.family.features(network, x_t, self.schedule.network_time(t), cond)
 
     def logits(self, role: str, features: Sequence[Tensor]) -> Tensor:
-        """What the heads of `role` say of features, shape (B, K): above 0 is real."""
+        """Return the logits of the heads of `role`, shape (B, K); above 0 means real.
+
+        Args:
+            role: A role with heads (``trains="head"``).
+            features: What :meth:`features` returned, each (B, C_k, h_k, w_k).
+        """
         with self._runtime.networks.use(role) as heads, self._autocast():
             found = heads(features)
         return found.to(torch.promote_types(found.dtype, torch.float32))
 
 
 class NetworksByRole(Protocol):
-    """What gives networks their role: :class:`.networks.Networks` in a run, :class:`ExportedNetworks` after it."""
+    """Maps roles to networks: :class:`.networks.Networks` in a run, :class:`ExportedNetworks` after it."""
 
     def use(self, role: str) -> AbstractContextManager[nn.Module]:
-        """The role's network with its adapters on, inside the block."""
+        """Return a context manager that gives the role's network with its adapters switched on."""
         ...

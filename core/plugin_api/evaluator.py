@@ -21,7 +21,8 @@ class Samples:
     Attributes:
         images: Shape (N, 3, H, W), float32 in [0, 1].
         prompts: N prompts.
-        reference: The full teacher's images from the same noise and prompts, or None for the teacher itself.
+        reference: The full teacher's images from the same noise and prompts, shape as `images`; None for the teacher
+            itself.
         data: Real images of the data set, shape (M, 3, H, W), or None where there are none.
     """
 
@@ -33,13 +34,13 @@ class Samples:
 
 @dataclass(frozen=True)
 class EvaluationSetting:
-    """What an evaluator may look at when it says whether it can be used."""
+    """The facts by which an evaluator decides whether it can be used."""
 
     model_path: Path | None
-    """Local folder of the teacher, or None when it is not a folder."""
+    """Local folder of the teacher; None where it is not a folder."""
     device: str = "cpu"
     num_data: int | None = None
-    """Real images that there are to compare with; None where that is not known yet."""
+    """Number of real images to compare with; None where not yet known."""
 
 
 class Evaluator(ABC):
@@ -49,10 +50,11 @@ class Evaluator(ABC):
     aliases: ClassVar[tuple[str, ...]] = ()
     packages: ClassVar[Mapping[str, str]] = {}
     by_default: ClassVar[bool] = True
-    """Whether it is used where a run names no evaluators. One that wants weights from elsewhere is used when it is
-    named (``evaluators``) or has settings (``evaluator_config``)."""
+    """Whether it is used where a run names no evaluators. One that downloads weights is used only when it is named
+    (``evaluators``) or has settings (``evaluator_config``).
+    """
     higher_is_better: Mapping[str, bool] = {}
-    """For each score it returns: whether more is better (for tables)."""
+    """Score -> whether more is better, for each score that it returns; used in tables."""
 
     class Config(BaseModel):
         """The evaluator's own settings, under ``evaluator_config.<name>``."""
@@ -65,16 +67,16 @@ class Evaluator(ABC):
 
     @classmethod
     def usable(cls, setting: EvaluationSetting, config: Any = None) -> str | None:
-        """None when it can be used here, else the reason why not and what to do about it.
+        """Return None if the evaluator can be used here, otherwise the reason why not and how to mend it.
 
-        It is asked at the start of a run as well, before hours of training: what it needs it looks for now.
+        Called at the start of a run as well, before hours of training, so it must check for all that it needs.
 
         Args:
-            setting: What there is.
+            setting: The model and data of the run.
             config: Its own settings; None for the defaults.
         """
         return None
 
     @abstractmethod
     def score(self, samples: Samples) -> dict[str, float]:
-        """Scores by name."""
+        """Return scores by name."""

@@ -1,4 +1,4 @@
-"""The contract of a model family: a teacher architecture and how to talk to it."""
+"""The contract of a model family: a teacher architecture and how to use it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Precision = Literal["float32", "float16", "bfloat16"]
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a family can do; compared with a method's requirements before weights load."""
+    """The abilities of a family; compared with a method's requirements before weights load."""
 
     lora: bool = True
     full: bool = True
@@ -34,21 +34,21 @@ class Capabilities:
     second_time: bool = False
     features: bool = False
     quantised_base: bool = False
-    """Whether :meth:`ModelFamily.load_network` quantises as its settings' ``precision`` says."""
+    """Whether :meth:`ModelFamily.load_network` quantises as ``precision`` in its settings says."""
     quantised_text_encoders: int = 0
-    """How many text encoders it quantises so: the first, the second, ..."""
+    """Number of text encoders that it can quantise, counted from the first."""
 
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """Which model, and how it is held in memory.
+    """Which model to load, and how to hold it in memory.
 
     Attributes:
         source: Hub id, local folder in diffusers layout, or a single ``.safetensors`` file.
         vae: Another autoencoder (hub id or folder), or None for the model's own.
         teacher_lora: The user's own LoRAs, (path or hub id, weight), fused into the teacher before distillation.
         weight_dtype: Type of the frozen weights.
-        device: Where the networks run.
+        device: Device of the networks.
         revision: Revision of a hub model.
         config_source: Local folder with configs and tokenizers for a single-file model where there is no hub.
         resolution: (width, height) in pixels of the run's images, for schedules that depend on it; None where the
@@ -69,7 +69,7 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class MicroConditioning:
-    """How each image of a batch was scaled and cropped, in pixels, (height, width) or (top, left) per sample."""
+    """How each image of a batch was scaled and cropped, in pixels: (height, width) or (top, left) per sample."""
 
     original_size: Sequence[tuple[int, int]]
     crop_top_left: Sequence[tuple[int, int]]
@@ -78,7 +78,7 @@ class MicroConditioning:
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """Shape of an adapter."""
+    """Shape of a LoRA adapter."""
 
     rank: int
     alpha: float
@@ -88,7 +88,7 @@ class LoraSettings:
 
 @dataclass(frozen=True)
 class ExtraLora:
-    """A further LoRA to put beside the student's when images are made."""
+    """A further LoRA that is applied beside the student's when images are generated."""
 
     path: str
     weight: float = 1.0
@@ -96,7 +96,7 @@ class ExtraLora:
 
 @dataclass(frozen=True)
 class ExportInfo:
-    """What goes along with an exported student."""
+    """Facts that are written beside an exported student."""
 
     sampler: Sampler
     model_type: Literal["lora", "full"]
@@ -109,20 +109,20 @@ class ModelFamily(ABC):
     """A teacher architecture: load, encode, predict, decode, generate, export.
 
     Components load when they are first needed and can be released; :meth:`fingerprint` identifies them without loading.
-    The methods below never touch adapters or ``requires_grad``: that is the engine's business.
+    The methods below never touch adapters or ``requires_grad``: the engine does.
     """
 
     name: ClassVar[str]
     aliases: ClassVar[tuple[str, ...]] = ()
     packages: ClassVar[Mapping[str, str]] = {}
-    """Import name -> what to pip install, for packages that only this family needs."""
+    """Import name -> name to pip install, for packages that only this family needs."""
     capabilities: ClassVar[Capabilities]
     lora_targets: ClassVar[tuple[str, ...]]
-    """Module names (suffixes) that a LoRA adapts unless the user says otherwise."""
+    """Suffixes of the names of modules that a LoRA adapts unless the user says otherwise."""
     pixel_multiple: ClassVar[int] = 8
-    """Edges of images must be multiples of this, for any model of the family (an instance may be laxer)."""
+    """Edges of images, in pixels, must be multiples of this for any model of the family (an instance may be laxer)."""
     default_guidance: ClassVar[float] = 5.0
-    """Guidance scale that its images are usually made with; the teacher's, where a run names none."""
+    """Guidance scale that its images are usually generated with; the teacher's, where a run names none."""
     miniature: ClassVar[Path | None] = None
     """Folder of the trained miniature that ships with the package: model, ``recipe.json`` with run defaults."""
 
@@ -137,10 +137,10 @@ class ModelFamily(ABC):
 
     @classmethod
     def example(cls, folder: Path) -> Path | None:
-        """A small model for the conformance suite (:mod:`.testing`): written into `folder`, or one that ships.
+        """Return the folder of a small model for the conformance suite (:mod:`.testing`), or None where there is none.
 
-        The best is a random one of a few hundred thousand weights, with every part of the real architecture. None where
-        there is none.
+        It is written into `folder`, or ships with the plugin. The best is a random model of a few hundred thousand
+        weights, with every part of the real architecture.
         """
         return cls.miniature
 
@@ -148,16 +148,16 @@ class ModelFamily(ABC):
 
     @abstractmethod
     def check_source(self) -> None:
-        """Raise UserError, without loading weights, when the source is not a model of this family."""
+        """Raise UserError, without loading weights, if the source is not a model of this family."""
 
     @abstractmethod
     def fingerprint(self, part: Literal["text", "vae", "denoiser"]) -> str:
-        """Short hash of what decides this part's output, fused LoRAs included; made from files, not from weights."""
+        """Return a short hash, made from files, of all that decides this part's output, fused LoRAs included."""
 
     @property
     @abstractmethod
     def prediction_type(self) -> str:
-        """``epsilon``, ``v_prediction``, ``sample`` or ``flow``, read from the model's scheduler config."""
+        """``epsilon``, ``v_prediction``, ``sample`` or ``flow``, from the model's scheduler config."""
 
     @property
     @abstractmethod
@@ -167,7 +167,7 @@ class ModelFamily(ABC):
     @property
     @abstractmethod
     def latent_channels(self) -> int:
-        """C of the latents."""
+        """Number of channels C of the latents."""
 
     @property
     @abstractmethod
@@ -176,48 +176,53 @@ class ModelFamily(ABC):
 
     @property
     def usual_guidance(self) -> float:
-        """Guidance scale that images of this very model are usually made with."""
+        """Guidance scale that images of this very model are usually generated with."""
         return self.default_guidance
 
     @property
     def guided_by_input(self) -> bool:
-        """Whether the teacher takes the guidance scale as an input of its own: guided, it is called once."""
+        """True if the teacher takes the guidance scale as an input; guidance then costs one call of the network."""
         return False
 
     # -- encoders ---------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """Text embeddings that can be cached, each of shape (B, ...), on the CPU."""
+        """Return text embeddings that can be cached, each of shape (B, ...), on the CPU."""
 
     @abstractmethod
     def condition(self, embeds: Conditioning, micro: MicroConditioning) -> Conditioning:
-        """What the network takes: cached embeddings with per-sample micro-conditioning (fp32) beside them."""
+        """Return the network's conditioning, each (B, ...): cached embeddings and micro-conditioning (fp32)."""
 
     @abstractmethod
     def uncond(self, cond: Conditioning) -> Conditioning:
-        """The unconditional counterpart of `cond`, micro-conditioning kept."""
+        """Return the unconditional counterpart of `cond`, micro-conditioning kept."""
 
     @abstractmethod
     def encode_images(self, pixels: Tensor, generator: Sequence[torch.Generator] | None = None) -> Tensor:
-        """Scaled latents (B, C, h, w) of images (B, 3, H, W) in [-1, 1]; the mode without generators."""
+        """Return scaled latents (B, C, h, w) of images.
+
+        Args:
+            pixels: Images (B, 3, H, W) in [-1, 1].
+            generator: One per image, to sample the autoencoder's distribution; None takes its mode.
+        """
 
     @abstractmethod
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1], float32, of scaled latents."""
+        """Return images (B, 3, H, W) in [0, 1], float32, decoded from scaled latents (B, C, h, w)."""
 
     @abstractmethod
     def release_encoders(self) -> None:
-        """Free text encoders and autoencoder; they load again when needed."""
+        """Free the text encoders and the autoencoder; they load again when needed."""
 
     # -- network ----------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def load_network(self) -> nn.Module:
-        """The denoiser with the teacher's LoRAs fused, frozen, in eval mode, on the device."""
+        """Load the denoiser with the teacher's LoRAs fused, frozen, in eval mode, on the device."""
 
     def empty_network(self) -> nn.Module | None:
-        """The denoiser on the meta device, made from its config alone, for estimates of memory; None where unknown."""
+        """Return the denoiser on the meta device, made from its config alone, to estimate memory; None if unknown."""
         return None
 
     @abstractmethod
@@ -231,23 +236,23 @@ class ModelFamily(ABC):
     def student_network(
         self, teacher: nn.Module, *, guidance_embedding: bool, second_time: bool = False, smaller: bool = False
     ) -> nn.Module:
-        """A trainable fp32 copy of the teacher for full training.
+        """Return a trainable fp32 copy of the teacher for full training.
 
         Args:
             teacher: What :meth:`load_network` returned.
             guidance_embedding: Whether the copy takes the guidance scale as an input; the embedding starts at zero.
             second_time: Whether the copy takes a second time (:meth:`add_second_time`).
-            smaller: Whether it has only the blocks that the settings keep (:meth:`smaller_keys`), which is asked for
-                where there are such settings, of the student alone.
+            smaller: Whether the copy has only the blocks that the settings keep (:meth:`smaller_keys`); set for the
+                student alone, where there are such settings.
         """
 
     @classmethod
     def smaller_keys(cls, config: Any) -> Sequence[str]:
-        """Keys of ``family_config`` that make the student smaller than its teacher, of those given in `config`."""
+        """Return the keys of ``family_config`` given in `config` that make the student smaller than its teacher."""
         return ()
 
     def add_second_time(self, network: nn.Module, *, name: str = "student") -> nn.Module:
-        """Give `network` in place an embedding of a second time r that starts at zero; returns it, trainable, in fp32.
+        """Give `network` in place an embedding of a second time r that starts at zero; return it, trainable, in fp32.
 
         It lies at ``network.second_time.<name>`` and goes with the adapter `name`, or with the network itself where
         there is no such adapter. Called again for a name it returns the same module.
@@ -265,25 +270,25 @@ class ModelFamily(ABC):
         guidance: Tensor | None = None,
         second_time: Tensor | None = None,
     ) -> Tensor:
-        """The network's raw output at `x_t` (B, C, h, w).
+        """Return the network's raw output at `x_t`, shape (B, C, h, w).
 
         Args:
             network: What :meth:`load_network` or :meth:`student_network` returned, adapters already set.
-            x_t: Noised latents, in the schedule's scaling.
-            time: Shape (B,), what the network is fed (:meth:`Schedule.network_time`).
-            cond: As :meth:`condition` returned it, B in front.
-            guidance: Shape (B,), the paper's w (guidance scale minus one), only for networks with a guidance embedding.
-                A teacher that has one of its own (:attr:`guided_by_input`) may be called without: at its usual scale.
-            second_time: Shape (B,), r as the network is fed it (:meth:`Schedule.network_time`), only for networks with
+            x_t: Noised latents (B, C, h, w), in the schedule's scaling.
+            time: The network's time input, shape (B,) (:meth:`Schedule.network_time`).
+            cond: As :meth:`condition` returned it, each tensor of shape (B, ...).
+            guidance: The paper's w (guidance scale minus one), shape (B,), only for networks with a guidance embedding.
+                A teacher that has one of its own (:attr:`guided_by_input`) uses its usual scale when this is None.
+            second_time: The network's input for r, shape (B,) (:meth:`Schedule.network_time`), only for networks with
                 a second time (:meth:`add_second_time`). None: no embedding of it is applied.
         """
 
     def forward_ad(self) -> AbstractContextManager[None]:
-        """What forward-mode differentiation through :meth:`predict` needs around it."""
+        """Return a context manager inside which :meth:`predict` can be differentiated in forward mode."""
         return nullcontext()
 
     def features(self, network: nn.Module, x_t: Tensor, time: Tensor, cond: Conditioning) -> list[Tensor]:
-        """Activations inside the network's first half, each (B, C_k, h_k, w_k), coarser and coarser.
+        """Return activations inside the network's first half, each (B, C_k, h_k, w_k), from fine to coarse.
 
         Only that half is computed. The gradient reaches `x_t` and the network's own weights. Arguments as of
         :meth:`predict`.
@@ -291,7 +296,7 @@ class ModelFamily(ABC):
         raise NotImplementedError(f"the family {self.name} has no features (capabilities.features)")
 
     def feature_channels(self, network: nn.Module) -> list[int]:
-        """C_k of what :meth:`features` returns."""
+        """Return C_k of each level that :meth:`features` returns."""
         raise NotImplementedError(f"the family {self.name} has no features (capabilities.features)")
 
     # -- images and export ----------------------------------------------------------------------------------------
@@ -310,18 +315,18 @@ class ModelFamily(ABC):
         guidance_scale: float | None = None,
         negative_embeds: Conditioning | None = None,
     ) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] by the plain diffusers pipeline around `network`.
+        """Generate images (B, 3, H, W) in [0, 1] with the plain diffusers pipeline around `network`.
 
         Args:
             network: Adapters already set by the caller.
-            embeds: As :meth:`encode_prompts` returned them, B in front.
+            embeds: As :meth:`encode_prompts` returned them, each of shape (B, ...).
             sampler: The method's sampler, or None for the model's own scheduler.
             seeds: B seeds; image i depends on ``seeds[i]`` only (noise drawn by CPU generators).
-            width: Pixels.
-            height: Pixels.
+            width: Width in pixels.
+            height: Height in pixels.
             num_inference_steps: Overrides the sampler's.
             guidance_scale: Overrides the sampler's; 0 and 1 both mean off.
-            negative_embeds: Of the negative prompts; None means the family's unconditional.
+            negative_embeds: Embeddings of the negative prompts; None means the family's unconditional ones.
         """
 
     @abstractmethod
@@ -330,20 +335,20 @@ class ModelFamily(ABC):
 
     @classmethod
     def kohya_problem(cls) -> str | None:
-        """Why a student's LoRA cannot be written in kohya's format (:meth:`export_kohya`); None where it can."""
+        """Return why a student's LoRA cannot be written in kohya's format (:meth:`export_kohya`); None where it can."""
         return f"the family {cls.name} has no export in kohya's format"
 
     def export_kohya(self, student: Path, file: Path, *, title: str, dtype: Precision = "float32") -> Sequence[str]:
         """Write an exported LoRA once more, as one file in kohya's format (ComfyUI, AUTOMATIC1111, sd-scripts).
 
         Args:
-            student: What :meth:`export` wrote.
-            file: Where it goes; written whole or not at all.
+            student: Folder that :meth:`export` wrote.
+            file: The file to write, completely or not at all.
             title: Name of the LoRA.
-            dtype: Of its tensors.
+            dtype: Type of its tensors.
 
         Returns:
-            What people should know of the file, a line each.
+            Notes for users of the file, a line each.
 
         Raises:
             UserError: The student is no LoRA, or one that the format cannot hold.
@@ -352,11 +357,11 @@ class ModelFamily(ABC):
 
     @abstractmethod
     def load_student(self, folder: Path, *, extra_loras: Sequence[ExtraLora] = ()) -> nn.Module:
-        """The exported student as a network on the teacher's base, ready for :meth:`generate`."""
+        """Load the exported student as a network on the teacher's base, ready for :meth:`generate`."""
 
     @abstractmethod
     def usage_snippet(self, info: ExportInfo) -> str:
-        """About ten lines of plain diffusers code that load and run the exported student (for the model card).
+        """Return about ten lines of plain diffusers code that load and run the exported student, for the model card.
 
-        They load the folder ``student`` and say ``image = pipe(prompt, ...).images[0]``.
+        They load the folder ``student`` and contain ``image = pipe(prompt, ...).images[0]``.
         """

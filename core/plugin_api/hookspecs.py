@@ -29,74 +29,74 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 
 @hookspec
 def register_methods() -> Sequence[type[Method]]:  # type: ignore[empty-body]
-    """Distillation methods that this plugin adds."""
+    """Return the distillation methods that this plugin adds."""
 
 
 @hookspec
 def register_families() -> Sequence[type[ModelFamily]]:  # type: ignore[empty-body]
-    """Model families that this plugin adds."""
+    """Return the model families that this plugin adds."""
 
 
 @hookspec
 def register_data_backends() -> Sequence[type[DataBackend]]:  # type: ignore[empty-body]
-    """Data backends that this plugin adds."""
+    """Return the data backends that this plugin adds."""
 
 
 @hookspec
 def register_trackers() -> Sequence[type[Tracker]]:  # type: ignore[empty-body]
-    """Trackers that this plugin adds."""
+    """Return the trackers that this plugin adds."""
 
 
 @hookspec
 def register_optimizers() -> Sequence[type[OptimizerPlugin]]:  # type: ignore[empty-body]
-    """Optimizers that this plugin adds."""
+    """Return the optimizers that this plugin adds."""
 
 
 @hookspec
 def register_quantizers() -> Sequence[type[Quantizer]]:  # type: ignore[empty-body]
-    """Quantizers of the frozen base and the text encoders that this plugin adds."""
+    """Return the quantizers of the frozen base and the text encoders that this plugin adds."""
 
 
 @hookspec
 def register_evaluators() -> Sequence[type[Evaluator]]:  # type: ignore[empty-body]
-    """Evaluators that this plugin adds."""
+    """Return the evaluators that this plugin adds."""
 
 
 @hookspec
 def register_publishers() -> Sequence[type[Publisher]]:  # type: ignore[empty-body]
-    """Publishers that this plugin adds."""
+    """Return the publishers that this plugin adds."""
 
 
 @hookspec
 def on_run_start(state: RunState) -> None:
-    """Everything is loaded and the first step is about to run."""
+    """Called when everything is loaded and the first step is about to run."""
 
 
 @hookspec
 def on_step_end(state: RunState, step: int) -> None:
-    """Optimizer step `step` has been taken."""
+    """Called after optimizer step `step`."""
 
 
 @hookspec
 def on_log(state: RunState, metrics: Mapping[str, float], step: int) -> None:
-    """Metrics of `step` were read from the device and go to the trackers."""
+    """Called when the metrics of `step` were read from the device and go to the trackers."""
 
 
 @hookspec
 def on_validation_end(state: RunState, folder: Path, step: int) -> None:
-    """Validation images of `step` lie in `folder`."""
+    """Called when the validation images of `step` lie in `folder`."""
 
 
 @hookspec
 def on_checkpoint_saved(state: RunState, folder: Path, step: int) -> None:
-    """The checkpoint of `step` is complete in `folder`."""
+    """Called when the checkpoint of `step` is complete in `folder`."""
 
 
 @hookspec
 def on_exception(state: RunState, error: BaseException) -> None:
-    """The run ends with `error`."""
+    """Called when the run ends with `error`."""
 
 
 @hookspec
 def on_run_end(state: RunState) -> None:
-    """The run has ended well and the student is exported."""
+    """Called when the run has ended well and the student is exported."""

@@ -27,24 +27,24 @@ if TYPE_CHECKING:
 
 Trains = Literal["full", "lora", "head", "none"]
 ModelType = Literal["lora", "full"]
-"""What the student is: an adapter, or a network of its own."""
+"""The kind of student: an adapter, or a network of its own."""
 
 
 @dataclass(frozen=True)
 class Role:
-    """A network as a method sees it.
+    """A network as a method uses it.
 
     Attributes:
         name: ``teacher``, ``student``, ``target``, ``fake_score``, ...
         trains: Which weights the optimizer of this role steps. ``lora`` is an adapter on the shared base, ``full`` a
             copy of the teacher, ``head`` small heads that read features of another role.
-        ema_of: The role this one is the exponential moving average of (then ``trains`` is ``none``).
+        ema_of: The role of whose weights this one is the exponential moving average (then ``trains`` is ``none``).
         ema_decay: Decay of that average, applied once per optimizer step.
         copy_of: The role whose weights this frozen one takes where a :class:`Stage` says so; the teacher before that.
         guidance_embedding: Whether the network takes the guidance scale as an input (``time_cond_proj_dim``).
         second_time: Whether the network takes a second time; its embedding starts at zero, so the role starts as the
             teacher. An average or a copy has what its source has.
-        learning_rate: Of this role; None is the run's. The run's schedule shapes either.
+        learning_rate: Learning rate of this role; None is the run's. The run's schedule shapes either.
     """
 
     name: str
@@ -58,26 +58,27 @@ class Role:
 
     @property
     def source(self) -> str | None:
-        """The role that decides this one's weights, for averages and copies."""
+        """The role that an average or a copy takes its weights from; None for other roles."""
         return self.ema_of or self.copy_of
 
 
 @dataclass(frozen=True)
 class Requirements:
-    """What a method needs; compared with the family's capabilities before weights load."""
+    """The needs of a method; compared with the family's capabilities before weights load."""
 
     images: bool = True
-    """Whether batches carry latents of images; without, captions are enough."""
+    """Whether batches carry latents of images; if not, captions are enough."""
     trajectory_points: int = 0
-    """Points of the teacher's trajectory that batches carry (``Batch.trajectories``) beside its end: 0 for none at all,
-    1 for its noise, k for the points where k even steps begin. A cache with a multiple of k serves too."""
+    """Number of points of the teacher's trajectory that batches carry (``Batch.trajectories``) beside its end: 0 for no
+    trajectory, 1 for its noise, k for the points where k even steps begin. A cache with a multiple of k serves too.
+    """
     guidance_embedding: bool = False
     second_time: bool = False
     features: bool = False
     zero_dropout: bool = False
     """Whether LoRA dropout must be 0 (consistency methods compare two passes of one network)."""
     divides_timesteps: int | None = None
-    """A number of grid points that must divide the schedule's number of training timesteps, where it is discrete."""
+    """A number of grid points that must divide the schedule's number of training timesteps, where time is discrete."""
     forward_ad: bool = False
     """Whether the networks are differentiated in forward mode (:meth:`.context.Context.jvp`, exact)."""
     finite_snr: bool = False
@@ -85,7 +86,7 @@ class Requirements:
 
     @classmethod
     def union(cls, needs: Iterable[Requirements]) -> Requirements:
-        """What is needed by any of `needs`; grids are left out, since each is compared by itself."""
+        """Return the requirements that satisfy all of `needs`; grids are left out, since each is compared by itself."""
         switches = [field.name for field in fields(cls) if field.type == "bool"]
         given = list(needs)
         points = [need.trajectory_points for need in given if need.trajectory_points]
@@ -95,13 +96,13 @@ class Requirements:
 
 @dataclass(frozen=True)
 class Update:
-    """One optimizer step's worth of loss for one role.
+    """The loss of one optimizer step of one role.
 
     Attributes:
         role: The role whose parameters the gradient goes to.
         loss: Scalar, mean over the micro-batch.
-        metrics: Scalars to log, as detached tensors (never ``.item()``: that would stop the device).
-        per_sample: Detached loss of each sample, shape (B,): names bad samples, fills the histogram by timestep.
+        metrics: Scalars to log, as detached tensors (never ``.item()``: that would synchronise the device).
+        per_sample: Detached loss of each sample, shape (B,), to name bad samples and fill the histogram by timestep.
         t: Times of the samples in the schedule's units, shape (B,).
     """
 
@@ -114,7 +115,7 @@ class Update:
 
 @dataclass(frozen=True)
 class MethodSetup:
-    """What a method may know of the run when it declares its roles: not the family, only its schedule."""
+    """The facts of the run that a method may use when it declares its roles: not the family, only its schedule."""
 
     model_type: ModelType
     prediction_type: str = "epsilon"
@@ -122,10 +123,10 @@ class MethodSetup:
 
 
 class MethodPart(BaseModel):
-    """Another registered method with its settings, inside the settings of a method that is made of others.
+    """Another registered method with its settings, inside the settings of a method that combines others.
 
-    A field of this type, of a class derived from it, or a list of them is all that a method says in its ``Config``: the
-    engine finds the method by its name, checks its settings as it checks any method's, and binds both.
+    A method only puts fields of this type, of a class derived from it, or lists of them in its ``Config``: the engine
+    finds the method by its name, checks its settings as it checks any method's, and binds both.
     """
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
@@ -138,7 +139,7 @@ class MethodPart(BaseModel):
     _settings: Any = PrivateAttr(None)
 
     def bind(self, found: type[Method], settings: BaseModel) -> None:
-        """Take the method's class and its validated settings; defaults are filled in."""
+        """Take the method's class and its validated settings, defaults filled in."""
         self._found, self._settings = found, settings
         self.config = settings.model_dump(mode="json")
 
@@ -156,7 +157,7 @@ class MethodPart(BaseModel):
 
 
 def method_parts(config: Any) -> Iterator[tuple[str, MethodPart]]:
-    """The methods inside a method's settings, with their dotted paths, as ``terms.0``; not those inside of these."""
+    """Yield the methods inside a method's settings with their dotted paths, as ``terms.0``; not those nested deeper."""
     for key in type(config).model_fields:
         value = getattr(config, key)
         inside = [(key, value)]
@@ -166,12 +167,12 @@ def method_parts(config: Any) -> Iterator[tuple[str, MethodPart]]:
 
 
 class Method(ABC):
-    """A distillation algorithm. One file; reads top to bottom as its paper."""
+    """A distillation algorithm: one file that reads top to bottom as its paper."""
 
     name: ClassVar[str]
     aliases: ClassVar[tuple[str, ...]] = ()
     packages: ClassVar[Mapping[str, str]] = {}
-    """Import name -> what to pip install, for packages that only this method needs."""
+    """Import name -> name to pip install, for packages that only this method needs."""
 
     class Config(BaseModel):
         """Settings of the method; every field has a description."""
@@ -184,47 +185,48 @@ class Method(ABC):
 
     @classmethod
     def example(cls) -> Mapping[str, Any]:
-        """Settings that the conformance suite (:mod:`.testing`) tries it with, where the defaults take it long."""
+        """Return settings for the conformance suite (:mod:`.testing`), where the defaults would take long."""
         return {}
 
     @classmethod
     @abstractmethod
     def roles(cls, config: Any, setup: MethodSetup) -> Sequence[Role]:
-        """The networks of the method; ``teacher`` and ``student`` are always among them."""
+        """Return the networks of the method; ``teacher`` and ``student`` are always among them."""
 
     @classmethod
     @abstractmethod
     def requires(cls, config: Any, setup: MethodSetup) -> Requirements:
-        """What the method needs of family, data and settings."""
+        """Return what the method needs of family, data and settings."""
 
     @abstractmethod
     def updates(self, context: Context, batch: Batch, step: int) -> Iterator[Update]:
-        """The updates of optimizer step `step` (counted from 0) for one micro-batch, in order."""
+        """Yield the updates of optimizer step `step` (counted from 0) for one micro-batch, in order."""
 
     @abstractmethod
     def sampler(
         self, schedule: Schedule, *, num_inference_steps: int | None = None, guidance_scale: float | None = None
     ) -> Sampler:
-        """The sampler that the student is trained for, at its default or the given steps and guidance.
+        """Return the sampler that the student is trained for, at its default or the given steps and guidance.
 
-        A guidance outside of what the student was trained for is replaced by the method's default, with a notice.
+        A guidance scale outside the range that the student was trained for is replaced by the method's default, with a
+        notice.
         """
 
     @classmethod
     def stages(cls, config: Any, *, total_steps: int) -> Sequence[Stage]:
-        """The parts of a run of `total_steps` optimizer steps; their lengths sum to it."""
+        """Return the stages of a run of `total_steps` optimizer steps; their lengths sum to it."""
         return [Stage("all", total_steps)]
 
     def result_role(self) -> str:
-        """The role that is validated and exported."""
+        """Return the role that is validated and exported."""
         return "student"
 
     def notices(self) -> list[str]:
-        """Lines said once at the start of a run (conventions, consequences of settings)."""
+        """Return lines to print once at the start of a run (conventions, consequences of settings)."""
         return []
 
     def state_dict(self) -> dict[str, Tensor]:
-        """State beyond the networks that decides the future; saved in checkpoints."""
+        """Return the state beyond the networks that decides future steps; saved in checkpoints."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:

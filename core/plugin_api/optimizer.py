@@ -24,14 +24,14 @@ class OptimizerSettings:
     epsilon: float
     weight_decay: float
     warmup_steps: int = 0
-    """Optimizer steps of warm-up; for a :attr:`OptimizerPlugin.schedule_free` one to do itself."""
+    """Number of warm-up steps, for a :attr:`OptimizerPlugin.schedule_free` optimizer to do itself."""
 
 
 class UpdatePolicy:
-    """How a built optimizer is saved, restored and put aside while its weights are used; here as torch's own are."""
+    """How a built optimizer is saved, restored and set aside for evaluation; serves torch's own optimizers."""
 
     def state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """All that decides the next steps: numbers, texts and plain tensors in dicts, lists and tuples."""
+        """Return all that decides the next steps: numbers, texts and plain tensors in dicts, lists and tuples."""
         return optimizer.state_dict()
 
     def load(self, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
@@ -42,7 +42,7 @@ class UpdatePolicy:
 
     @contextmanager
     def evaluating(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-        """Inside, the parameters are those to validate, score and export; after it, bit for bit what they were."""
+        """Hold, inside the block, the parameters to validate, score and export; restore them bit for bit afterwards."""
         yield
 
 
@@ -52,22 +52,22 @@ class OptimizerPlugin(UpdatePolicy, ABC):
     name: ClassVar[str]
     aliases: ClassVar[tuple[str, ...]] = ()
     packages: ClassVar[Mapping[str, str]] = {}
-    """Import name -> what to pip install."""
+    """Import name -> name to pip install."""
     honours: ClassVar[frozenset[str]] = frozenset({"adam_beta1", "adam_beta2", "adam_epsilon", "adam_weight_decay"})
-    """Which of the run's ``adam_*`` keys it has; the others are refused when they are set by the user."""
+    """The run's ``adam_*`` keys that it supports; the others are refused when they are set by the user."""
     parameter_dtype: ClassVar[Literal["float32", "bfloat16"]] = "float32"
     """Type of the trained weights: bfloat16 for optimizers that compensate the rounding themselves."""
 
     default_learning_rate: ClassVar[float | None] = None
-    """Learning rate where the user gives none; None: AdamW's times `relative_learning_rate`."""
+    """Learning rate where the user gives none; None means AdamW's times `relative_learning_rate`."""
     relative_learning_rate: ClassVar[float] = 1.0
-    """What its learning rates are of AdamW's, where the user gives none."""
+    """Ratio of its learning rates to AdamW's, where the user gives none."""
     estimates_learning_rate: ClassVar[bool] = False
-    """Whether it finds the size of its steps itself, and ``learning_rate`` is a factor on that, near 1."""
+    """Whether it finds its step size itself, so that ``learning_rate`` is a factor on that, near 1."""
     schedule_free: ClassVar[bool] = False
-    """Whether it averages its weights in place of a schedule: then none is laid over it, and it warms up itself."""
+    """Whether it averages its weights instead of following a schedule: it gets no schedule, and warms up itself."""
     state_bytes: ClassVar[float | None] = None
-    """Bytes of state per trained weight, for estimates; None: two numbers of the weight's own type."""
+    """Bytes of state per trained weight, for estimates; None means two numbers of the weight's own type."""
 
     class Config(BaseModel):
         """Further options, under ``optimizer_config``."""
@@ -79,4 +79,4 @@ class OptimizerPlugin(UpdatePolicy, ABC):
 
     @abstractmethod
     def build(self, parameters: Iterable[torch.nn.Parameter], settings: OptimizerSettings) -> torch.optim.Optimizer:
-        """The optimizer over `parameters`."""
+        """Return the optimizer over `parameters`."""

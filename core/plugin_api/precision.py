@@ -1,4 +1,4 @@
-"""Which networks of a run are quantised, and what that saves."""
+"""Quantisation of a run's networks, and the memory that it saves."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ BASE = "base_model"
 
 
 def text_encoder(number: int) -> str:
-    """What text encoder `number`, from 1, is called here."""
+    """Return the name, as a part, of text encoder `number`, counted from 1."""
     return f"text_encoder_{number}"
 
 
 class Precisions:
-    """The quantizers of a run by network; a family hands every network over as soon as its weights are final.
+    """The quantizers of a run by network; a family passes every network through them as soon as its weights are final.
 
     Args:
         quantizers: ``base_model`` and ``text_encoder_N`` -> the quantizer of that network.
@@ -33,7 +33,7 @@ class Precisions:
         self._stored: dict[str, tuple[int, int]] = {}
 
     def quantises(self, part: str) -> bool:
-        """Whether the network `part` is to be quantised."""
+        """Return True if the network `part` is to be quantised."""
         return part in self._quantizers
 
     @property
@@ -42,16 +42,16 @@ class Precisions:
         return self._quantizers.keys()
 
     def identity(self, part: str) -> str:
-        """What decides the quantised weights of the network `part`, for fingerprints; empty where nothing does."""
+        """Return a text that changes with the quantised weights of `part`, for fingerprints; empty if not quantised."""
         return f"{part} {self._quantizers[part].identity}" if part in self._quantizers else ""
 
     def place(self, network: nn.Module, part: str, *, device: str, keep: Collection[str] = ()) -> nn.Module:
-        """`network` on `device`, quantised where the run asks for it.
+        """Move `network` to `device`, quantised where the run asks for it.
 
         Args:
-            network: Frozen, on the host, its weights in the type it computes in, teacher's LoRAs fused.
+            network: Frozen, in host memory, with weights of the type it computes in, teacher's LoRAs fused.
             part: ``base_model`` or :func:`text_encoder`.
-            device: Where it goes.
+            device: Device to move it to.
             keep: Modules to leave as they are (see :meth:`.quantizer.Quantizer.quantize`).
 
         Raises:
@@ -80,5 +80,5 @@ class Precisions:
         logger.info(f"{part} quantised by {quantizer.name}: {saved}")
 
     def stored(self, part: str) -> tuple[int, int] | None:
-        """Bytes of the network `part` before and after it was quantised; None where it was not."""
+        """Return the bytes of the network `part` before and after it was quantised; None where it was not."""
         return self._stored.get(part)

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PublishSetting:
-    """What a publisher may know of the run.
+    """The facts of the run that a publisher may use.
 
     Attributes:
         run_name: Name of the run, or of its output folder.
-        model_type: What was trained.
+        model_type: The kind of student that was trained.
         family: Class of the student's family.
         load_family: Makes the family; no weights load.
     """
@@ -33,7 +33,7 @@ class PublishSetting:
 
 
 class Publisher(ABC):
-    """Takes a finished ``student/`` folder somewhere. A failure is a warning, never the end of a run."""
+    """Uploads or copies a finished ``student/`` folder. A failure is a warning, never the end of a run."""
 
     name: ClassVar[str]
     aliases: ClassVar[tuple[str, ...]] = ()
@@ -50,7 +50,7 @@ class Publisher(ABC):
 
     @classmethod
     def from_run(cls, run: RunSettings, config: Any | None) -> Any | None:
-        """Its settings when the run asks for it, else None. By default: its name stands in ``publish_to``.
+        """Return its settings if the run asks for it, otherwise None. By default its name must be in ``publish_to``.
 
         Args:
             run: The keys of the run.
@@ -61,8 +61,8 @@ class Publisher(ABC):
 
     @abstractmethod
     def problems(self) -> list[str]:
-        """What would keep it from working, checked at the start of the run (no token, a placeholder id)."""
+        """Return reasons why it cannot work (no token, a placeholder id); called at the start of the run."""
 
     @abstractmethod
     def publish(self, student: Path) -> str:
-        """Publish the folder; returns where it went."""
+        """Publish the folder; return where it went."""

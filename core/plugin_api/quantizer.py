@@ -1,4 +1,4 @@
-"""The contract of a quantizer: what it needs, and how it holds the weights of a frozen network in fewer bits."""
+"""The contract of a quantizer: what it needs, and how it stores the weights of a frozen network in fewer bits."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 NO_CHANGE = "no_change"
-"""The precision that quantises nothing."""
+"""The value of ``base_model_precision`` that quantises nothing."""
 
 
 class Quantizer(ABC):
-    """Holds the large weights of a frozen network in fewer bits; the LoRA on top stays as it is.
+    """Stores the large weights of a frozen network in fewer bits; the LoRA on top stays as it is.
 
-    Nothing merges a LoRA into a network that was quantised: exports are adapters.
+    No LoRA is merged into a quantised network: exports are adapters.
     """
 
     name: ClassVar[str]
-    """As in ``base_model_precision``: bits and library, ``int8-quanto``."""
+    """The value of ``base_model_precision``: bits and library, ``int8-quanto``."""
     aliases: ClassVar[tuple[str, ...]] = ()
     packages: ClassVar[Mapping[str, str]] = {}
-    """Import name -> what to pip install."""
+    """Import name -> name to pip install."""
     layers: ClassVar[tuple[str, ...]] = ("Linear",)
-    """Names of the classes of ``torch.nn`` that it quantises; for estimates."""
+    """Names of the ``torch.nn`` classes that it quantises; for estimates."""
     bytes_per_weight: ClassVar[float] = 1.0
-    """Of a weight in such a layer, its share of the scales included; for estimates."""
+    """Bytes per weight of such a layer, its share of the scales included; for estimates."""
     forward_ad: ClassVar[bool] = False
     """Whether its layers have a forward-mode derivative, which a few methods need."""
 
@@ -44,36 +44,36 @@ class Quantizer(ABC):
 
     @classmethod
     def usable(cls, device: str) -> str | None:
-        """None when it works on `device` (``cpu``, ``cuda:0``), else the reason why not and what works instead.
+        """Return None if it works on `device` (``cpu``, ``cuda:0``), otherwise the reason and what works instead.
 
-        Asked when its `packages` are there, before weights load.
+        Called before weights load, once its `packages` are found.
         """
         return None
 
     @abstractmethod
     def quantize(self, network: nn.Module, *, device: str, keep: Collection[str] = ()) -> nn.Module:
-        """The quantised `network` on `device`.
+        """Return the quantised `network` on `device`.
 
         The quantizer moves it, since libraries differ in whether weights are packed before, on or after the move.
 
         Args:
-            network: Frozen, on the host, its weights in the type it computes in. May be changed in place.
-            device: Where it is to lie.
+            network: Frozen, in host memory, with weights of the type it computes in. May be changed in place.
+            device: Device to move it to.
             keep: Names of modules (whole, or the last parts of a dotted name) that stay as they are.
 
         Returns:
             The network, with the names of its modules as they were and each quantised layer still an
-            ``nn.Linear`` (or ``nn.Conv2d``) for peft to adapt. A forward gives the same types as before, gradients
+            ``nn.Linear`` (or ``nn.Conv2d``) for peft to adapt. A forward pass gives the same types as before, gradients
             reach its input, and two calls on one input give the same bits. `stored_bytes` is less than before.
         """
 
     def stored_bytes(self, network: nn.Module) -> int:
-        """Bytes that the weights and buffers of `network` take, quantised or not."""
+        """Return the bytes that the weights and buffers of `network` take, quantised or not."""
         return stored_bytes(network)
 
     @property
     def identity(self) -> str:
-        """What decides the quantised weights, for fingerprints."""
+        """A text that changes with the quantised weights, for fingerprints."""
         return f"{self.name} {self.config.model_dump_json()}"
 
 
@@ -83,7 +83,7 @@ class Quantizer(ABC):
 def quantised_layers(
     network: nn.Module, kinds: Collection[type[nn.Module]], keep: Collection[str]
 ) -> list[tuple[str, Any]]:
-    """Name and module of the layers of `network` that are of exactly one of `kinds`, without `keep`.
+    """Return name and module of the layers of `network` that are of exactly one of `kinds`, without `keep`.
 
     Subclasses are left out: what they do with their weights is not known.
     """
@@ -101,7 +101,7 @@ def replace_module(network: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def stored_bytes(network: nn.Module) -> int:
-    """Bytes of the parameters and buffers of `network`, of tensors made of other tensors the parts."""
+    """Return the bytes of the parameters and buffers of `network`; tensors made of other tensors count their parts."""
     return sum(_tensor_bytes(tensor) for tensor in [*network.parameters(), *network.buffers()])
 
 

@@ -1,4 +1,4 @@
-"""What an observing plugin sees of a run."""
+"""The state of a run as an observing plugin sees it."""
 
 from __future__ import annotations
 
@@ -29,4 +29,4 @@ class RunState:
     main: bool = True
     """Whether this process is the one that writes files; hooks run in all."""
     extra: dict[str, Any] = field(default_factory=dict)
-    """A place for plugins to keep things by their own name."""
+    """A place where plugins can keep values, each under its own name."""

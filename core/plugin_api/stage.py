@@ -1,4 +1,4 @@
-"""Stages of a training: their lengths, whose weights become another's, and where a step lies in them."""
+"""Stages of a training: their lengths, which weights are copied between roles, and the stage that a step belongs to."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class StageProgress:
-    """Where in the method's stages a step lies.
+    """The stage that a step belongs to, and the position of the step in it.
 
     Attributes:
         index: Number of the stage, from 0.
-        name: Its name.
-        step: Steps since it began.
-        num_steps: Its length.
+        name: Name of the stage.
+        step: Optimizer steps since the stage began.
+        num_steps: Length of the stage in optimizer steps.
     """
 
     index: int
@@ -24,7 +24,7 @@ class StageProgress:
 
 
 def stage_of(stages: Sequence[Stage], step: int) -> StageProgress:
-    """The stage that optimizer step `step` belongs to; steps past the end belong to the last."""
+    """Return the stage that optimizer step `step` belongs to; steps past the end belong to the last."""
     start = 0
     for index, stage in enumerate(stages):
         if step < start + stage.num_steps or index == len(stages) - 1:
@@ -35,11 +35,11 @@ def stage_of(stages: Sequence[Stage], step: int) -> StageProgress:
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of a run, in optimizer steps; what happens before its first step.
+    """A part of a run, and what happens before its first step.
 
     Attributes:
-        name: For people and logs.
-        num_steps: Its length.
+        name: Name for people and logs.
+        num_steps: Length in optimizer steps.
         copy: Role -> the role whose weights it takes before the first step (not done before the run's first).
         reset: Roles whose optimizer starts afresh.
         restart_learning_rate: Whether warm-up and decay of the learning rate are this stage's own.

@@ -1,4 +1,4 @@
-"""The contract of a tracker: where a run's figures and images are watched."""
+"""The contract of a tracker: where a run's metrics and images are shown."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What a tracker is told of the run it starts for."""
+    """The facts of a run that a tracker starts with."""
 
     output_dir: Path
     project: str
     name: str
     config: Mapping[str, Any]
-    """The resolved configuration without secrets, JSON-able."""
+    """The resolved configuration without secrets, as JSON values."""
     hparams: Mapping[str, float | int | str | bool] = field(default_factory=dict)
     resumed_step: int = 0
 
 
 class Tracker(ABC):
-    """Writes scalars, images and text. Imports its library only when started. Steps count optimizer steps."""
+    """Writes scalars, images and text. Imports its library only when started. Steps are optimizer steps."""
 
     name: ClassVar[str]
     aliases: ClassVar[tuple[str, ...]] = ()
     packages: ClassVar[Mapping[str, str]] = {}
-    """Import name -> what to pip install, for each package that it needs."""
+    """Import name -> name to pip install, for each package that it needs."""
 
     class Config(BaseModel):
         """The tracker's own settings, under ``tracker_config.<name>``."""
@@ -49,17 +49,17 @@ class Tracker(ABC):
 
     @abstractmethod
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Scalars of a step, by slash-separated name."""
+        """Log the scalars of a step, by slash-separated name."""
 
     def images(self, name: str, images: Mapping[str, Image], step: int) -> None:  # noqa: B027
-        """Images by caption."""
+        """Log images by caption."""
 
     def text(self, name: str, text: str, step: int) -> None:  # noqa: B027
-        """Markdown text."""
+        """Log Markdown text."""
 
     def notices(self) -> list[str]:
-        """Lines to say once it has started (that it writes offline, and how to send that later)."""
+        """Return lines to print once it has started (that it writes offline, and how to send that later)."""
         return []
 
     def finish(self, scores: Mapping[str, float] | None = None) -> None:  # noqa: B027
-        """Close; `scores` are the run's final evaluation figures."""
+        """Close the run; `scores` are its final evaluation scores."""

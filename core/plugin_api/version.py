@@ -1,4 +1,4 @@
-"""The version of the plugin API, and the one that a plugin says it was built for.
+"""The version of the plugin API, and the one that a plugin states it was built for.
 
 A plugin states it as a text in its file, or in the module (or package) of its entry point: ``DISTILL_API = "1"`` for
 any 1.x, ``"1.3"`` where it needs what came with 1.3. It is read from the source, so that nothing of a plugin runs that
@@ -27,7 +27,7 @@ def check_api(stated: str, label: str) -> None:
     """Refuse a plugin of another major version, and one that needs a newer minor version.
 
     Args:
-        stated: What the plugin says, as ``1`` or ``1.0``.
+        stated: The version that the plugin states, as ``1`` or ``1.0``.
         label: The plugin, for messages.
 
     Raises:
@@ -58,10 +58,10 @@ def _parsed(version: str, label: str) -> tuple[int, int]:
 
 
 def stated_api(source: bytes, label: str) -> str | None:
-    """What the source of a module states; None where it states nothing, or is no Python (its import says so).
+    """Return the version that a module's source states; None where it states none or is not Python.
 
     Raises:
-        UserError: It states something else than a text.
+        UserError: The stated version is not a text.
     """
     try:
         body = ast.parse(source).body
@@ -80,27 +80,27 @@ def stated_api(source: bytes, label: str) -> str | None:
 
 
 def _assigned(node: ast.stmt) -> tuple[list[ast.expr], ast.expr | None]:
-    """Targets and value of an assignment; nothing of other statements."""
+    """Return targets and value of an assignment; nothing for other statements."""
     if isinstance(node, ast.Assign):
         return node.targets, node.value
     return ([node.target], node.value) if isinstance(node, ast.AnnAssign) else ([], None)
 
 
 def check_file(path: Path, label: str) -> None:
-    """Check what a plugin file states. Raises UserError as :func:`check_api`."""
+    """Check the version that a plugin file states. Raises UserError as :func:`check_api`."""
     stated = stated_api(path.read_bytes(), label)
     if stated is not None:
         check_api(stated, label)
 
 
 def check_module(name: str, label: str) -> None:
-    """Check what an installed module states, or a package around it. Raises UserError as :func:`check_api`."""
+    """Check the version that an installed module, or a package around it, states. Raises as :func:`check_api`."""
     for path in _sources(name):
         check_file(path, label)
 
 
 def _sources(name: str) -> Iterator[Path]:
-    """Source files of the packages around a dotted module and of itself, found without importing any of them."""
+    """Yield the source files of a dotted module and the packages around it, found without importing any of them."""
     first, *rest = name.split(".")
     spec = importlib.util.find_spec(first)
     for count in range(len(rest) + 1):

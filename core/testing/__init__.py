@@ -1,4 +1,4 @@
-"""The conformance suite: what every plugin of a kind promises, as checks.
+"""The conformance suite: the promises of every kind of plugin, as checks.
 
 ``distill plugins check`` runs it; in a test of one's own::
 

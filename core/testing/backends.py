@@ -1,4 +1,4 @@
-"""What a data backend promises: the same files under the same keys, every time, and clear errors."""
+"""Checks of a data backend: the same files under the same keys, every time, and clear errors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Place:
     """The files in a place of the backend's kind, made by its example.
 
     Attributes:
-        subject: The backend.
+        subject: The backend under test.
     """
 
     subject: Subject
@@ -52,7 +52,7 @@ class Place:
 
     @cached_property
     def settings(self) -> Mapping[str, Any]:
-        """Of an entry that names the place. Raises NotApplicable where the backend offers no example."""
+        """Keys of an entry that names the place. Raises NotApplicable where the backend offers no example."""
         self.subject.need_packages()
         self._keep = tempfile.TemporaryDirectory(prefix="distill-check-")
         with failing("example()", "it is given an empty folder and files by key"):
@@ -65,13 +65,13 @@ class Place:
         return found
 
     def open(self) -> Any:
-        """The backend on the place."""
+        """Return the backend opened on the place."""
         with failing("making it", "Config must take what example() returned"):
             return self.subject.cls(self.subject.cls.Config(**self.settings))
 
 
 def checks(subject: Subject) -> list[Named]:
-    """On eight files: four images with captions, with folders, spaces and umlauts in their names."""
+    """Return checks on eight files: four images with captions, with folders, spaces and umlauts in their names."""
     place = Place(subject)
     shared: list[Named] = [
         ("it finds its place", partial(_finds, place)),
@@ -129,7 +129,7 @@ def _lists(place: Place) -> None:
 
 
 def _handles(place: Place, backend: DataBackend) -> dict[str, str]:
-    """Key -> what open() finds it by."""
+    """Return key -> the argument with which open() finds it."""
     if isinstance(backend, SampleBackend):
         pairs = [pair for chunk in backend.samples() for pair in zip(chunk.keys, chunk.positions, strict=True)]
         return dict(pairs)
@@ -249,7 +249,7 @@ def _writes(place: Place) -> None:
 
 
 def _gone(place: Place) -> None:
-    """The place of the example, in a folder that is not there."""
+    """Check the example's place after its folder was removed."""
     gone = {key: value for key, value in place.settings.items() if isinstance(value, str | Path)}
     root = str(place._keep.name)
     moved = {key: str(value).replace(root, f"{root}-gone") for key, value in gone.items() if root in str(value)}
@@ -307,7 +307,7 @@ def _samples(place: Place) -> None:
 
 
 def _vanished(place: Place) -> None:
-    """The last sample, by the place that it was listed with, after the place was made again without it."""
+    """Check a read of the last sample, as it was listed, after the place was made again without it."""
     backend = place.open()
     if backend.in_order:
         raise NotApplicable("its images are read in their order, by sequential()")

@@ -1,4 +1,4 @@
-"""What a check is, and how it ends."""
+"""A check, and how it ends."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ _LIBRARIES = {"accelerate", "diffusers", "numpy", "peft", "PIL", "pyarrow", "pyd
 
 
 class ConformanceError(AssertionError):
-    """A plugin breaks its contract: what was expected, what was seen, how to mend it."""
+    """A plugin breaks its contract: what was expected, what was found, and how to mend it."""
 
 
 class NotApplicable(Exception):
-    """A check says nothing of this plugin, and why."""
+    """A check does not apply to this plugin; with the reason."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that a registered class promises.
+    """One promise of a registered class.
 
     Attributes:
-        subject: What is checked, as ``method lcm``.
-        name: In a few words.
+        subject: The class, as ``method lcm``.
+        name: A few words.
         function: Raises ConformanceError or NotApplicable.
     """
 
@@ -43,11 +43,11 @@ class Check:
         return f"{self.subject}: {self.name}"
 
     def run(self) -> None:
-        """Do it.
+        """Run the check.
 
         Raises:
             ConformanceError: The class breaks its contract; with the reason.
-            NotApplicable: The check says nothing of this class; with the reason.
+            NotApplicable: The check does not apply to this class; with the reason.
         """
         self.function()
 
@@ -58,9 +58,9 @@ class Subject:
 
     Attributes:
         cls: The class.
-        kind: Which kind of plugin it is.
-        example: What stands in for the class's own ``example``, or None. For kinds without one: a function without
-            arguments that returns settings.
+        kind: The kind of plugin.
+        example: Replaces the class's own ``example``, or None. For kinds without one: a function without arguments that
+            returns settings.
     """
 
     cls: type[Any]
@@ -71,11 +71,11 @@ class Subject:
         return f"{self.kind.replace('_', ' ')} {getattr(self.cls, 'name', self.cls.__name__)}"
 
     def own_example(self, *args: Any) -> Any:
-        """What the given example, or else the class's own, returns."""
+        """Return the result of the given example, or else of the class's own."""
         return (self.example or self.cls.example)(*args)
 
     def config(self) -> Any:
-        """Settings to try it with: the example's, or the defaults. Raises NotApplicable where there are neither."""
+        """Return settings to try it with, the example's or the defaults. Raises NotApplicable without either."""
         has_example = self.example is not None or hasattr(self.cls, "example")
         given: Mapping[str, Any] = self.own_example() if has_example else {}
         try:
@@ -108,7 +108,7 @@ def expect(condition: object, problem: str, remedy: str) -> None:
 
 @contextmanager
 def failing(what: str, remedy: str) -> Iterator[None]:
-    """Whatever the plugin raises inside the block is said as a ConformanceError."""
+    """Turn any exception of the plugin inside the block into a ConformanceError."""
     try:
         yield
     except (ConformanceError, NotApplicable):
@@ -118,7 +118,7 @@ def failing(what: str, remedy: str) -> Iterator[None]:
 
 
 def said(error: Exception) -> str:
-    """An exception, and the last line of the plugin's own code on the way there, or else the last of all."""
+    """Return an exception's text and the last line of the plugin's code that led to it, or else the last line."""
     frames = list(traceback.walk_tb(error.__traceback__))
     own = [each for each in frames if not _foreign(str(each[0].f_globals.get("__name__", "")))]
     frame, line = (own or frames)[-1]
@@ -127,12 +127,12 @@ def said(error: Exception) -> str:
 
 
 def _foreign(module: str) -> bool:
-    """Whether a module is the engine's or a library's."""
+    """Return True if a module belongs to the engine or a library."""
     top = module.partition(".")[0]
     return module.startswith(_ENGINE) or top in _LIBRARIES or top in sys.stdlib_module_names
 
 
 def containers(cls: type[Any]) -> dict[str, Any]:
-    """Copies of the lists, dicts and sets that the class itself holds, by attribute."""
+    """Return copies of the lists, dicts and sets that the class itself holds, by attribute."""
     plain = {name: value for name, value in vars(cls).items() if isinstance(value, list | dict | set)}
     return {name: copy.deepcopy(value) for name, value in plain.items() if not name.startswith("__")}

@@ -1,4 +1,4 @@
-"""What every plugin promises, whatever its kind: its name, its settings, its signatures, its imports."""
+"""Checks of every plugin, whatever its kind: its name, its settings, its signatures, its imports."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ print("\\n".join(sorted({each.partition(".")[0] for each in set(sys.modules) - b
 
 
 def name_is_usable(subject: Subject) -> None:
-    """It is written in configuration files, lists with commas and dotted paths."""
+    """Check that the name can be written in configuration files, lists with commas and dotted paths."""
     for name in (subject.cls.name, *getattr(subject.cls, "aliases", ())):
         expect(
             isinstance(name, str) and NAME.fullmatch(name),
@@ -42,7 +42,7 @@ def name_is_usable(subject: Subject) -> None:
 
 
 def it_is_described(subject: Subject) -> None:
-    """`distill plugins list` shows the docstring's first line."""
+    """Check that the class has a docstring: `distill plugins list` shows its first line."""
     own = vars(subject.cls).get("__doc__")
     expect(
         (own or "").strip(),
@@ -52,7 +52,7 @@ def it_is_described(subject: Subject) -> None:
 
 
 def it_is_complete(subject: Subject, base: type[Any]) -> None:
-    """Nothing abstract is left."""
+    """Check that no abstract method is left."""
     missing = ", ".join(sorted(getattr(subject.cls, "__abstractmethods__", ())))
     expect(not missing, f"class {subject.cls.__name__} does not define {missing}", f"see distill.{base.__name__}")
 
@@ -61,7 +61,7 @@ def it_is_complete(subject: Subject, base: type[Any]) -> None:
 
 
 def config_refuses_unknown_keys(subject: Subject) -> None:
-    """A misspelt key must not be ignored."""
+    """Check that a misspelt key is refused."""
     config = subject.cls.Config
     expect(
         isinstance(config, type) and issubclass(config, BaseModel),
@@ -76,7 +76,7 @@ def config_refuses_unknown_keys(subject: Subject) -> None:
 
 
 def config_is_described(subject: Subject) -> None:
-    """Schema, documentation and messages are made from the descriptions."""
+    """Check that every field has a description: schema, documentation and messages are made from these."""
     bare = [key for key, info in subject.cls.Config.model_fields.items() if not (info.description or "").strip()]
     expect(
         not bare,
@@ -86,7 +86,7 @@ def config_is_described(subject: Subject) -> None:
 
 
 def config_has_a_schema(subject: Subject) -> None:
-    """Editors check files by it."""
+    """Check that the settings have a JSON Schema, by which editors check files."""
     try:
         subject.cls.Config.model_json_schema()
     except Exception as error:
@@ -96,7 +96,7 @@ def config_has_a_schema(subject: Subject) -> None:
 
 
 def config_limits_its_numbers(subject: Subject) -> None:
-    """A number without limits accepts what cannot work, hours before it fails."""
+    """Check that numbers have limits: without them a value that cannot work is found hours later."""
     from ..config.findings import expectation
 
     config = subject.cls.Config
@@ -110,7 +110,7 @@ def config_limits_its_numbers(subject: Subject) -> None:
 
 
 def config_accepts_its_defaults(subject: Subject) -> None:
-    """And what is written into config.resolved.json comes back."""
+    """Check that the defaults are valid, and come back from config.resolved.json as they were."""
     try:
         made = subject.cls.Config()
     except ValidationError as error:
@@ -132,7 +132,7 @@ def config_accepts_its_defaults(subject: Subject) -> None:
 
 
 def signatures_fit(subject: Subject, base: type[Any]) -> None:
-    """The engine calls by the names that the base class gives."""
+    """Check that methods can be called by the argument names of the base class, as the engine does."""
     wrong = []
     for name, declared in vars(base).items():
         if name.startswith("__") and name != "__init__":
@@ -154,7 +154,7 @@ def _function(value: Any) -> Any:
 
 
 def _misfits(theirs: Any, ours: Any) -> list[str]:
-    """What keeps calls that fit `theirs` from `ours`."""
+    """Return reasons why a call that fits `theirs` does not fit `ours`."""
     declared, own = inspect.signature(theirs).parameters, inspect.signature(ours).parameters
     kinds = {parameter.kind for parameter in own.values()}
     any_keyword, any_place = inspect.Parameter.VAR_KEYWORD in kinds, inspect.Parameter.VAR_POSITIONAL in kinds
@@ -172,7 +172,7 @@ def _misfits(theirs: Any, ours: Any) -> list[str]:
 
 
 def _misplaced(declared: Mapping[str, inspect.Parameter], own: Mapping[str, inspect.Parameter]) -> list[str]:
-    """Parameters that are given by place and stand elsewhere."""
+    """Return positional parameters that are in another position."""
     positions = [name for name, parameter in declared.items() if parameter.kind in POSITIONAL]
     ours = [name for name, parameter in own.items() if parameter.kind in POSITIONAL]
     shared = [name for name in positions if name in own]
@@ -187,7 +187,7 @@ def _misplaced(declared: Mapping[str, inspect.Parameter], own: Mapping[str, insp
 
 
 def packages_are_imported_late(subject: Subject) -> None:
-    """Where a package is missing, the plugin must still load, to say which."""
+    """Check that the plugin loads without its packages, so that it can say which are missing."""
     packages = getattr(subject.cls, "packages", {})
     if not packages:
         raise NotApplicable("it declares no packages")
@@ -204,7 +204,7 @@ def packages_are_imported_late(subject: Subject) -> None:
 
 @cache
 def _imported_by(name: str, file: str) -> tuple[frozenset[str], str]:
-    """Top-level packages that a fresh interpreter has after importing the module, and what it said when it failed."""
+    """Return the top-level packages that a fresh interpreter has after importing the module, and its error message."""
     from importlib.util import find_spec
 
     importable = not name.startswith("distill_plugin_") and find_spec(name.partition(".")[0]) is not None
@@ -215,7 +215,7 @@ def _imported_by(name: str, file: str) -> tuple[frozenset[str], str]:
 
 
 def class_is_left_alone(subject: Subject, base: type[Any], before: Mapping[str, Any]) -> None:
-    """Whatever the other checks did: two runs in one process must not see each other."""
+    """Check that the other checks did not change the class: two runs in one process must not affect each other."""
     from .checks import containers
 
     after = containers(subject.cls)
@@ -228,14 +228,14 @@ def class_is_left_alone(subject: Subject, base: type[Any], before: Mapping[str, 
 
 
 def kinds_of_bases() -> Mapping[str, type[Any]]:
-    """Kind of plugin -> base class."""
+    """Return kind of plugin -> base class."""
     from ..registry.registry import _BASES
 
     return _BASES
 
 
 def kind_of(cls: type[Any]) -> str:
-    """Which kind of plugin a class is. Raises TypeError for none."""
+    """Return the kind of plugin that a class is. Raises TypeError for none."""
     for kind, base in kinds_of_bases().items():
         if isinstance(cls, type) and issubclass(cls, base):
             return kind

@@ -1,4 +1,4 @@
-"""What an evaluator promises: the scores that it declares, finite, and the same for the same images."""
+"""Checks of an evaluator: the scores that it declares, finite, and the same for the same images."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PROMPTS = ("a red fox", "two boats", "the moon, größer")
 
 
 def checks(subject: Subject) -> list[Named]:
-    """On smooth random images of 32 pixels."""
+    """Return checks on smooth random images of 32 pixels."""
     return [
         ("it says whether it is usable", partial(_usable, subject)),
         ("its scores are finite and declared", partial(_scores, subject)),

@@ -1,4 +1,4 @@
-"""What a family promises: on its small model, from the prompt to the image and back from disk."""
+"""Checks of a family on its small model, from the prompt to the image and back from disk."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from .sampling_loops import GUIDED, UNGUIDED, loop_is_generate
 from .suite import Named
 
 ROUNDING, IMAGE_ROUNDING = 1e-4, 2.5 / 255
-"""Of an image in [0, 1] that is made a second time, and of one that was an 8-bit image in between."""
+"""Tolerances, for pixels in [0, 1], of an image made a second time, and of one stored with 8 bits in between."""
 
 
 def checks(subject: Subject) -> list[Named]:
-    """On the model of its example."""
+    """Return checks on the model of its example."""
     model = Model(subject)
     found: list[Named] = [
         ("it knows its model", partial(_source, model)),
@@ -207,7 +207,7 @@ def _need(model: Model, kind: Kind) -> None:
 
 @contextmanager
 def _exported(model: Model, kind: Kind) -> Iterator[tuple[Path, Tensor]]:
-    """(working directory with the folder ``student``, the images before it was written)."""
+    """Yield the working directory, with the folder ``student``, and the images from before the export."""
     _need(model, kind)
     with model.student(kind) as network, tempfile.TemporaryDirectory(prefix="distill-check-") as place:
         images = model.images(network)

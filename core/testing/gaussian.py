@@ -1,8 +1,8 @@
-"""A family whose teacher is known in closed form: data N(c, q^2) per prompt c, one number per sample, float64.
+"""A family whose teacher is known in closed form: data N(c, q^2) for each prompt c, one number per sample, float64.
 
-Guidance keeps it Gaussian: the teacher guided with scale g is the one of N(g c, q^2). The affine network has a weight
+Guidance keeps it Gaussian: the teacher guided with scale g is that of N(g c, q^2). The affine network has a weight
 per grid time, which is just enough capacity for every consistency function of this data; it starts as the perfect
-denoiser in whichever parametrisation it is wrapped.
+denoiser of its prediction type.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ Q = 0.5
 
 
 class AffineNetwork(nn.Module):
-    """output = a_j x + b_j c (guidance is ignored), j the grid index of the time fed; float64.
+    """output = a_j x + b_j c (guidance is ignored), j the grid index of the time input; float64.
 
     Args:
-        schedule: The path.
+        schedule: The noise schedule.
         times: Shape (J,), in the schedule's units.
-        kind: Parametrisation of the output.
+        kind: Prediction type of the output.
     """
 
     times: Tensor
@@ -40,13 +40,13 @@ class AffineNetwork(nn.Module):
         self.a, self.b = nn.Parameter(a.clone()), nn.Parameter(b.clone())
 
     def forward(self, x: Tensor, time: Tensor, mean: Tensor) -> Tensor:
-        """(B, 1) of x (B, 1), time (B,) as fed, mean (B, 1)."""
+        """Return the output (B, 1) for x (B, 1), the network's time input (B,) and mean (B, 1)."""
         j = (time.double()[:, None] - self.times).abs().argmin(1)
         return self.a[j][:, None] * x + self.b[j][:, None] * mean
 
 
 def affine_of(kind: str, schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]:
-    """Coefficients of x and c in the perfect network's raw output, (J,) each: it is linear in both."""
+    """Return the coefficients of x and c in the perfect network's raw output, (J,) each: it is linear in both."""
     one, zero = torch.ones(len(t), 1, dtype=torch.float64), torch.zeros(len(t), 1, dtype=torch.float64)
     a = raw_output(kind, schedule, one, t, zero)[:, 0]
     b = raw_output(kind, schedule, zero, t, one)[:, 0]
@@ -54,13 +54,16 @@ def affine_of(kind: str, schedule: Schedule, t: Tensor) -> tuple[Tensor, Tensor]
 
 
 def denoise(schedule: Schedule, x: Tensor, t: Tensor, mean: Tensor) -> Tensor:
-    """D*(x, t) = m + a q^2 (x - a m) / (a^2 q^2 + s^2), for x and mean of shape (B, 1)."""
+    """Return the perfect denoiser's x_0, m + alpha_t q^2 (x - alpha_t m) / (alpha_t^2 q^2 + sigma_t^2).
+
+    `x` and `mean` (m) have shape (B, 1), `t` (B,) is in the schedule's units.
+    """
     a, s = schedule.coefficients(t, x)
     return mean + a * Q**2 * (x - a * mean) / (a**2 * Q**2 + s**2)
 
 
 def raw_output(kind: str, schedule: Schedule, x: Tensor, t: Tensor, mean: Tensor) -> Tensor:
-    """The perfect network of a parametrisation, (B, 1)."""
+    """Return the perfect network's output (B, 1) for a prediction type."""
     a, s = schedule.coefficients(t, x)
     x_0 = denoise(schedule, x, t, mean)
     eps = s * (x - a * mean) / (a**2 * Q**2 + s**2)
@@ -68,7 +71,10 @@ def raw_output(kind: str, schedule: Schedule, x: Tensor, t: Tensor, mean: Tensor
 
 
 def gaussian_map(schedule: Schedule, x: Tensor, t: Tensor, r: Tensor, mean: Tensor) -> Tensor:
-    """The exact map of the teacher's ODE from t to r, (B,) each: the distance from the mean keeps its quantile."""
+    """Return the exact map of the teacher's ODE from t to r, (B,) each.
+
+    The distance of `x` (B, 1) from the mean keeps its quantile.
+    """
     (a, s), (a_r, s_r) = schedule.coefficients(t, x), schedule.coefficients(r, x)
     return a_r * mean + ((a_r**2 * Q**2 + s_r**2) / (a**2 * Q**2 + s**2)).sqrt() * (x - a * mean)
 
@@ -77,8 +83,8 @@ class GaussianFamily(ModelFamily):
     """Prompts are numbers: the mean of the data. The unconditional mean is 0. It makes and exports no images.
 
     Args:
-        schedule: The path.
-        kind: Parametrisation of the networks.
+        schedule: The noise schedule.
+        kind: Prediction type of the networks.
         times: Times that networks are called at, in the schedule's units.
     """
 
@@ -93,85 +99,85 @@ class GaussianFamily(ModelFamily):
         self._schedule, self._kind, self._times = schedule, kind, times
 
     def check_source(self) -> None:
-        """There is none."""
+        """Do nothing: there is no source."""
 
     def fingerprint(self, part: str) -> str:
-        """The part's name."""
+        """Return the part's name."""
         return part
 
     @property
     def prediction_type(self) -> str:
-        """As it was given."""
+        """The prediction type as given."""
         return self._kind
 
     @property
     def schedule(self) -> Schedule:
-        """As it was given."""
+        """The schedule as given."""
         return self._schedule
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """The numbers that they are."""
+        """Return the prompts as numbers (B, 1)."""
         return {"mean": torch.tensor([[float(p)] for p in prompts], dtype=torch.float64)}
 
     def condition(self, embeds: Conditioning, micro: MicroConditioning) -> Conditioning:
-        """The prompts alone."""
+        """Return the prompts alone."""
         return embeds
 
     def uncond(self, cond: Conditioning) -> Conditioning:
-        """A mean of 0."""
+        """Return means of 0."""
         return {"mean": torch.zeros_like(cond["mean"])}
 
     def encode_images(self, pixels: Tensor, generator: Any = None) -> Tensor:
-        """There are no images."""
+        """Raise NotImplementedError: there are no images."""
         raise NotImplementedError
 
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Latents as they are."""
+        """Return the latents as they are."""
         return latents
 
     def release_encoders(self) -> None:
-        """There are none."""
+        """Do nothing: there are no encoders."""
 
     def load_network(self) -> nn.Module:
-        """The perfect network at the given times."""
+        """Return the perfect network at the given times."""
         return AffineNetwork(self._schedule, self._times, self._kind)
 
     def attach_adapter(self, network: nn.Module, path: str, adapter: str) -> None:
-        """There are no adapters."""
+        """Raise NotImplementedError: there are no adapters."""
         raise NotImplementedError
 
     def student_network(
         self, teacher: nn.Module, *, guidance_embedding: bool, second_time: bool = False, smaller: bool = False
     ) -> nn.Module:
-        """A copy."""
+        """Return a copy."""
         return copy.deepcopy(teacher)
 
     def predict(
         self, network: nn.Module, x_t: Tensor, time: Tensor, cond: Conditioning, *, guidance: Tensor | None = None,
         second_time: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """Whatever the guidance."""
+        """Return the network's output, whatever the guidance."""
         return network(x_t, time, cond["mean"])
 
     def generate(self, *args: Any, **kwargs: Any) -> Tensor:
-        """There are no images."""
+        """Raise NotImplementedError: there are no images."""
         raise NotImplementedError
 
     def export(self, *args: Any, **kwargs: Any) -> None:
-        """There are no images."""
+        """Raise NotImplementedError: there are no images."""
         raise NotImplementedError
 
     def load_student(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """There are no images."""
+        """Raise NotImplementedError: there are no images."""
         raise NotImplementedError
 
     def usage_snippet(self, info: Any) -> str:
-        """None."""
+        """Return no code."""
         return ""
 
 
 def gaussian_batch(step: int, size: int, *, mean: float) -> Batch:
-    """Data N(mean, q^2) for the prompt `mean`."""
+    """Return data from N(mean, q^2) for the prompt `mean`."""
     g = torch.Generator().manual_seed(step)
     latents = mean + Q * torch.randn(size, 1, generator=g, dtype=torch.float64)
     cond = {"mean": torch.full((size, 1), mean, dtype=torch.float64)}

@@ -1,4 +1,4 @@
-"""Finding and importing the plugin that somebody names, and what it registers."""
+"""Finds and imports the plugin that a user names, and the classes that it registers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Source:
 
 
 def sources_of(argument: str) -> list[Source]:
-    """The plugins that `argument` names.
+    """Return the plugins that `argument` names.
 
     Raises:
         UserError: There is nothing of that name, or it cannot be imported.
@@ -100,7 +100,7 @@ def _importable(name: str) -> bool:
 
 
 def _imported(value: str) -> Any:
-    """The module, or the object in it after a colon."""
+    """Return the module, or the object in it after a colon."""
     name, _, attribute = value.partition(":")
     try:
         found: Any = importlib.import_module(name.strip())
@@ -117,7 +117,7 @@ def _imported(value: str) -> Any:
 
 
 def checks_of_source(source: Source) -> Iterator[Check]:
-    """That the registry takes it, and every check of every class that its hooks return."""
+    """Yield the check that the registry takes it, and every check of every class that its hooks return."""
     yield Check(source.label, "the registry takes it", partial(_registered, source))
     for found in classes_of(source.plugin):
         yield from checks_of(found)
@@ -134,7 +134,7 @@ def _registered(source: Source) -> None:
 
 
 def classes_of(plugin: Any) -> list[type[Any]]:
-    """Plugin classes that its registration hooks return; what is none is the registry's to refuse."""
+    """Return the plugin classes that its registration hooks return; the registry refuses anything else."""
     from .common import kind_of
 
     found: dict[type[Any], None] = {}

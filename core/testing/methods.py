@@ -1,4 +1,4 @@
-"""What a method promises: on the closed-form teacher, for every kind of prediction."""
+"""Checks of a method on the closed-form teacher, for every prediction type."""
 
 from __future__ import annotations
 
@@ -27,32 +27,32 @@ from .suite import Named
 from .trial import Trial, base_weights, make_trial, own_weights, same
 
 KINDS = ("eps", "v-zero-snr", "x0", "flow-shift")
-"""Of :data:`.paths.PATHS`: eps, v, x0 and flow prediction."""
+"""Names of :data:`.paths.PATHS`: eps, v, x0 and flow prediction."""
 MODEL_TYPES = ("full", "lora")
 LORA = LoraSettings(rank=4, alpha=4.0)
 STEPS, HALF, SIZE = 4, 2, 4
-"""Optimizer steps of a trial, where it is stopped and resumed, and samples of each step."""
+"""Optimizer steps of a trial, the step at which it is stopped and resumed, and samples per step."""
 MEAN = 0.2
 """The prompt, in the units of the data, whose standard deviation is 0.5."""
 LESSONS = ((300, 0.02), (900, 0.02))
-"""Steps and learning rate of a training; the second where the first was too short."""
+"""Steps and learning rate of a training; the second is used where the first was too short."""
 ENOUGH, RIGHT = 0.5, 0.15
-"""The share of the untrained student's error that may be left, and what is right in any case (units of q)."""
+"""Share of the untrained student's error that may be left, and an error that is always accepted (in units of q)."""
 REMEDY = (
     "does it see x0, eps or v through Prediction, rather than the network's raw output? If its teacher takes few, "
     "large steps by default, let Method.example() name finer settings"
 )
 GUIDANCE = (0.4, 30.0)
-"""Scales of guidance that a student's mean may show."""
+"""Guidance scales that a student's mean may correspond to."""
 
 
 @dataclass
 class Bench:
-    """A method on the closed-form teacher of one kind of prediction; what checks share is made once.
+    """A method on the closed-form teacher of one prediction type; results that checks share are computed once.
 
     Attributes:
         subject: The method.
-        path: Of :data:`KINDS`.
+        path: A name of :data:`KINDS`.
     """
 
     subject: Subject
@@ -88,20 +88,20 @@ class Bench:
 
     @cached_property
     def needs(self) -> Requirements:
-        """What it requires. Raises NotApplicable where the closed-form teacher cannot give it."""
+        """The method's requirements. Raises NotApplicable where the closed-form teacher cannot meet them."""
         needs = self.subject.cls.requires(self.config, self.setup)
         if needs.second_time and self.setup.model_type == "lora":
             raise NotApplicable("an adapter with a second time is more than the closed-form network has")
         return needs
 
     def batch(self, needs: Requirements, step: int, *, size: int = SIZE) -> Any:
-        """Data of the prompt."""
+        """Return data of the prompt."""
         return smooth_batch(
             self.family.schedule, step, size, mean=MEAN, images=needs.images, points=needs.trajectory_points
         )
 
     def trial(self, *, seed: int = 0, **settings: Any) -> Trial:
-        """The method at work; `seed` is that of the global generators, which it has no business with."""
+        """Return a trial of the method; `seed` is that of the global generators, which it must not use."""
         assert self.needs is not None
         torch.manual_seed(seed)
         random.seed(seed)
@@ -112,7 +112,7 @@ class Bench:
 
     @cached_property
     def watched(self) -> tuple[Trial, dict, Path, Any]:
-        """A trial of four steps, every update watched; its weights at the start; its checkpoint on the way."""
+        """A trial of four steps with every update watched, its weights at the start, and its checkpoint on the way."""
         with _quiet(), failing("training", "it must run on any family and any kind of prediction"):
             trial = self.trial(watching=True)
             start = own_weights(trial.networks)
@@ -138,7 +138,7 @@ def _bind(config: Any) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No warnings by diffusers of times that it did not choose itself."""
+    """Silence warnings by diffusers about times that it did not choose itself."""
     logger = logging.getLogger("diffusers")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -149,7 +149,7 @@ def _quiet() -> Iterator[None]:
 
 
 def checks(subject: Subject) -> list[Named]:
-    """Of the method by itself, then on each kind of prediction."""
+    """Return checks of the method by itself, then on each prediction type."""
     benches = {path: Bench(subject, path) for path in KINDS}
     found: list[Named] = [("roles and stages fit together", partial(_roles, benches["eps"]))]
     for path, bench in benches.items():
@@ -159,7 +159,7 @@ def checks(subject: Subject) -> list[Named]:
 
 
 def _roles(bench: Bench) -> None:
-    """Teacher and student are there, sources come before what is made of them, stages sum to the run."""
+    """Check that teacher and student are there, that sources come before their copies, that stages sum to the run."""
     found, config, setup = bench.subject.cls, bench.config, bench.setup
     roles, needs = found.roles(config, setup), bench.needs
     names = [role.name for role in roles]
@@ -303,7 +303,7 @@ def _samples(bench: Bench, networks: Networks, method: Any, sampler: Any) -> tor
 
 
 def _learns(bench: Bench) -> None:
-    """Few steps of the student give the data's distribution, as guided as it may be."""
+    """Check that few steps of the student give the data's distribution, at a guidance scale that it may have."""
     found = bench.subject.cls
     method = found(bench.config, bench.setup)
     sampler = method.sampler(bench.family.schedule)
@@ -327,7 +327,7 @@ def _learns(bench: Bench) -> None:
 
 
 def _verdict(before: tuple[float, float], after: tuple[float, float], num_steps: int) -> str:
-    """What is wrong with a student, if anything is."""
+    """Return the fault of a student, or an empty text."""
     (start, first), (error, guidance) = before, after
     fell = f"from {start:.2f} to {error:.2f} standard deviations in {num_steps} steps"
     if not error <= max(ENOUGH * start, RIGHT):

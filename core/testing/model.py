@@ -30,7 +30,7 @@ Kind = Literal["lora", "full"]
 
 @dataclass
 class Model:
-    """The family on its small model; what checks share is loaded once.
+    """The family on its small model; parts that checks share are loaded once.
 
     Attributes:
         subject: The family.
@@ -52,7 +52,7 @@ class Model:
         return str(found)
 
     def make(self, source: str | None = None) -> ModelFamily:
-        """The family anew."""
+        """Return a new instance of the family."""
         settings = ModelSettings(self.source if source is None else source, resolution=(self.edge, self.edge))
         return self.subject.cls(self.subject.cls.Config(), settings)
 
@@ -66,24 +66,24 @@ class Model:
 
     @property
     def edge(self) -> int:
-        """Pixels along an edge of images: a multiple of what the family asks for."""
+        """Pixels along an edge of images: a multiple of the family's ``pixel_multiple``."""
         return max(32, self.subject.cls.pixel_multiple)
 
     @cached_property
     def embeds(self) -> dict[str, Tensor]:
-        """Of the prompts."""
+        """Embeddings of the prompts."""
         with failing("encode_prompts()", "it takes a list of texts"):
             return dict(self.family.encode_prompts(PROMPTS))
 
     @cached_property
     def conditioned(self) -> dict[str, Tensor]:
-        """What the network takes for the prompts."""
+        """Conditioning of the network for the prompts."""
         size, embeds = [(self.edge, self.edge)] * len(PROMPTS), self.embeds
         with failing("condition()", "it takes what encode_prompts() returned"):
             return dict(self.family.condition(embeds, MicroConditioning(size, [(0, 0)] * len(PROMPTS), size)))
 
     def inputs(self) -> tuple[Tensor, Tensor]:
-        """(x_t, time as fed) of two samples."""
+        """Return (x_t, the network's time input) of two samples."""
         family, g = self.family, torch.Generator().manual_seed(0)
         edge = self.edge // family.scale_factor
         x_t = torch.randn(len(PROMPTS), family.latent_channels, edge, edge, generator=g)
@@ -92,13 +92,13 @@ class Model:
 
     @torch.no_grad()
     def predict(self, network: nn.Module, **settings: Any) -> Tensor:
-        """The network's output."""
+        """Return the network's output."""
         with failing("predict()", "it takes x_t (B, C, h, w), time (B,) and what condition() returned"):
             return self.family.predict(network, *self.inputs(), self.conditioned, **settings)
 
     @contextmanager
     def student(self, kind: Kind) -> Iterator[nn.Module]:
-        """A student that is not its teacher any more."""
+        """Yield a student whose weights differ from its teacher's."""
         roles = [Role("teacher"), Role("student", trains=kind)]
         with failing(f"making a student ({kind})", "see student_network() and lora_targets of distill.ModelFamily"):
             networks = Networks(self.family, roles, lora=LORA if kind == "lora" else None, seed=0)
@@ -110,14 +110,14 @@ class Model:
             yield network
 
     def sampler(self) -> Sampler:
-        """Two steps, as a method would name them."""
+        """Return a sampler of two steps, as a method would name it."""
         if self.family.schedule.clean_at_zero:
             flow = {"shift": 1.0, "use_dynamic_shifting": False}
             return Sampler("FlowMatchEulerDiscreteScheduler", flow, 2, 0.0, {"sigmas": [1.0, 0.6]})
         return Sampler("DDIMScheduler", {"timestep_spacing": "trailing"}, 2, 0.0)
 
     def images(self, network: nn.Module, *, family: ModelFamily | None = None) -> Tensor:
-        """Two images by the sampler."""
+        """Return two images by the sampler."""
         family = family or self.family
         with failing("generate()", "it makes images (B, 3, H, W) in [0, 1]"), torch.no_grad():
             return family.generate(
@@ -126,4 +126,4 @@ class Model:
 
 
 SEEDS = (3, 8)
-"""Of the images that a family is asked for."""
+"""Seeds of the images that a family generates."""

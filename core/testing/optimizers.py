@@ -1,4 +1,4 @@
-"""What an optimizer promises: it steps, it descends, it goes on after a checkpoint as if nothing had happened."""
+"""Checks of an optimizer: it steps, it descends, it continues after a checkpoint as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SETTINGS = OptimizerSettings(RATE, beta1=0.9, beta2=0.999, epsilon=1e-8, weight_
 
 
 def checks(subject: Subject) -> list[Named]:
-    """On a noisy quadratic of two weights, (8, 4) and (4,)."""
+    """Return checks on a noisy quadratic of two weights, (8, 4) and (4,)."""
     return [
         ("build() gives a torch optimizer", partial(_builds, subject)),
         ("a step moves the weights", partial(_steps, subject)),
@@ -40,7 +40,7 @@ def _weights(subject: Subject) -> list[nn.Parameter]:
 
 
 def _rate_of(subject: Subject) -> float:
-    """Of an optimizer that finds the size of its steps itself it is a factor."""
+    """Return the learning rate, which is a factor for an optimizer that finds its step size itself."""
     return 1.0 if subject.cls.estimates_learning_rate else RATE
 
 

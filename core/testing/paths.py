@@ -1,4 +1,4 @@
-"""Noise schedules of every kind of prediction, and training on data that is known in closed form."""
+"""Noise schedules for every prediction type, and training on data that is known in closed form."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ..plugin_api.method import Method, MethodSetup
 from .trial import base_weights
 
 NOISE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-"""The noise of a widespread model."""
+"""The beta schedule of a widespread model."""
 TABLE = DDPMSchedule.from_config(NOISE)
 ZERO_SNR = DDPMSchedule.from_config({**NOISE, "rescale_betas_zero_snr": True})
 PATHS: Mapping[str, tuple[str, Schedule]] = {
@@ -33,11 +33,11 @@ PATHS: Mapping[str, tuple[str, Schedule]] = {
     "flow": ("flow", FlowSchedule(shift=1.0)),
     "flow-shift": ("flow", FlowSchedule(shift=3.0)),
 }
-"""Kind of prediction and schedule by a short name."""
+"""Prediction type and schedule by a short name."""
 
 
 def cosine(length: int) -> Callable[[int], float]:
-    """A factor that falls from 1 to 0 along half a wave in `length` steps."""
+    """Return a factor that falls from 1 to 0 along half a wave in `length` steps."""
     return lambda step: 0.5 * (1 + math.cos(math.pi * step / length))
 
 
@@ -54,18 +54,18 @@ def train(
     context_class: type[Context] = Context,
     lora: LoraSettings | None = None,
 ) -> tuple[Method, Networks, Context]:
-    """(method, networks, context) after `num_steps` steps; the teacher is bitwise what it was.
+    """Train a method; return (method, networks, context) after `num_steps` steps, with the teacher bitwise unchanged.
 
     Args:
-        method_class: What trains.
+        method_class: The method to train.
         config: Its settings.
         family: Makes the networks, in float64.
         batch_of: Makes the batch of a step.
-        num_steps: Of the optimizer.
-        lr: Of Adam, of every role; falls along a cosine to 0 in every stage that restarts it.
-        seed: Of networks and draws.
-        setup: What the method may know of the run.
-        context_class: Of what the method is given.
+        num_steps: Number of optimizer steps.
+        lr: Adam's learning rate for every role; falls along a cosine to 0 in every stage that restarts it.
+        seed: Seed of networks and draws.
+        setup: The facts of the run that the method may use.
+        context_class: Class of the method's context.
         lora: Shape of adapters.
     """
     setup = setup or MethodSetup("full")

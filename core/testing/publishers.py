@@ -1,4 +1,4 @@
-"""What a publisher promises before it publishes: it says what would keep it from working, without the network."""
+"""Checks of a publisher before it publishes: it reports problems, without the network."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .suite import Named
 
 
 def checks(subject: Subject) -> list[Named]:
-    """Publishing itself is tried by its author: a service is somebody's account."""
+    """Return the checks; publishing itself is left to its author, since it needs an account of the service."""
     return [
         ("problems() are told without the network", partial(_problems, subject)),
         ("a run asks for it by its name", partial(_asked_for, subject)),
@@ -22,7 +22,7 @@ def checks(subject: Subject) -> list[Named]:
 
 @contextmanager
 def _offline() -> Iterator[list[Any]]:
-    """Every connection is refused, and noted."""
+    """Refuse every connection inside the block; yield the list of attempts."""
     asked: list[Any] = []
 
     def refuse(self: socket.socket, address: Any) -> Any:

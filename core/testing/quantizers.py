@@ -1,4 +1,4 @@
-"""What a quantizer promises: less memory, nearly the same output, and a LoRA on top that trains."""
+"""Checks of a quantizer: less memory, nearly the same output, and a LoRA on top that trains."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .suite import Named
 
 WIDTH, DEVICE = 256, "cpu"
 CLOSE = 0.25
-"""Of the output's root mean square: what a few bits may cost."""
+"""Largest error of the output, as a share of its root mean square."""
 
 
 class Block(nn.Module):
@@ -29,12 +29,12 @@ class Block(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Of x (B, 256)."""
+        """Return the output (B, 256) for x (B, 256)."""
         return self.last(nn.functional.silu(self.norm(self.first(x))))
 
 
 def checks(subject: Subject) -> list[Named]:
-    """On two linear layers of 256 and 512 features."""
+    """Return checks on two linear layers of 256 and 512 features."""
     return [
         ("it says whether it is usable", partial(_usable, subject)),
         ("memory falls", partial(_memory, subject)),
@@ -53,7 +53,7 @@ def _usable(subject: Subject) -> None:
 
 
 def _made(subject: Subject, *, keep: tuple[str, ...] = ()) -> tuple[Any, nn.Module, nn.Module]:
-    """(quantizer, network, quantised network)."""
+    """Return (quantizer, network, quantised network)."""
     subject.need_packages()
     reason = subject.cls.usable(DEVICE)
     if reason:

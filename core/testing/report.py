@@ -32,11 +32,11 @@ class ConformanceReport:
 
     @property
     def failed(self) -> list[Outcome]:
-        """Those that failed."""
+        """The checks that failed."""
         return [outcome for outcome in self.outcomes if outcome.result == "failed"]
 
     def count(self, result: Result) -> int:
-        """How many ended so."""
+        """Return the number of checks with this result."""
         return sum(outcome.result == result for outcome in self.outcomes)
 
     def __str__(self) -> str:
@@ -45,7 +45,7 @@ class ConformanceReport:
 
 
 def outcome_of(check: Check) -> Outcome:
-    """Run a check; whatever it raises is an outcome."""
+    """Run a check and return its outcome, whatever it raises."""
     try:
         check.run()
     except NotApplicable as reason:
@@ -66,7 +66,7 @@ def check_plugin(
         argument: A plugin file, a folder with a pyproject.toml that names its entry points, the name of a module, or
             of an installed package.
         only: Text that the checks to run have in their names, as ``[flow]`` or ``tracker mine``; empty runs all.
-        tell: Called with each outcome as it comes.
+        tell: Called with each outcome as soon as it is known.
 
     Raises:
         UserError: There is nothing of that name, or it cannot be imported.

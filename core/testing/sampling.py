@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def build_scheduler(sampler: Sampler, schedule: Schedule, kind: str) -> Any:
-    """The sampler's scheduler on the closed-form family's path. Raises ConformanceError where it cannot be made."""
+    """Build the sampler's scheduler for the closed-form family. Raises ConformanceError where it cannot be made."""
     import diffusers
 
     if sampler.scheduler == SCHEDULER:
@@ -45,13 +45,13 @@ def build_scheduler(sampler: Sampler, schedule: Schedule, kind: str) -> Any:
 
 @torch.no_grad()
 def sample(context: Context, role: str, sampler: Sampler, noise: Tensor, *, mean: float) -> Tensor:
-    """What the sampler makes of `noise` (B, 1) with the network of `role`, for the prompt `mean`.
+    """Return samples (B, 1) made by the sampler from `noise`, with the network of `role`, for the prompt `mean`.
 
     Args:
-        context: Of the networks.
-        role: Whose network.
+        context: The context of the networks.
+        role: The role whose network is sampled.
         sampler: As the method names it.
-        noise: Standard normal.
+        noise: Standard normal, shape (B, 1).
         mean: The prompt.
     """
     scheduler = build_scheduler(sampler, context.schedule, context.prediction_type)
@@ -86,14 +86,14 @@ def _predict(
 
 
 def quantile_noise(size: int) -> Tensor:
-    """Standard normal, (B, 1): the middles of equal shares, in an order of no meaning."""
+    """Return standard normal noise (B, 1): the middles of equal shares, in an arbitrary order."""
     shares = (torch.arange(size, dtype=torch.float64) + 0.5) / size
     order = torch.randperm(size, generator=torch.Generator().manual_seed(0))
     return torch.special.ndtri(shares)[order, None]
 
 
 def distance_to_answer(samples: Tensor, *, mean: float) -> tuple[float, float]:
-    """(error, guidance): the distance of samples (B, 1) to N(g c, q^2) with the g that fits best, and that g.
+    """Return (error, guidance): the distance of samples (B, 1) to N(g c, q^2) with the g that fits best, and that g.
 
     A guided teacher of this data is N(g c, q^2). The distance is the root mean square between quantiles (Wasserstein-2)
     in units of q.

@@ -1,4 +1,6 @@
-"""That a family's `predict` is its pipeline's: the same image from the same noise, step by step and by `generate`."""
+"""Checks that a family's `predict` agrees with its pipeline: the same image from the same noise, step by step and by
+`generate`.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +25,11 @@ if TYPE_CHECKING:
 NUM_STEPS = 2
 GUIDED, UNGUIDED = 3.0, 1.0
 TOLERANCE = 1e-4
-"""Of pixels in [0, 1], between two ways through float32."""
+"""Tolerance of pixels in [0, 1], between two computations in float32."""
 
 
 def loop_is_generate(model: Model, guidance: float) -> None:
-    """Two deterministic steps with the family's own prediction make the image that the pipeline makes."""
+    """Check that two deterministic steps with the family's own prediction make the pipeline's image."""
     family = model.family
     if guidance == UNGUIDED and family.guided_by_input:
         raise NotApplicable("its network takes the guidance as an input, and is never without")
@@ -72,7 +74,7 @@ def _sampling_loop(context: Context, x: Tensor, cond: Conditioning, guidance: fl
 
 @contextmanager
 def _inputs(network: nn.Module) -> Iterator[list[Tensor]]:
-    """The floating-point tensors of the network's first call inside the block."""
+    """Yield the floating-point tensors of the network's first call inside the block."""
     seen: list[Tensor] = []
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -88,6 +90,6 @@ def _inputs(network: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def _same_numbers(found: Tensor, noise: Tensor) -> bool:
-    """Whether `found` holds the numbers of `noise`, in whatever order and however often (packed, doubled)."""
+    """Return True if `found` holds the numbers of `noise`, in any order and repeated or not (packed, doubled)."""
     wanted, there = noise.unique(), found.float().unique()
     return found.numel() % noise.numel() == 0 and len(there) == len(wanted) and torch.allclose(there, wanted)

@@ -1,6 +1,6 @@
-"""The closed-form Gaussian family with students of any kind: told a guidance, told a second time, seen from inside.
+"""The closed-form Gaussian family with students of any kind: with a guidance input, a second time, inner features.
 
-The network is the perfect denoiser of N(c, q^2), in whichever parametrisation, plus a correction that starts at zero
+The network is the perfect denoiser of N(c, q^2), of any prediction type, plus a correction that starts at zero
 
     output = perfect(x, t, c) + a(t, r) x + b(t, r) c + d(t, r) (w / 10) c + e(t, r)
 
@@ -27,9 +27,9 @@ from .gaussian import GaussianFamily, Q
 from .rng import BatchedRngStreams
 
 CELLS = 8
-"""Of the splines over the time."""
+"""Number of cells of the splines over the time."""
 W_UNIT = 10.0
-"""What the paper's w is divided by."""
+"""Divisor of the paper's w."""
 
 
 class Splines(nn.Module):
@@ -46,21 +46,21 @@ class Splines(nn.Module):
         self.weight = nn.Parameter(torch.zeros(outputs, *(number + 2 for number in cells), dtype=torch.float64))
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """(B, inputs) -> (B, outputs)."""
+        """Return (B, outputs) for inputs (B, inputs)."""
         names = "ijk"[: inputs.shape[1]]
         bases = [splines(column, number) for column, number in zip(inputs.unbind(1), self.cells, strict=True)]
         return torch.einsum(f"o{names}," + ",".join(f"b{name}" for name in names) + "->bo", self.weight, *bases)
 
 
 def splines(x: Tensor, cells: int) -> Tensor:
-    """The quadratic B-splines of equal cells of [-1, 1] at `x` (B,): shape (B, cells + 2)."""
+    """Return the quadratic B-splines of equal cells of [-1, 1] at `x` (B,): shape (B, cells + 2)."""
     place = (x + 1) / 2 * cells
     u = (place[:, None] - (torch.arange(cells + 2) - 0.5)).abs()  # distance from the middle of each
     return torch.where(u < 0.5, 0.75 - u**2, 0.5 * (1.5 - u).clamp(min=0) ** 2)
 
 
 def products(positions: Sequence[Tensor], cells: int) -> Tensor:
-    """Products of the splines of each place in [-1, 1], (B,) each: (B, (cells + 2)^len(places))."""
+    """Return products of the splines of each position in [-1, 1], (B,) each: (B, (cells + 2)^len(positions))."""
     found = splines(positions[0], cells)
     for place in positions[1:]:
         found = (found[:, :, None] * splines(place, cells)[:, None]).flatten(1)
@@ -68,11 +68,11 @@ def products(positions: Sequence[Tensor], cells: int) -> Tensor:
 
 
 class SmoothNetwork(nn.Module):
-    """See the module.
+    """The network of the module's equation.
 
     Args:
-        schedule: The path.
-        kind: Parametrisation of the output.
+        schedule: The noise schedule.
+        kind: Prediction type of the output.
         told: Whether it takes w.
         second_time: Whether it takes r.
     """
@@ -92,11 +92,11 @@ class SmoothNetwork(nn.Module):
     def forward(
         self, x: Tensor, time: Tensor, c: Tensor, *, w: Tensor | None = None, r: Tensor | None = None
     ) -> Tensor:
-        """(B, D) of x (B, D), time and r (B,) as fed, c (B, 1), w (B,)."""
+        """Return (B, D) for x (B, D), the time inputs time and r (B,), c (B, 1) and w (B,)."""
         if (w is not None) != self.told:
-            raise ValueError("the guidance must be told to a network that takes it, and to no other")
+            raise ValueError("pass the guidance to a network that takes it, and to no other")
         if (r is not None) != self.second_time:
-            raise ValueError("the second time must be told to a network that takes it, and to no other")
+            raise ValueError("pass the second time to a network that takes it, and to no other")
         x, times = x.double(), [each.double() / self.unit for each in (time, r) if each is not None]
         positions = [2 * self._share(t) - 1 for t in times]
         basis = products(positions, CELLS)
@@ -111,17 +111,17 @@ class SmoothNetwork(nn.Module):
         inject_adapter_in_model(config, self, adapter_name)
 
     def _share(self, t: Tensor) -> Tensor:
-        """Of noise at time t, from 0 to 1."""
+        """Return the share of noise at time t, from 0 to 1."""
         alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
         return sigma / (alpha + sigma)
 
 
 class SmoothFamily(GaussianFamily):
-    """See the module. Students can do whatever a method may ask of a family (adapters take no second time).
+    """The family of the module's network. Students support every request of a method (adapters take no second time).
 
     Args:
-        schedule: The path.
-        kind: Parametrisation of the networks.
+        schedule: The noise schedule.
+        kind: Prediction type of the networks.
     """
 
     name = "closed-form"
@@ -132,13 +132,13 @@ class SmoothFamily(GaussianFamily):
         super().__init__(schedule, kind, torch.zeros(1))
 
     def load_network(self) -> nn.Module:
-        """The perfect network."""
+        """Return the perfect network."""
         return SmoothNetwork(self._schedule, self._kind)
 
     def student_network(
         self, teacher: nn.Module, *, guidance_embedding: bool, second_time: bool = False, smaller: bool = False
     ) -> nn.Module:
-        """The perfect network with the inputs asked for."""
+        """Return the perfect network with the inputs asked for."""
         if not guidance_embedding and not second_time:
             return copy.deepcopy(teacher).requires_grad_(True)
         return SmoothNetwork(self._schedule, self._kind, told=guidance_embedding, second_time=second_time)
@@ -147,34 +147,34 @@ class SmoothFamily(GaussianFamily):
         self, network: nn.Module, x_t: Tensor, time: Tensor, cond: Conditioning, *, guidance: Tensor | None = None,
         second_time: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """The network's output."""
+        """Return the network's output."""
         return network(x_t, time, cond["mean"], w=guidance, r=second_time)
 
     def features(self, network: nn.Module, x_t: Tensor, time: Tensor, cond: Conditioning) -> list[Tensor]:
-        """Eight bumps over x, and one feature that is the network's output: (B, 9, 1, 1)."""
+        """Return eight bumps over x, and one feature that is the network's output: (B, 9, 1, 1)."""
         centres = torch.linspace(-2, 2, 8, dtype=torch.float64)
         bumps = torch.exp(-((x_t.double() - centres) ** 2))
         return [torch.cat([bumps, network(x_t, time, cond["mean"])], dim=1)[:, :, None, None]]
 
     def feature_channels(self, network: nn.Module) -> list[int]:
-        """Nine."""
+        """Return nine channels."""
         return [9]
 
 
 class QuickContext(Context):
-    """Draws of a whole batch at once."""
+    """A context that draws for a whole batch at once."""
 
     def at(self, step: int, positions: Sequence[int]) -> Context:
-        """As of :class:`Context`."""
+        """Return the same context for another micro-batch."""
         context = QuickContext(self._runtime, step=step, positions=positions)
         context.rng = BatchedRngStreams(self._runtime.seed, step, positions)
         return context
 
 
 def smooth_batch(schedule: Schedule, step: int, size: int, *, mean: float, images: bool, points: int = 0) -> Batch:
-    """Data of the prompt `mean`; without latents where there are no images, with paths of the teacher where asked.
+    """Return data of the prompt `mean`; without latents unless `images`, with trajectories of the teacher where asked.
 
-    A path has twice as many points as are needed, so that a method must take its own.
+    A trajectory has twice as many points as are needed, so that a method must choose its own.
     """
     g = torch.Generator().manual_seed(step)
     latents = mean + Q * torch.randn(size, 1, generator=g, dtype=torch.float64)
@@ -187,7 +187,7 @@ def smooth_batch(schedule: Schedule, step: int, size: int, *, mean: float, image
 
 
 def exact_trajectories(schedule: Schedule, noise: Tensor, cond: Conditioning, points: int) -> Trajectories | None:
-    """The teacher's exact paths from `noise` (B, 1); None for no points."""
+    """Return the teacher's exact trajectories from `noise` (B, 1); None for no points."""
     if not points:
         return None
     times, mean = trailing_timesteps(schedule, points).times, cond["mean"]

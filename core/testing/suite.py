@@ -1,4 +1,4 @@
-"""Every check of a class, by its kind."""
+"""All checks of a class, by its kind."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ MODULES = {
     "evaluator": "evaluators",
     "publisher": "publishers",
 }
-"""Kind of plugin -> the module here whose ``checks`` are its own."""
+"""Kind of plugin -> the module here with its ``checks``."""
 
 
 def checks_of(cls: type[Any], *, example: Callable[..., Any] | None = None) -> list[Check]:
-    """Every check for one class, those of all plugins first. They share what is costly, and may run in any order.
+    """Return every check for one class, those of all plugins first. They share costly results, and may run in any
+    order.
 
     Args:
         cls: A method, family, data backend, tracker, optimizer, quantizer, evaluator or publisher.
-        example: Stands in for the class's own ``example``; for kinds without one, returns settings for its ``Config``.
+        example: Replaces the class's own ``example``; for kinds without one, returns settings for its ``Config``.
 
     Raises:
-        TypeError: It is of no kind of plugin.
+        TypeError: It is no kind of plugin.
     """
     subject = Subject(cls, common.kind_of(cls), example)
     base = common.kinds_of_bases()[subject.kind]

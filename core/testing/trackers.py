@@ -1,4 +1,4 @@
-"""What a tracker promises: it takes whatever a run logs, goes on after a resume, and writes below the output folder."""
+"""Checks of a tracker: it takes whatever a run logs, continues after a resume, and writes below the output folder."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ REMEDY = "a run logs such things; what it cannot show it must leave out"
 
 
 def checks(subject: Subject) -> list[Named]:
-    """In output folders of their own."""
+    """Return checks in output folders of their own."""
     found: list[Named] = [("it runs from start to finish", partial(_whole, subject))]
     found += [(f"it takes {what}", partial(_logs, subject, metrics)) for what, metrics in METRICS.items()]
     found += [("it takes any text", partial(_texts, subject)), ("it takes any image", partial(_images, subject))]
@@ -62,7 +62,7 @@ def _started(subject: Subject, folder: Path, *, resumed_step: int = 0) -> Iterat
 
 @contextmanager
 def _folder() -> Iterator[Path]:
-    """An empty output folder; trackers of services write offline."""
+    """Yield an empty output folder; trackers of services write offline inside the block."""
     with tempfile.TemporaryDirectory(prefix="distill-check-") as place:
         folder = Path(place).resolve() / "output"
         folder.mkdir()
@@ -134,7 +134,7 @@ def _resumed(subject: Subject) -> None:
 
 
 def _below(subject: Subject) -> None:
-    """Files that this process opens for writing; what a library keeps in its own cache is its own affair."""
+    """Check the files that this process opens for writing; a library's writes to its own cache are left out."""
     with _folder() as folder:
         elsewhere = folder.parent / "working directory"
         elsewhere.mkdir()
@@ -160,7 +160,7 @@ def _below(subject: Subject) -> None:
 
 
 def _allowed(path: Path, folder: Path) -> bool:
-    """Below the output folder, a temporary file by the standard library, a cache of the user, a device, bytecode."""
+    """Return True for a path in the output folder, a temporary file, a cache of the user, a device or bytecode."""
     home = Path.home()
     own = [folder, Path("/dev"), Path("/proc"), *(home / name for name in (".cache", ".config", ".local"))]
     if any(path.is_relative_to(place) for place in own) or "__pycache__" in path.parts:
@@ -184,13 +184,13 @@ def _hear(event: str, arguments: tuple[Any, ...]) -> None:
 
 @cache
 def _listen() -> None:
-    """Once: an audit hook stays for good."""
+    """Install the audit hook, once: it stays for good."""
     sys.addaudithook(_hear)
 
 
 @contextmanager
 def _writes() -> Iterator[set[str]]:
-    """Paths that this process opens for writing inside the block."""
+    """Yield the paths that this process opens for writing inside the block."""
     _listen()
     seen: set[str] = set()
     _watching.append(seen)

@@ -1,4 +1,4 @@
-"""Any method at work on any family in float64 by the engine's own loop, every update watched."""
+"""Runs any method on any family in float64 with the engine's own loop, and watches every update."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ class Taken:
     """One update as the engine took it.
 
     Attributes:
-        role: Whose it was.
+        role: The role that was updated.
         loss: Mean over the step.
-        gradients: Of the role's parameters, before clipping; None where none came.
-        moved: Roles whose weights are not bitwise what they were before it.
+        gradients: Gradients of the role's parameters, before clipping; None where there is none.
+        moved: Roles whose weights are not bitwise the same as before it.
     """
 
     role: str
@@ -67,7 +67,7 @@ class WatchedLoop(Loop):
 
 @dataclass
 class Trial:
-    """A method at work."""
+    """A run of a method."""
 
     family: Any
     method: Any
@@ -80,12 +80,12 @@ class Trial:
     """The base's own weights as they were loaded."""
 
     def run(self, start: int, end: int, *, parts: int = 1) -> None:
-        """Optimizer steps `start` to `end`, each over `parts` micro-batches."""
+        """Take optimizer steps `start` to `end`, each over `parts` micro-batches."""
         for step in range(start, end):
             self.loop.step(step, split(self.batch(step), parts))
 
     def trainer(self, folder: Path) -> Trainer:
-        """Saves and resumes as a run does."""
+        """Return a trainer that saves and resumes as a run does."""
         nothing: Any = SimpleNamespace(main=True, synchronized=nullcontext, step=0)
         return Trainer(
             settings=nothing, loop=self.loop,
@@ -99,15 +99,15 @@ def make_trial(
     family: Any, found: Any, config: Any, model_type: Any, *, batch_of: Callable[[Requirements, int], Batch],
     total_steps: int = 4, lora: LoraSettings | None = None, checkpointing: bool = False, watching: bool = False,
 ) -> Trial:  # fmt: skip
-    """A method with these settings; every role is shaken, so that no two of them agree.
+    """Make a method with these settings; every role's weights are perturbed, so that no two of them agree.
 
     Args:
         family: Makes the networks.
         found: The method's class.
         config: Its settings.
-        model_type: What the student is.
-        batch_of: Makes the batch of a step with what the method requires.
-        total_steps: Of the method's stages.
+        model_type: The kind of student.
+        batch_of: Makes the batch of a step with the data that the method requires.
+        total_steps: Total of the method's stages.
         lora: Shape of adapters.
         checkpointing: Recompute activations in the backward pass.
         watching: Whether every update notes which roles it moved.
@@ -149,7 +149,7 @@ def _shake(parameters: dict[str, Any], *, seed: int) -> None:
 
 
 def split(batch: Batch, parts: int) -> list[Batch]:
-    """The batch as micro-batches at their positions."""
+    """Return the batch as micro-batches at their positions."""
     size = len(batch) // parts
     return [
         replace(
@@ -174,16 +174,16 @@ def _trajectories_of(trajectories: Trajectories | None, rows: slice) -> Trajecto
 
 
 def own_weights(networks: Networks) -> dict[str, list[Tensor]]:
-    """Role -> copies of the weights that are its own."""
+    """Return role -> copies of its own weights."""
     return {role: [p.detach().clone() for p in networks.named_parameters(role).values()] for role in networks.roles}
 
 
 def base_weights(networks: Networks) -> dict[str, Tensor]:
-    """The base's tensors that belong to no role."""
+    """Return the base's tensors that belong to no role."""
     owned = {id(p) for role in networks.roles for p in networks.named_parameters(role).values()}
     return {name: t for name, t in networks.base.state_dict(keep_vars=True).items() if id(t) not in owned}
 
 
 def same(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
-    """Bitwise."""
+    """Return True if all tensors are bitwise equal."""
     return all(torch.equal(p, q) for p, q in zip(ours, theirs, strict=True))

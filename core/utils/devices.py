@@ -1,4 +1,4 @@
-"""Which device a run takes."""
+"""Choice of the device."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from ..errors import UserError
 
 
 def resolve_device(device: str) -> str:
-    """``auto`` as what this machine has: cuda, mps or cpu; anything else must be there.
+    """Return the device to use: for ``auto`` cuda, mps or cpu, whichever this machine has.
 
     Raises:
         UserError: The named device is not there.

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 PARTIAL = ".partial-"
 STALE_SECONDS = 24 * 3600
-"""Leftovers of killed writers are removed when they are older than this: younger ones may belong to a running one."""
+"""Age at which leftovers of killed writers are removed; younger ones may belong to a running one."""
 
 
 def sync_folder(folder: Path) -> None:
@@ -29,12 +29,12 @@ def sync_folder(folder: Path) -> None:
 
 
 def partial_of(path: Path) -> Path:
-    """Return where `path` is written before it is renamed: no other process, on whatever machine, writes there."""
+    """Return the path at which `path` is written before it is renamed; no other process writes there."""
     return path.with_name(f"{PARTIAL}{uuid4().hex[:12]}-{path.name}")
 
 
 def write_whole(path: Path, data: bytes | memoryview) -> None:
-    """Write `path`, whose folder is made, so that no reader and no crash ever sees a part of it."""
+    """Write `path` so that no reader and no crash ever sees a part of it; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_of(path)
     try:
@@ -50,12 +50,12 @@ def write_whole(path: Path, data: bytes | memoryview) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text whole or not at all; its folder is made."""
+    """Write UTF-8 text completely or not at all; its folder is made."""
     write_whole(path, text.encode("utf-8"))
 
 
 def save_image(image: Image, path: Path) -> None:
-    """Write a PNG whole or not at all; its folder is made."""
+    """Write a PNG completely or not at all; its folder is made."""
     stream = io.BytesIO()
     image.save(stream, format="PNG")
     write_whole(path, stream.getvalue())
@@ -70,7 +70,7 @@ def append_line(path: Path, line: str) -> None:
 
 
 def is_stale(path: Path) -> bool:
-    """Return whether a leftover is old enough that its writer must be gone."""
+    """Return True if a leftover is so old that its writer must be gone."""
     try:
         return time.time() - path.stat().st_mtime > STALE_SECONDS
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Names of a package whose modules are imported when they are first asked for."""
+"""Names of a package whose modules are imported on first use."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def attributes(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
-    """A package's ``__getattr__`` (PEP 562): `homes` are its modules (relative, dotted), each with the names it has."""
+    """Return a package's ``__getattr__`` (PEP 562) from its modules (relative, dotted), each with its names."""
     module_of = {name: module for module, names in homes.items() for name in names.split()}
 
     def attribute(name: str) -> Any:

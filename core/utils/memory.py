@@ -1,4 +1,4 @@
-"""Memory: what a run takes, an estimate of it beforehand, and what helps when it does not fit."""
+"""Memory: the use of a run, an estimate of it beforehand, and ways to reduce it when it does not fit."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ ACTIVATIONS_PER_PIXEL = 9.4
 """Saved elements per latent pixel and per sqrt(parameters), LoRA. Measured on SDXL's UNet (rank 64) on the meta device;
 other networks differ by a small factor, so give ``activation_bytes_per_sample`` where it matters."""
 CHECKPOINTED_SHARE = 0.15
-"""Share of those that stays with gradient checkpointing on SDXL: the blocks' inputs (0.05), one block a time (0.1)."""
+"""Share of those that stays with gradient checkpointing on SDXL: the blocks' inputs (0.05), one block at once (0.1)."""
 OVERHEAD_BYTES = 600 * 2**20
-"""The process itself: the interpreter, torch and diffusers, or a CUDA context."""
+"""Bytes of the process itself: the interpreter, torch and diffusers, or a CUDA context."""
 
 
 def peak_memory_bytes(device: str = "cpu") -> int:
-    """The most memory this process has held: what torch allocated on a CUDA device, elsewhere its resident set."""
+    """Return the most bytes this process has held: allocated by torch on a CUDA device, elsewhere its resident set."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "linux":
@@ -38,7 +38,7 @@ def peak_memory_bytes(device: str = "cpu") -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that an allocation failed, on the host or on the device."""
+    """Return True if `error` means that an allocation failed, on the host or on the device."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     text = str(error).lower()
@@ -47,7 +47,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @dataclass(frozen=True)
 class MemorySettings:
-    """What the memory of a run depends on.
+    """The settings that a run's memory depends on.
 
     Attributes:
         base_parameters: Parameters of the denoiser.
@@ -59,7 +59,7 @@ class MemorySettings:
         trained_bytes: Bytes per trained weight and gradient.
         optimizer_bytes: Bytes of optimizer state per trained weight (AdamW in fp32: 8).
         num_averages: EMA copies of the trained weights, in fp32.
-        gradient_checkpointing: Whether activations are computed again in the backward.
+        gradient_checkpointing: Whether activations are recomputed in the backward pass.
         activation_bytes_per_sample: Measured without checkpointing (:func:`saved_activation_bytes`), None for the rule.
     """
 
@@ -90,16 +90,16 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """Their sum."""
+        """Sum of the bytes."""
         return sum(self.parts().values())
 
     def parts(self) -> dict[str, int]:
-        """Purpose -> bytes, for tables."""
+        """Return purpose -> bytes, for tables."""
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
 
 def estimate(settings: MemorySettings) -> MemoryEstimate:
-    """What a run with these settings takes at its peak; activations are rough (a factor of two either way)."""
+    """Estimate the peak memory of a run; activations are rough (a factor of two either way)."""
     per_sample = settings.activation_bytes_per_sample
     if per_sample is None:
         elements = ACTIVATIONS_PER_PIXEL * math.sqrt(settings.base_parameters) * settings.latent_pixels
@@ -117,10 +117,10 @@ def estimate(settings: MemorySettings) -> MemoryEstimate:
 
 
 def savings(settings: MemorySettings, *, quantizers: bool = False) -> list[tuple[str, int]]:
-    """What would help, and by how many bytes, the greatest help first.
+    """Return remedies with the bytes that each saves, the greatest first.
 
     Args:
-        settings: Of the run.
+        settings: Settings of the run.
         quantizers: Whether the base can be quantised in this installation.
     """
     choices: dict[str, MemorySettings] = {}
@@ -146,7 +146,7 @@ def savings(settings: MemorySettings, *, quantizers: bool = False) -> list[tuple
 
 
 def out_of_memory_hint(settings: MemorySettings, *, quantizers: bool = False) -> str:
-    """What to say after an allocation failed: what was expected, and what would save how much."""
+    """Return the message after a failed allocation: the expected use, and how much each remedy would save."""
     lines = [
         f"out of memory; this run was estimated at {gigabytes(estimate(settings).total)}. What would save how much:"
     ]
@@ -155,18 +155,18 @@ def out_of_memory_hint(settings: MemorySettings, *, quantizers: bool = False) ->
 
 
 def gigabytes(num_bytes: float) -> str:
-    """``12.3 GB`` or ``830 MB`` (decimal units)."""
+    """Return bytes as ``12.3 GB`` or ``830 MB`` (decimal units)."""
     return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.0f} MB"
 
 
 def saved_activation_bytes(forward: Callable[[], Tensor], *, parameters: list[Tensor]) -> int:
-    """Bytes that autograd keeps for the backward of `forward`, parameters left out.
+    """Return the bytes that autograd keeps for the backward pass of `forward`, parameters left out.
 
     Works on the meta device, where a network of any size costs neither memory nor time.
 
     Args:
         forward: Runs the network and returns its output.
-        parameters: Of the network; what is saved of them costs nothing more.
+        parameters: Parameters of the network; saving them costs nothing more.
     """
     known = {parameter.untyped_storage()._cdata for parameter in parameters}
     kept: dict[int, tuple[int, torch.UntypedStorage]] = {}  # the storage is held so that its address is not used again

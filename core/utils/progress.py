@@ -1,4 +1,4 @@
-"""What people see of work while it goes: a bar in a terminal, plain lines elsewhere, and when it will be done."""
+"""The progress display of a run: a bar in a terminal, plain lines elsewhere, and the estimated end."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ LINE_EVERY_SECONDS = 10.0
 BAR_AFTER = 32
 """Work of fewer items shows no bar."""
 FIRST_ESTIMATE = 5
-"""Steps after which the length of the run is estimated; the first one warms up and is not counted."""
+"""Number of steps after which the length of the run is estimated; the first one warms up and is not counted."""
 
 
 class Pace:
-    """How fast the run goes, its pauses (validation, checkpoints) kept apart.
+    """The speed of a run, without its pauses (validation, checkpoints).
 
     Wall clock only, read when the host has waited for the device anyway.
 
@@ -42,7 +42,7 @@ class Pace:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Time inside the block does not count as training."""
+        """Leave the time inside the block out of the training time."""
         start = self._clock()
         try:
             yield
@@ -50,19 +50,19 @@ class Pace:
             self._paused += self._clock() - start
 
     def mark(self, step: int) -> float | None:
-        """Seconds per step since the last mark, or None when no step was taken."""
+        """Return seconds per step since the last mark, or None when no step was taken."""
         now = self._clock() - self._paused
         steps, seconds = step - self._last[0], now - self._last[1]
         self._last = (step, now)
         return seconds / steps if steps > 0 else None
 
     def restart(self, step: int) -> None:
-        """Forget what was measured (after the first step, which compiles, allocates and fills caches)."""
+        """Forget earlier measurements (after the first step, which compiles, allocates and fills caches)."""
         self._first = self._last = (step, self._clock() - self._paused)
 
     @property
     def seconds_per_step(self) -> float | None:
-        """Mean since the start (or :meth:`restart`), up to the last mark."""
+        """Mean seconds per step since the start (or :meth:`restart`), up to the last mark."""
         steps = self._last[0] - self._first[0]
         return (self._last[1] - self._first[1]) / steps if steps > 0 else None
 
@@ -73,13 +73,13 @@ class Pace:
 
 
 class Progress:
-    """Plain lines: one for each log interval. :func:`make_progress` chooses between this and the terminal's bar.
+    """Plain lines, one for each log interval. :func:`make_progress` chooses between this and the terminal's bar.
 
     Args:
         total_steps: Optimizer steps of the run, or None when it is not known.
         start_step: Steps taken before (a resumed run).
         samples_per_step: Samples of one optimizer step, over all processes; the mean where datasets differ.
-        stream: Where the lines go.
+        stream: The stream that the lines are written to.
         clock: Seconds, monotonic.
     """
 
@@ -106,18 +106,18 @@ class Progress:
         self.close()
 
     def advance(self, step: int) -> None:
-        """Optimizer step number `step` is done (so many steps are taken); costs nothing that waits for the device."""
+        """Note that `step` optimizer steps are taken, without waiting for the device."""
         if step == self._start_step + 1:
             self.pace.restart(step)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """`step` steps are taken and these metrics were read from the device."""
+        """Show metrics that were read from the device after `step` steps."""
         self.pace.mark(step)
         self._estimate(step)
         self.show(self.line(step, metrics))
 
     def line(self, step: int, metrics: Mapping[str, float]) -> str:
-        """One line of a log."""
+        """Return one line of a log."""
         parts = [f"step {step}" + (f"/{self.total_steps}" if self.total_steps else "")]
         parts += [f"{name} {metrics[name]:.4g}" for name in ("loss", "lr", "grad_norm") if name in metrics]
         per_step = self.pace.seconds_per_step
@@ -129,11 +129,11 @@ class Progress:
         return ", ".join(parts)
 
     def show(self, text: str) -> None:
-        """A line for people."""
+        """Print a line for people."""
         print(text, file=self.stream, flush=True)
 
     def close(self) -> None:
-        """The run is over."""
+        """End the display when the run is over."""
 
     def _estimate(self, step: int) -> None:
         remaining = self.pace.remaining_seconds(step, self.total_steps)
@@ -147,7 +147,7 @@ class Progress:
 
 
 class TerminalProgress(Progress):
-    """A live bar by rich; what is said scrolls above it."""
+    """A live bar by rich; printed lines scroll above it."""
 
     _bar: RichProgress | None = None
 
@@ -169,14 +169,14 @@ class TerminalProgress(Progress):
             self._bar.update(self._task, completed=step)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Renew the figures beside the bar."""
+        """Update the metrics beside the bar."""
         self.pace.mark(step)
         self._estimate(step)
         if self._bar is not None:
             self._bar.update(self._task, figures=self.line(step, metrics).split(", ", 1)[-1])
 
     def show(self, text: str) -> None:
-        """A line above the bar."""
+        """Print a line above the bar."""
         if self._bar is None:
             super().show(text)
         else:
@@ -196,7 +196,7 @@ def make_progress(
     samples_per_step: float,
     stream: IO[str] | None = None,
 ) -> Progress:
-    """A bar where `stream` (stderr unless given) is a terminal, plain lines elsewhere."""
+    """Return a bar where `stream` (stderr unless given) is a terminal, plain lines elsewhere."""
     output: IO[str] = sys.stderr if stream is None else stream
     kind = TerminalProgress if output.isatty() else Progress
     return kind(total_steps, start_step=start_step, samples_per_step=samples_per_step, stream=output)
@@ -240,7 +240,7 @@ def lines(title: str, total: int) -> Iterator[Advance]:
 
 
 def duration(seconds: float) -> str:
-    """``45 s``, ``12 min``, ``3 h 20 min``, ``2 d 4 h``."""
+    """Return seconds as ``45 s``, ``12 min``, ``3 h 20 min`` or ``2 d 4 h``."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

@@ -9,7 +9,7 @@ from ..errors import UserError
 
 
 def read_library(path: Path | None) -> list[str]:
-    """Prompts of a JSON object or list of texts, or of a text file with one per line; none without a path.
+    """Read prompts from a JSON object or list of texts, or a text file with one per line; none without a path.
 
     Raises:
         UserError: The file cannot be read, or is JSON of another shape.
@@ -26,7 +26,7 @@ def read_library(path: Path | None) -> list[str]:
 
 
 def json_texts(text: str) -> list[str]:
-    """The texts of a JSON list, or the values of a JSON object.
+    """Return the texts of a JSON list, or the values of a JSON object.
 
     Raises:
         ValueError: It is no JSON, or JSON of another shape; says where.
@@ -45,6 +45,6 @@ def json_texts(text: str) -> list[str]:
 
 
 def shortened(value: object) -> str:
-    """A value as messages show it: as JSON, where it has a form there."""
+    """Return a value as messages show it: as JSON, if it can be written so."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 60 else f"{text[:57]}..."

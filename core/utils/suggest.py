@@ -7,7 +7,7 @@ from difflib import get_close_matches
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that `name` was most likely meant to be, or None."""
+    """Return the known name that `name` was most likely meant to be, or None."""
     by_folded: dict[str, str] = {}
     for candidate in known:
         by_folded.setdefault(candidate.lower().replace("-", "_"), candidate)

@@ -18,14 +18,14 @@ _PLAIN = (str, bool, int, type(None))
 
 
 def flatten(tree: object, *, name: str = "") -> tuple[dict[str, Tensor], Any]:
-    """Split `tree` into tensors by dotted name and a JSON-able skeleton.
+    """Split `tree` into tensors by dotted name and a skeleton of JSON values.
 
     Args:
         tree: Dictionaries (keys of type str or int), lists, tuples, tensors, numbers, strings, booleans, None.
         name: Prefix of the tensors' names.
 
     Raises:
-        TypeError: A value of another type; the message names its place.
+        TypeError: A value of another type; the message names its position.
     """
     tensors: dict[str, Tensor] = {}
     return tensors, _encode(tree, name, tensors)
@@ -80,12 +80,12 @@ _RESTORE = {
 
 
 def optimizer_to_tensors(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], Any]:
-    """The state of any torch optimizer (or learning-rate scheduler) as flat tensors and JSON."""
+    """Return the state of any torch optimizer (or learning-rate scheduler) as flat tensors and JSON."""
     return flatten(dict(state_dict))
 
 
 def tensors_to_optimizer(tensors: Mapping[str, Tensor], meta: Any) -> dict[str, Any]:
-    """The state dict that :func:`optimizer_to_tensors` was given."""
+    """Return the state dict that :func:`optimizer_to_tensors` was given."""
     return restore(tensors, meta)
 
 
@@ -93,8 +93,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, An
     """Load a state dict bit for bit.
 
     ``Optimizer.load_state_dict`` casts every moment to the type of its parameter, which rounds fp32 moments of bf16
-    parameters, and leaves it in the memory layout of the file: fused kernels walk over parameter and moment as they lie
-    in memory, so that a contiguous moment of a channels-last weight would be applied elsewhere. Both are mended.
+    parameters, and leaves it in the memory layout of the file: fused kernels traverse parameter and moment in memory
+    order, so that a contiguous moment of a channels-last weight would be applied elsewhere. Both are mended.
     """
     optimizer.load_state_dict(dict(state_dict))
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -107,7 +107,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, An
 
 
 def _like(saved: Tensor, loaded: Tensor, parameter: Tensor) -> Tensor:
-    """`saved` with its own type, on the device of `loaded`, laid out as `parameter` where it has its shape."""
+    """Return `saved` with its own type, on the device of `loaded`, laid out as `parameter` where it has its shape."""
     if saved.shape != parameter.shape or saved.ndim == 0:
         return saved.to(device=loaded.device, copy=True)
     return torch.empty_like(parameter, dtype=saved.dtype, device=loaded.device).copy_(saved).detach()

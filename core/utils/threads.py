@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def threads(count: int) -> Iterator[ThreadPoolExecutor]:
-    """A pool whose waiting tasks are dropped when the block ends.
+    """Yield a pool whose waiting tasks are dropped when the block ends.
 
     Without that an error would be raised only after all of them had their turn: with a server that is gone, each of
     thousands its minutes of retries.
