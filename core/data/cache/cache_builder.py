@@ -99,7 +99,7 @@ class CacheBuilder:
 
     Args:
         family: The encoders.
-        paths: Where caches lie.
+        paths: Paths of the caches.
         shard: This process's part of the work.
         workers: Threads that decode images.
         progress: Reports every entry.
