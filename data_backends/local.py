@@ -157,7 +157,7 @@ def _sorted_names(folder: Path | str) -> Iterator[str]:
 
 
 def _identity(folder: Path | str) -> tuple[int, int]:
-    """Return a key that tells folders apart, by whatever path they are reached."""
+    """Return a key that identifies a folder, by whatever path it is reached."""
     status = os.stat(folder)
     return status.st_dev, status.st_ino
 

@@ -157,15 +157,15 @@ def test_captions_alone_read_no_image(folder, tmp_path, monkeypatch, streaming):
     read = []
     from distill.data_backends._hf_source import Source
 
-    walk = Source.walk
+    scan = Source.scan
 
     def spied(self, columns, image, resume=""):
         read.append((list(columns), image))
-        for each in walk(self, columns, image, resume):
+        for each in scan(self, columns, image, resume):
             assert set(each[1]) == set(columns)
             yield each
 
-    monkeypatch.setattr(Source, "walk", spied)
+    monkeypatch.setattr(Source, "scan", spied)
     settings = prompts("p", instance_data_dir=tmp_path)
     config = HuggingFaceBackend.Config(dataset_name=str(place), caption_column="meta.caption", streaming=streaming)
     data, _ = pipeline(settings.model_copy(update={"backend": config}), root=tmp_path, images=False)

@@ -43,7 +43,7 @@ class Counting(LocalBackend):
 
 @pytest.fixture
 def small(monkeypatch):
-    """Runs, merges and what is kept aside a few rows each, so that little sets meet them all."""
+    """Runs, merges and saved rows have a few rows each, so that small sets use them all."""
     monkeypatch.setattr(external_sort, "RUN_ROWS", 16)
     monkeypatch.setattr(external_sort, "SMALLEST_BATCH", 4)
     monkeypatch.setattr(external_sort, "MERGE_ROWS", 4)
@@ -158,10 +158,10 @@ def test_a_build_killed_at_nine_tenths_is_resumed(tmp_path):
 
 
 class Shards(Memory):
-    """Samples whose listing can go on behind any chunk; it breaks off where it is told."""
+    """Samples whose listing can go on behind any chunk; it breaks off at a chosen chunk."""
 
     breaks_at = None
-    told = 0
+    listed = 0
 
     def samples(self, *, images=True):
         yield from self._tell(0)
@@ -175,7 +175,7 @@ class Shards(Memory):
                 continue
             if number == self.breaks_at:
                 raise OutOfReach("the shelf", "no answer")
-            type(self).told += 1
+            type(self).listed += 1
             yield SampleChunk(**{**vars(chunk), "resume": str(number + 1)})
 
 
@@ -192,7 +192,7 @@ def test_an_interrupted_listing_is_resumed(tmp_path, small, monkeypatch):
         build(tmp_path / "broken.arrow", settings, Shards(None))
     monkeypatch.setattr(Shards, "breaks_at", None)
     broken, _ = build(tmp_path / "broken.arrow", settings, Shards(None))
-    assert Shards.told == chunks
+    assert Shards.listed == chunks
     assert same_bytes(whole.path, broken.path)
     assert not build_folder_of(broken.path).exists()
 

@@ -143,8 +143,8 @@ def test_two_processes_four_workers_three_datasets_a_kill_and_a_resume(tmp_path)
         name: {count} for name, count in asked.items()
     }
     assert len(counts) == sum(map(len, sizes.values()))
-    told = [json.loads((tmp_path / f"failures-{rank}.json").read_text()) for rank in range(2)]
-    nowhere, reach = zip(*told, strict=True)
+    failures = [json.loads((tmp_path / f"failures-{rank}.json").read_text()) for rank in range(2)]
+    nowhere, reach = zip(*failures, strict=True)
     assert [each["kind"] for each in nowhere] == ["UserError"] * 2
     assert nowhere[0]["text"] == nowhere[1]["text"]
     assert "does not exist" in nowhere[0]["text"]

@@ -58,23 +58,23 @@ def test_no_sample_falls_behind_after_any_epoch():
 
 
 def test_random_access_equals_sequential_steps():
-    walked = [SampleOrder(STREAMS, global_batch=4, seed=1).at(step).indices.tolist() for step in range(60)]
+    sequential = [SampleOrder(STREAMS, global_batch=4, seed=1).at(step).indices.tolist() for step in range(60)]
     order = SampleOrder(STREAMS, global_batch=4, seed=1)
-    assert [order.at(step).indices.tolist() for step in range(60)] == walked
+    assert [order.at(step).indices.tolist() for step in range(60)] == sequential
     for step in (59, 0, 31, 30):
-        assert order.at(step).indices.tolist() == walked[step]
-    assert [SampleOrder(STREAMS, global_batch=4, seed=2).at(step).indices.tolist() for step in range(60)] != walked
+        assert order.at(step).indices.tolist() == sequential[step]
+    assert [SampleOrder(STREAMS, global_batch=4, seed=2).at(step).indices.tolist() for step in range(60)] != sequential
 
 
 def test_steps_computed_together_equal_steps_computed_alone():
     streams = [Stream("a", 70_000), Stream("b", 5000, Fraction(7, 3), 12), Stream("c", 3, Fraction(3))]
     order = SampleOrder(streams, global_batch=4, seed=2)
     for start in (0, 17_000, int(2 * order.steps_per_epoch) - 3000):
-        walked = [order.at(step) for step in range(start, start + 6000)]
+        sequential = [order.at(step) for step in range(start, start + 6000)]
         for step in (*range(0, 6000, 97), 5999):
             alone = SampleOrder(streams, global_batch=4, seed=2).at(start + step)
-            assert (alone.stream, alone.epoch) == (walked[step].stream, walked[step].epoch)
-            assert alone.indices.tolist() == walked[step].indices.tolist()
+            assert (alone.stream, alone.epoch) == (sequential[step].stream, sequential[step].epoch)
+            assert alone.indices.tolist() == sequential[step].indices.tolist()
 
 
 def test_epochs_are_shuffled_differently():

@@ -355,13 +355,13 @@ def test_a_resumed_run_keeps_the_samples_that_it_began_with(tmp_path, monkeypatc
 
     monkeypatch.setattr(LocalBackend, "open", refuse)
     first, _ = pipeline(entry(folder), root=tmp_path)
-    aside = {"002.png": "Permission denied", "004.png": "Permission denied"}
-    assert first.prepare().datasets["set"].quarantined == aside
+    quarantined = {"002.png": "Permission denied", "004.png": "Permission denied"}
+    assert first.prepare().datasets["set"].quarantined == quarantined
     monkeypatch.undo()
     for _ in range(2):
         again, _ = pipeline(entry(folder), root=tmp_path, resumes=True)
         report = again.prepare()
-        assert report.datasets["set"].quarantined == aside
+        assert report.datasets["set"].quarantined == quarantined
         assert report.images_encoded == 0
         assert again.fingerprint() == first.fingerprint()
         assert by_position([take(again, 6)]) == by_position([take(first, 6)])

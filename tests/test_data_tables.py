@@ -1,4 +1,4 @@
-"""Tables and tar shards: what is found in them, what is set aside, and what is read again."""
+"""Tables and tar shards: what is found in them, what is quarantined, and what is read again."""
 
 import json
 import tarfile

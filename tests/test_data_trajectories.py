@@ -63,7 +63,7 @@ def build(root, family=None, datasets=None, pipeline=None, **settings):
 # -- what is in a batch ------------------------------------------------------------------------------------------------
 
 
-def walked(family, batch, row, scale, num_steps):
+def sampled(family, batch, row, scale, num_steps):
     """DDIM written out for one sample, guidance included: where the teacher ends, from its noise."""
     x, timesteps = batch.trajectories.noise[row : row + 1], trailing_timesteps(TABLE, num_steps)
     cond = {name: value[row : row + 1] for name, value in batch.trajectories.cond.items()}
@@ -90,7 +90,7 @@ def test_a_batch_has_the_teachers_trajectory_for_each_of_its_captions(tmp_path):
         assert not batch.cond["pooled"].any(), "the caption is dropped for the method"
         assert torch.equal(found.cond["pooled"], TrajectoryFamily().encode_prompts(list(batch.captions))["pooled"])
         for row, caption in enumerate(batch.captions):
-            torch.testing.assert_close(found.data[row], walked(family, batch, row, 3.0, 10), rtol=0, atol=1e-4)
+            torch.testing.assert_close(found.data[row], sampled(family, batch, row, 3.0, 10), rtol=0, atol=1e-4)
             seen[caption] = found.noise[row]
         moved = batch.to("cpu").trajectories
         assert torch.equal(moved.points, found.points)

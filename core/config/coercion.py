@@ -21,7 +21,7 @@ class Leaf:
 
     part: Any
     marked: Relative | None = None
-    """How it is marked as a path or hub id, or as a path or URL."""
+    """Its mark as a path or hub id, or as a path or URL."""
     inside: bool = False
     """Whether it is admitted as an element of a list rather than as the value itself."""
 

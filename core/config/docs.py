@@ -196,8 +196,8 @@ def matrix_page(registry: Registry) -> str:
         for model_type in ("lora", "full"):
             cells = [hole(registry, method, family, model_type) for family in families]
             reasons += [reason for reason in dict.fromkeys(cells) if reason and reason not in reasons]
-            marks = ["yes" if reason is None else f"no ({reasons.index(reason) + 1})" for reason in cells]
-            lines.append(f"| {method} | {model_type} | {' | '.join(marks)} |")
+            entries = ["yes" if reason is None else f"no ({reasons.index(reason) + 1})" for reason in cells]
+            lines.append(f"| {method} | {model_type} | {' | '.join(entries)} |")
     parts = [
         GENERATED,
         "# Which method on which family",

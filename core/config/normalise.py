@@ -136,10 +136,10 @@ def megapixel_notices(values: Any, prefix: str, notices: list[str]) -> None:
     if values.resolution_type != "pixel":
         return
     sizes = [(key, getattr(values, key)) for key in SIZES]
-    told = [f"{key} = {value:g}" for key, value in sizes if value is not None and 0 < value < PIXEL_LIMIT]
-    if told:
+    megapixels = [f"{key} = {value:g}" for key, value in sizes if value is not None and 0 < value < PIXEL_LIMIT]
+    if megapixels:
         notices.append(
-            f"{prefix}{', '.join(told)}: below {PIXEL_LIMIT} under resolution_type pixel, read as megapixels"
+            f"{prefix}{', '.join(megapixels)}: below {PIXEL_LIMIT} under resolution_type pixel, read as megapixels"
         )
 
 

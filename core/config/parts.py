@@ -228,6 +228,6 @@ class PartsCheck:
         factor = plugin.relative_learning_rate
         rates = {key: kept[key] * factor for key in ("learning_rate", "lr_end") if key in kept and factor != 1}
         if rates and not self.layers.given("learning_rate"):
-            told = f"{factor:g} of what the miniature's recipe has for AdamW"
-            self.notices.append(f"learning_rate is {rates['learning_rate']:g} for {plugin.name!r}, {told}")
+            reason = f"{factor:g} of what the miniature's recipe has for AdamW"
+            self.notices.append(f"learning_rate is {rates['learning_rate']:g} for {plugin.name!r}, {reason}")
         return kept | rates

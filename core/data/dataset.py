@@ -35,7 +35,7 @@ class Counts:
     """Counts of a dataset's images (or prompts, where it has no images) by what became of them.
 
     Attributes:
-        noun: What is counted: ``image`` or ``prompt``.
+        noun: The word for a sample: ``image`` or ``prompt``.
         found: Files that look like images.
         used: Images that are trained on.
         left_out: Images left out on purpose, by reason.

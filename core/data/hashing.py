@@ -102,7 +102,7 @@ def _feistel(values: UInt64s, half: int, keys: UInt64s) -> UInt64s:
 def permute(indices: Int64s, size: int, key: int) -> Int64s:
     """Map `indices` through a random permutation of {0, ..., size - 1} without building the permutation.
 
-    A Feistel network over the next even number of bits, walked until it falls inside the range.
+    A Feistel network over the next even number of bits, applied until the result falls inside the range.
     The memory used does not depend on `size`.
     """
     if size <= SMALL:

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 SHOWN = 8
 """Images of each sampling plan that go into ``evaluation.png``."""
 LATENCY_SECONDS = 2.0
-"""How long the latency of a single image is measured again and again, at most three times."""
+"""Time for which the latency of a single image is measured repeatedly, at most three times."""
 
 
 def evaluate(

@@ -158,7 +158,7 @@ class DatasetSettings(ColumnSettings):
     @field_validator("id")
     @classmethod
     def _names_a_file(cls, value: str) -> str:
-        if value in (".", "..") or not value.isprintable() or any(mark in value for mark in "/\\"):
+        if value in (".", "..") or not value.isprintable() or any(letter in value for letter in "/\\"):
             raise ValueError("is no name of a file, and files are named by it")
         return value
 

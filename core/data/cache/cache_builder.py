@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from ...utils.files import write_whole
 from ...utils.progress import TaskProgress
@@ -16,6 +16,7 @@ from ..dataset import Dataset
 from ..hashing import count_different
 from ..report.summary import DataReport
 from ..samples.images import PIXELS_VERSION
+from .cache_paths import CachePaths
 from .encode import LatentEncoder, WorkerShard, encode_captions, missing_captions
 from .encode_sequential import SequentialEncoder
 from .mirror import Mirror, RemoteCache
@@ -24,7 +25,6 @@ from .trajectory_cache import CachedTrajectories, TrajectoryMaker, WantedTraject
 
 if TYPE_CHECKING:
     from ...plugin_api.family import ModelFamily
-    from ...settings.dataset_settings import DatasetSettings
 
 logger = logging.getLogger(__name__)
 FORMAT = 1
@@ -34,46 +34,6 @@ PREPROCESSING = (
 )  # fmt: skip
 """Settings that decide an image's pixels; they are compared to say why latents are made anew."""
 MODEL_PARTS = {"vae": "autoencoder is", "denoiser": "teacher is", "text": "text encoders are"}
-
-
-class Paths(Protocol):
-    """The paths of the caches."""
-
-    def latents(self, settings: DatasetSettings) -> Path:
-        """Return the folder of a dataset's latent caches."""
-        ...
-
-    def remembered(self, settings: DatasetSettings) -> Path:
-        """Return the file with the settings that a dataset's latents were last made with."""
-        ...
-
-    def texts(self, settings: DatasetSettings) -> Path:
-        """Return the folder of the text caches that a dataset uses."""
-        ...
-
-    def text_shard_size(self, settings: DatasetSettings) -> int:
-        """Return the number of captions per file of that text cache."""
-        ...
-
-    def trajectory_entry(self, settings: DatasetSettings) -> DatasetSettings:
-        """Return the distillation cache entry that a dataset uses."""
-        ...
-
-    def trajectories(self, entry: DatasetSettings) -> Path:
-        """Return the folder of a distillation cache."""
-        ...
-
-    def remote_trajectories(self, entry: DatasetSettings) -> RemoteCache | None:
-        """Return the remote copy of a distillation cache, if there is one."""
-        ...
-
-    def remote_latents(self, settings: DatasetSettings) -> RemoteCache | None:
-        """Return the remote copy of a dataset's latent cache, if there is one."""
-        ...
-
-    def remote_texts(self, settings: DatasetSettings) -> RemoteCache | None:
-        """Return the remote copy of a dataset's text cache, if there is one."""
-        ...
 
 
 @dataclass
@@ -101,7 +61,7 @@ class CacheBuilder:
 
     Args:
         family: The encoders.
-        paths: Where caches lie.
+        paths: Paths of the caches.
         shard: This process's part of the work.
         workers: Threads that decode images.
         progress: Reports every entry.
@@ -111,7 +71,7 @@ class CacheBuilder:
     def __init__(
         self,
         family: ModelFamily,
-        paths: Paths,
+        paths: CachePaths,
         *,
         shard: WorkerShard,
         workers: int,

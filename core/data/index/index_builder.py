@@ -144,7 +144,7 @@ class IndexBuilder:
         backend: Its source.
         rules: How captions are made.
         workers: Threads that read files.
-        progress: Told of every file read.
+        progress: Reports every file that is read.
         again: Whether files that could not be used are tried again although they have not changed.
     """
 

@@ -86,13 +86,13 @@ class DatasetStatistics:
 
     Attributes:
         id: The dataset's.
-        noun: What is counted: ``image`` or ``prompt``.
-        location: Where it lives.
+        noun: The word for a sample: ``image`` or ``prompt``.
+        location: Its source, for messages.
         found: Samples there.
         used: Samples that are trained on.
         file_bytes: Size of the used files, 0 where it is not known.
         left_out: Samples left out on purpose, by reason.
-        broken: Samples set aside, name -> reason.
+        broken: Quarantined samples, name -> reason.
         without_caption: Names of the first samples without a caption.
         width: In pixels; None without images.
         height: In pixels.

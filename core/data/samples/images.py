@@ -53,7 +53,7 @@ DECODE_ERRORS = (
     OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, ArithmeticError, AttributeError,
     RuntimeError, struct.error, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
-"""What Pillow's readers raise on damaged files."""
+"""Errors that Pillow's readers raise on damaged files."""
 BEGINNINGS = (
     (0, b"\xff\xd8\xff", "JPEG"), (0, b"\x89PNG", "PNG"), (0, b"GIF8", "GIF"), (8, b"WEBP", "WebP"),
     (0, b"II*\0", "TIFF"), (0, b"MM\0*", "TIFF"), (4, b"ftypavi", "AVIF"), (4, b"jP  ", "JPEG 2000"), (0, b"BM", "BMP"),
