@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from ...utils.files import write_whole
 from ..dataset import Dataset
@@ -15,6 +15,7 @@ from ..hashing import count_different
 from ..progress import Progress
 from ..report.summary import DataReport
 from ..samples.images import PIXELS_VERSION
+from .cache_paths import CachePlaces
 from .encode import LatentEncoder, Share, encode_captions, missing_captions
 from .encode_sequential import PassingEncoder
 from .mirror import CachePlace, Mirror
@@ -23,7 +24,6 @@ from .tensor_cache import TensorCache, cache_folders
 
 if TYPE_CHECKING:
     from ...plugin_api.family import ModelFamily
-    from ...settings.dataset_settings import DatasetSettings
 
 FORMAT = 1
 PREPROCESSING = (
@@ -32,46 +32,6 @@ PREPROCESSING = (
 )  # fmt: skip
 """Settings that decide a picture's pixels: what is compared to say why latents are made anew."""
 MODEL_PARTS = {"vae": "autoencoder is", "denoiser": "teacher is", "text": "text encoders are"}
-
-
-class Places(Protocol):
-    """Where caches lie."""
-
-    def latents(self, settings: DatasetSettings) -> Path:
-        """Folder of a dataset's latent caches."""
-        ...
-
-    def remembered(self, settings: DatasetSettings) -> Path:
-        """File with the settings that a dataset's latents were last made with."""
-        ...
-
-    def texts(self, settings: DatasetSettings) -> Path:
-        """Folder of the text caches that a dataset uses."""
-        ...
-
-    def text_shard_size(self, settings: DatasetSettings) -> int:
-        """Captions per file of that text cache."""
-        ...
-
-    def pair_entry(self, settings: DatasetSettings) -> DatasetSettings:
-        """The distillation cache that a dataset uses."""
-        ...
-
-    def pairs(self, entry: DatasetSettings) -> Path:
-        """Folder of a distillation cache."""
-        ...
-
-    def pairs_there(self, entry: DatasetSettings) -> CachePlace | None:
-        """The other place that a distillation cache is kept in too, if there is one."""
-        ...
-
-    def latents_there(self, settings: DatasetSettings) -> CachePlace | None:
-        """The other place that a dataset's latents are kept in too, if there is one."""
-        ...
-
-    def texts_there(self, settings: DatasetSettings) -> CachePlace | None:
-        """The same of its text cache."""
-        ...
 
 
 @dataclass
@@ -110,7 +70,7 @@ class CacheBuilder:
     def __init__(
         self,
         family: ModelFamily,
-        places: Places,
+        places: CachePlaces,
         *,
         share: Share,
         workers: int,
