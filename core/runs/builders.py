@@ -141,6 +141,3 @@ def build_pipeline(
         pictures=method_needs(configuration, registry, family).pictures,
         pairs=pairs and bool(configuration.distillation_caches),
     )  # fmt: skip
-
-
-# -- a finished run ---------------------------------------------------------------------------------------------------
