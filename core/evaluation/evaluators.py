@@ -41,18 +41,9 @@ def require_evaluators(registry: Registry, configuration: Configuration) -> None
         raise UserError("; ".join(reasons), "settings are given as --set evaluator_config.NAME.KEY=VALUE")
 
 
-def evaluation_notices(
-    registry: Registry, configuration: Configuration, setting: EvaluationSetting | None = None
-) -> list[str]:
-    """What to say at the start of a run of evaluators that it asks for, by name or by settings, in vain.
-
-    Args:
-        registry: Where they come from.
-        configuration: The run's.
-        setting: What there is; without it, what the configuration alone says.
-    """
-    run, lines = configuration.run, []
-    setting = setting or early_evaluation_setting(configuration)
+def evaluation_notices(registry: Registry, configuration: Configuration) -> list[str]:
+    """Return what to say at the start of a run of evaluators that it asks for, by name or by settings, in vain."""
+    run, setting, lines = configuration.run, early_evaluation_setting(configuration), []
     for name, config in configuration.evaluators.items() if run.evaluation_num_samples else ():
         evaluator = registry.get("evaluator", name)
         reason = _unusable(evaluator, setting, config)
