@@ -141,6 +141,3 @@ def build_pipeline(
         images=method_needs(configuration, registry, family).images,
         trajectories=trajectories and bool(configuration.distillation_caches),
     )  # fmt: skip
-
-
-# -- a finished run ---------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from ...utils.files import write_whole
 from ..dataset import Dataset
@@ -15,6 +15,7 @@ from ..hashing import count_different
 from ..progress import Progress
 from ..report.summary import DataReport
 from ..samples.images import PIXELS_VERSION
+from .cache_paths import CachePaths
 from .encode import LatentEncoder, WorkerShard, encode_captions, missing_captions
 from .encode_sequential import SequentialEncoder
 from .mirror import Mirror, RemoteCache
@@ -23,7 +24,6 @@ from .trajectory_cache import CachedTrajectories, TrajectoryMaker, WantedTraject
 
 if TYPE_CHECKING:
     from ...plugin_api.family import ModelFamily
-    from ...settings.dataset_settings import DatasetSettings
 
 FORMAT = 1
 PREPROCESSING = (
@@ -32,46 +32,6 @@ PREPROCESSING = (
 )  # fmt: skip
 """Settings that decide an image's pixels: what is compared to say why latents are made anew."""
 MODEL_PARTS = {"vae": "autoencoder is", "denoiser": "teacher is", "text": "text encoders are"}
-
-
-class Paths(Protocol):
-    """Where caches lie."""
-
-    def latents(self, settings: DatasetSettings) -> Path:
-        """Folder of a dataset's latent caches."""
-        ...
-
-    def remembered(self, settings: DatasetSettings) -> Path:
-        """File with the settings that a dataset's latents were last made with."""
-        ...
-
-    def texts(self, settings: DatasetSettings) -> Path:
-        """Folder of the text caches that a dataset uses."""
-        ...
-
-    def text_shard_size(self, settings: DatasetSettings) -> int:
-        """Captions per file of that text cache."""
-        ...
-
-    def trajectory_entry(self, settings: DatasetSettings) -> DatasetSettings:
-        """The distillation cache that a dataset uses."""
-        ...
-
-    def trajectories(self, entry: DatasetSettings) -> Path:
-        """Folder of a distillation cache."""
-        ...
-
-    def remote_trajectories(self, entry: DatasetSettings) -> RemoteCache | None:
-        """The other place that a distillation cache is kept in too, if there is one."""
-        ...
-
-    def remote_latents(self, settings: DatasetSettings) -> RemoteCache | None:
-        """The other place that a dataset's latents are kept in too, if there is one."""
-        ...
-
-    def remote_texts(self, settings: DatasetSettings) -> RemoteCache | None:
-        """The same of its text cache."""
-        ...
 
 
 @dataclass
@@ -110,7 +70,7 @@ class CacheBuilder:
     def __init__(
         self,
         family: ModelFamily,
-        paths: Paths,
+        paths: CachePaths,
         *,
         shard: WorkerShard,
         workers: int,
