@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 from ..core.data.tables.columns import Row
 from ..core.errors import BadValue, OutOfReach
-from ..core.utils.suggest import nearest
+from ..core.utils.suggest import did_you_mean
 
 READERS = ("parquet", "arrow", "json", "csv", "text", "imagefolder", "webdataset")
 """Formats of the library that are read, and names that stand for them as ``dataset_name``."""
@@ -142,10 +142,9 @@ class Source:
         names = [part.partition("[")[0].strip() for part in self.config.split.split("+")]
         for name in names:
             if name not in there and name != "all":
-                close = nearest(name, there)
-                remedy = f"did you mean {close!r}? " if close else ""
+                remedy = f"{did_you_mean(name, there)}name one of them as split"
                 problem = f"the dataset has no split {name!r}; it has {', '.join(map(repr, there)) or 'none'}"
-                raise BadValue("split", self.config.split, problem, f"{remedy}name one of them as split")
+                raise BadValue("split", self.config.split, problem, remedy)
         return names
 
     # -- as a table or as a stream ----------------------------------------------------------------------------------

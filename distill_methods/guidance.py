@@ -53,7 +53,6 @@ class Guidance(Method):
         w_max: float = Field(10.0, ge=0, le=100)
         """Upper end of the range of guidance. A fully trained student takes w as an input; a LoRA learns the middle."""
         loss_weight: SnrWeight = "truncated_snr"
-        """Weight of the x0 error: truncated_snr: max(SNR, 1); snr_plus_one: SNR + 1, the error of v."""
         num_inference_steps: int = Field(25, ge=1, le=1000)
         """Steps that the student is validated and exported with unless the run says otherwise."""
 

@@ -32,7 +32,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..core.diffusion import Schedule
 from ..core.diffusion.multistep import multistep_sampler, one_step_timestep
-from ..core.diffusion.regression import LossType, distance
+from ..core.diffusion.regression import HuberC, LossType, distance
 from ..core.diffusion.sampler import Sampler
 from ..core.diffusion.solvers import trailing_timesteps
 from ..core.errors import UserError
@@ -57,9 +57,7 @@ class KD(Method):
         one_step_time: int | None = Field(None, ge=1)
         """Timestep (of the model's training timesteps) that a one-step student is called at; None: 399, on a flow 1."""
         loss_type: LossType = "l2"
-        """l2: squared difference; huber: sqrt(d^2 + huber_c^2) - huber_c, robust to outliers."""
-        huber_c: float = Field(0.001, gt=0)
-        """c of the huber loss, in latent units."""
+        huber_c: HuberC = 0.001
 
         @model_validator(mode="after")
         def _one_step(self) -> KD.Config:

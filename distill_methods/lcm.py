@@ -36,10 +36,10 @@ from torch import Tensor
 
 from ..core.diffusion import Prediction, Schedule
 from ..core.diffusion.consistency import consistency_function
-from ..core.diffusion.guidance import GuidanceRange, embedded_scale
-from ..core.diffusion.regression import LossType, distance
+from ..core.diffusion.guidance import GuidanceRange, HighestGuidance, LowestGuidance, embedded_scale
+from ..core.diffusion.regression import HuberC, LossType, distance
 from ..core.diffusion.sampler import Sampler
-from ..core.diffusion.segments import check_on_grid, even_times
+from ..core.diffusion.segments import GridSteps, above_grid, check_on_grid, even_times
 from ..core.plugin_api.batch import Batch
 from ..core.plugin_api.context import Context
 from ..core.plugin_api.hookspecs import hookimpl
@@ -54,16 +54,11 @@ class LCM(Method):
     class Config(GuidanceRange):
         """Settings of latent consistency distillation."""
 
-        num_ddim_timesteps: int = Field(50, ge=1, le=1000)
-        """N, the grid of the teacher's solver; it must divide the model's number of training timesteps."""
-        w_min: float = Field(4.0, ge=0, le=100)
-        """Lower end of the range that the teacher's guidance is drawn from, in the units of guidance_convention."""
-        w_max: float = Field(16.0, ge=0, le=100)
-        """Upper end of the range that the teacher's guidance is drawn from, in the units of guidance_convention."""
+        num_ddim_timesteps: GridSteps = 50
+        w_min: LowestGuidance = 4.0
+        w_max: HighestGuidance = 16.0
         loss_type: LossType = "l2"
-        """l2: squared difference; huber: sqrt(d^2 + huber_c^2) - huber_c, robust to outliers."""
-        huber_c: float = Field(0.001, gt=0)
-        """c of the huber loss, in latent units."""
+        huber_c: HuberC = 0.001
         timestep_scaling_factor: float = Field(10.0, gt=0)
         """m of the boundary scalings: how fast f turns from the identity to the network away from t = 0."""
         num_inference_steps: int = Field(4, ge=1, le=50)
@@ -71,11 +66,8 @@ class LCM(Method):
 
         @model_validator(mode="after")
         def _fitting(self) -> LCM.Config:
-            if self.num_inference_steps > self.num_ddim_timesteps:
-                raise ValueError(
-                    f"num_inference_steps = {self.num_inference_steps} is above "
-                    f"num_ddim_timesteps = {self.num_ddim_timesteps}: the sampler visits times of the training grid"
-                )
+            if problem := above_grid(self.num_inference_steps, num_grid_steps=self.num_ddim_timesteps):
+                raise ValueError(problem)
             return self
 
     @classmethod
@@ -162,13 +154,9 @@ class LCM(Method):
         return Sampler("LCMScheduler", config, steps, guidance)
 
     def notices(self) -> list[str]:
-        """Return the guidance in both conventions, and its effect on a LoRA."""
-        low, high = self.config.scales
-        line = (
-            f"lcm: the teacher's guidance scale is drawn from {low:g} to {high:g} "
-            f"(the LCM paper's w: {low - 1:g} to {high - 1:g})"
-        )
-        if low < 1:
+        """Both conventions of the guidance, and what a LoRA does with it."""
+        line = self.config.notice(self.name)
+        if self.config.scales[0] < 1:
             line += "; below a scale of 1 the prompt is weakened, not strengthened"
         return [line]
 

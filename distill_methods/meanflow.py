@@ -46,7 +46,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..core.diffusion import Schedule, append_dims
-from ..core.diffusion.guidance import GuidanceRange, embedded_scale
+from ..core.diffusion.guidance import GuidanceRange, LowestGuidance, embedded_scale
 from ..core.diffusion.sampler import Sampler
 from ..core.plugin_api.batch import Batch
 from ..core.plugin_api.context import Context
@@ -107,8 +107,7 @@ class MeanFlow(Method):
     class Config(GuidanceRange):
         """Settings of mean-flow distillation."""
 
-        w_min: float = Field(5.0, ge=0, le=100)
-        """Lower end of the range that the teacher's guidance is drawn from, in the units of guidance_convention."""
+        w_min: LowestGuidance = 5.0
         w_max: float = Field(5.0, ge=0, le=100)
         """Upper end of that range. A LoRA learns its middle; a full model takes w as an input if the ends differ."""
         equal_share: float = Field(0.25, ge=0, lt=1)

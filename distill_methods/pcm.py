@@ -56,10 +56,18 @@ from torch import Tensor
 from ..core.diffusion import Schedule, append_dims
 from ..core.diffusion.adversarial import discriminator_loss, generator_loss
 from ..core.diffusion.consistency import trajectory_function
-from ..core.diffusion.guidance import GuidanceRange
-from ..core.diffusion.regression import LossType, distance
+from ..core.diffusion.guidance import GuidanceRange, HighestGuidance, LowestGuidance
+from ..core.diffusion.regression import HuberC, LossType, distance
 from ..core.diffusion.sampler import Sampler
-from ..core.diffusion.segments import check_on_grid, even_times, renoise, segment_edge
+from ..core.diffusion.segments import (
+    GridSteps,
+    above_grid,
+    check_on_grid,
+    even_times,
+    renoise,
+    segment_edge,
+    snapped_edges,
+)
 from ..core.diffusion.weights import Weight, ever_positive, weight_at
 from ..core.plugin_api.batch import Batch, Conditioning
 from ..core.plugin_api.context import Context
@@ -80,23 +88,18 @@ class PCM(Method):
     class Config(GuidanceRange):
         """Settings of phased consistency distillation."""
 
-        num_ddim_timesteps: int = Field(40, ge=1, le=1000)
-        """N, the grid of the teacher's solver; it must divide the model's number of training timesteps."""
+        num_ddim_timesteps: GridSteps = 40
         num_phases: int = Field(4, ge=1, le=1000)
         """M, the number of phases, which is also the student's number of steps; at most N."""
-        w_min: float = Field(7.0, ge=0, le=100)
-        """Lower end of the range that the teacher's guidance is drawn from, in the units of guidance_convention."""
-        w_max: float = Field(8.0, ge=0, le=100)
-        """Upper end of the range that the teacher's guidance is drawn from, in the units of guidance_convention."""
+        w_min: LowestGuidance = 7.0
+        w_max: HighestGuidance = 8.0
         cfg_free: bool = False
         """Whether the solver runs without guidance (w_min and w_max have no effect), so that the student keeps its own
         guidance scale and negative prompts; for 4 phases or more."""
         empty_prompt_share: float | None = Field(None, ge=0, le=1)
         """Share of samples that are trained without their prompt; null: 0.1 with cfg_free, 0 without."""
         loss_type: LossType = "huber"
-        """l2: squared difference; huber: sqrt(d^2 + huber_c^2) - huber_c, robust to outliers."""
-        huber_c: float = Field(0.001, gt=0)
-        """c of the huber loss, in latent units."""
+        huber_c: HuberC = 0.001
         adversarial_weight: Weight = 0.1
         """lambda of the adversarial term, a number or {step: number}; 0: none, and no features are needed."""
         discriminator_learning_rate: float | None = Field(1e-5, gt=0, le=1)
@@ -112,11 +115,8 @@ class PCM(Method):
                     f"num_phases = {phases} is above num_ddim_timesteps = {num_steps}: a phase needs a step of the "
                     "grid; lower num_phases or raise num_ddim_timesteps"
                 )
-            if self.default_steps > num_steps:
-                raise ValueError(
-                    f"num_inference_steps = {self.default_steps} is above num_ddim_timesteps = {num_steps}: "
-                    "the sampler visits times of the training grid"
-                )
+            if problem := above_grid(self.default_steps, num_grid_steps=num_steps):
+                raise ValueError(problem)
             return self
 
         @property
@@ -248,11 +248,7 @@ class PCM(Method):
     def notices(self) -> list[str]:
         """Return the solver's guidance, and where the phases begin if they are uneven."""
         config = self.config
-        (low, high), num_steps, phases = config.scales, config.num_ddim_timesteps, config.num_phases
-        lines = [
-            f"pcm: the teacher's guidance scale is drawn from {low:g} to {high:g} "
-            f"(the LCM paper's w: {low - 1:g} to {high - 1:g})"
-        ]
+        phases, lines = config.num_phases, [config.notice(self.name)]
         if config.cfg_free:
             share = config.share_without_prompt
             lines = [
@@ -261,12 +257,8 @@ class PCM(Method):
             ]
             if phases < 4:
                 lines.append(f"pcm: cfg_free with num_phases = {phases}: the paper has found 4 or more to be needed")
-        if num_steps % phases:
-            edges = segment_edge(torch.arange(num_steps), num_steps=num_steps, num_segments=phases).unique()
-            lines.append(
-                f"pcm: {phases} phases do not divide num_ddim_timesteps = {num_steps} evenly; "
-                f"their edges are snapped to the grid's points {', '.join(map(str, edges.tolist()))}"
-            )
+        if snapped := snapped_edges("phases", phases, num_steps=config.num_ddim_timesteps):
+            lines.append(f"pcm: {snapped}")
         return lines
 
 

@@ -77,7 +77,6 @@ class Progressive(Method):
         """Upper end of that range. A LoRA averages a range; a fully trained student takes w as an input. A range of 1
         alone (scale) is no guidance, at half the calls of the teacher: for one that has it built in."""
         loss_weight: SnrWeight = "truncated_snr"
-        """Weight of the x0 error: truncated_snr: max(SNR, 1); snr_plus_one: SNR + 1, the error of v."""
 
         @model_validator(mode="after")
         def _halving(self) -> Progressive.Config:

@@ -43,7 +43,7 @@ from ..core.plugin_api.context import Context
 from ..core.plugin_api.hookspecs import hookimpl
 from ..core.plugin_api.method import Method, MethodPart, MethodSetup, Requirements, Role, Update
 from ..core.plugin_api.stage import Stage
-from ..core.utils.suggest import nearest
+from ..core.utils.suggest import did_you_mean, nearest
 
 STUDENT = "student"
 
@@ -274,10 +274,9 @@ def _check_weights(terms: Mapping[str, Term], stages: Sequence[Stage]) -> None:
     for label, term in terms.items():
         for name in term.stage_weights:
             if name not in names:
-                close = nearest(name, names)
                 raise UserError(
                     f"stage_weights of the term {label} names {name!r}, which is no stage of this run",
-                    (f"did you mean {close!r}? " if close else "") + f"stages: {', '.join(names)}",
+                    f"{did_you_mean(name, names)}stages: {', '.join(names)}",
                 )
     start = 0
     for stage in stages:

@@ -62,10 +62,18 @@ from pydantic import Field, model_validator
 from ..core.diffusion import Schedule
 from ..core.diffusion.adversarial import discriminator_loss, generator_loss
 from ..core.diffusion.consistency import trajectory_function
-from ..core.diffusion.guidance import GuidanceRange, embedded_scale
-from ..core.diffusion.regression import LossType, distance
+from ..core.diffusion.guidance import GuidanceRange, HighestGuidance, LowestGuidance, embedded_scale
+from ..core.diffusion.regression import HuberC, LossType, distance
 from ..core.diffusion.sampler import Sampler
-from ..core.diffusion.segments import check_on_grid, even_times, renoise, segment_edge
+from ..core.diffusion.segments import (
+    GridSteps,
+    above_grid,
+    check_on_grid,
+    even_times,
+    renoise,
+    segment_edge,
+    snapped_edges,
+)
 from ..core.diffusion.weights import Number, Weight, ever_positive, weight_at
 from ..core.errors import UserError
 from ..core.plugin_api.batch import Batch
@@ -87,16 +95,11 @@ class TCD(Method):
     class Config(GuidanceRange):
         """Settings of trajectory consistency distillation."""
 
-        num_ddim_timesteps: int = Field(50, ge=1, le=1000)
-        """N, the grid of the teacher's solver; it must divide the model's number of training timesteps."""
-        w_min: float = Field(3.0, ge=0, le=100)
-        """Lower end of the range that the teacher's guidance is drawn from, in the units of guidance_convention."""
-        w_max: float = Field(15.0, ge=0, le=100)
-        """Upper end of the range that the teacher's guidance is drawn from, in the units of guidance_convention."""
+        num_ddim_timesteps: GridSteps = 50
+        w_min: LowestGuidance = 3.0
+        w_max: HighestGuidance = 15.0
         loss_type: LossType = "l2"
-        """l2: squared difference; huber: sqrt(d^2 + huber_c^2) - huber_c, robust to outliers."""
-        huber_c: float = Field(0.001, gt=0)
-        """c of the huber loss, in latent units."""
+        huber_c: HuberC = 0.001
         segments: Annotated[list[Annotated[int, Field(ge=1, le=1000)]], Field(min_length=1)] | None = None
         """Numbers of segments of the grid, one stage of the run each, falling (TSCD: 8, 4, 2, 1); null: no segments."""
         stage_shares: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)] | None = None
@@ -250,20 +253,10 @@ class TCD(Method):
         return Sampler("TCDScheduler", {"original_inference_steps": num_grid_steps}, steps, guidance, {"eta": eta})
 
     def notices(self) -> list[str]:
-        """Return the guidance in both conventions, and where the edges of the segments lie."""
-        (low, high), num_steps = self.config.scales, self.config.num_ddim_timesteps
-        lines = [
-            f"tcd: the teacher's guidance scale is drawn from {low:g} to {high:g} "
-            f"(the LCM paper's w: {low - 1:g} to {high - 1:g})"
-        ]
-        for number in self.config.stage_segments:
-            if num_steps % number:
-                edges = segment_edge(torch.arange(num_steps), num_steps=num_steps, num_segments=number).unique()
-                lines.append(
-                    f"tcd: {number} segments do not divide num_ddim_timesteps = {num_steps} evenly; "
-                    f"their edges are snapped to the grid's points {', '.join(map(str, edges.tolist()))}"
-                )
-        return lines
+        """Both conventions of the guidance, and where the edges of the segments lie."""
+        num_steps = self.config.num_ddim_timesteps
+        snapped = [snapped_edges("segments", number, num_steps=num_steps) for number in self.config.stage_segments]
+        return [self.config.notice(self.name), *(f"tcd: {line}" for line in snapped if line)]
 
 
 def _of_stage(values: Sequence[T], context: Context) -> T:
@@ -315,11 +308,8 @@ def _ever(weight: float | dict[int, float] | list[float]) -> bool:
 def _problem(config: TCD.Config) -> str:
     """Return the problem of settings that are valid alone but not together; "" where there is none."""
     segments, num_steps, steps = config.stage_segments, config.num_ddim_timesteps, config.num_inference_steps
-    if steps > num_steps:
-        return (
-            f"num_inference_steps = {steps} is above num_ddim_timesteps = {num_steps}: "
-            "the sampler visits times of the training grid"
-        )
+    if problem := above_grid(steps, num_grid_steps=num_steps):
+        return problem
     if any(later >= earlier for earlier, later in pairwise(segments)):
         return f"segments = {segments} must fall from stage to stage, as [8, 4, 2, 1]"
     if segments[0] > num_steps:

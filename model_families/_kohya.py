@@ -8,7 +8,6 @@ network that sd-scripts trains, with underscores for dots.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import UserError
+from ..core.utils.files import whole_file
 from ._architecture import KohyaFormat, Layer, Layers
 from ._files import quiet_libraries
 from ._lora import WEIGHTS, read_lora
@@ -69,18 +69,11 @@ def export_kohya(
         )
     layers, about = read_layers(student / WEIGHTS, architecture.denoiser)
     state = tensors(form.renamed(layers, config), dtype)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.stem}.partial.safetensors")
-    try:
-        write_file(temporary, state, {**about, **header(form, layers, title=title, predicts_v=predicts_v)})
-        lost = sorted(layers.keys() - readable(temporary, architecture, config))
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    if set(lost) - set(form.unread):
-        temporary.unlink()
-        raise UserError(f"diffusers would not read {len(lost)} layers of the file, as {lost[0]}", REMEDY)
-    os.replace(temporary, file)
+    with whole_file(file) as partial:
+        write_file(partial, state, {**about, **header(form, layers, title=title, predicts_v=predicts_v)})
+        lost = sorted(layers.keys() - readable(partial, architecture, config))
+        if set(lost) - set(form.unread):
+            raise UserError(f"diffusers would not read {len(lost)} layers of the file, as {lost[0]}", REMEDY)
     return [f"ComfyUI reads {name} in it, diffusers leaves it out" for name in lost]
 
 

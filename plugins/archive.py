@@ -17,6 +17,7 @@ from ..core.errors import UserError
 from ..core.plugin_api.hookspecs import hookimpl
 from ..core.plugin_api.publisher import Publisher
 from ..core.settings.types import LocalPath
+from ..core.utils.files import whole_file
 
 EARLIEST = (1980, 1, 1, 0, 0, 0)
 """The earliest time that a ZIP can hold; every member has it."""
@@ -60,16 +61,8 @@ class Archive(Publisher):
             raise UserError(f"{student} holds no file", "give the folder student/ of a finished run")
         names = [f"{self.setting.run_name}/{path.relative_to(student).as_posix()}" for path in members]
         pack = _pack_zip if self.config.format == "zip" else _pack_tar
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f".{file.name}.partial")
-        try:
-            with temporary.open("wb") as stream:
-                pack(stream, members, names, self.config.compression)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(temporary, file)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with whole_file(file) as partial, partial.open("wb") as stream:
+            pack(stream, members, names, self.config.compression)
         return str(file)
 
 

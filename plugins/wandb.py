@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ..core.plugin_api.hookspecs import hookimpl
 from ..core.plugin_api.tracker import RunInfo, Tracker
+from ..core.utils.files import write_text
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -141,8 +142,7 @@ def run_id(output_dir: Path, *, resumed: bool) -> str:
     if resumed and file.is_file():
         return json.loads(file.read_text(encoding="utf-8"))["id"]
     chosen = secrets.token_hex(4)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({"id": chosen}) + "\n", encoding="utf-8")
+    write_text(file, json.dumps({"id": chosen}) + "\n")
     return chosen
 
 

@@ -384,15 +384,16 @@ def test_images_are_used_for_scores_by_a_run_that_trains_on_captions_alone(tmp_p
 
 def test_a_file_that_the_backend_would_not_read_is_refused(tmp_path):
     from distill.core.config.prompt_entries import check_kind
+    from distill.core.config.reading import Layers, Report
     from distill.core.settings.types import Settings
 
     settings = prompts("p", prompts_file=lines_file(tmp_path)).model_copy(update={"type": "zip", "backend": Settings()})
-    refused = []
-    check_kind(settings, lambda *finding: refused.append(finding))
-    ((key, _, problem, remedy),) = refused
-    assert key == "data.p.prompts_file"
-    assert problem == "is not read by the data backend 'zip'"
-    assert "type local" in remedy
+    report = Report(Layers(), [], [], prefix="data.p.")
+    check_kind(settings, report)
+    (finding,) = report.findings
+    assert finding.key == "data.p.prompts_file"
+    assert finding.problem == "is not read by the data backend 'zip'"
+    assert "type local" in finding.remedy
 
 
 def test_keys_about_images_have_no_effect_on_prompts_and_a_notice(tmp_path):

@@ -15,7 +15,7 @@ from distill.core.config.load import load_configuration
 from distill.core.errors import DistillError
 from distill.core.evaluation.distances import polynomial_distance
 from distill.core.evaluation.evaluate import _Scorers
-from distill.core.evaluation.evaluators import build_evaluators, evaluation_notices, evaluator_names
+from distill.core.evaluation.evaluators import build_evaluators, evaluation_notices
 from distill.core.plugin_api.evaluator import EvaluationSetting, Evaluator, Samples
 from distill.core.registry.registry import Registry
 from distill.plugins import _pretrained as pretrained
@@ -307,10 +307,10 @@ def test_they_are_used_where_they_are_named_or_have_settings(tmp_path, clip):
     for number, (settings, names) in enumerate(cases):
         file = write_run(tmp_path, output=f"out{number}", **settings)
         configuration = load_configuration(registry, config_file=file)
-        assert evaluator_names(registry, configuration) == names
+        assert list(configuration.evaluators) == names
         (tmp_path / "again.json").write_text(json.dumps(configuration.resolved()))
         again = load_configuration(registry, config_file=tmp_path / "again.json")
-        assert sorted(evaluator_names(registry, again)) == sorted(names), "the resolved file says the same"
+        assert sorted(again.evaluators) == sorted(names), "the resolved file says the same"
 
 
 def test_a_run_says_at_its_start_what_it_will_not_score_and_scores_the_rest(tmp_path, clip):

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import typer
 
 from ..errors import UserError
+from ..utils.files import write_text
 from . import options
 from .options import Given, PluginOption, takes_configuration
 
@@ -66,8 +67,7 @@ def init(
     for file in files:
         if file.exists():
             raise UserError(f"{file} exists already.", "choose another folder: distill config init FOLDER.")
-    folder.mkdir(parents=True, exist_ok=True)
     for file, text in files.items():
-        file.write_text(text, encoding="utf-8")
+        write_text(file, text)
         logger.info(f"wrote {file}")
     logger.info(f"edit them, then: distill config check --config {folder / 'config.yaml'}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..utils.packages import install_line, missing
-from ..utils.suggest import nearest
+from ..utils.suggest import did_you_mean
 
 if TYPE_CHECKING:
     from ..registry.registry import Registry
@@ -86,9 +86,9 @@ def chosen_kind(kind: str, kinds: Sequence[str]) -> str:
     """
     found = kind.strip().lower().replace("-", "_")
     if found not in kinds:
-        close = nearest(found, kinds)
-        hint = f"did you mean {close.replace('_', '-')!r}? " if close else ""
-        raise UserError(f"there is no kind of plugin {kind!r}.", f"{hint}kinds: {', '.join(kinds).replace('_', '-')}.")
+        written = [each.replace("_", "-") for each in kinds]
+        remedy = f"{did_you_mean(found, written)}kinds: {', '.join(written)}."
+        raise UserError(f"there is no kind of plugin {kind!r}.", remedy)
     return found
 
 

@@ -96,7 +96,7 @@ def show(
 def kinds_of(registry: Registry, name: str) -> list[str]:
     """Kinds that have the name. Raises UserError where none has."""
     from ..registry.registry import KINDS
-    from ..utils.suggest import nearest
+    from ..utils.suggest import did_you_mean
 
     kinds = [kind for kind in KINDS if registry.known(kind, name)]
     kind, dot, own = name.partition(".")
@@ -105,9 +105,8 @@ def kinds_of(registry: Registry, name: str) -> list[str]:
         kinds = [kind]
     if not kinds:
         every = [known for kind in KINDS for known in registry.names(kind)]
-        close = nearest(name, every)
-        hint = f"did you mean {close!r}? " if close else ""
-        raise UserError(f"nothing is registered as {name!r}.", f"{hint}`distill plugins list` shows all names.")
+        remedy = f"{did_you_mean(name, every)}`distill plugins list` shows all names."
+        raise UserError(f"nothing is registered as {name!r}.", remedy)
     return kinds
 
 

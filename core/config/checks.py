@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,35 +12,13 @@ from ..settings.dataset_settings import DatasetSettings
 from ..settings.run_settings import RunSettings
 from ..utils.prompt_library import read_library
 from .coercion import is_local
-from .reading import Layers
+from .reading import ConfigReport
 
 MAX_MEGAPIXELS = 64
 """A larger area is a number of pixels that was given as megapixels."""
 MIN_PIXELS = 8
 """A smaller edge is a number of megapixels that was given as pixels."""
 _DEVICE = re.compile(r"(auto|cpu|mps|cuda(:\d+)?)$")
-
-
-class ConfigReport:
-    """Findings and notices about the run's keys, with the file that each value came from."""
-
-    def __init__(self, layers: Layers, findings: list[Finding], notices: list[str]) -> None:
-        self.layers = layers
-        self.findings = findings
-        self.notices = notices
-
-    def refuse(self, key: str, value: object, problem: str, remedy: str) -> None:
-        """Add a finding about a key of the run."""
-        file = self.layers.origin(*key.split(".")).file
-        self.findings.append(Finding(file, key, value, problem, remedy))
-
-    def note(self, line: str) -> None:
-        """Add a notice."""
-        self.notices.append(line)
-
-    def given(self, key: str) -> bool:
-        """Return whether the user set the key."""
-        return self.layers.given(key)
 
 
 def check_run(run: RunSettings, report: ConfigReport, *, to_train: bool = True) -> None:
@@ -55,7 +33,7 @@ def check_run(run: RunSettings, report: ConfigReport, *, to_train: bool = True) 
         check(run, report)
     for check in (_check_precision, _check_paths) if to_train else ():
         check(run, report)
-    check_sizes(run, "", report.refuse)
+    check_sizes(run, report)
 
 
 def _check_length(run: RunSettings, report: ConfigReport) -> None:
@@ -102,7 +80,7 @@ def _check_lora(run: RunSettings, report: ConfigReport) -> None:
         problem = "starts a LoRA, but model_type is full"
         report.refuse("init_lora", run.init_lora, problem, "set model_type to lora, or fuse it by teacher_lora")
     keys = ("lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules")
-    unused = [key for key in keys if report.given(key)]
+    unused = [key for key in keys if report.layers.given(key)]
     if unused:
         report.note(f"{', '.join(unused)}: no effect with model_type full")
 
@@ -150,32 +128,27 @@ def _check_tracking(run: RunSettings, report: ConfigReport) -> None:
         report.note(f"hub_model_id = {run.hub_model_id!r} has no effect without push_to_hub")
 
 
-Refuse = Callable[[str, object, str, str], None]
-
-
-def check_sizes(settings: Any, prefix: str, refuse: Refuse) -> None:
+def check_sizes(settings: Any, report: ConfigReport) -> None:
     """Refuse sizes of a run or a dataset whose unit cannot be meant, and a minimum above the maximum."""
     unit, resolution = settings.resolution_type, settings.resolution
     if unit == "area" and resolution > MAX_MEGAPIXELS:
         problem = f"would be {resolution:g} megapixels under resolution_type area"
-        refuse(
-            f"{prefix}resolution", resolution, problem, "set resolution_type to pixel_area, or give megapixels as 1.0"
-        )
+        report.refuse("resolution", resolution, problem, "set resolution_type to pixel_area, or give megapixels as 1.0")
     if unit != "area" and resolution < MIN_PIXELS:
         problem = f"would be {resolution:g} pixels under resolution_type {unit}"
-        refuse(f"{prefix}resolution", resolution, problem, "set resolution_type to area, or give pixels as 1024")
+        report.refuse("resolution", resolution, problem, "set resolution_type to area, or give pixels as 1024")
     for key in ("minimum_image_size", "maximum_image_size", "target_downsample_size"):
         value = getattr(settings, key)
         if value is not None and unit == "area" and value > MAX_MEGAPIXELS:
             problem = f"would be {value:g} megapixels under resolution_type area"
-            refuse(f"{prefix}{key}", value, problem, "give megapixels, as 1.0, or another resolution_type")
+            report.refuse(key, value, problem, "give megapixels, as 1.0, or another resolution_type")
         if value is not None and unit == "pixel_area" and 0 < value < MIN_PIXELS:
             problem = f"would be {value:g} pixels under resolution_type pixel_area"
-            refuse(f"{prefix}{key}", value, problem, "give pixels, as 512, or resolution_type area")
-    _check_order(settings, prefix, refuse)
+            report.refuse(key, value, problem, "give pixels, as 512, or resolution_type area")
+    _check_order(settings, report)
 
 
-def _check_order(settings: Any, prefix: str, refuse: Refuse) -> None:
+def _check_order(settings: Any, report: ConfigReport) -> None:
     def area(value: float) -> float:
         as_area = settings.resolution_type == "area" or (settings.resolution_type == "pixel" and value < MIN_PIXELS)
         return value if as_area else value * value / 1e6
@@ -183,39 +156,38 @@ def _check_order(settings: Any, prefix: str, refuse: Refuse) -> None:
     low, high, target = settings.minimum_image_size, settings.maximum_image_size, settings.target_downsample_size
     if low is not None and high is not None and area(low) > area(high):
         problem = f"is above maximum_image_size = {high:g}, so every image would be left out"
-        refuse(f"{prefix}minimum_image_size", low, problem, "lower minimum_image_size or raise maximum_image_size")
+        report.refuse("minimum_image_size", low, problem, "lower minimum_image_size or raise maximum_image_size")
     if target is not None and high is not None and area(target) > area(high):
         problem = f"is above maximum_image_size = {high:g}: images cannot be scaled down to a larger size"
-        refuse(f"{prefix}target_downsample_size", target, problem, "lower it to maximum_image_size or leave it out")
+        report.refuse("target_downsample_size", target, problem, "lower it to maximum_image_size or leave it out")
 
 
-def check_dataset(entry: DatasetSettings, refuse: Refuse) -> None:
+def check_dataset(entry: DatasetSettings, report: ConfigReport) -> None:
     """Check the settings of one enabled dataset."""
-    prefix = f"data.{entry.id}."
-    check_sizes(entry, prefix, refuse)
+    check_sizes(entry, report)
     low, high = entry.minimum_aspect_ratio, entry.maximum_aspect_ratio
     if low is not None and high is not None and low > high:
         problem = f"is above maximum_aspect_ratio = {high:g}, so every image would be left out"
-        refuse(f"{prefix}minimum_aspect_ratio", low, problem, "lower one or raise the other")
+        report.refuse("minimum_aspect_ratio", low, problem, "lower one or raise the other")
     if entry.end_step is not None and entry.end_step <= entry.start_step:
         problem = f"is not above start_step = {entry.start_step}, so the dataset would never be used"
-        refuse(f"{prefix}end_step", entry.end_step, problem, "raise end_step or leave it out")
+        report.refuse("end_step", entry.end_step, problem, "raise end_step or leave it out")
     wants_prompt = entry.caption_strategy == "instanceprompt"
     if (wants_prompt or entry.prepend_instance_prompt or entry.only_instance_prompt) and not entry.instance_prompt:
         asked = "caption_strategy" if wants_prompt else "prepend_instance_prompt or only_instance_prompt"
-        refuse(f"{prefix}instance_prompt", None, f"is required by {asked}", 'add "instance_prompt": "a photo of ..."')
+        report.refuse("instance_prompt", None, f"is required by {asked}", 'add "instance_prompt": "a photo of ..."')
     if isinstance(entry.caption_filter_list, Path) and not entry.caption_filter_list.is_file():
         path = str(entry.caption_filter_list)
-        refuse(f"{prefix}caption_filter_list", path, "does not exist", "give a list of texts, or a file that is there")
+        report.refuse("caption_filter_list", path, "does not exist", "give a list of texts, or a file that is there")
 
 
-def check_folder(entry: DatasetSettings, refuse: Refuse) -> None:
+def check_folder(entry: DatasetSettings, report: ConfigReport) -> None:
     """Refuse a folder where the backend reads none."""
     own = type(entry.backend).model_fields if entry.backend is not None else {}
     if entry.instance_data_dir is not None and "instance_data_dir" not in own:
         problem = f"is not read by the data backend {entry.type!r}"
         remedy = f"leave it out; its own keys: {', '.join(own) or 'none'}"
-        refuse(f"data.{entry.id}.instance_data_dir", str(entry.instance_data_dir), problem, remedy)
+        report.refuse("instance_data_dir", str(entry.instance_data_dir), problem, remedy)
 
 
 def check_weights(entries: Iterable[DatasetSettings], file: str, findings: list[Finding]) -> None:

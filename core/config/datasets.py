@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ from ..plugin_api.backend import SampleBackend
 from ..settings.dataset_settings import DatasetSettings
 from ..settings.run_settings import RunSettings
 from ..utils import packages
-from ..utils.suggest import nearest
+from ..utils.suggest import did_you_mean
 from .checks import check_dataset, check_folder, check_weights
 from .coercion import absolute
 from .findings import PartCheck
@@ -27,8 +26,8 @@ from .normalise import (
     rename_dataset_keys,
     rename_dataset_values,
 )
-from .prompt_entries import Refuse, check_captions, check_kind, check_prompts, without_images
-from .reading import COMMAND_LINE, SUFFIXES, Layers, Origin, fill_environment, read_file, strip_dashes
+from .prompt_entries import check_captions, check_kind, check_prompts, without_images
+from .reading import COMMAND_LINE, SUFFIXES, ConfigReport, Layers, Origin, fill_environment, read_file, strip_dashes
 from .trajectory_entries import check_trajectory_keys
 
 if TYPE_CHECKING:
@@ -137,10 +136,8 @@ def apply_overrides(
         matches = [entry for entry in entries if dotted.startswith(f"{entry.id}.")]
         if not matches:
             ids = [entry.id for entry in entries]
-            close = nearest(path[1], ids) if len(path) > 1 else None
-            remedy = (
-                f"did you mean {close!r}? " if close else ""
-            ) + f"ids: {', '.join(ids) or 'none, there is no data file'}"
+            hint = did_you_mean(path[1], ids) if len(path) > 1 else ""
+            remedy = f"{hint}ids: {', '.join(ids) or 'none, there is no data file'}"
             problem = "names no dataset and key: write data.<id>.<key>=<value>"
             findings.append(Finding(COMMAND_LINE, ".".join(path), value, problem, remedy))
             continue
@@ -187,28 +184,28 @@ class DatasetsCheck:
         return result
 
     def _check_entry(self, raw: RawEntry, entry: DatasetSettings) -> None:
-        refuse, before = partial(self._refuse, raw), len(self.findings)
+        report, before = self._report(raw), len(self.findings)
         megapixel_notices(entry, f"data.{entry.id}: ", self.notices)
-        check_dataset(entry, refuse)
-        check_kind(entry, refuse)
-        check_folder(entry, refuse)
+        check_dataset(entry, report)
+        check_kind(entry, report)
+        check_folder(entry, report)
         backend = self.registry.get("data_backend", entry.type)
-        check_captions(entry, refuse, with_samples=issubclass(backend, SampleBackend))
+        check_captions(entry, report, with_samples=issubclass(backend, SampleBackend))
         if self.to_train:
-            self._check_place(entry, refuse)
+            self._check_place(entry, report)
             if not entry.has_images and len(self.findings) == before:
-                check_prompts(entry, self.registry, refuse)
+                check_prompts(entry, self.registry, report)
 
     def _check_cache(self, raw: RawEntry, entry: DatasetSettings) -> None:
         """Check that a cache's backend can be written to, and that its folder or bucket is usable."""
         kind = self.registry.get("data_backend", entry.type)
         if issubclass(kind, SampleBackend):
             remedy = "keep caches in a folder (type local) or a bucket"
-            self._refuse(raw, f"{raw.prefix}type", entry.type, "is only read, so no cache can lie there", remedy)
+            self._report(raw).refuse("type", entry.type, "is only read, so no cache can lie there", remedy)
         elif not kind.on_this_machine:
-            self._check_place(entry, partial(self._refuse, raw))
+            self._check_place(entry, self._report(raw))
 
-    def _check_place(self, entry: DatasetSettings, refuse: Refuse) -> None:
+    def _check_place(self, entry: DatasetSettings, report: ConfigReport) -> None:
         """Let the backend check its folder, files or bucket, as far as it can without the network."""
         try:
             backend = self.registry.get("data_backend", entry.type)(entry.backend)
@@ -221,37 +218,34 @@ class DatasetsCheck:
                 MetadataTable(entry, backend).check()
         except BadValue as error:
             remedy = error.remedy.replace("data.<id>.", f"data.{entry.id}.")
-            refuse(f"data.{entry.id}.{error.key}", error.value, error.problem, remedy)
+            report.refuse(error.key, error.value, error.problem, remedy)
 
-    def _refuse(self, raw: RawEntry, key: str, value: object, problem: str, remedy: str) -> None:
-        file = raw.layers.origin(key.removeprefix(raw.prefix)).file
-        self.findings.append(Finding(file, key, value, problem, remedy))
+    def _report(self, raw: RawEntry) -> ConfigReport:
+        return ConfigReport(raw.layers, self.findings, self.notices, raw.prefix)
 
     def _check_ids(self, entries: Sequence[RawEntry]) -> None:
         seen: dict[str, int] = {}
         for raw in entries:
             if raw.id in seen:
                 problem = f"stands twice: entries {seen[raw.id] + 1} and {raw.index + 1} of the list"
-                self._refuse(raw, f"{raw.prefix}id", raw.id, problem, "give each dataset an id of its own")
+                self._report(raw).refuse("id", raw.id, problem, "give each dataset an id of its own")
             seen.setdefault(raw.id, raw.index)
 
     def _entry(self, raw: RawEntry) -> DatasetSettings | None:
         values = raw.layers.values
-        file = raw.layers.fallback.file
-        align_rounding(values, raw.prefix, file, self.notices, self.findings)
-        rename_dataset_values(values, raw.prefix, self.notices)
+        report = self._report(raw)
+        align_rounding(values, report)
+        rename_dataset_values(values, report)
         backend = self._backend(raw)
         aliases = self.registry.get("data_backend", values.get("type", "local")).key_aliases if backend else {}
-        rename_dataset_keys(values, aliases, raw.prefix, file, self.notices, self.findings)
+        rename_dataset_keys(values, aliases, report)
         own = set(backend.model_fields) if backend else set()
         settings = {
             key: value for key, value in values.items() if key in DatasetSettings.model_fields or key not in own
         }
         settings.pop("backend", None)
         if "backend" in values:
-            self.findings.append(
-                Finding(file, f"{raw.prefix}backend", values["backend"], "is not a known key", "did you mean 'type'?")
-            )
+            report.refuse("backend", values["backend"], "is not a known key", "did you mean 'type'?")
         check = PartCheck(self.findings)
         origin = raw.layers.origin
         inherited = self._inherited(values)
@@ -259,7 +253,7 @@ class DatasetsCheck:
         if not isinstance(entry, DatasetSettings) or backend is None:
             return None
         ours = {key: value for key, value in values.items() if key in own}
-        entry = check_trajectory_keys(entry, set(settings), partial(self._refuse, raw))
+        entry = check_trajectory_keys(entry, set(settings), report)
         kind = self.registry.get("data_backend", entry.type)
         if entry.dataset_type not in (*TRAINED_ON, "checkpoints") and kind.on_this_machine:
             return self._writable(entry)  # a cache on this machine lies in its cache_dir
@@ -271,18 +265,18 @@ class DatasetsCheck:
         return self._writable(entry.model_copy(update={"backend": part}))
 
     def _backend(self, raw: RawEntry) -> type[BaseModel] | None:
-        name = raw.layers.values.get("type", "local")
+        name, report = raw.layers.values.get("type", "local"), self._report(raw)
         if not isinstance(name, str) or not self.registry.known("data_backend", name):
             remedy = self.registry.remedy("data_backend", str(name))
-            self._refuse(raw, f"{raw.prefix}type", name, "is not a registered data backend", remedy)
+            report.refuse("type", name, "is not a registered data backend", remedy)
             return None
         found = self.registry.get("data_backend", name)
         if found.name != name:
             raw.layers.values["type"] = found.name
-            self.notices.append(f"{raw.prefix}type = {name!r} is read as {found.name!r}")
+            report.note(f"type = {name!r} is read as {found.name!r}")
         absent = list(packages.problems(found.packages))
         for problem, remedy in absent:
-            self._refuse(raw, f"{raw.prefix}type", found.name, problem, remedy)
+            report.refuse("type", found.name, problem, remedy)
         return None if absent else found.Config
 
     def _inherited(self, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -316,13 +310,13 @@ class DatasetsCheck:
             if len(defaults) > 1:
                 raw = next(raw for raw in entries if raw.id == defaults[1])
                 problem = f"is set for {', '.join(defaults)}, and only one {kind} entry can be the default"
-                self._refuse(raw, f"{raw.prefix}default", True, problem, "keep it on one of them")
+                self._report(raw).refuse("default", True, problem, "keep it on one of them")
             for entry in result.training:
                 named = getattr(entry, kind)
                 if named is not None and named not in [cache.id for cache in caches]:
                     raw = next(raw for raw in entries if raw.id == entry.id)
                     remedy = f"{kind} entries: {', '.join(cache.id for cache in caches) or 'none'}"
-                    self._refuse(raw, f"{raw.prefix}{kind}", named, f"is not the id of a {kind} entry", remedy)
+                    self._report(raw).refuse(kind, named, f"is not the id of a {kind} entry", remedy)
 
 
 def can_be_made(folder: Path) -> bool:

@@ -11,7 +11,7 @@ from pydantic_core import PydanticUndefined
 
 from ..errors import Finding
 from ..settings.secrets import shown
-from ..utils.suggest import nearest
+from ..utils.suggest import did_you_mean, nearest
 from .coercion import leaves, prepare
 from .reading import Origin
 
@@ -163,9 +163,7 @@ class PartCheck:
         problem: str,
         origin: Callable[[str], Origin],
     ) -> None:
-        remedy = about(model, key)
-        close = nearest(str(value), _literals(model, key))
-        remedy = f"did you mean {close!r}? {remedy}" if close else remedy
+        remedy = did_you_mean(str(value), _literals(model, key)) + about(model, key)
         self.findings.append(Finding(origin(key).file, prefix + key, shown(key, value), problem, remedy))
 
     def unknown(self, key: str, value: object, prefix: str, origin: Origin, known: Iterable[str]) -> None:

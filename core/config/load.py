@@ -11,17 +11,30 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ConfigError, Finding, UserError
 from ..settings.configuration import PARTS, Configuration
 from ..settings.run_settings import RunSettings
-from .checks import ConfigReport, check_run
+from .checks import check_run
 from .datasets import Datasets, DatasetsCheck, RawEntry, apply_overrides, find_data_file, read_data_file, read_entries
 from .findings import PartCheck
 from .normalise import align_rounding, megapixel_notices, refuse_not_yet, rename_run_keys
 from .parts import Parts, PartsCheck
 from .quantisation import check_quantisation
-from .reading import COMMAND_LINE, Layers, Origin, fill_environment, nested, parse_override, read_file, strip_dashes
+from .reading import (
+    COMMAND_LINE,
+    ConfigReport,
+    Layers,
+    Origin,
+    fill_environment,
+    nested,
+    parse_override,
+    read_file,
+    strip_dashes,
+)
 from .requirements import check_images, check_requirements, check_smaller_student, trajectory_points
 from .trajectory_entries import TrajectoryCheck, TrajectoryNeeds
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    from ..plugin_api.method import Method
     from ..registry.registry import Registry
 
 DEEP = frozenset(PARTS)
@@ -67,14 +80,22 @@ class ConfigurationLoader:
     registry: Registry
     config_file: Path | None = None
     to_train: bool = True
-    findings: list[Finding] = field(default_factory=list)
-    notices: list[str] = field(default_factory=list)
-    layers: Layers = field(default_factory=Layers)
+    report: ConfigReport = field(default_factory=lambda: ConfigReport(Layers(), [], []))
     given_parts: list[tuple[str, Any, Origin]] = field(default_factory=list)
     """Values given for plugins' parts, the strongest last; folded once the plugins are known."""
     miniature: bool = False
     readable: bool = True
     """Whether the file could be read; if not, keys that it lacks are not reported."""
+
+    @property
+    def layers(self) -> Layers:
+        """Values of the run, whose findings and notices the report takes."""
+        return self.report.layers
+
+    @property
+    def findings(self) -> list[Finding]:
+        """Whatever is wrong, of the run and of its data."""
+        return self.report.findings
 
     def load(
         self, data_file: Path | None, flags: Mapping[str, object], overrides: Sequence[str]
@@ -82,25 +103,23 @@ class ConfigurationLoader:
         """Return the configuration, or None where there are findings."""
         data_overrides = self._read(flags, overrides)
         self._load_plugins()
-        check = PartsCheck(self.registry, self.layers, self.findings, self.notices)
+        check = PartsCheck(self.registry, self.report)
         check.resolve_names()
         check.fold(self.given_parts)
         recipe_data = self._choose_model(check) if self.readable else None
-        refuse_not_yet(self.layers, self.findings)
+        refuse_not_yet(self.report)
         inline = self.layers.values.pop("data", None)
         check.default_learning_rate()
         run = self._run(check) if self.readable else None
         parts = check.validate(run)
         if run is not None:
-            check_run(run, ConfigReport(self.layers, self.findings, self.notices), to_train=self.to_train)
-            megapixel_notices(run, "", self.notices)
+            check_run(run, self.report, to_train=self.to_train)
+            megapixel_notices(run, "", self.report.notices)
             self._compare(run, parts, check)
         entries = self._entries(run, data_file, inline, recipe_data)
         datasets = self._datasets(run or RunSettings(), entries, data_overrides)
         if run is not None:
             self._compare_data(run, parts, check, entries or [], datasets)
-            self._assign_trajectory_caches(run, parts, check, entries or [], datasets)
-        if run is not None:
             self._check_plugins(run, parts, check)
         if run is None or self.findings:
             return None
@@ -111,10 +130,9 @@ class ConfigurationLoader:
         if self.to_train:
             check.check_optimizer(run)
             check.check_packages()
-        method = check.classes.get("method")
-        config = parts["distillation_config"].get(method.name) if method else None
-        self.findings += check_quantisation(
-            run, check.classes, config, registry=self.registry, layers=self.layers, to_train=self.to_train
+        _, config = _method_of(parts, check)
+        check_quantisation(
+            run, check.classes, config, registry=self.registry, report=self.report, to_train=self.to_train
         )
 
     # -- layers -------------------------------------------------------------------------------------------------------
@@ -144,8 +162,9 @@ class ConfigurationLoader:
         plain = strip_dashes(values, origin.file, self.findings)
         data = plain.pop("data", None)  # entries fill in their own environment, by id
         plain = fill_environment(plain, origin.file, "", self.findings)
-        plain = rename_run_keys(plain, origin, self.notices, self.findings)
-        align_rounding(plain, "", origin.file, self.notices, self.findings)
+        report = ConfigReport(Layers(fallback=origin), self.findings, self.report.notices)
+        plain = rename_run_keys(plain, report)
+        align_rounding(plain, report)
         self.given_parts += [(key, plain.pop(key), origin) for key in PARTS if key in plain]
         self.layers.add(plain if data is None else {**plain, "data": data}, origin)
 
@@ -175,7 +194,7 @@ class ConfigurationLoader:
         if folder is None or recipe is None or not recipe.is_file():
             problem = f"is required: the family {family.name!r} ships no trained miniature"
             remedy = "name a model: --model PATH_OR_ID (hub id, diffusers folder or .safetensors file)"
-            check.refuse(MODEL, None, problem, remedy)
+            self.report.refuse(MODEL, None, problem, remedy)
             return None
         self.miniature = True
         return self._lay_under(recipe, folder, check)
@@ -214,8 +233,7 @@ class ConfigurationLoader:
         return run if isinstance(run, RunSettings) else None
 
     def _compare(self, run: RunSettings, parts: Parts, check: PartsCheck) -> None:
-        method, family = check.classes.get("method"), check.classes.get("family")
-        config = parts["distillation_config"].get(method.name) if method else None
+        (method, config), family = _method_of(parts, check), check.classes.get("family")
         if method is None or family is None or config is None:
             return
         files = {key[0]: origin.file for key, origin in self.layers.origins.items() if len(key) == 1}
@@ -224,30 +242,23 @@ class ConfigurationLoader:
         own = parts["family_config"].get(family.name)
         findings += check_smaller_student(family, own, run, files=files) if own is not None else []
         self.findings.extend(findings)
-        self.notices.extend(notices)
+        self.report.notices.extend(notices)
 
     def _compare_data(
         self, run: RunSettings, parts: Parts, check: PartsCheck, entries: list[RawEntry], datasets: Datasets
     ) -> None:
-        method = check.classes.get("method")
-        config = parts["distillation_config"].get(method.name) if method else None
+        """Compare the datasets with what the method needs; each gets its distillation cache where it needs one."""
+        (method, config), family = _method_of(parts, check), check.classes.get("family")
         if method is None or config is None:
             return
         files = {entry.id: entry.layers.origin("dataset_type").file for entry in entries}
         self.findings.extend(check_images(method, config, run, datasets.training, files=files))
-
-    def _assign_trajectory_caches(
-        self, run: RunSettings, parts: Parts, check: PartsCheck, entries: list[RawEntry], datasets: Datasets
-    ) -> None:
-        """Assign a distillation cache to each dataset, where there is one or the method needs one."""
-        method, family = check.classes.get("method"), check.classes.get("family")
-        config = parts["distillation_config"].get(method.name) if method else None
-        if method is None or family is None or config is None or self.findings:
+        if family is None or self.findings:
             return
         points, folder = trajectory_points(method, config, run), f"{run.output_dir}/cache/trajectories"
         needs = TrajectoryNeeds(method.name, points, family.default_guidance, folder)
         files = {entry.id: entry.layers.fallback.file for entry in entries}
-        trajectories = TrajectoryCheck(needs, files, self.findings, self.notices)
+        trajectories = TrajectoryCheck(needs, files, self.findings, self.report.notices)
         datasets.training, datasets.caches = trajectories.resolve(datasets.training, datasets.caches)
 
     def _entries(
@@ -257,13 +268,13 @@ class ConfigurationLoader:
         before = len(self.findings)
         named = data_file or (run.data_backend_config if run else None)
         if named is not None and inline is not None:
-            self.notices.append(f"the datasets of {named} are used, not those inside the configuration")
+            self.report.notices.append(f"the datasets of {named} are used, not those inside the configuration")
         if named is None and inline is not None:
             return read_entries(inline, self.layers.origin("data"), self.findings)
         if named is None:
             named = find_data_file(self.config_file, run.output_dir if run else None)
             if named is not None:
-                self.notices.append(f"datasets: {named}")
+                self.report.notices.append(f"datasets: {named}")
         if named is not None:
             entries = read_data_file(named, self.findings)
             return None if len(self.findings) > before and not entries else entries
@@ -279,7 +290,7 @@ class ConfigurationLoader:
         if entries is None:
             return Datasets()
         before = len(self.findings)
-        check = DatasetsCheck(self.registry, run, self.findings, self.notices, to_train=self.to_train)
+        check = DatasetsCheck(self.registry, run, self.findings, self.report.notices, to_train=self.to_train)
         datasets = check.check(entries)
         if not datasets.training and len(self.findings) == before:
             file = entries[0].layers.fallback.file if entries else "data file"
@@ -304,7 +315,13 @@ class ConfigurationLoader:
             datasets=tuple(datasets.training),
             caches=tuple(datasets.caches),
             text_cache=datasets.text_cache,
-            notices=tuple(dict.fromkeys(self.notices)),
+            notices=tuple(dict.fromkeys(self.report.notices)),
             miniature=self.miniature,
             plugin_files=self.registry.files,
         )
+
+
+def _method_of(parts: Parts, check: PartsCheck) -> tuple[type[Method] | None, BaseModel | None]:
+    """Return the method's class, and its settings where they are valid."""
+    method = check.classes.get("method")
+    return method, parts["distillation_config"].get(method.name) if method else None

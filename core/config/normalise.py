@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import Finding
 from ..settings.dataset_settings import PIXEL_LIMIT
-from .reading import Layers, Origin
+from .reading import ConfigReport
 
 RUN_ALIASES = {
     "validation_steps": "validation_step_interval",
@@ -39,9 +38,7 @@ NOT_YET = {
 SIZES = ("minimum_image_size", "maximum_image_size", "target_downsample_size")
 
 
-def rename_run_keys(
-    values: Mapping[str, Any], origin: Origin, notices: list[str], findings: list[Finding]
-) -> dict[str, Any]:
+def rename_run_keys(values: Mapping[str, Any], report: ConfigReport) -> dict[str, Any]:
     """Replace aliases by their canonical names."""
     result = dict(values)
     for alias, name in RUN_ALIASES.items():
@@ -50,22 +47,21 @@ def rename_run_keys(
         value = result.pop(alias)
         if name in result and result[name] != value:
             problem = f"contradicts {name} = {result[name]!r}, which is the same key"
-            findings.append(Finding(origin.file, alias, value, problem, f"keep {name} alone"))
+            report.refuse(alias, value, problem, f"keep {name} alone")
         result[name] = result.get(name, value)
-        notices.append(f"{alias} is read as {name} = {value}")
+        report.note(f"{alias} is read as {name} = {value}")
     return result
 
 
-def refuse_not_yet(layers: Layers, findings: list[Finding]) -> None:
+def refuse_not_yet(report: ConfigReport) -> None:
     """Refuse keys and values of the established trainer that this version does not support."""
     for key, instead in NOT_YET.items():
-        if key in layers.values:
-            value, file = layers.values.pop(key), layers.origin(key).file
-            if value not in (None, False, "", "none"):
-                findings.append(Finding(file, key, value, "is not in this version yet", instead))
+        value = report.layers.values.pop(key, None)
+        if value not in (None, False, "", "none"):
+            report.refuse(key, value, "is not in this version yet", instead)
 
 
-def align_rounding(values: dict[str, Any], prefix: str, file: str, notices: list[str], findings: list[Finding]) -> None:
+def align_rounding(values: dict[str, Any], report: ConfigReport) -> None:
     """Convert an ``aspect_bucket_rounding`` above 9, which is an alignment in pixels."""
     rounding = values.get("aspect_bucket_rounding")
     try:
@@ -78,26 +74,16 @@ def align_rounding(values: dict[str, Any], prefix: str, file: str, notices: list
     alignment = values.get("aspect_bucket_alignment")
     if alignment is not None and float(alignment) != float(rounding or 0):
         problem = f"is above 9, so it is an alignment, and contradicts aspect_bucket_alignment = {alignment}"
-        key = f"{prefix}aspect_bucket_rounding"
-        findings.append(
-            Finding(file, key, rounding, problem, "keep aspect_bucket_alignment; rounding is 1 to 9 decimals")
-        )
+        remedy = "keep aspect_bucket_alignment; rounding is 1 to 9 decimals"
+        report.refuse("aspect_bucket_rounding", rounding, problem, remedy)
         return
     values["aspect_bucket_alignment"] = rounding
-    notices.append(
-        f"{prefix}aspect_bucket_rounding = {rounding} is above 9 decimals: "
-        f"read as aspect_bucket_alignment = {rounding} px"
+    report.note(
+        f"aspect_bucket_rounding = {rounding} is above 9 decimals: read as aspect_bucket_alignment = {rounding} px"
     )
 
 
-def rename_dataset_keys(
-    values: dict[str, Any],
-    aliases: Mapping[str, str],
-    prefix: str,
-    file: str,
-    notices: list[str],
-    findings: list[Finding],
-) -> None:
+def rename_dataset_keys(values: dict[str, Any], aliases: Mapping[str, str], report: ConfigReport) -> None:
     """Replace other names of a backend's keys, and unfold the established trainer's objects with columns."""
     for name in METADATA_OBJECTS:
         table = values.get(name)
@@ -106,29 +92,27 @@ def rename_dataset_keys(
         del values[name]
         given = {METADATA_KEYS.get(key, key): value for key, value in table.items()}
         unfolded = {key: value for key, value in given.items() if key}
-        _merge(values, unfolded, f"{prefix}{name}.", prefix, file, findings)
-        notices.append(f"{prefix}{name} is read as {', '.join(sorted(unfolded)) or 'nothing'}")
+        _merge(values, unfolded, f"{name}.", report)
+        report.note(f"{name} is read as {', '.join(sorted(unfolded)) or 'nothing'}")
     for alias, key in aliases.items():
         if alias in values:
-            _merge(values, {key: values.pop(alias)}, prefix, prefix, file, findings)
-            notices.append(f"{prefix}{alias} is read as {key}")
+            _merge(values, {key: values.pop(alias)}, "", report)
+            report.note(f"{alias} is read as {key}")
 
 
-def _merge(
-    values: dict[str, Any], more: Mapping[str, Any], where: str, prefix: str, file: str, findings: list[Finding]
-) -> None:
+def _merge(values: dict[str, Any], more: Mapping[str, Any], where: str, report: ConfigReport) -> None:
     for key, value in more.items():
         if values.setdefault(key, value) != value:
-            problem = f"contradicts {prefix}{key} = {values[key]!r}, which is the same key"
-            findings.append(Finding(file, f"{where}{key}", value, problem, "keep one of them"))
+            problem = f"contradicts {report.prefix}{key} = {values[key]!r}, which is the same key"
+            report.refuse(f"{where}{key}", value, problem, "keep one of them")
 
 
-def rename_dataset_values(values: dict[str, Any], prefix: str, notices: list[str]) -> None:
+def rename_dataset_values(values: dict[str, Any], report: ConfigReport) -> None:
     """Replace other spellings of a dataset's values."""
     for (key, other), name in DATASET_VALUES.items():
         if values.get(key) == other:
             values[key] = name
-            notices.append(f"{prefix}{key} = {other!r} is read as {name!r}")
+            report.note(f"{key} = {other!r} is read as {name!r}")
 
 
 def megapixel_notices(values: Any, prefix: str, notices: list[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
@@ -16,7 +17,7 @@ from ..settings.run_settings import FULL_RATE, LORA_RATE, RunSettings
 from ..utils import packages
 from .findings import PartCheck
 from .quantisation import named_quantizers
-from .reading import Layers, Origin
+from .reading import ConfigReport, Origin
 
 if TYPE_CHECKING:
     from ..registry.registry import Registry
@@ -44,30 +45,24 @@ class PartsCheck:
     """The check of the plugins' names and of their settings."""
 
     registry: Registry
-    layers: Layers
-    findings: list[Finding]
-    notices: list[str]
+    report: ConfigReport
     classes: dict[str, type[Any]] = field(default_factory=dict)
     """Kind -> the class chosen by one of the NAMED keys."""
-
-    def refuse(self, key: str, value: object, problem: str, remedy: str) -> None:
-        """Add a finding about a key."""
-        self.findings.append(Finding(self.layers.origin(*key.split(".")).file, key, value, problem, remedy))
 
     def resolve_names(self) -> None:
         """Find the classes of method, family and optimizer; replace aliases by names."""
         for key, kind in NAMED.items():
-            name = self.layers.values.get(key)
+            name = self.report.layers.values.get(key)
             name = RunSettings.model_fields[key].default if name is None else name
             if not isinstance(name, str):
                 continue  # its type is refused with the run's keys
             if not self.registry.known(kind, name):
-                self.refuse(key, name, f"is not a registered {kind}", self.registry.remedy(kind, name))
+                self.report.refuse(key, name, f"is not a registered {kind}", self.registry.remedy(kind, name))
                 continue
             self.classes[kind] = self.registry.get(kind, name)
             if self.classes[kind].name != name:
-                self.layers.values[key] = self.classes[kind].name
-                self.notices.append(f"{key} = {name!r} is read as {self.classes[kind].name!r}")
+                self.report.layers.values[key] = self.classes[kind].name
+                self.report.note(f"{key} = {name!r} is read as {self.classes[kind].name!r}")
 
     def fold(self, given: Sequence[tuple[str, Any, Origin]]) -> None:
         """Merge parts on top of each other, each brought into the form {name: {...}} whichever form it was given in.
@@ -78,10 +73,10 @@ class PartsCheck:
         for key, value, origin in given:
             kind = PARTS[key]
             if isinstance(value, Mapping):
-                self.layers.add({key: self._folded(key, kind, value, origin)}, origin, deep=frozenset(PARTS))
+                self.report.layers.add({key: self._folded(key, kind, value, origin)}, origin, deep=frozenset(PARTS))
             elif value is not None:
                 remedy = f'write {{"NAME": {{...}}}} with the name of a {kind}'
-                self.findings.append(Finding(origin.file, key, value, "must be an object {...}", remedy))
+                self.report.findings.append(Finding(origin.file, key, value, "must be an object {...}", remedy))
 
     def _folded(self, key: str, kind: str, given: Mapping[str, Any], origin: Origin) -> dict[str, Any]:
         chosen = self.classes.get(kind)
@@ -95,7 +90,7 @@ class PartsCheck:
                 flat[name] = value
             elif chosen is not None or kind not in NAMED.values():  # else the unknown name itself is refused already
                 problem, remedy = f"is not a registered {kind}", self.registry.remedy(kind, name)
-                self.findings.append(Finding(origin.file, f"{key}.{name}", value, problem, remedy))
+                self.report.findings.append(Finding(origin.file, f"{key}.{name}", value, problem, remedy))
         if chosen is not None and flat:
             beside = named.get(chosen.name, {})
             named[chosen.name] = {**beside, **flat} if isinstance(beside, Mapping) else beside
@@ -114,7 +109,7 @@ class PartsCheck:
         """Validate every part that is in use or was given."""
         result: Parts = {}
         for key, kind in PARTS.items():
-            given: Mapping[str, Any] = self.layers.values.get(key) or {}
+            given: Mapping[str, Any] = self.report.layers.values.get(key) or {}
             names = dict.fromkeys([*self.wanted(kind, run, report=True), *given])
             parts = {name: self._part(key, kind, name, given.get(name)) for name in names}
             result[key] = {name: part for name, part in parts.items() if part is not None}
@@ -122,18 +117,19 @@ class PartsCheck:
 
     def _part(self, key: str, kind: str, name: str, raw: Any) -> BaseModel | None:
         if raw is not None and not isinstance(raw, Mapping):
-            self.refuse(f"{key}.{name}", raw, "is not an object", f"write {{...}} with the settings of {name}")
+            self.report.refuse(f"{key}.{name}", raw, "is not an object", f"write {{...}} with the settings of {name}")
             return None
         chosen = self.registry.get(kind, name)
         if kind in self.classes and chosen is not self.classes[kind]:
-            self.notices.append(f"{key}.{name} has no effect: the {kind} is {self.classes[kind].name!r}")
-        return self._validated(chosen, raw or {}, f"{key}.{name}.", lambda part: self.layers.origin(key, name, part))
+            self.report.note(f"{key}.{name} has no effect: the {kind} is {self.classes[kind].name!r}")
+        origin = partial(self.report.layers.origin, key, name)
+        return self._validated(chosen, raw or {}, f"{key}.{name}.", origin)
 
     def _validated(
         self, owner: type[Any], raw: Mapping[str, Any], prefix: str, origin: Callable[[str], Origin]
     ) -> BaseModel | None:
         check = PartCheck(
-            self.findings, elsewhere={key: f"the run's own keys, as {key}" for key in RunSettings.model_fields}
+            self.report.findings, elsewhere={key: f"the run's own keys, as {key}" for key in RunSettings.model_fields}
         )
         config = check.validate(owner.Config, raw, prefix, origin)
         if config is None:
@@ -147,7 +143,7 @@ class PartsCheck:
         if not self.registry.known("method", part.method):
             remedy = self.registry.remedy("method", part.method)
             problem = "is not a registered method"
-            self.findings.append(Finding(origin.file, f"{prefix}method", part.method, problem, remedy))
+            self.report.findings.append(Finding(origin.file, f"{prefix}method", part.method, problem, remedy))
             return False
         found = self.registry.get("method", part.method)
         settings = self._validated(found, part.config, f"{prefix}config.", lambda key: origin)
@@ -162,7 +158,7 @@ class PartsCheck:
         named = [] if run is None else [(key, name) for key, names in _lists(kind, run) for name in names]
         for key, name in named if report else ():
             if not self.registry.known(kind, name):
-                self.refuse(key, name, f"is not a registered {kind}", self.registry.remedy(kind, name))
+                self.report.refuse(key, name, f"is not a registered {kind}", self.registry.remedy(kind, name))
         names = dict.fromkeys(name for _, name in named if self.registry.known(kind, name))
         return [self.registry.get(kind, name).name for name in names]
 
@@ -172,12 +168,12 @@ class PartsCheck:
         if plugin is None:
             return
         for key in ADAM_KEYS:
-            if self.layers.given(key) and key not in plugin.honours:
+            if self.report.layers.given(key) and key not in plugin.honours:
                 self._unhonoured(key, getattr(run, key), plugin.name)
         rate, low, high = run.learning_rate, *FACTORS
         if plugin.estimates_learning_rate and not low <= rate <= high:
             problem = f"is a factor on the step size that {plugin.name!r} finds itself, so near 1"
-            self.refuse("learning_rate", rate, problem, "set learning_rate to 1, or leave it out")
+            self.report.refuse("learning_rate", rate, problem, "set learning_rate to 1, or leave it out")
         if plugin.schedule_free:
             self._check_schedule_free(run, plugin.name)
 
@@ -187,35 +183,35 @@ class PartsCheck:
             chosen = [self.classes[kind]] if kind in self.classes else []
             for found in chosen:
                 for problem, remedy in packages.problems(found.packages):
-                    self.refuse(key, found.name, problem, remedy)
+                    self.report.refuse(key, found.name, problem, remedy)
 
     def _unhonoured(self, key: str, value: float, name: str) -> None:
         if value == RunSettings.model_fields[key].default:  # nothing else was asked for
-            self.notices.append(f"{key} = {value:g} has no effect: the optimizer {name!r} has no such setting")
+            self.report.note(f"{key} = {value:g} has no effect: the optimizer {name!r} has no such setting")
             return
         problem = f"is not honoured: the optimizer {name!r} has no such setting"
-        self.refuse(key, value, problem, f"leave {key} out, or see optimizer_config")
+        self.report.refuse(key, value, problem, f"leave {key} out, or see optimizer_config")
 
     def _check_schedule_free(self, run: RunSettings, name: str) -> None:
         if run.lr_scheduler not in ("constant", "constant_with_warmup"):
             effect = "its average takes the place of a schedule, and it does lr_warmup_steps itself"
-            self.notices.append(f"lr_scheduler = {run.lr_scheduler!r} has no effect with {name!r}: {effect}")
+            self.report.note(f"lr_scheduler = {run.lr_scheduler!r} has no effect with {name!r}: {effect}")
         if run.use_ema:
             problem = f"is a second average: the optimizer {name!r} averages its weights itself"
-            self.refuse("use_ema", True, problem, "set use_ema to false")
+            self.report.refuse("use_ema", True, problem, "set use_ema to false")
 
     def default_learning_rate(self) -> None:
         """Set the optimizer's own learning rate where neither the user nor a recipe gives one."""
         plugin = self.classes.get("optimizer")
-        if plugin is None or self.layers.given("learning_rate"):
+        if plugin is None or self.report.layers.given("learning_rate"):
             return
         rate = plugin.default_learning_rate
         if rate is None and plugin.relative_learning_rate != 1:
-            full = self.layers.values.get("model_type") == "full"
+            full = self.report.layers.values.get("model_type") == "full"
             rate = plugin.relative_learning_rate * (FULL_RATE if full else LORA_RATE)
         if rate is not None:
-            self.layers.values["learning_rate"] = rate
-            self.notices.append(f"learning_rate is {rate:g}, as {plugin.name!r} wants it")
+            self.report.layers.values["learning_rate"] = rate
+            self.report.note(f"learning_rate is {rate:g}, as {plugin.name!r} wants it")
 
     def recipe_for_optimizer(self, recipe: dict[str, Any]) -> dict[str, Any]:
         """Adapt a recipe, which is made for AdamW: drop the keys that the chosen optimizer handles in its own way."""
@@ -227,7 +223,7 @@ class PartsCheck:
         kept = {key: value for key, value in recipe.items() if key not in own}
         factor = plugin.relative_learning_rate
         rates = {key: kept[key] * factor for key in ("learning_rate", "lr_end") if key in kept and factor != 1}
-        if rates and not self.layers.given("learning_rate"):
+        if rates and not self.report.layers.given("learning_rate"):
             reason = f"{factor:g} of what the miniature's recipe has for AdamW"
-            self.notices.append(f"learning_rate is {rates['learning_rate']:g} for {plugin.name!r}, {reason}")
+            self.report.note(f"learning_rate is {rates['learning_rate']:g} for {plugin.name!r}, {reason}")
         return kept | rates

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from ..errors import Finding
 from ..plugin_api.quantizer import NO_CHANGE
 from ..settings.run_settings import RunSettings
 from ..utils import packages
 
 if TYPE_CHECKING:
     from ..registry.registry import Registry
-    from .reading import Layers
+    from .reading import ConfigReport
 
 BASE = "base_model_precision"
 TEXT_ENCODERS = {f"text_encoder_{number}_precision": number for number in range(1, 5)}
@@ -33,20 +32,19 @@ def check_quantisation(
     method_config: Any,
     *,
     registry: Registry,
-    layers: Layers,
+    report: ConfigReport,
     to_train: bool,
-) -> list[Finding]:
+) -> None:
     """Check every key that names a quantizer: its package, the machine, the family, the training.
 
     Args:
         run: The settings.
         classes: Kind -> the class chosen, of method and family.
-        method_config: Settings of the method, or None where they are not valid.
-        registry: Gives the quantizers.
-        layers: Give the origin of each value.
+        method_config: The method's, or None where it is not valid.
+        registry: Of the quantizers.
+        report: Takes findings.
         to_train: Also check what only training needs.
     """
-    findings: list[Finding] = []
     for key, name in named_quantizers(run).items():
         if not registry.known("quantizer", name):
             continue  # refused with the other names
@@ -55,9 +53,8 @@ def check_quantisation(
         if not problems:
             problems = [*_on_this_machine(quantizer, run)] if to_train else []
             problems += [*_of_family(key, classes), *_of_training(run, key, quantizer, classes, method_config)]
-        file = layers.origin(key).file
-        findings += [Finding(file, key, name, problem, remedy) for problem, remedy in problems]
-    return findings
+        for problem, remedy in problems:
+            report.refuse(key, name, problem, remedy)
 
 
 Problems = Iterator[tuple[str, str]]

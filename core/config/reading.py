@@ -73,6 +73,27 @@ class Layers:
         return self.values.get(key) is not None
 
 
+@dataclass
+class ConfigReport:
+    """Takes what is wrong and what should be known about the keys of one source: the run's, or a dataset's."""
+
+    layers: Layers
+    """Where the values come from."""
+    findings: list[Finding]
+    notices: list[str]
+    prefix: str = ""
+    """In front of the keys in messages, with its dot."""
+
+    def refuse(self, key: str, value: object, problem: str, remedy: str) -> None:
+        """Add a finding about a key, with the file that its value came from."""
+        file = self.layers.origin(*key.split(".")).file
+        self.findings.append(Finding(file, self.prefix + key, value, problem, remedy))
+
+    def note(self, line: str) -> None:
+        """Add a notice that begins with a key."""
+        self.notices.append(self.prefix + line)
+
+
 def read_file(path: Path, findings: list[Finding], *, what: str) -> Any:
     """Return the content of a JSON, YAML or TOML file, or None with a finding."""
 

@@ -28,7 +28,6 @@ def check_requirements(
     run: RunSettings,
     *,
     files: Mapping[str, str] | None = None,
-    prediction_type: str = "epsilon",
     num_timesteps: int = 1000,
 ) -> tuple[list[Finding], list[str]]:
     """Return findings and notices about a method with this configuration on this family.
@@ -39,13 +38,12 @@ def check_requirements(
         family: The chosen family.
         run: The run's settings.
         files: Key -> the file its value comes from, for the findings; "" for keys that nobody gave.
-        prediction_type: The model's, where it is known already.
         num_timesteps: Training timesteps of the model's discrete schedule, where it is known already.
     """
     from ..plugin_api.method import MethodSetup
 
     files = files or {}
-    setup = MethodSetup(model_type=run.model_type, prediction_type=prediction_type, use_ema=run.use_ema)
+    setup = MethodSetup(run.model_type, use_ema=run.use_ema)
     findings: list[Finding] = []
     file = files.get("distillation_config", files.get("distillation_method", files.get("", "configuration")))
     refusal = _own_refusal(method, method_config, setup, run)

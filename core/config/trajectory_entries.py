@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import Finding
 from ..settings.dataset_settings import DatasetSettings
+from .reading import ConfigReport
 
-Refuse = Callable[[str, object, str, str], None]
 KIND = "distillation_cache"
 TRAJECTORY_KEYS = (
     "num_pairs_per_prompt", "num_inference_steps", "guidance_scale", "solver", "trajectory_points", "noise_seed",
@@ -25,18 +25,17 @@ DEFAULTS = {
 }
 
 
-def check_trajectory_keys(entry: DatasetSettings, given: Collection[str], refuse: Refuse) -> DatasetSettings:
+def check_trajectory_keys(entry: DatasetSettings, given: Collection[str], report: ConfigReport) -> DatasetSettings:
     """Refuse keys that stand on the wrong kind of entry, and steps that do not visit even points of the trajectory.
 
     Args:
         entry: An entry of any kind.
         given: Keys that the entry itself has, rather than the run.
-        refuse: Takes key, value, problem and remedy.
+        report: Takes findings.
 
     Returns:
         The entry; a distillation cache without the defaults that it would take from the run.
     """
-    prefix = f"data.{entry.id}."
     own = TRAJECTORY_KEYS if entry.dataset_type != KIND else tuple(key for key in DEFAULTS if key not in CACHE_KEYS)
     wrong = [key for key in own if key in given and getattr(entry, key) != DEFAULTS[key]]
     if entry.dataset_type != KIND:
@@ -46,13 +45,13 @@ def check_trajectory_keys(entry: DatasetSettings, given: Collection[str], refuse
         problem = "is not for a distillation cache: its captions and sizes are those of the datasets that use it"
         remedy = f'give it to a dataset of images or prompts, which may name this cache ("{KIND}": "{entry.id}")'
     for key in wrong:
-        refuse(f"{prefix}{key}", getattr(entry, key), problem, remedy)
+        report.refuse(key, getattr(entry, key), problem, remedy)
     if entry.dataset_type != KIND:
         return entry
     steps, points = entry.num_inference_steps, entry.trajectory_points
     if steps is not None and points is not None and steps % points:
         problem = f"is no multiple of trajectory_points = {points}, so even points are no steps"
-        refuse(f"{prefix}num_inference_steps", steps, problem, f"set it to {_multiple(points, steps)}")
+        report.refuse("num_inference_steps", steps, problem, f"set it to {_multiple(points, steps)}")
     return entry.model_copy(update={key: DEFAULTS[key] for key in own})
 
 

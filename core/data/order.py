@@ -8,6 +8,7 @@ asked. All batches of an epoch are shuffled.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -91,11 +92,7 @@ class SampleOrder:
         high = 1
         while self._before(high).sum() <= step:
             high *= 2
-        low = 0
-        while low + 1 < high:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self._before(middle).sum() <= step else (low, middle)
-        return low
+        return bisect_right(range(high), step, key=lambda epoch: self._before(epoch).sum()) - 1
 
     def _at_epoch_of(self, step: int) -> Epoch:
         if not self._epoch.start <= step < self._epoch.end:

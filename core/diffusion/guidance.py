@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 GuidanceConvention = Literal["scale", "paper"]
+_END = "{} end of the range that the teacher's guidance is drawn from, in the units of guidance_convention."
+LowestGuidance = Annotated[float, Field(ge=0, le=100, description=_END.format("Lower"))]
+HighestGuidance = Annotated[float, Field(ge=0, le=100, description=_END.format("Upper"))]
 
 
 class GuidanceRange(BaseModel):
@@ -14,10 +17,8 @@ class GuidanceRange(BaseModel):
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
-    w_min: float = Field(ge=0, le=100)
-    """Lower end of the range that the teacher's guidance is drawn from, in the units of guidance_convention."""
-    w_max: float = Field(ge=0, le=100)
-    """Upper end of the range that the teacher's guidance is drawn from, in the units of guidance_convention."""
+    w_min: LowestGuidance
+    w_max: HighestGuidance
     guidance_convention: GuidanceConvention = "scale"
     """scale: w is the guidance scale that pipelines take, uncond + w (cond - uncond); paper: one less."""
 
@@ -32,6 +33,14 @@ class GuidanceRange(BaseModel):
         """The range as guidance scales g of uncond + g (cond - uncond)."""
         offset = 1.0 if self.guidance_convention == "paper" else 0.0
         return self.w_min + offset, self.w_max + offset
+
+    def notice(self, method: str) -> str:
+        """Return the line that says what the teacher of `method` is guided by, in both conventions."""
+        low, high = self.scales
+        return (
+            f"{method}: the teacher's guidance scale is drawn from {low:g} to {high:g} "
+            f"(the LCM paper's w: {low - 1:g} to {high - 1:g})"
+        )
 
     @property
     def is_range(self) -> bool:

@@ -7,11 +7,18 @@ References:
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
+from pydantic import Field
 from torch import Tensor
 
-LossType = Literal["l2", "huber"]
+LossType = Annotated[
+    Literal["l2", "huber"],
+    Field(description="l2: squared difference; huber: sqrt(d^2 + huber_c^2) - huber_c, robust to outliers."),
+]
+"""The setting `loss_type` of methods that call :func:`distance`."""
+HuberC = Annotated[float, Field(gt=0, description="c of the huber loss, in latent units.")]
+"""Their setting `huber_c`."""
 
 
 def distance(output: Tensor, target: Tensor, *, loss_type: str, huber_c: float) -> Tensor:
@@ -38,7 +45,11 @@ def truncated_snr(log_snr: Tensor) -> Tensor:
     return log_snr.exp().clamp(min=1)
 
 
-SnrWeight = Literal["truncated_snr", "snr_plus_one"]
+SnrWeight = Annotated[
+    Literal["truncated_snr", "snr_plus_one"],
+    Field(description="Weight of the x0 error: truncated_snr: max(SNR, 1); snr_plus_one: SNR + 1, the error of v."),
+]
+"""The setting `loss_weight` of methods that call :func:`snr_weight`."""
 
 
 def snr_weight(log_snr: Tensor, kind: SnrWeight) -> Tensor:

@@ -11,10 +11,24 @@ References:
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import torch
+from pydantic import Field
 from torch import Tensor
 
 from ..errors import UserError
 from . import Schedule
+
+GridSteps = Annotated[
+    int,
+    Field(
+        ge=1,
+        le=1000,
+        description="N, the grid of the teacher's solver; it must divide the model's number of training timesteps.",
+    ),
+]
+"""The setting `num_ddim_timesteps` of methods that follow the teacher from step to step of a grid."""
 
 
 def segment_edge(index: Tensor, *, num_steps: int, num_segments: int) -> Tensor:
@@ -27,6 +41,17 @@ def segment_edge(index: Tensor, *, num_steps: int, num_segments: int) -> Tensor:
     """
     number = index * num_segments // num_steps
     return (number * num_steps + num_segments - 1) // num_segments
+
+
+def snapped_edges(name: str, number: int, *, num_steps: int) -> str:
+    """Return what is to be said where `number` segments, which the method calls `name`, are not even; else ""."""
+    if num_steps % number == 0:
+        return ""
+    edges = segment_edge(torch.arange(num_steps), num_steps=num_steps, num_segments=number).unique()
+    return (
+        f"{number} {name} do not divide num_ddim_timesteps = {num_steps} evenly; "
+        f"their edges are snapped to the grid's points {', '.join(map(str, edges.tolist()))}"
+    )
 
 
 def renoise(schedule: Schedule, x_s: Tensor, s: Tensor, u: Tensor, eps: Tensor) -> Tensor:
@@ -54,6 +79,16 @@ def even_times(schedule: Schedule, *, num_steps: int, num_grid_steps: int) -> li
     """
     times = schedule.grid(num_grid_steps).times
     return [float(times[num_grid_steps - 1 - j * num_grid_steps // num_steps]) for j in range(num_steps)]
+
+
+def above_grid(num_steps: int, *, num_grid_steps: int) -> str:
+    """Return what is wrong with settings whose `num_inference_steps` do not fit their grid; "" where they do."""
+    if num_steps <= num_grid_steps:
+        return ""
+    return (
+        f"num_inference_steps = {num_steps} is above num_ddim_timesteps = {num_grid_steps}: "
+        "the sampler walks on the training grid"
+    )
 
 
 def check_on_grid(method: str, num_steps: int, *, num_grid_steps: int) -> None:

@@ -21,49 +21,32 @@ def build_evaluators(
     """Build the run's evaluators; return them, and the reasons for those that cannot be used here."""
     usable: dict[str, Evaluator] = {}
     left_out: dict[str, str] = {}
-    for name in evaluator_names(registry, configuration):
-        evaluator, config = registry.get("evaluator", name), configuration.evaluators.get(name)
+    for name, config in configuration.evaluators.items():
+        evaluator = registry.get("evaluator", name)
         reason = _unusable(evaluator, setting, config)
         if reason:
             left_out[name] = reason
         else:
-            usable[name] = evaluator(config or evaluator.Config(), setting)
+            usable[name] = evaluator(config, setting)
     return usable, left_out
-
-
-def evaluator_names(registry: Registry, configuration: Configuration) -> list[str]:
-    """List the evaluators that the run names; if it names none, the default ones and those that it has settings for."""
-    if configuration.run.evaluators:
-        return [registry.get("evaluator", name).name for name in configuration.run.evaluators]
-    usual = [name for name in registry.names("evaluator") if registry.get("evaluator", name).by_default]
-    return list(dict.fromkeys([*usual, *configuration.evaluators]))
 
 
 def require_evaluators(registry: Registry, configuration: Configuration) -> None:
     """Raise UserError where one of the run's evaluators cannot be used."""
     setting, reasons = early_evaluation_setting(configuration), []
-    for name in evaluator_names(registry, configuration):
-        reason = _unusable(registry.get("evaluator", name), setting, configuration.evaluators.get(name))
+    for name, config in configuration.evaluators.items():
+        reason = _unusable(registry.get("evaluator", name), setting, config)
         reasons += [f"{name}: {reason}"] if reason else []
     if reasons:
         raise UserError("; ".join(reasons), "settings are given as --set evaluator_config.NAME.KEY=VALUE")
 
 
-def evaluation_notices(
-    registry: Registry, configuration: Configuration, setting: EvaluationSetting | None = None
-) -> list[str]:
-    """Return notices about evaluators that the run asks for, by name or by settings, and that cannot be used.
-
-    Args:
-        registry: Gives the evaluators.
-        configuration: The run's.
-        setting: What evaluators may use; None for what the configuration alone says.
-    """
-    run, lines = configuration.run, []
-    setting = setting or early_evaluation_setting(configuration)
-    for name in evaluator_names(registry, configuration) if run.evaluation_num_samples else ():
+def evaluation_notices(registry: Registry, configuration: Configuration) -> list[str]:
+    """Return notices about evaluators that the run asks for, by name or by settings, and that cannot be used."""
+    run, setting, lines = configuration.run, early_evaluation_setting(configuration), []
+    for name, config in configuration.evaluators.items() if run.evaluation_num_samples else ():
         evaluator = registry.get("evaluator", name)
-        reason = _unusable(evaluator, setting, configuration.evaluators.get(name))
+        reason = _unusable(evaluator, setting, config)
         if reason and (run.evaluators or not evaluator.by_default):
             lines.append(f"evaluator {name} cannot be used, so its scores will be missing: {reason}")
     return lines

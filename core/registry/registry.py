@@ -24,7 +24,7 @@ from ..plugin_api.optimizer import OptimizerPlugin
 from ..plugin_api.publisher import Publisher
 from ..plugin_api.quantizer import Quantizer
 from ..plugin_api.tracker import Tracker
-from ..utils.suggest import nearest
+from ..utils.suggest import did_you_mean
 from .attribution import MARKER, attributed_hooks, register_owner, trace, trace_line
 from .sources import ENTRY_POINTS as ENTRY_POINTS
 from .sources import (
@@ -42,7 +42,7 @@ from .sources import (
 Kind = Literal["method", "family", "data_backend", "tracker", "optimizer", "quantizer", "evaluator", "publisher"]
 KINDS: tuple[str, ...] = get_args(Kind)
 
-_BASES: Mapping[str, type] = {
+BASES: Mapping[str, type] = {
     "method": Method,
     "family": ModelFamily,
     "data_backend": DataBackend,
@@ -52,7 +52,7 @@ _BASES: Mapping[str, type] = {
     "evaluator": Evaluator,
     "publisher": Publisher,
 }
-_HOOKS: Mapping[str, str] = {
+HOOKS: Mapping[str, str] = {
     "method": "register_methods",
     "family": "register_families",
     "data_backend": "register_data_backends",
@@ -197,7 +197,7 @@ class Registry:
     def _offers(self, hooks: SimpleNamespace, provenance: Provenance, label: str) -> list[tuple[type[Any], Provenance]]:
         """The classes that a plugin offers, checked, with where each comes from."""
         offered: list[tuple[type[Any], Provenance]] = []
-        for kind, hook in _HOOKS.items():
+        for kind, hook in HOOKS.items():
             taken: dict[str, str] = {}
             for found in self._returned(hooks, hook, label):
                 _check_class(kind, found, label)
@@ -262,10 +262,8 @@ class Registry:
     def remedy(self, kind: str, name: str) -> str:
         """What to do about an unknown name: the nearest ones, all of them, and where others come from."""
         candidates = [*self.names(kind), *self._aliases[kind]]
-        close = nearest(name, candidates)
-        hint = f"did you mean {close!r}? " if close else ""
         accepted = ", ".join(self.names(kind)) or "none"
-        return f"{hint}registered: {accepted}. A plugin adds others: --plugin FILE."
+        return f"{did_you_mean(name, candidates)}registered: {accepted}. A plugin adds others: --plugin FILE."
 
 
 def _spoken(kind: str) -> str:
@@ -289,9 +287,8 @@ def _check_hook_names(plugin: object, label: str) -> None:
         options = getattr(value, MARKER, None)
         hook = (options or {}).get("specname") or name
         if options is not None and hook not in specified:
-            close = nearest(hook, specified)
-            remedy = f"did you mean {close!r}? " if close else ""
-            raise UserError(f"{label}: there is no hook {hook!r}.", f"{remedy}hooks: {', '.join(specified)}.")
+            remedy = f"{did_you_mean(hook, specified)}hooks: {', '.join(specified)}."
+            raise UserError(f"{label}: there is no hook {hook!r}.", remedy)
         if options is None and name in specified and inspect.isfunction(value):
             raise UserError(f"{label}: {name} is not decorated, so it would never be called.", "add @distill.hookimpl.")
 
@@ -307,7 +304,7 @@ def _hook_remedy(message: str) -> str:
 
 
 def _check_class(kind: str, found: Any, label: str) -> None:
-    base = _BASES[kind]
+    base = BASES[kind]
     if not isinstance(found, type) or not issubclass(found, base):
         raise UserError(f"{label}: {found!r} is not a class derived from distill.{base.__name__}.", "derive it.")
     name = getattr(found, "name", None)

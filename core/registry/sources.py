@@ -17,7 +17,7 @@ from types import ModuleType
 from ..errors import UserError
 from ..plugin_api import hookspecs
 from ..plugin_api.version import check_file, check_module
-from ..utils.suggest import nearest
+from ..utils.suggest import did_you_mean
 
 ENTRY_POINTS = "distill.plugins"
 SELECTION = "DISTILL_PLUGINS"
@@ -59,11 +59,10 @@ def selected() -> list[EntryPoint]:
     known = {name: point for point in points for name in _names(point)}
     for name, written in names.items():
         if name not in known:
-            close = nearest(name, known)
             there = ", ".join(dict.fromkeys(map(package_of, points))) or "none"
             raise UserError(
                 f"{SELECTION} names {written!r}, and no plugin of that name is installed.",
-                f"{f'did you mean {close!r}? ' if close else ''}installed plugins: {there}. {SELECTION} is a list with "
+                f"{did_you_mean(name, known)}installed plugins: {there}. {SELECTION} is a list with "
                 "commas; empty it loads none, unset all.",
             )
     return [point for point in points if names.keys() & set(_names(point))]

@@ -135,6 +135,3 @@ def build_pipeline(
         ),
         seed=run.seed, cache_root=run.output_dir / CACHE_FOLDER,
     )  # fmt: skip
-
-
-# -- a finished run ---------------------------------------------------------------------------------------------------

@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING
 
 from ..errors import UserError
 from ..plugin_api.family import ExtraLora, ModelFamily
-from .output_folder import RESOLVED
+from .output_folder import RESOLVED, STUDENT_FOLDER
 
 if TYPE_CHECKING:
     from torch import nn
 
     from ..registry.registry import Registry
     from ..settings.configuration import Configuration
-from .output_folder import STUDENT_FOLDER
 
 
 def open_run(output_dir: Path, *, overrides: Sequence[str] = ()) -> tuple[Configuration, Registry]:

@@ -227,17 +227,12 @@ def class_is_left_alone(subject: Subject, base: type[Any], before: Mapping[str, 
     )
 
 
-def kinds_of_bases() -> Mapping[str, type[Any]]:
-    """Return kind of plugin -> base class."""
-    from ..registry.registry import _BASES
-
-    return _BASES
-
-
 def kind_of(cls: type[Any]) -> str:
     """Return the kind of plugin that a class is. Raises TypeError for none."""
-    for kind, base in kinds_of_bases().items():
+    from ..registry.registry import BASES
+
+    for kind, base in BASES.items():
         if isinstance(cls, type) and issubclass(cls, base):
             return kind
-    names = ", ".join(f"distill.{base.__name__}" for base in kinds_of_bases().values())
+    names = ", ".join(f"distill.{base.__name__}" for base in BASES.values())
     raise TypeError(f"{cls!r} is derived from none of {names}")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DistillError, UserError
-from ..registry.registry import _HOOKS, ENTRY_POINTS, Registry
+from ..registry.registry import ENTRY_POINTS, HOOKS, Registry
 from .checks import Check, ConformanceError, NotApplicable
 from .suite import checks_of
 
@@ -138,7 +138,7 @@ def classes_of(plugin: Any) -> list[type[Any]]:
     from .common import kind_of
 
     found: dict[type[Any], None] = {}
-    for hook in _HOOKS.values():
+    for hook in HOOKS.values():
         offered: Callable[[], Iterable[Any]] | None = getattr(plugin, hook, None)
         try:
             classes = [] if offered is None else list(offered())

@@ -32,26 +32,6 @@ W_UNIT = 10.0
 """Divisor of the paper's w."""
 
 
-class Splines(nn.Module):
-    """Sums of products of quadratic B-splines of each input in [-1, 1]: smooth and yet local; starts at zero.
-
-    Args:
-        cells: Equal cells of each input.
-        outputs: Numbers per sample.
-    """
-
-    def __init__(self, cells: tuple[int, ...], outputs: int) -> None:
-        super().__init__()
-        self.cells = cells
-        self.weight = nn.Parameter(torch.zeros(outputs, *(number + 2 for number in cells), dtype=torch.float64))
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Return (B, outputs) for inputs (B, inputs)."""
-        names = "ijk"[: inputs.shape[1]]
-        bases = [splines(column, number) for column, number in zip(inputs.unbind(1), self.cells, strict=True)]
-        return torch.einsum(f"o{names}," + ",".join(f"b{name}" for name in names) + "->bo", self.weight, *bases)
-
-
 def splines(x: Tensor, cells: int) -> Tensor:
     """Return the quadratic B-splines of equal cells of [-1, 1] at `x` (B,): shape (B, cells + 2)."""
     place = (x + 1) / 2 * cells

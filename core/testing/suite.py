@@ -35,8 +35,10 @@ def checks_of(cls: type[Any], *, example: Callable[..., Any] | None = None) -> l
     Raises:
         TypeError: It is no kind of plugin.
     """
+    from ..registry.registry import BASES
+
     subject = Subject(cls, common.kind_of(cls), example)
-    base = common.kinds_of_bases()[subject.kind]
+    base = BASES[subject.kind]
     before = containers(cls)
     checks = [*_of_all(subject, base)]
     if not getattr(cls, "__abstractmethods__", ()):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import uuid4
@@ -33,20 +35,29 @@ def partial_of(path: Path) -> Path:
     return path.with_name(f"{PARTIAL}{uuid4().hex[:12]}-{path.name}")
 
 
-def write_whole(path: Path, data: bytes | memoryview) -> None:
-    """Write `path` so that no reader and no crash ever sees a part of it; its folder is made."""
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Give the file to write in place of `path`, whose folder is made; after the block it is moved there.
+
+    No reader and no crash ever sees a part of `path`, and a block that fails leaves it as it was.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_of(path)
     try:
-        with partial.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
+        yield partial
+        with partial.open("rb+") as stream:
             os.fsync(stream.fileno())
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def write_whole(path: Path, data: bytes | memoryview) -> None:
+    """Write `path`, whose folder is made, whole or not at all."""
+    with whole_file(path) as partial:
+        partial.write_bytes(data)
 
 
 def write_text(path: Path, text: str) -> None:

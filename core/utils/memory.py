@@ -5,15 +5,13 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 ACTIVATIONS_PER_PIXEL = 9.4
 """Saved elements per latent pixel and per sqrt(parameters), LoRA. Measured on SDXL's UNet (rank 64) on the meta device;
-other networks differ by a small factor, so give ``activation_bytes_per_sample`` where it matters."""
+other networks differ by a small factor."""
 CHECKPOINTED_SHARE = 0.15
 """Share of those that stays with gradient checkpointing on SDXL: the blocks' inputs (0.05), one block at once (0.1)."""
 OVERHEAD_BYTES = 600 * 2**20
@@ -60,7 +58,6 @@ class MemorySettings:
         optimizer_bytes: Bytes of optimizer state per trained weight (AdamW in fp32: 8).
         num_averages: EMA copies of the trained weights, in fp32.
         gradient_checkpointing: Whether activations are recomputed in the backward pass.
-        activation_bytes_per_sample: Measured without checkpointing (:func:`saved_activation_bytes`), None for the rule.
     """
 
     base_parameters: int
@@ -73,7 +70,6 @@ class MemorySettings:
     optimizer_bytes: float = 8
     num_averages: int = 0
     gradient_checkpointing: bool = False
-    activation_bytes_per_sample: float | None = None
 
 
 @dataclass(frozen=True)
@@ -100,10 +96,8 @@ class MemoryEstimate:
 
 def estimate(settings: MemorySettings) -> MemoryEstimate:
     """Estimate the peak memory of a run; activations are rough (a factor of two either way)."""
-    per_sample = settings.activation_bytes_per_sample
-    if per_sample is None:
-        elements = ACTIVATIONS_PER_PIXEL * math.sqrt(settings.base_parameters) * settings.latent_pixels
-        per_sample = elements * settings.compute_bytes
+    elements = ACTIVATIONS_PER_PIXEL * math.sqrt(settings.base_parameters) * settings.latent_pixels
+    per_sample = elements * settings.compute_bytes
     share = CHECKPOINTED_SHARE if settings.gradient_checkpointing else 1.0
     trained = settings.trained_parameters
     return MemoryEstimate(
@@ -136,10 +130,7 @@ def savings(settings: MemorySettings, *, quantizers: bool = False) -> list[tuple
         choices["optimizer=adamw_bf16"] = replace(settings, optimizer_bytes=8, trained_bytes=2)
     if quantizers and settings.base_bytes > 1:
         choices["base_model_precision=int8-quanto (LoRA only)"] = replace(settings, base_bytes=1)
-    quarter = replace(settings, latent_pixels=settings.latent_pixels // 4)
-    if settings.activation_bytes_per_sample is not None:
-        quarter = replace(quarter, activation_bytes_per_sample=settings.activation_bytes_per_sample / 4)
-    choices["half the resolution"] = quarter
+    choices["half the resolution"] = replace(settings, latent_pixels=settings.latent_pixels // 4)
     total = estimate(settings).total
     saved = [(label, total - estimate(choice).total) for label, choice in choices.items()]
     return sorted((item for item in saved if item[1] > 0), key=lambda item: -item[1])
@@ -157,27 +148,3 @@ def out_of_memory_hint(settings: MemorySettings, *, quantizers: bool = False) ->
 def gigabytes(num_bytes: float) -> str:
     """Return bytes as ``12.3 GB`` or ``830 MB`` (decimal units)."""
     return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.0f} MB"
-
-
-def saved_activation_bytes(forward: Callable[[], Tensor], *, parameters: list[Tensor]) -> int:
-    """Return the bytes that autograd keeps for the backward pass of `forward`, parameters left out.
-
-    Works on the meta device, where a network of any size costs neither memory nor time.
-
-    Args:
-        forward: Runs the network and returns its output.
-        parameters: Parameters of the network; saving them costs nothing more.
-    """
-    known = {parameter.untyped_storage()._cdata for parameter in parameters}
-    kept: dict[int, tuple[int, torch.UntypedStorage]] = {}  # the storage is held so that its address is not used again
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in known:
-            kept[storage._cdata] = (storage.nbytes(), storage)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = forward()
-    del output
-    return sum(num_bytes for num_bytes, _ in kept.values())

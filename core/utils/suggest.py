@@ -13,3 +13,9 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
         by_folded.setdefault(candidate.lower().replace("-", "_"), candidate)
     matches = get_close_matches(str(name).lower().replace("-", "_"), by_folded, n=1, cutoff=0.6)
     return by_folded[matches[0]] if matches else None
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return ``did you mean 'x'? `` to begin a remedy with, where a known name is near; else the empty text."""
+    close = nearest(name, known)
+    return f"did you mean {close!r}? " if close else ""

@@ -12,7 +12,7 @@ from distill.core.diffusion import Schedule, append_dims
 from distill.core.plugin_api.family import Capabilities
 from distill.core.testing import gaussian
 from distill.core.testing.gaussian import GaussianFamily, Q
-from distill.core.testing.smooth import Splines
+from distill.core.testing.smooth import splines
 from distill.distill_methods.meanflow import flow_time
 from torch import Tensor, nn
 
@@ -43,6 +43,26 @@ def gaussian_du(z: Tensor, tau: Tensor, rho: Tensor, mean: Tensor) -> Tensor:
     s_dot = (tau - Q**2 * (1 - tau)) / s
     quantile = (z - (1 - tau) * mean) / s
     return quantile * ((1 + Q**2) * (s + s_rho) - slope * s_dot) / (s + s_rho) ** 2
+
+
+class Splines(nn.Module):
+    """Sums of products of quadratic B-splines of each input in [-1, 1]: smooth and yet local; starts at zero.
+
+    Args:
+        cells: Equal cells of each input.
+        outputs: Numbers per sample.
+    """
+
+    def __init__(self, cells: tuple[int, ...], outputs: int) -> None:
+        super().__init__()
+        self.cells = cells
+        self.weight = nn.Parameter(torch.zeros(outputs, *(number + 2 for number in cells), dtype=torch.float64))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """(B, inputs) -> (B, outputs)."""
+        names = "ijk"[: inputs.shape[1]]
+        bases = [splines(column, number) for column, number in zip(inputs.unbind(1), self.cells, strict=True)]
+        return torch.einsum(f"o{names}," + ",".join(f"b{name}" for name in names) + "->bo", self.weight, *bases)
 
 
 class ExactNetwork(nn.Module):

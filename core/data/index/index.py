@@ -8,7 +8,6 @@ index that was there.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
@@ -19,7 +18,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from ...plugin_api.backend import DataBackend, Entry
-from ...utils.files import partial_of, sync_folder
+from ...utils.files import whole_file
 from ..hashing import UInt64s
 from ..mapped import release
 from ..tables.external_sort import OnDiskTable, joined
@@ -144,14 +143,8 @@ def write_index(batches: Iterable[pa.RecordBatch], path: Path, rules: str, sourc
     """
     table = OnDiskTable(SCHEMA, folder).extend(batches).table()
     table = table.replace_schema_metadata({"rules": rules, "source": source, "format": str(FORMAT)})
-    partial = partial_of(path)
-    with partial.open("wb") as stream:
-        with pa.ipc.new_file(stream, table.schema) as writer:
-            writer.write_table(table)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(path)
-    sync_folder(path.parent)
+    with whole_file(path) as partial, partial.open("wb") as stream, pa.ipc.new_file(stream, table.schema) as writer:
+        writer.write_table(table)
     return Index(path)
 
 
