@@ -15,7 +15,8 @@ from ..core.plugin_api.backend import DataBackend, Entry
 from ..core.plugin_api.hookspecs import hookimpl
 from ..core.storage import RetryPolicy, open_store
 from ..core.storage.account import AwsSettings
-from ..core.storage.s3 import CredentialsRejected, S3Store, account
+from ..core.storage.refusals import CredentialsRejected
+from ..core.storage.s3 import S3Store, account
 
 
 class S3Backend(DataBackend):
