@@ -1,7 +1,7 @@
 """Objects on a web server, by urllib3.
 
-Not by obstore, whose client of web servers refuses answers without a Content-Length, keeps ``Retry-After`` to itself, drops
-the account of an address, and needs a client and a connection of its own for every address with a query.
+Not by obstore, whose client of web servers refuses answers without a Content-Length, keeps ``Retry-After`` to itself,
+drops the account of an address, and needs a client and a connection of its own for every address with a query.
 """
 
 from __future__ import annotations

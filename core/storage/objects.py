@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ..errors import OutOfReach
 from ..plugin_api.backend import Entry
 from ..utils.threads import threads
-from .refusals import failure, status_of
+from .refusals import failure, refusal, status_of
 from .retry import RetryPolicy, Transient
 from .store import Fetched, RemoteStore
 
@@ -35,6 +35,7 @@ PARTS_AT_ONCE = 4
 GROWTH = 5
 """Of obstore's waits, each drawn between the first one and so many times the last: they double in the middle."""
 _NOT_PARTIAL = "non-partial|Range request not supported"
+_BEYOND = "Wanted range starting at"
 _MD5 = re.compile("[0-9a-f]{32}")
 
 
@@ -161,7 +162,9 @@ class ObjectStore(RemoteStore):
         found = self._request("get", key, lambda store, path: _part(store, path, (start, start + length), same))
         if found is None:  # it begins at or after the end
             entry = self.stat(key)
-            return Fetched(b"", min(start, entry.size), entry.size, entry.version)
+            found = Fetched(b"", min(start, entry.size), entry.size, entry.version)
+        if version and found.version != version:  # not every server knows If-Match
+            raise refusal(self._place(key), 412)
         return found
 
     def stat(self, key: str) -> Entry:
@@ -174,8 +177,9 @@ class ObjectStore(RemoteStore):
     def write(self, key: str, data: bytes) -> None:
         """Write the object whole or not at all, in parallel parts where it is large."""
         if len(data) > PART_BYTES:
-            return self._write_parts(key, data, len(data))
-        self._request("put", key, lambda store, path: store.put(path, data, use_multipart=False))
+            self._write_parts(key, data, len(data))
+        else:
+            self._request("put", key, lambda store, path: store.put(path, data, use_multipart=False))
 
     def upload(self, key: str, path: Path) -> None:
         """Write a file as an object; of a large one only some parts are in memory at a time."""
@@ -216,7 +220,7 @@ def _part(store: Any, path: str, span: tuple[int, int], same: Mapping[str, str])
     try:
         return received(store.get(path, options={"range": span, **same}))
     except BaseError as error:
-        if status_of(error) == 416:
+        if status_of(error) == 416 or _BEYOND in str(error):
             return None
         if not re.search(_NOT_PARTIAL, str(error)):
             raise

@@ -89,7 +89,7 @@ def failure(error: Exception, place: str, *, bucket: str, note: str, seconds: fl
         return FileNotFoundError(errno.ENOENT, reason, place)
     if re.search(r"[Cc]redential|[Tt]oken ?[Rr]equest", text.partition("status code")[0]):
         return CredentialsRejected(place, "no credentials are found, or they cannot be renewed")
-    if status := status_of(error):
+    if status := status_of(error) or (404 if isinstance(error, FileNotFoundError) else 0):
         code = _CODE.search(text)
         return refusal(place, status, code[1] if code else "", bucket=bucket, note=note)
     if "redirect without LOCATION" in text:

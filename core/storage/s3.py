@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from ..errors import DistillError, UserError
 from ..plugin_api.backend import Entry
@@ -126,7 +126,7 @@ class S3Store(ObjectStore):
         from obstore.store import HTTPStore
 
         url = self._client.generate_presigned_url(f"{method}_object", Params={"Bucket": self.bucket, "Key": path})
-        return HTTPStore(url, client_options=self.client_options, retry_config={"max_retries": 0}), ""
+        return HTTPStore(url, client_options=cast(Any, self.client_options), retry_config={"max_retries": 0}), ""
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
         """Objects whose keys begin with `prefix`, page by page, in the order of UTF-8; folder markers are left out."""
