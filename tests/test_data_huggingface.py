@@ -210,7 +210,7 @@ def mistake(folder: Path, **keys) -> BadValue:
             "no column 'captoin'; it has 'image', 'caption'",
             "'caption'",
         ),
-        ({"image_column": "image"}, "image_column", "no column 'image'", "image_column"),
+        ({"image_column": "photo"}, "image_column", "no column 'photo'", "image_column"),
         ({"filter_func": {"scroe": 1}}, "filter_func", "no column 'scroe'", "filter_func"),
         ({"filter_func": {"caption": {">": 3}}}, "filter_func", "cannot be compared with 3", "kind"),
         ({"split": "tarin"}, "split", "no split 'tarin'; it has 'train'", "did you mean 'train'"),
