@@ -88,21 +88,21 @@ def score(folders: dict[str, Path], *, num_samples: int) -> dict[str, Any]:
         steps=run.evaluation_steps, teacher_steps=sorted({1, 2, 4, 8, *run.evaluation_teacher_steps}),
         teacher_guidance=run.evaluation_teacher_guidance,
     )  # fmt: skip
-    solver = next(recipe for recipe in plan.recipes if recipe.sampler is not None and recipe.role == "teacher")
-    teachers = [recipe for recipe in plan.recipes if recipe.role == "teacher" and recipe is not solver]
-    students = [recipe for recipe in plan.recipes if recipe.role == "student"]
-    recipes = [*teachers, *(replace(solver, steps=steps) for steps in (2, 4))]
-    recipes += [replace(recipe, role=name) for name in folders for recipe in students]
+    solver = next(each for each in plan.sampling_plans if each.sampler is not None and each.role == "teacher")
+    teachers = [each for each in plan.sampling_plans if each.role == "teacher" and each is not solver]
+    students = [each for each in plan.sampling_plans if each.role == "student"]
+    sampling_plans = [*teachers, *(replace(solver, steps=steps) for steps in (2, 4))]
+    sampling_plans += [replace(each, role=name) for name in folders for each in students]
     real = data.real_images(1000, plan.width, plan.height)
     setting = evaluation_setting(family, num_data=len(real))
     evaluators, left_out = build_evaluators(registry, configuration, setting)
     networks = Students(family, {name: folder / "student" for name, folder in folders.items()})
-    plan = replace(plan, recipes=tuple(recipes))
+    plan = replace(plan, sampling_plans=tuple(sampling_plans))
     with console():
         found = evaluate(family, networks, plan, evaluators, data=real, left_out=left_out)
     rows = [
-        {"name": row.recipe.name, "role": row.recipe.role, "steps": row.recipe.steps, "scores": row.scores,
-         "seconds_per_image": row.seconds_per_image}
+        {"name": row.sampling_plan.name, "role": row.sampling_plan.role, "steps": row.sampling_plan.steps,
+         "scores": row.scores, "seconds_per_image": row.seconds_per_image}
         for row in found.rows
     ]  # fmt: skip
     return {"num_samples": num_samples, "num_data": len(real), "rows": rows}

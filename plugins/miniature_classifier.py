@@ -97,9 +97,9 @@ class MiniatureClassifier(nn.Module):
     def from_pretrained(cls, folder: str | Path) -> MiniatureClassifier:
         """Load a classifier in evaluation mode, without gradients."""
         folder = Path(folder)
-        judge = cls(**json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")))
-        judge.load_state_dict(load_file(folder / WEIGHTS_NAME))
-        return judge.eval().requires_grad_(False)
+        classifier = cls(**json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")))
+        classifier.load_state_dict(load_file(folder / WEIGHTS_NAME))
+        return classifier.eval().requires_grad_(False)
 
 
 def _convolution(channels_in: int, channels_out: int, stride: int) -> nn.Sequential:

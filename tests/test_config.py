@@ -292,8 +292,8 @@ def test_the_data_file_is_looked_for_beside_the_config_then_in_the_output_then_h
     pair = Pair(tmp_path)
     pair.write()
     pair.data_file.unlink()
-    places = [here, tmp_path / "out", tmp_path]
-    for number, place in enumerate(places):  # from the weakest to the strongest
+    folders = [here, tmp_path / "out", tmp_path]
+    for number, place in enumerate(folders):  # from the weakest to the strongest
         place.mkdir(exist_ok=True)
         entry = {"id": f"set-{number}", "instance_data_dir": str(tmp_path / "images")}
         (place / "multidatabackend.json").write_text(json.dumps([entry]))

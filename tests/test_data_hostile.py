@@ -100,7 +100,7 @@ def test_the_quarantine_file_has_a_line_for_each(hostile):
     assert len(written) == len(quarantined)
     assert written == sorted(written)
     assert all(line.isprintable() for line in written)
-    assert any(f"{len(quarantined)} broken and set aside" in line for line in lines)
+    assert any(f"{len(quarantined)} broken and quarantined" in line for line in lines)
 
 
 def test_broken_files_whose_names_have_line_breaks_take_one_line(tmp_path):

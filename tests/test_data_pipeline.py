@@ -310,7 +310,7 @@ def test_broken_images_are_named_and_the_run_goes_on(tmp_path):
         assert counts.left_out == {"no caption": 1}
         assert (counts.found, counts.used) == (12, 6)
         said = "\n".join(lines)
-        assert "5 broken and set aside" in said
+        assert "5 broken and quarantined" in said
         assert "text.JPG" in said
         listed = (tmp_path / "cache" / "set" / "set.quarantine.txt").read_text()
         assert "cut.png" in listed

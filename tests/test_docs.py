@@ -155,7 +155,7 @@ def paths_named(page: str) -> set[str]:
 
 
 def modules_named(page: str) -> set[str]:
-    return set(re.findall(r"\bdistill(?:\.\w+)+", text(page)))
+    return set(re.findall(r"(?<!getLogger\(\")\bdistill(?:\.\w+)+", text(page)))
 
 
 @pytest.mark.parametrize("page", PAGES)

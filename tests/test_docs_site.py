@@ -94,9 +94,9 @@ def test_links_inside_the_site_lead_somewhere(site):
 
 def test_the_search_finds_pages_and_no_source_files(site):
     entries = json.loads((site / "search" / "search_index.json").read_text())["docs"]
-    places = {entry["location"].split("#")[0] for entry in entries}
-    assert {"lcm/", "tutorials/your-own-method/", "api/", "contributing/"} <= places
-    assert not [place for place in places if place.startswith("source/")]
+    pages = {entry["location"].split("#")[0] for entry in entries}
+    assert {"lcm/", "tutorials/your-own-method/", "api/", "contributing/"} <= pages
+    assert not [place for place in pages if place.startswith("source/")]
 
 
 def test_the_api_page_has_every_public_name(site):

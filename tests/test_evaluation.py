@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from distill.core.cli.evaluate import read_steps
+from distill.core.config.load import load_configuration
 from distill.core.errors import UserError
 from distill.core.evaluation.distances import frechet_distance, kernel_distance, relative_spread, root_mean_square
 from distill.core.evaluation.evaluate import evaluate
@@ -221,8 +222,10 @@ def plan_for(family: FakeFamily, **changes: object):
 
 def run_evaluation(family: FakeFamily, tmp_path: Path, *, data: torch.Tensor | None = None):
     plan = plan_for(family)
-    config = SimpleNamespace(run=SimpleNamespace(evaluators=()), evaluators={})
-    evaluators, left_out = build_evaluators(Registry.load(installed=False), config, ANYWHERE)  # type: ignore[arg-type]
+    registry = Registry.load(installed=False)
+    usual = [each for name in registry.names("evaluator") if (each := registry.get("evaluator", name)).by_default]
+    config = SimpleNamespace(evaluators={each.name: each.Config() for each in usual})
+    evaluators, left_out = build_evaluators(registry, config, ANYWHERE)  # type: ignore[arg-type]
     return evaluate(family, FakeNetworks(), plan, evaluators, data=data, left_out=left_out)
 
 
@@ -321,7 +324,7 @@ def test_repeated_step_counts_are_evaluated_once_in_order():
         ("student", 4),
         ("teacher", 50),
     ]
-    assert plan.reference.guidance == plan.recipes[0].guidance == 3.0
+    assert plan.reference.guidance == plan.sampling_plans[0].guidance == 3.0
     assert plan.sample_prompts[:4] == ["a red fish", "two birds", "a tree", "a red fish"]
 
 
@@ -342,8 +345,14 @@ def test_the_fast_solver_is_configured_for_the_models_prediction_type():
 
 
 def test_evaluators_that_are_named_are_the_ones_used(tmp_path):
-    config = SimpleNamespace(run=SimpleNamespace(evaluators=("picture_distance",)), evaluators={})
-    usable, left_out = build_evaluators(Registry.load(installed=False), config, ANYWHERE)  # type: ignore[arg-type]
+    (tmp_path / "images").mkdir()
+    registry = Registry.load(installed=False)
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps([{"id": "a", "instance_data_dir": "images"}]))
+    flags = {"distillation_method": "lcm", "model_family": "sdxl", "output_dir": str(tmp_path / "out")}
+    chosen = ["evaluators=picture_distance"]
+    config = load_configuration(registry, data_file=data, flags=flags, overrides=chosen, to_train=False)
+    usable, left_out = build_evaluators(registry, config, ANYWHERE)
     assert (list(usable), left_out) == (["picture_distance"], {})
 
 

@@ -176,7 +176,7 @@ def teach(path, data="gaussian", *, num_steps, scale=SCALE):
     config = MeanFlow.Config(w_min=scale, w_max=scale, derivative="difference", difference_step=1e-3, **EVERYWHERE)
     batch_of, size, lr = (gaussian_batch, 2048, 7e-3) if data == "gaussian" else (mixture_batch, 1024, 2e-2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(context_module, "Draws", BatchedRngStreams)
+        patch.setattr(context_module, "RngStreams", BatchedRngStreams)
         return train(
             MeanFlow, config, FlowMapFamily(schedule, kind, data), lambda step: batch_of(step, size, mean=MEAN),
             num_steps=num_steps, lr=lr,

@@ -208,11 +208,11 @@ def test_smoothing_is_a_mean_without_lag():
     assert smoothed(noise)[100:-100].std() < 0.15
 
 
-def test_places_of_a_curve_are_inside_its_frame_and_in_order():
+def test_points_of_a_curve_are_inside_its_frame_and_in_order():
     steps, values = np.arange(1.0, 101.0), np.geomspace(1e-5, 10, 100)
     found = curve("loss", steps, values)
     assert found.logarithmic
-    positions = [tuple(map(float, place.split(","))) for place in found.points[1:].split("L")]
+    positions = [tuple(map(float, point.split(","))) for point in found.path[1:].split("L")]
     assert positions[0] == (curves.LEFT, curves.BOTTOM)
     assert positions[-1] == (curves.RIGHT, curves.TOP)
     heights = [y for _, y in positions]

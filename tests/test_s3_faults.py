@@ -119,7 +119,7 @@ def test_objects_that_are_refused_or_gone_are_set_aside_and_places_are_named(tmp
         assert same_student(tmp_path / "cut", tmp_path / "alone")
         proxy.clear()
 
-        # an image, another one's caption, and an image whose header could be read: set aside and named
+        # an image, another one's caption, and an image whose header could be read: quarantined and named
         proxy.fault(Fault("none"), match=r"GET .*images/07\.png", times=1)
         for match in (r"GET .*images/03\.png", r"GET .*images/05\.txt", r"GET .*images/07\.png"):
             proxy.fault(refused, match=match, times=10_000)
@@ -141,8 +141,8 @@ def test_objects_that_are_refused_or_gone_are_set_aside_and_places_are_named(tmp
 
 
 def same_names(lines: list[str], names: set[str], reason: str = "") -> bool:
-    """Whether exactly these images are said to be set aside, for that reason."""
-    said = [line for line in lines if "set aside" in line]
+    """Whether exactly these images are said to be quarantined, for that reason."""
+    said = [line for line in lines if "quarantined" in line]
     images = {f"{number:02d}.png" for number in range(13)}
     return {name for name in images if any(name in line for line in said)} == names and all(
         reason in line for line in said
@@ -177,8 +177,8 @@ def test_two_processes_share_a_bucket_and_train_as_one(tmp_path, s3):  # noqa: F
     for (_, ours, _), (_, theirs, _) in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
     assert check_whole(s3, bucket) > 0
-    places = [f"{run}/{part}/" for run in ("one", "two") for part in ("texts", "latents")]
-    entries = [sum(entries_of(s3, bucket, key) for key in s3.objects(bucket, place)) for place in places]
+    prefixes = [f"{run}/{part}/" for run in ("one", "two") for part in ("texts", "latents")]
+    entries = [sum(entries_of(s3, bucket, key) for key in s3.objects(bucket, place)) for place in prefixes]
     assert entries[:2] == entries[2:], "each process pushed what it encoded, and nothing twice"
     keys = s3.objects(bucket, "two/checkpoints/")
     assert {f"two/checkpoints/checkpoint-{step}/manifest.json" for step in (2, 4, 6)} <= set(keys)

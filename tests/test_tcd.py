@@ -82,7 +82,7 @@ def train(family, *, steps, make_batch, lr=3e-2, size=256, **settings):
     before = {key: value.clone() for key, value in networks.base.state_dict().items()}
     optimizers = {role: optimizer_of(networks, role, lr=lr, steps=steps) for role in networks.trained_roles()}
     loop = Loop(method, context, networks, optimizers, health=HealthMonitor(1))
-    with patch("distill.core.plugin_api.context.Draws", BatchedRngStreams):
+    with patch("distill.core.plugin_api.context.RngStreams", BatchedRngStreams):
         for step in range(steps):
             loop.step(step, [make_batch(step, size, mean=MEAN)])
     assert all(torch.equal(value, before[key]) for key, value in networks.base.state_dict().items()), "teacher moved"

@@ -81,10 +81,10 @@ def bars(axes: Axes, panel: Panel) -> None:
     from matplotlib.ticker import MaxNLocator
 
     totals = [sum(parts) for parts in zip(panel.values, panel.rest, strict=True)] if panel.rest else panel.values
-    places, width = range(len(totals)), 0.76 * min(1, len(totals) / FULL)
-    top = axes.bar(places, panel.values, width, color=BAR, label=panel.legend[0])
+    positions, width = range(len(totals)), 0.76 * min(1, len(totals) / FULL)
+    top = axes.bar(positions, panel.values, width, color=BAR, label=panel.legend[0])
     if panel.rest:
-        top = axes.bar(places, panel.rest, width, panel.values, color=REST, label=panel.legend[1])
+        top = axes.bar(positions, panel.rest, width, panel.values, color=REST, label=panel.legend[1])
         look = {"frameon": False, "fontsize": 11, "labelcolor": FAINT, "handlelength": 1}
         axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, **look)
     if len(totals) <= MOST_COUNTED:
@@ -93,7 +93,7 @@ def bars(axes: Axes, panel: Panel) -> None:
     axes.set_title(panel.title, loc="left", size=14, color=INK, pad=12)
     axes.set_xlabel(panel.axis, size=12, color=FAINT)
     axes.set_ylabel(panel.counted, size=12, color=FAINT)
-    axes.set_xticks(places, panel.labels, rotation=40, ha="right", rotation_mode="anchor")
+    axes.set_xticks(positions, panel.labels, rotation=40, ha="right", rotation_mode="anchor")
     axes.set_xlim(-0.5, max(len(totals), 1) - 0.5)
     axes.set_ylim(0, 1.08 * (max(totals, default=0) or 1))
     axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True))

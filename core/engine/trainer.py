@@ -62,7 +62,7 @@ class TimeBins:
 
 OTHER_SAMPLES = (
     "its samples are not those that the run began with: images or captions were added, removed or changed, or some "
-    "that were out of reach and set aside then can be read now"
+    "that were out of reach and quarantined then can be read now"
 )
 
 

@@ -201,7 +201,7 @@ def _missing(place: Place) -> None:
         except Exception as error:
             raise ConformanceError(
                 f"{name}({MISSING!r}) raised {said(error)}; raise FileNotFoundError(key) for what is "
-                "not there, so that the image is set aside and the run goes on"
+                "not there, so that the image is quarantined and the run goes on"
             ) from error
         else:
             raise ConformanceError(f"{name}({MISSING!r}) returned something; raise FileNotFoundError(key)")
@@ -324,7 +324,7 @@ def _vanished(place: Place) -> None:
         except Exception as error:
             raise ConformanceError(
                 f"open({handle!r}) of a sample that is not there any more raised {said(error)}; "
-                "raise FileNotFoundError, so that the image is set aside and the run goes on"
+                "raise FileNotFoundError, so that the image is quarantined and the run goes on"
             ) from error
 
 
@@ -365,6 +365,6 @@ def _passes(place: Place) -> None:
         expected = [p for later in chunks[index + 1 :] for p in later.positions]
         expect(
             rest == expected,
-            f"behind passage {index} it goes on with {rest}, not {expected}",
+            f"behind chunk {index} it goes on with {rest}, not {expected}",
             "neither twice nor never",
         )

@@ -106,9 +106,9 @@ def entry(folder: Path, **settings) -> DatasetSettings:
 
 def prompts(id: str, **settings) -> DatasetSettings:
     """A dataset of captions alone, from `prompts_file` or `instance_data_dir`."""
-    places = {key: settings[key] for key in ("prompts_file", "instance_data_dir") if key in settings}
+    paths = {key: settings[key] for key in ("prompts_file", "instance_data_dir") if key in settings}
     given = {"id": id, "dataset_type": "prompts", "resolution": 32, "aspect_bucket_alignment": 8, **settings}
-    return DatasetSettings(**given).model_copy(update={"backend": LocalBackend.Config(**places)})
+    return DatasetSettings(**given).model_copy(update={"backend": LocalBackend.Config(**paths)})
 
 
 def source(id: str, type: str, cache: Path, **settings) -> DatasetSettings:

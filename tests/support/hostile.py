@@ -35,7 +35,7 @@ class Case:
     Attributes:
         key: What the report calls it.
         data: Its bytes; None where the folder gets it in another way.
-        reason: Why it is set aside, a regular expression; empty where it is used.
+        reason: Why it is quarantined, a regular expression; empty where it is used.
         like: The image that it must come out as.
         tolerance: Largest difference of a pixel's value (0-255).
         caption: Bytes of its caption file; None for none.
@@ -193,7 +193,7 @@ def odd_captions() -> Iterator[Case]:
         yield Case(f"caption-{name}.png", encode(quadrants(), "PNG"), like=quadrants(), caption=caption)
 
 
-# -- what is set aside ------------------------------------------------------------------------------------------------
+# -- what is quarantined ---------------------------------------------------------------------------------------------
 
 
 def broken() -> Iterator[Case]:

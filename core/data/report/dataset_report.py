@@ -221,7 +221,7 @@ def markdown(figures: DatasetStatistics, captions: Sequence[str], images: Sequen
     parts += ["## Sizes and captions", _table(["", "lowest", "median", "highest"], rows)]
     parts += ["## Buckets", _bucket_table(figures)]
     reasons = [[reason, f"{number:,}"] for reason, number in figures.left_out.items()]
-    reasons += [["broken, set aside", f"{len(figures.broken):,}"]] if figures.broken else []
+    reasons += [["broken, quarantined", f"{len(figures.broken):,}"]] if figures.broken else []
     parts += ["## Left out", _table(["why", f"{figures.noun}s"], reasons) if reasons else "Nothing."]
     if figures.broken:
         parts += ["## Broken", _listed(named_with_reasons(figures.broken), "`report.json`")]

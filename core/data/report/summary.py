@@ -88,5 +88,5 @@ def describe(name: str, counts: Counts) -> list[str]:
         items = list(counts.quarantined.items())
         listed = "; ".join(named_with_reasons(dict(items[:NAMED])))
         rest = f"; and {len(items) - NAMED} more, in quarantine.txt" if len(items) > NAMED else ""
-        lines.append(f"dataset {name!r}: {len(items):,} broken and set aside: {listed}{rest}")
+        lines.append(f"dataset {name!r}: {len(items):,} broken and quarantined: {listed}{rest}")
     return lines
