@@ -149,9 +149,9 @@ def test_trajectories_are_made_once_and_their_cost_is_said(tmp_path):
 def test_a_run_that_needs_no_trajectories_makes_none(tmp_path):
     family = TrajectoryFamily()
     data, _ = trajectory_pipeline(
-        prompts("p", prompts_file=lines_file(tmp_path)), entry=cache_entry(), root=tmp_path, family=family
-    )
-    data._trajectories = False
+        prompts("p", prompts_file=lines_file(tmp_path)), entry=cache_entry(), root=tmp_path, family=family,
+        trajectories=False,
+    )  # fmt: skip
     assert data.prepare().trajectories_made == family.loads == 0
     ((batch,),) = take(data, 1)
     assert batch.trajectories is None

@@ -379,7 +379,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 
 base, lora, full, out = sys.argv[1:]
-images = {}
+made = {}
 for name, folder in (("lora", lora), ("full", full)):
     if name == "lora":
         pipe = StableDiffusionXLPipeline.from_pretrained(base)
@@ -394,9 +394,9 @@ for name, folder in (("lora", lora), ("full", full)):
             ["a red fox", "two boats"], generator=generators, output_type="pt", width=32, height=32,
             num_inference_steps=steps, guidance_scale=guidance,
         ).images
-        images[f"{name}-{steps}"] = images
+        made[f"{name}-{steps}"] = images
 assert not any(module.split(".")[0] == "distill" for module in sys.modules), "plain diffusers alone"
-torch.save(images, out)
+torch.save(made, out)
 """
 
 
