@@ -119,7 +119,6 @@ def write_plugin(names: Names, folder: Path, *, single_file: bool) -> Path:
         raise UserError(f"--output {folder} is a file.", "give a folder.")
     try:
         for path, text in new_files(names, single_file=single_file).items():
-            (folder / path).parent.mkdir(parents=True, exist_ok=True)
             write_text(folder / path, text)
     except OSError as error:
         raise UserError(f"{target} cannot be written: {error}.", "choose a folder of yours: --output DIR.") from error
