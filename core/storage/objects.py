@@ -33,8 +33,8 @@ PART_BYTES = 1 << 24
 MAX_PARTS = 10_000
 PARTS_AT_ONCE = 4
 GROWTH = 8
-"""Of obstore's waits, each drawn between the first one and so many times the last: of 12 attempts, 95 in 100 ride out an
-outage of two minutes."""
+"""Of obstore's waits, each drawn between the first one and so many times the last: of 12 attempts, 95 in 100 ride out
+an outage of two minutes."""
 _NOT_PARTIAL = "non-partial|Range request not supported"
 _BEYOND = "Wanted range starting at"
 _MD5 = re.compile("[0-9a-f]{32}")
