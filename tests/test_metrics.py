@@ -218,10 +218,10 @@ def test_terminals_get_a_bar_and_files_get_lines() -> None:
     assert "10/10" in terminal.getvalue()
 
 
-def test_long_work_says_how_far_it_is_every_ten_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, said = Clock(), []
+def test_long_work_says_how_far_it_is_every_ten_seconds(monkeypatch: pytest.MonkeyPatch, said: list[str]) -> None:
+    clock = Clock()
     monkeypatch.setattr("time.monotonic", clock)
-    with lines("latents of 'cats'", 1200, said.append) as advance:
+    with lines("latents of 'cats'", 1200) as advance:
         for _ in range(6):
             clock.now += 4
             advance(10)
