@@ -15,16 +15,16 @@ from ..errors import DistillError, PluginError
 from ..utils.console import console
 
 COMMANDS = {
-    "run": "A distillation run, start to end.",
+    "run": "Run a distillation from start to end.",
     "evaluate": "Score a student against its teacher.",
-    "report": "A run as one page, while it goes or long after.",
+    "report": "Write the report of a run as one HTML page, also while it runs.",
     "generate": "Make images with a student.",
     "publish": "Publish a finished student.",
     "config": "Check, show or start a configuration.",
-    "plugins": "What is there, and from where.",
-    "data": "What the datasets hold.",
+    "plugins": "List, show, write and check plugins.",
+    "data": "Report what the datasets contain.",
     "cache": "Build, verify or clear the text and latent caches.",
-    "doctor": "What this machine has and lacks for a configuration.",
+    "doctor": "Report what this machine has and lacks for a configuration.",
 }
 """Command -> its line in the help; each is `NAME` or `app` of the module of its name."""
 INTERRUPTED = 130
@@ -34,21 +34,21 @@ class LazyGroup(TyperGroup):
     """Imports a command's module when the command is called, and turns errors into messages and exit codes."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """All commands, in the order of the table."""
+        """Return all commands, in the order of the table."""
         return list(COMMANDS)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """The command's line for the help; the command itself is loaded when it is resolved."""
+        """Return the command's line for the help; the command itself is loaded when it is resolved."""
         return TyperCommand(cmd_name, help=COMMANDS[cmd_name]) if cmd_name in COMMANDS else None
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """The command of the first argument, loaded."""
+        """Load the command of the first argument."""
         self.commands = {name: self.get_command(ctx, name) for name in COMMANDS}  # for "did you mean"
         name, command, rest = super().resolve_command(ctx, args)
         return name, load_command(name) if name in COMMANDS else command, rest
 
     def invoke(self, ctx: Any) -> Any:
-        """Run; what people did wrong is said without a traceback, what broke keeps its own."""
+        """Run the command; a user's mistake is printed without a traceback, a fault keeps its own."""
         try:
             with console(propagate=False):
                 return named_failures(super().invoke, ctx)
@@ -64,7 +64,7 @@ class LazyGroup(TyperGroup):
 
 
 def load_command(name: str) -> Any:
-    """The command `name` as typer's own object: its module's function of that name, or its `app`."""
+    """Return the command `name` as typer's own object: its module's function of that name, or its `app`."""
     module = import_module(f".{name}", __name__)
     own = getattr(module, "app", None)
     if own is not None:
@@ -78,7 +78,7 @@ def load_command(name: str) -> Any:
 
 
 def named_failures(call: Callable[..., Any], *arguments: Any) -> Any:
-    """What `call` returns; what a plugin's own code fails with carries the plugin's name."""
+    """Return what `call` returns; an error of a plugin's own code carries the plugin's name."""
     try:
         return call(*arguments)
     except DistillError:

@@ -18,14 +18,14 @@ logger = logging.getLogger(__name__)
 app = typer.Typer(help="Build, verify or clear the text and latent caches.", no_args_is_help=True)
 
 OnlyDataset = Annotated[
-    str | None, typer.Option("--dataset", help="Only the latents, or trajectories, of this entry's id.")
+    str | None, typer.Option("--dataset", help="Take only the latents, or trajectories, of the entry with this id.")
 ]
 
 
 @app.command()
 @takes_configuration("method")
 def build(given: Given) -> None:
-    """Encode what the caches lack, as the first run would."""
+    """Encode everything that the caches lack, as the first run would."""
     configuration, registry = given.load()
     from ..runs.builders import build_pipeline
     from ..runs.output_folder import REPORTS_FOLDER
@@ -61,10 +61,12 @@ def verify(given: Given) -> None:
 def clear(
     given: Given,
     dataset: OnlyDataset = None,
-    orphaned: Annotated[bool, typer.Option("--orphaned", help="Only what `verify` calls orphaned.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    orphaned: Annotated[
+        bool, typer.Option("--orphaned", help="Remove only entries that no dataset of this configuration needs.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove without asking for confirmation.")] = False,
 ) -> None:
-    """Remove the caches of this configuration's datasets, those of other models and earlier settings included."""
+    """Remove the caches of this configuration's datasets, including those of other models and earlier settings."""
     configuration, registry = given.load()
     if orphaned:
         _clear_orphaned(configuration, registry, dataset, yes=yes)
@@ -100,7 +102,7 @@ def _clear_orphaned(configuration: Configuration, registry: Registry, dataset: s
 
 
 def _folders(configuration: Configuration, dataset: str | None) -> list[tuple[Path, dict[str, object]]]:
-    """Folders and descriptors of all caches of the configuration's datasets, or of one dataset's or entry's alone."""
+    """Return folders and descriptors of all caches of the configuration's datasets, or of one entry alone."""
     from ..data.cache.cache_paths import CachePaths, dataset_folders
     from ..data.cache.tensor_cache import cache_folders
     from ..runs.output_folder import CACHE_FOLDER
@@ -118,7 +120,7 @@ def _folders(configuration: Configuration, dataset: str | None) -> list[tuple[Pa
 
 
 def _side_files(configuration: Configuration, dataset: str | None) -> list[Path]:
-    """Indexes, remembered settings and quarantine lists beside the latents."""
+    """Return indexes, remembered settings and quarantine lists beside the latents."""
     from ..data.cache.cache_paths import CachePaths
     from ..runs.output_folder import CACHE_FOLDER
 

@@ -16,10 +16,12 @@ def check(
     plugin: Annotated[
         str, typer.Argument(metavar="PATH_OR_PACKAGE", help="A plugin file, project, module or package.")
     ],
-    only: Annotated[str, typer.Option(metavar="TEXT", help="Only checks with this in their names, as `[flow]`.")] = "",
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say only what failed.")] = False,
+    only: Annotated[
+        str, typer.Option(metavar="TEXT", help="Run only the checks whose name contains this text, for example flow.")
+    ] = "",
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the checks that failed.")] = False,
 ) -> None:
-    """Run the conformance suite on a plugin; exit code 1 where a check fails."""
+    """Run the conformance suite on a plugin; the exit code is 1 if a check fails."""
     from ..errors import UserError
     from ..testing import check_plugin
 

@@ -21,7 +21,7 @@ app = typer.Typer(no_args_is_help=True, help="Check, show or start a configurati
 @app.command()
 @takes_configuration()
 def check(given: Given) -> None:
-    """Validate a configuration: notices on stdout, all findings at once on stderr."""
+    """Validate a configuration: notices go to stdout, all errors together to stderr."""
     configuration, registry = given.load()
     for notice in (*configuration.notices, *options.service_notices(configuration, registry)):
         typer.echo(f"notice: {notice}")
@@ -49,13 +49,15 @@ def schema(plugin: PluginOption = None) -> None:
 
 @app.command()
 def init(
-    folder: Annotated[Path, typer.Argument(help="Where the two files are written.")] = Path("config"),
+    folder: Annotated[Path, typer.Argument(help="Folder that the two files are written to.")] = Path("config"),
     method: Annotated[str, typer.Option("--method", help="Distillation method.")] = "lcm",
     family: Annotated[str, typer.Option("--family", help="Model family.")] = "sdxl",
-    model_type: Annotated[Literal["lora", "full"], typer.Option("--model-type", help="What is trained.")] = "lora",
+    model_type: Annotated[
+        Literal["lora", "full"], typer.Option("--model-type", help="Train a LoRA (lora) or the whole network (full).")
+    ] = "lora",
     plugin: PluginOption = None,
 ) -> None:
-    """Write a commented starting pair: config.yaml and multidatabackend.yaml."""
+    """Write a pair of commented files to start from: config.yaml and multidatabackend.yaml."""
     from ..config.starting import starting_config, starting_data
     from ..registry.registry import Registry
 

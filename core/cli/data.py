@@ -9,12 +9,12 @@ import typer
 from .options import Given, takes_configuration
 
 logger = logging.getLogger(__name__)
-app = typer.Typer(help="What the datasets hold.", no_args_is_help=True)
+app = typer.Typer(help="Report what the datasets contain.", no_args_is_help=True)
 
 
 @app.callback()
 def _group() -> None:
-    """What the datasets hold, before anything is encoded."""
+    """Report what the datasets contain, before anything is encoded."""
 
 
 @app.command()

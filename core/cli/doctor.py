@@ -28,7 +28,7 @@ Rows = Iterator[tuple[str, str]]
 
 @takes_configuration()
 def doctor(given: Given) -> None:
-    """What this machine has and lacks: device, memory, optional packages, credentials; what a configuration needs."""
+    """Report what this machine has and lacks for a configuration: device, memory, optional packages, credentials."""
     _section("machine", machine(given.output_dir or Path.cwd()))
     _section("packages", packages(given.registry()))
     _section("credentials", credentials())
@@ -51,7 +51,7 @@ def _section(title: str, rows: Rows) -> None:
 
 
 def machine(folder: Path) -> Rows:
-    """Interpreter, processors, memory, disk and accelerators."""
+    """Return interpreter, processors, memory, disk and accelerators."""
     import psutil
     import torch
 
@@ -72,7 +72,7 @@ def machine(folder: Path) -> Rows:
 
 
 def packages(registry: Registry) -> Rows:
-    """Versions of what is required, and what plugins would like to have."""
+    """Return the versions of what is required, and of what plugins can use."""
     from ..registry.registry import KINDS
     from ..utils.packages import missing
 
@@ -92,7 +92,7 @@ def _version(name: str) -> str:
 
 
 def credentials() -> Rows:
-    """Which accounts are known; nothing requires one, and no secret is shown."""
+    """Return the accounts that are known; nothing requires one, and no secret is shown."""
     from huggingface_hub import get_token
 
     from ..storage.s3 import account
@@ -102,7 +102,7 @@ def credentials() -> Rows:
 
 
 def accounts(configuration: Configuration, registry: Registry) -> Rows:
-    """Whose credentials each entry of the data file uses, in words."""
+    """Return the origin of the credentials of each entry of the data file, in words."""
     for entry in (*configuration.datasets, *configuration.caches):
         backend = registry.get("data_backend", entry.type)
         said = backend(entry.backend).account if entry.backend is not None else ""
@@ -110,7 +110,7 @@ def accounts(configuration: Configuration, registry: Registry) -> Rows:
 
 
 def memory(configuration: Configuration, registry: Registry) -> Rows:
-    """The estimate by purpose, and what would save how much."""
+    """Return the estimate by purpose, and how much each remedy would save."""
     from ..utils.memory import estimate, gigabytes, savings
 
     settings = memory_settings(configuration, registry)
@@ -127,7 +127,7 @@ def memory(configuration: Configuration, registry: Registry) -> Rows:
 
 
 def memory_settings(configuration: Configuration, registry: Registry) -> MemorySettings | None:
-    """What the memory of the run depends on, from the model's config alone."""
+    """Return what the memory of the run depends on, from the model's config alone."""
     import math
 
     import torch
@@ -166,7 +166,7 @@ def memory_settings(configuration: Configuration, registry: Registry) -> MemoryS
 
 
 def base_bytes(configuration: Configuration, registry: Registry, network: nn.Module) -> float:
-    """Bytes per frozen weight of `network`, quantised as the run asks for."""
+    """Return the bytes per frozen weight of `network`, quantised as the run asks for."""
     from torch import nn
 
     from ..plugin_api.quantizer import NO_CHANGE
@@ -184,7 +184,7 @@ def base_bytes(configuration: Configuration, registry: Registry, network: nn.Mod
 
 
 def adapter_parameters(network: nn.Module, rank: int, targets: tuple[str, ...]) -> int:
-    """Parameters of a LoRA of `rank` on the modules whose names end with one of `targets`."""
+    """Count the parameters of a LoRA of `rank` on the modules whose names end with one of `targets`."""
     from torch import nn
 
     total = 0

@@ -28,13 +28,17 @@ def evaluate(
     teacher_steps: Annotated[
         str | None, typer.Option(help="Numbers of steps of the teacher, as 4,50; the largest is the full teacher.")
     ] = None,
-    num_samples: Annotated[int | None, typer.Option(min=1, help="Images per score; the run's by default.")] = None,
+    num_samples: Annotated[
+        int | None, typer.Option(min=1, help="Number of images for each score; by default that of the run.")
+    ] = None,
     evaluators: Annotated[
         str | None, typer.Option(metavar="NAMES", help="Evaluators, as clip_score,fid; the run's by default.")
     ] = None,
     lora: Annotated[
         list[str] | None,
-        typer.Option(metavar="PATH[:WEIGHT]", help="A LoRA beside the student's and in the teacher; repeatable."),
+        typer.Option(
+            metavar="PATH[:WEIGHT]", help="LoRA to add to both the student and the teacher; can be given several times."
+        ),
     ] = None,
     set_: SetOption = None,
     base_model_precision: BasePrecisionOption = None,
@@ -68,7 +72,7 @@ def evaluate(
 
 
 def _suffix(with_loras: bool, precision: str | None) -> str:
-    """What the files are called by beside those of the run as it was."""
+    """Return the suffix that tells the files apart from those of the run as it was."""
     return ("-with-lora" if with_loras else "") + (f"-{precision}-base" if precision else "")
 
 

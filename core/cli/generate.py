@@ -15,18 +15,21 @@ logger = logging.getLogger(__name__)
 
 def generate(
     output_dir: Annotated[Path, typer.Argument(help="The output folder of a finished run.")],
-    prompt: Annotated[str, typer.Option(help="What the image shows.")],
+    prompt: Annotated[str, typer.Option(help="Prompt of the image.")],
     steps: Annotated[
         int | None, typer.Option(min=1, max=1000, help="Number of steps; the student's own by default.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="The PNG to write; by default under OUTPUT_DIR/generated/.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="PNG file to write; by default a new file in OUTPUT_DIR/generated/.")
+    ] = None,
     lora: Annotated[
-        list[str] | None, typer.Option(metavar="PATH[:WEIGHT]", help="A LoRA beside the student's; repeatable.")
+        list[str] | None,
+        typer.Option(metavar="PATH[:WEIGHT]", help="LoRA to add to the student; can be given several times."),
     ] = None,
     base_model_precision: BasePrecisionOption = None,
 ) -> None:
-    """Make an image with a finished run's student."""
+    """Make an image with the student of a finished run."""
     from ..drawing.grid import to_images
     from ..evaluation.sampling import SamplingPlan, make_images, sampling
     from ..evaluation.validation import slug

@@ -22,12 +22,18 @@ DataOption = Annotated[Path | None, typer.Option("--data", help="List of dataset
 ModelOption = Annotated[
     str | None, typer.Option("--model", help="Hub id, diffusers folder or .safetensors file of the teacher.")
 ]
-OutputOption = Annotated[Path | None, typer.Option("--output-dir", help="Folder of the run.")]
+OutputOption = Annotated[Path | None, typer.Option("--output-dir", help="Folder that the run writes to.")]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a key, as learning_rate=2e-4 or data.<id>.crop=true."),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override a key, for example learning_rate=2e-4 or data.<id>.crop=true; can be given several times.",
+    ),
 ]
-PluginOption = Annotated[list[Path] | None, typer.Option("--plugin", help="Plugin file to load.")]
+PluginOption = Annotated[
+    list[Path] | None, typer.Option("--plugin", help="Plugin file to load; can be given several times.")
+]
 
 
 BasePrecisionOption = Annotated[
@@ -95,7 +101,7 @@ def overrides(**keys: str | None) -> list[str]:
 
 
 def service_notices(configuration: Configuration, registry: Registry) -> list[str]:
-    """What trackers, publishers and evaluators will warn of at the start of the run."""
+    """Return what trackers, publishers and evaluators will warn of at the start of the run."""
     from ..engine.tracking import build_trackers
     from ..evaluation.evaluators import evaluation_notices
     from ..runs.publishing import build_publishers

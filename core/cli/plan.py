@@ -33,7 +33,7 @@ def print_plan(configuration: Configuration, registry: Registry) -> None:
 
 
 def plan(configuration: Configuration, registry: Registry) -> Iterator[tuple[str, str]]:
-    """The plan as (what, how) rows."""
+    """Yield the plan as (what, how) rows."""
     run = configuration.run
     model = f"{run.pretrained_model_name_or_path}{' (miniature)' if configuration.miniature else ''}"
     yield "teacher", f"{model}, family {run.model_family}"

@@ -50,7 +50,7 @@ class Row:
         return "yes" if not self.missing else f"no: {install_line(dict(self.missing))}"
 
     def as_json(self) -> dict[str, Any]:
-        """For programs."""
+        """Return the row for programs."""
         return {
             "kind": self.kind,
             "name": self.name,
@@ -65,7 +65,7 @@ class Row:
 
 
 def rows(registry: Registry, kind: str | None = None) -> list[Row]:
-    """All names of `kind`, or of every kind.
+    """Return all names of `kind`, or of every kind.
 
     Raises:
         UserError: There is no such kind.
@@ -79,7 +79,7 @@ def rows(registry: Registry, kind: str | None = None) -> list[Row]:
 
 
 def chosen_kind(kind: str, kinds: Sequence[str]) -> str:
-    """The kind of `kinds` that was meant, written with dashes or underscores.
+    """Return the kind of `kinds` that was meant, written with dashes or underscores.
 
     Raises:
         UserError: There is none.
@@ -110,7 +110,7 @@ def _of_kind(registry: Registry, kind: str) -> list[Row]:
 
 
 def first_line(found: type[Any]) -> str:
-    """The first line of a class's own docstring."""
+    """Return the first line of a class's own docstring."""
     return (inspect.getdoc(found) or "").split("\n", 1)[0]
 
 

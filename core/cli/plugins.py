@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..plugin_api.method import Method, Requirements, Role
     from ..registry.registry import Registry
 
-app = typer.Typer(no_args_is_help=True, help="What is there, and from where.", pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, help="List, show, write and check plugins.", pretty_exceptions_enable=False)
 app.command()(check)
 
 
@@ -29,10 +29,10 @@ def list_plugins(
     kind: Annotated[
         str | None, typer.Option(help="Only this kind: method, family, data-backend, tracker, ..., hooks.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs: a list of objects.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list of objects, for programs.")] = False,
     plugin: PluginOption = None,
 ) -> None:
-    """Every registered name: kind, name, version, where from, whether it can be used here, what it is.
+    """List every registered plugin: its kind, name, version and origin, and whether it can be used on this machine.
 
     Installed packages that cannot be loaded are said at the end, with the reason, and the exit code is 2 then.
     """
@@ -57,13 +57,13 @@ def new(
     kind: Annotated[
         str, typer.Argument(help="method, family, data-backend, tracker, optimizer, quantizer, evaluator, publisher.")
     ],
-    name: Annotated[str, typer.Argument(help="As configurations say it: small letters, digits and dashes.")],
+    name: Annotated[str, typer.Argument(help="Name used in configurations: small letters, digits and dashes.")],
     single_file: Annotated[
-        bool, typer.Option("--single-file", help="One file for --plugin, without a package around it.")
+        bool, typer.Option("--single-file", help="Write one file for --plugin instead of a package.")
     ] = False,
-    output: Annotated[Path, typer.Option(metavar="DIR", help="The folder that it is written into.")] = Path(),
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder that it is written to.")] = Path(),
 ) -> None:
-    """Write a plugin that works: code of its kind, a test, a README, ready to be installed and changed."""
+    """Write a working plugin as a package: the code, a test and a README."""
     from ..registry.registry import KINDS, Registry
     from .plugin_table import chosen_kind
     from .scaffold import Names, check_name, write_plugin
@@ -84,7 +84,7 @@ def show(
     name: Annotated[str, typer.Argument(help="A registered name or alias; KIND.NAME where several kinds have it.")],
     plugin: PluginOption = None,
 ) -> None:
-    """What a plugin is, where it comes from, and its settings."""
+    """Show what a plugin does, where it comes from, and its settings."""
     from ..registry.registry import Registry
 
     registry = Registry.load(plugin or ())
@@ -94,7 +94,7 @@ def show(
 
 
 def kinds_of(registry: Registry, name: str) -> list[str]:
-    """Kinds that have the name. Raises UserError where none has."""
+    """Return the kinds that have the name. Raises UserError where none has."""
     from ..registry.registry import KINDS
     from ..utils.suggest import did_you_mean
 
@@ -111,7 +111,7 @@ def kinds_of(registry: Registry, name: str) -> list[str]:
 
 
 def describe(registry: Registry, kind: str, name: str) -> str:
-    """Everything about one plugin, as text."""
+    """Return everything about one plugin, as text."""
     from ..config.docs import own_first
     from ..config.findings import expectation
 
@@ -133,7 +133,7 @@ def describe(registry: Registry, kind: str, name: str) -> str:
 
 
 def packages(found: type[Any]) -> list[str]:
-    """The third-party packages that a plugin needs, and whether each is installed."""
+    """Return the third-party packages that a plugin needs, and whether each is installed."""
     from ..utils.packages import missing
 
     absent = missing(found.packages)
@@ -142,7 +142,7 @@ def packages(found: type[Any]) -> list[str]:
 
 
 def needs(method: type[Method]) -> list[str]:
-    """What a method needs of data, family and settings, and the networks it works with, for either kind of training."""
+    """Return what a method needs of data, family and settings, and its networks, for either kind of training."""
     from ..plugin_api.method import MethodSetup
 
     try:

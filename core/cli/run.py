@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def run(
     given: Given,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace what the output folder holds of an earlier run.")
+        bool, typer.Option("--overwrite", help="Replace what an earlier run left in the output folder.")
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and print the plan, without loading weights.")
@@ -38,7 +38,7 @@ def run(
 
 
 def _report(result: RunResult) -> None:
-    """The table of teacher against student, and where everything lies; other ranks than the first say nothing."""
+    """Print the table of teacher against student, and where everything lies; other ranks than the first say nothing."""
     if result.rank != 0:
         return
     from rich.console import Console

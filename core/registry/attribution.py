@@ -131,7 +131,7 @@ def _attributed_wrapper(function: Callable[..., Any], label: str, hook: str) -> 
 
 
 def tracing() -> bool:
-    """Whether ``DISTILL_TRACE`` asks for every call of a hook."""
+    """Return whether ``DISTILL_TRACE`` asks for every call of a hook."""
     return os.environ.get(TRACE, "").strip().lower() not in _OFF
 
 

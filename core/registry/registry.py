@@ -240,7 +240,7 @@ class Registry:
         return sorted(self._classes[kind])
 
     def known(self, kind: str, name: str) -> bool:
-        """Whether `name` (or an alias of that spelling) is registered."""
+        """Return whether `name` (or an alias of that spelling) is registered."""
         return self._holder(kind, name) is not None
 
     def get(self, kind: str, name: str) -> type[Any]:
@@ -260,7 +260,7 @@ class Registry:
         return entry
 
     def remedy(self, kind: str, name: str) -> str:
-        """What to do about an unknown name: the nearest ones, all of them, and where others come from."""
+        """Return the remedy for an unknown name: the nearest ones, all of them, and where others come from."""
         candidates = [*self.names(kind), *self._aliases[kind]]
         accepted = ", ".join(self.names(kind)) or "none"
         return f"{did_you_mean(name, candidates)}registered: {accepted}. A plugin adds others: --plugin FILE."

@@ -88,7 +88,7 @@ def _names(point: EntryPoint) -> tuple[str, str]:
 
 
 def load_entry_point(point: EntryPoint, label: str) -> object:
-    """What the entry point names, imported.
+    """Import and return the object that the entry point names.
 
     Raises:
         UserError: It was built for another API, or cannot be imported.

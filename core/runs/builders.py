@@ -99,7 +99,7 @@ def build_method(configuration: Configuration, registry: Registry, family: Model
 
 
 def method_needs(configuration: Configuration, registry: Registry, family: ModelFamily) -> Requirements:
-    """What the run's method needs, of its data too; loads no weights."""
+    """Return the requirements of the run's method; loads no weights."""
     method = build_method(configuration, registry, family)
     return method.requires(configuration.method, method.setup)
 

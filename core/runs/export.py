@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def export_info(run: RunComponents, *, role: str | None = None) -> ExportInfo:
-    """What goes along with the student: its sampler, the shape of its adapter, where it comes from."""
+    """Return what is exported beside the weights: sampler, shape of the adapter, origin."""
     settings = run.settings
     return ExportInfo(
         sampler=run.sampler(),

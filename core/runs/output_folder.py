@@ -94,7 +94,7 @@ class OutputState:
 
 
 def check_output_dir(configuration: Configuration) -> OutputState:
-    """Whether the run starts or resumes in its output folder.
+    """Return whether the run starts or resumes in its output folder.
 
     Raises:
         UserError: The folder holds a finished or foreign run, and neither a resume nor ``overwrite`` was asked for.

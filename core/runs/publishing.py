@@ -114,7 +114,7 @@ def _asked_for(
 
 
 def publish_setting(registry: Registry, configuration: Configuration) -> PublishSetting:
-    """What publishers may know of the run."""
+    """Return what publishers may know of the run."""
     from .builders import build_family
 
     run = configuration.run

@@ -54,7 +54,7 @@ class FolderStore(RemoteStore):
         write_whole(self.root / key, data)
 
     def exists(self, key: str) -> bool:
-        """Whether the file is there."""
+        """Return whether the file is there."""
         return (self.root / key).is_file()
 
     def stat(self, key: str) -> Entry:

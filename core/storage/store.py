@@ -80,7 +80,7 @@ class RemoteStore(ABC):
         """Write the object whole or not at all."""
 
     def exists(self, key: str) -> bool:
-        """Whether the object is there."""
+        """Return whether the object is there."""
         try:
             self.stat(key)
         except FileNotFoundError:
@@ -125,7 +125,7 @@ class RangedStream(io.RawIOBase):
         return None
 
     def _at(self, position: int, wanted: int) -> memoryview:
-        """What is there at `position`: some bytes, fetched together with what probably follows."""
+        """Return some bytes at `position`, fetched together with what probably follows."""
         found = self._kept(position)
         if found is None:
             self._block = min(2 * self._block, LARGEST_BLOCK) if position == self._next else FIRST_BLOCK

@@ -18,7 +18,7 @@ SCHEMES = (*BUCKETS, "http", "https")
 
 
 def is_remote(place: str) -> bool:
-    """Whether a text is the address of another place than this machine's files."""
+    """Return whether a text is the address of another place than this machine's files."""
     return urlsplit(place).scheme.lower() in SCHEMES and "://" in place
 
 

@@ -53,7 +53,7 @@ class Names:
         return camel if camel.endswith(suffix) and camel != suffix else camel + suffix
 
     def values(self) -> dict[str, str]:
-        """What stands for the placeholders of the templates."""
+        """Return the values of the placeholders of the templates."""
         return {
             "name": self.name,
             "spoken": self.kind.replace("_", " "),
