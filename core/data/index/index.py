@@ -23,7 +23,7 @@ from ..hashing import UInt64s
 from ..mapped import release
 from ..tables.external_sort import OnDiskTable, joined
 
-FORMAT = 2
+FORMAT = 3
 
 DIGEST = pa.binary(16)
 SCHEMA = pa.schema(
