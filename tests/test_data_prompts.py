@@ -284,8 +284,9 @@ def test_scores_that_need_real_images_are_left_out_with_the_reason(tmp_path):
     data, _ = pipeline(prompts("p", prompts_file=lines_file(tmp_path)), root=tmp_path, images=False)
     assert data.real_images(8, 16, 24).shape == (0, 3, 24, 16)
     assert len(data.captions(4)) == 4
-    config = SimpleNamespace(run=SimpleNamespace(evaluators=()), evaluators={})
     registry = Registry.load(installed=False)
+    evaluator = registry.get("evaluator", "random_convolutions")
+    config = SimpleNamespace(evaluators={evaluator.name: evaluator.Config()})
     known = EvaluationSetting(model_path=None, num_data=0)
     usable, left_out = build_evaluators(registry, config, known)  # type: ignore[arg-type]
     assert "random_convolutions" not in usable
@@ -384,11 +385,11 @@ def test_images_are_used_for_scores_by_a_run_that_trains_on_captions_alone(tmp_p
 
 def test_a_file_that_the_backend_would_not_read_is_refused(tmp_path):
     from distill.core.config.prompt_entries import check_kind
-    from distill.core.config.reading import Layers, Report
+    from distill.core.config.reading import ConfigReport, Layers
     from distill.core.settings.types import Settings
 
     settings = prompts("p", prompts_file=lines_file(tmp_path)).model_copy(update={"type": "zip", "backend": Settings()})
-    report = Report(Layers(), [], [], prefix="data.p.")
+    report = ConfigReport(Layers(), [], [], prefix="data.p.")
     check_kind(settings, report)
     (finding,) = report.findings
     assert finding.key == "data.p.prompts_file"
