@@ -13,7 +13,7 @@ from distill.core.data.index.index import SCHEMA, Index, write_index
 from distill.core.data.report.statistics import statistics_of
 from distill.core.data.samples.geometry import Geometry
 from distill.core.drawing.charts import Panel, bars, draw, short_number
-from distill.core.engine.trainer import Trainer
+from distill.core.engine.trainer import Throughput
 from matplotlib.figure import Figure
 from PIL import Image
 from support.data_helpers import entry, fill, pipeline, prompts, take
@@ -200,7 +200,10 @@ def test_waiting_for_data_is_counted():
             time.sleep(0.05)
             yield []
 
-    trainer, steps = Trainer.__new__(Trainer), slow()
+    throughput, steps = Throughput(), slow()
     for _ in range(3):
-        trainer._next(steps)
-    assert trainer._waited >= 0.15
+        with throughput.waiting():
+            next(steps)
+    waited = throughput.read(time.perf_counter())
+    assert waited["wait_for_data_share"] > 0.9, "nothing else was done"
+    assert throughput.read(time.perf_counter())["wait_for_data_share"] == 0, "each reading begins anew"
