@@ -22,7 +22,7 @@ assert processes.any(processes.rank == 1) and not processes.any(False)
 from distill.core.errors import DistillError, UserError
 for error, kind in ((UserError("no such folder", "make it"), UserError), (OSError("disk full"), DistillError)):
     try:
-        with processes.together():
+        with processes.synchronized():
             if processes.rank == 1:
                 raise error
     except (DistillError, OSError) as found:
@@ -30,7 +30,7 @@ for error, kind in ((UserError("no such folder", "make it"), UserError), (OSErro
         assert isinstance(found, kind if processes.rank == 0 else type(error)), type(found)
     else:
         raise AssertionError("only one process ended")
-with processes.together():
+with processes.synchronized():
     pass
 assert processes.gather({"rank": processes.rank}) == [{"rank": 0}, {"rank": 1}]
 from distill.core.engine.health import HealthMonitor

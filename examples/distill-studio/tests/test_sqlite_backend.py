@@ -36,7 +36,7 @@ def test_a_row_that_is_not_there(backend):
         backend.open("2502")
 
 
-@pytest.mark.parametrize(("key", "value"), [("image_column", "image"), ("table", "photos")])
+@pytest.mark.parametrize(("key", "value"), [("image_column", "photo"), ("table", "photos")])
 def test_a_wrong_name_is_said_with_those_that_there_are(backend, key, value):
     wrong = SQLite(backend.config.model_copy(update={key: value}))
     with pytest.raises(BadValue, match=value) as raised:
