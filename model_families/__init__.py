@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ..core.utils.lazy import attributes
 
 if TYPE_CHECKING:
-    from ._architecture import Architecture, SingleFile
+    from ._architecture import Architecture, FilePart, SingleFile
     from ._checks import check_channels, check_unet
     from ._diffusers import DiffusersFamily
     from ._encoders import last_states, penultimate, token_ids
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Architecture",
     "DiffusersFamily",
+    "FilePart",
     "SingleFile",
     "TransformerFamily",
     "UNetFamily",
@@ -32,7 +33,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "_architecture": "Architecture SingleFile",
+    "_architecture": "Architecture FilePart SingleFile",
     "_checks": "check_channels check_unet",
     "_diffusers": "DiffusersFamily",
     "_encoders": "last_states penultimate token_ids",

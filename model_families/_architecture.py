@@ -16,18 +16,35 @@ ReadConfig = Callable[[str], dict[str, Any]]
 
 
 @dataclass(frozen=True)
+class FilePart:
+    """How one network of a checkpoint in one file is found.
+
+    Attributes:
+        title: The network in words, as ``the UNet``.
+        prefixes: Prefixes of its tensors' names; of several that a file has, the first is taken.
+    """
+
+    title: str
+    prefixes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class SingleFile:
     """How a checkpoint in one file, in the original layout, is recognised and loaded.
 
     Attributes:
-        needed: Name of each part that it must hold, in words -> prefixes of its tensors' names.
+        parts: Network by its name in the pipeline -> where its tensors are.
         base_repository: Repository of its configs and tokenizers, unless a folder is named.
         size: Approximate size of such a file, in words.
     """
 
-    needed: Mapping[str, str]
+    parts: Mapping[str, FilePart]
     base_repository: str
     size: str
+
+
+UNET = FilePart("the UNet", ("model.diffusion_model.", "unet."))
+AUTOENCODER = FilePart("the autoencoder", ("first_stage_model.", "vae."))
 
 
 @dataclass(frozen=True)

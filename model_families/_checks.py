@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,17 +68,44 @@ def check_unet(name: str, unet: Mapping[str, Any], vae: Mapping[str, Any]) -> No
         )
 
 
-def check_original_keys(name: str, header: Mapping[str, Any], architecture: Architecture) -> None:
-    """Raise UserError unless the tensors' names are those of a whole model in the original layout."""
+def check_kind(name: str, part: str, config: Mapping[str, Any], architecture: Architecture) -> None:
+    """Raise UserError where the config of a network names another class, or weights that are quantised."""
+    expected = {"vae": "AutoencoderKL", architecture.denoiser: architecture.denoiser_class}.get(part)
+    kind = config.get("_class_name", expected)
+    if expected is not None and kind != expected:
+        raise UserError(
+            f"model {name!r}: its {part} is a {kind}, not a {expected} ({part}/config.json: _class_name)",
+            f"name {architecture.title} whose {part} is a {expected}",
+        )
+    if config.get("quantization_config"):
+        raise UserError(
+            f"model {name!r}: its {part} is quantised ({part}/config.json: quantization_config)",
+            "name the unquantised model; base_model_precision quantises it as it loads",
+        )
+
+
+def check_original_parts(
+    name: str, tensors: Sequence[str], architecture: Architecture, *, without: Collection[str] = ()
+) -> None:
+    """Raise UserError unless the tensors' names are those of a whole model, except for the parts in `without`."""
     single = architecture.single_file
     assert single is not None
-    keys = [key for key in header if key != "__metadata__"]
-    if any("lora" in key for key in keys):
+    adapters = sum("lora_" in key or "hada_" in key or "lokr_" in key for key in tensors)
+    if adapters * 2 > len(tensors):
         raise UserError(f"{name!r} is a LoRA, not a model", "name it under teacher_lora or init_lora, beside a model")
-    missing = [what for what, prefix in single.needed.items() if not any(key.startswith(prefix) for key in keys)]
+    missing = [
+        one.title
+        for part, one in single.parts.items()
+        if part not in without and not any(key.startswith(one.prefixes) for key in tensors)
+    ]
     if missing:
         raise UserError(
             f"single file {name!r} is not a whole {architecture.name} in the original layout: it lacks "
             f"{', '.join(missing)}",
-            f"name a full {architecture.name} checkpoint ({single.size}), or a folder in diffusers layout",
+            f"name a full {architecture.name} checkpoint ({single.size}), or a folder in diffusers layout"
+            + (
+                "; another autoencoder is named by pretrained_vae_model_name_or_path"
+                if "the autoencoder" in missing
+                else ""
+            ),
         )

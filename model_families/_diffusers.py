@@ -15,13 +15,13 @@ from ..core.diffusion.second_time import differentiable_forward, load_second_tim
 from ..core.plugin_api.family import ExportInfo, ExtraLora, Precision
 from ..core.plugin_api.precision import BASE
 from . import _export as exporting
+from ._empty import empty_denoiser
 from ._files import quiet_libraries
 from ._images import build_pipeline, call_arguments, evaluating, sample_latents
 from ._kohya import export_kohya, no_form
 from ._lora import attach, fuse, student_folder
 from ._model import DiffusersModel
 from ._schedulers import build_scheduler
-from ._source import empty_denoiser
 from ._usage import usage_snippet
 
 if TYPE_CHECKING:

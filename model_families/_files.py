@@ -8,10 +8,12 @@ import json
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ..core.errors import UserError
 
+LFS_POINTER = b"version https://git-lfs"
+"""What a file begins with that Git has put in the place of a large one."""
 WHOLE_BYTES = 64 * 2**20
 """Files up to this size are hashed whole."""
 CHUNKS, CHUNK_BYTES = 1024, 64 * 2**10
@@ -41,19 +43,27 @@ def quiet_libraries() -> Iterator[None]:
 
 def read_header(path: Path) -> dict[str, Any]:
     """Read the JSON header of a safetensors file. Raises UserError when the file is none or is cut short."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-        text = file.read(length) if length <= size - 8 else b""
+    from safetensors import SafetensorError, safe_open
+
     try:
-        header = json.loads(text)
-        end = max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path} is not a safetensors file", "download it again") from error
-    if 8 + length + end != size:
-        raise UserError(f"{path} is cut short: {size} bytes of {8 + length + end}", "download it again")
-    return header
+        with safe_open(path, framework="pt"):  # checks all of the header: lengths, types, and that no bytes are left
+            pass
+    except (SafetensorError, OSError) as error:
+        _raise_for(path, error)
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        return json.loads(file.read(length))
+
+
+def _raise_for(path: Path, error: Exception) -> NoReturn:
+    """Raise UserError for a file that the library refuses."""
+    if "incomplete metadata" in str(error):
+        found = f"is cut short, or goes on behind its end: {path.stat().st_size} bytes"
+        raise UserError(f"{path} {found} ({error})", "download it again") from error
+    with path.open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise UserError(f"{path} is a pointer of Git LFS, not the weights", "fetch them: git lfs pull") from error
+    raise UserError(f"{path} is not a safetensors file ({error})", "download it again") from error
 
 
 def hash_files(paths: Sequence[Path]) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import logging
+import math
 from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
@@ -18,15 +20,19 @@ from ..core.errors import UserError
 from ..core.plugin_api.family import ExtraLora, MicroConditioning, ModelFamily, ModelSettings
 from ..core.plugin_api.precision import BASE, text_encoder
 from ._encoders import decode, encode_pixels
+from ._file_signs import agreed
 from ._files import hash_files
 from ._lora import Lora, attach, fuse, lora_file, read_lora
-from ._schedulers import with_fixed_shift
-from ._source import Source, TextEncoders, open_source
+from ._open_source import open_source
+from ._schedulers import noise_defaults, with_fixed_shift
+from ._source import Source, TextEncoders
 from ._vae import with_vae
 
 if TYPE_CHECKING:
     from ..core.plugin_api.batch import Conditioning
     from ._architecture import Architecture
+
+logger = logging.getLogger(__name__)
 
 PROMPTS_AT_ONCE = 32
 """Number of prompts in one pass of the text encoders."""
@@ -117,8 +123,14 @@ class DiffusersModel(ModelFamily):
 
     @cached_property
     def scheduler_config(self) -> dict[str, Any]:
-        """The model's scheduler config, with the user's settings of the noise over it."""
-        return {**self._source.config("scheduler/scheduler_config.json"), **self.scheduler_overrides()}
+        """The model's scheduler config, with what its class adds, what the weights' file says and what the user set.
+
+        Raises:
+            UserError: The scheduler is of no kind that has a schedule here, or the file contradicts itself.
+        """
+        written, chosen = self._source.config("scheduler/scheduler_config.json"), self.scheduler_overrides()
+        said = agreed(self.settings.source, self._source.signs(), written, chosen)
+        return {**noise_defaults(self.settings.source, written), **written, **said, **chosen}
 
     @cached_property
     def noise_config(self) -> dict[str, Any]:
@@ -128,10 +140,26 @@ class DiffusersModel(ModelFamily):
         return with_fixed_shift(self.scheduler_config, num_positions=(width // edge) * (height // edge))
 
     def check_source(self) -> None:
-        self._source.check()
+        elsewhere = {*self.left_out, *(["vae"] if self.settings.vae is not None else [])}
+        self._source.check(without=elsewhere)
+        self._check_vae()
+        self._source.check_weights([part for part in self.architecture.networks if part not in elsewhere])
+        if self.settings.vae is not None:
+            self._vae_source.check_weights(["vae"])
         for lora, _ in self.settings.teacher_lora:
             lora_file(lora)
-        self._check_vae()
+        _ = self.schedule  # refuses a noise that it cannot describe
+        self._say_resolution()
+
+    def _say_resolution(self) -> None:
+        """Say where the run's images are far from those that the weights' file says it was made for."""
+        stated, own = self._source.resolution(), self.settings.resolution
+        if stated is None or own is None or 0.5 <= math.prod(own) / math.prod(stated) <= 2:
+            return
+        logger.warning(
+            "model %s says that it was made for images of %d x %d (modelspec.resolution), this run trains at %d x %d",
+            self.settings.source, *stated, *own,
+        )  # fmt: skip
 
     @property
     def taken_channels(self) -> int:

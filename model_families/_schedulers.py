@@ -24,8 +24,9 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..core.diffusion.schedule import from_scheduler_config
+from ..core.diffusion.schedule import from_scheduler_config, is_flow
 from ..core.diffusion.second_time import SCHEDULER
+from ..core.errors import UserError
 from ._files import quiet_libraries
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ NOISE_KEYS = (
     "shift",
 )
 """Keys that belong to the model, not to its scheduler: kept when another scheduler class takes over."""
+TABLE_KEYS = {"beta_start", "beta_end", "beta_schedule"}
+"""Arguments by which a scheduler's class is known to have a table of betas."""
 ENDS: Mapping[str, Any] = {"clip_sample": False, "thresholding": False, "set_alpha_to_one": True}
 """Defaults that override the model's: latents are never clipped, and the last step ends at the data."""
 
@@ -66,6 +69,54 @@ def build_scheduler(model_config: Mapping[str, Any], sampler: Sampler | None) ->
         if sampler.scheduler == SCHEDULER:
             base["prediction_type"] = from_scheduler_config(model_config)[1]  # flow schedulers have no such key
         return _for_unets(kind.from_config({**base, **sampler.config}))
+
+
+def noise_defaults(model: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of the noise that a model's scheduler config leaves to the defaults of its class.
+
+    Args:
+        model: The model, for messages.
+        config: Its ``scheduler_config.json``.
+
+    Raises:
+        UserError: The class is none of diffusers', or its noise is neither a table of betas nor a flow.
+    """
+    name = str(config.get("_class_name"))
+    kind = _class_of(name)
+    if kind is None:
+        raise UserError(
+            f"model {model!r} has the scheduler {name}, which this version of diffusers lacks "
+            "(scheduler/scheduler_config.json: _class_name)",
+            "name a scheduler of diffusers that the model was trained for, as EulerDiscreteScheduler",
+        )
+    if needed := getattr(kind, "_backends", None):  # diffusers' stand-in where a package is missing
+        raise UserError(
+            f"model {model!r} has the scheduler {name}, which needs {', '.join(needed)}",
+            "install what is missing with pip",
+        )
+    defaults = {key: one.default for key, one in inspect.signature(kind.__init__).parameters.items()}
+    if not is_flow(config) and not defaults.keys() >= TABLE_KEYS:
+        raise UserError(
+            f"model {model!r} has the scheduler {name}, whose noise is neither a table of betas (DDPM) nor a flow "
+            "(scheduler/scheduler_config.json: _class_name)",
+            "name a model that was trained on one of these; EDM's (Playground v2.5, CosXL) and consistency models "
+            "cannot be distilled by this family",
+        )
+    if config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction":
+        raise UserError(
+            f"model {model!r} is trained on a flow, but its scheduler {name} has a table of betas "
+            "(scheduler/scheduler_config.json: use_flow_sigmas, prediction_type)",
+            "set _class_name to FlowMatchEulerDiscreteScheduler, and shift to the model's (flow_shift)",
+        )
+    return {key: value for key, value in defaults.items() if key in NOISE_KEYS}
+
+
+def _class_of(name: str) -> Any:
+    import diffusers
+
+    kind = getattr(diffusers, name, None)
+    scheduler = isinstance(kind, type) and (issubclass(kind, diffusers.SchedulerMixin) or hasattr(kind, "_backends"))
+    return kind if scheduler else None
 
 
 def _scheduler_class(name: str) -> Any:

@@ -7,20 +7,25 @@ import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import UserError
-from ._checks import check_index, check_local_folder, check_original_keys, has_part
-from ._files import hash_files, quiet_libraries, read_header
+from ._checks import check_index, check_kind, check_local_folder, has_part
+from ._comparison import check_tensors
+from ._empty import by_name_of, empty_network
+from ._files import hash_files, quiet_libraries
+from ._weights import WeightFile
 
 if TYPE_CHECKING:
     import torch
     from diffusers import AutoencoderKL
+    from torch import Tensor
 
     from ._architecture import Architecture
+    from ._file_signs import Sign
 
 SETTINGS = ("*.json", "*.txt", "*.model")
 """Files beside the weights that change a part's output: configs, vocabularies, sentencepiece models."""
@@ -51,8 +56,42 @@ class Source(ABC):
         """Read a JSON file of the model, as ``vae/config.json``."""
 
     @abstractmethod
-    def check(self) -> None:
-        """Raise UserError unless it is a model of the architecture in safetensors; reads no weights."""
+    def check(self, *, without: Collection[str] = ()) -> None:
+        """Raise UserError unless it is a model of the architecture in safetensors; reads no weights.
+
+        Args:
+            without: Networks that come from elsewhere, or are left out.
+        """
+
+    def check_weights(self, parts: Sequence[str]) -> None:
+        """Raise UserError unless the tensors of each network are those that its config describes; reads no weights."""
+        for part in parts:
+            if self.has(part):
+                self.check_part(part)
+
+    def check_part(self, part: str) -> None:
+        """Raise UserError unless the tensors of one network are those that its config describes."""
+        config = self.config(f"{part}/config.json")
+        check_kind(self.name, part, config, self.architecture)
+        network = empty_network(self.architecture, part, config)
+        check_tensors(f"model {self.name!r}, {part}", network, self.shapes(part, network), remedy=self.weights_remedy)
+
+    def signs(self) -> list[Sign]:
+        """Return what the weights' file itself says of its noise; configs are not among it."""
+        return []
+
+    def resolution(self) -> tuple[int, int] | None:
+        """Return (width, height) in pixels that the weights' file says it was made for; None where it says none."""
+        return None
+
+    weights_remedy: str = (
+        "restore the weights from the model's origin; the weights of a larger, pruned or inpainting sibling need "
+        "the configs that were made with them"
+    )
+
+    @abstractmethod
+    def shapes(self, part: str, network: Any) -> Mapping[str, Tensor]:
+        """Return the tensors of a part on the meta device, by the names of `network` where they have one."""
 
     @abstractmethod
     def has(self, part: str) -> bool:
@@ -96,18 +135,32 @@ class FolderSource(Source):
         return path
 
     def config(self, relative: str) -> dict[str, Any]:
-        path = self.file(relative)
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{path} is not valid JSON: {error}", "restore the file from the model's origin") from error
+        return _read_json(self.file(relative))
 
-    def check(self) -> None:
+    def check(self, *, without: Collection[str] = ()) -> None:
         check_local_folder(Path(self.name))
         self.check_configs()
         for part in self.architecture.networks:
-            if self.has(part):
+            if part not in without and self.has(part):
                 self.weights_variant(part)
+
+    def shapes(self, part: str, network: Any) -> Mapping[str, Tensor]:
+        found = {name: shape for file in self.weights_files(part) for name, shape in file.shapes().items()}
+        return by_name_of(network, found)
+
+    def weights_files(self, part: str) -> list[WeightFile]:
+        """Open the files of a component's weights. Raises UserError when its index names one that is not there."""
+        folder, variant = self.component(part), self.weights_variant(part)
+        paths = [path for path in sorted(folder.glob("*.safetensors")) if _variant_of(path.name) == variant]
+        for index in folder.glob("*.safetensors.index.json"):
+            if _variant_of(index.name.removesuffix(".index.json")) == variant:
+                paths = [self._shard(folder, name) for name in sorted(set(_read_json(index)["weight_map"].values()))]
+        return [WeightFile.open(path) for path in paths]
+
+    def _shard(self, folder: Path, name: str) -> Path:
+        if not (folder / name).is_file():
+            raise UserError(f"model {self.name!r} lacks {folder.name}/{name}, which its index names", "download it")
+        return folder / name
 
     def check_configs(self) -> None:
         """Raise UserError unless the configs describe a model of the architecture with every component."""
@@ -163,26 +216,33 @@ class FolderSource(Source):
     def load_text(self, dtype: torch.dtype, *, without: Collection[str] = ()) -> TextEncoders:
         import transformers
 
-        own = self.architecture
-        with quiet_libraries():
-            tokenizers = {
-                part: getattr(transformers, kind).from_pretrained(self.component(part), local_files_only=True)
-                for part, kind in own.tokenizers.items()
-                if part not in without and self.has(part)
-            }
         encoders = {
             part: self._load(getattr(transformers, kind), part).to(dtype)
-            for part, kind in own.encoders.items()
+            for part, kind in self.architecture.encoders.items()
             if part not in without and self.has(part)
         }
-        return TextEncoders(tokenizers, encoders)
+        return TextEncoders(self.load_tokenizers(without=without), encoders)
+
+    def load_tokenizers(self, *, without: Collection[str] = ()) -> dict[str, Any]:
+        """Load the tokenizers by their names in the pipeline."""
+        import transformers
+
+        with quiet_libraries():
+            return {
+                part: getattr(transformers, kind).from_pretrained(self.component(part), local_files_only=True)
+                for part, kind in self.architecture.tokenizers.items()
+                if part not in without and self.has(part)
+            }
 
     def _load(self, kind: Any, part: str, **arguments: Any) -> Any:
-        folder = self.component(part)
+        self.check_part(part)
+        folder, variant = self.component(part), self.weights_variant(part)
+        shared = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
         with quiet_libraries():
-            return kind.from_pretrained(
-                folder, use_safetensors=True, variant=self.weights_variant(part), local_files_only=True, **arguments
-            )
+            network, said = kind.from_pretrained(folder, variant=variant, **shared, **arguments)
+        if missing := said["missing_keys"]:  # of a version of the library that reads other names
+            raise UserError(f"model {self.name!r}, {part}: {len(missing)} tensors are missing", self.weights_remedy)
+        return network
 
 
 @dataclass
@@ -209,8 +269,11 @@ class HubSource(FolderSource):
         with self._reachable(relative):
             return Path(hf_hub_download(self.name, relative, revision=self.revision))
 
-    def check(self) -> None:
+    def check(self, *, without: Collection[str] = ()) -> None:
         self.check_configs()
+
+    def check_weights(self, parts: Sequence[str]) -> None:
+        """Leave the comparison to the moment after the download; each network is compared before it loads."""
 
     def digest(self, part: str) -> str:
         commit = self.file("model_index.json").parent.name
@@ -231,167 +294,17 @@ class HubSource(FolderSource):
             ) from error
 
 
-@dataclass
-class FileSource(Source):
-    """A single ``.safetensors`` file in the original layout; configs and tokenizers come from `configs`."""
-
-    name: str
-    architecture: Architecture
-    configs: FolderSource
-
-    def config(self, relative: str) -> dict[str, Any]:
-        config = self.configs.config(relative)
-        if relative == "scheduler/scheduler_config.json":
-            config |= _scheduler_flags(self.header())
-        return config
-
-    def has(self, part: str) -> bool:
-        return self.configs.has(part)
-
-    def header(self) -> dict[str, Any]:
-        """Return names, types and shapes of the tensors, read without the weights."""
-        return read_header(Path(self.name))
-
-    def check(self) -> None:
-        check_original_keys(self.name, self.header(), self.architecture)
-        if isinstance(self.configs, HubSource):
-            self._check_hub_configs(self.configs)
-        else:
-            check_local_folder(Path(self.configs.name), key="model_config_source")
-        self.configs.check_configs()
-
-    def _check_hub_configs(self, configs: HubSource) -> None:
-        try:
-            configs.file("model_index.json")
-        except UserError as error:
-            raise UserError(
-                f"single file {self.name!r}: its configs and tokenizers would come from the hub ({configs.name}), "
-                "which cannot be reached",
-                config_remedy(self.architecture),
-            ) from error
-
-    def digest(self, part: str) -> str:
-        configs = [self.configs.component(folder) for folder in self.architecture.folders(part)]
-        settings = [path for folder in configs for pattern in SETTINGS for path in folder.glob(pattern)]
-        return hash_files([Path(self.name), *sorted(settings)])
-
-    def config_root(self) -> str:
-        """Return a local folder with every config and tokenizer."""
-        if not isinstance(self.configs, HubSource):
-            return self.configs.name
-        from huggingface_hub import snapshot_download
-
-        patterns = ["*.json", *(f"*/{pattern}" for pattern in SETTINGS)]
-        return snapshot_download(self.configs.name, revision=self.configs.revision, allow_patterns=patterns)
-
-    def load_denoiser(self, dtype: torch.dtype) -> Any:
-        kind, part = self.architecture.network_class(), self.architecture.denoiser
-        return self._load(kind, subfolder=part, torch_dtype=dtype)
-
-    def load_vae(self, dtype: torch.dtype) -> AutoencoderKL:
-        from diffusers import AutoencoderKL
-
-        return self._load(AutoencoderKL, subfolder="vae", torch_dtype=dtype)
-
-    def load_text(self, dtype: torch.dtype, *, without: Collection[str] = ()) -> TextEncoders:
-        own = self.architecture
-        absent: dict[str, Any] = {own.denoiser: None, "vae": None, **own.arguments}
-        pipeline = self._load(own.pipeline_class(), torch_dtype=dtype, **absent)
-        return TextEncoders(
-            {part: getattr(pipeline, part) for part in own.tokenizers if part not in without},
-            {part: getattr(pipeline, part) for part in own.encoders if part not in without},
-        )
-
-    def _load(self, kind: Any, **arguments: Any) -> Any:
-        with quiet_libraries():
-            return kind.from_single_file(self.name, config=self.config_root(), local_files_only=True, **arguments)
-
-
-def open_source(
-    name: str,
-    architecture: Architecture,
-    *,
-    revision: str | None = None,
-    variant: str | None = None,
-    config_source: str | None = None,
-) -> Source:
-    """Return the source that `name` means. Raises UserError when it can be none."""
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return FolderSource(str(path), architecture, variant)
-    if path.is_file():
-        return _open_file(path, name, architecture, revision=revision, config_source=config_source)
-    return open_hub(name, architecture, revision=revision, variant=variant)
-
-
-def _open_file(
-    path: Path, name: str, architecture: Architecture, *, revision: str | None, config_source: str | None
-) -> FileSource:
-    if path.suffix != ".safetensors":
-        raise UserError(
-            f"model {name!r} is not a .safetensors file",
-            "pickled checkpoints (.ckpt, .bin, .pt) can run code and are never loaded: convert the file to "
-            "safetensors where you trust it",
-        )
-    if architecture.single_file is None:
-        raise UserError(
-            f"model {name!r} is a single file; of {architecture.title} only whole models in diffusers layout are read",
-            "name a folder in diffusers layout (model_index.json and a folder for each part), or a hub id",
-        )
-    return FileSource(str(path), architecture, _config_source(config_source, architecture, revision))
-
-
-def open_hub(
-    name: str, architecture: Architecture, *, revision: str | None = None, variant: str | None = None
-) -> HubSource:
-    """Return the hub repository `name`, which is no local path. Raises UserError when it cannot be an id."""
-    if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith((".safetensors", ".ckpt", "/")):
-        raise UserError(
-            f"model {name!r} does not exist",
-            "name an existing folder in diffusers layout, an existing .safetensors file, or a hub id as owner/name",
-        )
-    return HubSource(name, architecture, variant, revision)
-
-
-def config_remedy(architecture: Architecture) -> str:
-    """Return the sentence on where else the configs of a single file may come from."""
-    tokenizers = ", ".join(f"{part}/" for part in architecture.tokenizers)
-    return (
-        f"set model_config_source to a folder in diffusers layout with the configs and tokenizers of "
-        f"{architecture.title} (model_index.json, scheduler/, {tokenizers} and the config.json of each network; no "
-        "weights needed)"
-    )
-
-
-def _config_source(name: str | None, architecture: Architecture, revision: str | None) -> FolderSource:
-    assert architecture.single_file is not None
-    if name is None:
-        return HubSource(architecture.single_file.base_repository, architecture)
-    source = open_source(name, architecture, revision=revision)
-    if not isinstance(source, FolderSource):
-        raise UserError(f"model_config_source = {name!r} is not a folder or hub id", config_remedy(architecture))
-    return source
-
-
-def empty_denoiser(architecture: Architecture, config: Mapping[str, Any]) -> Any:
-    """Build a denoiser on the meta device: shapes without memory."""
-    import torch
-
-    with quiet_libraries(), torch.device("meta"):
-        return architecture.network_class().from_config(dict(config))
-
-
 def _variant_of(filename: str) -> str | None:
     """Return ``fp16`` for ``model.fp16.safetensors`` and ``model.fp16-00001-of-00002.safetensors``."""
     stem = re.sub(r"-\d{5}-of-\d{5}", "", filename.removesuffix(".safetensors"))
     return stem.split(".", 1)[1] if "." in stem else None
 
 
-def _scheduler_flags(header: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the scheduler settings that marker tensors of a single file state."""
-    flags: dict[str, Any] = {}
-    if "v_pred" in header:
-        flags["prediction_type"] = "v_prediction"
-    if "ztsnr" in header:
-        flags["rescale_betas_zero_snr"] = True
-    return flags
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}", "restore the file from the model's origin") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds no JSON object", "restore the file from the model's origin")
+    return found

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from ..core.errors import UserError
 from ..core.plugin_api.family import Capabilities
-from ._architecture import Architecture, KohyaFormat, ReadConfig, SingleFile
+from ._architecture import AUTOENCODER, UNET, Architecture, FilePart, KohyaFormat, ReadConfig, SingleFile
 from ._checks import check_unet
 from ._encoders import last_states
 from ._unet import UNetFamily
@@ -44,14 +44,14 @@ class StableDiffusion(UNetFamily):
 
 
 def generation(
-    title: str, *, linear: bool, text_prefix: str, base_repository: str, size: str, kohya: KohyaFormat
+    title: str, *, linear: bool, text_prefixes: tuple[str, ...], base_repository: str, size: str, kohya: KohyaFormat
 ) -> Architecture:
     """Return the architecture of one generation.
 
     Args:
         title: Name with its article.
         linear: ``use_linear_projection`` of its UNets, which tells the generations apart.
-        text_prefix: Prefix of the text encoder's tensor names in a single file.
+        text_prefixes: Prefixes of the text encoder's tensor names in a single file.
         base_repository: Repository of the configs of a single file, unless a folder is named.
         size: Approximate size of such a file, in words.
         kohya: Its LoRAs in kohya's format.
@@ -84,10 +84,10 @@ def generation(
         made_of=f"{title} has a tokenizer and a text encoder",
         arguments={"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
         single_file=SingleFile(
-            needed={
-                "the UNet": "model.diffusion_model.",
-                "the autoencoder": "first_stage_model.",
-                f"the text encoder of {name}": text_prefix,
+            parts={
+                "unet": UNET,
+                "vae": AUTOENCODER,
+                "text_encoder": FilePart(f"the text encoder of {name}", text_prefixes),
             },
             base_repository=base_repository,
             size=size,

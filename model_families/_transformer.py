@@ -14,9 +14,9 @@ from ..core.errors import UserError
 from ..core.plugin_api.batch import Conditioning
 from ._architecture import ReadConfig
 from ._diffusers import DiffusersFamily
+from ._empty import empty_denoiser
 from ._networks import outputs_inside, own_state
 from ._smaller import evenly, kept_transformer_weights, not_more, smaller_transformer_config
-from ._source import empty_denoiser
 
 LORA_TARGETS = (
     *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),

@@ -13,10 +13,10 @@ from ..core.errors import UserError
 from ..core.plugin_api.batch import Conditioning
 from ._architecture import Architecture
 from ._diffusers import DiffusersFamily
+from ._empty import empty_denoiser
 from ._images import guidance_scale_embedding
 from ._networks import check_guidance, outputs_inside, own_state
 from ._smaller import kept_unet_weights, smaller_unet_config
-from ._source import empty_denoiser
 
 GUIDANCE_DIM = 256
 """``time_cond_proj_dim`` of a student with a guidance embedding."""

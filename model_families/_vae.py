@@ -6,8 +6,9 @@ import hashlib
 from pathlib import Path
 
 from ..core.errors import UserError
-from ._files import read_header
-from ._source import FileSource, FolderSource, HubSource, Source, open_hub
+from ._open_source import open_hub
+from ._single_file import FileSource
+from ._source import FolderSource, HubSource, Source
 
 
 def with_vae(vae: str, source: Source) -> Source:
@@ -18,7 +19,6 @@ def with_vae(vae: str, source: Source) -> Source:
     if path.is_file():
         configs = source.configs if isinstance(source, FileSource) else source
         assert isinstance(configs, FolderSource)
-        read_header(path)
         return FileSource(str(path), source.architecture, configs)
     if path.is_dir():
         kind = BareVae if (path / "config.json").is_file() else FolderSource

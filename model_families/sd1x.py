@@ -18,7 +18,7 @@ class SD1x(StableDiffusion):
     architecture: ClassVar[Architecture] = generation(
         "a Stable Diffusion 1.x",
         linear=False,
-        text_prefix="cond_stage_model.transformer.",
+        text_prefixes=("cond_stage_model.transformer.", "text_encoder."),
         base_repository="stable-diffusion-v1-5/stable-diffusion-v1-5",
         size="about 2 GB in fp16",
         kohya=KohyaFormat("sd_v1", "stable-diffusion-v1", of_v=("sd_v1_v", "stable-diffusion-v1")),

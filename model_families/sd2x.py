@@ -23,7 +23,7 @@ class SD2x(StableDiffusion):
     architecture: ClassVar[Architecture] = generation(
         "a Stable Diffusion 2.x",
         linear=True,
-        text_prefix="cond_stage_model.model.",
+        text_prefixes=("cond_stage_model.model.", "text_encoder."),
         base_repository="stabilityai/stable-diffusion-2-1",
         size="about 2.5 GB in fp16",
         kohya=KohyaFormat(

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..core.errors import UserError
 from ..core.plugin_api.family import Capabilities, MicroConditioning, ModelFamily
 from ..core.plugin_api.hookspecs import hookimpl
-from ._architecture import MINIATURES, Architecture, KohyaFormat, ReadConfig, SingleFile
+from ._architecture import AUTOENCODER, MINIATURES, UNET, Architecture, FilePart, KohyaFormat, ReadConfig, SingleFile
 from ._checks import check_unet
 from ._encoders import penultimate
 from ._kohya import original_unet
@@ -78,11 +78,20 @@ class SDXL(UNetFamily):
         lora_encoders=("text_encoder", "text_encoder_2"),
         arguments={"add_watermarker": False},
         single_file=SingleFile(
-            needed={
-                "the UNet": "model.diffusion_model.",
-                "the autoencoder": "first_stage_model.",
-                "the first text encoder": "conditioner.embedders.0.",
-                "the second text encoder": "conditioner.embedders.1.",
+            parts={
+                "unet": UNET,
+                "vae": AUTOENCODER,
+                "text_encoder": FilePart(
+                    "the first text encoder",
+                    ("conditioner.embedders.0.transformer.", "text_encoders.clip_l.transformer.", "text_encoder."),
+                ),
+                "text_encoder_2": FilePart(
+                    "the second text encoder",
+                    (
+                        *("conditioner.embedders.1.model.", "conditioner.embedders.1.transformer."),
+                        *("text_encoders.clip_g.transformer.", "text_encoder_2."),
+                    ),
+                ),
             },
             base_repository="stabilityai/stable-diffusion-xl-base-1.0",
             size="about 6.5 GB in fp16",

@@ -282,11 +282,16 @@ def rescale_to_zero_snr(alphas_cumprod: Tensor) -> Tensor:
     return ((root - last) * first / (first - last)) ** 2
 
 
+def is_flow(config: Mapping[str, Any]) -> bool:
+    """Return True for a scheduler config of diffusers' flow matching."""
+    return "FlowMatch" in str(config.get("_class_name", ""))
+
+
 def from_scheduler_config(config: Mapping[str, Any]) -> tuple[Schedule, str]:
     """Return schedule and prediction type of a diffusers scheduler config.
 
     The prediction type is ``epsilon``, ``v_prediction``, ``sample`` or ``flow``.
     """
-    if "FlowMatch" in str(config.get("_class_name", "")):
+    if is_flow(config):
         return FlowSchedule.from_config(config), "flow"
     return DDPMSchedule.from_config(config), str(config.get("prediction_type", "epsilon"))

@@ -1,0 +1,65 @@
+"""Networks on the meta device: names and shapes without memory, and the names that older files have for them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ._files import quiet_libraries
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ._architecture import Architecture
+
+TEXT_MODEL = "text_model."
+"""Prefix of CLIP's tensors, which files have or lack by the version that wrote them."""
+
+
+def empty_denoiser(architecture: Architecture, config: Mapping[str, Any]) -> Any:
+    """Build a denoiser on the meta device."""
+    import torch
+
+    with quiet_libraries(), torch.device("meta"):
+        return architecture.network_class().from_config(dict(config))
+
+
+def empty_network(architecture: Architecture, part: str, config: Mapping[str, Any]) -> Any:
+    """Build any network of an architecture on the meta device, from its ``config.json``."""
+    import torch
+
+    if part == architecture.denoiser:
+        return empty_denoiser(architecture, config)
+    with quiet_libraries(), torch.device("meta"):
+        if part == "vae":
+            from diffusers import AutoencoderKL
+
+            return AutoencoderKL.from_config(dict(config))
+        import transformers
+
+        kind = getattr(transformers, architecture.encoders[part])
+        return kind(kind.config_class.from_dict(dict(config)))
+
+
+def by_name_of(network: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors by the names of `network`, as its library's loader maps those of older versions."""
+    found = dict(tensors)
+    if hasattr(network, "_fix_state_dict_keys_on_load"):  # of diffusers: attention of old autoencoders
+        network._fix_state_dict_keys_on_load(found)
+        return found
+    own = network.state_dict()
+    return {_text_name(name, own): tensor for name, tensor in found.items()}
+
+
+def _text_name(name: str, own: Mapping[str, Any]) -> str:
+    """Return the name of a text encoder's tensor with one ``text_model.`` more or less, where that is its own."""
+    for other in (name, TEXT_MODEL + name, name.removeprefix(TEXT_MODEL)):
+        if other in own:
+            return other
+    return name
+
+
+def without_text_model(name: str) -> str:
+    """Return the name without any number of ``text_model.`` in front."""
+    return re.sub(rf"^({re.escape(TEXT_MODEL)})+", "", name)
