@@ -28,6 +28,10 @@ class UserError(DistillError):
         self.remedy = remedy
 
 
+class UnreachableError(UserError):
+    """A file of the hub is needed that is not in its cache, and there is no network."""
+
+
 class BadValue(Exception):
     """A key of a data-file entry whose value cannot be used as it is.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,8 @@ class Architecture:
         arguments: Further arguments of the pipeline's constructor.
         single_file: Its layout in a single file; None where such files are not read.
         kohya: Its LoRAs in kohya's format; None where that has no form that diffusers reads.
+        original_path: Returns the original code's path of a module of the denoiser, given its config, and all modules
+            that are one layer there. Raises UserError for a module that has none.
     """
 
     title: str
@@ -82,6 +84,7 @@ class Architecture:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     single_file: SingleFile | None = None
     kohya: KohyaFormat | None = None
+    original_path: Callable[[str, Mapping[str, Any]], tuple[str, Sequence[str]]] | None = None
 
     @property
     def name(self) -> str:

@@ -19,7 +19,8 @@ from ._empty import empty_denoiser
 from ._files import quiet_libraries
 from ._images import build_pipeline, call_arguments, evaluating, sample_latents
 from ._kohya import export_kohya, no_form
-from ._lora import attach, fuse, student_folder
+from ._lora import attach, fuse
+from ._lora_files import student_folder
 from ._model import DiffusersModel
 from ._schedulers import build_scheduler
 from ._usage import usage_snippet
@@ -71,7 +72,7 @@ class DiffusersFamily(DiffusersModel):
     # -- network ----------------------------------------------------------------------------------------------------
 
     def load_network(self) -> nn.Module:
-        loras = self._loras(self.settings.teacher_lora)
+        loras = self.teacher_loras()
         dtype = torch.float32 if loras else self._weight_dtype()  # fused in float32, rounded once
         network: Any = self._source.load_denoiser(dtype)
         fuse(self.architecture, {self.architecture.denoiser: network}, loras)
@@ -94,7 +95,7 @@ class DiffusersFamily(DiffusersModel):
         return empty_denoiser(self.architecture, self.denoiser_config)
 
     def attach_adapter(self, network: nn.Module, path: str, adapter: str) -> None:
-        attach(self.architecture, {self.architecture.denoiser: network}, {adapter: self._loras([(path, 1.0)])[0]})
+        attach(self.architecture, {self.architecture.denoiser: network}, {adapter: self.plain_lora(path)})
         load_second_time(network, student_folder(path), name=adapter)
 
     def forward_ad(self) -> AbstractContextManager[None]:
@@ -212,15 +213,17 @@ class DiffusersFamily(DiffusersModel):
 
     def load_student(self, folder: Path, *, extra_loras: Sequence[ExtraLora] = ()) -> nn.Module:
         loras = exporting.student_lora(self.architecture, folder)
+        named = [*loras, *((extra.path, extra.weight) for extra in extra_loras)]
+        names = [*("student" for _ in loras), *(f"extra_{n}" for n in range(len(extra_loras)))]
+        adapters = {
+            adapter: self.plain_lora(path, weight) for adapter, (path, weight) in zip(names, named, strict=True)
+        }
         if loras:
             network = self.load_network()
         else:
             network = exporting.load_denoiser(self.architecture, folder, self._weight_dtype())
             network = network.to(self.settings.device).eval()
         self._put_beside(extra_loras)
-        named = [*loras, *((extra.path, extra.weight) for extra in extra_loras)]
-        names = [*("student" for _ in loras), *(f"extra_{n}" for n in range(len(extra_loras)))]
-        adapters = dict(zip(names, self._loras(named), strict=True))
         attach(self.architecture, {self.architecture.denoiser: network}, adapters)
         if loras:
             exporting.refill(self.architecture, network, folder, adapter="student")

@@ -13,7 +13,7 @@ from torch import nn
 from ..core.diffusion.second_time import SCHEDULER, active_second_time, detached_second_time, export_second_time
 from ..core.errors import UserError
 from ._files import quiet_libraries
-from ._lora import WEIGHTS
+from ._lora_files import WEIGHTS
 
 if TYPE_CHECKING:
     from ..core.plugin_api.family import ExportInfo

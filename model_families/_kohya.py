@@ -19,7 +19,8 @@ from ..core.errors import UserError
 from ..core.utils.files import whole_file
 from ._architecture import KohyaFormat, Layer, Layers
 from ._files import quiet_libraries
-from ._lora import WEIGHTS, read_lora
+from ._lora_files import WEIGHTS
+from ._plain_lora import read_by_diffusers
 
 if TYPE_CHECKING:
     from ._architecture import Architecture
@@ -118,7 +119,7 @@ def tensors(layers: Layers, dtype: torch.dtype) -> dict[str, Tensor]:
         name = f"lora_unet_{path.replace('.', '_')}"
         found[f"{name}.lora_down.weight"] = layer.down.to(dtype).contiguous()
         found[f"{name}.lora_up.weight"] = layer.up.to(dtype).contiguous()
-        found[f"{name}.alpha"] = torch.tensor(layer.alpha, dtype=dtype)
+        found[f"{name}.alpha"] = torch.tensor(layer.alpha, dtype=torch.float32)  # half precision rounds 301 to 300
     return found
 
 
@@ -159,7 +160,7 @@ def readable(file: Path, architecture: Architecture, config: Mapping[str, Any]) 
     from diffusers.utils import convert_unet_state_dict_to_peft
 
     try:
-        state = dict(read_lora(str(file), 1.0, architecture, config).state)
+        state = dict(read_by_diffusers(str(file), 1.0, architecture, config).state)
     except (AssertionError, ValueError, RuntimeError, KeyError) as error:
         raise UserError(f"diffusers cannot read the file: {str(error).strip() or type(error).__name__}", REMEDY) from (
             error
@@ -224,6 +225,11 @@ def original_unet_path(path: str, config: Mapping[str, Any]) -> str:
         return f"output_blocks.{number + count - 1}.{behind}.conv"
     side, number = ("input_blocks", number + 1) if side == "down_blocks" else ("output_blocks", number)
     return ".".join([side, str(number + int(index)), str(int(part == "attentions")), *_inner(part, inner)])
+
+
+def unet_place(path: str, config: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
+    """Return the original code's path of a UNet's module, and the module: there, each is a layer of its own."""
+    return original_unet_path(path, config), (path,)
 
 
 def _inner(part: str, inner: Sequence[str]) -> Sequence[str]:

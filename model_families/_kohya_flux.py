@@ -39,7 +39,7 @@ def original_flux(layers: Layers, config: Mapping[str, Any]) -> Layers:
         if path == FINAL:
             found["final_layer.linear"] = at_scale_one(layers[path])  # its alpha is not heeded by every reader
             continue
-        name, members = _place(path)
+        name, members = flux_place(path, config)
         if name not in found:
             missing = [member for member in members if member not in layers]
             if missing:
@@ -51,8 +51,8 @@ def original_flux(layers: Layers, config: Mapping[str, Any]) -> Layers:
     return found
 
 
-def _place(path: str) -> tuple[str, list[str]]:
-    """Return the original's path, and diffusers' paths of all layers that are fused there."""
+def flux_place(path: str, config: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """Return the original's path, and diffusers' paths of all layers that are fused there. Raises UserError."""
     match = _PATH.fullmatch(path)
     for name, members in _BLOCKS[match[1]][1].items() if match else ():
         if match and match[3] in members:

@@ -1,100 +1,149 @@
-"""LoRAs: finding their files, fusing them into the teacher, attaching them beside a student's."""
+"""LoRAs: compared with the networks, fused into the teacher, attached beside a student's.
+
+What diffusers reads whole is left to it. Kinds that it cannot read (:mod:`._lora_kinds`), and LoRAs of which only a
+part is wanted, are fused here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import UserError
+from ._adapter_file import AdapterFile, Fit
 from ._files import quiet_libraries
+from ._lora_files import lora_file
+from ._lora_kinds import AdapterLayer, changed_bias, changed_weight
+from ._plain_lora import Lora, read_by_diffusers
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ._architecture import Architecture
+    from ._lora_names import Place
 
-WEIGHTS = "pytorch_lora_weights.safetensors"
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Lora:
-    """One LoRA as diffusers reads it.
+class ExactLora:
+    """One adapter of any kind that is computed here, on the modules that it changes.
 
     Attributes:
         name: As the user wrote it.
         weight: Factor of its contribution.
-        state: Tensors by name, prefixed with the part that they change: ``unet.``, ``text_encoder_2.``.
-        alphas: Alphas by tensor name, for files that carry them (kohya), or None.
-        metadata: diffusers' adapter metadata of the file (rank, alpha, targets), or None.
+        layers: Its layers, and where they belong.
     """
 
     name: str
     weight: float
-    state: Mapping[str, Tensor]
-    alphas: Mapping[str, float] | None
-    metadata: Mapping[str, Any] | None
+    layers: Sequence[tuple[AdapterLayer, Place]]
 
     def has(self, prefix: str) -> bool:
         """Return True if it changes the component `prefix`."""
-        return any(key.startswith(f"{prefix}.") for key in self.state)
+        return any(component == prefix for _, place in self.layers for component, _ in place)
+
+    def fuse(self, components: Mapping[str, nn.Module]) -> None:
+        """Change the weights of `components` by it, in float32, in place."""
+        for layer, place in self.layers:
+            if place[0][0] in components:
+                _fuse_layer(layer, [components[name].get_submodule(path) for name, path in place], self.weight)
 
 
-def lora_file(name: str) -> Path:
-    """Return the LoRA's file; `name` is a file, a folder with one, ``owner/name`` or ``owner/name/file``."""
-    path = Path(name).expanduser()
-    if path.is_file():
-        if path.suffix != ".safetensors":
-            raise UserError(f"LoRA {name!r} is not a .safetensors file", "pickled weights are never loaded: convert it")
-        return path
-    if path.is_dir():
-        return _only_weights(path)
-    return _hub_file(name)
+AnyLora = Lora | ExactLora
 
 
-def student_folder(name: str) -> Path:
-    """Return the folder of the LoRA `name`, with the second time beside it if it has one."""
-    file = lora_file(name)
-    if not Path(name).expanduser().exists():
-        _download_second_time(name)
-    return file.parent
+def _fuse_layer(layer: AdapterLayer, modules: Sequence[Any], strength: float) -> None:
+    import torch
+
+    with torch.no_grad():
+        rows = [len(module.weight) for module in modules]
+        weight = changed_weight(layer, torch.cat([module.weight for module in modules]), strength=strength)
+        for module, piece in zip(modules, weight.split(rows), strict=True):
+            module.weight.data.copy_(piece)
+        if layer.get("diff_b", "b_norm") is not None:
+            bias = changed_bias(layer, torch.cat([module.bias for module in modules]), strength=strength)
+            for module, piece in zip(modules, bias.split(rows), strict=True):
+                module.bias.data.copy_(piece)
 
 
-def read_lora(name: str, weight: float, architecture: Architecture, config: Mapping[str, Any]) -> Lora:
-    """Read the LoRA `name`, in diffusers' or kohya's format, for a denoiser of `config`.
+def check_lora(
+    name: str, architecture: Architecture, networks: Mapping[str, Any], *, fused: bool, strict: bool = True
+) -> tuple[AdapterFile, Fit]:
+    """Compare a LoRA with the networks on the meta device; no values are read.
 
-    Raises UserError when it is none for this architecture.
+    Args:
+        name: The LoRA, as the user wrote it.
+        architecture: The model's.
+        networks: The denoiser and the text encoders that a LoRA may change, by their names in the pipeline.
+        fused: Whether it is fused into the weights; else it is attached beside others, which only plain LoRAs can be.
+        strict: Whether all of it must fit.
+
+    Raises:
+        UserError: It is of a kind that cannot be used so, or changes what the model has not.
     """
-    with quiet_libraries():
-        read: Any = architecture.pipeline_class().lora_state_dict(
-            str(lora_file(name)),
-            unet_config=SimpleNamespace(**config),
-            return_alphas=True,
-            return_lora_metadata=True,
-            use_safetensors=True,
-        )
-    state, *alphas, metadata = read  # some pipelines know no alphas
-    lora = Lora(name, weight, state, alphas[0] if alphas else None, metadata)
-    if not any(lora.has(prefix) for prefix in (architecture.denoiser, *architecture.lora_encoders)):
+    file = AdapterFile.open(name, lora_file(name))
+    file.check_kind(architecture, fused=fused)
+    fit = file.fit(architecture, networks, fused=fused)
+    if not fit.applied:
+        file.refuse_foreign(architecture, fit)
+    if strict:
+        file.refuse_rest(architecture, fit, fused=fused)
+    return file, fit
+
+
+def read_lora(
+    name: str,
+    weight: float,
+    architecture: Architecture,
+    networks: Mapping[str, Any],
+    *,
+    fused: bool,
+    strict: bool = True,
+) -> AnyLora:
+    """Read the LoRA `name` for the networks that :func:`check_lora` compares it with. Raises UserError as that does."""
+    file, fit = check_lora(name, architecture, networks, fused=fused, strict=strict)
+    if fit.whole and not file.needs_exact:
+        lora = read_by_diffusers(name, weight, architecture, networks[architecture.denoiser].config)
+        _check_finite(name, lora.state)
+        return lora
+    if not fit.whole:
+        left = ", ".join(fit.left_out[:3]) + (", ..." if len(fit.left_out) > 3 else "")
+        logger.warning(
+            "LoRA %s is applied in part, as strict is false: %d of %d layers; left out: %s",
+            name, len(fit.applied), len(fit.applied) + len(fit.left_out), left,
+        )  # fmt: skip
+    layers = [(layer, fit.applied[layer.stem]) for layer in file.read(fit.applied)]
+    for layer, _ in layers:
+        _check_finite(name, {f"{layer.stem}.{leaf}": tensor for leaf, tensor in layer.tensors.items()})
+    return ExactLora(name, weight, layers)
+
+
+def _check_finite(name: str, tensors: Mapping[str, Tensor]) -> None:
+    import torch
+
+    bad = [key for key, tensor in tensors.items() if isinstance(tensor, torch.Tensor) and not tensor.isfinite().all()]
+    if bad:
         raise UserError(
-            f"LoRA {name!r} holds nothing for {architecture.title} (its first tensor is {next(iter(state), None)!r})",
-            f"name a LoRA that was trained for {architecture.name}, in diffusers' or kohya's format",
+            f"LoRA {name!r} holds values that are not finite, in {len(bad)} tensors ({bad[0]})",
+            "its training diverged, or the file is damaged: name another",
         )
-    return lora
 
 
-def fuse(architecture: Architecture, components: Mapping[str, nn.Module], loras: Sequence[Lora]) -> None:
+def fuse(architecture: Architecture, components: Mapping[str, nn.Module], loras: Iterable[AnyLora]) -> None:
     """Add every LoRA, at its weight, to the weights of `components`; no adapter is left behind.
 
     Args:
         architecture: The architecture whose pipeline reads them.
         components: Networks by pipeline name: ``unet``, ``text_encoder``, ``text_encoder_2``.
-        loras: Applied one after the other; the order does not matter but for rounding.
+        loras: Applied one after the other; the order matters to DoRAs alone, and to rounding.
     """
     for lora in loras:
+        if isinstance(lora, ExactLora):
+            lora.fuse(components)
+            continue
         touched = [name for name in components if lora.has(name)]
         if not touched:
             continue
@@ -125,6 +174,7 @@ def _attach(pipeline: Any, architecture: Architecture, lora: Lora, adapter: str,
                     component.load_lora_adapter(state, prefix=name, **shared)
                 else:
                     pipeline.load_lora_into_text_encoder(state, text_encoder=component, prefix=name, **shared)
+                _check_attached(lora, name, component, adapter)
     except (RuntimeError, ValueError, KeyError) as error:
         raise UserError(
             f"LoRA {lora.name!r} does not fit this model: {str(error).strip().splitlines()[0]}",
@@ -132,47 +182,14 @@ def _attach(pipeline: Any, architecture: Architecture, lora: Lora, adapter: str,
         ) from error
 
 
+def _check_attached(lora: Lora, name: str, component: nn.Module, adapter: str) -> None:
+    """Raise RuntimeError unless every layer of the LoRA has become an adapter."""
+    attached = sum(adapter in getattr(module, "lora_A", ()) for module in component.modules())
+    if attached != lora.num_layers(name):
+        raise RuntimeError(f"{attached} of {lora.num_layers(name)} layers were applied to {name}")
+
+
 def _shell(architecture: Architecture, components: Mapping[str, nn.Module]) -> Any:
     """Return a pipeline around some networks only, for diffusers' LoRA functions."""
     with quiet_libraries():
         return architecture.shell(**components)
-
-
-def _only_weights(folder: Path) -> Path:
-    if (folder / WEIGHTS).is_file():
-        return folder / WEIGHTS
-    found = sorted(folder.glob("*.safetensors"))
-    if len(found) != 1:
-        raise UserError(
-            f"LoRA folder {str(folder)!r} holds {len(found)} .safetensors files and no {WEIGHTS}",
-            "name the file itself",
-        )
-    return found[0]
-
-
-def _hub_file(name: str) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
-
-    owner, _, rest = name.partition("/")
-    repository, _, filename = rest.partition("/")
-    if not repository or name.startswith((".", "/", "~")):
-        raise UserError(f"LoRA {name!r} does not exist", "name a file, a folder, or a hub id as owner/name/file")
-    try:
-        return Path(hf_hub_download(f"{owner}/{repository}", filename or WEIGHTS))
-    except (OSError, EntryNotFoundError, HFValidationError) as error:
-        raise UserError(
-            f"LoRA {name!r} is no local file or folder, and the hub did not give it ({type(error).__name__})",
-            f"check the spelling; without a {WEIGHTS} in the repository name its file: owner/name/file.safetensors",
-        ) from error
-
-
-def _download_second_time(name: str) -> None:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
-
-    from ..core.diffusion.flow_map import WEIGHTS as SECOND_TIME
-
-    owner, repository, *file = name.split("/")
-    with suppress(EntryNotFoundError):  # a student without
-        hf_hub_download(f"{owner}/{repository}", "/".join([*file[:-1], SECOND_TIME]))

@@ -19,10 +19,12 @@ from ..core.diffusion.schedule import Schedule, from_scheduler_config
 from ..core.errors import UserError
 from ..core.plugin_api.family import ExtraLora, MicroConditioning, ModelFamily, ModelSettings
 from ..core.plugin_api.precision import BASE, text_encoder
+from ._empty import empty_network
 from ._encoders import decode, encode_pixels
 from ._file_signs import agreed
 from ._files import hash_files
-from ._lora import Lora, attach, fuse, lora_file, read_lora
+from ._lora import AnyLora, Lora, attach, check_lora, fuse, read_lora
+from ._lora_files import lora_file
 from ._open_source import open_source
 from ._schedulers import noise_defaults, with_fixed_shift
 from ._source import Source, TextEncoders
@@ -147,7 +149,9 @@ class DiffusersModel(ModelFamily):
         if self.settings.vae is not None:
             self._vae_source.check_weights(["vae"])
         for lora, _ in self.settings.teacher_lora:
-            lora_file(lora)
+            check_lora(lora, self.architecture, self._adaptable, fused=True, strict=self._strict(lora))
+        if self.settings.init_lora is not None:
+            check_lora(self.settings.init_lora, self.architecture, self._adaptable, fused=False)
         _ = self.schedule  # refuses a noise that it cannot describe
         self._say_resolution()
 
@@ -219,14 +223,14 @@ class DiffusersModel(ModelFamily):
 
     def _text_encoders(self) -> TextEncoders:
         if self._text is None:
-            fused = self._loras(self.settings.teacher_lora)
+            fused = self.teacher_loras()
             text = self._source.load_text(torch.float32 if fused else self._weight_dtype(), without=self.left_out)
             own = {name: text.encoders[name] for name in self.architecture.lora_encoders}
             fuse(self.architecture, own, fused)
             for number, name in enumerate(self.architecture.encoders, 1):
                 if name in text.encoders:
                     self._place_encoder(text.encoders[name], number)
-            extras = self._loras([(extra.path, extra.weight) for extra in self._beside])
+            extras = [self.plain_lora(extra.path, extra.weight) for extra in self._beside]
             attach(self.architecture, own, {f"extra_{n}": lora for n, lora in enumerate(extras)})
             for encoder in text.encoders.values():
                 self._finalize(encoder.requires_grad_(False).eval())
@@ -244,8 +248,31 @@ class DiffusersModel(ModelFamily):
             if "lora_" in name:
                 weight.data = weight.data.to(self.settings.device, self._weight_dtype())
 
-    def _loras(self, named: Sequence[tuple[str, float]]) -> list[Lora]:
-        return [read_lora(name, weight, self.architecture, self.denoiser_config) for name, weight in named]
+    @cached_property
+    def _adaptable(self) -> dict[str, Any]:
+        """The denoiser and the text encoders that a LoRA may change, on the meta device."""
+        parts = (self.architecture.denoiser, *self.architecture.lora_encoders)
+        return {
+            part: empty_network(self.architecture, part, self._source.config(f"{part}/config.json"))
+            for part in parts
+            if part not in self.left_out and self._source.has(part)
+        }
+
+    def _strict(self, lora: str) -> bool:
+        return lora not in self.settings.partial_loras
+
+    def teacher_loras(self) -> list[AnyLora]:
+        """Read the LoRAs that are fused into the teacher. Raises UserError for one that does not fit."""
+        return [
+            read_lora(name, weight, self.architecture, self._adaptable, fused=True, strict=self._strict(name))
+            for name, weight in self.settings.teacher_lora
+        ]
+
+    def plain_lora(self, name: str, weight: float = 1.0) -> Lora:
+        """Read a LoRA that is attached beside others. Raises UserError unless it is a plain one that fits."""
+        lora = read_lora(name, weight, self.architecture, self._adaptable, fused=False)
+        assert isinstance(lora, Lora)
+        return lora
 
     def condition(self, embeds: Conditioning, micro: MicroConditioning) -> Conditioning:
         return dict(embeds)

@@ -18,6 +18,7 @@ from ._checks import check_local_folder, check_original_parts
 from ._empty import by_name_of, empty_network, without_text_model
 from ._file_signs import Sign, read_signs, refuse_edm, stated_resolution
 from ._files import hash_files, quiet_libraries
+from ._hub import hub_folder
 from ._source import SETTINGS, FolderSource, HubSource, Source, TextEncoders
 from ._weights import WeightFile
 
@@ -73,7 +74,7 @@ class FileSource(Source):
         try:
             configs.file("model_index.json")
         except UserError as error:
-            raise UserError(
+            raise type(error)(
                 f"single file {self.name!r}: its configs and tokenizers would come from the hub ({configs.name}), "
                 "which cannot be reached",
                 config_remedy(self.architecture),
@@ -88,10 +89,8 @@ class FileSource(Source):
         """Return a local folder with every config and tokenizer."""
         if not isinstance(self.configs, HubSource):
             return self.configs.name
-        from huggingface_hub import snapshot_download
-
         patterns = ["*.json", *(f"*/{pattern}" for pattern in SETTINGS)]
-        return snapshot_download(self.configs.name, revision=self.configs.revision, allow_patterns=patterns)
+        return str(hub_folder(self.configs.name, revision=self.configs.revision, allow_patterns=patterns))
 
     def shapes(self, part: str, network: Any) -> Mapping[str, Tensor]:
         own = self._own_names(part)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from ._checks import check_index, check_kind, check_local_folder, has_part
 from ._comparison import check_tensors
 from ._empty import by_name_of, empty_network
 from ._files import hash_files, quiet_libraries
+from ._hub import hub_errors, hub_file, hub_folder
 from ._weights import WeightFile
 
 if TYPE_CHECKING:
@@ -71,10 +71,14 @@ class Source(ABC):
 
     def check_part(self, part: str) -> None:
         """Raise UserError unless the tensors of one network are those that its config describes."""
+        import torch
+
         config = self.config(f"{part}/config.json")
         check_kind(self.name, part, config, self.architecture)
         network = empty_network(self.architecture, part, config)
-        check_tensors(f"model {self.name!r}, {part}", network, self.shapes(part, network), remedy=self.weights_remedy)
+        with torch.inference_mode(False):  # in it, views would not know what they are views of
+            shapes = self.shapes(part, network)
+        check_tensors(f"model {self.name!r}, {part}", network, shapes, remedy=self.weights_remedy)
 
     def signs(self) -> list[Sign]:
         """Return what the weights' file itself says of its noise; configs are not among it."""
@@ -252,22 +256,18 @@ class HubSource(FolderSource):
     revision: str | None = None
 
     def component(self, part: str) -> Path:
-        from huggingface_hub import snapshot_download
-
         weights = f"{part}/*.{self.variant}*.safetensors" if self.variant else f"{part}/*.safetensors"
         patterns = [*(f"{part}/{pattern}" for pattern in SETTINGS), weights]
         other_variants = None if self.variant else ["*.fp16.*", "*.bf16.*", "*.non_ema.*", "*openvino*"]
-        with self._reachable("download"):
-            root = snapshot_download(
+        with hub_errors(self.name, "download"):
+            root = hub_folder(
                 self.name, revision=self.revision, allow_patterns=patterns, ignore_patterns=other_variants
             )
-        return Path(root) / part
+        return root / part
 
     def file(self, relative: str) -> Path:
-        from huggingface_hub import hf_hub_download
-
-        with self._reachable(relative):
-            return Path(hf_hub_download(self.name, relative, revision=self.revision))
+        with hub_errors(self.name, relative):
+            return hub_file(self.name, relative, revision=self.revision)
 
     def check(self, *, without: Collection[str] = ()) -> None:
         self.check_configs()
@@ -278,20 +278,6 @@ class HubSource(FolderSource):
     def digest(self, part: str) -> str:
         commit = self.file("model_index.json").parent.name
         return hashlib.sha256(f"{self.name}@{commit}:{self.variant}:{part}".encode()).hexdigest()
-
-    @contextlib.contextmanager
-    def _reachable(self, what: str) -> Iterator[None]:
-        from huggingface_hub.errors import EntryNotFoundError, HFValidationError
-
-        try:
-            yield
-        except (OSError, EntryNotFoundError, HFValidationError) as error:
-            raise UserError(
-                f"model {self.name!r} is no local folder or .safetensors file, and the hub did not give it "
-                f"({what}: {type(error).__name__}: {str(error).strip().splitlines()[0]})",
-                "check the spelling of the path or id; a gated model needs `hf auth login`; without a network, "
-                "download the model elsewhere and name its folder",
-            ) from error
 
 
 def _variant_of(filename: str) -> str | None:

@@ -15,6 +15,7 @@ from ..core.plugin_api.family import Capabilities
 from ._architecture import AUTOENCODER, UNET, Architecture, FilePart, KohyaFormat, ReadConfig, SingleFile
 from ._checks import check_unet
 from ._encoders import last_states
+from ._kohya import unet_place
 from ._unet import UNetFamily
 
 if TYPE_CHECKING:
@@ -93,4 +94,5 @@ def generation(
             size=size,
         ),
         kohya=kohya,
+        original_path=unet_place,
     )

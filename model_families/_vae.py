@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 
 from ..core.errors import UserError
+from ._hub import hub_errors, hub_folder
 from ._open_source import open_hub
 from ._single_file import FileSource
 from ._source import FolderSource, HubSource, Source
@@ -40,10 +41,8 @@ class BareHubVae(HubSource):
     """A repository that is an autoencoder itself."""
 
     def component(self, part: str) -> Path:
-        from huggingface_hub import snapshot_download
-
-        with self._reachable("download"):
-            return Path(snapshot_download(self.name, allow_patterns=["config.json", "*.safetensors"]))
+        with hub_errors(self.name, "download"):
+            return hub_folder(self.name, allow_patterns=["config.json", "*.safetensors"])
 
     def file(self, relative: str) -> Path:
         return super().file(relative.removeprefix("vae/"))

@@ -25,7 +25,7 @@ from ..core.plugin_api.hookspecs import hookimpl
 from ._architecture import AUTOENCODER, MINIATURES, UNET, Architecture, FilePart, KohyaFormat, ReadConfig, SingleFile
 from ._checks import check_unet
 from ._encoders import penultimate
-from ._kohya import original_unet
+from ._kohya import original_unet, unet_place
 from ._unet import UNetFamily
 
 if TYPE_CHECKING:
@@ -97,6 +97,7 @@ class SDXL(UNetFamily):
             size="about 6.5 GB in fp16",
         ),
         kohya=KohyaFormat("sdxl_base_v1-0", "stable-diffusion-xl-v1-base", original_unet),
+        original_path=unet_place,
     )
 
     class Config(UNetFamily.Config):

@@ -223,7 +223,8 @@ def test_half_precision_is_the_rounded_file(tmp_path):
     publish(family, student, file=files[0])
     publish(family, student, file=files[1], dtype="bfloat16")
     whole, half = (load_file(file) for file in files)
-    assert all(value.dtype == torch.bfloat16 for value in half.values())
-    assert all(torch.equal(value, whole[name].bfloat16()) for name, value in half.items())
+    kept = {name for name in half if name.endswith(".alpha")}  # bfloat16 would make 300 of 301
+    assert all(torch.equal(value, whole[name]) for name, value in half.items() if name in kept)
+    assert all(torch.equal(value, whole[name].bfloat16()) for name, value in half.items() if name not in kept)
     with safe_open(files[0], framework="pt") as opened:
         assert json.loads(opened.metadata()["ss_network_args"]) == {"conv_dim": "4", "conv_alpha": "12"}

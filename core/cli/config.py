@@ -21,9 +21,10 @@ app = typer.Typer(no_args_is_help=True, help="Check, show or start a configurati
 @app.command()
 @takes_configuration()
 def check(given: Given) -> None:
-    """Validate a configuration: notices go to stdout, all errors together to stderr."""
+    """Validate a configuration and the files of its model: notices go to stdout, errors to stderr; no weights load."""
     configuration, registry = given.load()
-    for notice in (*configuration.notices, *options.service_notices(configuration, registry)):
+    unchecked = options.model_notices(configuration, registry)
+    for notice in (*unchecked, *configuration.notices, *options.service_notices(configuration, registry)):
         typer.echo(f"notice: {notice}")
     logger.info("the configuration is usable")
 

@@ -36,7 +36,8 @@ def doctor(given: Given) -> None:
         typer.echo("\nno configuration given: --config FILE adds its checks and an estimate of its memory")
         return
     configuration, registry = given.load()
-    notices = (*configuration.notices, *options.service_notices(configuration, registry))
+    unchecked = options.model_notices(configuration, registry)
+    notices = (*unchecked, *configuration.notices, *options.service_notices(configuration, registry))
     _section("configuration", (("notice", line) for line in notices or ("nothing to be said",)))
     _section("accounts", accounts(configuration, registry))
     _section("memory", memory(configuration, registry))

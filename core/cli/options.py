@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import UnreachableError
+
 if TYPE_CHECKING:
     from ..registry.registry import Registry
     from ..settings.configuration import Configuration
@@ -109,3 +111,18 @@ def service_notices(configuration: Configuration, registry: Registry) -> list[st
     _, of_trackers = build_trackers(registry, configuration.run.report_to, configuration.trackers)
     _, of_publishers = build_publishers(registry, configuration)
     return [*of_trackers, *of_publishers, *evaluation_notices(registry, configuration)]
+
+
+def model_notices(configuration: Configuration, registry: Registry) -> list[str]:
+    """Check the model's files, and say where they could not be checked because they lie on the hub.
+
+    Raises:
+        UserError: They are no model of the family, or not those that their configs describe.
+    """
+    from ..runs.builders import build_family
+
+    try:
+        build_family(configuration, registry).check_source()
+    except UnreachableError as error:
+        return [f"the model's files are not checked: {error.message}"]
+    return []

@@ -47,6 +47,8 @@ class ModelSettings:
         source: Hub id, local folder in diffusers layout, or a single ``.safetensors`` file.
         vae: Another autoencoder (hub id or folder), or None for the model's own.
         teacher_lora: The user's own LoRAs, (path or hub id, weight), fused into the teacher before distillation.
+        partial_loras: Those of teacher_lora that are applied as far as they fit; of the others all must fit.
+        init_lora: A LoRA that the student starts from, which is compared with the model before weights load.
         weight_dtype: Type of the frozen weights.
         device: Device of the networks.
         revision: Revision of a hub model.
@@ -59,6 +61,8 @@ class ModelSettings:
     source: str
     vae: str | None = None
     teacher_lora: tuple[tuple[str, float], ...] = ()
+    partial_loras: tuple[str, ...] = ()
+    init_lora: str | None = None
     weight_dtype: Precision = "float32"
     device: str = "cpu"
     revision: str | None = None

@@ -21,6 +21,8 @@ class TeacherLora(Settings):
     """Hub id, folder or .safetensors file of the LoRA."""
     weight: float = Field(default=1.0, ge=-10, le=10)
     """Factor on the LoRA (no unit)."""
+    strict: bool = True
+    """Whether all of it must fit the model; `false` applies the layers that fit, and says how many."""
 
 
 class ModelKeys(Settings):
@@ -39,7 +41,7 @@ class ModelKeys(Settings):
     revision: str | None = None
     """Revision of the hub model (branch, tag or commit)."""
     teacher_lora: tuple[TeacherLora, ...] = ()
-    """LoRAs that are fused into the teacher before distillation: a list of {path, weight}."""
+    """LoRAs that are fused into the teacher before distillation: a list of {path, weight, strict}."""
     init_lora: HubOrPath | None = None
     """A student's LoRA (folder, file or hub id) to start from, for staged training."""
     distillation_method: str = "lcm"
