@@ -252,6 +252,7 @@ class DiffusersFamily(DiffusersModel):
             variant=self.config.variant,
             absent=[part for part in self.architecture.optional if part in self.left_out or not self._source.has(part)],
             neutral=self.flow_needs_help,
+            by_hand=[lora for lora, _ in self.settings.teacher_lora if not self.read_by_diffusers(lora)],
             call=call,
         )
 

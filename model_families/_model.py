@@ -19,6 +19,7 @@ from ..core.diffusion.schedule import Schedule, from_scheduler_config
 from ..core.errors import UserError
 from ..core.plugin_api.family import ExtraLora, MicroConditioning, ModelFamily, ModelSettings
 from ..core.plugin_api.precision import BASE, text_encoder
+from ._adapter_file import AdapterFile, Fit
 from ._empty import empty_network
 from ._encoders import decode, encode_pixels
 from ._file_signs import agreed
@@ -134,6 +135,12 @@ class DiffusersModel(ModelFamily):
         said = agreed(self.settings.source, self._source.signs(), written, chosen)
         return {**noise_defaults(self.settings.source, written), **written, **said, **chosen}
 
+    def _say_signs(self) -> None:
+        """Say what the weights' file changes of the scheduler config beside it."""
+        for sign in self._source.signs():
+            if self._source.config("scheduler/scheduler_config.json").get(sign.key) != sign.value:
+                logger.info("%s = %s, as the file says (%s)", sign.key, self.scheduler_config[sign.key], sign.origin)
+
     @cached_property
     def noise_config(self) -> dict[str, Any]:
         """The scheduler config of the run: a shift that depends on the resolution is fixed to the run's resolution."""
@@ -149,10 +156,14 @@ class DiffusersModel(ModelFamily):
         if self.settings.vae is not None:
             self._vae_source.check_weights(["vae"])
         for lora, _ in self.settings.teacher_lora:
-            check_lora(lora, self.architecture, self._adaptable, fused=True, strict=self._strict(lora))
+            file, fit = self._check_teacher_lora(lora)
+            if file.needs_exact:
+                kinds = ", ".join(sorted(file.kinds))
+                logger.info("teacher_lora %s: %d layers (%s) are fused into the teacher", lora, len(fit.applied), kinds)
         if self.settings.init_lora is not None:
             check_lora(self.settings.init_lora, self.architecture, self._adaptable, fused=False)
         _ = self.schedule  # refuses a noise that it cannot describe
+        self._say_signs()
         self._say_resolution()
 
     def _say_resolution(self) -> None:
@@ -260,6 +271,14 @@ class DiffusersModel(ModelFamily):
 
     def _strict(self, lora: str) -> bool:
         return lora not in self.settings.partial_loras
+
+    def _check_teacher_lora(self, lora: str) -> tuple[AdapterFile, Fit]:
+        return check_lora(lora, self.architecture, self._adaptable, fused=True, strict=self._strict(lora))
+
+    def read_by_diffusers(self, lora: str) -> bool:
+        """Return True if plain diffusers fuses this LoRA of the teacher as it is fused here."""
+        file, fit = self._check_teacher_lora(lora)
+        return fit.whole and not file.needs_exact
 
     def teacher_loras(self) -> list[AnyLora]:
         """Read the LoRAs that are fused into the teacher. Raises UserError for one that does not fit."""

@@ -7,7 +7,7 @@ scales.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,7 @@ from ._empty import by_name_of, empty_network, without_text_model
 from ._file_signs import Sign, read_signs, refuse_edm, stated_resolution
 from ._files import hash_files, quiet_libraries
 from ._hub import hub_folder
-from ._source import SETTINGS, FolderSource, HubSource, Source, TextEncoders
+from ._source import SETTINGS, FolderSource, HubSource, Source, TextEncoders, settings_in
 from ._weights import WeightFile
 
 if TYPE_CHECKING:
@@ -80,10 +80,17 @@ class FileSource(Source):
                 config_remedy(self.architecture),
             ) from error
 
-    def digest(self, part: str) -> str:
-        configs = [self.configs.component(folder) for folder in self.architecture.folders(part)]
-        settings = [path for folder in configs for pattern in SETTINGS for path in folder.glob(pattern)]
-        return hash_files([Path(self.name), *sorted(settings)])
+    def settings_of(self, folders: Sequence[str]) -> list[Path]:
+        return settings_in([Path(self.config_root()) / folder for folder in folders])  # never asks the hub for weights
+
+    def stored(self, part: str) -> Mapping[str, Tensor]:
+        import torch
+
+        network = empty_network(self.architecture, part, self.config(f"{part}/config.json"))
+        return self._read(part, network, torch.float32)
+
+    def weights_digest(self, part: str) -> str:
+        return hash_files([Path(self.name)])
 
     def config_root(self) -> str:
         """Return a local folder with every config and tokenizer."""

@@ -15,7 +15,7 @@ from ..core.errors import UserError
 from ._checks import check_index, check_kind, check_local_folder, has_part
 from ._comparison import check_tensors
 from ._empty import by_name_of, empty_network
-from ._files import hash_files, quiet_libraries
+from ._files import hash_files, hash_tensors, quiet_libraries
 from ._hub import hub_errors, hub_file, hub_folder
 from ._weights import WeightFile
 
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 SETTINGS = ("*.json", "*.txt", "*.model")
 """Files beside the weights that change a part's output: configs, vocabularies, sentencepiece models."""
+INDEX = ".index.json"
+"""What the name of a list of shards ends with."""
 PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth")
 
 
@@ -101,9 +103,31 @@ class Source(ABC):
     def has(self, part: str) -> bool:
         """Return True if the model has this component; only those that are optional are looked for."""
 
-    @abstractmethod
     def digest(self, part: str) -> str:
-        """Return a hash of all files that decide the output of ``text``, ``vae`` or ``denoiser``."""
+        """Return a hash of all that decides the output of ``text``, ``vae`` or ``denoiser``.
+
+        That of encoders is made of their tensors: a folder and a single file of the same weights share their caches.
+        """
+        folders = [folder for folder in self.architecture.folders(part) if self.has(folder)]
+        pieces = [hash_files(self.settings_of(folders))]
+        networks = [folder for folder in folders if folder in self.architecture.networks]
+        pieces += [
+            self.weights_digest(one) if one == self.architecture.denoiser else hash_tensors(self.stored(one))
+            for one in networks
+        ]
+        return hashlib.sha256("\n".join(pieces).encode()).hexdigest()
+
+    @abstractmethod
+    def settings_of(self, folders: Sequence[str]) -> list[Path]:
+        """Return the files beside the weights that change the output of these components."""
+
+    @abstractmethod
+    def stored(self, part: str) -> Mapping[str, Tensor]:
+        """Return a network's tensors by its own names, in the types of the file."""
+
+    @abstractmethod
+    def weights_digest(self, part: str) -> str:
+        """Return a hash of the files with the weights of a network."""
 
     @abstractmethod
     def load_denoiser(self, dtype: torch.dtype) -> Any:
@@ -156,8 +180,8 @@ class FolderSource(Source):
         """Open the files of a component's weights. Raises UserError when its index names one that is not there."""
         folder, variant = self.component(part), self.weights_variant(part)
         paths = [path for path in sorted(folder.glob("*.safetensors")) if _variant_of(path.name) == variant]
-        for index in folder.glob("*.safetensors.index.json"):
-            if _variant_of(index.name.removesuffix(".index.json")) == variant:
+        for index in folder.glob(f"*.safetensors{INDEX}"):
+            if _variant_of(index.name.removesuffix(INDEX)) == variant:
                 paths = [self._shard(folder, name) for name in sorted(set(_read_json(index)["weight_map"].values()))]
         return [WeightFile.open(path) for path in paths]
 
@@ -198,16 +222,16 @@ class FolderSource(Source):
             "set family_config.variant to one that is there",
         )
 
-    def digest(self, part: str) -> str:
-        folders = [self.component(folder) for folder in self.architecture.folders(part) if self.has(folder)]
-        return hash_files(sorted(path for folder in folders for path in self._deciding_files(folder)))
+    def settings_of(self, folders: Sequence[str]) -> list[Path]:
+        return settings_in([self.component(folder) for folder in folders])
 
-    def _deciding_files(self, folder: Path) -> list[Path]:
-        configs = [path for pattern in SETTINGS for path in folder.glob(pattern)]
-        if not (weights := sorted(folder.glob("*.safetensors"))):
-            return configs
-        variant = self.weights_variant(folder.name)
-        return [*configs, *(path for path in weights if _variant_of(path.name) == variant)]
+    def stored(self, part: str) -> Mapping[str, Tensor]:
+        network = empty_network(self.architecture, part, self.config(f"{part}/config.json"))
+        files = self.weights_files(part)
+        return by_name_of(network, {name: one for file in files for name, one in file.stored(file.names).items()})
+
+    def weights_digest(self, part: str) -> str:
+        return hash_files([file.path for file in self.weights_files(part)])
 
     def load_denoiser(self, dtype: torch.dtype) -> Any:
         return self._load(self.architecture.network_class(), self.architecture.denoiser, torch_dtype=dtype)
@@ -294,3 +318,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise UserError(f"{path} holds no JSON object", "restore the file from the model's origin")
     return found
+
+
+def settings_in(folders: Sequence[Path]) -> list[Path]:
+    """Return the files in these folders, beside the weights, that change the output of a component."""
+    found = [path for folder in folders for pattern in SETTINGS for path in sorted(folder.glob(pattern))]
+    return [path for path in found if not path.name.endswith(INDEX)]

@@ -20,6 +20,7 @@ def usage_snippet(
     variant: str | None,
     absent: Sequence[str],
     neutral: bool,
+    by_hand: Sequence[str],
     call: Mapping[str, Any],
 ) -> str:
     """Return plain diffusers code that makes an image with the exported student.
@@ -31,6 +32,7 @@ def usage_snippet(
         variant: Variant of the model's files.
         absent: Parts that the pipeline is loaded without.
         neutral: Whether the pipeline asks its scheduler for two attributes that flow schedulers lack.
+        by_hand: LoRAs of the teacher that diffusers cannot fuse as they were fused.
         call: Arguments of the pipeline's call after the prompt.
     """
     lora, flow_map = info.model_type == "lora", info.sampler.scheduler == SCHEDULER
@@ -46,7 +48,7 @@ def usage_snippet(
     lines += [f'student = "student"  # the folder of this file, {hub}']
     without = "".join(f", {part}=None" for part in absent)
     if lora:
-        lines += _load_lora(architecture, settings, info, variant, without)
+        lines += _load_lora(architecture, settings, info, variant, without, by_hand)
     else:
         lines += _load_full(architecture, flow_map, without)
     if flow_map:
@@ -63,7 +65,12 @@ def _load_full(architecture: Architecture, flow_map: bool, without: str) -> list
 
 
 def _load_lora(
-    architecture: Architecture, settings: ModelSettings, info: ExportInfo, variant: str | None, without: str
+    architecture: Architecture,
+    settings: ModelSettings,
+    info: ExportInfo,
+    variant: str | None,
+    without: str,
+    by_hand: Sequence[str],
 ) -> list[str]:
     extra = without + (f", variant={variant!r}" if variant else "")
     extra += f", config={settings.config_source!r}" if settings.config_source else ""
@@ -74,6 +81,12 @@ def _load_lora(
     load = "from_single_file" if settings.source.endswith(".safetensors") else "from_pretrained"
     lines += [f"pipe = {architecture.pipeline}.{load}({settings.source!r}, torch_dtype=dtype{extra}).to(device)"]
     for path, weight in settings.teacher_lora:
+        if path in by_hand:
+            lines += [
+                f"# part of the teacher at weight {weight}: {path}, which diffusers does not read or not in part;"
+            ]
+            lines += ["# merge it into the model with the tool that it was made with, and name the merged model above"]
+            continue
         lines += [f"pipe.load_lora_weights({path!r})  # part of the teacher", f"pipe.fuse_lora(lora_scale={weight})"]
         lines += ["pipe.unload_lora_weights()"]
     lines += ["pipe.load_lora_weights(student)"]

@@ -90,6 +90,11 @@ class WeightFile:
         with safe_open(self.path, framework="pt") as opened:
             yield opened
 
+    def stored(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Read tensors as they are in the file."""
+        with self.reader() as opened:
+            return {name: opened.get_tensor(name) for name in names}
+
     def read(self, names: Iterable[str], dtype: torch.dtype) -> dict[str, Tensor]:
         """Read tensors; weights in eight bits that have a scale come back multiplied by it, as `dtype`."""
         with self.reader() as opened:
