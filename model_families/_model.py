@@ -27,7 +27,7 @@ from ._files import hash_files
 from ._lora import AnyLora, Lora, attach, check_lora, fuse, read_lora
 from ._lora_files import lora_file
 from ._open_source import open_source
-from ._schedulers import noise_defaults, with_fixed_shift
+from ._schedulers import check_table, noise_defaults, with_fixed_shift
 from ._source import Source, TextEncoders
 from ._vae import with_vae
 
@@ -162,7 +162,7 @@ class DiffusersModel(ModelFamily):
                 logger.info("teacher_lora %s: %d layers (%s) are fused into the teacher", lora, len(fit.applied), kinds)
         if self.settings.init_lora is not None:
             check_lora(self.settings.init_lora, self.architecture, self._adaptable, fused=False)
-        _ = self.schedule  # refuses a noise that it cannot describe
+        check_table(self.settings.source, self.scheduler_config, from_scheduler_config(self.scheduler_config)[0])
         self._say_signs()
         self._say_resolution()
 

@@ -24,7 +24,9 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..core.diffusion.schedule import from_scheduler_config, is_flow
+import torch
+
+from ..core.diffusion.schedule import Schedule, from_scheduler_config, is_flow
 from ..core.diffusion.second_time import SCHEDULER
 from ..core.errors import UserError
 from ._files import quiet_libraries
@@ -52,9 +54,7 @@ ENDS: Mapping[str, Any] = {"clip_sample": False, "thresholding": False, "set_alp
 def build_scheduler(model_config: Mapping[str, Any], sampler: Sampler | None) -> Any:
     """Build the sampler's scheduler over the model's noise process; the model's own scheduler without a sampler."""
     with quiet_libraries():
-        import diffusers
-
-        own = getattr(diffusers, model_config["_class_name"]).from_config(dict(model_config))
+        own = diffusers_scheduler(model_config)
         if sampler is None:
             return _for_unets(own)
         kind = _scheduler_class(sampler.scheduler)
@@ -109,6 +109,29 @@ def noise_defaults(model: str, config: Mapping[str, Any]) -> dict[str, Any]:
             "set _class_name to FlowMatchEulerDiscreteScheduler, and shift to the model's (flow_shift)",
         )
     return {key: value for key, value in defaults.items() if key in NOISE_KEYS}
+
+
+def check_table(model: str, config: Mapping[str, Any], schedule: Schedule) -> None:
+    """Raise UserError unless diffusers' own table of this scheduler config is that of `schedule`."""
+    table = getattr(getattr(diffusers_scheduler(config), "alphas_cumprod", None), "double", lambda: None)()
+    if table is None or is_flow(config):
+        return
+    ours = schedule.alpha(torch.arange(len(table))) ** 2
+    if not torch.allclose(ours, table, rtol=1e-3, atol=1e-6):
+        raise UserError(
+            f"model {model!r}: the noise of its scheduler {config['_class_name']} is not the table of betas that its "
+            "config names (scheduler/scheduler_config.json)",
+            "name a scheduler of diffusers with a plain table of betas that the model was trained for, as "
+            "EulerDiscreteScheduler",
+        )
+
+
+def diffusers_scheduler(config: Mapping[str, Any]) -> Any:
+    """Return the scheduler that a config describes, as diffusers makes it."""
+    import diffusers
+
+    with quiet_libraries():
+        return getattr(diffusers, config["_class_name"]).from_config(dict(config))
 
 
 def _class_of(name: str) -> Any:
