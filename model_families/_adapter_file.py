@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..core.errors import UserError
 from ._lora_kinds import EXACT, LORA, AdapterLayer, changed_bias, changed_weight, split
-from ._lora_names import Place, places
+from ._lora_names import Target, targets
 from ._plain_lora import read_by_diffusers
 from ._weights import WeightFile
 
@@ -34,7 +34,7 @@ class Fit:
         unlike: Of those, the ones whose size is another, with the reason.
     """
 
-    applied: Mapping[str, Place]
+    applied: Mapping[str, Target]
     left_out: Sequence[str]
     unlike: Sequence[str] = ()
 
@@ -97,16 +97,16 @@ class AdapterFile:
     def fit(self, architecture: Architecture, networks: Mapping[str, Any], *, fused: bool) -> Fit:
         """Return which of its layers change something of `networks`, which are on the meta device."""
         config = networks[architecture.denoiser].config
-        table = places(architecture, networks, config)
+        table = targets(architecture, networks, config)
         applied, unlike, foreign = {}, {}, []
         for layer in self._shapes():
-            place = table.get(layer.stem)
-            if place is None:
+            target = table.get(layer.stem)
+            if target is None:
                 foreign.append(layer.stem)
-            elif problem := _misfit(layer, place, networks):
+            elif problem := _misfit(layer, target, networks):
                 unlike[layer.stem] = problem
             else:
-                applied[layer.stem] = place
+                applied[layer.stem] = target
         if foreign and not unlike and not self.needs_exact and self._read_whole(architecture, networks):
             applied, foreign = dict.fromkeys(self.layers, ()), []
         left_out = [*foreign, *unlike, *self.unknown, *self.tokens]
@@ -171,11 +171,11 @@ class AdapterFile:
         )
 
 
-def _misfit(layer: AdapterLayer, place: Place, networks: Mapping[str, Any]) -> str | None:
+def _misfit(layer: AdapterLayer, target: Target, networks: Mapping[str, Any]) -> str | None:
     """Return why a layer on the meta device cannot change its modules; None where it can."""
     import torch
 
-    modules = [networks[component].get_submodule(path) for component, path in place]
+    modules = [networks[component].get_submodule(path) for component, path in target]
     try:
         changed_weight(layer, torch.cat([module.weight for module in modules]), strength=1.0)
         if layer.get("diff_b", "b_norm") is not None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ._architecture import Architecture
-    from ._lora_names import Place
+    from ._lora_names import Target
 
 logger = logging.getLogger(__name__)
 
@@ -39,17 +39,17 @@ class ExactLora:
 
     name: str
     weight: float
-    layers: Sequence[tuple[AdapterLayer, Place]]
+    layers: Sequence[tuple[AdapterLayer, Target]]
 
     def has(self, prefix: str) -> bool:
         """Return True if it changes the component `prefix`."""
-        return any(component == prefix for _, place in self.layers for component, _ in place)
+        return any(component == prefix for _, target in self.layers for component, _ in target)
 
     def fuse(self, components: Mapping[str, nn.Module]) -> None:
         """Change the weights of `components` by it, in float32, in place."""
-        for layer, place in self.layers:
-            if place[0][0] in components:
-                _fuse_layer(layer, [components[name].get_submodule(path) for name, path in place], self.weight)
+        for layer, target in self.layers:
+            if target[0][0] in components:
+                _fuse_layer(layer, [components[name].get_submodule(path) for name, path in target], self.weight)
 
 
 AnyLora = Lora | ExactLora

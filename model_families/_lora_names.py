@@ -19,11 +19,11 @@ from ._empty import without_text_model
 if TYPE_CHECKING:
     from ._architecture import Architecture
 
-Place = tuple[tuple[str, str], ...]
+Target = tuple[tuple[str, str], ...]
 """(component, module path) of each module that a layer of a file changes, in the order of its rows."""
 
 
-def places(architecture: Architecture, networks: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Place]:
+def targets(architecture: Architecture, networks: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Target]:
     """Return every name that a module with a weight may have in a file.
 
     Args:
@@ -31,7 +31,7 @@ def places(architecture: Architecture, networks: Mapping[str, Any], config: Mapp
         networks: Denoiser and those text encoders that adapters may change, by their names in the pipeline.
         config: The denoiser's config.
     """
-    found: dict[str, Place] = {}
+    found: dict[str, Target] = {}
     for component, network in networks.items():
         for path in _weighted(network):
             if component == architecture.denoiser:
@@ -55,7 +55,7 @@ def _of_denoiser(component: str, path: str) -> Iterator[str]:
     yield from (path, f"lora_unet_{flat}", f"lora_{component}_{flat}", f"lycoris_{flat}")
 
 
-def _of_original(architecture: Architecture, component: str, path: str, config: Mapping[str, Any]) -> dict[str, Place]:
+def _of_original(architecture: Architecture, component: str, path: str, config: Mapping[str, Any]) -> dict[str, Target]:
     """Return the names by the original code's paths; none where it has no path for the module."""
     if architecture.original_path is None:
         return {}
@@ -63,10 +63,10 @@ def _of_original(architecture: Architecture, component: str, path: str, config: 
         original, members = architecture.original_path(path, config)
     except (UserError, KeyError, IndexError):
         return {}
-    place = tuple((component, member) for member in members)
+    target = tuple((component, member) for member in members)
     flat = original.replace(".", "_")
     names = (f"lora_unet_{flat}", f"lycoris_{flat}", f"diffusion_model.{original}", f"model.diffusion_model.{original}")
-    return dict.fromkeys(names, place)
+    return dict.fromkeys(names, target)
 
 
 def _of_encoder(component: str, path: str, number: int) -> Iterator[str]:

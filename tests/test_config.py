@@ -12,6 +12,7 @@ from distill.core.config.requirements import check_requirements
 from distill.core.errors import ConfigError
 from distill.core.registry.registry import Registry
 from distill.core.settings.run_settings import RunSettings
+from distill.model_families.sdxl import SDXL
 from support.config_files import PLUGIN, Pair, distill
 
 QUICKSTART = Path(__file__).resolve().parent.parent / "docs" / "quickstart"
@@ -47,12 +48,15 @@ def findings(load, *arguments, **options):
 # -- the quickstart ---------------------------------------------------------------------------------------------------
 
 
+MINIATURE = SDXL.miniature
+"""A model whose files `config check` finds whole."""
+
+
 def quickstart(tmp_path, *more):
-    images, model = tmp_path / "images", tmp_path / "model"
+    images = tmp_path / "images"
     images.mkdir()
-    model.mkdir()
     files = ["--config", QUICKSTART / "config.json", "--data", QUICKSTART / "multidatabackend.json"]
-    paths = ["--model", model, "--set", f"data.your-dataset-name.instance_data_dir={images}"]
+    paths = ["--model", MINIATURE, "--set", f"data.your-dataset-name.instance_data_dir={images}"]
     return distill("config", "check", *files, *paths, *more)
 
 
