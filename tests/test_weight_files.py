@@ -51,7 +51,7 @@ def rewrite(file, change, *, metadata=None, to=None):
     """Write the tensors of `file` again, changed."""
     state = load_file(file)
     state = change(state) or state
-    save_file({key: value.contiguous() for key, value in state.items()}, to or file, metadata=metadata)
+    save_file({key: value.clone().contiguous() for key, value in state.items()}, to or file, metadata=metadata)
     return to or file
 
 
