@@ -14,6 +14,7 @@ from ..core.diffusion.second_time import SCHEDULER, active_second_time, detached
 from ..core.errors import UserError
 from ._files import quiet_libraries
 from ._lora_files import WEIGHTS
+from ._source import FolderSource
 
 if TYPE_CHECKING:
     from ..core.plugin_api.family import ExportInfo
@@ -130,8 +131,5 @@ def refill(architecture: Architecture, network: nn.Module, folder: Path, *, adap
 
 
 def load_denoiser(architecture: Architecture, folder: Path, dtype: torch.dtype) -> nn.Module:
-    """Load the denoiser of a fully trained student on the CPU."""
-    with quiet_libraries():
-        return architecture.network_class().from_pretrained(
-            folder, subfolder=architecture.denoiser, torch_dtype=dtype, use_safetensors=True, local_files_only=True
-        )
+    """Load the denoiser of a fully trained student on the CPU. Raises UserError where its weights are not complete."""
+    return FolderSource(str(folder), architecture).load_denoiser(dtype)

@@ -176,6 +176,15 @@ def test_names_of_older_versions_are_read(copy, tiny):
         torch.testing.assert_close(value, expected.encode_prompts(PROMPTS)[key], rtol=0, atol=0)
 
 
+def test_a_full_student_that_is_incomplete_is_not_loaded(tiny, tmp_path):
+    """Its missing weights would be random ones, other ones at each load."""
+    shutil.copytree(tiny / "unet", tmp_path / "student" / "unet")
+    make(tiny).load_student(tmp_path / "student")
+    rewrite(weights(tmp_path / "student" / "unet"), without("mid_block"))
+    with pytest.raises(UserError, match="tensors are missing"):
+        make(tiny).load_student(tmp_path / "student")
+
+
 # -- a single file ----------------------------------------------------------------------------------------------------
 
 PREFIXES = {
