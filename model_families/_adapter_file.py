@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..core.errors import UserError
+from ._empty import without_text_model
 from ._lora_kinds import EXACT, LORA, AdapterLayer, changed_bias, changed_weight, split
 from ._lora_names import Target, targets
-from ._plain_lora import read_by_diffusers
+from ._plain_lora import Lora, read_by_diffusers
 from ._weights import WeightFile
 
 if TYPE_CHECKING:
@@ -88,11 +89,16 @@ class AdapterFile:
                 "merge it into the model with the tool that it was made with, and name the merged model",
             )
         if self.needs_exact and not fused:
-            raise UserError(
-                f"LoRA {self.name!r} is of the kind {', '.join(sorted(self.kinds))}, which can be fused into the "
-                "teacher but not used beside a student or as its beginning",
-                "name it under teacher_lora, or convert it to a plain LoRA",
-            )
+            self.refuse_beside()
+
+    def refuse_beside(self) -> NoReturn:
+        """Raise UserError for a kind that can be fused, and not attached beside others."""
+        kinds = ", ".join(sorted(self.kinds))
+        raise UserError(
+            f"LoRA {self.name!r} is of the kind {kinds}, which can be fused into the teacher but not used beside a "
+            "student or as its beginning",
+            "name it under teacher_lora, or convert it to a plain LoRA",
+        )
 
     def fit(self, architecture: Architecture, networks: Mapping[str, Any], *, fused: bool) -> Fit:
         """Return which of its layers change something of `networks`, which are on the meta device."""
@@ -107,7 +113,7 @@ class AdapterFile:
                 unlike[layer.stem] = problem
             else:
                 applied[layer.stem] = target
-        if foreign and not unlike and not self.needs_exact and self._read_whole(architecture, networks):
+        if foreign and not unlike and not self.needs_exact and self.by_diffusers(1.0, architecture, networks):
             applied, foreign = dict.fromkeys(self.layers, ()), []
         left_out = [*foreign, *unlike, *self.unknown, *self.tokens]
         return Fit(applied, left_out, list(unlike.values()))
@@ -116,15 +122,16 @@ class AdapterFile:
         for stem, leaves in self.layers.items():
             yield AdapterLayer(stem, {leaf: self.file.shape(name) for leaf, name in leaves.items()})
 
-    def _read_whole(self, architecture: Architecture, networks: Mapping[str, Any]) -> bool:
-        """Return True if diffusers, which knows more namings, finds a module of the networks for every layer."""
+    def by_diffusers(self, weight: float, architecture: Architecture, networks: Mapping[str, Any]) -> Lora | None:
+        """Return the LoRA as diffusers reads it; None unless it finds a module of the networks for every layer."""
         try:
-            lora = read_by_diffusers(self.name, 1.0, architecture, networks[architecture.denoiser].config)
+            lora = read_by_diffusers(self.name, weight, architecture, networks[architecture.denoiser].config)
         except (ValueError, KeyError, RuntimeError, AssertionError):
-            return False
-        found = {key.partition(".lora_")[0] for key in lora.state if not key.endswith(".alpha")}
-        known = {f"{part}.{path}" for part, network in networks.items() for path, _ in network.named_modules()}
-        return len(found) >= len(self.layers) and found <= known
+            return None
+        found = {_module_of(key) for key in lora.state if not key.endswith(".alpha")}
+        modules = ((part, path) for part, network in networks.items() for path, _ in network.named_modules())
+        known = {f"{part}.{without_text_model(path)}" for part, path in modules}
+        return lora if len(found) >= len(self.layers) and found <= known else None
 
     def read(self, stems: Iterable[str]) -> Iterator[AdapterLayer]:
         """Read the tensors of these layers."""
@@ -183,6 +190,12 @@ def _misfit(layer: AdapterLayer, target: Target, networks: Mapping[str, Any]) ->
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         return str(error).strip().splitlines()[0]
     return None
+
+
+def _module_of(key: str) -> str:
+    """Return ``text_encoder.encoder.layers.0.mlp.fc1`` of a tensor's name as diffusers reads it."""
+    component, _, inner = re.split(r"\.lora|_lora\.", key)[0].replace(".processor.", ".").partition(".")
+    return f"{component}.{without_text_model(inner)}"
 
 
 def _scale(adapter: Mapping[str, Any], stem: str) -> dict[str, Any]:

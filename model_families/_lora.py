@@ -15,8 +15,8 @@ from ..core.errors import UserError
 from ._adapter_file import AdapterFile, Fit
 from ._files import quiet_libraries
 from ._lora_files import lora_file
-from ._lora_kinds import AdapterLayer, changed_bias, changed_weight
-from ._plain_lora import Lora, read_by_diffusers
+from ._lora_kinds import LORA, AdapterLayer, changed_bias, changed_weight
+from ._plain_lora import Lora
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -106,9 +106,10 @@ def read_lora(
     """Read the LoRA `name` for the networks that :func:`check_lora` compares it with. Raises UserError as that does."""
     file, fit = check_lora(name, architecture, networks, fused=fused, strict=strict)
     if fit.whole and not file.needs_exact:
-        lora = read_by_diffusers(name, weight, architecture, networks[architecture.denoiser].config)
-        _check_finite(name, lora.state)
-        return lora
+        lora = file.by_diffusers(weight, architecture, networks)
+        if lora is not None:
+            _check_finite(name, lora.state)
+            return lora
     if not fit.whole:
         left = ", ".join(fit.left_out[:3]) + (", ..." if len(fit.left_out) > 3 else "")
         logger.warning(
@@ -118,7 +119,25 @@ def read_lora(
     layers = [(layer, fit.applied[layer.stem]) for layer in file.read(fit.applied)]
     for layer, _ in layers:
         _check_finite(name, {f"{layer.stem}.{leaf}": tensor for leaf, tensor in layer.tensors.items()})
-    return ExactLora(name, weight, layers)
+    if fused:
+        return ExactLora(name, weight, layers)
+    if file.kinds != {LORA}:
+        file.refuse_beside()
+    return _in_peft_names(name, weight, layers, networks)
+
+
+def _in_peft_names(
+    name: str, weight: float, layers: Sequence[tuple[AdapterLayer, Target]], networks: Mapping[str, Any]
+) -> Lora:
+    """Return plain layers of a naming that diffusers does not know by the modules' own names, their scale folded in."""
+    state: dict[str, Tensor] = {}
+    for layer, target in layers:
+        down, up = layer.factors()
+        rows = [len(networks[component].get_submodule(path).weight) for component, path in target]
+        for (component, path), piece in zip(target, (up * layer.scale(len(down))).split(rows), strict=True):
+            state[f"{component}.{path}.lora_A.weight"] = down.clone()
+            state[f"{component}.{path}.lora_B.weight"] = piece.contiguous()
+    return Lora(name, weight, state, None, None)
 
 
 def _check_finite(name: str, tensors: Mapping[str, Tensor]) -> None:

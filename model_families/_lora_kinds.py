@@ -69,6 +69,13 @@ class AdapterLayer:
         found = next((self.tensors[leaf] for leaf in leaves if leaf in self.tensors), None)
         return None if found is None else found.to(torch.float32)
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return down (rank, in, ...) and up (out, rank, ...) of a LoRA. Raises RuntimeError where it lacks one."""
+        down, up = self.get(*_ends("lora_down", "lora_A")), self.get(*_ends("lora_up", "lora_B"))
+        if down is None or up is None:
+            raise RuntimeError(f"{self.stem} lacks one of its two factors")
+        return down, up
+
     def scale(self, rank: int | None) -> float:
         """Return alpha / rank, or alpha / sqrt(rank); 1 without an alpha or a rank."""
         alpha = self.get("alpha")
@@ -139,13 +146,8 @@ def _delta(layer: AdapterLayer) -> Tensor | None:
 
 
 def _low_rank(layer: AdapterLayer) -> Tensor:
-    down, up, middle = (
-        layer.get(*_ends("lora_down", "lora_A")),
-        layer.get(*_ends("lora_up", "lora_B")),
-        layer.get("lora_mid.weight"),
-    )
-    if down is None or up is None:
-        raise RuntimeError(f"{layer.stem} lacks one of its two factors")
+    down, up = layer.factors()
+    middle = layer.get("lora_mid.weight")
     scale = layer.scale(len(down))
     if middle is not None:
         return scale * torch.einsum("oa,abhw,bi->oihw", up.flatten(1), middle, down.flatten(1))

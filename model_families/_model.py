@@ -278,7 +278,8 @@ class DiffusersModel(ModelFamily):
     def read_by_diffusers(self, lora: str) -> bool:
         """Return True if plain diffusers fuses this LoRA of the teacher as it is fused here."""
         file, fit = self._check_teacher_lora(lora)
-        return fit.whole and not file.needs_exact
+        exact = file.needs_exact or not fit.whole
+        return not exact and file.by_diffusers(1.0, self.architecture, self._adaptable) is not None
 
     def teacher_loras(self) -> list[AnyLora]:
         """Read the LoRAs that are fused into the teacher. Raises UserError for one that does not fit."""

@@ -212,6 +212,45 @@ def test_layers_of_t5_are_named_as_left_out(tmp_path):
     assert "of its 2 layers 1 have no place in it (lora_te2_encoder_block_0_layer_0_SelfAttention_q)" in message
 
 
+def written(tmp_path, names):
+    """One LoRA in every naming, on the layers of `names` (diffusers' path -> sizes), at a scale of 3."""
+    whole, flat, dotted = {}, {}, {"base_model.model": {}, "diffusion_model": {}}
+    for number, (path, (component, out, into)) in enumerate(names.items()):
+        up, down = random(out, 4, seed=number), random(4, into, seed=number)
+        whole |= {f"{component}.{path}.lora_A.weight": down, f"{component}.{path}.lora_B.weight": 3 * up}
+        leaves = {"lora_up.weight": up, "lora_down.weight": down, "alpha": torch.tensor(12.0)}
+        flat |= {f"{kohya(path)}.{leaf}": tensor for leaf, tensor in leaves.items()}
+        for prefix, found in dotted.items():
+            found |= {f"{prefix}.{path}.lora_A.weight": down, f"{prefix}.{path}.lora_B.weight": 3 * up}
+    files = {"diffusers": whole, "sd-scripts": flat, **dotted}
+    return {name: write(tmp_path, tensors, name=f"{name}.safetensors") for name, tensors in files.items()}
+
+
+@pytest.mark.parametrize("name", ["sd1x", "flux-dev", "sd3"])
+def test_one_lora_in_every_naming_is_the_same_teacher_and_the_same_adapter(name, tmp_path):
+    model = MODELS[name]
+    folder = model.write(tmp_path / "model")
+    family = model.make(folder)
+    network, component = family.load_network(), family.architecture.denoiser
+    inside = "attn1." if component == "unet" else "attn."
+    linear = {path: one for path, one in network.named_modules() if f"{inside}to_" in path and hasattr(one, "weight")}
+    sizes = {path: (component, *one.weight.shape) for path, one in linear.items()}
+    results = {}
+    for naming, file in written(tmp_path, sizes).items():
+        teacher = model.make(folder, teacher_lora=((file, 1.0),))
+        teacher.check_source()
+        fused, beside = teacher.load_network().state_dict(), family.load_network()
+        family.attach_adapter(beside, file, "own")
+        change = {path: beside.get_submodule(path).get_delta_weight("own") for path in sizes}
+        results[naming] = ({path: fused[f"{path}.weight"] for path in sizes}, change)
+    expected = results.pop("diffusers")
+    assert len(sizes) > 3
+    for ours in results.values():
+        for path in sizes:
+            torch.testing.assert_close(ours[0][path], expected[0][path], rtol=0, atol=1e-6)
+            torch.testing.assert_close(ours[1][path], expected[1][path], rtol=0, atol=1e-6)
+
+
 # -- what is refused --------------------------------------------------------------------------------------------------
 
 
