@@ -125,9 +125,9 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name};{tensor.dtype};{tuple(tensor.shape)};".encode())
         values = tensor.detach().contiguous().flatten().view(torch.uint8)
         if len(values) <= PIECES * PIECE_BYTES:
-            digest.update(values.numpy())
+            digest.update(values.numpy().data)
             continue
         for piece in range(PIECES):
             start = piece * (len(values) - PIECE_BYTES) // (PIECES - 1)
-            digest.update(values[start : start + PIECE_BYTES].numpy())
+            digest.update(values[start : start + PIECE_BYTES].numpy().data)
     return digest.hexdigest()
