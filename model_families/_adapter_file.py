@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 PEFT_MAGNITUDE = re.compile(r"lora_magnitude_vector(\.\w+)?(\.weight)?")
 """A DoRA's magnitudes as peft names them, which diffusers reads."""
+NOT_READ = (ValueError, LookupError, RuntimeError, AssertionError, AttributeError, TypeError, ArithmeticError)
+"""Errors in which diffusers' converters end for files that they were not made for."""
 NAMED = 3
 """Number of layers that a message names."""
 
@@ -126,7 +128,7 @@ class AdapterFile:
         """Return the LoRA as diffusers reads it; None unless it finds a module of the networks for every layer."""
         try:
             lora = read_by_diffusers(self.name, weight, architecture, networks[architecture.denoiser].config)
-        except (ValueError, KeyError, RuntimeError, AssertionError):
+        except NOT_READ:
             return None
         found = {_module_of(key) for key in lora.state if not key.endswith(".alpha")}
         modules = ((part, path) for part, network in networks.items() for path, _ in network.named_modules())
@@ -137,11 +139,23 @@ class AdapterFile:
         """Read the tensors of these layers."""
         import torch
 
-        adapter = json.loads(self.file.metadata.get("lora_adapter_metadata", "{}"))
+        adapter = self._settings()
         for stem in stems:
             leaves = self.layers[stem]
             read = self.file.read(leaves.values(), torch.float32)
             yield AdapterLayer(stem, {leaf: read[name] for leaf, name in leaves.items()}, **_scale(adapter, stem))
+
+    def _settings(self) -> Mapping[str, Any]:
+        """Return peft's settings, which diffusers writes into the header. Raises UserError where they are none."""
+        try:
+            found = json.loads(self.file.metadata.get("lora_adapter_metadata", "{}"))
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise UserError(
+                f"LoRA {self.name!r}: lora_adapter_metadata in its header is no JSON object", "export the LoRA again"
+            )
+        return found
 
     def refuse_foreign(self, architecture: Architecture, fit: Fit) -> NoReturn:
         """Raise UserError for a file of which nothing fits."""
@@ -149,6 +163,11 @@ class AdapterFile:
             raise UserError(
                 f"LoRA {self.name!r} does not fit this model: {fit.unlike[0]}",
                 f"name a LoRA that was trained for {architecture.name} with networks of this size",
+            )
+        if self.tokens:
+            raise UserError(
+                f"LoRA {self.name!r} holds trained tokens alone ({', '.join(self.tokens[:NAMED])}): it is an embedding",
+                "name a LoRA; embeddings (textual inversion) are not read",
             )
         first = next(iter(self.file.entries), None)
         raise UserError(

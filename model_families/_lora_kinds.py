@@ -77,8 +77,10 @@ class AdapterLayer:
         return down, up
 
     def scale(self, rank: int | None) -> float:
-        """Return alpha / rank, or alpha / sqrt(rank); 1 without an alpha or a rank."""
+        """Return alpha / rank, or alpha / sqrt(rank); 1 without an alpha or a rank. Raises RuntimeError."""
         alpha = self.get("alpha")
+        if rank == 0 or (alpha is not None and alpha.numel() != 1):
+            raise RuntimeError(f"{self.stem} has a rank of 0, or more than one alpha")
         value = self.alpha if alpha is None else (float(alpha) if alpha.device.type != "meta" else 1.0)
         if value is None or rank is None:
             return 1.0

@@ -336,6 +336,24 @@ def test_kinds_beside_a_student_are_refused_with_the_way_out(tiny, base, tmp_pat
     assert make(tiny).plain_lora(student).num_layers("unet") == 1
 
 
+def test_files_that_are_crafted_are_refused(tiny, base, tmp_path):
+    layer = plain_layer(base, LINEAR)
+    stem, out, into = kohya(LINEAR), *sized(base, LINEAR)
+    empty = {f"{stem}.lora_up.weight": torch.zeros(out, 0), f"{stem}.lora_down.weight": torch.zeros(0, into)}
+    crafted = {
+        "has a rank of 0": empty,
+        "more than one alpha": layer | {f"{stem}.alpha": torch.ones(2)},
+        "lacks one of its two factors": {f"{stem}.lora_up.weight": torch.zeros(out, 4)},
+        "it is an embedding": {"emb_params": torch.zeros(2, 8)},
+        "holds nothing for an SDXL (its first tensor is None)": {},
+    }
+    for words, tensors in crafted.items():
+        assert words in refusal(make(tiny, (write(tmp_path, tensors), 1.0)))
+    file = write(tmp_path, partly(base), metadata={"lora_adapter_metadata": "[1"})
+    with pytest.raises(UserError, match="is no JSON object"):
+        fused(tiny, file, partial_loras=(file,))
+
+
 def test_values_that_are_not_finite_are_refused(tiny, base, tmp_path):
     layer = plain_layer(base, LINEAR)
     layer[f"{kohya(LINEAR)}.lora_up.weight"][0, 0] = float("nan")
