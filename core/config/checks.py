@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -98,10 +99,10 @@ def _check_paths(run: RunSettings, report: ConfigReport) -> None:
         **{f"teacher_lora.{index}": lora.path for index, lora in enumerate(run.teacher_lora)},
     }
     for key, value in models.items():
-        if value is not None and is_local(value) and not Path(value).exists():
+        if value is not None and is_local(value) and not os.path.exists(value):
             remedy = "give a hub id as `name/model`, a folder in diffusers layout or a .safetensors file that is there"
             report.refuse(key, value, "does not exist", remedy)
-        elif value is not None and not is_local(value) and not _HUB_ID.fullmatch(value):
+        elif value is not None and not is_local(value) and not is_hub_id(value):
             remedy = "hub ids are `name/model`; a path starts with / or ./"
             report.refuse(key, value, "is neither an existing path nor a hub id", remedy)
     library = run.validation_prompt_library
@@ -114,11 +115,17 @@ def _check_paths(run: RunSettings, report: ConfigReport) -> None:
     if source is not None and not source.is_dir():
         remedy = "give a folder with the model's configs and tokenizers"
         report.refuse("model_config_source", str(source), "is not a folder", remedy)
-    if run.output_dir.exists() and not run.output_dir.is_dir():
+    if os.path.exists(run.output_dir) and not run.output_dir.is_dir():
         report.refuse("output_dir", str(run.output_dir), "is a file", "give a folder: --output-dir DIR")
 
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
+LONGEST_HUB_ID = 96
+
+
+def is_hub_id(text: str) -> bool:
+    """Return whether the Hugging Face hub could have a repository of this name."""
+    return _HUB_ID.fullmatch(text) is not None and len(text) <= LONGEST_HUB_ID
 
 
 def _check_tracking(run: RunSettings, report: ConfigReport) -> None:

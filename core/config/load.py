@@ -12,9 +12,11 @@ from ..errors import ConfigError, Finding, UserError
 from ..settings.configuration import PARTS, Configuration
 from ..settings.run_settings import RunSettings
 from .checks import check_run
+from .coercion import absolute
 from .datasets import Datasets, DatasetsCheck, RawEntry, apply_overrides, find_data_file, read_data_file, read_entries
 from .findings import PartCheck
 from .normalise import align_rounding, megapixel_notices, refuse_not_yet, rename_run_keys
+from .parsing import read_file, unusable
 from .parts import Parts, PartsCheck
 from .quantisation import check_quantisation
 from .reading import (
@@ -25,7 +27,6 @@ from .reading import (
     fill_environment,
     nested,
     parse_override,
-    read_file,
     strip_dashes,
 )
 from .requirements import check_images, check_requirements, check_smaller_student, trajectory_points
@@ -151,7 +152,9 @@ class ConfigurationLoader:
                 remedy = 'write {"model_type": "lora", ...}; the list of datasets goes into --data'
                 self.findings.append(Finding(str(file), "--config", content, "is not an object of keys", remedy))
         command_line = Origin(COMMAND_LINE, Path.cwd())
-        self._lay(flags, command_line)
+        problems = list(unusable(flags))
+        self.findings.extend(problem.finding(COMMAND_LINE) for problem in problems)
+        self._lay({} if problems else flags, command_line)
         parsed = [override for text in overrides if (override := parse_override(text, self.findings))]
         for path, value in parsed:
             if path[0] != "data":
@@ -173,7 +176,7 @@ class ConfigurationLoader:
         origin = self.layers.origin("plugins")
         for file in [files] if isinstance(files, str) else files if isinstance(files, list | tuple) else []:
             try:
-                self.registry.add_file(origin.base / Path(str(file)).expanduser())
+                self.registry.add_file(absolute(str(file), origin.base))
             except UserError as error:
                 self.findings.append(Finding(origin.file, "plugins", file, error.message, error.remedy))
 

@@ -17,6 +17,7 @@ from types import ModuleType
 from ..errors import UserError
 from ..plugin_api import hookspecs
 from ..plugin_api.version import check_file, check_module
+from ..utils.files import file_problem
 from ..utils.suggest import did_you_mean
 
 ENTRY_POINTS = "distill.plugins"
@@ -123,8 +124,9 @@ def import_file(path: Path) -> ModuleType:
     Raises:
         UserError: It is not there, was built for another API, or cannot be imported.
     """
-    if not path.is_file():
-        raise UserError(f"plugin file {path} does not exist.", "give --plugin the path of a Python file.")
+    problem = file_problem(path)
+    if problem is not None:
+        raise UserError(f"plugin file {path} {problem}.", "give --plugin the path of a Python file.")
     stem = re.sub(r"\W", "_", path.stem)
     name = f"distill_plugin_{stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, path)
