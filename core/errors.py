@@ -12,6 +12,22 @@ class DistillError(Exception):
     exit_code = 1
 
 
+def described(error: BaseException) -> str:
+    """Return the kind of an error and its message, whatever becomes of asking it for that."""
+    try:
+        message = str(error)
+    except BaseException as second:  # somebody else's __str__: the error it hides is the one to be told
+        message = f"(its message cannot be read: __str__ raised {type(second).__name__})"
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
+
+
+def is_failure(error: BaseException) -> bool:
+    """Return whether an exception is a failure of the code that raised it, ``SystemExit`` and ``GeneratorExit``
+    included, rather than somebody's wish to stop.
+    """
+    return not isinstance(error, KeyboardInterrupt | Interrupted)
+
+
 class UserError(DistillError):
     """The configuration, the arguments or the data are unusable as given (exit code 2).
 

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command, get_group
 
-from ..errors import DistillError, PluginError
+from ..errors import DistillError, PluginError, described
 from ..utils.console import console
 
 COMMANDS = {
@@ -56,10 +56,12 @@ class LazyGroup(TyperGroup):
             if isinstance(error, PluginError) and error.__cause__:
                 attribution = import_module("..registry.attribution", __name__)
                 typer.echo(attribution.plugin_traceback(error.__cause__), err=True)
-            say_error(str(error))
-            raise typer.Exit(error.exit_code) from error
-        except KeyboardInterrupt:
-            say_error("interrupted")
+            say_error(_message(error))
+            raise typer.Exit(error.exit_code or DistillError.exit_code) from error
+        except KeyboardInterrupt as error:
+            attribution = _attribution()
+            place = attribution.place_in_plugin(error) if attribution else None
+            say_error("interrupted" + (f": {place.replace(' failed in ', ' was in ')}" if place else ""))
             raise typer.Exit(INTERRUPTED) from None
 
 
@@ -78,17 +80,32 @@ def load_command(name: str) -> Any:
 
 
 def named_failures(call: Callable[..., Any], *arguments: Any) -> Any:
-    """Return what `call` returns; an error of a plugin's own code carries the plugin's name."""
+    """Return what `call` returns; an error of a plugin's own code carries the plugin's name.
+
+    No command ends by SystemExit: one that comes from inside is a failure, whatever its exit code says.
+    """
     try:
         return call(*arguments)
-    except DistillError:
+    except (DistillError, KeyboardInterrupt):
         raise
-    except Exception as error:
-        attribution = sys.modules.get(f"{__name__.rsplit('.', 1)[0]}.registry.attribution")
+    except BaseException as error:
+        attribution = _attribution()
         failure = attribution.attribute_error(error) if attribution else None
+        if failure is None and isinstance(error, SystemExit):
+            failure = DistillError(f"the command was ended from inside: {described(error)}")
         if failure is None:
             raise
         raise failure from error
+
+
+def _attribution() -> Any:
+    """Return the module that knows plugins by their code, where any plugin can have run."""
+    return sys.modules.get(f"{__name__.rsplit('.', 1)[0]}.registry.attribution")
+
+
+def _message(error: DistillError) -> str:
+    """Return an error's text; a plugin's own kind of DistillError may have none."""
+    return described(error).removeprefix(f"{type(error).__name__}: ")
 
 
 def say_error(message: str) -> None:

@@ -11,12 +11,15 @@ from typing import Any
 from ..errors import Finding, UserError
 from ..settings.dataset_settings import DatasetSettings
 from ..settings.run_settings import RunSettings
+from ..settings.types import LONGEST_EDGE
 from ..utils.prompt_library import read_library
 from .coercion import is_local
 from .reading import ConfigReport
 
 MAX_MEGAPIXELS = 64
 """A larger area is a number of pixels that was given as megapixels."""
+MAX_SOURCE_PIXELS = 1_000_000
+"""A larger edge is none that an image file has."""
 MIN_PIXELS = 8
 """A smaller edge is a number of megapixels that was given as pixels."""
 _DEVICE = re.compile(r"(auto|cpu|mps|cuda(:\d+)?)$")
@@ -141,7 +144,7 @@ def check_sizes(settings: Any, report: ConfigReport) -> None:
     if unit == "area" and resolution > MAX_MEGAPIXELS:
         problem = f"would be {resolution:g} megapixels under resolution_type area"
         report.refuse("resolution", resolution, problem, "set resolution_type to pixel_area, or give megapixels as 1.0")
-    if unit != "area" and resolution < MIN_PIXELS:
+    if unit != "area" and not MIN_PIXELS <= resolution <= LONGEST_EDGE:
         problem = f"would be {resolution:g} pixels under resolution_type {unit}"
         report.refuse("resolution", resolution, problem, "set resolution_type to area, or give pixels as 1024")
     for key in ("minimum_image_size", "maximum_image_size", "target_downsample_size"):
@@ -149,6 +152,9 @@ def check_sizes(settings: Any, report: ConfigReport) -> None:
         if value is not None and unit == "area" and value > MAX_MEGAPIXELS:
             problem = f"would be {value:g} megapixels under resolution_type area"
             report.refuse(key, value, problem, "give megapixels, as 1.0, or another resolution_type")
+        if value is not None and unit != "area" and value > MAX_SOURCE_PIXELS:
+            problem = f"would be {value:g} pixels under resolution_type {unit}"
+            report.refuse(key, value, problem, "give pixels, as 512, or leave it out")
         if value is not None and unit == "pixel_area" and 0 < value < MIN_PIXELS:
             problem = f"would be {value:g} pixels under resolution_type pixel_area"
             report.refuse(key, value, problem, "give pixels, as 512, or resolution_type area")

@@ -35,6 +35,7 @@ from .sources import (
     import_file,
     installed,
     load_entry_point,
+    module_name,
     package_of,
     selected,
     version_of,
@@ -160,8 +161,8 @@ class Registry:
         """Load a plugin file; one that is loaded already is left as it is."""
         path = Path(os.path.realpath(os.path.expanduser(file))) if path_problem(file) is None else Path(file)
         if path not in self._files:
+            register_owner(module_name(path), f"plugin {path.stem!r} ({path})")
             module = import_file(path)
-            register_owner(module.__name__, f"plugin {path.stem!r} ({path})")
             self.add(module, source=str(path), name=path.stem, version=str(vars(module).get("__version__", "")))
             self._files.append(path)
 
