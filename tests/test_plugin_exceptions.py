@@ -175,8 +175,8 @@ def test_the_conformance_suite_tells_what_a_plugin_raises():
 
     within, outside = (outcome_of(Check("method bad", "roles", function)) for function in (leave, escape))
     assert (within.result, outside.result) == ("failed", "failed")
-    assert within.text.startswith("roles() raised SystemExit: 0 (test_plugin_exceptions.py, line ")
-    assert outside.text.startswith("GeneratorExit (test_plugin_exceptions.py, line ")
+    assert within.reason.startswith("roles() raised SystemExit: 0 (test_plugin_exceptions.py, line ")
+    assert outside.reason.startswith("GeneratorExit (test_plugin_exceptions.py, line ")
 
 
 def test_a_run_that_is_resolved_again_is_whole_json(tmp_path, run_file):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from types import TracebackType
 from typing import Annotated, Any
 
 import typer
@@ -13,6 +15,7 @@ from typer.main import get_command, get_group
 
 from ..errors import DistillError, PluginError, described
 from ..utils.console import console
+from ..utils.redaction import redacted
 
 COMMANDS = {
     "run": "Run a distillation from start to end.",
@@ -111,7 +114,7 @@ def _message(error: DistillError) -> str:
 def say_error(message: str) -> None:
     """Print to stderr, the first word in red on a terminal."""
     head = typer.style("error:", fg=typer.colors.RED, bold=True) if sys.stderr.isatty() else "error:"
-    typer.echo(f"{head} {message}", err=True)
+    typer.echo(f"{head} {redacted(message)}", err=True)
 
 
 app = typer.Typer(
@@ -139,6 +142,12 @@ def _root(
     """Turn slow, many-step diffusion models into few-step ones."""
 
 
+def _fault(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print the traceback of a fault of ours, which may quote what nobody is to see."""
+    sys.stderr.write(redacted("".join(traceback.format_exception(kind, error, trace))))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `distill` and `python -m distill`; always ends in SystemExit."""
+    sys.excepthook = _fault
     app(args=list(arguments) if arguments is not None else None, prog_name="distill")

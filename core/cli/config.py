@@ -11,6 +11,7 @@ import typer
 
 from ..errors import UserError
 from ..utils.files import write_text
+from ..utils.redaction import redacted
 from . import options
 from .options import Given, PluginOption, takes_configuration
 
@@ -24,7 +25,7 @@ def check(given: Given) -> None:
     """Validate a configuration: notices go to stdout, all errors together to stderr."""
     configuration, registry = given.load()
     for notice in (*configuration.notices, *options.service_notices(configuration, registry)):
-        typer.echo(f"notice: {notice}")
+        typer.echo(redacted(f"notice: {notice}"))
     logger.info("the configuration is usable")
 
 

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ConfigError, Finding, UserError
 from ..settings.configuration import PARTS, Configuration
 from ..settings.run_settings import RunSettings
+from ..utils.redaction import is_redacted
 from .checks import check_run
 from .coercion import absolute
 from .datasets import Datasets, DatasetsCheck, RawEntry, apply_overrides, find_data_file, read_data_file, read_entries
 from .findings import PartCheck
 from .normalise import align_rounding, megapixel_notices, refuse_not_yet, rename_run_keys
-from .parsing import read_file, unusable
+from .parsing import read_file, texts, unusable
 from .parts import Parts, PartsCheck
 from .quantisation import check_quantisation
 from .reading import (
@@ -122,6 +123,8 @@ class ConfigurationLoader:
         if run is not None:
             self._compare_data(run, parts, check, entries or [], datasets)
             self._check_plugins(run, parts, check)
+        if self.to_train:
+            self._refuse_redacted(entries or [])
         if run is None or self.findings:
             return None
         return self._assemble(run, parts, check, datasets)
@@ -135,6 +138,17 @@ class ConfigurationLoader:
         check_quantisation(
             run, check.classes, config, registry=self.registry, report=self.report, to_train=self.to_train
         )
+
+    def _refuse_redacted(self, entries: Sequence[RawEntry]) -> None:
+        """Refuse URLs of a resolved configuration, in which secrets are not kept."""
+        places = [("", self.layers), *((entry.prefix, entry.layers) for entry in entries)]
+        for prefix, layers in places:
+            for key, value in texts(layers.values):
+                if is_redacted(value):
+                    problem = "has *** in place of a secret, which is not kept in files"
+                    remedy = f"give it again, the secret from the environment: --set '{prefix}{key}=...{{env:NAME}}...'"
+                    file = layers.origin(key.partition(".")[0]).file
+                    self.findings.append(Finding(file, prefix + key, value, problem, remedy))
 
     # -- layers -------------------------------------------------------------------------------------------------------
 

@@ -302,6 +302,15 @@ def _problem(value: Any, depth: int) -> tuple[str, str] | None:
     return f"is a {type(value).__name__}, and no key takes one", "write it in quotes, as a text"
 
 
+def texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Yield each text inside a value, with its dotted path."""
+    if isinstance(value, str):
+        yield key, value
+    named = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    for name, inner in named:
+        yield from texts(inner, f"{key}.{name}".strip("."))
+
+
 def text_problem(text: str) -> tuple[str, str] | None:
     """Return what keeps a text from being written to files, and the remedy; None where nothing does."""
     if "\0" in text:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import Finding
-from ..settings.secrets import FromEnvironment, is_secret
+from ..settings.secrets import FromEnvironment
+from ..utils.redaction import is_secret, remember
 from .parsing import Unreadable, parse_json, text_problem, unusable
 
 COMMAND_LINE = "command line"
@@ -108,6 +109,7 @@ def fill_environment(value: Any, file: str, key: str, findings: list[Finding]) -
     if unwritable is not None:
         findings.append(Finding(file, key, value, *unwritable))
         return value
+    remember(key, filled, value)
     return FromEnvironment.fill(filled, value) if is_secret(key) and filled != value else filled
 
 

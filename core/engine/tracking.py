@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import described, is_failure
 from ..utils.packages import missing_packages
+from ..utils.redaction import redacted
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -50,7 +51,7 @@ class Trackers:
 
     def text(self, name: str, text: str, step: int) -> None:
         """Log Markdown text."""
-        self._each("text", name, text, step)
+        self._each("text", name, redacted(text), step)
 
     def finish(self, scores: Mapping[str, float] | None = None) -> None:
         """Close each tracker; `scores` are the run's final scores. Nothing is tracked afterwards."""

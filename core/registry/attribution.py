@@ -16,6 +16,7 @@ import pluggy
 
 from ..errors import DistillError, PluginError, described, is_failure
 from ..plugin_api import hookspecs
+from ..utils.redaction import redacted
 
 TRACE = "DISTILL_TRACE"
 """Environment variable: 1 prints every call of a hook to stderr."""
@@ -93,7 +94,7 @@ def plugin_traceback(error: BaseException) -> str:
     first = error.__traceback__
     while first is not None and owner(_module(first)) is None:
         first = first.tb_next
-    return "".join(traceback.format_exception(type(error), error, first or error.__traceback__))
+    return redacted("".join(traceback.format_exception(type(error), error, first or error.__traceback__)))
 
 
 def attributed_hooks(plugin: object, label: str) -> SimpleNamespace:
@@ -154,7 +155,7 @@ def tracing() -> bool:
 def trace_line(line: str) -> None:
     """A line of the trace, where it is on."""
     if tracing():
-        print(f"trace: {line}", file=sys.stderr, flush=True)
+        print(redacted(f"trace: {line}"), file=sys.stderr, flush=True)
 
 
 def trace(manager: pluggy.PluginManager) -> None:
