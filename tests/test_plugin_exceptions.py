@@ -110,8 +110,8 @@ def test_an_observer_that_raises_ends_the_run_with_its_name(kind, tmp_path, run_
 
 @pytest.mark.parametrize("kind", [kind for kind in RAISED if kind != "well"])
 def test_a_component_that_raises_ends_the_run_with_its_name(kind, tmp_path, run_file):
-    places = list(COMPONENTS)
-    base, hook, signature = COMPONENTS[places[list(RAISED).index(kind) % len(places)]]
+    names = list(COMPONENTS)
+    base, hook, signature = COMPONENTS[names[list(RAISED).index(kind) % len(names)]]
     text = COMPONENT.format(base=base, kind=hook, signature=signature, line=RAISED[kind])
     file = write(tmp_path, text)
     chosen = ("--method", "bad") if hook == "methods" else ("--family", "bad")

@@ -20,6 +20,8 @@ MAX_MEGAPIXELS = 64
 """A larger area is a number of pixels that was given as megapixels."""
 MAX_SOURCE_PIXELS = 1_000_000
 """A larger edge is none that an image file has."""
+MAX_STEP_SAMPLES = 2**20
+"""Samples of an optimizer step of one process: the order of a step's samples is made as a whole."""
 MIN_PIXELS = 8
 """A smaller edge is a number of megapixels that was given as pixels."""
 _DEVICE = re.compile(r"(auto|cpu|mps|cuda(:\d+)?)$")
@@ -45,6 +47,9 @@ def _check_length(run: RunSettings, report: ConfigReport) -> None:
     if steps is None and epochs is None:
         problem = "is required: neither max_train_steps nor num_train_epochs is set"
         report.refuse("max_train_steps", None, problem, "set max_train_steps, as --set max_train_steps=1000")
+    if run.train_batch_size * run.gradient_accumulation_steps > MAX_STEP_SAMPLES:
+        problem = f"times train_batch_size = {run.train_batch_size:,} is more than {MAX_STEP_SAMPLES:,} samples a step"
+        report.refuse("gradient_accumulation_steps", run.gradient_accumulation_steps, problem, "lower one of the two")
     if steps is not None and epochs is not None:
         report.note(f"max_train_steps = {steps} and num_train_epochs = {epochs}: whichever ends first")
     if steps is not None and run.lr_warmup_steps >= steps and run.lr_warmup_steps:

@@ -141,8 +141,8 @@ class ConfigurationLoader:
 
     def _refuse_redacted(self, entries: Sequence[RawEntry]) -> None:
         """Refuse URLs of a resolved configuration, in which secrets are not kept."""
-        places = [("", self.layers), *((entry.prefix, entry.layers) for entry in entries)]
-        for prefix, layers in places:
+        sources = [("", self.layers), *((entry.prefix, entry.layers) for entry in entries)]
+        for prefix, layers in sources:
             for key, value in texts(layers.values):
                 if is_redacted(value):
                     problem = "has *** in place of a secret, which is not kept in files"

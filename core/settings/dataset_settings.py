@@ -123,7 +123,7 @@ class DatasetSettings(ColumnSettings):
     """For a distillation_cache: seed of the noise that trajectories start from."""
     pair_batch_size: int = Field(default=4, ge=1)
     """For a distillation_cache: trajectories of a megapixel that are made at once; of smaller images up to 64."""
-    vae_batch_size: int = Field(default=4, ge=1)
+    vae_batch_size: int = Field(default=4, ge=1, le=65_536)
     """Images per autoencoder call while the latent cache is built; absent: the run's."""
     write_batch_size: int = Field(default=128, ge=1)
     """Entries per file of a cache."""
@@ -145,7 +145,7 @@ class DatasetSettings(ColumnSettings):
     metadata_backend: Literal["discovery", "csv", "jsonl", "parquet", "huggingface"] = "discovery"
     """Where images' sizes are: `discovery` reads the files' headers, `csv`, `jsonl` and `parquet` take them from
     metadata_file; sources that come with sizes need neither."""
-    train_batch_size: int | None = Field(default=None, ge=1)
+    train_batch_size: int | None = Field(default=None, ge=1, le=65_536)
     """Samples of this dataset per micro-batch and process; absent: the run's."""
     repeats: int = Field(default=0, ge=0)
     """Extra passes over the dataset per epoch; 0 = one pass."""
