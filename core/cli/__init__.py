@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -31,6 +32,8 @@ COMMANDS = {
 }
 """Command -> its line in the help; each is `NAME` or `app` of the module of its name."""
 INTERRUPTED = 130
+WAIT_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+"""Environment variables by which users say how OpenMP's threads wait: the standard's, GNU's, Intel's."""
 
 
 class LazyGroup(TyperGroup):
@@ -142,6 +145,16 @@ def _root(
     """Turn slow, many-step diffusion models into few-step ones."""
 
 
+def wait_without_spinning() -> None:
+    """Let OpenMP's waiting threads sleep, unless the environment says how they wait.
+
+    By default they spin, and beside other work on the machine each parallel loop then waits for a thread whose core a
+    spinning one keeps. It is read when PyTorch loads, and inherited by the processes that a command starts.
+    """
+    if not any(name in os.environ for name in WAIT_VARIABLES):
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
+
 def _fault(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Print the traceback of a fault of ours, which may quote what nobody is to see."""
     sys.stderr.write(redacted("".join(traceback.format_exception(kind, error, trace))))
@@ -149,5 +162,6 @@ def _fault(kind: type[BaseException], error: BaseException, trace: TracebackType
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `distill` and `python -m distill`; always ends in SystemExit."""
+    wait_without_spinning()
     sys.excepthook = _fault
     app(args=list(arguments) if arguments is not None else None, prog_name="distill")
