@@ -320,7 +320,7 @@ class Trainer:
 
 
 def _generators() -> dict[str, Tensor]:
-    """Return the states of the global generators, for anything that draws from them (LoRA dropout)."""
+    """Return the states of the global generators, for anything that draws from them (a plugin)."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
