@@ -12,6 +12,22 @@ class DistillError(Exception):
     exit_code = 1
 
 
+def described(error: BaseException) -> str:
+    """Return the kind of an error and its message, whatever becomes of asking it for that."""
+    try:
+        message = str(error)
+    except BaseException as second:  # somebody else's __str__: the error it hides is the one to be told
+        message = f"(its message cannot be read: __str__ raised {type(second).__name__})"
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
+
+
+def is_failure(error: BaseException) -> bool:
+    """Return whether an exception is a failure of the code that raised it, ``SystemExit`` and ``GeneratorExit``
+    included, rather than somebody's wish to stop.
+    """
+    return not isinstance(error, KeyboardInterrupt | Interrupted)
+
+
 class UserError(DistillError):
     """The configuration, the arguments or the data are unusable as given (exit code 2).
 
@@ -63,9 +79,26 @@ class Finding:
     """How to mend it: the nearest known key, an example, a command."""
 
     def __str__(self) -> str:
-        shown = repr(self.value)
-        shown = shown if len(shown) <= 100 else f"{shown[:38]}...{shown[-59:]}"  # a path says most at its end
-        return f"{self.file}: {self.key} = {shown}: {self.problem}\n    remedy: {self.remedy}"
+        shown = shortened(repr(self.value), 100)
+        key, problem, remedy = (shortened(printable(text), 1000) for text in (self.key, self.problem, self.remedy))
+        return f"{printable(self.file)}: {key} = {shown}: {problem}\n    remedy: {remedy}"
+
+
+def shortened(text: str, width: int) -> str:
+    """Return a text in at most `width` characters: its beginning and its end, since a path says most at its end."""
+    end = 3 * width // 5 - 1
+    return text if len(text) <= width else f"{text[: width - end - 3]}...{text[-end:]}"
+
+
+def printable(text: str) -> str:
+    """Return a text with its control characters and lone surrogates escaped: terminals obey the ones, and no stream
+    takes the others.
+    """
+    return "".join(letter if letter.isprintable() or letter == "\n" else ascii(letter)[1:-1] for letter in text)
+
+
+SHOWN_FINDINGS = 100
+"""Findings that a message writes out: what is wrong beyond them is counted."""
 
 
 class ConfigError(UserError):
@@ -75,7 +108,9 @@ class ConfigError(UserError):
         self.findings = list(findings)
         count = len(self.findings)
         head = f"the configuration has {count} problem{'s' if count != 1 else ''}:"
-        super().__init__("\n".join([head, *(f"  {finding}" for finding in self.findings)]))
+        shown = [f"  {finding}" for finding in self.findings[:SHOWN_FINDINGS]]
+        more = [f"  ... and {count - SHOWN_FINDINGS:,} more"] if count > SHOWN_FINDINGS else []
+        super().__init__("\n".join([head, *shown, *more]))
 
 
 class OutOfReach(DistillError):

@@ -76,6 +76,8 @@ class Source:
         name, files = self.config.dataset_name, self.config.data_files
         if self.path is not None and not self.path.exists():
             raise BadValue("dataset_name", name, "does not exist", "give a folder or file that is there, or a hub id")
+        if self.path is not None and not self.path.name:
+            raise BadValue("dataset_name", name, "is the root of all folders", "name the dataset's own folder")
         if name in READERS and not files:
             remedy = 'name them, as "data_files": ["train.parquet"], or give the folder as dataset_name'
             raise BadValue("data_files", None, f"{name!r} reads files, and none is named", remedy)

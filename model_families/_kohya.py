@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..core.errors import UserError
 from ..core.utils.files import whole_file
+from ..core.utils.safetensors_header import sort_metadata
 from ._architecture import KohyaFormat, Layer, Layers
 from ._files import quiet_libraries
 from ._lora_files import WEIGHTS
@@ -149,6 +150,7 @@ def write_file(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, s
     from safetensors.torch import save_file
 
     save_file(dict(state), path, metadata=dict(metadata))
+    sort_metadata(path)
 
 
 def readable(file: Path, architecture: Architecture, config: Mapping[str, Any]) -> set[str]:

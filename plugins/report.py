@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+from ..core.errors import described
 from ..core.plugin_api.hookspecs import hookimpl
 from ..core.plugin_api.run_state import RunState
 from ..core.report.page import FILE, write_report
@@ -36,5 +37,4 @@ def _write(state: RunState) -> None:
     try:
         logger.info(f"report: {write_report(state.output_dir)}")
     except Exception as error:  # hours of training are done: that a page is missing is said, and no more
-        problem = f"{type(error).__name__}: {error}"
-        logger.warning(f"{FILE} could not be written; later: distill report {state.output_dir}: {problem}")
+        logger.warning(f"{FILE} could not be written; later: distill report {state.output_dir}: {described(error)}")

@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -15,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ..core.plugin_api.hookspecs import hookimpl
 from ..core.plugin_api.tracker import RunInfo, Tracker
 from ..core.utils.files import write_text
+from ..core.utils.redaction import redacted
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -66,7 +68,11 @@ class WandB(Tracker):
 
     def _open(self, run: RunInfo, mode: str) -> Any:
         wandb = _library()
-        settings = wandb.Settings(init_timeout=self.config.login_timeout_seconds, silent=True, console="off")
+        argv = " ".join(sys.argv)  # wandb keeps it, with whatever secret stands in a --set
+        settings = wandb.Settings(
+            init_timeout=self.config.login_timeout_seconds, silent=True, console="off",
+            x_disable_meta=redacted(argv) != argv,
+        )  # fmt: skip
         return wandb.init(
             project=run.project,
             name=run.name,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 import yaml
-from distill.core.cli import COMMANDS, main
+from distill.core.cli import COMMANDS, WAIT_VARIABLES, main
 from distill.core.errors import Interrupted, PluginError, UserError
 from support.config_files import PLUGIN, Pair, distill, said
 
@@ -219,3 +220,30 @@ def test_adapter_parameters_are_counted_as_peft_makes_them():
     config = peft.LoraConfig(r=2, target_modules=["to_q", "conv1"])
     adapted = peft.inject_adapter_in_model(config, network)
     assert counted == sum(p.numel() for name, p in adapted.named_parameters() if "lora_" in name)
+
+
+@pytest.mark.parametrize(
+    ("given", "seen"),
+    [
+        ({}, {"OMP_WAIT_POLICY": "PASSIVE"}),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, {"OMP_WAIT_POLICY": "ACTIVE"}),
+        ({"GOMP_SPINCOUNT": "9"}, {"GOMP_SPINCOUNT": "9"}),
+        ({"KMP_BLOCKTIME": "0"}, {"KMP_BLOCKTIME": "0"}),
+    ],
+)
+@pytest.mark.parametrize("program", [["-m", "distill"], ["-c", "from distill.core.cli import main; main()"]])
+def test_threads_wait_asleep_unless_the_environment_says_otherwise(program, given, seen, tmp_path):
+    """What a process that the command starts inherits is what its own PyTorch found, which loads after `main` begins:
+    `test_help_imports_nothing_heavy`.
+    """
+    plugin = tmp_path / "looks.py"
+    plugin.write_text(
+        "import subprocess, sys\nimport distill\n\n"
+        "subprocess.run([sys.executable, '-c', 'import json, os; print(json.dumps(dict(os.environ)))'])\n"
+        "sys.exit()\n"
+    )
+    clean = {name: value for name, value in os.environ.items() if name not in WAIT_VARIABLES}
+    command = [sys.executable, *program, "plugins", "list", "--plugin", str(plugin)]
+    done = subprocess.run(command, capture_output=True, text=True, env=clean | given)
+    found = json.loads(done.stdout)
+    assert {name: value for name, value in found.items() if name in WAIT_VARIABLES} == seen

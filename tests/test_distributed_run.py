@@ -36,6 +36,7 @@ def test_alternate_updates_shared_lengths_and_running_means_are_those_of_one_pro
         "max_train_steps": 4,
         "validation_step_interval": 0,
         "checkpoint_step_interval": 0,
+        "lora_dropout": 0.3,
         "device": "cpu",
     }
     execute(write_run(tmp_path, output="one", train_batch_size=2, gradient_accumulation_steps=2, **short))

@@ -424,7 +424,11 @@ def test_the_model_card_shows_use_scores_and_config_but_no_folders(tmp_path):
         "data": [{"dir": "/home/somebody/p"}],
     }
     run = SimpleNamespace(
-        distillation_method="lcm", model_family="fake", model_type="lora", output_dir=Path("/x/my-run")
+        distillation_method="lcm",
+        model_family="fake",
+        model_type="lora",
+        tracker_run_name=None,
+        output_dir=Path("/x/my-run"),
     )
     config = SimpleNamespace(run=run, miniature=False, resolved=lambda: resolved)
     family = FakeFamily()

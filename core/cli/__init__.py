@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from types import TracebackType
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command, get_group
 
-from ..errors import DistillError, PluginError
+from ..errors import DistillError, PluginError, described
 from ..utils.console import console
+from ..utils.redaction import redacted
 
 COMMANDS = {
     "run": "Run a distillation from start to end.",
@@ -28,6 +32,8 @@ COMMANDS = {
 }
 """Command -> its line in the help; each is `NAME` or `app` of the module of its name."""
 INTERRUPTED = 130
+WAIT_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+"""Environment variables by which users say how OpenMP's threads wait: the standard's, GNU's, Intel's."""
 
 
 class LazyGroup(TyperGroup):
@@ -56,10 +62,12 @@ class LazyGroup(TyperGroup):
             if isinstance(error, PluginError) and error.__cause__:
                 attribution = import_module("..registry.attribution", __name__)
                 typer.echo(attribution.plugin_traceback(error.__cause__), err=True)
-            say_error(str(error))
-            raise typer.Exit(error.exit_code) from error
-        except KeyboardInterrupt:
-            say_error("interrupted")
+            say_error(_message(error))
+            raise typer.Exit(error.exit_code or DistillError.exit_code) from error
+        except KeyboardInterrupt as error:
+            attribution = _attribution()
+            place = attribution.place_in_plugin(error) if attribution else None
+            say_error("interrupted" + (f": {place.replace(' failed in ', ' was in ')}" if place else ""))
             raise typer.Exit(INTERRUPTED) from None
 
 
@@ -78,23 +86,38 @@ def load_command(name: str) -> Any:
 
 
 def named_failures(call: Callable[..., Any], *arguments: Any) -> Any:
-    """Return what `call` returns; an error of a plugin's own code carries the plugin's name."""
+    """Return what `call` returns; an error of a plugin's own code carries the plugin's name.
+
+    No command ends by SystemExit: one that comes from inside is a failure, whatever its exit code says.
+    """
     try:
         return call(*arguments)
-    except DistillError:
+    except (DistillError, KeyboardInterrupt):
         raise
-    except Exception as error:
-        attribution = sys.modules.get(f"{__name__.rsplit('.', 1)[0]}.registry.attribution")
+    except BaseException as error:
+        attribution = _attribution()
         failure = attribution.attribute_error(error) if attribution else None
+        if failure is None and isinstance(error, SystemExit):
+            failure = DistillError(f"the command was ended from inside: {described(error)}")
         if failure is None:
             raise
         raise failure from error
 
 
+def _attribution() -> Any:
+    """Return the module that knows plugins by their code, where any plugin can have run."""
+    return sys.modules.get(f"{__name__.rsplit('.', 1)[0]}.registry.attribution")
+
+
+def _message(error: DistillError) -> str:
+    """Return an error's text; a plugin's own kind of DistillError may have none."""
+    return described(error).removeprefix(f"{type(error).__name__}: ")
+
+
 def say_error(message: str) -> None:
     """Print to stderr, the first word in red on a terminal."""
     head = typer.style("error:", fg=typer.colors.RED, bold=True) if sys.stderr.isatty() else "error:"
-    typer.echo(f"{head} {message}", err=True)
+    typer.echo(f"{head} {redacted(message)}", err=True)
 
 
 app = typer.Typer(
@@ -122,6 +145,23 @@ def _root(
     """Turn slow, many-step diffusion models into few-step ones."""
 
 
+def wait_without_spinning() -> None:
+    """Let OpenMP's waiting threads sleep, unless the environment says how they wait.
+
+    By default they spin, and beside other work on the machine each parallel loop then waits for a thread whose core a
+    spinning one keeps. It is read when PyTorch loads, and inherited by the processes that a command starts.
+    """
+    if not any(name in os.environ for name in WAIT_VARIABLES):
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
+
+def _fault(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print the traceback of a fault of ours, which may quote what nobody is to see."""
+    sys.stderr.write(redacted("".join(traceback.format_exception(kind, error, trace))))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `distill` and `python -m distill`; always ends in SystemExit."""
+    wait_without_spinning()
+    sys.excepthook = _fault
     app(args=list(arguments) if arguments is not None else None, prog_name="distill")

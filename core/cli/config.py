@@ -11,6 +11,7 @@ import typer
 
 from ..errors import UserError
 from ..utils.files import write_text
+from ..utils.redaction import redacted
 from . import options
 from .options import Given, PluginOption, takes_configuration
 
@@ -25,7 +26,7 @@ def check(given: Given) -> None:
     configuration, registry = given.load()
     unchecked = options.model_notices(configuration, registry)
     for notice in (*unchecked, *configuration.notices, *options.service_notices(configuration, registry)):
-        typer.echo(f"notice: {notice}")
+        typer.echo(redacted(f"notice: {notice}"))
     logger.info("the configuration is usable")
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from ..utils.redaction import redacted
 from . import options
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def print_plan(configuration: Configuration, registry: Registry) -> None:
     rows = [("output", f"{configuration.run.output_dir} ({state.action})"), *plan(configuration, registry)]
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
-        typer.echo(f"{name:<{width}}  {value}")
+        typer.echo(redacted(f"{name:<{width}}  {value}"))
 
 
 def plan(configuration: Configuration, registry: Registry) -> Iterator[tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,12 +11,17 @@ from typing import Any
 from ..errors import Finding, UserError
 from ..settings.dataset_settings import DatasetSettings
 from ..settings.run_settings import RunSettings
+from ..settings.types import LONGEST_EDGE
 from ..utils.prompt_library import read_library
 from .coercion import is_local
 from .reading import ConfigReport
 
 MAX_MEGAPIXELS = 64
 """A larger area is a number of pixels that was given as megapixels."""
+MAX_SOURCE_PIXELS = 1_000_000
+"""A larger edge is none that an image file has."""
+MAX_STEP_SAMPLES = 2**20
+"""Samples of an optimizer step of one process: the order of a step's samples is made as a whole."""
 MIN_PIXELS = 8
 """A smaller edge is a number of megapixels that was given as pixels."""
 _DEVICE = re.compile(r"(auto|cpu|mps|cuda(:\d+)?)$")
@@ -41,6 +47,9 @@ def _check_length(run: RunSettings, report: ConfigReport) -> None:
     if steps is None and epochs is None:
         problem = "is required: neither max_train_steps nor num_train_epochs is set"
         report.refuse("max_train_steps", None, problem, "set max_train_steps, as --set max_train_steps=1000")
+    if run.train_batch_size * run.gradient_accumulation_steps > MAX_STEP_SAMPLES:
+        problem = f"times train_batch_size = {run.train_batch_size:,} is more than {MAX_STEP_SAMPLES:,} samples a step"
+        report.refuse("gradient_accumulation_steps", run.gradient_accumulation_steps, problem, "lower one of the two")
     if steps is not None and epochs is not None:
         report.note(f"max_train_steps = {steps} and num_train_epochs = {epochs}: whichever ends first")
     if steps is not None and run.lr_warmup_steps >= steps and run.lr_warmup_steps:
@@ -98,10 +107,10 @@ def _check_paths(run: RunSettings, report: ConfigReport) -> None:
         **{f"teacher_lora.{index}": lora.path for index, lora in enumerate(run.teacher_lora)},
     }
     for key, value in models.items():
-        if value is not None and is_local(value) and not Path(value).exists():
+        if value is not None and is_local(value) and not os.path.exists(value):
             remedy = "give a hub id as `name/model`, a folder in diffusers layout or a .safetensors file that is there"
             report.refuse(key, value, "does not exist", remedy)
-        elif value is not None and not is_local(value) and not _HUB_ID.fullmatch(value):
+        elif value is not None and not is_local(value) and not is_hub_id(value):
             remedy = "hub ids are `name/model`; a path starts with / or ./"
             report.refuse(key, value, "is neither an existing path nor a hub id", remedy)
     library = run.validation_prompt_library
@@ -114,11 +123,17 @@ def _check_paths(run: RunSettings, report: ConfigReport) -> None:
     if source is not None and not source.is_dir():
         remedy = "give a folder with the model's configs and tokenizers"
         report.refuse("model_config_source", str(source), "is not a folder", remedy)
-    if run.output_dir.exists() and not run.output_dir.is_dir():
+    if os.path.exists(run.output_dir) and not run.output_dir.is_dir():
         report.refuse("output_dir", str(run.output_dir), "is a file", "give a folder: --output-dir DIR")
 
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
+LONGEST_HUB_ID = 96
+
+
+def is_hub_id(text: str) -> bool:
+    """Return whether the Hugging Face hub could have a repository of this name."""
+    return _HUB_ID.fullmatch(text) is not None and len(text) <= LONGEST_HUB_ID
 
 
 def _check_tracking(run: RunSettings, report: ConfigReport) -> None:
@@ -134,7 +149,7 @@ def check_sizes(settings: Any, report: ConfigReport) -> None:
     if unit == "area" and resolution > MAX_MEGAPIXELS:
         problem = f"would be {resolution:g} megapixels under resolution_type area"
         report.refuse("resolution", resolution, problem, "set resolution_type to pixel_area, or give megapixels as 1.0")
-    if unit != "area" and resolution < MIN_PIXELS:
+    if unit != "area" and not MIN_PIXELS <= resolution <= LONGEST_EDGE:
         problem = f"would be {resolution:g} pixels under resolution_type {unit}"
         report.refuse("resolution", resolution, problem, "set resolution_type to area, or give pixels as 1024")
     for key in ("minimum_image_size", "maximum_image_size", "target_downsample_size"):
@@ -142,6 +157,9 @@ def check_sizes(settings: Any, report: ConfigReport) -> None:
         if value is not None and unit == "area" and value > MAX_MEGAPIXELS:
             problem = f"would be {value:g} megapixels under resolution_type area"
             report.refuse(key, value, problem, "give megapixels, as 1.0, or another resolution_type")
+        if value is not None and unit != "area" and value > MAX_SOURCE_PIXELS:
+            problem = f"would be {value:g} pixels under resolution_type {unit}"
+            report.refuse(key, value, problem, "give pixels, as 512, or leave it out")
         if value is not None and unit == "pixel_area" and 0 < value < MIN_PIXELS:
             problem = f"would be {value:g} pixels under resolution_type pixel_area"
             report.refuse(key, value, problem, "give pixels, as 512, or resolution_type area")

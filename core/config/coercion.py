@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel
 
 from ..settings.types import Anywhere, Relative, is_url
+from ..utils.files import path_problem
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,23 @@ def leaves(annotation: Any, metadata: tuple[Any, ...] = (), *, inside: bool = Fa
         yield Leaf(annotation, next((item for item in metadata if isinstance(item, Relative)), None), inside)
 
 
+class LocalText(str):
+    """The text of a path on this machine, in a field that takes hub ids or URLs too."""
+
+
+class UrlText(str):
+    """A URL, in a field that takes paths too."""
+
+
+def url_problem(url: str) -> str | None:
+    """Return what keeps a text from being a URL, though it begins as one."""
+    try:
+        _ = urlsplit(url).port
+    except ValueError as error:
+        return f"is not a URL: {error}"
+    return None
+
+
 def is_local(text: str) -> bool:
     """Return whether a model's name is meant as a path rather than as a hub id."""
     return text.startswith(("/", "./", "../", "~", "\\")) or text.endswith((".safetensors", ".ckpt", ".bin"))
@@ -51,16 +70,16 @@ def is_local(text: str) -> bool:
 
 def absolute(text: str, base: Path) -> Path:
     """Return a path as it is meant in a file of the folder `base`."""
-    return Path(os.path.normpath(Path(base, Path(text).expanduser())))
+    return Path(os.path.normpath(os.path.join(base, os.path.expanduser(text))))
 
 
 def adapt_text(text: str, admitted: set[Any], *, marked: Relative | None, base: Path) -> Any:
     """Convert a text for a field that may want a path, a number, a truth value or nothing."""
     if isinstance(marked, Anywhere):
-        return text if is_url(text) else str(absolute(text, base))
+        return UrlText(text) if is_url(text) else LocalText(absolute(text, base))
     if marked:
         path = absolute(text, base)
-        return str(path) if is_local(text) or path.exists() else text
+        return LocalText(path) if is_local(text) or os.path.exists(path) else text
     if Path in admitted:
         return absolute(text, base)
     if str in admitted:
@@ -99,18 +118,34 @@ def problem_of(value: Any, admitted: set[Any]) -> str | None:
     return None
 
 
+@dataclass(frozen=True)
+class Refused:
+    """A value that is refused before pydantic sees it."""
+
+    model: type[BaseModel]
+    """The innermost model that it is for."""
+    path: str
+    """The dotted path of that model's values inside the part, with its dot."""
+    key: str
+    value: Any
+    problem: str
+    of_type: bool = True
+    """Whether the message is to say which type the field wants."""
+
+
 def prepare(
-    model: type[BaseModel], raw: Mapping[str, Any], base: Callable[[str], Path]
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the values of `raw` prepared for `model`, and key -> problem for those that are refused already.
+    model: type[BaseModel], raw: Mapping[str, Any], base: Callable[[str], Path], *, path: str = ""
+) -> tuple[dict[str, Any], list[Refused]]:
+    """Return the values of `raw` prepared for `model`, and those that are refused already.
 
     Args:
         model: Its fields say which types are wanted.
         raw: Values as read from the files.
         base: Returns the folder that relative paths of a key are relative to.
+        path: Dotted path of `raw` inside its part, with its dot.
     """
     ready: dict[str, Any] = {}
-    problems: dict[str, str] = {}
+    refused: list[Refused] = []
     for key, value in raw.items():
         info = model.model_fields.get(key)
         if info is None:
@@ -119,10 +154,26 @@ def prepare(
         parts = list(leaves(info.annotation, tuple(info.metadata)))
         problem = _first_problem(value, _admitted(parts))
         if problem:
-            problems[key] = problem
+            refused.append(Refused(model, path, key, value, problem))
             continue
-        ready[key] = _adapt(value, parts, base(key))
-    return ready, problems
+        inner: list[Refused] = []
+        ready[key] = _adapt(value, parts, base(key), path=f"{path}{key}", refused=inner)
+        problem = _place_problem(ready[key])
+        if problem:
+            refused.append(Refused(model, path, key, value, problem, of_type=False))
+            del ready[key]
+        refused += inner
+    return ready, refused
+
+
+def _place_problem(value: Any) -> str | None:
+    """Return what keeps a path or an address, or one of several, from being one."""
+    for item in value if isinstance(value, list) else [value]:
+        problem = path_problem(item) if isinstance(item, Path | LocalText) else None
+        problem = url_problem(item) if isinstance(item, UrlText) else problem
+        if problem is not None:
+            return problem
+    return None
 
 
 def _admitted(parts: Sequence[Leaf]) -> set[Any]:
@@ -137,14 +188,20 @@ def _first_problem(value: Any, admitted: set[Any]) -> str | None:
     return None
 
 
-def _adapt(value: Any, parts: Sequence[Leaf], base: Path) -> Any:
+def _adapt(value: Any, parts: Sequence[Leaf], base: Path, *, path: str, refused: list[Refused]) -> Any:
     if isinstance(value, list):
         elements = [leaf for leaf in parts if leaf.inside] or parts
-        return [_adapt(item, elements, base) for item in value]
+        return [
+            _adapt(item, elements, base, path=f"{path}.{index}", refused=refused) for index, item in enumerate(value)
+        ]
     admitted = _admitted(parts)
     if isinstance(value, Mapping):
         models = [part for part in admitted if isinstance(part, type) and issubclass(part, BaseModel)]
-        return prepare(models[0], value, lambda _: base)[0] if len(models) == 1 else value
+        if len(models) != 1:
+            return value
+        ready, problems = prepare(models[0], value, lambda _: base, path=f"{path}.")
+        refused += problems
+        return ready
     if value is False and "no" in admitted and bool not in admitted:
         return "no"  # YAML reads a bare `no` as false
     if isinstance(value, str):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,8 +27,9 @@ from .normalise import (
     rename_dataset_keys,
     rename_dataset_values,
 )
+from .parsing import SUFFIXES, read_file
 from .prompt_entries import check_captions, check_kind, check_prompts, without_images
-from .reading import COMMAND_LINE, SUFFIXES, ConfigReport, Layers, Origin, fill_environment, read_file, strip_dashes
+from .reading import COMMAND_LINE, ConfigReport, Layers, Origin, fill_environment, strip_dashes
 from .trajectory_entries import check_trajectory_keys
 
 if TYPE_CHECKING:
@@ -87,7 +89,7 @@ def find_data_file(config_file: Path | None, output_dir: Path | None) -> Path | 
     for folder in folders:
         for suffix in SUFFIXES:
             candidate = folder / f"{DATA_FILE_STEM}{suffix}"
-            if candidate.is_file():
+            if os.path.isfile(candidate):
                 return candidate
     return None
 
@@ -219,6 +221,9 @@ class DatasetsCheck:
         except BadValue as error:
             remedy = error.remedy.replace("data.<id>.", f"data.{entry.id}.")
             report.refuse(error.key, error.value, error.problem, remedy)
+        except OSError as error:
+            place, problem = error.filename or entry.id, f"cannot be read: {error.strerror or error}"
+            report.refuse("type", entry.type, f"{place} {problem}", "check the entry's paths and their permissions")
 
     def _report(self, raw: RawEntry) -> ConfigReport:
         return ConfigReport(raw.layers, self.findings, self.notices, raw.prefix)
@@ -321,9 +326,7 @@ class DatasetsCheck:
 
 def can_be_made(folder: Path) -> bool:
     """Return whether the nearest existing parent lets a folder be made in it."""
-    import os
-
     parent = absolute(str(folder), Path.cwd())
-    while not parent.exists():
+    while not os.path.exists(parent):
         parent = parent.parent
     return parent.is_dir() and os.access(parent, os.W_OK)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticUndefined
 
-from ..errors import Finding
+from ..errors import SHOWN_FINDINGS, Finding
 from ..settings.secrets import shown
 from ..utils.suggest import did_you_mean, nearest
 from .coercion import leaves, prepare
@@ -35,8 +36,13 @@ _TYPES = {
 
 def expectation(model: type[BaseModel], key: str) -> str:
     """Describe in words what a field accepts."""
-    schema = model.model_json_schema()
+    schema = _schema(model)
     return _expectation(schema["properties"].get(key, {}), schema.get("$defs", {}))
+
+
+@lru_cache(maxsize=64)
+def _schema(model: type[BaseModel]) -> dict[str, Any]:
+    return model.model_json_schema()
 
 
 def _expectation(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
@@ -90,15 +96,18 @@ class PartCheck:
             origin: Returns the origin of a key's value.
             known: Further keys that are accepted beside the model's, for hints.
         """
-        ready, problems = prepare(model, raw, lambda key: origin(key).base)
-        for key, problem in problems.items():
-            self._add(model, prefix, key, raw[key], f"{problem}; must be {expectation(model, key)}", origin)
+        ready, refused = prepare(model, raw, lambda key: origin(key).base)
+        for item in refused:
+            problem = f"{item.problem}; must be {expectation(item.model, item.key)}" if item.of_type else item.problem
+            top = origin((item.path or item.key).partition(".")[0])
+            self._add(item.model, prefix + item.path, item.key, item.value, problem, lambda _, top=top: top)
         try:
             validated = model.model_validate(ready)
         except ValidationError as error:
-            self._collect(error, model, raw, prefix, origin, known=known, skip=set(problems))
+            skip = {item.path + item.key for item in refused}
+            self._collect(error, model, raw, prefix, origin, known=known, skip=skip)
             return None
-        return None if problems else validated
+        return None if refused else validated
 
     def _collect(
         self,
@@ -168,6 +177,9 @@ class PartCheck:
 
     def unknown(self, key: str, value: object, prefix: str, origin: Origin, known: Iterable[str]) -> None:
         """Add the finding of an unknown key."""
+        if len(self.findings) >= SHOWN_FINDINGS:  # nobody reads its remedy, and looking for near keys takes long
+            self.findings.append(Finding(origin.file, prefix + key, None, "is not a known key", "leave it out"))
+            return
         names = list(dict.fromkeys(known))
         close = nearest(key, names)
         if key in self.elsewhere:

@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ConfigError, Finding, UserError
 from ..settings.configuration import PARTS, Configuration
 from ..settings.run_settings import RunSettings
+from ..utils.redaction import is_redacted
 from .checks import check_run
+from .coercion import absolute
 from .datasets import Datasets, DatasetsCheck, RawEntry, apply_overrides, find_data_file, read_data_file, read_entries
 from .findings import PartCheck
 from .normalise import align_rounding, megapixel_notices, refuse_not_yet, rename_run_keys
+from .parsing import read_file, texts, unusable
 from .parts import Parts, PartsCheck
 from .quantisation import check_quantisation
 from .reading import (
@@ -25,7 +28,6 @@ from .reading import (
     fill_environment,
     nested,
     parse_override,
-    read_file,
     strip_dashes,
 )
 from .requirements import check_images, check_requirements, check_smaller_student, trajectory_points
@@ -121,6 +123,8 @@ class ConfigurationLoader:
         if run is not None:
             self._compare_data(run, parts, check, entries or [], datasets)
             self._check_plugins(run, parts, check)
+        if self.to_train:
+            self._refuse_redacted(entries or [])
         if run is None or self.findings:
             return None
         return self._assemble(run, parts, check, datasets)
@@ -134,6 +138,17 @@ class ConfigurationLoader:
         check_quantisation(
             run, check.classes, config, registry=self.registry, report=self.report, to_train=self.to_train
         )
+
+    def _refuse_redacted(self, entries: Sequence[RawEntry]) -> None:
+        """Refuse URLs of a resolved configuration, in which secrets are not kept."""
+        sources = [("", self.layers), *((entry.prefix, entry.layers) for entry in entries)]
+        for prefix, layers in sources:
+            for key, value in texts(layers.values):
+                if is_redacted(value):
+                    problem = "has *** in place of a secret, which is not kept in files"
+                    remedy = f"give it again, the secret from the environment: --set '{prefix}{key}=...{{env:NAME}}...'"
+                    file = layers.origin(key.partition(".")[0]).file
+                    self.findings.append(Finding(file, prefix + key, value, problem, remedy))
 
     # -- layers -------------------------------------------------------------------------------------------------------
 
@@ -151,7 +166,9 @@ class ConfigurationLoader:
                 remedy = 'write {"model_type": "lora", ...}; the list of datasets goes into --data'
                 self.findings.append(Finding(str(file), "--config", content, "is not an object of keys", remedy))
         command_line = Origin(COMMAND_LINE, Path.cwd())
-        self._lay(flags, command_line)
+        problems = list(unusable(flags))
+        self.findings.extend(problem.finding(COMMAND_LINE) for problem in problems)
+        self._lay({} if problems else flags, command_line)
         parsed = [override for text in overrides if (override := parse_override(text, self.findings))]
         for path, value in parsed:
             if path[0] != "data":
@@ -173,7 +190,7 @@ class ConfigurationLoader:
         origin = self.layers.origin("plugins")
         for file in [files] if isinstance(files, str) else files if isinstance(files, list | tuple) else []:
             try:
-                self.registry.add_file(origin.base / Path(str(file)).expanduser())
+                self.registry.add_file(absolute(str(file), origin.base))
             except UserError as error:
                 self.findings.append(Finding(origin.file, "plugins", file, error.message, error.remedy))
 

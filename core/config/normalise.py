@@ -66,13 +66,14 @@ def align_rounding(values: dict[str, Any], report: ConfigReport) -> None:
     rounding = values.get("aspect_bucket_rounding")
     try:
         means_alignment = not isinstance(rounding, bool) and float(rounding or 0) > 9
-    except (TypeError, ValueError):
+        alignment = values.get("aspect_bucket_alignment")
+        contradicts = alignment is not None and float(alignment) != float(rounding or 0)
+    except (TypeError, ValueError):  # refused by the fields' own types
         return
     if not means_alignment:
         return
     values.pop("aspect_bucket_rounding")
-    alignment = values.get("aspect_bucket_alignment")
-    if alignment is not None and float(alignment) != float(rounding or 0):
+    if contradicts:
         problem = f"is above 9, so it is an alignment, and contradicts aspect_bucket_alignment = {alignment}"
         remedy = "keep aspect_bucket_alignment; rounding is 1 to 9 decimals"
         report.refuse("aspect_bucket_rounding", rounding, problem, remedy)

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..errors import Finding
-from ..settings.secrets import FromEnvironment, is_secret
+from ..settings.secrets import FromEnvironment
+from ..utils.redaction import is_secret, remember
+from .parsing import Unreadable, parse_json, text_problem, unusable
 
 COMMAND_LINE = "command line"
-SUFFIXES = (".json", ".yaml", ".yml", ".toml")
+MAX_KEYS = 16
+"""Keys of one ``a.b.c=value``."""
 _ENVIRONMENT = re.compile(r"\{env:([^}]*)\}")
 
 
@@ -29,10 +28,6 @@ class Origin:
     """The file as findings show it."""
     base: Path
     """The folder that relative paths are relative to."""
-
-
-class Repeated(Exception):
-    """The error of a key that stands twice in one object."""
 
 
 @dataclass
@@ -56,8 +51,9 @@ class Layers:
                 self._put((*path, key), here, inner, origin, deep=True)
             return
         into[path[-1]] = dict(value) if isinstance(value, Mapping) else value
-        for known in [known for known in self.origins if known[: len(path)] == path]:
-            del self.origins[known]
+        if isinstance(here, Mapping):  # only then is there anything deeper: a look at all, for each key, takes long
+            for known in [known for known in self.origins if known[: len(path)] == path]:
+                del self.origins[known]
         self.origins[path] = origin
 
     def origin(self, *path: str) -> Origin:
@@ -94,76 +90,6 @@ class ConfigReport:
         self.notices.append(self.prefix + line)
 
 
-def read_file(path: Path, findings: list[Finding], *, what: str) -> Any:
-    """Return the content of a JSON, YAML or TOML file, or None with a finding."""
-
-    def refuse(key: str, value: object, problem: str, remedy: str) -> None:
-        findings.append(Finding(str(path), key, value, problem, remedy))
-
-    if not path.is_file():
-        kind = "is a folder" if path.is_dir() else "does not exist"
-        refuse(what, str(path), kind, f"give the path of a {'/'.join(SUFFIXES)} file; `distill config init` writes one")
-        return None
-    if path.suffix.lower() not in SUFFIXES:
-        refuse(
-            what, str(path), f"has the suffix {path.suffix!r}; {', '.join(SUFFIXES)} are read", "rename or convert it"
-        )
-        return None
-    try:
-        return _parse(path.read_text(encoding="utf-8-sig"), path.suffix.lower())
-    except Repeated as error:
-        refuse(str(error), str(error), "stands twice in one object", "keep one of the two")
-    except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, column {error.colno}"
-        refuse(place, _line(error.doc, error.lineno), f"is not JSON: {error.msg}", "check commas and quotes around it")
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "file"
-        refuse(place, getattr(error, "problem", str(error)), "is not YAML", "check indentation and colons around it")
-    except tomllib.TOMLDecodeError as error:
-        refuse("file", path.name, f"is not TOML: {error}", "check the line that the message names")
-    except UnicodeDecodeError as error:
-        refuse("file", path.name, f"is not UTF-8 text: {error.reason} at byte {error.start}", "save it as UTF-8")
-    return None
-
-
-def _line(text: str, number: int) -> str:
-    lines = text.splitlines()
-    return lines[number - 1].strip() if 0 < number <= len(lines) else ""
-
-
-def _parse(text: str, suffix: str) -> Any:
-    if suffix == ".json":
-        return json.loads(text, object_pairs_hook=_unique)
-    if suffix == ".toml":
-        return tomllib.loads(text)
-    return yaml.load(text, Loader=_UniqueLoader)
-
-
-def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in result:
-            raise Repeated(key)
-        result[key] = value
-    return result
-
-
-class _UniqueLoader(yaml.SafeLoader):
-    """A SafeLoader that refuses a key that stands twice."""
-
-
-def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[str, Any]:
-    pairs = [
-        (str(loader.construct_object(key, deep=True)), loader.construct_object(value, deep=True))
-        for key, value in node.value
-    ]
-    return _unique(pairs)
-
-
-_UniqueLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
-
-
 def fill_environment(value: Any, file: str, key: str, findings: list[Finding]) -> Any:
     """Return `value` with every ``{env:NAME}`` inside its texts replaced."""
     if isinstance(value, Mapping):
@@ -179,6 +105,11 @@ def fill_environment(value: Any, file: str, key: str, findings: list[Finding]) -
             problem = f"the environment variable {name} is not set"
             findings.append(Finding(file, key, value, problem, f"set it: export {name}=..., or write the value itself"))
     filled = _ENVIRONMENT.sub(lambda match: os.environ.get(match.group(1), match.group(0)), value)
+    unwritable = text_problem(filled)
+    if unwritable is not None:
+        findings.append(Finding(file, key, value, *unwritable))
+        return value
+    remember(key, filled, value)
     return FromEnvironment.fill(filled, value) if is_secret(key) and filled != value else filled
 
 
@@ -199,14 +130,33 @@ def parse_override(text: str, findings: list[Finding]) -> tuple[tuple[str, ...],
     """Parse ``a.b=c`` into (("a", "b"), c), with c read as JSON where it is JSON, else as text."""
     key, equals, value = text.partition("=")
     path = tuple(part.strip() for part in key.strip().removeprefix("--").split("."))
-    if not equals or not all(path):
-        problem = "is not KEY=VALUE"
+    unwritable = text_problem(text)
+    if unwritable is not None:
+        findings.append(Finding(COMMAND_LINE, "--set", text, *unwritable))
+        return None
+    if not equals or not all(path) or len(path) > MAX_KEYS:
+        problem = "is not KEY=VALUE" if len(path) <= MAX_KEYS else f"names {len(path):,} keys inside each other"
         findings.append(Finding(COMMAND_LINE, "--set", text, problem, "write it as --set learning_rate=2e-4"))
         return None
     try:
-        return path, json.loads(value)
-    except json.JSONDecodeError:
-        return path, value
+        parsed = _json_or_text(value)
+    except Unreadable as error:
+        findings.append(error.finding(COMMAND_LINE, ".".join(path)))
+        return None
+    problems = list(unusable(parsed, ".".join(path)))
+    findings.extend(problem.finding(COMMAND_LINE) for problem in problems)
+    return None if problems else (path, parsed)
+
+
+def _json_or_text(text: str) -> Any:
+    try:
+        return parse_json(text)
+    except RecursionError as error:
+        raise Unreadable("", "", "nests too many objects and lists", "write it with fewer levels") from error
+    except Unreadable as error:
+        if error.is_syntax:
+            return text
+        raise
 
 
 def nested(path: Sequence[str], value: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ LossType = Annotated[
     Field(description="l2: squared difference; huber: sqrt(d^2 + huber_c^2) - huber_c, robust to outliers."),
 ]
 """The setting `loss_type` of methods that call :func:`distance`."""
-HuberC = Annotated[float, Field(gt=0, description="c of the huber loss, in latent units.")]
+HuberC = Annotated[float, Field(gt=0, le=1e6, description="c of the huber loss, in latent units.")]
 """Their setting `huber_c`."""
 
 

@@ -16,8 +16,9 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Self
 
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from ..errors import UserError
@@ -198,10 +199,10 @@ class CheckpointStore:
 
     def _manifest(self, path: Path) -> dict[str, Any]:
         try:
-            manifest = json.loads((path / MANIFEST).read_text("utf-8"))
+            manifest = read_manifest(path)
         except FileNotFoundError:
             raise UserError(f"{path} is no checkpoint: it has no {MANIFEST}", self._instead_of(path)) from None
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             raise UserError(f"{path / MANIFEST} is corrupt: {error}", self._instead_of(path)) from error
         if manifest.get("format") != FORMAT:
             raise UserError(
@@ -224,8 +225,45 @@ class CheckpointStore:
 
 
 def read_manifest(folder: Path, name: str = MANIFEST) -> dict[str, Any]:
-    """Read the manifest of a complete checkpoint."""
-    return json.loads((folder / name).read_text("utf-8"))
+    """Read the manifest of a complete checkpoint.
+
+    Raises:
+        ValueError: It is no JSON, has not the form of a manifest, or names files outside of the folder.
+    """
+    try:
+        manifest = json.loads((folder / name).read_text("utf-8"))
+    except RecursionError as error:
+        raise ValueError("it nests too many objects and lists") from error
+    if isinstance(manifest, dict) and manifest.get("format") != FORMAT:
+        return manifest  # another version's, which the caller refuses as that
+    return _Manifest.model_validate(manifest).model_dump()
+
+
+class _ManifestFile(BaseModel):
+    """What a manifest says of a file."""
+
+    model_config = ConfigDict(extra="allow")
+
+    bytes: int = Field(ge=0)
+    sha256: str
+
+
+class _Manifest(BaseModel):
+    """The form of a manifest."""
+
+    model_config = ConfigDict(extra="allow")
+
+    format: Any = None
+    step: int = Field(ge=0)
+    groups: list[Annotated[str, Field(pattern=f"^{_GROUP.pattern}$")]]
+    files: dict[Annotated[str, Field(pattern=r"^[^/\\\x00]+$")], _ManifestFile]
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        absent = [name for name in (META, *(f"{group}.safetensors" for group in self.groups)) if name not in self.files]
+        if absent:
+            raise ValueError(f"it has no checksum of {', '.join(absent)}")
+        return self
 
 
 def _folders(parent: Path) -> list[Path]:
@@ -241,9 +279,9 @@ def _step_of(path: Path) -> int:
 def _is_complete(path: Path) -> bool:
     """Return True if every file of the manifest is there at its size (cheap: no file is read)."""
     try:
-        files = json.loads((path / MANIFEST).read_text("utf-8"))["files"]
+        files = read_manifest(path)["files"]
         return all((path / name).stat().st_size == entry["bytes"] for name, entry in files.items())
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # of another version's, too
         return False
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import UserError
+from ..utils.dropout import NamedDropout, NetworkCall, current_call, within
 from ..utils.seeds import derive_seed
 from .ema import EMA
 
@@ -85,11 +86,18 @@ class AdapterSwitch:
             self._apply(before)
 
     def checkpoint(self, module: nn.Module, *args: Any) -> Any:
-        """Run `module` under gradient checkpointing, its recomputation with the adapters of the forward pass."""
-        adapter = self.active
+        """Run `module` under gradient checkpointing, its recomputation with the adapters and the dropout of the forward
+        pass.
+        """
+        adapter, call = self.active, current_call()
         return checkpoint(
-            module.__call__, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), self.use(adapter))
+            module.__call__, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), self._again(adapter, call))
         )
+
+    @contextmanager
+    def _again(self, adapter: str | None, call: NetworkCall | None) -> Iterator[None]:
+        with self.use(adapter), within(call):
+            yield
 
 
 class Networks:
@@ -194,11 +202,19 @@ class Networks:
                     f"lora_target_modules = {targets}: none of these is a module of this network",
                     f"leave the key out for the family's own list: {' '.join(self._family.lora_targets)}",
                 ) from error
+            self._name_dropout(role)
             if self._has_second_time(role):
                 self._family.add_second_time(self.base, name=role.name)
         for parameter in self._own(self.base, role.name).values():
             parameter.data = parameter.data.to(self._width_of(role))
         return self.base
+
+    def _name_dropout(self, role: Role) -> None:
+        """Make the masks of an adapter's dropout named draws."""
+        for name, layer in _tuner_layers(self.base):
+            for adapter, dropout in layer.lora_dropout.items():
+                if adapter == role.name and isinstance(dropout, nn.Dropout):
+                    layer.lora_dropout[adapter] = NamedDropout(dropout.p, name)
 
     @staticmethod
     def _own(base: nn.Module, role: str) -> dict[str, nn.Parameter]:

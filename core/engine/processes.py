@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from ..errors import DistillError, Interrupted, UserError
+from ..errors import DistillError, Interrupted, UserError, described
 
 BUCKET_BYTES = 64 * 2**20
 _REFUSED = {
@@ -143,12 +143,12 @@ def _summary(error: BaseException) -> tuple[int, str]:
         return error.exit_code, str(error)
     if isinstance(error, KeyboardInterrupt):
         return Interrupted.exit_code, "interrupted"
-    return DistillError.exit_code, f"another process failed: {type(error).__name__}: {error}"
+    return DistillError.exit_code, f"another process failed: {described(error)}"
 
 
 def _retold(exit_code: int, text: str) -> DistillError:
     kinds = {kind.exit_code: kind for kind in (DistillError, UserError, Interrupted)}
-    return kinds[exit_code](text)
+    return kinds.get(exit_code, DistillError)(text)
 
 
 def _has_accelerator() -> bool:

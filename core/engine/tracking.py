@@ -6,7 +6,9 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..errors import described, is_failure
 from ..utils.packages import missing_packages
+from ..utils.redaction import redacted
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -49,7 +51,7 @@ class Trackers:
 
     def text(self, name: str, text: str, step: int) -> None:
         """Log Markdown text."""
-        self._each("text", name, text, step)
+        self._each("text", name, redacted(text), step)
 
     def finish(self, scores: Mapping[str, float] | None = None) -> None:
         """Close each tracker; `scores` are the run's final scores. Nothing is tracked afterwards."""
@@ -62,16 +64,17 @@ class Trackers:
         for name, tracker in list(self._trackers.items()):
             try:
                 returned[name] = getattr(tracker, call)(*args)
-            except Exception as error:  # somebody else's service must not end hours of training; it is said, once
+            except BaseException as error:  # somebody else's service must not end hours of training; it is said, once
+                if not is_failure(error):
+                    raise
                 del self._trackers[name]
                 logger.warning(switched_off(name, f"in {call}()", error))
         return returned
 
 
-def switched_off(name: str, where: str, error: Exception) -> str:
+def switched_off(name: str, where: str, error: BaseException) -> str:
     """Return the warning of a tracker that failed."""
-    problem = f"{type(error).__name__}: {error}"
-    return f"tracker {name} failed {where} and is switched off, the run goes on: {problem}"
+    return f"tracker {name} failed {where} and is switched off, the run goes on: {described(error)}"
 
 
 def build_trackers(registry: Registry, names: Sequence[str], configs: Mapping[str, Any]) -> tuple[Trackers, list[str]]:
@@ -91,6 +94,8 @@ def build_trackers(registry: Registry, names: Sequence[str], configs: Mapping[st
             continue
         try:
             trackers.append((name, tracker(configs.get(name) or tracker.Config())))
-        except Exception as error:  # as little as in its calls later
+        except BaseException as error:  # as little as in its calls later
+            if not is_failure(error):
+                raise
             warnings.append(switched_off(name, "when it was made", error))
     return Trackers(trackers), warnings

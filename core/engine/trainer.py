@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..errors import Interrupted, UserError
+from ..errors import Interrupted, UserError, described
 from ..utils.memory import peak_memory_bytes
 from .checkpoint import CheckpointState, CheckpointStore, optimizer_to_tensors, tensors_to_optimizer
 from .loop import NUM_TIME_BINS, Loop, StepResult
@@ -315,12 +315,12 @@ class Trainer:
             try:
                 self._write()
             except Exception as second:  # the first error is the one to report
-                logger.warning(f"step {self.step} could not be saved: {type(second).__name__}: {second}")
+                logger.warning(f"step {self.step} could not be saved: {described(second)}")
         return self.store.latest()
 
 
 def _generators() -> dict[str, Tensor]:
-    """Return the states of the global generators, for anything that draws from them (LoRA dropout)."""
+    """Return the states of the global generators, for anything that draws from them (a plugin)."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..drawing.grid import to_images
+from ..errors import described, is_failure
 from ..plugin_api.evaluator import Evaluator, Samples
 from .plan import EvaluationPlan
 from .result import Row
@@ -103,10 +104,12 @@ class _Scorers:
         for name, evaluator in list(self._evaluators.items()):
             try:
                 scores |= evaluator.score(samples)
-            except Exception as error:  # one plugin's failure must not cost the other scores, nor end a finished run
+            except BaseException as error:  # one plugin's failure must not cost the other scores, nor a finished run
+                if not is_failure(error):
+                    raise
                 del self._evaluators[name]
-                self.left_out[name] = f"it failed: {type(error).__name__}: {error}"
-                logger.warning(f"evaluator {name} failed and is left out: {type(error).__name__}: {error}")
+                self.left_out[name] = f"it failed: {described(error)}"
+                logger.warning(f"evaluator {name} failed and is left out: {described(error)}")
         return scores
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from ..diffusion.prediction import Prediction, classifier_free_guidance
+from ..utils.dropout import NetworkCall, within
 from ..utils.seeds import RngStreams
 from .stage import StageProgress, stage_of
 
@@ -53,6 +55,7 @@ class Context:
         self._runtime = runtime
         self.step = step
         self.rng = RngStreams(runtime.seed, step, positions, runtime.device)
+        self._calls: Counter[str] = Counter()
         self.schedule: Schedule = runtime.family.schedule
         self.prediction_type = runtime.family.prediction_type
 
@@ -105,9 +108,18 @@ class Context:
         runtime = self._runtime
         time = self.schedule.network_time(t)
         second = None if r is None else self.schedule.network_time(r)
-        with runtime.networks.use(role) as network, self._autocast():
+        with self._call(role) as network, self._autocast():
             output = runtime.family.predict(network, x_t, time, cond, guidance=guidance, second_time=second)
         return Prediction(output, x_t, t, self.schedule, self.prediction_type)
+
+    @contextmanager
+    def _call(self, role: str) -> Iterator[nn.Module]:
+        """Give the role's network for one call, whose dropout is a function of the step, the positions and the role."""
+        number = self._calls[role]
+        self._calls[role] += 1
+        call = NetworkCall(self.rng.seed, self.step, self.rng.positions, role, number)
+        with self._runtime.networks.use(role) as network, within(call):
+            yield network
 
     def _autocast(self) -> torch.autocast:
         dtype = self._runtime.autocast_dtype
@@ -220,7 +232,7 @@ class Context:
             cond: Conditioning, each tensor of shape (B, ...).
         """
         runtime = self._runtime
-        with runtime.networks.use(role) as network, self._autocast():
+        with self._call(role) as network, self._autocast():
             return runtime.family.features(network, x_t, self.schedule.network_time(t), cond)
 
     def logits(self, role: str, features: Sequence[Tensor]) -> Tensor:

@@ -14,8 +14,9 @@ from typing import Any
 
 import pluggy
 
-from ..errors import DistillError, PluginError
+from ..errors import DistillError, PluginError, described, is_failure
 from ..plugin_api import hookspecs
+from ..utils.redaction import redacted
 
 TRACE = "DISTILL_TRACE"
 """Environment variable: 1 prints every call of a hook to stderr."""
@@ -42,22 +43,34 @@ def owner(module: str) -> str | None:
     return _owners.get(module, _owners.get(module.partition(".")[0]))
 
 
-def attribute_error(error: Exception) -> PluginError | None:
+def attribute_error(error: BaseException) -> PluginError | None:
     """The failure of a plugin's own code with the plugin's name; None where none of its code was running.
 
     A component's methods are called from everywhere, so that it is the traceback that tells: the deepest frame that is
-    a plugin's. Running out of memory is nobody's fault.
+    a plugin's. That the device's memory is used up is nobody's fault.
     """
-    frame = _deepest(error.__traceback__)
-    if frame is None:
+    place = place_in_plugin(error)
+    if place is None or _device_is_full(error):
         return None
+    return PluginError(f"{place}: {described(error)}")
+
+
+def place_in_plugin(error: BaseException) -> str | None:
+    """Return which plugin failed and where, by the frames of an error or of what it came from; None for no plugin."""
+    cause: BaseException | None = error
+    while cause is not None and _deepest(cause.__traceback__) is None:
+        cause = cause.__cause__  # as of the RuntimeError that a StopIteration in a generator becomes
+    frame = _deepest(cause.__traceback__) if cause is not None else None
+    if cause is None or frame is None:
+        return None
+    code, label = frame.tb_frame.f_code, owner(_module(_deepest(cause.__traceback__, exact=True) or frame))
+    return f"{label} failed in {code.co_qualname} ({Path(code.co_filename).name}, line {frame.tb_lineno})"
+
+
+def _device_is_full(error: BaseException) -> bool:
     from ..utils.memory import is_out_of_memory
 
-    if is_out_of_memory(error):
-        return None
-    code, label = frame.tb_frame.f_code, owner(_module(_deepest(error.__traceback__, exact=True) or frame))
-    place = f"{code.co_qualname} ({Path(code.co_filename).name}, line {frame.tb_lineno})"
-    return PluginError(f"{label} failed in {place}: {type(error).__name__}: {error}")
+    return not isinstance(error, MemoryError) and is_out_of_memory(error)
 
 
 def _deepest(frame: TracebackType | None, *, exact: bool = False) -> TracebackType | None:
@@ -76,10 +89,12 @@ def _module(frame: TracebackType) -> str:
 
 def plugin_traceback(error: BaseException) -> str:
     """The traceback of `error` from the first frame that is a plugin's; all of it where there is none."""
+    if isinstance(error, SystemExit | GeneratorExit):  # the line says where, and nothing else went wrong
+        return ""
     first = error.__traceback__
     while first is not None and owner(_module(first)) is None:
         first = first.tb_next
-    return "".join(traceback.format_exception(type(error), error, first or error.__traceback__))
+    return redacted("".join(traceback.format_exception(type(error), error, first or error.__traceback__)))
 
 
 def attributed_hooks(plugin: object, label: str) -> SimpleNamespace:
@@ -101,10 +116,10 @@ def _attributed(function: Callable[..., Any], label: str, hook: str) -> Callable
         try:
             result = function(*args, **kwargs)
         except BaseException as error:
-            _trace_end(label, hook, start, f"raised {type(error).__name__}: {error}")
-            if isinstance(error, DistillError) or not isinstance(error, Exception):
+            _trace_end(label, hook, start, f"raised {described(error)}")
+            if isinstance(error, DistillError) or not is_failure(error):
                 raise
-            raise PluginError(f"{label} failed in {hook}: {type(error).__name__}: {error}") from error
+            raise PluginError(f"{label} failed in {hook}: {described(error)}") from error
         _trace_end(label, hook, start, f"returned {short(result)}")
         return result
 
@@ -117,10 +132,12 @@ def _attributed_wrapper(function: Callable[..., Any], label: str, hook: str) -> 
         start = time.perf_counter()
         try:
             return (yield from function(*args, **kwargs))
-        except DistillError:  # of what it wraps, too: all others have a name by then
+        except (DistillError, GeneratorExit):  # of what it wraps, too: all others have a name by then
             raise
-        except Exception as error:
-            raise PluginError(f"{label} failed in {hook}: {type(error).__name__}: {error}") from error
+        except BaseException as error:
+            if not is_failure(error):
+                raise
+            raise PluginError(f"{label} failed in {hook}: {described(error)}") from error
         finally:
             _trace_end(label, hook, start, "ended, around the others")
 
@@ -138,7 +155,7 @@ def tracing() -> bool:
 def trace_line(line: str) -> None:
     """A line of the trace, where it is on."""
     if tracing():
-        print(f"trace: {line}", file=sys.stderr, flush=True)
+        print(redacted(f"trace: {line}"), file=sys.stderr, flush=True)
 
 
 def trace(manager: pluggy.PluginManager) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -24,6 +25,7 @@ from ..plugin_api.optimizer import OptimizerPlugin
 from ..plugin_api.publisher import Publisher
 from ..plugin_api.quantizer import Quantizer
 from ..plugin_api.tracker import Tracker
+from ..utils.files import path_problem
 from ..utils.suggest import did_you_mean
 from .attribution import MARKER, attributed_hooks, register_owner, trace, trace_line
 from .sources import ENTRY_POINTS as ENTRY_POINTS
@@ -33,6 +35,7 @@ from .sources import (
     import_file,
     installed,
     load_entry_point,
+    module_name,
     package_of,
     selected,
     version_of,
@@ -156,10 +159,10 @@ class Registry:
 
     def add_file(self, file: str | Path) -> None:
         """Load a plugin file; one that is loaded already is left as it is."""
-        path = Path(file).expanduser().resolve()
+        path = Path(os.path.realpath(os.path.expanduser(file))) if path_problem(file) is None else Path(file)
         if path not in self._files:
+            register_owner(module_name(path), f"plugin {path.stem!r} ({path})")
             module = import_file(path)
-            register_owner(module.__name__, f"plugin {path.stem!r} ({path})")
             self.add(module, source=str(path), name=path.stem, version=str(vars(module).get("__version__", "")))
             self._files.append(path)
 

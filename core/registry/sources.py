@@ -14,9 +14,10 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
 
-from ..errors import UserError
+from ..errors import UserError, described, is_failure
 from ..plugin_api import hookspecs
 from ..plugin_api.version import check_file, check_module
+from ..utils.files import file_problem
 from ..utils.suggest import did_you_mean
 
 ENTRY_POINTS = "distill.plugins"
@@ -98,9 +99,11 @@ def load_entry_point(point: EntryPoint, label: str) -> object:
         return point.load()
     except UserError:
         raise
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
+        if not is_failure(error):
+            raise
         raise UserError(
-            f"{label} cannot be imported: {type(error).__name__}: {error}.",
+            f"{label} cannot be imported: {described(error)}.",
             f"mend it, or pip uninstall {package_of(point)}.",
         ) from error
 
@@ -117,16 +120,22 @@ def without(point: EntryPoint, points: Sequence[EntryPoint]) -> str:
 # -- files ------------------------------------------------------------------------------------------------------------
 
 
+def module_name(path: Path) -> str:
+    """Return the name that the module of a plugin file has; no two files share one."""
+    stem = re.sub(r"\W", "_", path.stem)
+    return f"distill_plugin_{stem}_{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}"
+
+
 def import_file(path: Path) -> ModuleType:
     """A plugin file as a module of a name of its own.
 
     Raises:
         UserError: It is not there, was built for another API, or cannot be imported.
     """
-    if not path.is_file():
-        raise UserError(f"plugin file {path} does not exist.", "give --plugin the path of a Python file.")
-    stem = re.sub(r"\W", "_", path.stem)
-    name = f"distill_plugin_{stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    problem = file_problem(path)
+    if problem is not None:
+        raise UserError(f"plugin file {path} {problem}.", "give --plugin the path of a Python file.")
+    name = module_name(path)
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise UserError(f"plugin file {path} is not a Python file.", "plugin files end in .py.")
@@ -135,11 +144,13 @@ def import_file(path: Path) -> ModuleType:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        del sys.modules[name]
+    except BaseException as error:
+        sys.modules.pop(name, None)
+        if not is_failure(error):
+            raise
         line = _line_in(error, path)
         raise UserError(
-            f"plugin file {path} cannot be imported{line}: {type(error).__name__}: {error}.",
+            f"plugin file {path} cannot be imported{line}: {described(error)}.",
             "mend the file; `python FILE` shows the same error.",
         ) from error
     return module

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..drawing.curves import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, short
 from ..utils.files import write_text
+from ..utils.redaction import redacted
 from .run_contents import RunContents, find
 
 FILE = "report.html"
@@ -21,7 +22,7 @@ def write_report(folder: Path) -> Path:
     Raises:
         UserError: It is no folder of a run, or a file in it is damaged.
     """
-    write_text(folder / FILE, render(find(folder)))
+    write_text(folder / FILE, redacted(render(find(folder))))
     return folder / FILE
 
 

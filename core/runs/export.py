@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..plugin_api.family import ExportInfo
+from ..utils.safetensors_header import sort_metadata
 from .builders import lora_settings
 from .model_card import write_model_card
 
@@ -43,6 +44,8 @@ def export_student(run: RunComponents, student: Path, *, role: str | None = None
     temporary.mkdir(parents=True)
     with run.networks.use(role or run.method.result_role()) as network:
         run.family.export(network, temporary, export_info(run, role=role))
+    for file in temporary.rglob("*.safetensors"):
+        sort_metadata(file)
     if student.exists():
         shutil.rmtree(student)
     temporary.rename(student)

@@ -20,6 +20,9 @@ CARD = "README.md"
 GRID = "grid.png"
 EVALUATION = "evaluation.png"
 
+OF_A_FOLDER = ("output_dir", "overwrite", "resume_from_checkpoint")
+"""Keys that say where the run lay and how it was started: the same run in another folder has the same card."""
+
 
 def write_model_card(
     student: Path,
@@ -82,7 +85,7 @@ def _introduction(configuration: Configuration, info: ExportInfo) -> str:
     base = f"the {run.model_family} miniature that ships with distill" if configuration.miniature else "its teacher"
     kind = "A LoRA" if info.model_type == "lora" else "A full model"
     return (
-        f"# {run.output_dir.name}\n\n"
+        f"# {run.tracker_run_name or f'{run.model_family} {run.distillation_method}'}\n\n"
         f"{kind} that makes images in {plural(sampler.num_inference_steps, 'step')} with "
         f"{describe_guidance(sampler.guidance_scale)}, distilled from {base} with the method "
         f"`{run.distillation_method}` by distill (`pip install distill-engine`). "
@@ -109,7 +112,8 @@ def _scores(evaluation: Evaluation | None) -> str:
 
 
 def _training(configuration: Configuration) -> str:
-    shown = json.dumps(without_folders(configuration.resolved()), indent=2, ensure_ascii=False)
+    resolved = {key: value for key, value in configuration.resolved().items() if key not in OF_A_FOLDER}
+    shown = json.dumps(without_folders(resolved), indent=2, ensure_ascii=False)
     return (
         "## Training\n\n<details><summary>The configuration, folders left out</summary>\n\n"
         f"```json\n{shown}\n```\n\n</details>"

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import UserError
+from ..errors import UserError, described, is_failure
 from ..plugin_api.publisher import PublishSetting
 from ..utils.packages import missing_packages
 
@@ -61,8 +61,10 @@ class Publishers:
             try:
                 addresses.append(publisher.publish(student))
                 logger.info(f"{name}: published to {addresses[-1]}")
-            except Exception as error:  # the student is safe on disk; no service's failure may end a finished run
-                logger.warning(f"{name}: publishing failed: {type(error).__name__}: {error}; it lies in {student}")
+            except BaseException as error:  # the student is safe on disk; no service's failure may end a finished run
+                if not is_failure(error):
+                    raise
+                logger.warning(f"{name}: publishing failed: {described(error)}; it lies in {student}")
         return addresses
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from ..engine.observer import TrainingObserver
 from ..engine.signals import StopRequest
-from ..errors import DistillError, Interrupted, UserError
+from ..errors import DistillError, Interrupted, UserError, described
 from ..evaluation.evaluators import evaluation_notices
 from ..utils.console import console
 from ..utils.files import write_text
@@ -92,7 +92,7 @@ class Run(TrainingObserver):
                 self._open()
                 return self._execute()
             except BaseException as error:
-                self._log.note(f"{ENDS}{type(error).__name__}: {error}")
+                self._log.note(f"{ENDS}{described(error)}")
                 self._failed(error)
                 raise
             finally:
@@ -294,7 +294,10 @@ class Run(TrainingObserver):
         if "trainer" not in vars(self.parts) or (isinstance(error, UserError) and not self._training):
             return
         saved = self.parts.trainer.save_after_failure(error)
-        self.parts.registry.hook.on_exception(state=self.parts.trainer.state, error=error)
+        try:
+            self.parts.registry.hook.on_exception(state=self.parts.trainer.state, error=error)
+        except DistillError as second:  # the first error is the one that ends the run
+            logger.warning(str(second))
         self.parts.trackers.finish()
         self.parts.trainer.store.wait()
         self.parts.data.close()

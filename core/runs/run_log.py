@@ -8,6 +8,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO
 
+from ..utils.redaction import redacted
+
 FILE = "run.log"
 BEGINS, ENDS_WELL, ENDS = "run begins", "run ends well", "run ends: "
 STAMP = "%Y-%m-%dT%H:%M:%SZ"
@@ -44,7 +46,7 @@ class RunLog:
 
 
 def _stamped(line: str) -> str:
-    indented = line.rstrip("\n").replace("\n", "\n    ")
+    indented = redacted(line).rstrip("\n").replace("\n", "\n    ")
     return f"{datetime.now(UTC).strftime(STAMP)} {indented}\n"
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from ..errors import UserError
+from ..utils import redaction
 from ..utils.prompt_library import read_library
 from .dataset_settings import DatasetSettings
 from .run_settings import RunSettings
@@ -100,7 +101,7 @@ class Configuration:
         for key, parts in named.items():
             resolved[key] = {name: without_secrets(part) for name, part in parts.items()}
         resolved["data"] = [dump_dataset(entry) for entry in (*self.datasets, *self.caches)]
-        return resolved
+        return redaction.without_secrets(resolved)
 
 
 def dump_dataset(entry: DatasetSettings) -> dict[str, Any]:

@@ -18,6 +18,8 @@ OF_THE_SOURCE = ("csv", "jsonl", "parquet", "webdataset", "huggingface")
 OF_A_TABLE = ("csv", "jsonl", "parquet")
 """Values of ``caption_strategy`` and ``metadata_backend`` that can mean the metadata_file beside images."""
 DatasetType = Literal["image", "text_embeds", "vae_embeds", "eval", "prompts", "distillation_cache", "checkpoints"]
+LONGEST_ID = 200
+"""Bytes of a dataset's id: file systems take names of 255, and files are called `ID.quarantine.json` and longer."""
 PIXEL_LIMIT = 8
 """Sizes below this many "pixels" are megapixels (the unit trap of ``resolution_type: pixel``)."""
 
@@ -46,7 +48,8 @@ class DatasetSettings(ColumnSettings):
     """One dataset or cache, with the run's defaults applied."""
 
     id: str = Field(min_length=1)
-    """Unique name; names caches, reports and state on disk: without `/` and `\\`, and not `.` or `..`."""
+    """Unique name; names caches, reports and state on disk: without `/` and `\\`, not `.` or `..`, and of at most 200
+    bytes."""
     type: str = "local"
     """A registered data backend (`distill plugins list`)."""
     dataset_type: DatasetType = "image"
@@ -120,7 +123,7 @@ class DatasetSettings(ColumnSettings):
     """For a distillation_cache: seed of the noise that trajectories start from."""
     pair_batch_size: int = Field(default=4, ge=1)
     """For a distillation_cache: trajectories of a megapixel that are made at once; of smaller images up to 64."""
-    vae_batch_size: int = Field(default=4, ge=1)
+    vae_batch_size: int = Field(default=4, ge=1, le=65_536)
     """Images per autoencoder call while the latent cache is built; absent: the run's."""
     write_batch_size: int = Field(default=128, ge=1)
     """Entries per file of a cache."""
@@ -142,7 +145,7 @@ class DatasetSettings(ColumnSettings):
     metadata_backend: Literal["discovery", "csv", "jsonl", "parquet", "huggingface"] = "discovery"
     """Where images' sizes are: `discovery` reads the files' headers, `csv`, `jsonl` and `parquet` take them from
     metadata_file; sources that come with sizes need neither."""
-    train_batch_size: int | None = Field(default=None, ge=1)
+    train_batch_size: int | None = Field(default=None, ge=1, le=65_536)
     """Samples of this dataset per micro-batch and process; absent: the run's."""
     repeats: int = Field(default=0, ge=0)
     """Extra passes over the dataset per epoch; 0 = one pass."""
@@ -160,6 +163,8 @@ class DatasetSettings(ColumnSettings):
     def _names_a_file(cls, value: str) -> str:
         if value in (".", "..") or not value.isprintable() or any(letter in value for letter in "/\\"):
             raise ValueError("is no name of a file, and files are named by it")
+        if len(value.encode("utf-8", "surrogatepass")) > LONGEST_ID:
+            raise ValueError(f"has more than {LONGEST_ID} bytes, which is too long for the files that are named by it")
         return value
 
     @property

@@ -83,11 +83,11 @@ class DataKeys(Settings):
     """Share of samples that are trained with the unconditional prompt (0-1)."""
     random_flip: bool = False
     """Whether images are mirrored left to right at random."""
-    vae_batch_size: int = Field(default=4, ge=1)
+    vae_batch_size: int = Field(default=4, ge=1, le=65_536)
     """Images per autoencoder call while the latent cache is built."""
-    dataloader_prefetch: int = Field(default=2, ge=1)
+    dataloader_prefetch: int = Field(default=2, ge=1, le=1024)
     """Optimizer steps' worth of batches that are read ahead."""
-    num_workers: int = Field(default=2, ge=0)
+    num_workers: int = Field(default=2, ge=0, le=1024)
     """Threads that read and decode images."""
 
 
@@ -112,9 +112,9 @@ class TrainingKeys(Settings):
     """Optimizer steps to train for."""
     num_train_epochs: int | None = Field(default=None, ge=1)
     """Passes over the data to train for; with max_train_steps, whichever ends first."""
-    train_batch_size: int = Field(default=1, ge=1)
+    train_batch_size: int = Field(default=1, ge=1, le=65_536)
     """Samples per micro-batch and process."""
-    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    gradient_accumulation_steps: int = Field(default=1, ge=1, le=65_536)
     """Micro-batches per optimizer step."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: less memory, about a third more time."""
@@ -122,7 +122,7 @@ class TrainingKeys(Settings):
     """Type of the forward pass; `fp16` needs a GPU."""
     lora_type: Literal["standard"] = "standard"
     """Kind of adapter."""
-    lora_rank: int = Field(default=64, ge=1)
+    lora_rank: int = Field(default=64, ge=1, le=16_384)
     """Rank of the adapter."""
     lora_alpha: float = Field(default=64, gt=0)
     """Scale of the adapter is lora_alpha / lora_rank; absent: lora_rank."""

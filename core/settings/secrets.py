@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, SecretStr
 
-_SECRET = re.compile(r"(secret|password|api_key|access_key|_token$|^token$|credential)")
-
-
-def is_secret(key: str) -> bool:
-    """Return whether a key's name says that its value must not be shown."""
-    return bool(_SECRET.search(key.rsplit(".", 1)[-1].lower()))
+from ..utils import redaction
+from ..utils.redaction import HIDDEN, in_urls, is_secret
 
 
 def shown(key: str, value: object) -> object:
     """Return a value as a message may show it."""
+    if value is not None and is_secret(key):
+        return HIDDEN
     if isinstance(value, Mapping):
         return {name: shown(str(name), inner) for name, inner in value.items()}
-    return "***" if is_secret(key) and value is not None else value
+    if isinstance(value, list | tuple):
+        return [shown(key, inner) for inner in value]
+    return in_urls(value) if isinstance(value, str) else value
 
 
 class FromEnvironment(str):
@@ -66,6 +65,6 @@ def without_secrets(model: BaseModel) -> dict[str, Any]:
         held = getattr(model, name, None)
         if isinstance(held, NamedSecret):
             result[name] = held.written
-        elif not is_secret(name) and not isinstance(held, SecretStr):
+        elif not isinstance(held, SecretStr):
             result[name] = value
-    return result
+    return redaction.without_secrets(result)

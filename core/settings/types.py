@@ -10,6 +10,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+LONGEST_EDGE = 16_384
+"""Pixels of an edge that no image is made or trained above."""
 
 
 class Settings(BaseModel):
@@ -74,10 +76,12 @@ def parse_resolution(text: object) -> tuple[int, int]:
         width, height = parts if len(parts) == 2 else (parts[0], parts[0]) if len(parts) == 1 else ("", "")
     try:
         size = int(width), int(height)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{text!r} is not WIDTHxHEIGHT in pixels, as '1024x1024' or '1024x1024,1280x768'") from None
     if min(size) < 8:
         raise ValueError(f"{text!r} has an edge below 8 pixels; resolutions are WIDTHxHEIGHT, as '1024x1024'")
+    if max(size) > LONGEST_EDGE:
+        raise ValueError(f"{text!r} has an edge above {LONGEST_EDGE:,} pixels; resolutions are WIDTHxHEIGHT in pixels")
     return size
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -19,7 +20,8 @@ SCHEMES = (*BUCKETS, "http", "https")
 
 def is_remote(place: str) -> bool:
     """Return whether a text is the address of another place than this machine's files."""
-    return urlsplit(place).scheme.lower() in SCHEMES and "://" in place
+    scheme, mark, _ = place.partition("://")
+    return bool(mark) and scheme.lower() in SCHEMES
 
 
 def split_url(url: str) -> tuple[str, str]:
@@ -41,8 +43,9 @@ def split_url(url: str) -> tuple[str, str]:
 
 def local_path(place: str) -> Path:
     """The path of a ``file:`` address or of a plain path."""
-    parts = urlsplit(place)
-    return Path(unquote(parts.path)) if parts.scheme == "file" else Path(place).expanduser()
+    if place.lower().startswith("file:"):
+        return Path(unquote(urlsplit(place).path))
+    return Path(os.path.expanduser(place))
 
 
 def open_store(

@@ -13,6 +13,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from ..errors import described, is_failure
+
 _ENGINE = f"{__name__.rpartition('.testing')[0]}."
 _LIBRARIES = {"accelerate", "diffusers", "numpy", "peft", "PIL", "pyarrow", "pydantic", "torch", "transformers"}
 
@@ -113,17 +115,19 @@ def failing(what: str, remedy: str) -> Iterator[None]:
         yield
     except (ConformanceError, NotApplicable):
         raise
-    except Exception as error:
+    except BaseException as error:
+        if not is_failure(error):
+            raise
         raise ConformanceError(f"{what} raised {said(error)}; {remedy}") from error
 
 
-def said(error: Exception) -> str:
+def said(error: BaseException) -> str:
     """Return an exception's text and the last line of the plugin's code that led to it, or else the last line."""
     frames = list(traceback.walk_tb(error.__traceback__))
     own = [each for each in frames if not _foreign(str(each[0].f_globals.get("__name__", "")))]
     frame, line = (own or frames)[-1]
     code = frame.f_code
-    return f"{type(error).__name__}: {error} ({Path(code.co_filename).name}, line {line}, in {code.co_name})"
+    return f"{described(error)} ({Path(code.co_filename).name}, line {line}, in {code.co_name})"
 
 
 def _foreign(module: str) -> bool:

@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
-from ..errors import DistillError, UserError
+from ..errors import DistillError, UserError, described, is_failure
 from ..registry.registry import ENTRY_POINTS, HOOKS, Registry
 from .checks import Check, ConformanceError, NotApplicable
 from .suite import checks_of
@@ -106,9 +106,11 @@ def _imported(value: str) -> Any:
         found: Any = importlib.import_module(name.strip())
         for part in filter(None, attribute.strip().split(".")):
             found = getattr(found, part)
-    except Exception as error:
+    except BaseException as error:
+        if not is_failure(error):
+            raise
         raise UserError(
-            f"{value} cannot be imported: {type(error).__name__}: {error}.", f"`python -c 'import {name}'` shows where."
+            f"{value} cannot be imported: {described(error)}.", f"`python -c 'import {name}'` shows where."
         ) from error
     return found
 
@@ -142,7 +144,9 @@ def classes_of(plugin: Any) -> list[type[Any]]:
         offered: Callable[[], Iterable[Any]] | None = getattr(plugin, hook, None)
         try:
             classes = [] if offered is None else list(offered())
-        except Exception:  # the registry calls the same hook and says what happened
+        except BaseException as error:  # the registry calls the same hook and says what happened
+            if not is_failure(error):
+                raise
             classes = []
         for each in classes:
             try:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ..errors import is_failure
 from .checks import Check, ConformanceError, NotApplicable, said
 
 Result = Literal["ok", "failed", "not applicable"]
@@ -52,7 +53,9 @@ def outcome_of(check: Check) -> Outcome:
         return Outcome(check, "not applicable", str(reason))
     except ConformanceError as reason:
         return Outcome(check, "failed", str(reason))
-    except Exception as error:  # somebody else's code may raise anything, and the other checks are still worth running
+    except BaseException as error:  # somebody else's code may raise anything: the other checks are still worth running
+        if not is_failure(error):
+            raise
         return Outcome(check, "failed", said(error))
     return Outcome(check, "ok")
 

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+from .redaction import redacted
+
 PACKAGE = logging.getLogger(__name__.rsplit(".", 3)[0])
 """The parent of the loggers of all of the package's modules."""
 
@@ -36,7 +38,7 @@ class Console(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Note the line and print it."""
         try:
-            line = self.format(record)
+            line = redacted(self.format(record))
             if self._note is not None:
                 self._note(line)
             print(line, file=sys.stderr, flush=True)

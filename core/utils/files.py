@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,30 @@ if TYPE_CHECKING:
 PARTIAL = ".partial-"
 STALE_SECONDS = 24 * 3600
 """Age at which leftovers of killed writers are removed; younger ones may belong to a running one."""
+
+
+def path_problem(path: Path | str) -> str | None:
+    """Return why no file or folder can have this path; None where one may, there or not.
+
+    Pipes and devices are neither: reading them may have no end.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        return f"cannot be used as a path: {(error.strerror or str(error)).lower()}"
+    except ValueError:
+        return "cannot be used as a path: it holds characters that no file name has"
+    return None if stat.S_ISREG(mode) or stat.S_ISDIR(mode) else "is a pipe or a device, not a file or folder"
+
+
+def file_problem(path: Path | str) -> str | None:
+    """Return why a path is not a file that can be opened; None where it is one."""
+    problem = path_problem(path)
+    if problem is not None or os.path.isfile(path):
+        return problem
+    return "is a folder" if os.path.isdir(path) else "does not exist"
 
 
 def sync_folder(folder: Path) -> None:

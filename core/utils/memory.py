@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ..errors import described
+
 ACTIVATIONS_PER_PIXEL = 9.4
 """Saved elements per latent pixel and per sqrt(parameters), LoRA. Measured on SDXL's UNet (rank 64) on the meta device;
 other networks differ by a small factor."""
@@ -39,7 +41,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Return True if `error` means that an allocation failed, on the host or on the device."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    text = str(error).lower()
+    text = described(error).lower()
     return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
 
 

@@ -35,6 +35,8 @@ def json_texts(text: str) -> list[str]:
         content = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"line {error.lineno}, column {error.colno} is not JSON: {error.msg}") from error
+    except RecursionError as error:
+        raise ValueError("it nests too many objects and lists") from error
     if not isinstance(content, list | dict):
         raise ValueError(f"it is {shortened(content)}, not a list or an object of texts")
     items = content.items() if isinstance(content, dict) else enumerate(content, 1)

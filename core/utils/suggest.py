@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+LONGEST = 100
+"""Characters of a name that is compared at all: comparing takes time quadratic in them."""
+
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """Return the known name that `name` was most likely meant to be, or None."""
+    if len(name) > LONGEST:
+        return None
     by_folded: dict[str, str] = {}
     for candidate in known:
         by_folded.setdefault(candidate.lower().replace("-", "_"), candidate)

@@ -15,6 +15,7 @@ from ...drawing.charts import Panel, draw
 from ...drawing.grid import BACKGROUND, EMPTY, FAINT, INK, MARGIN, font, line_height, shorten, wrap
 from ...errors import OutOfReach
 from ...utils.files import save_image, write_text
+from ...utils.redaction import redacted
 from ...utils.seeds import derive_seed
 from ..dataset import Dataset
 from ..hashing import permute
@@ -89,10 +90,10 @@ def write_report(dataset: Dataset, folder: Path, *, global_batch: int, heaviest:
     for name, image in images.items():
         save_image(image, folder / _file(name))
     text = markdown(figures, [sample.caption for sample in samples], list(images))
-    write_text(folder / "report.md", text)
+    write_text(folder / "report.md", redacted(text))
     made_from = _made_from(dataset, global_batch, heaviest)
     content = {"format": FORMAT, "made_from": made_from, **asdict(figures)}
-    write_text(folder / "report.json", json.dumps(content, indent=1) + "\n")
+    write_text(folder / "report.json", redacted(json.dumps(content, indent=1)) + "\n")
     return DatasetReport(dataset.id, folder, text, images)
 
 

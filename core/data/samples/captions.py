@@ -85,10 +85,11 @@ class CaptionRules:
         given: Sequence[str] | Path = settings.caption_filter_list
         if isinstance(given, Path):
             try:
-                given = given.read_text(encoding="utf-8").splitlines()
-            except OSError as error:
+                given = given.read_text(encoding="utf-8-sig").splitlines()
+            except (OSError, UnicodeDecodeError) as error:
+                reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
                 raise UserError(
-                    f"data.{settings.id}.caption_filter_list = {str(given)!r} cannot be read: {error.strerror}",
+                    f"data.{settings.id}.caption_filter_list = {str(given)!r} cannot be read: {reason}",
                     "name a text file with one filter per line, or give the list itself",
                 ) from error
         return [_compile_filter(settings.id, line) for line in given if line.strip()]
@@ -158,8 +159,10 @@ def _compile_filter(dataset: str, line: str) -> tuple[str, str, re.Pattern[str]]
         return line, "", re.compile(re.escape(line))
     old, new = (part.replace("\\/", "/") for part in substitution.groups())
     try:
-        return line, new, re.compile(old)
-    except re.error as error:
+        pattern = re.compile(old)
+        pattern.sub(new, "")  # the replacement may name groups that are not there
+        return line, new, pattern
+    except (re.error, RecursionError, OverflowError, IndexError) as error:
         raise UserError(
             f"data.{dataset}.caption_filter_list has {line!r}, which is no regular expression: {error}",
             "mend the pattern between the first two slashes, or give the plain text that is to be cut out",
