@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -84,6 +85,11 @@ def named_failures(call: Callable[..., Any], *arguments: Any) -> Any:
     except DistillError:
         raise
     except Exception as error:
+        refused = import_module("..utils.disk", __name__).explained(
+            error, place=Path.cwd(), remedy="give the command again"
+        )
+        if refused is not None:
+            raise refused from error
         attribution = sys.modules.get(f"{__name__.rsplit('.', 1)[0]}.registry.attribution")
         failure = attribution.attribute_error(error) if attribution else None
         if failure is None:
