@@ -165,10 +165,10 @@ def _parse(line: bytes) -> Row | None:
         return None
     try:
         values = json.loads(line)
-    except ValueError:
+        step = values.pop("step")
+        return step, {name: float(value) for name, value in values.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None
-    step = values.pop("step")
-    return step, {name: float(value) for name, value in values.items()}
 
 
 def _strict(values: Mapping[str, float]) -> dict[str, float | str]:

@@ -10,14 +10,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...errors import UserError
+from ...utils.disk import free_bytes, require_writable
 from ...utils.files import write_whole
+from ...utils.memory import gigabytes
 from ...utils.progress import TaskProgress
 from ..dataset import Dataset
 from ..hashing import count_different
 from ..report.summary import DataReport
 from ..samples.images import PIXELS_VERSION
 from .cache_paths import CachePaths
-from .encode import LatentEncoder, WorkerShard, encode_captions, missing_captions
+from .encode import Job, LatentEncoder, WorkerShard, encode_captions, missing_captions
 from .encode_sequential import SequentialEncoder
 from .mirror import Mirror, RemoteCache
 from .tensor_cache import TensorCache, cache_folders
@@ -33,6 +36,8 @@ PREPROCESSING = (
     "target_downsample_size", "aspect_bucket_alignment", "aspect_bucket_rounding", "random_flip",
 )  # fmt: skip
 """Settings that decide an image's pixels; they are compared to say why latents are made anew."""
+KEYS = {"latents": "cache_dir_vae", "text": "cache_dir", "trajectories": "cache_dir"}
+"""Kind of a cache -> the key that names its folder."""
 MODEL_PARTS = {"vae": "autoencoder is", "denoiser": "teacher is", "text": "text encoders are"}
 
 
@@ -119,6 +124,7 @@ class CacheBuilder:
         if not missing:
             return cache
         self._explain_texts(folder, cache, missing)
+        self._check_folder(cache, missing)
         with self.synchronized():
             encode_captions(
                 cache, todo, self.family, shard_size=self.paths.text_shard_size(datasets[0].settings),
@@ -145,6 +151,7 @@ class CacheBuilder:
         missing = sum(len(job.rows) for job in jobs)
         if missing:
             self._explain_latents(dataset, cache, missing)
+            self._check_folder(cache, missing, num_bytes=sum(self._latent_bytes(dataset, job) for job in jobs))
             with self.synchronized():
                 encoder.run(encoder.own_jobs(jobs, self.shard), progress=self.progress)
             self.family.release_encoders()
@@ -157,6 +164,32 @@ class CacheBuilder:
             if self.shard.rank == 0:
                 self._remember(dataset)
         return cache
+
+    def _latent_bytes(self, dataset: Dataset, job: Job) -> int:
+        """Return about how many bytes the latents of a job take, in float32."""
+        width, height = (edge // self.family.scale_factor for edge in dataset.shapes[job.bucket])
+        return 4 * len(job.rows) * self.family.latent_channels * width * height
+
+    def _check_folder(self, cache: TensorCache, missing: int, *, num_bytes: int = 0) -> None:
+        """Refuse a folder that the entries cannot be written to, before anything is loaded that makes them.
+
+        Raises:
+            UserError: It is read-only, or there is no room for them.
+        """
+        with self.synchronized():
+            if self.shard.rank != 0:
+                return
+            name, remedy = (
+                f"{cache.label}: {missing:,} entries are missing, and {KEYS[cache.descriptor['kind']]}",
+                ("name a folder that can be written to, or one where everything is cached already"),
+            )
+            require_writable(cache.parent, name=name, remedy=remedy)
+            free = free_bytes(cache.parent)
+            if num_bytes > free:
+                raise UserError(
+                    f"{name} = {cache.parent}: they need about {gigabytes(num_bytes)}, and {gigabytes(free)} are free",
+                    "free some room, or name a folder on another disk",
+                )
 
     def _encoder(self, dataset: Dataset, cache: TensorCache) -> LatentEncoder:
         kind = SequentialEncoder if dataset.in_order else LatentEncoder
@@ -204,6 +237,7 @@ class CacheBuilder:
         if missing:
             self._explain_trajectories(cache)
             logger.info(cost(settings, missing, wanted.num_trajectories))
+            self._check_folder(cache, missing)
             with self.synchronized():
                 maker.run(wanted, self.shard.of(jobs), cache, texts)
             maker.release()
