@@ -23,7 +23,8 @@ app = typer.Typer(no_args_is_help=True, help="Check, show or start a configurati
 def check(given: Given) -> None:
     """Validate a configuration: notices go to stdout, all errors together to stderr."""
     configuration, registry = given.load()
-    for notice in (*configuration.notices, *options.service_notices(configuration, registry)):
+    service, storage = (each(configuration, registry) for each in (options.service_notices, options.storage_notices))
+    for notice in (*configuration.notices, *service, *storage):
         typer.echo(f"notice: {notice}")
     logger.info("the configuration is usable")
 

@@ -109,3 +109,13 @@ def service_notices(configuration: Configuration, registry: Registry) -> list[st
     _, of_trackers = build_trackers(registry, configuration.run.report_to, configuration.trackers)
     _, of_publishers = build_publishers(registry, configuration)
     return [*of_trackers, *of_publishers, *evaluation_notices(registry, configuration)]
+
+
+def storage_notices(configuration: Configuration, registry: Registry) -> list[str]:
+    """Return what would not fit on the disk, for a model whose config is on this machine."""
+    from ..runs.disk_plan import disk_problem, disk_remedy, planned_disk
+
+    source, folder = configuration.run.pretrained_model_name_or_path, configuration.run.output_dir
+    plan = planned_disk(configuration, registry) if source is None or Path(source).exists() else None
+    problem = disk_problem(plan, folder) if plan is not None else None
+    return [] if plan is None or problem is None else [f"{problem}: the run is refused. {disk_remedy(plan, folder)}"]

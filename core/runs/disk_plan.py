@@ -112,8 +112,8 @@ def disk_remedy(plan: DiskPlan, output_dir: Path) -> str:
     """Return how to make the run's files fit."""
     room = free_bytes(output_dir) + num_bytes(checkpoint_folders(output_dir)) - plan.student_bytes
     fitting = int(room // max(plan.checkpoint_bytes, 1))
-    fewer = f"checkpoints_total_limit={fitting}, or " if 1 <= fitting < plan.num_checkpoints else ""
-    return f"set {fewer}another disk: --output-dir DIR; or free some room"
+    fewer = f"keep fewer: checkpoints_total_limit={fitting}; " if 1 <= fitting < plan.num_checkpoints else ""
+    return f"{fewer}choose another disk: --output-dir DIR; or free some room"
 
 
 def num_bytes(folders: Sequence[Path]) -> int:

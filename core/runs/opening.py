@@ -113,19 +113,20 @@ def _is_watched(name: str) -> bool:
 
 
 def check_cache_folders(configuration: Configuration) -> None:
-    """Raise UserError for a cache folder that holds nothing yet and cannot be written to.
-
-    One that holds a cache may be complete: it is written to only when something is missing.
-    """
+    """Raise UserError for a cache folder that cannot be written to, before anything is loaded or encoded."""
     paths = CachePaths(configuration, configuration.run.output_dir / CACHE_FOLDER)
+    keys = dict(_cache_keys(configuration))
     for folder in dataset_folders(paths, configuration.datasets):
-        if not folder.is_dir() or not any(folder.iterdir()):
-            require_writable(
-                folder,
-                name="the cache folder",
-                remedy="name another one: cache_dir_vae of the dataset, cache_dir of the entry of the cache",
-                make=False,
-            )
+        name = keys.get(folder, "the cache folder")
+        require_writable(folder, name=name, remedy="name a folder that can be written to", make=False)
+
+
+def _cache_keys(configuration: Configuration) -> Iterator[tuple[Path, str]]:
+    """Yield each cache folder that the data file names, with its key."""
+    for entry in (*configuration.datasets, *configuration.caches):
+        for key in ("cache_dir_vae", "cache_dir"):
+            if (folder := getattr(entry, key)) is not None:
+                yield Path(folder), f"data.{entry.id}.{key}"
 
 
 def check_resources(run: RunComponents, *, steps: int | None = None) -> None:

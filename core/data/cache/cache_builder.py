@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import UserError
-from ...utils.disk import free_bytes, require_writable
+from ...utils.disk import free_bytes
 from ...utils.files import write_whole
 from ...utils.memory import gigabytes
 from ...utils.progress import TaskProgress
@@ -36,8 +36,6 @@ PREPROCESSING = (
     "target_downsample_size", "aspect_bucket_alignment", "aspect_bucket_rounding", "random_flip",
 )  # fmt: skip
 """Settings that decide an image's pixels; they are compared to say why latents are made anew."""
-KEYS = {"latents": "cache_dir_vae", "text": "cache_dir", "trajectories": "cache_dir"}
-"""Kind of a cache -> the key that names its folder."""
 MODEL_PARTS = {"vae": "autoencoder is", "denoiser": "teacher is", "text": "text encoders are"}
 
 
@@ -124,7 +122,6 @@ class CacheBuilder:
         if not missing:
             return cache
         self._explain_texts(folder, cache, missing)
-        self._check_folder(cache, missing)
         with self.synchronized():
             encode_captions(
                 cache, todo, self.family, shard_size=self.paths.text_shard_size(datasets[0].settings),
@@ -151,7 +148,7 @@ class CacheBuilder:
         missing = sum(len(job.rows) for job in jobs)
         if missing:
             self._explain_latents(dataset, cache, missing)
-            self._check_folder(cache, missing, num_bytes=sum(self._latent_bytes(dataset, job) for job in jobs))
+            self._require_room(cache, sum(self._latent_bytes(dataset, job) for job in jobs))
             with self.synchronized():
                 encoder.run(encoder.own_jobs(jobs, self.shard), progress=self.progress)
             self.family.release_encoders()
@@ -170,25 +167,15 @@ class CacheBuilder:
         width, height = (edge // self.family.scale_factor for edge in dataset.shapes[job.bucket])
         return 4 * len(job.rows) * self.family.latent_channels * width * height
 
-    def _check_folder(self, cache: TensorCache, missing: int, *, num_bytes: int = 0) -> None:
-        """Refuse a folder that the entries cannot be written to, before anything is loaded that makes them.
-
-        Raises:
-            UserError: It is read-only, or there is no room for them.
-        """
+    def _require_room(self, cache: TensorCache, num_bytes: int) -> None:
+        """Raise UserError where there is no room for the latents, before the autoencoder is loaded."""
         with self.synchronized():
-            if self.shard.rank != 0:
-                return
-            name, remedy = (
-                f"{cache.label}: {missing:,} entries are missing, and {KEYS[cache.descriptor['kind']]}",
-                ("name a folder that can be written to, or one where everything is cached already"),
-            )
-            require_writable(cache.parent, name=name, remedy=remedy)
             free = free_bytes(cache.parent)
-            if num_bytes > free:
+            if self.shard.rank == 0 and num_bytes > free:
+                needed = f"{cache.label} need about {gigabytes(num_bytes)}"
                 raise UserError(
-                    f"{name} = {cache.parent}: they need about {gigabytes(num_bytes)}, and {gigabytes(free)} are free",
-                    "free some room, or name a folder on another disk",
+                    f"{needed}, and {gigabytes(free)} are free in {cache.parent}",
+                    "free some room, or name a folder on another disk: cache_dir_vae",
                 )
 
     def _encoder(self, dataset: Dataset, cache: TensorCache) -> LatentEncoder:
@@ -237,7 +224,6 @@ class CacheBuilder:
         if missing:
             self._explain_trajectories(cache)
             logger.info(cost(settings, missing, wanted.num_trajectories))
-            self._check_folder(cache, missing)
             with self.synchronized():
                 maker.run(wanted, self.shard.of(jobs), cache, texts)
             maker.release()
