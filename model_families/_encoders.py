@@ -49,7 +49,7 @@ def encode_by_pieces(vae: Any, pixels: Tensor, generator: Sequence[torch.Generat
     """Return what :func:`encode_pixels` does, with at most `at_once` images in the autoencoder, and fewer where those
     do not fit into memory.
     """
-    done: list[Tensor] = []
+    done, at_once = list[Tensor](), min(at_once, len(pixels))
     while (start := sum(map(len, done))) < len(pixels):
         piece = slice(start, start + at_once)
         try:

@@ -239,9 +239,9 @@ class DiffusersModel(ModelFamily):
         return {**cond, **{key: value.to(cond[key]).expand_as(cond[key]) for key, value in self._empty.items()}}
 
     def encode_images(self, pixels: Tensor, generator: Sequence[torch.Generator] | None = None) -> Tensor:
-        at_once = max(1, self.config.encoded_pixels_at_once // pixels[0, 0].numel())
+        at_once, vae = max(1, self.config.encoded_pixels_at_once // pixels[0, 0].numel()), self._autoencoder()
         try:
-            return encode_by_pieces(self._autoencoder(), pixels, generator, at_once=at_once)
+            return encode_by_pieces(vae, pixels, generator, at_once=at_once)
         except (RuntimeError, MemoryError) as error:
             if self.config.vae_tiling or not is_out_of_memory(error):
                 raise

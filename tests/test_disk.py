@@ -41,10 +41,10 @@ def free(monkeypatch):
         disk.shutil, "disk_usage", lambda path: Usage(0, 0, found["free"]) if found else real(path)
     )  # fmt: skip
 
-    def say(num_bytes: int) -> None:
+    def set_free(num_bytes: int) -> None:
         found["free"] = num_bytes
 
-    return say
+    return set_free
 
 
 def state(step: int, *, num_bytes: int = 400_000) -> CheckpointState:
@@ -233,7 +233,7 @@ def test_a_limit_on_the_size_of_files_is_a_line_and_not_a_traceback(tmp_path):
 @pytest.fixture
 def mounted(tmp_path):
     """Mounts small file systems in memory; only root may."""
-    places: list[Path] = []
+    mounts: list[Path] = []
 
     def mount(name: str, options: str) -> Path:
         place = tmp_path / name
@@ -241,11 +241,11 @@ def mounted(tmp_path):
         done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)], capture_output=True)
         if done.returncode:
             pytest.skip("only root may mount a file system")
-        places.append(place)
+        mounts.append(place)
         return place
 
     yield mount
-    for place in places:
+    for place in mounts:
         subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 

@@ -121,7 +121,7 @@ def test_without_locks_of_the_file_system_the_signs_of_life_decide(tmp_path, mon
     def acquire(*_, **__):
         raise refusal
 
-    monkeypatch.setattr(locks, "SETTLE_SECONDS", 0.05)
+    monkeypatch.setattr(locks, "MEET_SECONDS", 0.05)
     first, second = FolderLock(tmp_path, name="run"), FolderLock(tmp_path, name="run")
     for lock in (first, second):
         monkeypatch.setattr(lock._lock, "acquire", acquire)

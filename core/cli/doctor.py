@@ -109,7 +109,7 @@ def accounts(configuration: Configuration, registry: Registry) -> Rows:
 
 def memory(configuration: Configuration, registry: Registry) -> Rows:
     """Return the estimate by purpose, what is free, and how much each remedy would save."""
-    from ..runs.memory_plan import planned_memory
+    from ..runs.planned_memory import planned_memory
     from ..utils.devices import resolve_device
     from ..utils.memory import estimate, free_memory_bytes, gigabytes, savings
 

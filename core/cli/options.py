@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import UserError
+
 if TYPE_CHECKING:
     from ..registry.registry import Registry
     from ..settings.configuration import Configuration
@@ -116,6 +118,9 @@ def storage_notices(configuration: Configuration, registry: Registry) -> list[st
     from ..runs.disk_plan import disk_problem, disk_remedy, planned_disk
 
     source, folder = configuration.run.pretrained_model_name_or_path, configuration.run.output_dir
-    plan = planned_disk(configuration, registry) if source is None or Path(source).exists() else None
+    try:
+        plan = planned_disk(configuration, registry) if source is None or Path(source).exists() else None
+    except UserError:
+        return []  # what is wrong with the model is told by its own check
     problem = disk_problem(plan, folder) if plan is not None else None
     return [] if plan is None or problem is None else [f"{problem}: the run is refused. {disk_remedy(plan, folder)}"]

@@ -112,8 +112,8 @@ class RunComponents:
 
     @cached_property
     def planned_memory(self) -> MemorySettings | None:
-        """What the run's memory depends on, known before its networks are made."""
-        from .memory_plan import planned_memory
+        """The sizes that the run's memory depends on, known before its networks are made."""
+        from .planned_memory import planned_memory
 
         return planned_memory(self.config, self.registry, family=self.family)
 

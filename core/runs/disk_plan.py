@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 from ..errors import UserError
 from ..utils.disk import existing, free_bytes
 from ..utils.memory import MemorySettings, gigabytes
+from . import builders
 from .output_folder import checkpoint_folders
+from .planned_memory import planned_memory
 
 if TYPE_CHECKING:
     from ..plugin_api.family import ModelFamily
@@ -72,14 +74,11 @@ def planned_disk(
     configuration: Configuration, registry: Registry, *, family: ModelFamily | None = None
 ) -> DiskPlan | None:
     """Return the plan from the configuration and the model's config alone; None where the family has none."""
-    from .builders import build_family, build_method
-    from .memory_plan import planned_memory
-
-    family = family or build_family(configuration, registry)
+    family = family or builders.build_family(configuration, registry)
     memory = planned_memory(configuration, registry, family=family)
     if memory is None:
         return None
-    method = build_method(configuration, registry, family)
+    method = builders.build_method(configuration, registry, family)
     roles = method.roles(configuration.method, method.setup)
     return disk_plan(configuration.run, memory, num_roles=sum(role.trains != "none" for role in roles))
 

@@ -181,7 +181,7 @@ def _refuse_foreign(files: RunFiles) -> None:
     if found:
         raise UserError(
             f"output_dir = {files.folder} holds {_listed(found)}, which is not a run of this tool.",
-            "choose another folder: --output-dir DIR; or move these away.",
+            "choose another folder: --output-dir DIR; or move these away: --overwrite removes only what a run wrote.",
         )
 
 

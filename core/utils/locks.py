@@ -27,7 +27,7 @@ SILENT_SECONDS = 90.0
 """Seconds without a sign of life after which a holder on another machine counts as gone."""
 CLOCK_SECONDS = 5.0
 """Seconds by which the system's account of when a process started may move as its clock is set."""
-SETTLE_SECONDS = 1.0
+MEET_SECONDS = 1.0
 """Seconds after which two processes that begin at once see each other where there are no locks."""
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
 """Errors of file systems that have no locks."""
@@ -58,12 +58,12 @@ class Holder:
 
     @property
     def is_here(self) -> bool:
-        """Whether its process id has a meaning on this machine."""
+        """Return True if its process id has a meaning on this machine."""
         return self.machine == _machine()
 
     @property
     def is_running(self) -> bool:
-        """Whether that process is running on this machine."""
+        """Return True if that process is running on this machine."""
         started = _started(self.pid)
         return started is not None and abs(started - self.started) < CLOCK_SECONDS
 
@@ -108,7 +108,7 @@ class FolderLock:
             left = self.in_use()
             self._sign()
             if not locked:
-                self._settle()
+                self._give_way()
         except BaseException:
             self._lock.release()
             raise
@@ -166,9 +166,9 @@ class FolderLock:
             return False
         return True
 
-    def _settle(self) -> None:
+    def _give_way(self) -> None:
         """Give way to another process that signed at the same moment: the last to sign stays."""
-        time.sleep(SETTLE_SECONDS)
+        time.sleep(MEET_SECONDS)
         found = self.holder()
         if found is not None and found.token != self._token:
             self._token = ""
