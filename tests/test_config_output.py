@@ -238,3 +238,12 @@ def test_a_finished_run_without_checkpoints_is_not_begun_afresh_in_silence(load,
     earlier(tmp_path, load(), "student")
     with pytest.raises(UserError, match="a finished run without its checkpoints"):
         check_output_dir(load({"resume_from_checkpoint": "latest"}))
+
+
+def test_a_linked_output_folder_is_the_folder_that_it_points_to(load, left_by_a_run, tmp_path):
+    left_by_a_run.rename(tmp_path / "elsewhere")
+    left_by_a_run.symlink_to(tmp_path / "elsewhere")
+    assert check_output_dir(load({"overwrite": True})).clear
+    RunFiles(left_by_a_run).remove()
+    assert left_by_a_run.is_symlink()
+    assert sorted(path.name for path in (tmp_path / "elsewhere").iterdir()) == ["cache", "data", "notes"]

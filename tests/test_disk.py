@@ -9,6 +9,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import time
 from collections import namedtuple
 from pathlib import Path
 
@@ -17,13 +18,16 @@ import torch
 from distill.core.engine import checkpoint
 from distill.core.engine.checkpoint import CheckpointState, CheckpointStore
 from distill.core.engine.metrics import MetricsFile, read_metrics
+from distill.core.engine.tracking import Trackers
 from distill.core.errors import DistillError, UserError
+from distill.core.plugin_api.tracker import RunInfo
 from distill.core.runs.disk_plan import disk_plan
 from distill.core.runs.run_log import RunLog
 from distill.core.settings.run_settings import RunSettings
 from distill.core.utils import disk
 from distill.core.utils.disk import DiskFull, error_number, explained, is_disk_full
 from distill.core.utils.memory import MemorySettings
+from distill.plugins.tensorboard import TensorBoard
 from safetensors.torch import save_file
 from support.quickstart import command
 from support.small_run import execute, losses, write_run
@@ -139,6 +143,25 @@ def test_a_line_that_the_log_does_not_take_is_said_once_and_written_later(tmp_pa
     log.close()
     lines = [line.split(" ", 1)[1] for line in (tmp_path / "run.log").read_text().splitlines()]
     assert lines == ["run begins", "first", "second", "third"]
+
+
+def test_a_tracker_that_finds_the_disk_full_is_one_line(tmp_path, monkeypatch, said, capfd):
+    from tensorboard.summary.writer import record_writer
+
+    trackers = Trackers([("tensorboard", TensorBoard(TensorBoard.Config()))])
+    trackers.start(RunInfo(tmp_path, "project", "name", {}, {}, 0))
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(record_writer.RecordWriter, "write", full)
+    deadline = time.monotonic() + 20
+    while not said and time.monotonic() < deadline:
+        trackers.log({"loss": 1.0}, 1)
+    trackers.finish()
+    assert len(said) == 1
+    assert "tracker tensorboard failed in log() and is switched off, the run goes on: OSError: [Errno 28]" in said[0]
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_what_the_system_says_is_found_in_every_library_s_error(tmp_path):
