@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..core.diffusion.second_time import differentiable_forward, load_second_time, sampled_by
 from ..core.plugin_api.family import ExportInfo, ExtraLora, Precision
 from ..core.plugin_api.precision import BASE
+from ..core.utils.progress import working
 from . import _export as exporting
 from ._empty import empty_denoiser
 from ._files import quiet_libraries
@@ -74,10 +75,11 @@ class DiffusersFamily(DiffusersModel):
     def load_network(self) -> nn.Module:
         loras = self.teacher_loras()
         dtype = torch.float32 if loras else self._weight_dtype()  # fused in float32, rounded once
-        network: Any = self._source.load_denoiser(dtype)
-        fuse(self.architecture, {self.architecture.denoiser: network}, loras)
-        with quiet_libraries():
-            network = self.on_device(network)
+        with working("loading the teacher"):
+            network: Any = self._source.load_denoiser(dtype)
+            fuse(self.architecture, {self.architecture.denoiser: network}, loras)
+            with quiet_libraries():
+                network = self.on_device(network)
         return network.requires_grad_(False).eval()
 
     def on_device(self, network: nn.Module) -> nn.Module:

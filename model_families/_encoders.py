@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..core.utils.memory import is_out_of_memory
+
+logger = logging.getLogger(__name__)
 
 
 def token_ids(tokenizer: Any, prompts: Sequence[str], *, length: int | None = None) -> Any:
@@ -38,6 +43,25 @@ def last_states(
     tokens = token_ids(tokenizer, prompts, length=length)
     mask = tokens.attention_mask.to(encoder.device) if masked else None
     return encoder(tokens.input_ids.to(encoder.device), attention_mask=mask)
+
+
+def encode_by_pieces(vae: Any, pixels: Tensor, generator: Sequence[torch.Generator] | None, *, at_once: int) -> Tensor:
+    """Return what :func:`encode_pixels` does, with at most `at_once` images in the autoencoder, and fewer where those
+    do not fit into memory.
+    """
+    done, at_once = list[Tensor](), min(at_once, len(pixels))
+    while (start := sum(map(len, done))) < len(pixels):
+        piece = slice(start, start + at_once)
+        try:
+            done.append(encode_pixels(vae, pixels[piece], generator and generator[piece]))
+        except (RuntimeError, MemoryError) as error:
+            if at_once == 1 or not is_out_of_memory(error):
+                raise
+            at_once //= 2
+            logger.info(f"the autoencoder has no room for so many images: from here on {at_once} at a time")
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+    return torch.cat(done)
 
 
 @torch.no_grad()

@@ -16,12 +16,14 @@ from pydantic import Field
 from torch import Tensor
 
 from ..core.diffusion.schedule import Schedule, from_scheduler_config
-from ..core.errors import UserError
+from ..core.errors import DistillError, UserError
 from ..core.plugin_api.family import ExtraLora, MicroConditioning, ModelFamily, ModelSettings
 from ..core.plugin_api.precision import BASE, text_encoder
+from ..core.utils.memory import is_out_of_memory
+from ..core.utils.progress import working
 from ._adapter_file import AdapterFile, Fit
 from ._empty import empty_network
-from ._encoders import decode, encode_pixels
+from ._encoders import decode, encode_by_pieces
 from ._file_signs import agreed
 from ._files import hash_files
 from ._lora import AnyLora, Lora, attach, check_lora, fuse, read_lora
@@ -68,6 +70,8 @@ class DiffusersModel(ModelFamily):
         latents_at_once: int = Field(default=4 * 128 * 128, ge=1)
         """Latent positions of the images that are generated in one call of the pipeline (the default is four images
         of 1024 x 1024 pixels); fewer need less memory."""
+        encoded_pixels_at_once: int = Field(default=1024 * 1024, ge=1)
+        """Pixels of the images that the autoencoder encodes in one go, at least one image; fewer need less memory."""
         decoded_pixels_at_once: int = Field(default=1024 * 1024, ge=1)
         """Pixels of the images that the autoencoder decodes in one go; fewer need less memory."""
 
@@ -234,19 +238,23 @@ class DiffusersModel(ModelFamily):
 
     def _text_encoders(self) -> TextEncoders:
         if self._text is None:
-            fused = self.teacher_loras()
-            text = self._source.load_text(torch.float32 if fused else self._weight_dtype(), without=self.left_out)
-            own = {name: text.encoders[name] for name in self.architecture.lora_encoders}
-            fuse(self.architecture, own, fused)
-            for number, name in enumerate(self.architecture.encoders, 1):
-                if name in text.encoders:
-                    self._place_encoder(text.encoders[name], number)
-            extras = [self.plain_lora(extra.path, extra.weight) for extra in self._beside]
-            attach(self.architecture, own, {f"extra_{n}": lora for n, lora in enumerate(extras)})
-            for encoder in text.encoders.values():
-                self._finalize(encoder.requires_grad_(False).eval())
-            self._text = text
+            with working("loading the text encoders"):
+                self._text = self._load_text()
         return self._text
+
+    def _load_text(self) -> TextEncoders:
+        fused = self.teacher_loras()
+        text = self._source.load_text(torch.float32 if fused else self._weight_dtype(), without=self.left_out)
+        own = {name: text.encoders[name] for name in self.architecture.lora_encoders}
+        fuse(self.architecture, own, fused)
+        for number, name in enumerate(self.architecture.encoders, 1):
+            if name in text.encoders:
+                self._place_encoder(text.encoders[name], number)
+        extras = [self.plain_lora(extra.path, extra.weight) for extra in self._beside]
+        attach(self.architecture, own, {f"extra_{n}": lora for n, lora in enumerate(extras)})
+        for encoder in text.encoders.values():
+            self._finalize(encoder.requires_grad_(False).eval())
+        return text
 
     def _place_encoder(self, encoder: Any, number: int) -> None:
         encoder.to(self._weight_dtype()).requires_grad_(False)
@@ -306,7 +314,18 @@ class DiffusersModel(ModelFamily):
         return {**cond, **{key: value.to(cond[key]).expand_as(cond[key]) for key, value in self._empty.items()}}
 
     def encode_images(self, pixels: Tensor, generator: Sequence[torch.Generator] | None = None) -> Tensor:
-        return encode_pixels(self._autoencoder(), pixels, generator)
+        at_once, vae = max(1, self.config.encoded_pixels_at_once // pixels[0, 0].numel()), self._autoencoder()
+        try:
+            return encode_by_pieces(vae, pixels, generator, at_once=at_once)
+        except (RuntimeError, MemoryError) as error:
+            if self.config.vae_tiling or not is_out_of_memory(error):
+                raise
+            height, width = pixels.shape[-2:]
+            raise DistillError(
+                f"out of memory: the autoencoder has no room for one image of {width}x{height}\n"
+                f"  What is cached stays. Set family_config.{self.name}.vae_tiling=true (tiles, with faint seams), or "
+                "a lower resolution."
+            ) from error
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         at_once = max(1, self.config.decoded_pixels_at_once // (latents[0, 0].numel() * self.scale_factor**2))
@@ -314,10 +333,11 @@ class DiffusersModel(ModelFamily):
 
     def _autoencoder(self) -> Any:
         if self._vae is None:
-            vae: Any = self._vae_source.load_vae(self._vae_dtype())
-            if self.config.vae_tiling:
-                vae.enable_tiling()
-            self._vae = vae.requires_grad_(False).eval().to(self.settings.device)
+            with working("loading the autoencoder"):
+                vae: Any = self._vae_source.load_vae(self._vae_dtype())
+                if self.config.vae_tiling:
+                    vae.enable_tiling()
+                self._vae = vae.requires_grad_(False).eval().to(self.settings.device)
         return self._vae
 
     def _vae_dtype(self) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -38,6 +39,7 @@ class TensorBoard(Tracker):
         """Open an event file, and write the hyperparameters at once, so that an interrupted run has them too."""
         from torch.utils.tensorboard.writer import SummaryWriter
 
+        _leave_to_the_next_call()
         self._writer = SummaryWriter(
             str(run.output_dir / FOLDER),
             purge_step=run.resumed_step + 1 if run.resumed_step else None,
@@ -79,6 +81,19 @@ class TensorBoard(Tracker):
             self._writer.add_scalar(name, value, self._last_step)
         self._writer._get_file_writer().add_summary(self._session_end)
         self._writer.close()
+
+
+def _leave_to_the_next_call() -> None:
+    """Print no traceback of a failure in tensorboard's own thread: the next call raises it, and the run says it."""
+    printed = threading.excepthook
+    if printed.__module__ == __name__:
+        return
+
+    def left_to_the_next_call(failure: threading.ExceptHookArgs) -> None:
+        if not type(failure.thread).__module__.startswith("tensorboard."):
+            printed(failure)
+
+    threading.excepthook = left_to_the_next_call
 
 
 @hookimpl

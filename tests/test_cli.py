@@ -122,7 +122,7 @@ def test_run_hands_over_the_configuration_of_flags_files_and_overrides(tmp_path,
 def test_a_dry_run_prints_the_plan_and_neither_loads_nor_writes(tmp_path, monkeypatch):
     monkeypatch.setattr("distill.core.runs.run.run", lambda *a, **k: pytest.fail("a dry run ran"))
     checked = []
-    family = SimpleNamespace(check_source=lambda: checked.append(True))
+    family = SimpleNamespace(check_source=lambda: checked.append(True), empty_network=lambda: None)
     monkeypatch.setattr("distill.core.runs.builders.build_family", lambda *arguments, **options: family)
     pair = Pair(tmp_path)
     pair.write()
@@ -211,7 +211,7 @@ def test_doctor_says_what_is_there_and_what_is_missing():
 def test_adapter_parameters_are_counted_as_peft_makes_them():
     import peft
     import torch
-    from distill.core.cli.doctor import adapter_parameters
+    from distill.core.runs.planned_memory import adapter_parameters
 
     network = torch.nn.ModuleDict(
         {"to_q": torch.nn.Linear(6, 4), "conv1": torch.nn.Conv2d(3, 5, 3), "other": torch.nn.Linear(2, 2)}

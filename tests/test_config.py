@@ -377,6 +377,23 @@ def test_each_notice_is_given_once(run, line, load):
     assert len([notice for notice in load(run).notices if line in notice]) == 1
 
 
+@pytest.mark.parametrize("zero", [0, "0"])
+@pytest.mark.parametrize(
+    ("key", "other", "how"),
+    [("max_train_steps", "num_train_epochs", "by epochs"), ("num_train_epochs", "max_train_steps", "by steps")],
+)
+def test_a_length_of_0_beside_the_other_one_means_the_other(zero, key, other, how, load):
+    found = load({key: zero, other: 3})
+    assert (getattr(found.run, key), getattr(found.run, other)) == (None, 3)
+    assert found.notices == (f"{key} = 0 beside {other} = 3: the run's length is told {how}",)
+
+
+def test_a_length_of_0_alone_is_refused(load):
+    for run in ({"max_train_steps": 0}, {"max_train_steps": 0, "num_train_epochs": 0}):
+        with pytest.raises(ConfigError, match=r"max_train_steps = 0: "):
+            load(run)
+
+
 def test_a_negative_prompt_with_guidance_needs_no_notice(load):
     assert not load({"validation_negative_prompt": "blurry", "validation_guidance": 5}).notices
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 from distill.core.config.load import load_configuration
 from distill.core.errors import ConfigError, UserError
 from distill.core.registry.registry import Registry
-from distill.core.runs.output_folder import check_output_dir, clear_output_dir
+from distill.core.runs.output_folder import check_output_dir
+from distill.core.runs.run_files import RunFiles
 from support.config_files import PLUGIN, Pair
 
 
@@ -27,11 +29,12 @@ def load(tmp_path):
 
 
 def earlier(tmp_path, configuration, *folders):
+    """An output folder in which a run wrote its configuration and these folders."""
     out = tmp_path / "out"
-    out.mkdir(exist_ok=True)
-    (out / "config.resolved.json").write_text(json.dumps(configuration.resolved()))
-    for folder in folders:
-        (out / folder).mkdir()
+    with RunFiles(out).writing("config.resolved.json", *folders):
+        (out / "config.resolved.json").write_text(json.dumps(configuration.resolved()))
+        for folder in folders:
+            (out / folder).mkdir()
     return out
 
 
@@ -146,7 +149,101 @@ def test_a_damaged_earlier_configuration_is_named(load, tmp_path):
         check_output_dir(load({"resume_from_checkpoint": "latest"}))
 
 
-def test_overwriting_keeps_caches_and_foreign_files(load, tmp_path):
-    out = earlier(tmp_path, load(), "checkpoint-5", "student", "cache", ".checkpoint-9.partial", "notes")
-    clear_output_dir(out)
-    assert sorted(path.name for path in out.iterdir()) == ["cache", "notes"]
+FOREIGN = {
+    "checkpoint-best/weights.safetensors": "checkpoint-best/",
+    "checkpoint-notes.md": "checkpoint-notes.md",
+    "checkpoint-9/manifest.json": "checkpoint-9/",
+    "validation/mine.png": "validation/mine.png",
+    "tensorboard/other/events": "tensorboard/",
+    "student/README.md": "student/README.md",
+    "student/more.txt": "student/more.txt",
+    "report.html": "report.html",
+}
+"""A file that the run did not write, or not as it is now -> what it is called in the refusal."""
+
+
+@pytest.fixture
+def left_by_a_run(load, tmp_path):
+    out = earlier(tmp_path, load())
+    with RunFiles(out).writing("student", "validation/step-000001", "checkpoint-5", "data"):
+        for file in ("student/README.md", "validation/step-000001/grid.png", "checkpoint-5/a", "data/cats/report.md"):
+            (out / file).parent.mkdir(parents=True)
+            (out / file).write_text("ours")
+    for file in (".checkpoint-5.partial/a", "cache/x", "notes/x", "data/photos/1.png"):
+        (out / file).parent.mkdir(parents=True, exist_ok=True)
+        (out / file).write_text("x")
+    return out
+
+
+def test_overwriting_removes_what_the_run_wrote_and_nothing_else(load, left_by_a_run):
+    state = check_output_dir(load({"overwrite": True}))
+    assert (state.action, state.clear) == ("start", True)
+    RunFiles(left_by_a_run).remove()
+    left = sorted(path.relative_to(left_by_a_run).as_posix() for path in left_by_a_run.rglob("*") if path.is_file())
+    assert left == ["cache/x", "data/photos/1.png", "notes/x"]
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+@pytest.mark.parametrize("file", FOREIGN)
+def test_what_a_run_did_not_write_is_named_and_refused(file, overwrite, load, left_by_a_run):
+    if not overwrite:  # a fresh start where no checkpoint and no student are
+        for name in ("checkpoint-5", "student"):
+            shutil.rmtree(left_by_a_run / name)
+        if file.startswith("student/"):
+            return
+    (left_by_a_run / file).parent.mkdir(parents=True, exist_ok=True)
+    (left_by_a_run / file).write_text("somebody else's")
+    before = sorted(left_by_a_run.rglob("*"))
+    with pytest.raises(UserError) as error:
+        check_output_dir(load({"overwrite": overwrite}))
+    if overwrite or not file.startswith("checkpoint-9"):  # which makes it an unfinished run
+        assert FOREIGN[file] in error.value.message
+        assert "--output-dir" in error.value.remedy
+    assert sorted(left_by_a_run.rglob("*")) == before
+
+
+def test_a_link_of_somebody_else_is_not_followed(load, left_by_a_run, tmp_path):
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "precious").write_text("x")
+    (left_by_a_run / "checkpoint-7").symlink_to(tmp_path / "far")
+    with pytest.raises(UserError, match="checkpoint-7"):
+        check_output_dir(load({"overwrite": True}))
+    assert (tmp_path / "far" / "precious").exists()
+
+
+def test_what_a_killed_run_was_writing_is_its_own(load, left_by_a_run):
+    files = RunFiles(left_by_a_run)
+    files.claim("checkpoint-6", "tensorboard")
+    for file in ("checkpoint-6/half", "tensorboard/events", "student/.x"):
+        (left_by_a_run / file).parent.mkdir(exist_ok=True)
+        (left_by_a_run / file).write_text("x")
+    (left_by_a_run / "student/.x").unlink()
+    with (left_by_a_run / "written.jsonl").open("a") as stream:
+        stream.write('{"claim": "tor')  # the line that was being written
+    RunFiles(left_by_a_run).claim("evaluation.json")
+    (left_by_a_run / "evaluation.json").write_text("{}")
+    assert check_output_dir(load({"overwrite": True})).clear
+    RunFiles(left_by_a_run).remove()
+    assert sorted(path.name for path in left_by_a_run.iterdir()) == ["cache", "data", "notes"]
+
+
+def test_a_resume_does_not_replace_a_student_of_somebody_else(load, left_by_a_run):
+    assert check_output_dir(load({"resume_from_checkpoint": "latest"})).action == "resume"
+    (left_by_a_run / "student" / "mine.txt").write_text("x")
+    with pytest.raises(UserError, match=r"did not write student/mine\.txt"):
+        check_output_dir(load({"resume_from_checkpoint": "latest"}))
+
+
+def test_a_finished_run_without_checkpoints_is_not_begun_afresh_in_silence(load, tmp_path):
+    earlier(tmp_path, load(), "student")
+    with pytest.raises(UserError, match="a finished run without its checkpoints"):
+        check_output_dir(load({"resume_from_checkpoint": "latest"}))
+
+
+def test_a_linked_output_folder_is_the_folder_that_it_points_to(load, left_by_a_run, tmp_path):
+    left_by_a_run.rename(tmp_path / "elsewhere")
+    left_by_a_run.symlink_to(tmp_path / "elsewhere")
+    assert check_output_dir(load({"overwrite": True})).clear
+    RunFiles(left_by_a_run).remove()
+    assert left_by_a_run.is_symlink()
+    assert sorted(path.name for path in (tmp_path / "elsewhere").iterdir()) == ["cache", "data", "notes"]

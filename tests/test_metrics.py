@@ -6,14 +6,17 @@ import json
 import math
 import random
 import struct
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from distill.core.engine import trainer
 from distill.core.engine.ema import EMA
 from distill.core.engine.metrics import MetricBuffer, MetricsFile, read_metrics
 from distill.core.utils import memory
-from distill.core.utils.progress import Pace, Progress, TerminalProgress, duration, lines, make_progress
+from distill.core.utils import progress as progress_module
+from distill.core.utils.progress import Pace, Progress, TerminalProgress, duration, lines, make_progress, working
 
 
 class HostSync(torch.utils._python_dispatch.TorchDispatchMode):
@@ -198,6 +201,59 @@ def test_pace_between_marks() -> None:
     assert pace.mark(60) is None
     clock.now += 4
     assert pace.mark(62) == 2.0
+
+
+def test_samples_per_second_are_those_since_the_last_line_without_pauses() -> None:
+    clock, out = Clock(), io.StringIO()
+    with Progress(1000, samples_per_step=4, stream=out, clock=clock) as progress:
+        progress.advance(1)
+        for step, seconds in ((11, 1), (21, 4), (31, 2)):
+            with progress.pace.pause():
+                clock.now += 300  # validation
+            clock.now += 10 * seconds
+            with progress.pace.pause():
+                clock.now += 100  # the checkpoint before which metrics are written
+                progress.log(step, {"loss": 1.0})
+    rates = [line.split(", ")[2] for line in out.getvalue().splitlines() if "samples/s" in line]
+    assert rates == ["4 samples/s", "1 samples/s", "2 samples/s"]
+
+
+def test_throughput_leaves_out_the_pause_that_it_is_read_in(monkeypatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(trainer.time, "perf_counter", clock)
+    throughput = trainer.Throughput()
+    for seconds, expected in ((2, 4.0), (8, 1.0)):
+        clock.now += seconds
+        throughput.count(8)
+        with throughput.paused():
+            clock.now += 500
+            assert throughput.read(clock.now)["samples_per_second"] == expected
+            clock.now += 500
+
+
+def test_long_work_says_what_it_is_and_how_long_it_took(monkeypatch, said) -> None:
+    monkeypatch.setattr(progress_module, "SAID_AFTER_SECONDS", 0.0)
+    monkeypatch.setattr(progress_module, "SAID_AGAIN_SECONDS", 0.05)
+    with working("loading the teacher"):
+        deadline = time.monotonic() + 20
+        while len(said) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert said[:2] == ["loading the teacher ...", "loading the teacher, for 0 s so far"]
+    assert said[-1] == "loading the teacher: done in 0 s"
+    monkeypatch.setattr(progress_module, "SAID_AFTER_SECONDS", 60.0)
+    with working("something short"):
+        pass
+    assert not any("short" in line for line in said)
+
+
+def test_free_memory_is_that_of_the_control_group(tmp_path, monkeypatch) -> None:
+    for name, text in (("max", "4000000"), ("current", "3000000"), ("stat", "anon 1\ninactive_file 500000\n")):
+        (tmp_path / f"memory.{name}").write_text(text)
+    group = (str(tmp_path / "memory.max"), str(tmp_path / "memory.current"), "inactive_file")
+    monkeypatch.setattr(memory, "CONTROL_GROUPS", (group,))
+    assert memory.free_memory_bytes() == 1_500_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.free_memory_bytes() > 10**8
 
 
 def test_terminals_get_a_bar_and_files_get_lines() -> None:

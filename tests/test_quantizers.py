@@ -233,13 +233,13 @@ def test_a_network_without_quantisable_layers_is_refused(sdxl):
 
 
 def test_doctor_expects_what_the_run_then_holds(tmp_path):
-    from distill.core.cli.doctor import memory_settings
+    from distill.core.runs.planned_memory import planned_memory
 
     found = {}
     for name in ("no_change", "int8-torchao"):
         config = write_run(tmp_path, output=name, base_model_precision=name)
         configuration = load_configuration(REGISTRY, config_file=config)
-        settings = memory_settings(configuration, REGISTRY)
+        settings = planned_memory(configuration, REGISTRY)
         found[name] = settings.base_parameters * settings.base_bytes
     family = family_on(tmp_path / "model", "int8-torchao")
     family.load_network()

@@ -134,12 +134,40 @@ def test_what_is_no_run_or_damaged_is_refused(tmp_path):
     with pytest.raises(UserError, match="not the output folder of a run"):
         write_report(tmp_path)
     folder = write_folder(tmp_path / "run")
-    (folder / "evaluation.json").write_text("{")
-    with pytest.raises(UserError, match=r"evaluation\.json is not JSON"):
+    (folder / "config.resolved.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.resolved\.json is not JSON"):
         write_report(folder)
     said = command("report", str(tmp_path))
     assert said.code == 2
     assert "Traceback" not in said.err
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "missing"),
+    [
+        ("evaluation.json", b"{", ["scores"]),
+        ("evaluation.json", b"[]", ["scores"]),
+        ("evaluation.json", b'{"rows": 3}', ["scores"]),
+        ("evaluation.json", b"\xff\xfe", ["scores"]),
+        ("evaluation.png", b"no image", []),
+        ("metrics.jsonl", b"[1]\n", ["curves"]),
+        ("data/foxes/report.json", b"{}", ["data"]),
+        ("data/foxes/contact-sheet.png", b"", []),
+        ("validation/step-000030/grid.png", b"no image", []),
+        ("student/README.md", b"\xff\xfe", ["use"]),
+    ],
+)
+def test_a_part_that_cannot_be_read_is_left_out_and_said(tmp_path, file, content, missing):
+    folder = write_folder(tmp_path / "run")
+    whole = {section["id"] for section in page_of(folder)[1].all("section")}
+    assert (folder / file).is_file()
+    (folder / file).write_bytes(content)
+    _, page = page_of(folder)
+    if file != "metrics.jsonl":  # of which lines that are no rows are skipped, as always
+        assert f"{file.split('/')[-1]}" in page.text
+        assert "left out of this page, since it cannot be read" in page.text
+    shown = {section["id"] for section in page.all("section")}
+    assert {"curves", "validation", "notices", "config"} - set(missing) <= shown <= whole
 
 
 def state(folder, **extra) -> RunState:
@@ -150,11 +178,8 @@ def test_its_failure_ends_nothing(tmp_path, said):
     plugin.on_run_end(state(tmp_path))
     assert len(said) == 1
     assert said[0].startswith("warning: report.html could not be written; later: distill report ")
-    folder = write_folder(tmp_path / "run")
-    image = folder / "evaluation.png"
-    image.write_bytes(b"no image")
-    plugin.on_exception(state(folder), ValueError("x"))
-    assert "UnidentifiedImageError" in said[1]
+    plugin.on_exception(state(tmp_path), ValueError("x"))
+    assert "report.html could not be written" in said[1]
     plugin.on_run_end(state(folder, main=False))
     assert len(said) == 2, "other processes write nothing"
 

@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Any
 
@@ -95,6 +96,11 @@ def named_failures(call: Callable[..., Any], *arguments: Any) -> Any:
     except (DistillError, KeyboardInterrupt):
         raise
     except BaseException as error:
+        refused = import_module("..utils.disk", __name__).explained(
+            error, place=Path.cwd(), remedy="give the command again"
+        )
+        if refused is not None:
+            raise refused from error
         attribution = _attribution()
         failure = attribution.attribute_error(error) if attribution else None
         if failure is None and isinstance(error, SystemExit):

@@ -28,11 +28,19 @@ def build(given: Given) -> None:
     """Encode everything that the caches lack, as the first run would."""
     configuration, registry = given.load()
     from ..runs.builders import build_pipeline
+    from ..runs.opening import check_cache_folders
     from ..runs.output_folder import REPORTS_FOLDER
+    from ..runs.run_files import RunFiles
+    from ..runs.run_lock import refuse_while_running
 
+    folder = configuration.run.output_dir
+    refuse_while_running(folder)
+    check_cache_folders(configuration)
     pipeline = build_pipeline(configuration, registry)
     pipeline.prepare()
-    for report in pipeline.write_reports(configuration.run.output_dir / REPORTS_FOLDER):
+    with RunFiles(folder).writing(REPORTS_FOLDER):
+        reports = pipeline.write_reports(folder / REPORTS_FOLDER)
+    for report in reports:
         logger.info(f"report on dataset {report.id!r}: {report.folder / 'report.md'}")
 
 
@@ -68,6 +76,9 @@ def clear(
 ) -> None:
     """Remove the caches of this configuration's datasets, including those of other models and earlier settings."""
     configuration, registry = given.load()
+    from ..runs.run_lock import refuse_while_running
+
+    refuse_while_running(configuration.run.output_dir)
     if orphaned:
         _clear_orphaned(configuration, registry, dataset, yes=yes)
         return

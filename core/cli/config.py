@@ -25,7 +25,8 @@ def check(given: Given) -> None:
     """Validate a configuration and the files of its model: notices go to stdout, errors to stderr; no weights load."""
     configuration, registry = given.load()
     unchecked = options.model_notices(configuration, registry)
-    for notice in (*unchecked, *configuration.notices, *options.service_notices(configuration, registry)):
+    service, storage = (each(configuration, registry) for each in (options.service_notices, options.storage_notices))
+    for notice in (*unchecked, *configuration.notices, *service, *storage):
         typer.echo(redacted(f"notice: {notice}"))
     logger.info("the configuration is usable")
 

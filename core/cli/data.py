@@ -27,10 +27,12 @@ def report(given: Given) -> None:
     configuration, registry = given.load()
     from ..runs.builders import build_pipeline
     from ..runs.output_folder import REPORTS_FOLDER
+    from ..runs.run_files import RunFiles
 
     pipeline = build_pipeline(configuration, registry)
     folder = configuration.run.output_dir / REPORTS_FOLDER
-    pipeline.write_reports(folder)
+    with RunFiles(configuration.run.output_dir).writing(REPORTS_FOLDER):
+        pipeline.write_reports(folder)
     for line in pipeline.describe():
         logger.info(line)
     for dataset in configuration.datasets:

@@ -16,11 +16,8 @@ from . import options
 from .options import Given, takes_configuration
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from ..registry.registry import Registry
     from ..settings.configuration import Configuration
-    from ..utils.memory import MemorySettings
 
 REQUIRED = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "pydantic")
 Rows = Iterator[tuple[str, str]]
@@ -41,6 +38,7 @@ def doctor(given: Given) -> None:
     _section("configuration", (("notice", line) for line in notices or ("nothing to be said",)))
     _section("accounts", accounts(configuration, registry))
     _section("memory", memory(configuration, registry))
+    _section("disk", disk(configuration, registry))
 
 
 def _section(title: str, rows: Rows) -> None:
@@ -111,89 +109,37 @@ def accounts(configuration: Configuration, registry: Registry) -> Rows:
 
 
 def memory(configuration: Configuration, registry: Registry) -> Rows:
-    """Return the estimate by purpose, and how much each remedy would save."""
-    from ..utils.memory import estimate, gigabytes, savings
+    """Return the estimate by purpose, what is free, and how much each remedy would save."""
+    from ..runs.planned_memory import planned_memory
+    from ..utils.devices import resolve_device
+    from ..utils.memory import estimate, free_memory_bytes, gigabytes, savings
 
-    settings = memory_settings(configuration, registry)
+    settings, device = planned_memory(configuration, registry), resolve_device(configuration.run.device)
     if settings is None:
         yield "estimate", "not known for this family"
         return
-    expected = estimate(settings)
+    expected, free = estimate(settings), free_memory_bytes(device)
     for name, num_bytes in expected.parts().items():
         yield name, gigabytes(num_bytes)
     yield "total", f"{gigabytes(expected.total)} (activations are rough)"
+    yield "free", f"{gigabytes(free)} on {device}{': too little' if free < expected.total else ''}"
     quantizers = configuration.run.model_type == "lora"
     for label, saved in savings(settings, quantizers=quantizers):
         yield "saves", f"{label}: about {gigabytes(saved)}"
 
 
-def memory_settings(configuration: Configuration, registry: Registry) -> MemorySettings | None:
-    """Return what the memory of the run depends on, from the model's config alone."""
-    import math
+def disk(configuration: Configuration, registry: Registry) -> Rows:
+    """Return the room that the run's files will take, and what is free."""
+    from ..runs.disk_plan import planned_disk
+    from ..utils.disk import existing, free_bytes
+    from ..utils.memory import gigabytes
 
-    import torch
-
-    from ..runs.builders import build_family, build_method
-    from ..settings.configuration import default_resolution
-    from ..utils.memory import MemorySettings
-
-    run = configuration.run
-    family = build_family(configuration, registry)
-    network = family.empty_network()
-    if network is None:
-        return None
-    base = sum(parameter.numel() for parameter in network.parameters())
-    roles = build_method(configuration, registry, family).roles(
-        configuration.method, build_method(configuration, registry, family).setup
-    )
-    per_role = base
-    if run.model_type == "lora":
-        per_role = adapter_parameters(network, run.lora_rank, tuple(run.lora_target_modules) or family.lora_targets)
-    optimizer = registry.get("optimizer", run.optimizer)
-    trained_bytes = getattr(torch, optimizer.parameter_dtype).itemsize
-    width, height = default_resolution(configuration)
-    return MemorySettings(
-        base_parameters=base,
-        trained_parameters=per_role * sum(role.trains != "none" for role in roles),
-        latent_pixels=math.prod(edge // family.scale_factor for edge in (width, height)),
-        batch=configuration.largest_batch,
-        base_bytes=base_bytes(configuration, registry, network),
-        compute_bytes=4 if run.mixed_precision == "no" else 2,
-        trained_bytes=trained_bytes,
-        optimizer_bytes=2 * trained_bytes if optimizer.state_bytes is None else optimizer.state_bytes,
-        num_averages=sum(role.ema_of is not None for role in roles) + run.use_ema,
-        gradient_checkpointing=run.gradient_checkpointing,
-    )
-
-
-def base_bytes(configuration: Configuration, registry: Registry, network: nn.Module) -> float:
-    """Return the bytes per frozen weight of `network`, quantised as the run asks for."""
-    from torch import nn
-
-    from ..plugin_api.quantizer import NO_CHANGE
-
-    run = configuration.run
-    item = 4 if run.mixed_precision == "no" else 2
-    if run.base_model_precision == NO_CHANGE:
-        return item
-    quantizer = registry.get("quantizer", run.base_model_precision)
-    kinds = tuple(getattr(nn, name) for name in quantizer.layers)
-    total = sum(weight.numel() for weight in network.parameters())
-    layers = [layer for layer in network.modules() if type(layer) in kinds]
-    packed = sum(weight.numel() for layer in layers for name, weight in layer.named_parameters() if name == "weight")
-    return (packed * quantizer.bytes_per_weight + (total - packed) * item) / total
-
-
-def adapter_parameters(network: nn.Module, rank: int, targets: tuple[str, ...]) -> int:
-    """Count the parameters of a LoRA of `rank` on the modules whose names end with one of `targets`."""
-    from torch import nn
-
-    total = 0
-    for name, module in network.named_modules():
-        if any(name == target or name.endswith(f".{target}") for target in targets):
-            if isinstance(module, nn.Linear):
-                total += rank * (module.in_features + module.out_features)
-            elif isinstance(module, nn.Conv2d):
-                kernel = module.kernel_size[0] * module.kernel_size[1]
-                total += rank * (module.in_channels * kernel + module.out_channels)
-    return total
+    plan, folder = planned_disk(configuration, registry), configuration.run.output_dir
+    if plan is None:
+        yield "estimate", "not known for this family"
+        return
+    for name, num_bytes in plan.parts().items():
+        yield name, gigabytes(num_bytes)
+    free = free_bytes(folder)
+    yield "total", f"{gigabytes(plan.total)} (without caches: their size depends on the data)"
+    yield "free", f"{gigabytes(free)} under {existing(folder)}{': too little' if free < plan.total else ''}"

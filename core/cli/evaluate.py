@@ -51,8 +51,11 @@ def evaluate(
     from ..evaluation.evaluators import require_evaluators
     from ..runs.builders import build_family, build_method
     from ..runs.finished import ExportedNetworks, open_run, parse_loras
+    from ..runs.run_files import RunFiles
+    from ..runs.run_lock import note_while_running
 
     loras = parse_loras(lora or [])
+    note_while_running(output_dir)
     named = overrides(evaluators=evaluators, base_model_precision=base_model_precision)
     configuration, registry = open_run(output_dir, overrides=[*(set_ or ()), *named])
     if evaluators is not None:
@@ -67,8 +70,10 @@ def evaluate(
     Console().print(found.table())
     for name, reason in found.left_out.items():
         logger.info(f"evaluator {name} is left out: {reason}")
-    for file in found.save(output_dir, suffix=_suffix(bool(loras), base_model_precision)):
-        logger.info(f"wrote {file}")
+    suffix = _suffix(bool(loras), base_model_precision)
+    with RunFiles(output_dir).writing(*found.files(suffix)):
+        for file in found.save(output_dir, suffix=suffix):
+            logger.info(f"wrote {file}")
 
 
 def _suffix(with_loras: bool, precision: str | None) -> str:

@@ -36,10 +36,12 @@ def generate(
     from ..runs.builders import build_family, build_method
     from ..runs.finished import ExportedNetworks, open_run, parse_loras
     from ..runs.output_folder import STUDENT_FOLDER
+    from ..runs.run_lock import note_while_running
     from ..settings.configuration import default_resolution
     from ..utils.files import save_image
 
     loras = parse_loras(lora or [])
+    note_while_running(output_dir)
     configuration, registry = open_run(output_dir, overrides=overrides(base_model_precision=base_model_precision))
     family = build_family(configuration, registry)
     run, method = configuration.run, build_method(configuration, registry, family)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import UnreachableError
+from ..errors import UnreachableError, UserError
 
 if TYPE_CHECKING:
     from ..registry.registry import Registry
@@ -126,3 +126,16 @@ def model_notices(configuration: Configuration, registry: Registry) -> list[str]
     except UnreachableError as error:
         return [f"the model's files are not checked: {error.message}"]
     return []
+
+
+def storage_notices(configuration: Configuration, registry: Registry) -> list[str]:
+    """Return what would not fit on the disk, for a model whose config is on this machine."""
+    from ..runs.disk_plan import disk_problem, disk_remedy, planned_disk
+
+    source, folder = configuration.run.pretrained_model_name_or_path, configuration.run.output_dir
+    try:
+        plan = planned_disk(configuration, registry) if source is None or Path(source).exists() else None
+    except UserError:
+        return []  # what is wrong with the model is told by its own check
+    problem = disk_problem(plan, folder) if plan is not None else None
+    return [] if plan is None or problem is None else [f"{problem}: the run is refused. {disk_remedy(plan, folder)}"]

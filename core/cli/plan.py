@@ -25,7 +25,8 @@ def print_plan(configuration: Configuration, registry: Registry) -> None:
 
     state = check_output_dir(configuration)
     build_family(configuration, registry).check_source()
-    for notice in (*configuration.notices, *options.service_notices(configuration, registry), *state.notices):
+    service, storage = (each(configuration, registry) for each in (options.service_notices, options.storage_notices))
+    for notice in (*configuration.notices, *service, *storage, *state.notices):
         logger.info(notice)
     rows = [("output", f"{configuration.run.output_dir} ({state.action})"), *plan(configuration, registry)]
     width = max(len(name) for name, _ in rows)

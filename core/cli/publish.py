@@ -23,7 +23,9 @@ def publish(
     from ..runs.finished import open_run
     from ..runs.output_folder import STUDENT_FOLDER
     from ..runs.publishing import publishers_named
+    from ..runs.run_lock import refuse_while_running
 
+    refuse_while_running(output_dir)
     configuration, registry = open_run(output_dir, overrides=set_ or ())
     names = [name.strip() for name in (to or "").split(",") if name.strip()]
     publishers = publishers_named(registry, configuration, names)

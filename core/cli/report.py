@@ -15,6 +15,9 @@ def report(
 
     The page needs no network and no other file; send it as it is.
     """
-    from ..report.page import write_report
+    from ..report.page import FILE, write_report
+    from ..runs.run_files import RunFiles
 
-    typer.echo(write_report(output_dir))
+    page = write_report(output_dir)
+    RunFiles(output_dir).claim(FILE)
+    typer.echo(page)

@@ -16,7 +16,7 @@ from .checks import check_run
 from .coercion import absolute
 from .datasets import Datasets, DatasetsCheck, RawEntry, apply_overrides, find_data_file, read_data_file, read_entries
 from .findings import PartCheck
-from .normalise import align_rounding, megapixel_notices, refuse_not_yet, rename_run_keys
+from .normalise import align_rounding, drop_zero_length, megapixel_notices, refuse_not_yet, rename_run_keys
 from .parsing import read_file, texts, unusable
 from .parts import Parts, PartsCheck
 from .quantisation import check_quantisation
@@ -108,6 +108,7 @@ class ConfigurationLoader:
         check = PartsCheck(self.registry, self.report)
         check.resolve_names()
         check.fold(self.given_parts)
+        drop_zero_length(self.report)
         recipe_data = self._choose_model(check) if self.readable else None
         refuse_not_yet(self.report)
         inline = self.layers.values.pop("data", None)

@@ -35,6 +35,11 @@ NOT_YET = {
     "webhook_config": "a plugin with observation hooks (`docs/hooks.md`) can call out; leave it out",
 }
 """Keys of the established trainer that this version knows but does not have -> what to do instead."""
+LENGTHS = (
+    ("max_train_steps", "num_train_epochs", "by epochs"),
+    ("num_train_epochs", "max_train_steps", "by steps"),
+)
+"""A key that tells the length of a run, the other one, and what it means when the first is 0."""
 SIZES = ("minimum_image_size", "maximum_image_size", "target_downsample_size")
 
 
@@ -51,6 +56,19 @@ def rename_run_keys(values: Mapping[str, Any], report: ConfigReport) -> dict[str
         result[name] = result.get(name, value)
         report.note(f"{alias} is read as {name} = {value}")
     return result
+
+
+def drop_zero_length(report: ConfigReport) -> None:
+    """Leave out the one of the two lengths of a run that is 0 where the other is given, as other trainers write it."""
+    values = report.layers.values
+    for key, other, how in LENGTHS:
+        if _is_zero(values.get(key)) and values.get(other) is not None and not _is_zero(values[other]):
+            del values[key]
+            report.note(f"{key} = 0 beside {other} = {values[other]}: the run's length is told {how}")
+
+
+def _is_zero(value: Any) -> bool:
+    return not isinstance(value, bool) and str(value).strip() in ("0", "0.0")
 
 
 def refuse_not_yet(report: ConfigReport) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -22,14 +23,18 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from ..errors import UserError
+from ..utils.disk import DiskFull, free_bytes, is_disk_full
 from ..utils.files import sync_folder
 from ..utils.tensor_tree import load_optimizer, optimizer_to_tensors, tensors_to_optimizer
 
 __all__ = ["CheckpointState", "CheckpointStore", "load_optimizer", "optimizer_to_tensors", "tensors_to_optimizer"]
 
+logger = logging.getLogger(__name__)
 FORMAT = 1
 MANIFEST = "manifest.json"
 META = "state.json"
+META_BYTES = 1 << 16
+"""Room for what is no tensor."""
 _NAME = re.compile(r"checkpoint-(\d+)")
 _LEFTOVER = re.compile(r"\.checkpoint-(\d+)\.(partial|replaced|deleted)")
 _GROUP = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -93,7 +98,14 @@ class CheckpointStore:
         self.output_dir.mkdir(parents=True, exist_ok=True)
         final = self.output_dir / f"checkpoint-{state.step}"
         partial = self._fresh(state.step)
-        _write(partial, state)
+        self._make_room(_num_bytes(state))
+        try:
+            _write(partial, state)
+        except BaseException as error:
+            _remove(partial)  # a full disk is not to be kept full by what cannot be used
+            if is_disk_full(error):
+                raise DiskFull(final, "the disk is full", needed_bytes=_num_bytes(state)) from error
+            raise
         self._move_into_place(partial, final)
         self._prune(keep=final)
         return final
@@ -131,6 +143,11 @@ class CheckpointStore:
     def wait(self) -> None:
         """Wait until all copies are done; called when the run ends."""
 
+    def passed_over(self) -> list[tuple[Path, str]]:
+        """Return each folder that is named as a checkpoint and is none, with the reason, oldest first."""
+        named = [path for path in _folders(self.output_dir) if _NAME.fullmatch(path.name)]
+        return [(path, flaw) for path in sorted(named, key=_step_of) if (flaw := _flaw(path)) is not None]
+
     # -- the moves --------------------------------------------------------------------------------------------------
 
     def _temporary(self, step: int, suffix: str) -> Path:
@@ -162,6 +179,24 @@ class CheckpointStore:
             return
         os.rename(partial, final)
         sync_folder(self.output_dir)
+
+    def _make_room(self, num_bytes: int) -> None:
+        """Remove the oldest checkpoints beyond the limit now rather than afterwards, where the disk has no room.
+
+        Raises:
+            DiskFull: There is no room even so; nothing was removed for nothing.
+        """
+        others, kept = self.all(), self._kept()
+        spare = [] if self.limit is None else others[: max(len(others) + 1 - self.limit, 0)]
+        spare = [path for path in spare if path not in kept and path != others[-1]]
+        free = free_bytes(self.output_dir)
+        if free + sum(_folder_bytes(path) for path in spare) < num_bytes:
+            raise DiskFull(self.output_dir, "there is no room for the next checkpoint", needed_bytes=num_bytes)
+        while free < num_bytes:
+            oldest = spare.pop(0)
+            logger.info(f"{oldest.name} is removed before the next checkpoint is written: there is no room for both")
+            self._delete(oldest)
+            free = free_bytes(self.output_dir)
 
     def _prune(self, *, keep: Path) -> None:
         if self.limit is None:
@@ -277,12 +312,34 @@ def _step_of(path: Path) -> int:
 
 
 def _is_complete(path: Path) -> bool:
-    """Return True if every file of the manifest is there at its size (cheap: no file is read)."""
+    return _flaw(path) is None
+
+
+def _flaw(path: Path) -> str | None:
+    """Return why a folder is no complete checkpoint; None where every file of the manifest is there at its size.
+
+    Cheap: no file but the manifest is read.
+    """
     try:
         files = read_manifest(path)["files"]
-        return all((path / name).stat().st_size == entry["bytes"] for name, entry in files.items())
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # of another version's, too
-        return False
+        sizes = {name: (path / name).stat().st_size for name in files}
+        wrong = [(name, size) for name, size in sizes.items() if size != files[name]["bytes"]]
+    except FileNotFoundError as error:
+        return f"it has no {Path(error.filename).name}"
+    except OSError as error:
+        return f"it cannot be read: {error.strerror}"
+    except (ValueError, LookupError, TypeError, AttributeError):  # of another version's, too
+        return f"its {MANIFEST} is damaged"
+    return next((f"{name} has {size} bytes instead of {files[name]['bytes']}" for name, size in wrong), None)
+
+
+def _num_bytes(state: CheckpointState) -> int:
+    """Return about how many bytes a state takes on disk."""
+    return sum(tensor.nbytes for group in state.tensors.values() for tensor in group.values()) + META_BYTES
+
+
+def _folder_bytes(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.iterdir())
 
 
 def _write(folder: Path, state: CheckpointState) -> None:

@@ -12,6 +12,8 @@ from typing import IO
 import torch
 from torch import Tensor
 
+from ..utils.files import append_whole
+
 Row = tuple[int, dict[str, float]]
 
 
@@ -94,17 +96,24 @@ class MetricsFile:
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
         self._file: IO[bytes] | None = None
+        self._waiting: list[Row] = []
 
     def append(self, rows: Iterable[Row]) -> None:
-        """Write rows and hand them to the operating system, so that a killed process loses none of them."""
-        text = "".join(json.dumps({"step": step, **_strict(values)}, allow_nan=False) + "\n" for step, values in rows)
+        """Write rows and hand them to the operating system, so that a killed process loses none of them.
+
+        Where the system refuses, no part of a row is left in the file, and the rows are written with the next ones.
+        """
+        self._waiting += rows
+        text = "".join(
+            json.dumps({"step": step, **_strict(values)}, allow_nan=False) + "\n" for step, values in self._waiting
+        )
         if text:
-            file = self._open()
-            file.write(text.encode())
-            file.flush()
+            append_whole(self._open(), text.encode())
+            self._waiting = []
 
     def sync(self) -> None:
         """Wait until the lines are on disk (before a checkpoint that counts on them)."""
+        self.append(())
         if self._file is not None:
             os.fsync(self._file.fileno())
 
@@ -126,7 +135,7 @@ class MetricsFile:
     def _open(self) -> IO[bytes]:
         if self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("ab")
+            self._file = self.path.open("ab", buffering=0)
         return self._file
 
 
@@ -156,10 +165,10 @@ def _parse(line: bytes) -> Row | None:
         return None
     try:
         values = json.loads(line)
-    except ValueError:
+        step = values.pop("step")
+        return step, {name: float(value) for name, value in values.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None
-    step = values.pop("step")
-    return step, {name: float(value) for name, value in values.items()}
 
 
 def _strict(values: Mapping[str, float]) -> dict[str, float | str]:

@@ -15,6 +15,10 @@ class TrainingObserver:
     def validate(self, step: int) -> object:
         """Make validation images with the weights of `step`."""
 
+    def saving(self, step: int) -> AbstractContextManager[None]:
+        """Return a context in which the checkpoint of `step` is written."""
+        return nullcontext()
+
     def pause(self) -> AbstractContextManager[None]:
         """Return a context whose time does not count in the estimate of the time that is left."""
         return nullcontext()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from ..errors import Interrupted, UserError, described
+from ..utils.disk import is_disk_full
 from ..utils.memory import peak_memory_bytes
+from ..utils.progress import working
 from .checkpoint import CheckpointState, CheckpointStore, optimizer_to_tensors, tensors_to_optimizer
 from .loop import NUM_TIME_BINS, Loop, StepResult
 from .metrics import MetricBuffer, MetricsFile
@@ -85,11 +87,15 @@ class Throughput:
     """Samples per second and the share of time spent waiting for data, since they were last read."""
 
     def __init__(self) -> None:
+        self._pause: float | None = None
         self.restart()
 
     def restart(self) -> None:
         """Begin to count from now on."""
-        self._since, self._samples, self._waited = time.perf_counter(), 0, 0.0
+        self._begin(time.perf_counter())
+
+    def _begin(self, now: float) -> None:
+        self._since, self._samples, self._waited = now, 0, 0.0
 
     def count(self, samples: int) -> None:
         """Add the samples of a step, over all processes."""
@@ -104,19 +110,23 @@ class Throughput:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave the block's time out."""
-        start = time.perf_counter()
-        yield
-        self._since += time.perf_counter() - start
+        """Leave the block's time out, also of figures that are read inside it."""
+        self._pause = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._since += time.perf_counter() - self._pause
+            self._pause = None
 
     def read(self, now: float) -> dict[str, float]:
         """Return both figures up to `now` (seconds of the performance counter), and begin anew."""
+        now = now if self._pause is None else self._pause
         elapsed = max(now - self._since, 1e-9)
         figures = {
             "samples_per_second": self._samples / elapsed,
             "wait_for_data_share": min(1.0, self._waited / elapsed),
         }
-        self.restart()
+        self._begin(now)
         return figures
 
 
@@ -215,7 +225,8 @@ class Trainer:
         self.flush()
         if self.processes.main:
             self.outputs.metrics_file.sync()
-            self.store.save(self._checkpoint())
+            with self.observer.saving(self.step):
+                self.store.save(self._checkpoint())
         self._saved = self.step
 
     def _checkpoint(self) -> CheckpointState:
@@ -247,9 +258,11 @@ class Trainer:
             DistillError: The loss was not finite too often; the state before is saved.
         """
         self._throughput.restart()
+        first = self.step
         with self.stop.deferred():
             while self.step < self.total_steps:
-                self._step([batch.to(str(self.processes.device)) for batch in self._next(steps)])
+                with working("the first step") if self.step == first else nullcontext():
+                    self._step([batch.to(str(self.processes.device)) for batch in self._next(steps)])
                 self._after_step()
         self.loop.health.check()
         self.flush()
@@ -315,7 +328,9 @@ class Trainer:
             try:
                 self._write()
             except Exception as second:  # the first error is the one to report
-                logger.warning(f"step {self.step} could not be saved: {described(second)}")
+                full = is_disk_full(second) and is_disk_full(error)
+                reason = "there is no room for it" if full else described(second)
+                logger.warning(f"step {self.step} could not be saved: {reason}")
         return self.store.latest()
 
 

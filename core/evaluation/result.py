@@ -139,13 +139,18 @@ class Evaluation:
             largest_cell=256,
         )
 
+    @staticmethod
+    def files(suffix: str = "") -> list[str]:
+        """Return the names of the files that :meth:`save` writes."""
+        return [f"evaluation{suffix}{ending}" for ending in (".json", ".png")]
+
     def save(self, folder: Path, *, suffix: str = "") -> list[Path]:
         """Write ``evaluation.json`` and ``evaluation.png`` (with `suffix`), each whole or not at all; return their
         paths.
         """
         from ..utils.files import save_image, write_text
 
-        files = [folder / f"evaluation{suffix}{ending}" for ending in (".json", ".png")]
+        files = [folder / name for name in self.files(suffix)]
         write_text(files[0], json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n")
         save_image(self.image(), files[1])
         return files

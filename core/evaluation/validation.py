@@ -15,6 +15,7 @@ from ..diffusion.guidance import guides
 from ..drawing.grid import GridRow, labelled_grid, to_images
 from ..errors import UserError
 from ..utils.files import save_image
+from ..utils.progress import working
 from .sampling import SamplingPlan, describe_guidance, make_images, plural, sampling, teacher_plan
 
 if TYPE_CHECKING:
@@ -149,12 +150,16 @@ class Validator:
         if self.plan.negative_prompt:
             self._negative = self._family.encode_prompts([self.plan.negative_prompt])
 
+    def folders(self, step: int) -> tuple[str, str]:
+        """Return the folders that the images of `step` go to, relative to the run's: the step's own, the teacher's."""
+        return f"{FOLDER}/{_step_folder(step)}", f"{FOLDER}/{TEACHER_FOLDER}"
+
     def _sampling_plans(self) -> tuple[SamplingPlan, SamplingPlan, SamplingPlan]:
         return self.plan.teacher_few, self.plan.student, self.plan.teacher_full
 
     def run(self, step: int, networks: NetworksByRole, trackers: Trackers) -> Path:
         """Make the images of `step`; return the folder with each of them and ``grid.png``."""
-        folder = self._folder / f"step-{step:06d}"
+        folder = self._folder / _step_folder(step)
         few, student, full = self._sampling_plans()
         made = self._make(networks, student, self._shots)
         for shot, image in zip(self._shots, made, strict=True):
@@ -209,7 +214,10 @@ class Validator:
         if self._embeds is None:
             self.prepare()
         assert self._embeds is not None
-        with sampling(networks, sampling_plan.role) as network:
+        what = (
+            f"making {plural(len(shots), 'image')} of the {sampling_plan.name}, {plural(sampling_plan.steps, 'step')}"
+        )
+        with working(what), sampling(networks, sampling_plan.role) as network:
             for width, height in dict.fromkeys((shot.width, shot.height) for shot in shots):
                 alike = [shot for shot in shots if (shot.width, shot.height) == (width, height)]
                 batches = make_images(
@@ -226,6 +234,10 @@ class Validator:
                 images = [image for batch in batches for image in to_images(batch)]
                 made.update(zip(alike, images, strict=True))
         return [made[shot] for shot in shots]
+
+
+def _step_folder(step: int) -> str:
+    return f"step-{step:06d}"
 
 
 def slug(prompt: str, length: int = 40) -> str:

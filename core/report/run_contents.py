@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -16,11 +17,13 @@ from ..engine.metrics import read_metrics
 from ..errors import UserError
 from ..evaluation.result import format_score
 from ..evaluation.sampling import describe_guidance
-from ..runs.output_folder import REPORTS_FOLDER, RESOLVED
+from ..runs.output_folder import EVALUATION, REPORTS_FOLDER, RESOLVED, STUDENT_FOLDER
 from ..runs.run_log import Session, read_log
 from ..settings.secrets import shown
 from .images import Embedded, embedded
 
+T = TypeVar("T")
+SHEETS = ("contact-sheet", "report")
 MOST_CURVES = 30
 MOST_GRIDS = 12
 MOST_DATASETS = 8
@@ -110,38 +113,64 @@ class RunContents:
     config: str = ""
 
 
+class Reader:
+    """Reads the parts of a run's folder one by one: one that is damaged is left out, and said."""
+
+    def __init__(self) -> None:
+        self.left_out: list[str] = []
+
+    def read(self, file: Path, part: Callable[[Path], T], otherwise: T) -> T:
+        """Return what `part` makes of a file; `otherwise` where there is no such file, or it cannot be read."""
+        if not file.is_file():
+            return otherwise
+        try:
+            return part(file)
+        except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = error.message if isinstance(error, UserError) else f"{file}: {type(error).__name__}: {error}"
+            self.left_out.append(f"left out of this page, since it cannot be read: {reason}")
+            return otherwise
+
+
 def find(folder: Path) -> RunContents:
-    """Read the folder of a run.
+    """Read the folder of a run; what is damaged in it is left out, and said among the warnings.
 
     Raises:
-        UserError: It is none, or a file in it is damaged.
+        UserError: It is none, or its configuration is damaged.
     """
     if not (folder / RESOLVED).is_file():
         raise UserError(
             f"{folder} has no {RESOLVED}: it is not the output folder of a run that has begun",
             "give the output_dir of a `distill run`",
         )
-    config, sessions = _json(folder / RESOLVED), read_log(folder)
-    metrics = folder / "metrics.jsonl"
-    figures = by_name(read_metrics(metrics)) if metrics.is_file() else {}
+    config, sessions, reader = _json(folder / RESOLVED), read_log(folder), Reader()
+    figures = reader.read(folder / "metrics.jsonl", lambda file: by_name(read_metrics(file)), {})
     step = max((int(steps[-1]) for steps, _ in figures.values()), default=0)
     status, text = _status(sessions, step)
     names = sorted(figures, key=lambda name: (name in LATE, name != "loss"))
     grids = sorted((folder / "validation").glob("step-*/grid.png"))
+    shown_grids = [reader.read(file, _grid, None) for file in spread(grids, MOST_GRIDS)]
+    scores, datasets = _scores(folder, reader), list(_datasets(folder / REPORTS_FOLDER, reader))
+    use = reader.read(folder / STUDENT_FOLDER / "README.md", _use, "")
     warnings, lines = _said(sessions)
+    now = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S}"
+    warnings += [(now, f"warning: {line}") for line in reader.left_out]
     return RunContents(
         folder.absolute().name, status, text, _facts(config, sessions, figures, step),
         curves=[curve(name, *figures[name]) for name in names[:MOST_CURVES]],
         curves_left_out=names[MOST_CURVES:],
-        grids=[
-            ValidationGrid(int(file.parent.name[5:]), embedded(file, **GRID_SIZE))
-            for file in spread(grids, MOST_GRIDS)
-        ],
-        num_grids=len(grids),
-        scores=_scores(folder), datasets=list(_datasets(folder / REPORTS_FOLDER)),
-        warnings=warnings[-MOST_WARNINGS:], lines=lines[-MOST_LINES:], use=_use(folder / "student" / "README.md"),
+        grids=[grid for grid in shown_grids if grid is not None], num_grids=len(grids),
+        scores=scores, datasets=datasets,
+        warnings=warnings[-MOST_WARNINGS:], lines=lines[-MOST_LINES:], use=use,
         config=json.dumps(shown("", config), indent=2, ensure_ascii=False)[:MOST_LETTERS],
     )  # fmt: skip
+
+
+def _grid(file: Path) -> ValidationGrid:
+    return ValidationGrid(int(file.parent.name[5:]), embedded(file, **GRID_SIZE))
+
+
+def _sheet(file: Path) -> Embedded:
+    return embedded(file, **SHEET_SIZE)
 
 
 def spread(items: Sequence[Path], most: int) -> list[Path]:
@@ -214,10 +243,14 @@ def duration(seconds: float) -> str:
 # -- scores ---------------------------------------------------------------------------------------------------------
 
 
-def _scores(folder: Path) -> Scores | None:
-    if not (folder / "evaluation.json").is_file():
-        return None
-    found, image = _json(folder / "evaluation.json"), folder / "evaluation.png"
+def _scores(folder: Path, reader: Reader) -> Scores | None:
+    found = reader.read(folder / EVALUATION[0], _table, None)
+    return found and replace(found, image=reader.read(folder / EVALUATION[1], _sheet, None))
+
+
+def _table(file: Path) -> Scores:
+    """Read the scores of ``evaluation.json``."""
+    found = _json(file)
     names = list(found["higher_is_better"])
     arrows = {True: "\N{NO-BREAK SPACE}↑", False: "\N{NO-BREAK SPACE}↓", None: ""}
     heads = [f"{name.replace('_', ' ')}{arrows[found['higher_is_better'][name]]}" for name in names]
@@ -228,7 +261,7 @@ def _scores(folder: Path) -> Scores | None:
         f"{found['num_samples']:,} images of {found['width']}x{found['height']} each, from the same noise, "
         f"on {found['device']}{data}. ↑: higher is better.",
         found["left_out"],
-        embedded(image, **SHEET_SIZE) if image.is_file() else None,
+        None,
     )
 
 
@@ -246,16 +279,17 @@ def _cells(row: Mapping[str, Any], names: Sequence[str]) -> list[Cell]:
 # -- data -----------------------------------------------------------------------------------------------------------
 
 
-def _datasets(folder: Path) -> Iterator[DatasetPart]:
+def _datasets(folder: Path, reader: Reader) -> Iterator[DatasetPart]:
     for file in sorted(folder.glob("*/report.json"))[:MOST_DATASETS]:
-        found = _json(file)
-        sheet, charts = file.parent / "contact-sheet.png", file.parent / "report.png"
-        yield DatasetPart(
-            found["id"],
-            list(_figures(found)),
-            embedded(sheet, **SHEET_SIZE) if sheet.is_file() else None,
-            embedded(charts, **SHEET_SIZE) if charts.is_file() else None,
-        )
+        part = reader.read(file, _dataset, None)
+        if part is not None:
+            sheet, charts = (reader.read(file.with_name(f"{name}.png"), _sheet, None) for name in SHEETS)
+            yield replace(part, sheet=sheet, charts=charts)
+
+
+def _dataset(file: Path) -> DatasetPart:
+    found = _json(file)
+    return DatasetPart(found["id"], list(_figures(found)), None, None)
 
 
 def _figures(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -286,6 +320,6 @@ def _said(sessions: Sequence[Session]) -> tuple[list[tuple[str, str]], list[tupl
 
 
 def _use(card: Path) -> str:
-    """The code of the student's model card."""
-    found = re.search(r"^```python\n(.*?)^```", card.read_text(encoding="utf-8") if card.is_file() else "", re.S | re.M)
+    """Return the code of the student's model card."""
+    found = re.search(r"^```python\n(.*?)^```", card.read_text(encoding="utf-8"), re.S | re.M)
     return found[1].strip() if found else ""

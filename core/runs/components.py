@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from ..utils.progress import working
 from .builders import build_family, build_method, lora_settings, method_needs
 from .output_folder import CACHE_FOLDER
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from ..plugin_api.stage import Stage
     from ..registry.registry import Registry
     from ..settings.configuration import Configuration
+    from ..utils.memory import MemorySettings
     from .publishing import Publishers
 
 logger = logging.getLogger(__name__)
@@ -97,15 +99,23 @@ class RunComponents:
         from ..engine.networks import Networks
 
         settings = self.settings
-        networks = Networks(
-            self.family, self.method.roles(self.config.method, self.method.setup), lora=lora_settings(self.config),
-            seed=settings.seed, gradient_checkpointing=settings.gradient_checkpointing,
-            parameter_dtype=getattr(torch, self.optimizer_plugin.parameter_dtype),
-            ema_decay=settings.ema_decay if self._averages_student() else None,
-        )  # fmt: skip
-        if settings.init_lora:
-            networks.start_from("student", str(settings.init_lora))
+        with working("making the networks that are trained"):
+            networks = Networks(
+                self.family, self.method.roles(self.config.method, self.method.setup), lora=lora_settings(self.config),
+                seed=settings.seed, gradient_checkpointing=settings.gradient_checkpointing,
+                parameter_dtype=getattr(torch, self.optimizer_plugin.parameter_dtype),
+                ema_decay=settings.ema_decay if self._averages_student() else None,
+            )  # fmt: skip
+            if settings.init_lora:
+                networks.start_from("student", str(settings.init_lora))
         return networks
+
+    @cached_property
+    def planned_memory(self) -> MemorySettings | None:
+        """The sizes that the run's memory depends on, known before its networks are made."""
+        from .planned_memory import planned_memory
+
+        return planned_memory(self.config, self.registry, family=self.family)
 
     def _averages_student(self) -> bool:
         roles = {role.name: role for role in self.method.roles(self.config.method, self.method.setup)}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..plugin_api.family import ExportInfo
+from ..utils.progress import working
 from ..utils.safetensors_header import sort_metadata
 from .builders import lora_settings
 from .model_card import write_model_card
@@ -39,16 +40,22 @@ def export_student(run: RunComponents, student: Path, *, role: str | None = None
         student: Where it goes.
         role: Whose weights; the method's result unless given.
     """
-    temporary = student.with_name(f".{student.name}.partial")
+    temporary, replaced = (student.with_name(f".{student.name}.{state}") for state in ("partial", "replaced"))
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    with run.networks.use(role or run.method.result_role()) as network:
-        run.family.export(network, temporary, export_info(run, role=role))
-    for file in temporary.rglob("*.safetensors"):
-        sort_metadata(file)
+    try:
+        with working(f"writing {student.name}/"), run.networks.use(role or run.method.result_role()) as network:
+            run.family.export(network, temporary, export_info(run, role=role))
+        for file in temporary.rglob("*.safetensors"):
+            sort_metadata(file)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)  # a full disk is not to be kept full by half a student
+        raise
     if student.exists():
-        shutil.rmtree(student)
+        shutil.rmtree(replaced, ignore_errors=True)
+        student.rename(replaced)
     temporary.rename(student)
+    shutil.rmtree(replaced, ignore_errors=True)
     logger.info(f"student written to {student}")
 
 
@@ -66,10 +73,11 @@ def evaluate_student(run: RunComponents) -> Evaluation:
     from ..evaluation.evaluate_run import ComparisonData, EvaluationSize, Subject, evaluate_run
 
     prompts = run.data.captions(run.settings.evaluation_num_samples) or run.prompts
-    evaluation = evaluate_run(
-        run.config, run.registry, Subject(run.family, run.method, run.networks),
-        ComparisonData(prompts, run.data.real_images), EvaluationSize(resolution=run.resolution),
-    )  # fmt: skip
+    with working("scoring the student against its teacher"):
+        evaluation = evaluate_run(
+            run.config, run.registry, Subject(run.family, run.method, run.networks),
+            ComparisonData(prompts, run.data.real_images), EvaluationSize(resolution=run.resolution),
+        )  # fmt: skip
     evaluation.save(run.settings.output_dir)
     run.trackers.images("evaluation", {"teacher and student": evaluation.image()}, run.trainer.step)
     run.trackers.text("evaluation", evaluation.markdown(), run.trainer.step)

@@ -1,14 +1,55 @@
-"""What a run's memory depends on, read off its networks, for the message after an allocation failed."""
+"""A run's memory: a warning before it begins, what its networks need, and the hint after an allocation failed."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ..plugin_api.precision import BASE
-from ..utils.memory import MemorySettings
+from ..utils.memory import (
+    MemorySettings,
+    estimate,
+    free_memory_bytes,
+    gigabytes,
+    is_out_of_memory,
+    out_of_memory_hint,
+    savings_lines,
+)
 
 if TYPE_CHECKING:
     from .components import RunComponents
+
+
+def memory_warning(settings: MemorySettings, device: str, *, quantizers: bool) -> str | None:
+    """Return a warning where a run is not expected to fit into the memory that is free; None where it is.
+
+    Args:
+        settings: Of the run.
+        device: The one that it trains on.
+        quantizers: Whether the base can be quantised.
+    """
+    expected, free = estimate(settings), free_memory_bytes(device)
+    if expected.total <= free:
+        return None
+    fixed = expected.total - expected.activations
+    sure = "it will not fit" if fixed > free else "it may not fit (activations are rough)"
+    return "\n".join(
+        [
+            f"this run is estimated at {gigabytes(expected.total)} of memory, and {gigabytes(free)} are free on "
+            f"{device}: {sure}. What would save how much:",
+            *savings_lines(settings, quantizers=quantizers),
+        ]
+    )
+
+
+def explain_memory(run: RunComponents, error: BaseException) -> Iterator[str]:
+    """Yield the hint of what would save how much, where `error` came from an allocation that failed."""
+    if not is_out_of_memory(error):
+        return
+    loaded = "networks" in vars(run)
+    settings = memory_settings(run) if loaded else run.planned_memory
+    if settings is not None:
+        yield out_of_memory_hint(settings, quantizers=run.settings.model_type == "lora")
 
 
 def memory_settings(run: RunComponents) -> MemorySettings:

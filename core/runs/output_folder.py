@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import ConfigError, Finding, UserError
 from ..settings.configuration import Configuration
+from .run_files import FILE, RunFiles
 
 RESOLVED = "config.resolved.json"
 STUDENT_FOLDER = "student"
+ONLINE_FOLDER = "student-online"
 CACHE_FOLDER = "cache"
 REPORTS_FOLDER = "data"
-RESULTS = (
-    "metrics.jsonl", "tensorboard", "validation", "student", "student-online", "evaluation.json", "evaluation.png",
-    "run.log", RESOLVED,
+EVALUATION = ("evaluation.json", "evaluation.png")
+NAMES = (
+    "metrics.jsonl", "tensorboard", "validation", STUDENT_FOLDER, ONLINE_FOLDER, *EVALUATION, "run.log", RESOLVED,
+    "report.html",
 )  # fmt: skip
-"""What a run writes beside its checkpoints; caches are not among them."""
-FOREIGN = ("model_index.json", "pytorch_lora_weights.safetensors", "student", "metrics.jsonl", "training_state.json")
-"""Signs of a run or a model that is not ours to write over."""
+"""Names that every run uses in its folder, beside its checkpoints and its caches."""
+SIGNS = ("model_index.json", "pytorch_lora_weights.safetensors", "training_state.json")
+"""Further signs of a run or a model that is not ours to write over."""
+NAMED_AT_MOST = 10
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 MISSING = "<not there>"
 
 MAY_CHANGE = frozenset(
@@ -90,7 +94,7 @@ class OutputState:
     action: Literal["start", "resume"]
     notices: tuple[str, ...] = ()
     clear: bool = False
-    """Whether :func:`clear_output_dir` is to remove an earlier run first."""
+    """Whether what an earlier run wrote (:class:`RunFiles`) is to be removed first."""
 
 
 def check_output_dir(configuration: Configuration) -> OutputState:
@@ -101,37 +105,53 @@ def check_output_dir(configuration: Configuration) -> OutputState:
         ConfigError: A resume is asked for with keys changed that may not change; all of them are named.
     """
     run = configuration.run
-    folder = run.output_dir
-    resume = run.resume_from_checkpoint
+    folder, resume, files = run.output_dir, run.resume_from_checkpoint, RunFiles(run.output_dir)
     elsewhere = any(entry.dataset_type == "checkpoints" for entry in configuration.caches)
-    if not folder.is_dir() or not any(folder.iterdir()):
+    if run.overwrite and folder.is_dir():
+        _refuse_to_replace(files)
+        replaced = (f"overwrite: the earlier run in {folder} is replaced",) if files.claimed else ()
+        return OutputState("start", replaced, clear=bool(files.claimed))
+    if not (folder / RESOLVED).is_file():
+        _refuse_foreign(files)
         return OutputState("start", _nothing_to_resume(resume, folder, elsewhere))
-    if run.overwrite:
-        return OutputState("start", (f"overwrite: the earlier run in {folder} is replaced",), clear=True)
-    earlier = folder / RESOLVED
-    if not earlier.is_file():
-        _refuse_foreign(folder)
-        return OutputState("start", _nothing_to_resume(resume, folder, elsewhere))
-    checkpoints = sorted(folder.glob("checkpoint-*"))
-    if not checkpoints and not (folder / "student").exists():
+    checkpoints, finished = checkpoint_folders(folder), (folder / STUDENT_FOLDER).exists()
+    if not checkpoints and not finished:
+        _refuse_to_replace(files)
         notice = f"{folder} holds a run that ended before its first checkpoint: it is started afresh"
         return OutputState("start", (notice,), clear=True)
     if resume is None:
-        finished = (folder / "student").exists()
         raise UserError(
             f"output_dir = {folder} holds {'a finished' if finished else 'an unfinished'} run.",
             "continue it: --set resume_from_checkpoint=latest; replace it: --overwrite; "
             "or choose another folder: --output-dir DIR.",
         )
-    compare_with_earlier(configuration, earlier)
+    compare_with_earlier(configuration, folder / RESOLVED)
+    if not checkpoints and not elsewhere and named_step(resume) is None and not Path(resume).is_dir():
+        raise UserError(
+            f"resume_from_checkpoint = {resume}: output_dir = {folder} holds a finished run without its checkpoints.",
+            "replace it: --overwrite; or choose another folder: --output-dir DIR.",
+        )
+    foreign = files.foreign(lambda name: name in (STUDENT_FOLDER, ONLINE_FOLDER))
+    if foreign:
+        raise UserError(
+            f"output_dir = {folder}: the run that is to be resumed did not write {_listed(foreign)}, and would replace "
+            "it at its end.",
+            "move these away, or choose another folder: --output-dir DIR.",
+        )
     return OutputState(
         "resume" if checkpoints else "start", () if checkpoints else _nothing_to_resume(resume, folder, elsewhere)
     )
 
 
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """Return the folders named as checkpoints are, complete or not, oldest first."""
+    found = {int(match[1]): path for path in folder.glob("checkpoint-*") if (match := _CHECKPOINT.fullmatch(path.name))}
+    return [path for _, path in sorted(found.items()) if path.is_dir()]
+
+
 def named_step(resume: str | None) -> int | None:
     """The step of a checkpoint that is named as ``checkpoint-N``, not by a path."""
-    match = re.fullmatch(r"checkpoint-(\d+)", resume or "")
+    match = _CHECKPOINT.fullmatch(resume or "")
     return int(match[1]) if match else None
 
 
@@ -150,23 +170,35 @@ def _nothing_to_resume(resume: str | None, folder: Path, elsewhere: bool) -> tup
     return (f"resume_from_checkpoint = {resume}: no checkpoint in {folder}, so the run starts afresh",)
 
 
-def _refuse_foreign(folder: Path) -> None:
-    signs = [name for name in FOREIGN if (folder / name).exists()]
-    signs += [path.name for path in sorted(folder.glob("checkpoint-*"))[:1]]
-    if signs:
+def _in_the_way(name: str) -> bool:
+    return name in NAMES or name.startswith("checkpoint-")
+
+
+def _refuse_foreign(files: RunFiles) -> None:
+    """Raise UserError where the folder holds something of somebody else that a run would write into or over."""
+    signs = [name for name in SIGNS if (files.folder / name).exists()]
+    found = [*signs, *files.foreign(_in_the_way)]
+    if found:
         raise UserError(
-            f"output_dir = {folder} holds {', '.join(signs)}, which is not a run of this tool.",
-            "choose another folder: --output-dir DIR; or replace it: --overwrite.",
+            f"output_dir = {files.folder} holds {_listed(found)}, which is not a run of this tool.",
+            "choose another folder: --output-dir DIR; or move these away: --overwrite removes only what a run wrote.",
         )
 
 
-def clear_output_dir(folder: Path) -> None:
-    """Remove an earlier run's results and checkpoints from `folder`; caches and anything else stay."""
-    for path in [*(folder / name for name in RESULTS), *folder.glob("checkpoint-*"), *folder.glob(".checkpoint-*")]:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+def _refuse_to_replace(files: RunFiles) -> None:
+    """Raise UserError where replacing an earlier run would remove or mix with what it did not write."""
+    found = files.foreign(_in_the_way)
+    if found:
+        raise UserError(
+            f"output_dir = {files.folder} cannot be replaced: its run did not write {_listed(found)} "
+            f"(what it wrote stands in {FILE}), and only what it wrote is ever removed.",
+            "move these away, or choose another folder: --output-dir DIR.",
+        )
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - NAMED_AT_MOST} more" if len(names) > NAMED_AT_MOST else ""
+    return ", ".join(names[:NAMED_AT_MOST]) + more
 
 
 def compare_with_earlier(configuration: Configuration, earlier_file: Path) -> None:

@@ -7,20 +7,24 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..engine.observer import TrainingObserver
 from ..engine.signals import StopRequest
-from ..errors import DistillError, Interrupted, UserError, described
+from ..errors import DistillError, UserError, described
 from ..evaluation.evaluators import evaluation_notices
 from ..utils.console import console
+from ..utils.disk import explained
 from ..utils.files import write_text
+from ..utils.progress import working
 from .components import RunComponents
-from .output_folder import REPORTS_FOLDER, RESOLVED, check_output_dir, clear_output_dir, named_step
+from .memory_plan import explain_memory
+from .opening import OpenFolder, check_resources, passed_over
+from .output_folder import ONLINE_FOLDER, REPORTS_FOLDER, RESOLVED, STUDENT_FOLDER, named_step
 from .run_log import ENDS, ENDS_WELL, RunLog
 
 if TYPE_CHECKING:
@@ -82,6 +86,7 @@ class Run(TrainingObserver):
         self.parts = RunComponents(configuration, registry, stop, observer=self)
         self.settings = configuration.run
         self._log = RunLog()
+        self._folder = OpenFolder(self.settings.output_dir, self._log)
         self._progress: Progress | None = None
         self._training = False
 
@@ -92,20 +97,28 @@ class Run(TrainingObserver):
                 self._open()
                 return self._execute()
             except BaseException as error:
-                self._log.note(f"{ENDS}{described(error)}")
-                self._failed(error)
+                refused = explained(error, place=self.settings.output_dir, running=self._training)
+                self._log.note(f"{ENDS}{described(refused or error)}")
+                self._failed(refused or error)
+                if refused is not None:
+                    raise refused from error
                 raise
             finally:
-                self._log.close()
+                self._folder.close()
                 self.parts.processes.close()
 
     def _execute(self) -> RunResult:
-        self.parts.family.check_source()
+        with working("reading the model's files"):
+            self.parts.family.check_source()
         self._check_model()
+        with self.parts.processes.synchronized():
+            check_resources(self.parts)
         self.parts.data.prepare()
         self._report_data()
         _ = self.parts.stages  # a method may refuse this number of steps, and does so before weights load
         self._prepare_validation()
+        with self.parts.processes.synchronized():
+            check_resources(self.parts, steps=self.parts.total_steps)
         self._resume()
         self._start_tracking()
         self.parts.registry.hook.on_run_start(state=self.parts.trainer.state)
@@ -120,22 +133,11 @@ class Run(TrainingObserver):
     # -- the flow ---------------------------------------------------------------------------------------------------
 
     def _open(self) -> None:
-        folder = self.settings.output_dir
         if self.parts.config.miniature:
             logger.info(MINIATURE)
         with self.parts.processes.synchronized():
             if self.parts.processes.main:
-                state = check_output_dir(self.parts.config)
-                if self.parts.remote_checkpoints and (
-                    self.settings.overwrite or not self.settings.resume_from_checkpoint
-                ):
-                    self.parts.remote_checkpoints.begin_afresh(overwrite=self.settings.overwrite)
-                if state.clear:
-                    clear_output_dir(folder)
-                folder.mkdir(parents=True, exist_ok=True)
-                self._log.open(folder)
-                for notice in (*self.parts.config.notices, *state.notices):
-                    logger.info(notice)
+                self._folder.open(self.parts)
         _ = self.parts.publishers  # says now, rather than after hours, what would keep one from working
         for line in evaluation_notices(self.parts.registry, self.parts.config):
             logger.warning(line)
@@ -153,7 +155,7 @@ class Run(TrainingObserver):
             )
 
     def _report_data(self) -> None:
-        with self.parts.processes.synchronized():
+        with self.parts.processes.synchronized(), self._folder.writing(REPORTS_FOLDER):
             self._data_reports = self.parts.data.write_reports(self.settings.output_dir / REPORTS_FOLDER)
         for report in self._data_reports:
             logger.info(f"report on dataset {report.id!r}: {report.folder / 'report.md'}")
@@ -167,7 +169,8 @@ class Run(TrainingObserver):
                 from ..evaluation.validation import describe
 
                 logger.info(describe(validator.plan))
-                validator.prepare()
+                with working("encoding the validation prompts"):
+                    validator.prepare()
                 self.parts.family.release_encoders()
 
     def _resume(self) -> None:
@@ -180,11 +183,16 @@ class Run(TrainingObserver):
                     store.download()
                 elif step is not None and not Path(wanted or "").is_dir():
                     store.download(step)
+                passed_over(store, wanted)
+                self._folder.note_checkpoints()
         trainer = self.parts.trainer
         path = self._checkpoint(wanted)
         if path is not None:
-            trainer.resume(path)
+            with working(f"reading {path}"):
+                trainer.resume(path)
             logger.info(f"resumed from {path} at step {trainer.step}")
+        elif self.parts.processes.main:
+            trainer.outputs.metrics_file.truncate_after(0)
         if trainer.step > self.parts.total_steps:
             raise UserError(
                 f"max_train_steps = {self.parts.total_steps} lies before the checkpoint's step {trainer.step}",
@@ -221,7 +229,8 @@ class Run(TrainingObserver):
         info = RunInfo(
             settings.output_dir, settings.tracker_project_name, name, resolved, hparams, self.parts.trainer.step
         )
-        self.parts.trackers.start(info)
+        with self._folder.watching():
+            self.parts.trackers.start(info)
         text = json.dumps(resolved, indent=2)
         self.parts.trackers.text("config", f"```json\n{text}\n```", self.parts.trainer.step)
         for report in self._data_reports:
@@ -248,6 +257,13 @@ class Run(TrainingObserver):
         if metrics is not None:
             self._progress.log(step, metrics)
 
+    @contextmanager
+    def saving(self, step: int) -> Iterator[None]:
+        """Note what is written, and that it is, where that takes long."""
+        name = f"checkpoint-{step}"
+        with self._folder.writing(name), working(f"writing {name}"):
+            yield
+
     def pause(self) -> AbstractContextManager[None]:
         """Return a context whose time does not count in the progress bar's estimate."""
         return self._progress.pace.pause() if self._progress else nullcontext()
@@ -257,7 +273,8 @@ class Run(TrainingObserver):
         folder = self.settings.output_dir / "validation"
         with self.parts.processes.synchronized():
             if self.parts.validator is not None and self.parts.processes.main:
-                with self.parts.trainer.loop.evaluating(), self.parts.networks.averaged():
+                names = self.parts.validator.folders(step)
+                with self.parts.trainer.loop.evaluating(), self.parts.networks.averaged(), self._folder.writing(*names):
                     folder = self.parts.validator.run(step, self.parts.networks, self.parts.trackers)
                 self.parts.family.release_encoders()  # the autoencoder's memory is the training's
         self.parts.registry.hook.on_validation_end(state=self.parts.trainer.state, folder=folder, step=step)
@@ -266,17 +283,19 @@ class Run(TrainingObserver):
     def _finish(self) -> RunResult:
         from .export import evaluate_student, export_online, export_student, last_grid, publish_student
 
-        student, evaluation = self.settings.output_dir / "student", None
+        student, evaluation = self.settings.output_dir / STUDENT_FOLDER, None
         with self.parts.processes.synchronized():
             if self.parts.processes.main:
+                self._folder.files.claim(STUDENT_FOLDER, ONLINE_FOLDER)
                 with self.parts.trainer.loop.evaluating(), self.parts.networks.averaged():
                     export_student(self.parts, student)
                     if self.settings.evaluation_num_samples:
                         evaluation = evaluate_student(self.parts)
                 if self.settings.export_online_weights:
-                    export_online(self.parts, self.settings.output_dir / "student-online")
+                    export_online(self.parts, self.settings.output_dir / ONLINE_FOLDER)
                 publish_student(self.parts, student, evaluation)
                 self.parts.trackers.finish(evaluation.scalars() if evaluation else None)
+                self._folder.files.wrote(STUDENT_FOLDER, ONLINE_FOLDER, *self._folder.watched)
         self._log.note(ENDS_WELL)
         self.parts.registry.hook.on_run_end(state=self.parts.trainer.state)
         self.parts.trainer.store.wait()
@@ -291,27 +310,19 @@ class Run(TrainingObserver):
 
     def _failed(self, error: BaseException) -> None:
         """Save what can be saved and say how to go on."""
-        if "trainer" not in vars(self.parts) or (isinstance(error, UserError) and not self._training):
-            return
-        saved = self.parts.trainer.save_after_failure(error)
-        try:
-            self.parts.registry.hook.on_exception(state=self.parts.trainer.state, error=error)
-        except DistillError as second:  # the first error is the one that ends the run
-            logger.warning(str(second))
-        self.parts.trackers.finish()
-        self.parts.trainer.store.wait()
-        self.parts.data.close()
-        if saved is not None:
-            logger.info(f"saved: {saved}. To go on: {_resume_command(self.settings.output_dir)}")
-        if not isinstance(error, Interrupted | DistillError):
-            self._explain_memory(error)
-
-    def _explain_memory(self, error: BaseException) -> None:
-        from ..utils.memory import is_out_of_memory, out_of_memory_hint
-        from .memory_plan import memory_settings
-
-        if is_out_of_memory(error):
-            logger.info(out_of_memory_hint(memory_settings(self.parts), quantizers=self.settings.model_type == "lora"))
+        if "trainer" in vars(self.parts) and (self._training or not isinstance(error, UserError)):
+            saved = self.parts.trainer.save_after_failure(error)
+            try:
+                self.parts.registry.hook.on_exception(state=self.parts.trainer.state, error=error)
+            except DistillError as second:  # the first error is the one that ends the run
+                logger.warning(str(second))
+            self.parts.trackers.finish()
+            self.parts.trainer.store.wait()
+            self.parts.data.close()
+            if saved is not None:
+                logger.info(f"saved: {saved}. To go on: {_resume_command(self.settings.output_dir)}")
+        for hint in explain_memory(self.parts, error):
+            logger.info(hint)
 
 
 def _resume_command(output_dir: Path) -> str:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO
 
+from ..utils.files import append_whole
 from ..utils.redaction import redacted
 
+logger = logging.getLogger(__name__)
 FILE = "run.log"
 BEGINS, ENDS_WELL, ENDS = "run begins", "run ends well", "run ends: "
 STAMP = "%Y-%m-%dT%H:%M:%SZ"
@@ -17,32 +20,43 @@ _LINE = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ) (.*)", re.DOTALL)
 
 
 class RunLog:
-    """Lines with their time; what is said before the run's folder is open waits for it."""
+    """Lines with their time; what is said before the run's folder is open waits for it.
+
+    A line that the system does not take (a full disk) is printed all the same, and written when it can be.
+    """
 
     def __init__(self) -> None:
-        self._file: IO[str] | None = None
+        self._file: IO[bytes] | None = None
         self._waiting: list[str] = []
+        self._refused = False
 
     def open(self, folder: Path) -> None:
         """Append to the log of the run in `folder`, beginning with what waits."""
-        self._file = (folder / FILE).open("a", encoding="utf-8", errors="backslashreplace")
-        waiting, self._waiting = [_stamped(BEGINS), *self._waiting], []
-        self._file.writelines(waiting)
-        self._file.flush()
+        self._file = (folder / FILE).open("ab", buffering=0)
+        self._waiting.insert(0, _stamped(BEGINS))
+        self._write()
 
     def note(self, line: str) -> None:
-        """A line; its further lines are indented."""
-        if self._file is None:
-            self._waiting.append(_stamped(line))
-            return
-        self._file.write(_stamped(line))
-        self._file.flush()
+        """Note a line; its further lines are indented."""
+        self._waiting.append(_stamped(line))
+        self._write()
 
     def close(self) -> None:
         """Close the file; what is noted afterwards waits."""
         if self._file is not None:
             self._file.close()
             self._file = None
+
+    def _write(self) -> None:
+        if self._file is None:
+            return
+        try:
+            append_whole(self._file, "".join(self._waiting).encode("utf-8", "backslashreplace"))
+            self._waiting, self._refused = [], False
+        except OSError as error:
+            if not self._refused:
+                self._refused = True  # before the next line comes here
+                logger.warning(f"{FILE} cannot be written, and goes on when it can: {error.strerror}")
 
 
 def _stamped(line: str) -> str:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 from uuid import uuid4
 
 if TYPE_CHECKING:
@@ -98,11 +98,25 @@ def save_image(image: Image, path: Path) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append one line; a crash leaves at most a torn last line, which readers skip."""
-    with path.open("ab") as stream:
-        stream.write(line.encode() + b"\n")
-        stream.flush()
+    """Append one line; a crash leaves at most a torn last line, which readers skip and the next line does not join."""
+    with path.open("ab+", buffering=0) as stream:
+        if stream.seek(0, os.SEEK_END):
+            stream.seek(-1, os.SEEK_END)
+            line = line if stream.read(1) == b"\n" else f"\n{line}"
+        append_whole(stream, line.encode() + b"\n")
         os.fsync(stream.fileno())
+
+
+def append_whole(stream: io.RawIOBase | IO[bytes], data: bytes) -> None:
+    """Append to an unbuffered file opened for appending; where the system refuses, the file is left as it was."""
+    length = stream.seek(0, os.SEEK_END)
+    try:
+        left = memoryview(data)
+        while left:
+            left = left[stream.write(left) or 0 :]
+    except OSError:
+        stream.truncate(length)
+        raise
 
 
 def is_stale(path: Path) -> bool:

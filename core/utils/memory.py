@@ -6,6 +6,7 @@ import math
 import os
 import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -18,6 +19,14 @@ CHECKPOINTED_SHARE = 0.15
 """Share of those that stays with gradient checkpointing on SDXL: the blocks' inputs (0.05), one block at once (0.1)."""
 OVERHEAD_BYTES = 600 * 2**20
 """Bytes of the process itself: the interpreter, torch and diffusers, or a CUDA context."""
+
+
+CONTROL_GROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "inactive_file"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+     "total_inactive_file"),
+)  # fmt: skip
+"""Where a container sees its limit and its use of memory, and what of that use can be given back: version 2, and 1."""
 
 
 def peak_memory_bytes(device: str = "cpu") -> int:
@@ -35,6 +44,36 @@ def peak_memory_bytes(device: str = "cpu") -> int:
     import psutil
 
     return psutil.Process().memory_info().peak_wset  # pyright: ignore[reportAttributeAccessIssue]  # Windows only
+
+
+def free_memory_bytes(device: str = "cpu") -> int:
+    """Return the bytes that can still be allocated on a device: of the machine, or of this process's control group."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil
+
+    limits = [psutil.virtual_memory().available]
+    for limit, used, cached in CONTROL_GROUPS:
+        most, now = _number_in(Path(limit)), _number_in(Path(used))
+        if most is not None and now is not None:
+            limits.append(max(most - now + _reclaimable(Path(used).with_name("memory.stat"), cached), 0))
+    return min(limits)
+
+
+def _number_in(file: Path) -> int | None:
+    try:
+        return int(file.read_text("ascii"))
+    except (OSError, ValueError):  # no such group, or no limit ("max")
+        return None
+
+
+def _reclaimable(file: Path, name: str) -> int:
+    """Return the bytes of files in memory that the system gives back when it needs them."""
+    try:
+        lines = dict(line.split() for line in file.read_text("ascii").splitlines())
+        return int(lines.get(name, 0))
+    except (OSError, ValueError):
+        return 0
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -143,8 +182,12 @@ def out_of_memory_hint(settings: MemorySettings, *, quantizers: bool = False) ->
     lines = [
         f"out of memory; this run was estimated at {gigabytes(estimate(settings).total)}. What would save how much:"
     ]
-    lines += [f"  {label}: about {gigabytes(saved)}" for label, saved in savings(settings, quantizers=quantizers)]
-    return "\n".join(lines)
+    return "\n".join([*lines, *savings_lines(settings, quantizers=quantizers)])
+
+
+def savings_lines(settings: MemorySettings, *, quantizers: bool = False) -> list[str]:
+    """Return :func:`savings` as lines for people."""
+    return [f"  {label}: about {gigabytes(saved)}" for label, saved in savings(settings, quantizers=quantizers)]
 
 
 def gigabytes(num_bytes: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -18,6 +19,9 @@ TaskProgress = Callable[[str, int], AbstractContextManager[Advance]]
 """``with progress("latents of 'cats'", 1200) as advance: advance(4)``."""
 
 LINE_EVERY_SECONDS = 10.0
+SAID_AFTER_SECONDS = 3.0
+SAID_AGAIN_SECONDS = 30.0
+"""Seconds after which a piece of work that shows no progress says what it is, first and again."""
 BAR_AFTER = 32
 """Work of fewer items shows no bar."""
 FIRST_ESTIMATE = 5
@@ -38,27 +42,36 @@ class Pace:
         self._clock = clock
         self._first = (start_step, clock())
         self._last = self._first
-        self._paused = self._paused_at_mark = 0.0
+        self._paused = 0.0
+        self._pause: float | None = None
+        self.last_seconds_per_step: float | None = None
+        """Seconds per step between the last two marks with steps between them."""
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Leave the time inside the block out of the training time."""
-        start = self._clock()
+        """Leave the time inside the block out of the training time, also for marks that are made inside it."""
+        self._pause = self._clock()
         try:
             yield
         finally:
-            self._paused += self._clock() - start
+            self._paused += self._clock() - self._pause
+            self._pause = None
+
+    def _now(self) -> float:
+        return (self._clock() if self._pause is None else self._pause) - self._paused
 
     def mark(self, step: int) -> float | None:
         """Return seconds per step since the last mark, or None when no step was taken."""
-        now = self._clock() - self._paused
+        now = self._now()
         steps, seconds = step - self._last[0], now - self._last[1]
         self._last = (step, now)
-        return seconds / steps if steps > 0 else None
+        per_step = seconds / steps if steps > 0 else None
+        self.last_seconds_per_step = per_step or self.last_seconds_per_step
+        return per_step
 
     def restart(self, step: int) -> None:
         """Forget earlier measurements (after the first step, which compiles, allocates and fills caches)."""
-        self._first = self._last = (step, self._clock() - self._paused)
+        self._first = self._last = (step, self._now())
 
     @property
     def seconds_per_step(self) -> float | None:
@@ -120,7 +133,7 @@ class Progress:
         """Return one line of a log."""
         parts = [f"step {step}" + (f"/{self.total_steps}" if self.total_steps else "")]
         parts += [f"{name} {metrics[name]:.4g}" for name in ("loss", "lr", "grad_norm") if name in metrics]
-        per_step = self.pace.seconds_per_step
+        per_step = self.pace.last_seconds_per_step
         if per_step:
             parts.append(f"{self.samples_per_step / per_step:.3g} samples/s")
         remaining = self.pace.remaining_seconds(step, self.total_steps)
@@ -237,6 +250,35 @@ def lines(title: str, total: int) -> Iterator[Advance]:
             )
 
     yield advance
+
+
+@contextmanager
+def working(what: str) -> Iterator[None]:
+    """Log what the block does once that has taken a few seconds, then now and then, and in the end how long it took.
+
+    Args:
+        what: What is being loaded or made, as ``loading the teacher``.
+    """
+    began, ended = time.monotonic(), threading.Event()
+    said = False
+
+    def tell() -> None:
+        nonlocal said
+        wait = SAID_AFTER_SECONDS
+        while not ended.wait(wait):
+            passed = time.monotonic() - began
+            logger.info(f"{what}, for {duration(passed)} so far" if said else f"{what} ...")
+            said, wait = True, SAID_AGAIN_SECONDS
+
+    teller = threading.Thread(target=tell, name=what, daemon=True)
+    teller.start()
+    try:
+        yield
+        if said:
+            logger.info(f"{what}: done in {duration(time.monotonic() - began)}")
+    finally:
+        ended.set()
+        teller.join()
 
 
 def duration(seconds: float) -> str:

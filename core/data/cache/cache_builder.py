@@ -10,14 +10,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...errors import UserError
+from ...utils.disk import free_bytes
 from ...utils.files import write_whole
+from ...utils.memory import gigabytes
 from ...utils.progress import TaskProgress
 from ..dataset import Dataset
 from ..hashing import count_different
 from ..report.summary import DataReport
 from ..samples.images import PIXELS_VERSION
 from .cache_paths import CachePaths
-from .encode import LatentEncoder, WorkerShard, encode_captions, missing_captions
+from .encode import Job, LatentEncoder, WorkerShard, encode_captions, missing_captions
 from .encode_sequential import SequentialEncoder
 from .mirror import Mirror, RemoteCache
 from .tensor_cache import TensorCache, cache_folders
@@ -145,6 +148,7 @@ class CacheBuilder:
         missing = sum(len(job.rows) for job in jobs)
         if missing:
             self._explain_latents(dataset, cache, missing)
+            self._require_room(cache, sum(self._latent_bytes(dataset, job) for job in jobs))
             with self.synchronized():
                 encoder.run(encoder.own_jobs(jobs, self.shard), progress=self.progress)
             self.family.release_encoders()
@@ -157,6 +161,22 @@ class CacheBuilder:
             if self.shard.rank == 0:
                 self._remember(dataset)
         return cache
+
+    def _latent_bytes(self, dataset: Dataset, job: Job) -> int:
+        """Return about how many bytes the latents of a job take, in float32."""
+        width, height = (edge // self.family.scale_factor for edge in dataset.shapes[job.bucket])
+        return 4 * len(job.rows) * self.family.latent_channels * width * height
+
+    def _require_room(self, cache: TensorCache, num_bytes: int) -> None:
+        """Raise UserError where there is no room for the latents, before the autoencoder is loaded."""
+        with self.synchronized():
+            free = free_bytes(cache.parent)
+            if self.shard.rank == 0 and num_bytes > free:
+                needed = f"{cache.label} need about {gigabytes(num_bytes)}"
+                raise UserError(
+                    f"{needed}, and {gigabytes(free)} are free in {cache.parent}",
+                    "free some room, or name a folder on another disk: cache_dir_vae",
+                )
 
     def _encoder(self, dataset: Dataset, cache: TensorCache) -> LatentEncoder:
         kind = SequentialEncoder if dataset.in_order else LatentEncoder

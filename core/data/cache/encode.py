@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ...utils.disk import DiskFull, free_bytes
 from ...utils.progress import TaskProgress
 from ...utils.seeds import derive_seed
 from ...utils.threads import threads
@@ -98,14 +99,23 @@ def encode_captions(
     """Encode captions and add them to the cache."""
     chunks = [(dataset, chunk) for dataset, positions in todo for chunk in chunked(positions, shard_size)]
     own = shard.of(chunks)
-    with progress("encoding captions", sum(len(chunk) for _, chunk in own)) as advance, torch.inference_mode():
+    left = sum(len(chunk) for _, chunk in own)
+    with progress("encoding captions", left) as advance, torch.inference_mode():
         for dataset, chunk in own:
             parts = []
             for positions in chunked(chunk, TEXT_BATCH):
                 parts.append(family.encode_prompts([dataset.index.caption(position) for position in positions]))
                 advance(len(positions))
             tensors = {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
+            require_room(cache, left * sum(value.nbytes for value in tensors.values()) // len(chunk))
             cache.write(dataset.index.caption_digests[chunk], tensors)
+            left -= len(chunk)
+
+
+def require_room(cache: TensorCache, num_bytes: int) -> None:
+    """Raise DiskFull where what is still to be written has no room: now rather than after hours."""
+    if num_bytes > free_bytes(cache.parent):
+        raise DiskFull(cache.parent, f"{cache.label}: there is no room for the rest", needed_bytes=num_bytes)
 
 
 # -- images ---------------------------------------------------------------------------------------------------------

@@ -1,0 +1,89 @@
+"""What a run's memory will depend on, known from the model's config before any weights load."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from ..plugin_api.quantizer import NO_CHANGE
+from ..settings.configuration import default_resolution
+from ..utils.memory import MemorySettings
+from .builders import build_family, build_method
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..plugin_api.family import ModelFamily
+    from ..registry.registry import Registry
+    from ..settings.configuration import Configuration
+
+
+def planned_memory(
+    configuration: Configuration, registry: Registry, *, family: ModelFamily | None = None
+) -> MemorySettings | None:
+    """Return what the memory of the run depends on, from the model's config alone; None where the family has none.
+
+    Args:
+        configuration: The run's.
+        registry: The run's plugins.
+        family: The run's; built unless given.
+    """
+    import torch
+
+    run = configuration.run
+    family = family or build_family(configuration, registry)
+    network = family.empty_network()
+    if network is None:
+        return None
+    base = sum(parameter.numel() for parameter in network.parameters())
+    method = build_method(configuration, registry, family)
+    roles = method.roles(configuration.method, method.setup)
+    per_role = base
+    if run.model_type == "lora":
+        per_role = adapter_parameters(network, run.lora_rank, tuple(run.lora_target_modules) or family.lora_targets)
+    optimizer = registry.get("optimizer", run.optimizer)
+    trained_bytes = getattr(torch, optimizer.parameter_dtype).itemsize
+    width, height = default_resolution(configuration)
+    return MemorySettings(
+        base_parameters=base,
+        trained_parameters=per_role * sum(role.trains != "none" for role in roles),
+        latent_pixels=math.prod(edge // family.scale_factor for edge in (width, height)),
+        batch=configuration.largest_batch,
+        base_bytes=base_bytes(configuration, registry, network),
+        compute_bytes=4 if run.mixed_precision == "no" else 2,
+        trained_bytes=trained_bytes,
+        optimizer_bytes=2 * trained_bytes if optimizer.state_bytes is None else optimizer.state_bytes,
+        num_averages=sum(role.ema_of is not None for role in roles) + run.use_ema,
+        gradient_checkpointing=run.gradient_checkpointing,
+    )
+
+
+def base_bytes(configuration: Configuration, registry: Registry, network: nn.Module) -> float:
+    """Return the bytes per frozen weight of `network`, quantised as the run asks for."""
+    from torch import nn
+
+    run = configuration.run
+    item = 4 if run.mixed_precision == "no" else 2
+    if run.base_model_precision == NO_CHANGE:
+        return item
+    quantizer = registry.get("quantizer", run.base_model_precision)
+    kinds = tuple(getattr(nn, name) for name in quantizer.layers)
+    total = sum(weight.numel() for weight in network.parameters())
+    layers = [layer for layer in network.modules() if type(layer) in kinds]
+    packed = sum(weight.numel() for layer in layers for name, weight in layer.named_parameters() if name == "weight")
+    return (packed * quantizer.bytes_per_weight + (total - packed) * item) / total
+
+
+def adapter_parameters(network: nn.Module, rank: int, targets: tuple[str, ...]) -> int:
+    """Count the parameters of a LoRA of `rank` on the modules whose names end with one of `targets`."""
+    from torch import nn
+
+    total = 0
+    for name, module in network.named_modules():
+        if any(name == target or name.endswith(f".{target}") for target in targets):
+            if isinstance(module, nn.Linear):
+                total += rank * (module.in_features + module.out_features)
+            elif isinstance(module, nn.Conv2d):
+                kernel = module.kernel_size[0] * module.kernel_size[1]
+                total += rank * (module.in_channels * kernel + module.out_channels)
+    return total
