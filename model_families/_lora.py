@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.errors import UserError
 from ._files import quiet_libraries
+from ._finite import check_lora
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -77,6 +78,7 @@ def read_lora(name: str, weight: float, architecture: Architecture, config: Mapp
             use_safetensors=True,
         )
     state, *alphas, metadata = read  # some pipelines know no alphas
+    check_lora(name, state)
     lora = Lora(name, weight, state, alphas[0] if alphas else None, metadata)
     if not any(lora.has(prefix) for prefix in (architecture.denoiser, *architecture.lora_encoders)):
         raise UserError(

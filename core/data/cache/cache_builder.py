@@ -17,7 +17,7 @@ from ..hashing import count_different
 from ..report.summary import DataReport
 from ..samples.images import PIXELS_VERSION
 from .cache_paths import CachePaths
-from .encode import LatentEncoder, WorkerShard, encode_captions, missing_captions
+from .encode import LatentEncoder, WorkerShard, encode_captions, missing_captions, without_embeddings
 from .encode_sequential import SequentialEncoder
 from .mirror import Mirror, RemoteCache
 from .tensor_cache import TensorCache, cache_folders
@@ -100,6 +100,8 @@ class CacheBuilder:
             cache = self._texts(folder, group, report)
             cache.release_lookup()  # before that of the latents is made
             caches.texts |= {dataset.id: cache for dataset in group}
+        for dataset in datasets:
+            dataset.check_not_empty()  # before the next encoder loads for nothing
         for dataset in datasets if images else ():
             caches.latents[dataset.id] = self._latents(dataset, report)
         maker = TrajectoryMaker(self.family, progress=self.progress)
@@ -116,17 +118,20 @@ class CacheBuilder:
         for dataset in datasets:
             dataset.counts.captions = count_different(dataset.index.caption_digests[:, 0])
         missing = sum(len(positions) for _, positions in todo)
-        if not missing:
-            return cache
-        self._explain_texts(folder, cache, missing)
-        with self.synchronized():
-            encode_captions(
-                cache, todo, self.family, shard_size=self.paths.text_shard_size(datasets[0].settings),
-                progress=self.progress, shard=self.shard,
-            )  # fmt: skip
-        self.family.release_encoders()
-        report.captions_encoded += missing
-        return self._reload(cache)
+        if missing:
+            self._explain_texts(folder, cache, missing)
+            with self.synchronized():
+                encode_captions(
+                    cache, todo, self.family, shard_size=self.paths.text_shard_size(datasets[0].settings),
+                    progress=self.progress, shard=self.shard,
+                )  # fmt: skip
+            self.family.release_encoders()
+            report.captions_encoded += missing
+            cache = self._reload(cache)
+        for dataset in datasets:
+            if broken := without_embeddings(cache, dataset):
+                dataset.drop(broken)
+        return cache
 
     def _explain_texts(self, folder: Path, cache: TensorCache, missing: int) -> None:
         if len(cache):
