@@ -104,6 +104,8 @@ class Run(TrainingObserver):
         self._check_model()
         self.parts.data.prepare()
         self._report_data()
+        for line in self.parts.data.never_trained(self.parts.total_steps):
+            logger.warning(line)
         _ = self.parts.stages  # a method may refuse this number of steps, and does so before weights load
         self._prepare_validation()
         self._resume()

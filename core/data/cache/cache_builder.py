@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from ...utils.files import write_whole
 from ...utils.progress import TaskProgress
 from ..dataset import Dataset
-from ..hashing import count_different
 from ..report.summary import DataReport
 from ..samples.images import PIXELS_VERSION
 from .cache_paths import CachePaths
@@ -115,8 +114,6 @@ class CacheBuilder:
         remote = self.paths.remote_texts(datasets[0].settings)
         cache = self._open(folder, text_descriptor(self.family), "text cache", remote, report)
         todo = missing_captions(cache, datasets)
-        for dataset in datasets:
-            dataset.counts.captions = count_different(dataset.index.caption_digests[:, 0])
         missing = sum(len(positions) for _, positions in todo)
         if missing:
             self._explain_texts(folder, cache, missing)
