@@ -85,6 +85,7 @@ class DiffusersFamily(DiffusersModel):
     def on_device(self, network: nn.Module) -> nn.Module:
         """Move `network` to the device, in the type of the frozen weights, quantised where the run asks for it."""
         network = self.laid_out(network.to(self._weight_dtype()).requires_grad_(False))
+        self.check_weights(self.architecture.denoiser, network)
         first = self.input_weight(network)
         kept = [name.removesuffix(".weight") for name, weight in network.named_parameters() if weight is first]
         return self.settings.precision.place(network, BASE, device=self.settings.device, keep=kept)

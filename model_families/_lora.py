@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..core.errors import UserError
 from ._adapter_file import AdapterFile, Fit
 from ._files import quiet_libraries
+from ._finite import check_lora_finite
 from ._lora_files import lora_file
 from ._lora_kinds import LORA, AdapterLayer, changed_bias, changed_weight
 from ._plain_lora import Lora
@@ -108,7 +109,7 @@ def read_lora(
     if fit.whole and not file.needs_exact:
         lora = file.by_diffusers(weight, architecture, networks)
         if lora is not None:
-            _check_finite(name, lora.state)
+            check_lora_finite(name, lora.state)
             return lora
     if not fit.whole:
         left = ", ".join(fit.left_out[:3]) + (", ..." if len(fit.left_out) > 3 else "")
@@ -118,7 +119,7 @@ def read_lora(
         )  # fmt: skip
     layers = [(layer, fit.applied[layer.stem]) for layer in file.read(fit.applied)]
     for layer, _ in layers:
-        _check_finite(name, {f"{layer.stem}.{leaf}": tensor for leaf, tensor in layer.tensors.items()})
+        check_lora_finite(name, {f"{layer.stem}.{leaf}": tensor for leaf, tensor in layer.tensors.items()})
     if fused:
         return ExactLora(name, weight, layers)
     if file.kinds != {LORA}:
@@ -138,17 +139,6 @@ def _in_peft_names(
             state[f"{component}.{path}.lora_A.weight"] = down.clone()
             state[f"{component}.{path}.lora_B.weight"] = piece.contiguous()
     return Lora(name, weight, state, None, None)
-
-
-def _check_finite(name: str, tensors: Mapping[str, Tensor]) -> None:
-    import torch
-
-    bad = [key for key, tensor in tensors.items() if isinstance(tensor, torch.Tensor) and not tensor.isfinite().all()]
-    if bad:
-        raise UserError(
-            f"LoRA {name!r} holds values that are not finite, in {len(bad)} tensors ({bad[0]})",
-            "its training diverged, or the file is damaged: name another",
-        )
 
 
 def fuse(architecture: Architecture, components: Mapping[str, nn.Module], loras: Iterable[AnyLora]) -> None:

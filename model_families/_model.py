@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.diffusion.schedule import Schedule, from_scheduler_config
 from ..core.errors import DistillError, UserError
@@ -26,6 +26,7 @@ from ._empty import empty_network
 from ._encoders import decode, encode_by_pieces
 from ._file_signs import agreed
 from ._files import hash_files
+from ._finite import check_empty_prompt, check_network
 from ._lora import AnyLora, Lora, attach, check_lora, fuse, read_lora
 from ._lora_files import lora_file
 from ._open_source import open_source
@@ -55,6 +56,12 @@ class DiffusersModel(ModelFamily):
     """Pixels along an edge of the images that the models of the family are made for."""
     upcasts_vae: ClassVar[bool] = False
     """Whether the pipeline obeys ``force_upcast`` of the autoencoder."""
+
+    overflow_remedies: ClassVar[Mapping[Literal["text", "vae"], str]] = {
+        **ModelFamily.overflow_remedies,
+        "vae": "set family_config.vae_dtype to float32 or bfloat16, or name another autoencoder "
+        "(pretrained_vae_model_name_or_path)",
+    }
 
     class Config(ModelFamily.Config):
         """Settings of every family of diffusers' models, under ``family_config``."""
@@ -258,8 +265,14 @@ class DiffusersModel(ModelFamily):
 
     def _place_encoder(self, encoder: Any, number: int) -> None:
         encoder.to(self._weight_dtype()).requires_grad_(False)
+        self.check_weights(f"text encoder {number}", encoder)
         wide = encoder._keep_in_fp32_modules or ()  # their type decides that of what comes before them
         self.settings.precision.place(encoder, text_encoder(number), device=self.settings.device, keep=tuple(wide))
+
+    def check_weights(self, part: str, network: nn.Module) -> None:
+        """Raise UserError if the weights of a component are not finite; it costs one pass over them in memory."""
+        name = self.settings.vae or self.settings.source if part == "vae" else self.settings.source
+        check_network(name, part, network, loras=bool(self.settings.teacher_lora) and part != "vae")
 
     def _finalize(self, encoder: Any) -> None:
         """Move the LoRAs attached to `encoder` to the type and device of its other weights."""
@@ -310,6 +323,7 @@ class DiffusersModel(ModelFamily):
         if self._empty is None:
             loaded = self._text is not None
             self._empty = self.encode_prompts([""])
+            check_empty_prompt(self._empty, self.overflow_remedies["text"])
             self._text = self._text if loaded else None
         return {**cond, **{key: value.to(cond[key]).expand_as(cond[key]) for key, value in self._empty.items()}}
 
@@ -337,7 +351,9 @@ class DiffusersModel(ModelFamily):
                 vae: Any = self._vae_source.load_vae(self._vae_dtype())
                 if self.config.vae_tiling:
                     vae.enable_tiling()
-                self._vae = vae.requires_grad_(False).eval().to(self.settings.device)
+                vae = vae.requires_grad_(False).eval().to(self.settings.device)
+                self.check_weights("vae", vae)
+                self._vae = vae
         return self._vae
 
     def _vae_dtype(self) -> torch.dtype:

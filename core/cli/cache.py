@@ -23,7 +23,7 @@ OnlyDataset = Annotated[
 
 
 @app.command()
-@takes_configuration("method")
+@takes_configuration()
 def build(given: Given) -> None:
     """Encode everything that the caches lack, as the first run would."""
     configuration, registry = given.load()
@@ -45,7 +45,7 @@ def build(given: Given) -> None:
 
 
 @app.command()
-@takes_configuration("method")
+@takes_configuration()
 def verify(given: Given) -> None:
     """Compare the caches with their checksums and with what the datasets need: damaged, missing, orphaned entries.
 
@@ -65,7 +65,7 @@ def verify(given: Given) -> None:
 
 
 @app.command()
-@takes_configuration("method")
+@takes_configuration()
 def clear(
     given: Given,
     dataset: OnlyDataset = None,

@@ -15,7 +15,7 @@ from PIL import Image
 
 from ..errors import UserError
 from ..plugin_api.backend import DataBackend, SampleBackend
-from .hashing import Int64s, UInt64s, combine, permute
+from .hashing import Int64s, UInt64s, combine, count_different, permute
 from .index.index import FILTERED, NO_CAPTION, Index, describe_listing
 from .index.sequential import Opener, positions_of, read_in_order
 from .order import Span, Stream
@@ -41,7 +41,7 @@ class Counts:
         left_out: Images left out on purpose, by reason.
         quarantined: Broken files, name and reason.
         buckets: Images by (width, height).
-        captions: Different texts.
+        captions: Different texts of the images in use.
         without_caption: The first image that has none.
     """
 
@@ -147,6 +147,18 @@ class Dataset:
         """Raise UserError, with what was looked for and where, if no image is left."""
         if not self.counts.used:
             raise UserError(*_nothing_left(self))
+
+    # -- captions ---------------------------------------------------------------------------------------------------
+
+    def caption_positions(self) -> Int64s:
+        """Return the positions of the captions of the samples in use, growing, shape (m,)."""
+        used = np.zeros(len(self.index), np.bool_)
+        used[self.rows] = True
+        return np.flatnonzero(np.repeat(used, np.diff(self.index.caption_offsets)))
+
+    def count_captions(self) -> None:
+        """Count the different texts of the samples in use."""
+        self.counts.captions = count_different(self.index.caption_digests[self.caption_positions(), 0])
 
     # -- one image ------------------------------------------------------------------------------------------------
 

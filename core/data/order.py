@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..errors import UserError
 from ..utils.seeds import derive_seed
@@ -101,6 +102,20 @@ class SampleOrder:
             self._epoch = Epoch(number, first, np.cumsum(after - first), int(first.sum()), int(after.sum()))
         return self._epoch
 
+    def used(self, num_steps: int) -> NDArray[np.bool_]:
+        """Return which streams give a batch in the first `num_steps` steps, shape (streams,)."""
+        if num_steps < 1:
+            return np.zeros(len(self.streams), np.bool_)
+        epoch = self._at_epoch_of(num_steps - 1)
+        found = epoch.first > 0
+        found[self._streams_of(np.arange(num_steps - epoch.start), epoch)[1]] = True
+        return found
+
+    def _streams_of(self, steps: Int64s, epoch: Epoch) -> tuple[Int64s, Int64s]:
+        """Return positions among the epoch's batches, and numbers of the streams, of steps counted from its start."""
+        positions = permute(steps, epoch.end - epoch.start, derive_seed(self.seed, "batch_order", epoch.number))
+        return positions, np.searchsorted(epoch.ends, positions, side="right")
+
     def at(self, step: int) -> GlobalBatch:
         """Return the samples of optimizer step `step`; consecutive steps are computed together, ever more at once."""
         first, made = self._made
@@ -114,8 +129,7 @@ class SampleOrder:
         """Compute the batches of up to `count` steps from `step` on, within its epoch."""
         epoch = self._at_epoch_of(step)
         steps = np.arange(step, min(step + count, epoch.end)) - epoch.start
-        positions = permute(steps, epoch.end - epoch.start, derive_seed(self.seed, "batch_order", epoch.number))
-        numbers = np.searchsorted(epoch.ends, positions, side="right")
+        positions, numbers = self._streams_of(steps, epoch)
         begins = epoch.ends - np.diff(epoch.ends, prepend=0)
         ordinals = epoch.first[numbers] + positions - begins[numbers]
         samples: list[Int64s] = [positions] * len(positions)
@@ -190,3 +204,11 @@ class Curriculum:
             )
         batch = order.at(step - int(self._starts[phase]))
         return GlobalBatch(self._members[phase][batch.stream], batch.indices, batch.epoch)
+
+    def used(self, num_steps: int) -> NDArray[np.bool_]:
+        """Return which streams give a batch in the first `num_steps` steps, shape (streams,)."""
+        found, ends = np.zeros(len(self.streams), np.bool_), [*self._starts[1:].tolist(), num_steps]
+        for start, end, members, order in zip(self._starts.tolist(), ends, self._members, self._orders, strict=True):
+            if order is not None:
+                found[members] |= order.used(min(end, num_steps) - start)
+        return found

@@ -34,6 +34,7 @@ from .index.prompt_index import PromptIndexBuilder
 from .index.sequential import Opener
 from .loader import IMAGES_ALONE, BatchContents, BatchLayout, BatchLoader, CachedDataset, CachedLatents, Prefetch
 from .order import Curriculum, Stream
+from .report.buckets import small_buckets, unused_buckets
 from .report.dataset_report import DatasetReport, write_reports
 from .report.summary import DataReport, describe, named_with_reasons
 from .samples.captions import CaptionRules
@@ -106,6 +107,7 @@ class DataPipeline:
         caches = builder.build(self._datasets, report, images=contents.images, trajectories=contents.trajectories)
         for dataset in self._datasets:
             dataset.check_not_empty()
+            dataset.count_captions()  # again: some may have been dropped
             dataset.index.release()
         self._loader = self._make_loader(caches)
         report.datasets = {dataset.id: dataset.counts for dataset in self._datasets}
@@ -121,8 +123,9 @@ class DataPipeline:
         if not self._datasets:
             shard = self._shard()
             self._datasets = [self._open_dataset(settings, shard) for settings in self._config.datasets]
-        for dataset in self._datasets:
-            dataset.check_not_empty()
+            for dataset in self._datasets:
+                dataset.check_not_empty()
+                dataset.count_captions()
         return self._datasets
 
     def _shard(self) -> WorkerShard:
@@ -176,7 +179,6 @@ class DataPipeline:
                 path.unlink(missing_ok=True)
 
     def _make_loader(self, caches: Caches) -> BatchLoader:
-        heaviest = max(dataset.settings.probability for dataset in self._datasets)
         cached, streams, spans = [], [], []
         for dataset in self._datasets:
             latents, texts = _locate(dataset, caches), caches.texts[dataset.id]
@@ -186,7 +188,7 @@ class DataPipeline:
             trajectories = caches.trajectories.get(dataset.id)
             cached.append(CachedDataset(dataset, latents, texts, captions, len(streams), trajectories))
             global_batch = self._layout.of(dataset).global_batch
-            new = dataset.streams(heaviest or 1.0, None if global_batch == self.global_batch else global_batch)
+            new = dataset.streams(self._heaviest(), None if global_batch == self.global_batch else global_batch)
             streams += new
             spans += [dataset.span] * len(new)
         order = Curriculum(streams, spans, global_batch=self._layout.global_batch, seed=self._seed)
@@ -276,7 +278,27 @@ class DataPipeline:
 
     def describe(self) -> list[str]:
         """Return lines on each dataset: what is used, in which buckets, what is left out and what is broken."""
-        return [line for dataset in self._indexed() for line in describe(dataset.id, dataset.counts)]
+        lines = []
+        for dataset in self._indexed():
+            batch = self._layout.of(dataset).global_batch
+            lines += [*describe(dataset.id, dataset.counts), *small_buckets(dataset, batch, self._heaviest())]
+        return lines
+
+    def never_trained(self, num_steps: int) -> list[str]:
+        """Return lines on the samples whose bucket never fills a batch in a run of `num_steps` steps, though it is long
+        enough for a pass over the data.
+        """
+        order = self._ready().order
+        if num_steps < int(order.steps_per_epoch):
+            return []
+        used, first, lines = order.used(num_steps), 0, []
+        for dataset in self._datasets:
+            own, first = used[first : first + len(dataset.shapes)], first + len(dataset.shapes)
+            lines += unused_buckets(dataset, np.flatnonzero(~own), self._layout.of(dataset).global_batch, num_steps)
+        return lines
+
+    def _heaviest(self) -> float:
+        return max(dataset.settings.probability for dataset in self._datasets) or 1.0
 
     def write_reports(self, folder: Path) -> list[DatasetReport]:
         """Write a report of each dataset below `folder`, in the first process; return those that are new or have

@@ -170,9 +170,11 @@ class Loop:
         }
         gradients = [p.grad for p in optimizer.parameters if p.grad is not None]
         self._reduce([loss, *metrics.values(), *gradients])
-        norm, taken = optimizer.step(step, healthy=torch.isfinite(loss))
+        finite = torch.isfinite(loss)
+        norm, taken = optimizer.step(step, healthy=finite)
         self.networks.update_averages(role)
-        self.health.record(role, step, taken, _bad_samples(updates, len(accumulated.keys), loss), accumulated.keys)
+        bad = _bad_samples(updates, len(accumulated.keys), loss)
+        self.health.record(role, step, taken, bad, accumulated.keys, finite_loss=finite)
 
         prefix = "" if role == "student" else f"{role}/"
         result.metrics |= {

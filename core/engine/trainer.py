@@ -200,7 +200,7 @@ class Trainer:
                 optimizer.scaler.load_state_dict(saved.meta["scalers"][role])
         self.loop.method.load_state_dict(saved.tensors.get("method", {}))
         _set_generators(saved.tensors["generators"])
-        self.loop.health.consecutive = dict(saved.meta["bad_steps"])
+        self.loop.health.load_state_dict(saved.meta["bad_steps"])
         self.step = self._saved = saved.step
         if self.processes.main:
             self.outputs.metrics_file.truncate_after(saved.step)
@@ -243,7 +243,7 @@ class Trainer:
             "identity": dict(self.identity),
             "optimizers": optimizers,
             "scalers": scalers,
-            "bad_steps": dict(self.loop.health.consecutive),
+            "bad_steps": self.loop.health.state_dict(),
             "stages": self._begun(self.step),
         }
         return CheckpointState(self.step, {name: group for name, group in tensors.items() if group}, meta)
@@ -255,7 +255,7 @@ class Trainer:
 
         Raises:
             Interrupted: Ctrl-C or SIGTERM, after a checkpoint.
-            DistillError: The loss was not finite too often; the state before is saved.
+            DistillError: The loss was not finite too often, in a row or in all; the state is saved.
         """
         self._throughput.restart()
         first = self.step
@@ -266,6 +266,7 @@ class Trainer:
                 self._after_step()
         self.loop.health.check()
         self.flush()
+        self.loop.health.finish()
 
     def _next(self, steps: Iterator[list[Batch]]) -> list[Batch]:
         """Return the next step's micro-batches; the wait for them is counted by the host's clock alone."""

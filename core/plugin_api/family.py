@@ -127,6 +127,11 @@ class ModelFamily(ABC):
     """Edges of images, in pixels, must be multiples of this for any model of the family (an instance may be laxer)."""
     default_guidance: ClassVar[float] = 5.0
     """Guidance scale that its images are usually generated with; the teacher's, where a run names none."""
+    overflow_remedies: ClassVar[Mapping[Literal["text", "vae"], str]] = {
+        "text": "use mixed_precision=bf16 or no, or restore the text encoder's weights",
+        "vae": "use mixed_precision=bf16 or no, or another autoencoder (pretrained_vae_model_name_or_path)",
+    }
+    """What users can do where the text encoders or the autoencoder give values that are not finite."""
     miniature: ClassVar[Path | None] = None
     """Folder of the trained miniature that ships with the package: model, ``recipe.json`` with run defaults."""
 

@@ -271,8 +271,11 @@ class RunComponents:
         optimizers = {role: self._optimizer(role) for role in self.networks.trained_roles()}
         loop = Loop(
             self.method, context, self.networks, optimizers,
-            health=HealthMonitor(settings.max_bad_steps, gather=processes.gather), reduce=processes.average,
-            stages=self.stages,
+            health=HealthMonitor(
+                settings.max_bad_steps, max_bad_share=settings.max_bad_share, gather=processes.gather,
+                scaled=settings.mixed_precision == "fp16",
+            ),
+            reduce=processes.average, stages=self.stages,
         )  # fmt: skip
         networks = {role: self.networks.module(role) for role in self.networks.roles}
         return Trainer(

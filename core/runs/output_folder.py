@@ -47,6 +47,7 @@ MAY_CHANGE = frozenset(
         "gradient_checkpointing",
         "max_grad_norm",
         "max_bad_steps",
+        "max_bad_share",
         "num_validation_images",
         "evaluators",
         "report_to",

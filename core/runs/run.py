@@ -115,6 +115,8 @@ class Run(TrainingObserver):
             check_resources(self.parts)
         self.parts.data.prepare()
         self._report_data()
+        for line in self.parts.data.never_trained(self.parts.total_steps):
+            logger.warning(line)
         _ = self.parts.stages  # a method may refuse this number of steps, and does so before weights load
         self._prepare_validation()
         with self.parts.processes.synchronized():

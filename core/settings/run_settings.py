@@ -144,6 +144,9 @@ class TrainingKeys(Settings):
     """Global gradient norm above which the gradient is scaled down; 0 = off."""
     max_bad_steps: int = Field(default=10, ge=1)
     """Consecutive optimizer steps with a loss that is not finite after which the run stops."""
+    max_bad_share: float = Field(default=0.01, ge=0, le=1)
+    """Share of a run's updates (0-1) that may be left out because loss or gradient was not finite; with more of them
+    the run fails at its end in place of writing a student."""
     use_ema: bool = False
     """Keep an average of the trained weights; it is what is validated and exported."""
     ema_decay: float = Field(default=0.995, ge=0, lt=1)

@@ -16,11 +16,10 @@ from ...utils.files import write_whole
 from ...utils.memory import gigabytes
 from ...utils.progress import TaskProgress
 from ..dataset import Dataset
-from ..hashing import count_different
 from ..report.summary import DataReport
 from ..samples.images import PIXELS_VERSION
 from .cache_paths import CachePaths
-from .encode import Job, LatentEncoder, WorkerShard, encode_captions, missing_captions
+from .encode import Job, LatentEncoder, WorkerShard, encode_captions, missing_captions, without_embeddings
 from .encode_sequential import SequentialEncoder
 from .mirror import Mirror, RemoteCache
 from .tensor_cache import TensorCache, cache_folders
@@ -103,6 +102,8 @@ class CacheBuilder:
             cache = self._texts(folder, group, report)
             cache.release_lookup()  # before that of the latents is made
             caches.texts |= {dataset.id: cache for dataset in group}
+        for dataset in datasets:
+            dataset.check_not_empty()  # before the next encoder loads for nothing
         for dataset in datasets if images else ():
             caches.latents[dataset.id] = self._latents(dataset, report)
         maker = TrajectoryMaker(self.family, progress=self.progress)
@@ -116,20 +117,21 @@ class CacheBuilder:
         remote = self.paths.remote_texts(datasets[0].settings)
         cache = self._open(folder, text_descriptor(self.family), "text cache", remote, report)
         todo = missing_captions(cache, datasets)
-        for dataset in datasets:
-            dataset.counts.captions = count_different(dataset.index.caption_digests[:, 0])
         missing = sum(len(positions) for _, positions in todo)
-        if not missing:
-            return cache
-        self._explain_texts(folder, cache, missing)
-        with self.synchronized():
-            encode_captions(
-                cache, todo, self.family, shard_size=self.paths.text_shard_size(datasets[0].settings),
-                progress=self.progress, shard=self.shard,
-            )  # fmt: skip
-        self.family.release_encoders()
-        report.captions_encoded += missing
-        return self._reload(cache)
+        if missing:
+            self._explain_texts(folder, cache, missing)
+            with self.synchronized():
+                encode_captions(
+                    cache, todo, self.family, shard_size=self.paths.text_shard_size(datasets[0].settings),
+                    progress=self.progress, shard=self.shard,
+                )  # fmt: skip
+            self.family.release_encoders()
+            report.captions_encoded += missing
+            cache = self._reload(cache)
+        for dataset in datasets:
+            if broken := without_embeddings(cache, dataset):
+                dataset.drop(broken)
+        return cache
 
     def _explain_texts(self, folder: Path, cache: TensorCache, missing: int) -> None:
         if len(cache):

@@ -19,12 +19,14 @@ from numpy.typing import NDArray
 
 from ...utils.disk import DiskFull, free_bytes
 from ...utils.progress import TaskProgress
+from ...utils.prompt_library import shortened
 from ...utils.seeds import derive_seed
 from ...utils.threads import threads
 from ..dataset import Dataset
 from ..hashing import Int64s, UInt64s
 from ..samples.geometry import MEGAPIXEL
 from ..samples.images import BrokenImage, why_unread
+from .finite import finite_rows
 from .tensor_cache import Failure, TensorCache
 
 if TYPE_CHECKING:
@@ -35,6 +37,8 @@ R = TypeVar("R")
 TEXT_BATCH = 32
 LARGEST_BATCH = 64
 LATENTS = "latents"
+NOT_FINITE_LATENTS = "the autoencoder makes NaN or infinity of it"
+NOT_FINITE_EMBEDDINGS = "the text encoders make NaN or infinity of its caption"
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ def missing_captions(cache: TensorCache, datasets: Sequence[Dataset]) -> list[tu
     todo, seen = [], np.zeros((0, 2), np.uint64)
     for dataset in datasets:
         digests = dataset.index.caption_digests
-        missing = np.flatnonzero(cache.locate(digests) < 0)
+        missing = np.flatnonzero((cache.locate(digests) < 0) & ~cache.failed(digests))
         _, first = np.unique(as_void(digests[missing]), return_index=True)
         first = missing[np.sort(first)]  # in the order of the images, which survives a restart
         first = first[~np.isin(as_void(digests[first]), as_void(seen))]
@@ -108,8 +112,30 @@ def encode_captions(
                 advance(len(positions))
             tensors = {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}
             require_room(cache, left * sum(value.nbytes for value in tensors.values()) // len(chunk))
-            cache.write(dataset.index.caption_digests[chunk], tensors)
             left -= len(chunk)
+            good, keys = finite_rows(tensors).numpy(), dataset.index.caption_digests[chunk]
+            failures = [_failed_caption(dataset, int(each), family) for each in chunk[~good]]
+            cache.write(keys[good], {name: value[good] for name, value in tensors.items()}, failures)
+
+
+def _failed_caption(dataset: Dataset, position: int, family: ModelFamily) -> Failure:
+    """Return the record of a caption whose embeddings are not finite."""
+    caption = shortened(dataset.index.caption(position))
+    why = f"{NOT_FINITE_EMBEDDINGS} {caption}: {family.overflow_remedies['text']}"
+    return Failure(dataset.index.caption_digests[position].tobytes().hex(), caption, why)
+
+
+def without_embeddings(cache: TensorCache, dataset: Dataset) -> dict[int, str]:
+    """Return the samples in use that have a caption whose embeddings are not finite: index row -> reason."""
+    index = dataset.index
+    failed = np.flatnonzero(cache.failed(index.caption_digests) & (cache.locate(index.caption_digests) < 0))
+    rows = np.searchsorted(index.caption_offsets, failed, side="right") - 1
+    found = {}
+    for row, position in zip(rows.tolist(), failed.tolist(), strict=True):
+        failure = cache.failure(index.caption_digests[position])
+        found.setdefault(row, failure.reason if failure else NOT_FINITE_EMBEDDINGS)
+    used = np.isin(np.fromiter(found, np.int64, len(found)), dataset.rows)
+    return {row: why for (row, why), is_used in zip(found.items(), used.tolist(), strict=True) if is_used}
 
 
 def require_room(cache: TensorCache, num_bytes: int) -> None:
@@ -242,14 +268,26 @@ class LatentEncoder:
         for position in shard.waiting.keys() - usable.keys():
             shard.failures += self._note(shard.job, position, shard.waiting[position])
         if usable:
-            shard.good += usable
-            shard.latents.append(self._latents(shard.job, usable))
+            self._encode(shard, usable)
         advance(len(shard.waiting))
         shard.waiting = {}
         shard.batches.popleft()
         if not shard.batches:
             tensors = {LATENTS: torch.cat(shard.latents)} if shard.latents else {}
             self.cache.write(shard.job.keys[shard.good], tensors, shard.failures)
+
+    def _encode(self, shard: Filling, images: dict[int, NDArray[np.uint8]]) -> None:
+        """Add the latents of images, by position in the job; those that are not finite are failures."""
+        latents = self._latents(shard.job, images)
+        good = finite_rows({LATENTS: latents})
+        for position, is_good in zip(images, good.tolist(), strict=True):
+            if is_good:
+                shard.good.append(position)
+            else:
+                why = f"{NOT_FINITE_LATENTS}: {self.family.overflow_remedies['vae']}"
+                shard.failures += self._note(shard.job, position, BrokenImage(why))
+        if good.any():
+            shard.latents.append(latents[good])
 
     def _note(self, job: Job, position: int, error: object) -> list[Failure]:
         """Record a broken image; permanently only if the file itself is at fault, not if it was out of reach."""

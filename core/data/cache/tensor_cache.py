@@ -12,7 +12,8 @@ Every writer (process, rank, session) has files of its own, so that writers need
 names it, and the line is written after the shard is safely on disk: a killed build leaves whole shards only.
 
 Checks: at start a shard whose size or time differs from its line is hashed; when an entry is first read in a process
-its own CRC-32 is compared. What fails is dropped, and encoded anew by the next build.
+its own CRC-32 is compared, and that none of its values is NaN or infinity. What fails is dropped, and encoded anew by
+the next build.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from ...errors import DistillError
 from ...utils.files import PARTIAL, append_line, is_stale, sync_folder, write_whole
 from ..hashing import LOOKUP_ROWS, Int64s, Lookup, UInt64s
 from ..mapped import MappedShard
+from .finite import finite_rows
 from .manifests import DESCRIPTOR, Failure, Shard, whole_lines
 from .mirror import Mirror
 
@@ -165,9 +167,15 @@ class TensorCache:
                 digest.update(block)
         if digest.hexdigest() != shard.sha256:
             return "its checksum is wrong"
+        if thorough and (bad := int((~self._finite(shard)).sum())):
+            return f"{bad} of its {shard.count} entries hold NaN or infinity"
         if not known:  # copied: remembered, so that the next start need not hash it again
             self._record({"seen": shard.file, "mtime_ns": status.st_mtime_ns})
         return None
+
+    def _finite(self, shard: Shard) -> Tensor:
+        """Return which entries of a shard hold finite values alone, boolean, shape (n,)."""
+        return finite_rows(MappedShard(self.folder / shard.file, shard.size).tensors)
 
     def _drop(self, file: str, why: str) -> None:
         logger.info(f"{self.label}: {file} is damaged ({why}) and is left out; its entries are encoded anew")
@@ -252,12 +260,15 @@ class TensorCache:
         if not checked[row]:
             if row_checksum(tensors, row) != int(mapped[CRCS][row]):
                 raise self._damaged(number, f"the checksum of entry {row} is wrong")
+            if not finite_rows({name: value[row : row + 1] for name, value in tensors.items()}).all():
+                raise self._damaged(number, f"entry {row} holds NaN or infinity", everywhere=True)
             checked[row] = True
         return {name: value[row] for name, value in tensors.items()}
 
-    def _damaged(self, number: int, why: str) -> DistillError:
+    def _damaged(self, number: int, why: str, *, everywhere: bool = False) -> DistillError:
+        """Remove a shard, and make the error; the remote copy, if there is one, is fetched unless it is bad as well."""
         file = self._shards[number].file
-        if self.mirror is None:
+        if self.mirror is None or everywhere:
             self._drop(file, why)
         else:  # the next start fetches it again
             (self.folder / file).unlink(missing_ok=True)

@@ -20,13 +20,16 @@ from torch import Tensor
 
 from ...diffusion.guidance import guides
 from ...diffusion.solvers import TimestepGrid, trailing_timesteps
+from ...errors import UserError
 from ...plugin_api.batch import Trajectories
 from ...plugin_api.family import MicroConditioning
 from ...utils.progress import TaskProgress
+from ...utils.prompt_library import shortened
 from ...utils.seeds import derive_seed
 from ..dataset import Dataset
 from ..hashing import Int64s, UInt64s, combine
 from .encode import as_void, chunked, per_call
+from .finite import finite_rows
 from .teacher_trajectory import TeacherAlone, follow
 from .tensor_cache import TensorCache
 
@@ -196,6 +199,7 @@ class TrajectoryMaker:
                     made.append(self._make(settings, job.keys[part], embeds, width, height))
                     advance(len(part))
                 tensors = {name: torch.cat([each[name] for each in made]) for name in (POINTS, DATA)}
+                _check_finite(tensors, wanted, job)
                 cache.write(job.keys, tensors)
 
     def _make(
@@ -223,4 +227,17 @@ def cost(settings: DatasetSettings, missing: int, total: int) -> str:
     return (
         f"trajectories of {settings.id!r}: {missing:,} of {total:,} are made: {steps} steps of the teacher at guidance "
         f"{guidance:g}, {calls:,} predictions; what is made is kept if this is stopped"
+    )
+
+
+def _check_finite(tensors: dict[str, Tensor], wanted: WantedTrajectories, job: TrajectoryJob) -> None:
+    """Raise UserError that names the first caption whose trajectory is not finite."""
+    bad = np.flatnonzero(~finite_rows(tensors).numpy())
+    if not len(bad):
+        return
+    caption = shortened(wanted.dataset.index.caption(int(job.captions[bad[0]])))
+    raise UserError(
+        f"distillation cache {wanted.settings.id!r}: the teacher makes NaN or infinity of {len(bad)} of "
+        f"{len(job.keys)} trajectories, the first that of the caption {caption}",
+        "use mixed_precision=bf16 or no, or a lower guidance_scale of that entry; what was made before is kept",
     )

@@ -103,7 +103,7 @@ class DatasetStatistics:
         global_batch: Samples per optimizer step.
         buckets: The largest first.
         captions: Captions of the used samples, with those that come again.
-        different_captions: Different texts of the whole index, 0 where nobody has counted them yet.
+        different_captions: Different texts of the used samples.
         captions_each: Per sample.
         words: Per caption.
         word_counts: Captions by their number of words.
@@ -204,9 +204,8 @@ def _buckets(dataset: Dataset, global_batch: int, heaviest: float) -> list[Bucke
 def _words(dataset: Dataset) -> NDArray[np.int32]:
     """Count the words of each caption of the used samples; captions have one blank between words."""
     index = dataset.index
-    used = np.zeros(len(index), np.bool_)
-    used[dataset.rows] = True
-    wanted = np.repeat(used, np.diff(index.caption_offsets))
+    wanted = np.zeros(len(index.caption_digests), np.bool_)
+    wanted[dataset.caption_positions()] = True
     parts = [np.zeros(0, np.int32)]
     for start in range(0, len(wanted), CHUNK):
         mask = wanted[start : start + CHUNK]

@@ -17,7 +17,9 @@ from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageCms, TiffImagePlugin
+from PIL import Image, TiffImagePlugin
+
+from .colour_profiles import to_srgb
 
 # Pillow warns of odd metadata in files that it reads well; for everybody, since files are read in threads
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -29,13 +31,15 @@ SUFFIXES = (
 """Suffixes of files that are taken for images, lower case; those that cannot be read are named in the report."""
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF", "PPM", "JPEG2000")
 """Formats that are read, whatever a file is called. Pillow's other readers are off: that of EPS starts a program."""
-PIXELS_VERSION = 1
+PIXELS_VERSION = 2
 """Raised whenever this module gives other pixels for the same file, so that latent caches follow."""
 MAX_PIXELS = 128_000_000
 """Images with more pixels are not decoded. A decoded pixel takes 4 bytes, and 4 more while it becomes RGB."""
 MAX_FILE_BYTES = 512 * 2**20
 """Files with more bytes are not read."""
 EMPTY_FILE = "it is empty (0 bytes)"
+GREY = ("1", "L", "LA", "La")
+"""Modes without colours."""
 BAND_PIXELS = 2**22
 """Pixels that are converted at a time, where the conversion needs room."""
 
@@ -134,8 +138,17 @@ def _unidentified(stream: BinaryIO) -> str:
 def probe(stream: BinaryIO) -> tuple[int, int]:
     """Return width and height in pixels of the upright image, from its header alone. Raises BrokenImage."""
     with _opened(stream) as image:
-        width, height = image.size
+        width, height = _stored_size(image)
         return (height, width) if _orientation(image) >= 5 else (width, height)
+
+
+def _stored_size(image: Image.Image) -> tuple[int, int]:
+    """Return width and height in pixels as the file has them; of a TIFF, Pillow's own size may be that of the upright
+    image.
+    """
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        return image.tag_v2[TiffImagePlugin.IMAGEWIDTH], image.tag_v2[TiffImagePlugin.IMAGELENGTH]
+    return image.size
 
 
 def read_file(stream: BinaryIO) -> bytes:
@@ -192,12 +205,17 @@ def decoded(data: bytes) -> Iterator[Image.Image]:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any mode to 8-bit sRGB."""
+    """Convert any mode to 8-bit sRGB, by the embedded colour profile where there is one that fits."""
+    profile, transparent = image.info.get("icc_profile"), image.info.get("transparency")
+    if isinstance(transparent, tuple) and max(transparent) > 255:  # of 16 bits, of which Pillow keeps the upper half
+        image.info["transparency"] = tuple(level >> 8 for level in transparent)
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        return Image.fromarray(_to_8_bit(image)).convert("RGB")
+        image = _to_8_bit(image)
     if image.has_transparency_data:
-        return _on_white(image)
-    return _to_srgb(image)
+        return _on_white(image, profile)
+    if image.mode in ("P", "1", "YCbCr") and profile:
+        image = image.convert("L" if image.mode == "1" else "RGB")
+    return to_srgb(image, profile)
 
 
 def _bands(width: int, height: int) -> Iterator[tuple[int, int]]:
@@ -207,18 +225,25 @@ def _bands(width: int, height: int) -> Iterator[tuple[int, int]]:
         yield top, min(top + rows, height)
 
 
-def _on_white(image: Image.Image) -> Image.Image:
+def _on_white(image: Image.Image, profile: bytes | None) -> Image.Image:
     result = Image.new("RGB", image.size)
     for top, bottom in _bands(*image.size):
-        rgba = image.crop((0, top, image.width, bottom)).convert("RGBA")
+        band = image.crop((0, top, image.width, bottom))
+        rgba = band.convert("RGBA")
+        if profile:
+            colours = band.convert("LA").getchannel("L") if image.mode in GREY else rgba.convert("RGB")
+            alpha, rgba = rgba.getchannel("A"), to_srgb(colours, profile).convert("RGBA")
+            rgba.putalpha(alpha)
         white = Image.new("RGBA", rgba.size, "white")
         result.paste(Image.alpha_composite(white, rgba).convert("RGB"), (0, top))
     return result
 
 
-def _to_8_bit(image: Image.Image) -> NDArray[np.uint8]:
-    """Convert grey levels of 16 or 32 bits, or floats, to 8 bits by the range of the type, not of the image."""
-    levels = np.asarray(image)
+def _to_8_bit(image: Image.Image) -> Image.Image:
+    """Convert grey levels of 16 or 32 bits, or floats, to 8 bits by the range of the type, not of the image; a level
+    that stands for transparency (of a PNG) becomes transparent.
+    """
+    levels, transparent = np.asarray(image), image.info.get("transparency")
     if image.mode == "F":
         highest = levels.max(initial=0, where=np.isfinite(levels))
         full = 1.0 if highest <= 1.0 else 255.0 if highest <= 255.0 else 65535.0
@@ -228,21 +253,10 @@ def _to_8_bit(image: Image.Image) -> NDArray[np.uint8]:
     for top, bottom in _bands(*image.size):
         share = np.clip(levels[top:bottom].astype(np.float64) / full, 0, 1)
         result[top:bottom] = np.rint(np.nan_to_num(share) * 255)
-    return result
-
-
-def _to_srgb(image: Image.Image) -> Image.Image:
-    """Apply the embedded colour profile unless it is sRGB."""
-    profile = image.info.get("icc_profile")
-    if image.mode in ("RGB", "CMYK") and profile and b"sRGB" not in profile:
-        try:
-            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            result = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
-        except (ImageCms.PyCMSError, OSError):
-            result = None  # a profile that does not fit its image: the pixels are taken as they are
-        if result is not None:
-            return result
-    return image if image.mode == "RGB" else image.convert("RGB")
+    grey = Image.fromarray(result)
+    if isinstance(transparent, int):
+        grey.putalpha(Image.fromarray(np.where(levels == transparent, 0, 255).astype(np.uint8)))
+    return grey
 
 
 def scale_and_crop(

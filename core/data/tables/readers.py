@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -14,12 +12,12 @@ from itertools import islice
 from typing import Any, BinaryIO
 
 import pyarrow as pa
-from pyarrow import csv as arrow_csv
 
 from ...errors import BadValue
 from ...utils.prompt_library import shortened
 from .columns import Columns, Row, names_in
 from .external_sort import CHUNK, in_chunks
+from .separated import records
 
 BATCH_BYTES = 64 * 2**20
 """Approximate size of the batches in which Parquet tables are read."""
@@ -134,33 +132,28 @@ class Table(ABC):
 
 
 class CsvTable(Table):
-    """Comma-separated values with the columns' names in the first line; a .tsv file is separated by tabs."""
+    """Separated values with the columns' names in the first line; commas are usual, and tabs in a .tsv file."""
 
     remedy = "write a first line with the columns' names, texts with commas in double quotes, as UTF-8"
 
     @property
-    def _separator(self) -> str:
+    def _usual(self) -> str:
         return "\t" if self.file.path.lower().endswith(".tsv") else ","
 
     def _columns(self) -> Columns:
-        with self.file.open() as stream, io.TextIOWrapper(stream, "utf-8-sig", "replace", "") as text:
-            header = next(csv.reader(text, delimiter=self._separator), [])
+        with self.file.open() as stream:
+            header = next(records(stream, usual=self._usual), [])
         return Columns(header, f"the first line of {self._name}")
 
     def _rows(self, columns: Sequence[str]) -> Iterator[Rows]:
-        convert = arrow_csv.ConvertOptions(
-            column_types={name: pa.large_string() for name in columns}, include_columns=list(columns)
-        )
-        parse = arrow_csv.ParseOptions(delimiter=self._separator, newlines_in_values=True)
-        read = arrow_csv.ReadOptions(use_threads=False)  # with threads, errors do not name the row
-        with (
-            self.file.open() as stream,
-            arrow_csv.open_csv(stream, read_options=read, parse_options=parse, convert_options=convert) as reader,
-        ):
-            number = 1
-            for batch in reader:
-                yield Rows(range(number, number + len(batch)), batch.to_pylist())
-                number += len(batch)
+        with self.file.open() as stream:
+            found = records(stream, usual=self._usual)
+            header, number = next(found, []), 1
+            wanted = [(name, header.index(name)) for name in columns]
+            for chunk in in_chunks(found, CHUNK):
+                rows = [{name: values[at] for name, at in wanted} for values in chunk]
+                yield Rows(range(number, number + len(rows)), rows)
+                number += len(rows)
 
 
 class JsonLinesTable(Table):
