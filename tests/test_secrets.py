@@ -64,6 +64,18 @@ def bucket(**keys):
     return [{"id": "pets", "type": "s3", "aws_bucket_name": "pets", **keys}]
 
 
+def test_folders_in_the_environment_are_no_secrets(monkeypatch, tmp_path):
+    """PWD is the shell's folder, not a password; a file of credentials is named in messages."""
+    file = tmp_path / "credentials.json"
+    file.write_text("{}")
+    monkeypatch.setenv("PWD", "/a/folder/of/mine")
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(file))
+    monkeypatch.setenv("STORE_PASSWORD", "open sesame")
+    text = f"/a/folder/of/mine/out, {file}"
+    assert redacted(text) == text
+    assert redacted("it is open sesame") == "it is ***"
+
+
 def test_config_show_has_no_secret(tmp_path, monkeypatch):
     monkeypatch.setenv("PETS_PASSWORD", PASSWORD)
     account = {"aws_access_key_id": "AKIAABCDEFGH", "aws_secret_access_key": PASSWORD}

@@ -72,7 +72,13 @@ def redacted(text: str) -> str:
 
 
 def _of_environment() -> set[str]:
-    return {value for name, value in os.environ.items() if len(value) >= SHORTEST and _SECRET_KEY.search(name.lower())}
+    named = {name: value for name, value in os.environ.items() if _SECRET_KEY.search(name.lower())}
+    folders = {"PWD", "OLDPWD"}  # of the shell, not a password's
+    return {
+        value
+        for name, value in named.items()
+        if len(value) >= SHORTEST and name not in folders and not os.path.exists(value)  # nor is a file of secrets one
+    }
 
 
 def without_secrets(value: Any) -> Any:
