@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -462,7 +463,7 @@ def test_a_finished_run_loads_without_its_data(load, registry, tmp_path):
     file = tmp_path / "config.resolved.json"
     file.write_text(json.dumps(load().resolved()))
     (tmp_path / "images").rmdir()
-    (tmp_path / "model").rmdir()
+    shutil.rmtree(tmp_path / "model")
     with pytest.raises(ConfigError):
         load_configuration(registry, config_file=file)
     assert load_configuration(registry, config_file=file, to_train=False).datasets[0].id == "pets"

@@ -72,8 +72,8 @@ def test_folders_in_the_environment_are_no_secrets(monkeypatch, tmp_path):
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(file))
     monkeypatch.setenv("STORE_PASSWORD", "open sesame")
     text = f"/a/folder/of/mine/out, {file}"
-    assert redacted(text) == text
-    assert redacted("it is open sesame") == "it is ***"
+    assert redaction.redacted(text) == text
+    assert redaction.redacted("it is open sesame") == "it is ***"
 
 
 def test_config_show_has_no_secret(tmp_path, monkeypatch):

@@ -12,6 +12,16 @@ from typer.testing import CliRunner
 PLUGIN = Path(__file__).with_name("fake_plugin.py")
 
 
+def link_model(folder: Path) -> None:
+    """Make `folder` an SDXL whose files are whole: the miniature's parts, without its recipe."""
+    from distill.model_families.sdxl import SDXL
+
+    folder.mkdir(exist_ok=True)
+    for part in SDXL.miniature.iterdir():
+        if part.name != "recipe.json" and not (folder / part.name).exists():
+            (folder / part.name).symlink_to(part)
+
+
 @dataclass
 class Pair:
     """A usable pair of files that a test spoils."""
@@ -22,7 +32,7 @@ class Pair:
     arguments: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        (self.folder / "model").mkdir(exist_ok=True)
+        link_model(self.folder / "model")
         (self.folder / "images").mkdir(exist_ok=True)
         self.config = {
             "model_type": "lora",
