@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from uuid import uuid4
 
-from ..errors import DistillError, UserError
+from ..errors import DistillError, UserError, described
 from .memory import gigabytes
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -61,7 +61,7 @@ def error_number(error: BaseException) -> int | None:
     """Return the system's number of an error, also where a library passes it on in its text alone."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno
-    found = _NUMBER.search(str(error))  # as safetensors and other libraries written in Rust put it
+    found = _NUMBER.search(described(error))  # as safetensors and other libraries written in Rust put it
     return int(found[1]) if found else None
 
 
