@@ -15,6 +15,7 @@ from ..diffusion.guidance import guides
 from ..drawing.grid import GridRow, labelled_grid, to_images
 from ..errors import UserError
 from ..utils.files import save_image
+from .prompts import encoded
 from .sampling import SamplingPlan, describe_guidance, make_images, plural, sampling, teacher_plan
 
 if TYPE_CHECKING:
@@ -145,9 +146,9 @@ class Validator:
 
     def prepare(self) -> None:
         """Encode the prompts, which stay in memory; call before the encoders are released."""
-        self._embeds = self._family.encode_prompts(self.plan.prompts)
+        self._embeds = encoded(self._family, self.plan.prompts)
         if self.plan.negative_prompt:
-            self._negative = self._family.encode_prompts([self.plan.negative_prompt])
+            self._negative = encoded(self._family, [self.plan.negative_prompt])
 
     def _sampling_plans(self) -> tuple[SamplingPlan, SamplingPlan, SamplingPlan]:
         return self.plan.teacher_few, self.plan.student, self.plan.teacher_full
