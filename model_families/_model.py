@@ -216,6 +216,8 @@ class DiffusersModel(ModelFamily):
         return None if length > UNLIMITED else length - self._tokenizer.num_special_tokens_to_add()
 
     def count_tokens(self, prompts: Sequence[str]) -> list[int]:
+        if not prompts:
+            return []
         # not verbose: what is too long is ours to say
         found = self._tokenizer(list(prompts), add_special_tokens=False, truncation=False, verbose=False)
         return [len(ids) for ids in found.input_ids]

@@ -79,6 +79,7 @@ def test_tokens_are_counted_as_they_are_read():
     for chunks, limit in ((1, 22), (4, 88)):
         model = family(max_prompt_chunks=chunks)
         assert model.max_prompt_tokens == limit
+    assert model.count_tokens([]) == []
     tokenizer = model._tokenizer
     for prompt in ("", "a cat", words(60)):
         assert model.count_tokens([prompt]) == [len(tokenizer(prompt, verbose=False).input_ids) - 2]
