@@ -25,22 +25,46 @@ def token_ids(tokenizer: Any, prompts: Sequence[str], *, length: int | None = No
     )
 
 
+def chunked_ids(tokenizer: Any, prompts: Sequence[str], chunks: int) -> Any:
+    """Return tokens (B * chunks, T), each prompt cut into `chunks` parts with marks of their own, and their mask.
+
+    T is the tokenizer's own length; the parts of a prompt follow each other, empty ones at the end.
+    """
+    length, begin, end = tokenizer.model_max_length, tokenizer.bos_token_id, tokenizer.eos_token_id
+    size = length - 2
+    whole = tokenizer(list(prompts), add_special_tokens=False, truncation=False, verbose=False).input_ids
+    parts = [ids[at : at + size] for ids in whole for at in range(0, chunks * size, size)]
+    marked = {"input_ids": [[begin, *part, end] for part in parts]}
+    return tokenizer.pad(marked, padding="max_length", max_length=length, return_tensors="pt")
+
+
 @torch.no_grad()
 def penultimate(
-    tokenizer: Any, encoder: Any, prompts: Sequence[str], *, length: int | None = None
+    tokenizer: Any, encoder: Any, prompts: Sequence[str], *, length: int | None = None, chunks: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """Return a CLIP text encoder's states (B, T, D) before its last layer, and its projection (B, P)."""
-    ids = token_ids(tokenizer, prompts, length=length).input_ids
-    output = encoder(ids.to(encoder.device), output_hidden_states=True)
-    return output.hidden_states[-2], output[0]
+    """Return a CLIP text encoder's states (B, chunks * T, D) before its last layer, and its projection (B, P) of the
+    first chunk.
+    """
+    tokens = token_ids(tokenizer, prompts, length=length) if chunks == 1 else chunked_ids(tokenizer, prompts, chunks)
+    output = encoder(tokens.input_ids.to(encoder.device), output_hidden_states=True)
+    states = output.hidden_states[-2]
+    return states.reshape(len(prompts), -1, states.shape[-1]), output[0][::chunks]
 
 
 @torch.no_grad()
 def last_states(
-    tokenizer: Any, encoder: Any, prompts: Sequence[str], *, length: int | None = None, masked: bool = False
+    tokenizer: Any,
+    encoder: Any,
+    prompts: Sequence[str],
+    *,
+    length: int | None = None,
+    masked: bool = False,
+    chunks: int = 1,
 ) -> Any:
-    """Return a text encoder's output, states (B, T, D) first; with the attention mask of its padding if `masked`."""
-    tokens = token_ids(tokenizer, prompts, length=length)
+    """Return a text encoder's output, states (B * chunks, T, D) first; with the attention mask of its padding if
+    `masked`.
+    """
+    tokens = token_ids(tokenizer, prompts, length=length) if chunks == 1 else chunked_ids(tokenizer, prompts, chunks)
     mask = tokens.attention_mask.to(encoder.device) if masked else None
     return encoder(tokens.input_ids.to(encoder.device), attention_mask=mask)
 

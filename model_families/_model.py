@@ -27,11 +27,13 @@ from ._encoders import decode, encode_by_pieces
 from ._file_signs import agreed
 from ._files import hash_files
 from ._finite import check_empty_prompt, check_network
-from ._lora import AnyLora, Lora, attach, check_lora, fuse, read_lora
+from ._lora import AnyLora, attach, check_lora, fuse, read_lora
 from ._lora_files import lora_file
 from ._open_source import open_source
+from ._plain_lora import Lora
 from ._schedulers import check_table, noise_defaults, with_fixed_shift
 from ._source import Source, TextEncoders
+from ._tokenizers import load_tokenizer
 from ._vae import with_vae
 
 if TYPE_CHECKING:
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+UNLIMITED = 10**6
+"""Lengths above this are what tokenizers without a limit say."""
 PROMPTS_AT_ONCE = 32
 """Number of prompts in one pass of the text encoders."""
 
@@ -103,6 +107,13 @@ class DiffusersModel(ModelFamily):
     def left_out(self) -> Collection[str]:
         """Text encoders and tokenizers that the user leaves out, of those that the model may lack."""
         return ()
+
+    @property
+    def longest_reader(self) -> tuple[str, int | None]:
+        """The tokenizer of the text encoder that reads most of a prompt, and its number of tokens, marks of beginning
+        and end included (None: the tokenizer's own).
+        """
+        return next(iter(self.architecture.tokenizers)), None
 
     def text_settings(self) -> Sequence[str]:
         """Return the settings that decide the encoding of prompts, for the fingerprint."""
@@ -242,6 +253,22 @@ class DiffusersModel(ModelFamily):
         text, at_once = self._text_encoders(), PROMPTS_AT_ONCE
         pieces = [self.encode(text, prompts[at : at + at_once]) for at in range(0, len(prompts), at_once)]
         return {key: torch.cat([piece[key] for piece in pieces]).cpu() for key in pieces[0]}
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return load_tokenizer(self._source, self.longest_reader[0])
+
+    @property
+    def max_prompt_tokens(self) -> int | None:
+        length = self.longest_reader[1] or self._tokenizer.model_max_length
+        return None if length > UNLIMITED else length - self._tokenizer.num_special_tokens_to_add()
+
+    def count_tokens(self, prompts: Sequence[str]) -> list[int]:
+        if not prompts:
+            return []
+        # not verbose: what is too long is ours to say
+        found = self._tokenizer(list(prompts), add_special_tokens=False, truncation=False, verbose=False)
+        return [len(ids) for ids in found.input_ids]
 
     def _text_encoders(self) -> TextEncoders:
         if self._text is None:

@@ -14,16 +14,16 @@ from ..core.errors import UserError
 from ..core.plugin_api.family import Capabilities
 from ._architecture import AUTOENCODER, UNET, Architecture, FilePart, KohyaFormat, ReadConfig, SingleFile
 from ._checks import check_unet
+from ._clip import ClipFamily
 from ._encoders import last_states
 from ._kohya import unet_place
-from ._unet import UNetFamily
 
 if TYPE_CHECKING:
     from ..core.plugin_api.batch import Conditioning
     from ._source import TextEncoders
 
 
-class StableDiffusion(UNetFamily):
+class StableDiffusion(ClipFamily):
     """The base of the first and the second generation; abstract. The unconditional is the encoded empty prompt."""
 
     capabilities: ClassVar[Capabilities] = Capabilities(
@@ -41,7 +41,9 @@ class StableDiffusion(UNetFamily):
     def encode(self, text: TextEncoders, prompts: Sequence[str]) -> Conditioning:
         tokenizer, encoder = text.pairs()[0]
         masked = bool(getattr(encoder.config, "use_attention_mask", False))
-        return {"prompt_embeds": last_states(tokenizer, encoder, prompts, masked=masked)[0]}
+        chunks = self.config.max_prompt_chunks
+        states = last_states(tokenizer, encoder, prompts, masked=masked, chunks=chunks)[0]
+        return {"prompt_embeds": states.reshape(len(prompts), -1, states.shape[-1])}
 
 
 def generation(

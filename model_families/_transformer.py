@@ -26,10 +26,20 @@ LORA_TARGETS = (
 """The attention and feed-forward layers of blocks with two streams, of images and of text, and the modulations that
 feed these blocks the time: a few-step student depends on the time in another way than its teacher.
 """
+LONGEST_T5 = 512
+"""Tokens that T5 was trained with."""
 NUM_FEATURES = 4
 """Largest number of activations that are features."""
 SINGLE_STREAM = "single_transformer_blocks"
 """Name of the blocks that come after those with two streams, in networks that have them."""
+
+
+def longer_t5(length: int, num_tokens: int) -> str:
+    """Return how T5, which reads `length` tokens, is made to read `num_tokens` and its mark of the end; empty where it
+    reads all that it can.
+    """
+    longer = min(num_tokens + 1, LONGEST_T5)
+    return f"raise family_config.max_sequence_length to {longer}, or shorten them" if longer > length else ""
 
 
 class TransformerFamily(DiffusersFamily):

@@ -35,7 +35,7 @@ from ._checks import check_channels
 from ._encoders import last_states
 from ._kohya_flux import KOHYA, flux_place
 from ._networks import check_guidance
-from ._transformer import LORA_TARGETS, TransformerFamily, check_flow
+from ._transformer import LORA_TARGETS, TransformerFamily, check_flow, longer_t5
 
 if TYPE_CHECKING:
     from ..core.diffusion.sampler import Sampler
@@ -116,6 +116,13 @@ class Flux(TransformerFamily):
         return super().taken_channels // PATCH
 
     # -- text ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def longest_reader(self) -> tuple[str, int | None]:
+        return "tokenizer_2", self.config.max_sequence_length
+
+    def long_prompts_remedy(self, num_tokens: int) -> str:
+        return longer_t5(self.config.max_sequence_length, num_tokens) or super().long_prompts_remedy(num_tokens)
 
     def text_settings(self) -> Sequence[str]:
         return (f"max_sequence_length={self.config.max_sequence_length}",)

@@ -25,7 +25,7 @@ from ._architecture import MINIATURES, Architecture, ReadConfig
 from ._checks import check_channels
 from ._encoders import last_states, penultimate
 from ._networks import check_guidance
-from ._transformer import TransformerFamily, check_flow
+from ._transformer import TransformerFamily, check_flow, longer_t5
 
 if TYPE_CHECKING:
     from ..core.plugin_api.batch import Conditioning
@@ -89,6 +89,14 @@ class SD3(TransformerFamily):
     @property
     def left_out(self) -> Sequence[str]:
         return () if self.config.t5 else T5
+
+    @property
+    def longest_reader(self) -> tuple[str, int | None]:
+        tokenizer, length = T5[0], self.config.max_sequence_length
+        return (tokenizer, length) if self.config.t5 and self._source.has(tokenizer) else super().longest_reader
+
+    def long_prompts_remedy(self, num_tokens: int) -> str:
+        return longer_t5(self.config.max_sequence_length, num_tokens) or super().long_prompts_remedy(num_tokens)
 
     def text_settings(self) -> Sequence[str]:
         return (f"t5={self.config.t5}", f"max_sequence_length={self.config.max_sequence_length}")

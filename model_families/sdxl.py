@@ -24,9 +24,9 @@ from ..core.plugin_api.family import Capabilities, MicroConditioning, ModelFamil
 from ..core.plugin_api.hookspecs import hookimpl
 from ._architecture import AUTOENCODER, MINIATURES, UNET, Architecture, FilePart, KohyaFormat, ReadConfig, SingleFile
 from ._checks import check_unet
+from ._clip import ClipFamily
 from ._encoders import penultimate
 from ._kohya import original_unet, unet_place
-from ._unet import UNetFamily
 
 if TYPE_CHECKING:
     from ..core.plugin_api.batch import Conditioning
@@ -45,7 +45,7 @@ def check_configs(name: str, config: ReadConfig) -> None:
     check_unet(name, unet, config("vae/config.json"))
 
 
-class SDXL(UNetFamily):
+class SDXL(ClipFamily):
     """Stable Diffusion XL and its fine-tunes."""
 
     name: ClassVar[str] = "sdxl"
@@ -100,7 +100,7 @@ class SDXL(UNetFamily):
         original_path=unet_place,
     )
 
-    class Config(UNetFamily.Config):
+    class Config(ClipFamily.Config):
         """Settings of the SDXL family, under ``family_config``."""
 
     @cached_property
@@ -112,7 +112,8 @@ class SDXL(UNetFamily):
         return {"force_zeros_for_empty_prompt": self.zeros_for_uncond}
 
     def encode(self, text: TextEncoders, prompts: Sequence[str]) -> Conditioning:
-        states, pooled = zip(*(penultimate(*pair, prompts) for pair in text.pairs()), strict=True)
+        chunks = self.config.max_prompt_chunks
+        states, pooled = zip(*(penultimate(*pair, prompts, chunks=chunks) for pair in text.pairs()), strict=True)
         return {"prompt_embeds": torch.cat(states, dim=-1), "pooled_prompt_embeds": pooled[-1]}
 
     def condition(self, embeds: Conditioning, micro: MicroConditioning) -> Conditioning:

@@ -31,6 +31,7 @@ def generate(
 ) -> None:
     """Make an image with the student of a finished run."""
     from ..drawing.grid import to_images
+    from ..evaluation.prompts import cut_prompts, encoded
     from ..evaluation.sampling import SamplingPlan, make_images, sampling
     from ..evaluation.validation import slug
     from ..runs.builders import build_family, build_method
@@ -54,7 +55,9 @@ def generate(
     recipe = SamplingPlan("student", role, sampler, sampler.num_inference_steps, sampler.guidance_scale)
     width, height = default_resolution(configuration)
     networks = ExportedNetworks(family, output_dir / STUDENT_FOLDER, extra_loras=loras)
-    embeds = family.encode_prompts([prompt])
+    for line in cut_prompts(family, [prompt]):
+        logger.warning(line)
+    embeds = encoded(family, [prompt])
     with sampling(networks, role) as network:
         batches = list(make_images(family, network, recipe, embeds, [0], [seed], width=width, height=height))
     file = out or output_dir / "generated" / f"{slug(prompt)}-{recipe.steps}steps-seed{seed}.png"

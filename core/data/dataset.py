@@ -43,6 +43,7 @@ class Counts:
         buckets: Images by (width, height).
         captions: Different texts of the images in use.
         without_caption: The first image that has none.
+        cut: What is said of captions that the text encoders do not read to their end; empty where they read all.
     """
 
     noun: str = "image"
@@ -53,6 +54,7 @@ class Counts:
     buckets: dict[tuple[int, int], int] = field(default_factory=dict)
     captions: int = 0
     without_caption: str = ""
+    cut: str = ""
 
 
 def in_parts(values: NDArray[Any]) -> Iterator[NDArray[Any]]:

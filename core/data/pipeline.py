@@ -35,6 +35,7 @@ from .index.sequential import Opener
 from .loader import IMAGES_ALONE, BatchContents, BatchLayout, BatchLoader, CachedDataset, CachedLatents, Prefetch
 from .order import Curriculum, Stream
 from .report.buckets import small_buckets, unused_buckets
+from .report.cut_captions import cut_captions
 from .report.dataset_report import DatasetReport, write_reports
 from .report.summary import DataReport, describe, named_with_reasons
 from .samples.captions import CaptionRules
@@ -126,6 +127,8 @@ class DataPipeline:
             for dataset in self._datasets:
                 dataset.check_not_empty()
                 dataset.count_captions()
+                cut = cut_captions(dataset, self._family) if shard.rank == 0 else None
+                dataset.counts.cut = cut.line() if cut else ""
         return self._datasets
 
     def _shard(self) -> WorkerShard:

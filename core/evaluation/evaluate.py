@@ -15,6 +15,7 @@ from ..drawing.grid import to_images
 from ..errors import described, is_failure
 from ..plugin_api.evaluator import Evaluator, Samples
 from .plan import EvaluationPlan
+from .prompts import encoded
 from .result import Row
 from .sampling import SamplingPlan, batch_size, make_images, plural, sampling
 
@@ -120,7 +121,7 @@ def _by_role(sampling_plans: Sequence[SamplingPlan]) -> Iterator[tuple[str, list
 
 def encode(family: ModelFamily, prompts: Sequence[str], *, size: int = 64) -> Conditioning:
     """Encode all prompts in batches, with the prompts in front."""
-    parts = [family.encode_prompts(prompts[start : start + size]) for start in range(0, len(prompts), size)]
+    parts = [encoded(family, prompts[start : start + size]) for start in range(0, len(prompts), size)]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 

@@ -16,6 +16,7 @@ from ..drawing.grid import GridRow, labelled_grid, to_images
 from ..errors import UserError
 from ..utils.files import save_image
 from ..utils.progress import working
+from .prompts import encoded
 from .sampling import SamplingPlan, describe_guidance, make_images, plural, sampling, teacher_plan
 
 if TYPE_CHECKING:
@@ -146,9 +147,9 @@ class Validator:
 
     def prepare(self) -> None:
         """Encode the prompts, which stay in memory; call before the encoders are released."""
-        self._embeds = self._family.encode_prompts(self.plan.prompts)
+        self._embeds = encoded(self._family, self.plan.prompts)
         if self.plan.negative_prompt:
-            self._negative = self._family.encode_prompts([self.plan.negative_prompt])
+            self._negative = encoded(self._family, [self.plan.negative_prompt])
 
     def folders(self, step: int) -> tuple[str, str]:
         """Return the folders that the images of `step` go to, relative to the run's: the step's own, the teacher's."""

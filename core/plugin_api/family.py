@@ -199,6 +199,22 @@ class ModelFamily(ABC):
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """Return text embeddings that can be cached, each of shape (B, ...), on the CPU."""
 
+    @property
+    def max_prompt_tokens(self) -> int | None:
+        """The number of tokens of a prompt that its text encoders read, without marks of beginning and end: the rest is
+        cut off. None where nothing is, or where it is unknown.
+        """
+        return None
+
+    def count_tokens(self, prompts: Sequence[str]) -> Sequence[int]:
+        """Return the number of tokens of each whole prompt, as :attr:`max_prompt_tokens` counts; loads no weights."""
+        raise NotImplementedError(f"the family {self.name} has no limit (max_prompt_tokens)")
+
+    def long_prompts_remedy(self, num_tokens: int) -> str:
+        """Return what users can do so that prompts of `num_tokens` tokens are read whole."""
+        del num_tokens
+        return "write the most important first, or shorten them"
+
     @abstractmethod
     def condition(self, embeds: Conditioning, micro: MicroConditioning) -> Conditioning:
         """Return the network's conditioning, each (B, ...): cached embeddings and micro-conditioning (fp32)."""

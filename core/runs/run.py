@@ -168,9 +168,13 @@ class Run(TrainingObserver):
         validator = self.parts.validator
         with self.parts.processes.synchronized():
             if validator and self.parts.processes.main:
+                from ..evaluation.prompts import cut_prompts
                 from ..evaluation.validation import describe
 
                 logger.info(describe(validator.plan))
+                plan = validator.plan
+                for line in cut_prompts(self.parts.family, [*plan.prompts, plan.negative_prompt]):
+                    logger.warning(line)
                 with working("encoding the validation prompts"):
                     validator.prepare()
                 self.parts.family.release_encoders()

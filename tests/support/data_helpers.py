@@ -25,6 +25,7 @@ class FakeFamily:
     name = "fake"
     pixel_multiple = 8
     latent_channels, scale_factor = 3, 8
+    max_prompt_tokens = None
     overflow_remedies = {"text": "mend the text encoder", "vae": "mend the autoencoder"}
 
     def __init__(self, *, text: str = "t1", vae: str = "v1", fail_after: int | None = None) -> None:

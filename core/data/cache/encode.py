@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from ...utils.disk import DiskFull, free_bytes
+from ...utils.finite import finite_rows
 from ...utils.progress import TaskProgress
 from ...utils.prompt_library import shortened
 from ...utils.seeds import derive_seed
@@ -26,7 +27,6 @@ from ..dataset import Dataset
 from ..hashing import Int64s, UInt64s
 from ..samples.geometry import MEGAPIXEL
 from ..samples.images import BrokenImage, why_unread
-from .finite import finite_rows
 from .tensor_cache import Failure, TensorCache
 
 if TYPE_CHECKING:

@@ -41,9 +41,9 @@ from torch import Tensor
 
 from ...errors import DistillError
 from ...utils.files import PARTIAL, append_line, is_stale, sync_folder, write_whole
+from ...utils.finite import finite_rows
 from ..hashing import LOOKUP_ROWS, Int64s, Lookup, UInt64s
 from ..mapped import MappedShard
-from .finite import finite_rows
 from .manifests import DESCRIPTOR, Failure, Shard, whole_lines
 from .mirror import Mirror
 

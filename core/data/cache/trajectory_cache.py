@@ -23,13 +23,13 @@ from ...diffusion.solvers import TimestepGrid, trailing_timesteps
 from ...errors import UserError
 from ...plugin_api.batch import Trajectories
 from ...plugin_api.family import MicroConditioning
+from ...utils.finite import finite_rows
 from ...utils.progress import TaskProgress
 from ...utils.prompt_library import shortened
 from ...utils.seeds import derive_seed
 from ..dataset import Dataset
 from ..hashing import Int64s, UInt64s, combine
 from .encode import as_void, chunked, per_call
-from .finite import finite_rows
 from .teacher_trajectory import TeacherAlone, follow
 from .tensor_cache import TensorCache
 

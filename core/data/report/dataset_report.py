@@ -104,7 +104,9 @@ def _file(name: str) -> str:
 def _made_from(dataset: Dataset, global_batch: int, heaviest: float) -> str:
     status = dataset.index.path.stat()
     settings = dataset.settings.model_dump_json(exclude={"backend"})
-    counts = json.dumps([dataset.counts.used, len(dataset.counts.quarantined), dataset.counts.captions])
+    counts = json.dumps(
+        [dataset.counts.used, len(dataset.counts.quarantined), dataset.counts.captions, dataset.counts.cut]
+    )
     parts = (FORMAT, status.st_size, status.st_mtime_ns, settings, counts, global_batch, heaviest)
     return blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
@@ -245,6 +247,7 @@ def _facts(figures: DatasetStatistics) -> list[list[str]]:
         "scaled up to their bucket": f"{figures.enlarged:.1%}" if figures.width is not None else "",
         "captions": f"{figures.captions:,}",
         "different captions": f"{figures.different_captions:,}" if figures.different_captions else "",
+        "captions cut off": _cell(figures.cut),
         "full batches in the first epoch": f"{full:,} of {figures.global_batch}",
         f"{noun} carried over to the next": f"{carried:,.6g}",
     }

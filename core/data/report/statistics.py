@@ -104,6 +104,7 @@ class DatasetStatistics:
         buckets: The largest first.
         captions: Captions of the used samples, with those that come again.
         different_captions: Different texts of the used samples.
+        cut: What is said of captions that the text encoders do not read to their end.
         captions_each: Per sample.
         words: Per caption.
         word_counts: Captions by their number of words.
@@ -131,6 +132,7 @@ class DatasetStatistics:
     sizes: Histogram | None = None
     aspects: Histogram | None = None
     enlarged: float = 0.0
+    cut: str = ""
 
     @property
     def title(self) -> str:
@@ -156,7 +158,7 @@ def statistics_of(dataset: Dataset, *, global_batch: int, heaviest: float) -> Da
         buckets=_buckets(dataset, global_batch, heaviest), captions=int(per_sample.sum()),
         different_captions=counts.captions, captions_each=Spread.of(per_sample), words=Spread.of(words),
         word_counts=Histogram.of(np.searchsorted(WORD_EDGES, words, side="right"), _word_labels()),
-        left_out=dict(counts.left_out), broken=dict(counts.quarantined),
+        cut=counts.cut, left_out=dict(counts.left_out), broken=dict(counts.quarantined),
         without_caption=[printable(index.key(row)) for row in lacking],
         **(_shapes(dataset) if dataset.settings.has_images else {}),
     )  # fmt: skip

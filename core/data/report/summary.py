@@ -83,6 +83,7 @@ def describe(name: str, counts: Counts) -> list[str]:
         f"dataset {name!r}: {counts.used:,} of {counts.found:,} {counts.noun}s in {size} ({shown}{more}), "
         f"{counts.captions:,} different captions"
     ]
+    lines += [f"dataset {name!r}: {counts.cut}"] if counts.cut else []
     lines += [f"dataset {name!r}: {number:,} left out: {reason}" for reason, number in counts.left_out.items()]
     if counts.quarantined:
         items = list(counts.quarantined.items())

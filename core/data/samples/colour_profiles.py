@@ -1,3 +1,4 @@
+# pyright: reportAttributeAccessIssue=false
 """Embedded colour profiles (ICC): the colours that a file means, as sRGB."""
 
 from __future__ import annotations

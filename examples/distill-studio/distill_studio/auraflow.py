@@ -59,6 +59,10 @@ class AuraFlow(DiffusersFamily):
         max_sequence_length: int = Field(PIPELINE_TOKENS, ge=1, le=512)
         """Tokens of a prompt that T5 reads; the rest is cut off."""
 
+    @property
+    def longest_reader(self):
+        return "tokenizer", self.config.max_sequence_length
+
     def text_settings(self):
         return (f"max_sequence_length={self.config.max_sequence_length}",)
 

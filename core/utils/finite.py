@@ -1,4 +1,4 @@
-"""Values that are not finite (NaN or infinity): in a tensor of the cache they would spoil every batch that has them."""
+"""Values that are not finite (NaN or infinity): in one entry they would spoil every batch that has it."""
 
 from __future__ import annotations
 
