@@ -73,7 +73,7 @@ class DiffusersFamily(DiffusersModel):
     # -- network ----------------------------------------------------------------------------------------------------
 
     def load_network(self) -> nn.Module:
-        loras = self.teacher_loras()
+        loras = self.loras.teacher()
         dtype = torch.float32 if loras else self._weight_dtype()  # fused in float32, rounded once
         with working("loading the teacher"):
             network: Any = self._source.load_denoiser(dtype)
@@ -98,7 +98,7 @@ class DiffusersFamily(DiffusersModel):
         return empty_denoiser(self.architecture, self.denoiser_config)
 
     def attach_adapter(self, network: nn.Module, path: str, adapter: str) -> None:
-        attach(self.architecture, {self.architecture.denoiser: network}, {adapter: self.plain_lora(path)})
+        attach(self.architecture, {self.architecture.denoiser: network}, {adapter: self.loras.plain(path)})
         load_second_time(network, student_folder(path), name=adapter)
 
     def forward_ad(self) -> AbstractContextManager[None]:
@@ -219,7 +219,7 @@ class DiffusersFamily(DiffusersModel):
         named = [*loras, *((extra.path, extra.weight) for extra in extra_loras)]
         names = [*("student" for _ in loras), *(f"extra_{n}" for n in range(len(extra_loras)))]
         adapters = {
-            adapter: self.plain_lora(path, weight) for adapter, (path, weight) in zip(names, named, strict=True)
+            adapter: self.loras.plain(path, weight) for adapter, (path, weight) in zip(names, named, strict=True)
         }
         if loras:
             network = self.load_network()
@@ -255,7 +255,7 @@ class DiffusersFamily(DiffusersModel):
             variant=self.config.variant,
             absent=[part for part in self.architecture.optional if part in self.left_out or not self._source.has(part)],
             neutral=self.flow_needs_help,
-            by_hand=[lora for lora, _ in self.settings.teacher_lora if not self.read_by_diffusers(lora)],
+            by_hand=[lora for lora, _ in self.settings.teacher_lora if not self.loras.read_by_diffusers(lora)],
             call=call,
         )
 

@@ -21,16 +21,14 @@ from ..core.plugin_api.family import ExtraLora, MicroConditioning, ModelFamily, 
 from ..core.plugin_api.precision import BASE, text_encoder
 from ..core.utils.memory import is_out_of_memory
 from ..core.utils.progress import working
-from ._adapter_file import AdapterFile, Fit
-from ._empty import empty_network
 from ._encoders import decode, encode_by_pieces
 from ._file_signs import agreed
 from ._files import hash_files
 from ._finite import check_empty_prompt, check_network
-from ._lora import AnyLora, attach, check_lora, fuse, read_lora
+from ._lora import attach, fuse
 from ._lora_files import lora_file
+from ._loras import Loras
 from ._open_source import open_source
-from ._plain_lora import Lora
 from ._schedulers import check_table, noise_defaults, with_fixed_shift
 from ._source import Source, TextEncoders
 from ._tokenizers import load_tokenizer
@@ -177,13 +175,7 @@ class DiffusersModel(ModelFamily):
         self._source.check_weights([part for part in self.architecture.networks if part not in elsewhere])
         if self.settings.vae is not None:
             self._vae_source.check_weights(["vae"])
-        for lora, _ in self.settings.teacher_lora:
-            file, fit = self._check_teacher_lora(lora)
-            if file.needs_exact:
-                kinds = ", ".join(sorted(file.kinds))
-                logger.info("teacher_lora %s: %d layers (%s) are fused into the teacher", lora, len(fit.applied), kinds)
-        if self.settings.init_lora is not None:
-            check_lora(self.settings.init_lora, self.architecture, self._adaptable, fused=False)
+        self.loras.check()
         check_table(self.settings.source, self.scheduler_config, from_scheduler_config(self.scheduler_config)[0])
         self._say_signs()
         self._say_resolution()
@@ -277,14 +269,14 @@ class DiffusersModel(ModelFamily):
         return self._text
 
     def _load_text(self) -> TextEncoders:
-        fused = self.teacher_loras()
+        fused = self.loras.teacher()
         text = self._source.load_text(torch.float32 if fused else self._weight_dtype(), without=self.left_out)
         own = {name: text.encoders[name] for name in self.architecture.lora_encoders}
         fuse(self.architecture, own, fused)
         for number, name in enumerate(self.architecture.encoders, 1):
             if name in text.encoders:
                 self._place_encoder(text.encoders[name], number)
-        extras = [self.plain_lora(extra.path, extra.weight) for extra in self._beside]
+        extras = [self.loras.plain(extra.path, extra.weight) for extra in self._beside]
         attach(self.architecture, own, {f"extra_{n}": lora for n, lora in enumerate(extras)})
         for encoder in text.encoders.values():
             self._finalize(encoder.requires_grad_(False).eval())
@@ -308,39 +300,9 @@ class DiffusersModel(ModelFamily):
                 weight.data = weight.data.to(self.settings.device, self._weight_dtype())
 
     @cached_property
-    def _adaptable(self) -> dict[str, Any]:
-        """The denoiser and the text encoders that a LoRA may change, on the meta device."""
-        parts = (self.architecture.denoiser, *self.architecture.lora_encoders)
-        return {
-            part: empty_network(self.architecture, part, self._source.config(f"{part}/config.json"))
-            for part in parts
-            if part not in self.left_out and self._source.has(part)
-        }
-
-    def _strict(self, lora: str) -> bool:
-        return lora not in self.settings.partial_loras
-
-    def _check_teacher_lora(self, lora: str) -> tuple[AdapterFile, Fit]:
-        return check_lora(lora, self.architecture, self._adaptable, fused=True, strict=self._strict(lora))
-
-    def read_by_diffusers(self, lora: str) -> bool:
-        """Return True if plain diffusers fuses this LoRA of the teacher as it is fused here."""
-        file, fit = self._check_teacher_lora(lora)
-        exact = file.needs_exact or not fit.whole
-        return not exact and file.by_diffusers(1.0, self.architecture, self._adaptable) is not None
-
-    def teacher_loras(self) -> list[AnyLora]:
-        """Read the LoRAs that are fused into the teacher. Raises UserError for one that does not fit."""
-        return [
-            read_lora(name, weight, self.architecture, self._adaptable, fused=True, strict=self._strict(name))
-            for name, weight in self.settings.teacher_lora
-        ]
-
-    def plain_lora(self, name: str, weight: float = 1.0) -> Lora:
-        """Read a LoRA that is attached beside others. Raises UserError unless it is a plain one that fits."""
-        lora = read_lora(name, weight, self.architecture, self._adaptable, fused=False)
-        assert isinstance(lora, Lora)
-        return lora
+    def loras(self) -> Loras:
+        """The LoRAs that the run names, compared with this model."""
+        return Loras(self.architecture, self._source, self.settings, self.left_out)
 
     def condition(self, embeds: Conditioning, micro: MicroConditioning) -> Conditioning:
         return dict(embeds)

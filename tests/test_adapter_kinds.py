@@ -333,7 +333,7 @@ def test_kinds_beside_a_student_are_refused_with_the_way_out(tiny, base, tmp_pat
     student = write(tmp_path, plain_layer(base, LINEAR), name="pytorch_lora_weights.safetensors")
     with pytest.raises(UserError, match="LoHa"):
         make(tiny).load_student(tmp_path, extra_loras=[ExtraLora(file)])
-    assert make(tiny).plain_lora(student).num_layers("unet") == 1
+    assert make(tiny).loras.plain(student).num_layers("unet") == 1
 
 
 def test_files_that_are_crafted_are_refused(tiny, base, tmp_path):
