@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from distill.core.errors import SHOWN_FINDINGS
+from PIL import Image
 from support.config_files import Pair, distill, said
 
 SECONDS = 2.0
@@ -215,3 +216,18 @@ def test_merge_keys_and_dates_are_ordinary_yaml(tmp_path):
     assert [(entry["id"], entry["repeats"], entry["crop"]) for entry in shown["data"]] == [
         ("pets", 2, False), ("again", 3, False), ("last", 7, True),
     ]  # fmt: skip
+
+
+def test_an_address_that_is_none_is_set_aside_and_not_tried_again(tmp_path):
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / "images/0.png")
+    table = "image,caption\nimages/0.png,one\nhttp://host:port/1.png,two\nhttp://" + "a" * 70 + ".x/2.png,three\n"
+    (tmp_path / "table.csv").write_text(table)
+    (tmp_path / "data.json").write_text(json.dumps([{"id": "a", "type": "csv", "csv_file": "table.csv"}]))
+    start = time.monotonic()
+    result = distill("data", "report", "--data", tmp_path / "data.json", "--output-dir", tmp_path / "out")
+    assert time.monotonic() - start < 60, "twelve attempts took 108 s"
+    assert result.exit_code == 0, result.stderr
+    report = (tmp_path / "out/data/a/report.md").read_text()
+    assert "1 of 3 images used" in report
+    assert "host:port" in report

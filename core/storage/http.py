@@ -65,6 +65,8 @@ class HttpStore(RemoteStore):
         headers = {"Accept-Encoding": "identity", **self._headers, **(more or {})}
         try:
             answer = self._pool.request(method, self.address(key), headers=headers, decode_content=False)
+        except urllib3.exceptions.LocationValueError:  # nothing that another attempt would mend
+            raise FileNotFoundError(errno.ENOENT, "the address is none", self._place(key)) from None
         except urllib3.exceptions.HTTPError as error:
             reason = getattr(error, "reason", None)
             raise Transient(self._why(reason if isinstance(reason, Exception) else error)) from None
