@@ -135,7 +135,9 @@ class Run(TrainingObserver):
     # -- the flow ---------------------------------------------------------------------------------------------------
 
     def _open(self) -> None:
-        if self.parts.config.miniature:
+        if self.parts.config.miniature_named:
+            logger.info(f"the model named is {self.settings.model_family}'s miniature")
+        elif self.parts.config.miniature:
             logger.info(MINIATURE)
         with self.parts.processes.synchronized():
             if self.parts.processes.main:
