@@ -135,10 +135,8 @@ class Run(TrainingObserver):
     # -- the flow ---------------------------------------------------------------------------------------------------
 
     def _open(self) -> None:
-        if self.parts.config.miniature_named:
-            logger.info(f"the model named is {self.settings.model_family}'s miniature")
-        elif self.parts.config.miniature:
-            logger.info(MINIATURE)
+        if self.parts.config.miniature:
+            logger.info(miniature_note(self.parts.config))
         with self.parts.processes.synchronized():
             if self.parts.processes.main:
                 self._folder.open(self.parts)
@@ -327,6 +325,13 @@ class Run(TrainingObserver):
                 logger.info(f"saved: {saved}. To go on: {_resume_command(self.settings.output_dir)}")
         for hint in explain_memory(self.parts, error):
             logger.info(hint)
+
+
+def miniature_note(configuration: Configuration) -> str:
+    """Return the line about a run on the miniature that ships with the family, named or for want of a model."""
+    if configuration.miniature_named:
+        return f"the model named is {configuration.run.model_family}'s miniature"
+    return MINIATURE
 
 
 def _resume_command(output_dir: Path) -> str:
