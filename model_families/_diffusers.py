@@ -16,7 +16,7 @@ from ..core.plugin_api.family import ExportInfo, ExtraLora, Precision
 from ..core.plugin_api.precision import BASE
 from ..core.utils.progress import working
 from . import _export as exporting
-from ._empty import empty_denoiser
+from ._empty import empty_network
 from ._files import quiet_libraries
 from ._images import build_pipeline, call_arguments, evaluating, sample_latents
 from ._kohya import export_kohya, no_form
@@ -95,7 +95,7 @@ class DiffusersFamily(DiffusersModel):
         return network
 
     def empty_network(self) -> nn.Module:
-        return empty_denoiser(self.architecture, self.denoiser_config)
+        return empty_network(self.architecture, self.architecture.denoiser, self.denoiser_config)
 
     def attach_adapter(self, network: nn.Module, path: str, adapter: str) -> None:
         attach(self.architecture, {self.architecture.denoiser: network}, {adapter: self.loras.plain(path)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
 
     from ._architecture import Architecture
 
+KEPT = 8
+"""Number of networks on the meta device that are kept."""
+_built: dict[tuple[str, str, str], Any] = {}
 TEXT_MODEL = "text_model."
 """Prefix of CLIP's tensors, which files have or lack by the version that wrote them."""
 
@@ -26,7 +30,16 @@ def empty_denoiser(architecture: Architecture, config: Mapping[str, Any]) -> Any
 
 
 def empty_network(architecture: Architecture, part: str, config: Mapping[str, Any]) -> Any:
-    """Build any network of an architecture on the meta device, from its ``config.json``."""
+    """Return any network of an architecture on the meta device, to be looked at and not changed: it is built once."""
+    key = (architecture.denoiser_class, architecture.encoders.get(part, part), json.dumps(config, sort_keys=True))
+    if key not in _built:
+        while len(_built) >= KEPT:
+            _built.pop(next(iter(_built)))
+        _built[key] = _build(architecture, part, config)
+    return _built[key]
+
+
+def _build(architecture: Architecture, part: str, config: Mapping[str, Any]) -> Any:
     import torch
 
     if part == architecture.denoiser:

@@ -535,3 +535,31 @@ def test_a_resolved_run_on_the_miniature_is_still_known_as_one(miniature, regist
     again = load_configuration(registry, config_file=file)
     assert again.miniature
     assert again.resolved() == first
+
+
+def test_a_miniature_that_was_named_is_not_said_to_be_for_want_of_a_model(miniature, registry, tmp_path, monkeypatch):
+    from distill.core.runs.run import miniature_note
+
+    pair = Pair(tmp_path)
+    pair.write()
+    flags = {"model_family": "plain-family"}
+    assert miniature_note(load_configuration(registry, flags=flags)).startswith("no model named: ")
+    monkeypatch.chdir(miniature.parent)
+    for named in (str(miniature), f"./{miniature.name}"):
+        flags["pretrained_model_name_or_path"] = named
+        found = load_configuration(registry, data_file=pair.data_file, flags=flags, overrides=["max_train_steps=3"])
+        assert found.miniature
+        assert miniature_note(found) == "the model named is plain-family's miniature"
+
+
+@pytest.mark.parametrize("rank", ["many", 0, -3])
+def test_a_bad_rank_is_one_finding_and_none_of_the_alpha_that_is_made_of_it(load, rank):
+    with pytest.raises(ConfigError) as refused:
+        load({"lora_rank": rank})
+    assert [finding.key for finding in refused.value.findings] == ["lora_rank"]
+
+
+def test_a_bad_alpha_that_was_given_is_said_beside_a_bad_rank(load):
+    with pytest.raises(ConfigError) as refused:
+        load({"lora_rank": "many", "lora_alpha": -1})
+    assert {finding.key for finding in refused.value.findings} == {"lora_rank", "lora_alpha"}

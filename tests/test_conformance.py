@@ -171,6 +171,46 @@ def test_the_fault_of_each_broken_plugin_is_reported(fault, tmp_path):
         assert [outcome.result for outcome in report.outcomes] == ["ok"]
 
 
+@pytest.mark.parametrize(
+    ("right", "wrong", "words", "least"),
+    [
+        (
+            'return [distill.Role("teacher"), distill.Role("student", trains=setup.model_type)]',
+            'return ["teacher", "student"]',
+            "OneStep.roles returned 'teacher', not a distill.Role. Return `[distill.Role(",
+            8,
+        ),
+        (
+            "if schedule.clean_at_zero:",
+            "import diffusers; return diffusers.DDIMScheduler()",
+            "OneStep.sampler returned DDIMScheduler, not a distill.Sampler. Return `distill.Sampler(",
+            2,
+        ),
+        (
+            'yield distill.Update("student", losses.mean(),',
+            'yield distill.Update("student", losses.mean().detach(),',
+            "OneStep.updates yielded a loss of 'student' without a gradient. Is it detached, or was "
+            '`context.predict("student", ...)` called under `torch.no_grad()`?',
+            6,
+        ),
+    ],
+)
+def test_a_reason_that_many_checks_fail_for_is_printed_once_with_what_to_write(right, wrong, words, least, tmp_path):
+    code = GOOD.read_text(encoding="utf-8")
+    assert code.count(right) == 1
+    if wrong.startswith("import"):
+        wrong += "\n        if schedule.clean_at_zero:"
+    (tmp_path / "mistaken.py").write_text(code.replace(right, wrong), encoding="utf-8")
+    result = distill("plugins", "check", tmp_path / "mistaken.py", "--only", "[eps]")
+    assert result.exit_code == 1
+    assert result.stdout.count(words) == 1
+    (line,) = [line for line in result.stdout.splitlines() if words in line]
+    number = int(re.match(r"failed: (\d+) checks, all for this reason: ", line)[1])
+    assert number >= least
+    assert f"{number} failed" in result.stdout
+    assert "  method one-step: " in result.stdout
+
+
 @pytest.mark.parametrize("fault", BROKEN)
 def test_the_good_plugin_passes_where_the_broken_ones_fail(fault):
     """What fails is the fault, not the check."""

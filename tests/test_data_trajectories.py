@@ -24,7 +24,7 @@ from distill.core.plugin_api.family import ModelSettings
 from distill.core.settings.dataset_settings import DatasetSettings
 from distill.core.testing.paths import TABLE
 from distill.model_families.sdxl import SDXL
-from support.config_files import PLUGIN, distill, said
+from support.config_files import PLUGIN, distill, link_model, said
 from support.data_helpers import entry, fill, prompts, take
 from support.small_run import execute, losses, write_run
 from support.trajectory_cache import TrajectoryFamily, cache_entry, trajectory_pipeline
@@ -393,7 +393,8 @@ def write_run_kept(root: Path, **settings) -> Path:
 
 def check(tmp_path, *entries: dict, **config):
     """`distill config check` of a kd run over images and these entries."""
-    write_run(tmp_path, model=tmp_path, **{**KD, **config})
+    link_model(tmp_path / "model")
+    write_run(tmp_path, model=tmp_path / "model", **{**KD, **config})
     data = [{"id": "noise", "instance_data_dir": "images"}, *entries]
     (tmp_path / "multidatabackend.json").write_text(json.dumps(data))
     return distill("config", "check", "--config", str(tmp_path / "out.json"), "--plugin", str(PLUGIN))

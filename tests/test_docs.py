@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import shlex
 from pathlib import Path
@@ -169,6 +170,34 @@ def test_files_and_modules_that_a_page_names_exist(page):
 def test_paths_and_modules_are_found_in_a_page():
     assert {"core/diffusion/schedule.py", "core/engine/networks.py", "core/data"} <= paths_named("docs/design.md")
     assert "distill.core.diffusion.prediction.Prediction" in modules_named("docs/api.md")
+
+
+def test_each_module_that_the_page_of_methods_lists_can_be_imported():
+    listed = text("docs/methods.md").partition("lies in `distill.core.diffusion`")[2].partition("\n\n")[0]
+    named = re.findall(r"`([a-z_]+)`", listed.partition("A method with")[0])
+    assert {"consistency", "multistep", "weights"} <= set(named)
+    for name in named:
+        resolve_name(f"distill.core.diffusion.{name}")
+
+
+def test_the_recipe_of_the_miniature_is_what_its_page_says():
+    recipe = json.loads((ROOT / "model_families/assets/sdxl_miniature/recipe.json").read_text())
+    settings = text(MINIATURE).partition("## Its settings")[2].partition("## The result")[0]
+    for said in (
+        f"`resolution` {recipe['resolution']}",
+        f"`aspect_bucket_alignment` {recipe['aspect_bucket_alignment']}",
+        f"{recipe['max_train_steps']:,} steps of {recipe['train_batch_size']} samples",
+        f"rank {recipe['lora_rank']}",
+        f"`ema_decay` {recipe['ema_decay']}",
+        f"1e-3, after {recipe['lr_warmup_steps']} steps",
+        f"every {recipe['validation_step_interval']} steps, by",
+        f"the student at {recipe['validation_num_inference_steps']} steps; a checkpoint",
+        f"{recipe['evaluation_num_samples']} images each",
+        f"the teacher at {' and '.join(recipe['evaluation_teacher_steps'].split(','))} steps",
+    ):
+        assert said in settings, said
+    assert (recipe["learning_rate"], recipe["lr_end"]) == (1e-3, 5e-5)
+    assert sum(1 for _ in (ROOT / "model_families/assets/emoji_scenes").glob("*.png")) == 1200
 
 
 # -- figures ----------------------------------------------------------------------------------------------------------

@@ -264,6 +264,7 @@ def test_a_fast_solver_that_the_pipeline_does_not_take_is_left_out_and_nothing_e
     found = evaluate(family, FakeNetworks(), plan_for(family, num_samples=2), {})
     assert [row.sampling_plan.name for row in found.rows] == ["teacher", *["student"] * 4, "teacher"]
     assert any("teacher, DPM++ 2M is left out" in line and "custom sigmas" in line for line in said)
+    assert said[0] == "scoring 7 ways of sampling, 2 images each", "how much is to be done, before it begins"
     refused = "LCMScheduler"
     with pytest.raises(ValueError, match="custom sigmas"):
         evaluate(family, FakeNetworks(), plan_for(family, num_samples=2), {})

@@ -13,6 +13,7 @@ from support.installed import install, tracker
 from support.small_run import write_run
 from support.tiny_sdxl import write_tiny_sdxl
 
+YIELD = 'Write `yield Update("student", loss)`'
 METHOD = '''
 import distill
 from distill.distill_methods.lcm import LCM
@@ -98,28 +99,57 @@ def test_of_two_plugins_in_a_package_the_one_that_failed_is_named(monkeypatch, t
 
 
 @pytest.mark.parametrize(
-    ("body", "words"),
+    ("body", "words", "remedy"),
     [
-        ("yield context.rng.randn('x', (1,))", "yielded Tensor, not an Update"),
-        ("return distill.Update('student', None)", "returned Update, not an iterator of updates"),
+        ("yield context.rng.randn('x', (1,))", "yielded Tensor, not an Update", YIELD),
+        ("return distill.Update('student', None)", "returned Update, not an iterator of updates", YIELD),
         (
             "yield distill.Update('teacher', torch.zeros(()))",
             "yielded an update of 'teacher'; the roles that its roles() train are 'student'",
+            YIELD,
         ),
+        ("yield distill.Update('student', 0.5)", "yielded a loss of 'student' that is float, not a tensor", YIELD),
         (
             "yield distill.Update('student', torch.zeros(()))",
-            "yielded a loss of 'student' without a gradient (is it detached?)",
+            "yielded a loss of 'student' without a gradient.",
+            'Is it detached, or was `context.predict("student", ...)` called under `torch.no_grad()`?',
         ),
     ],
 )
-def test_a_yielded_value_that_is_no_update_is_reported_with_the_methods_name(body, words, tmp_path, model):
+def test_a_yielded_value_that_is_no_update_is_reported_with_the_methods_name(body, words, remedy, tmp_path, model):
     file = method(tmp_path, "updates(self, context, batch, step)")
     file.write_text("import torch\n" + file.read_text().replace('raise ZeroDivisionError("of the test")', body))
     result = distill("run", "--config", quick(tmp_path, model), "--method", "failing", f"--plugin={file}")
     assert result.exit_code == 1
     text = said(result.stderr)
     assert f"error: plugin 'failing_method' ({file}): Failing.updates {words}" in text
-    assert 'Write `yield Update("student", loss)`' in text
+    assert remedy in text
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("signature", "body", "words"),
+    [
+        (
+            "sampler(self, schedule, **settings)",
+            "from diffusers import DDIMScheduler; return DDIMScheduler()",
+            "Failing.sampler returned DDIMScheduler, not a distill.Sampler. Return `distill.Sampler(",
+        ),
+        (
+            "roles(config, setup)",
+            'return ["teacher", "student"]',
+            "Failing.roles returned 'teacher', not a distill.Role. Return `[distill.Role(\"teacher\"), "
+            'distill.Role("student", trains=setup.model_type)]`',
+        ),
+    ],
+)
+def test_a_sampler_or_roles_of_another_type_are_reported_with_what_to_return(signature, body, words, tmp_path, model):
+    file = method(tmp_path, signature)
+    text = file.read_text().replace('raise ZeroDivisionError("of the test")', body)
+    file.write_text(text.replace("    def roles", "    @staticmethod\n    def roles"))
+    result = distill("run", "--config", quick(tmp_path, model), "--method", "failing", f"--plugin={file}")
+    assert result.exit_code == 1
+    assert f"error: plugin 'failing_method' ({file}): {words}" in said(result.stderr)
     assert "Traceback" not in result.stderr
 
 

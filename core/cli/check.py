@@ -8,6 +8,7 @@ import typer
 
 if TYPE_CHECKING:
     from ..testing import Outcome
+    from ..testing.report import Result
 
 COLOURS = {"ok": typer.colors.GREEN, "failed": typer.colors.RED, "not applicable": typer.colors.YELLOW}
 
@@ -26,14 +27,19 @@ def check(
     from ..testing import check_plugin
 
     def tell(outcome: Outcome) -> None:
-        if not quiet or outcome.result == "failed":
-            typer.echo(
-                f"{typer.style(outcome.result, fg=COLOURS[outcome.result])}{str(outcome)[len(outcome.result) :]}"
-            )
+        if not quiet and outcome.result != "failed":
+            typer.echo(_coloured(str(outcome), outcome.result))
 
     report = check_plugin(plugin, only=only, tell=tell)
     if not report.outcomes:
         raise UserError(f"no check has {only!r} in its name.", "leave out --only to see all names.")
+    for text in report.failures():  # at the end: one reason may be that of many checks
+        typer.echo(_coloured(text, "failed"))
     typer.echo(str(report))
     if report.failed:
         raise typer.Exit(1)
+
+
+def _coloured(text: str, result: Result) -> str:
+    """Return a text that begins with a result, the result in its colour."""
+    return f"{typer.style(result, fg=COLOURS[result])}{text.removeprefix(result)}"

@@ -31,6 +31,7 @@ def generate(
 ) -> None:
     """Make an image with the student of a finished run."""
     from ..drawing.grid import to_images
+    from ..engine.returned import sampler_of
     from ..evaluation.prompts import cut_prompts, encoded
     from ..evaluation.sampling import SamplingPlan, make_images, sampling
     from ..evaluation.validation import slug
@@ -46,7 +47,8 @@ def generate(
     configuration, registry = open_run(output_dir, overrides=overrides(base_model_precision=base_model_precision))
     family = build_family(configuration, registry)
     run, method = configuration.run, build_method(configuration, registry, family)
-    sampler = method.sampler(
+    sampler = sampler_of(
+        method,
         family.schedule,
         num_inference_steps=steps or run.validation_num_inference_steps,
         guidance_scale=run.validation_guidance,

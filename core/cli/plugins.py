@@ -143,6 +143,7 @@ def packages(found: type[Any]) -> list[str]:
 
 def needs(method: type[Method]) -> list[str]:
     """Return what a method needs of data, family and settings, and its networks, for either kind of training."""
+    from ..engine.returned import roles_of
     from ..plugin_api.method import MethodSetup
 
     try:
@@ -154,7 +155,7 @@ def needs(method: type[Method]) -> list[str]:
     for model_type in get_args(ModelType):
         setup = MethodSetup(model_type)
         try:
-            needed, roles = method.requires(config, setup), method.roles(config, setup)
+            needed, roles = method.requires(config, setup), roles_of(method, config, setup)
         except UserError as error:
             lines.append(f"  model_type {model_type}: not possible: {error.message}")
             continue

@@ -121,10 +121,13 @@ class PartCheck:
         skip: set[str],
     ) -> None:
         seen: set[str] = {prefix + key for key in skip}
-        for item in error.errors(include_url=False):
+        errors = error.errors(include_url=False)
+        for item in errors:
             where = _innermost(model, raw, prefix, item["loc"])
             key = str(where.rest[0]) if where.rest else ""
-            if where.prefix + key in seen:
+            # a default that is made of another value is as wrong as that one, which is said
+            derived = item["type"] != "missing" and key in where.model.model_fields and key not in where.raw
+            if where.prefix + key in seen or (derived and (skip or len(errors) > 1)):
                 continue
             seen.add(where.prefix + key)
             top = str(item["loc"][0]) if item["loc"] else ""

@@ -86,6 +86,7 @@ class ConfigurationLoader:
     given_parts: list[tuple[str, Any, Origin]] = field(default_factory=list)
     """Values given for plugins' parts, the strongest last; folded once the plugins are known."""
     miniature: bool = False
+    miniature_named: bool = False
     readable: bool = True
     """Whether the file could be read; if not, keys that it lacks are not reported."""
 
@@ -206,7 +207,8 @@ class ConfigurationLoader:
             return None
         folder: Path | None = family.miniature
         if self.layers.given(MODEL):
-            self.miniature = folder is not None and str(folder) == str(self.layers.values[MODEL])
+            named = absolute(str(self.layers.values[MODEL]), self.layers.origin(MODEL).base)
+            self.miniature = self.miniature_named = folder is not None and folder == named
             return None
         recipe = folder / RECIPE if folder else None
         if folder is None or recipe is None or not recipe.is_file():
@@ -335,6 +337,7 @@ class ConfigurationLoader:
             text_cache=datasets.text_cache,
             notices=tuple(dict.fromkeys(self.report.notices)),
             miniature=self.miniature,
+            miniature_named=self.miniature_named,
             plugin_files=self.registry.files,
         )
 

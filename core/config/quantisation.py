@@ -90,6 +90,7 @@ def _of_family(key: str, classes: dict[str, type[Any]]) -> Problems:
 def _of_training(
     run: RunSettings, key: str, quantizer: type[Any], classes: dict[str, type[Any]], method_config: Any
 ) -> Problems:
+    from ..engine.returned import roles_of
     from ..plugin_api.method import MethodSetup
 
     if run.model_type == "full":
@@ -100,7 +101,7 @@ def _of_training(
     method, setup = classes.get("method"), MethodSetup(run.model_type, use_ema=run.use_ema)
     if key != BASE or method is None or method_config is None:
         return
-    full = [role.name for role in method.roles(method_config, setup) if role.trains == "full"]
+    full = [role.name for role in roles_of(method, method_config, setup) if role.trains == "full"]
     if full:
         problem = f"the method {method.name!r} trains all weights of a copy of the base ({', '.join(full)})"
         yield problem, f"set it to {NO_CHANGE}"

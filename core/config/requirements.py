@@ -116,9 +116,11 @@ def _without(switch: str, method: type[Method], config: Any, run: RunSettings) -
 
 def _own_refusal(method: type[Method], config: Any, setup: MethodSetup, run: RunSettings) -> UserError | None:
     """Return the method's own error about these settings or this kind of training, or None."""
+    from ..engine.returned import roles_of
+
     try:
         method.requires(config, setup)
-        method.roles(config, setup)
+        roles_of(method, config, setup)
         if run.max_train_steps:
             method.stages(config, total_steps=run.max_train_steps)
     except UserError as error:

@@ -18,12 +18,13 @@ from ..plugin_api.batch import Batch
 from ..plugin_api.context import Context
 from ..plugin_api.method import Method, Update
 from ..plugin_api.stage import Stage
-from ..registry.attribution import owner
 from .health import HealthMonitor
 from .networks import Networks
 from .optimize import RoleOptimizer
+from .returned import wrong
 
 NUM_TIME_BINS = 10
+YIELD = 'Write `yield Update("student", loss)` for each network that is to be stepped.'
 Reduce = Callable[[Sequence[Tensor]], None]
 
 
@@ -122,15 +123,14 @@ class Loop:
         if update.role not in self.optimizers:
             trained = ", ".join(map(repr, self.optimizers))
             raise self._wrong(f"yielded an update of {update.role!r}; the roles that its roles() train are {trained}")
+        if not isinstance(update.loss, Tensor):
+            raise self._wrong(f"yielded a loss of {update.role!r} that is {type(update.loss).__name__}, not a tensor")
         if not update.loss.requires_grad:
-            raise self._wrong(f"yielded a loss of {update.role!r} without a gradient (is it detached?)")
+            remedy = f'Is it detached, or was `context.predict("{update.role}", ...)` called under `torch.no_grad()`?'
+            raise self._wrong(f"yielded a loss of {update.role!r} without a gradient", remedy)
 
-    def _wrong(self, what: str) -> PluginError:
-        cls = type(self.method)
-        return PluginError(
-            f"{owner(cls.__module__) or f'method {self.method.name!r}'}: {cls.__qualname__}.updates {what}. "
-            'Write `yield Update("student", loss)` for each network that is to be stepped.'
-        )
+    def _wrong(self, what: str, remedy: str = YIELD) -> PluginError:
+        return wrong(type(self.method), "updates", what, remedy)
 
     def _enter(self, stage: Stage) -> None:
         """Copy weights and reset optimizers, as the stage that begins asks for."""

@@ -58,6 +58,8 @@ def evaluate(
     from .result import Evaluation
 
     scorers = _Scorers(evaluators, dict(left_out or {}))
+    ways = plural(len(plan.sampling_plans), "way")
+    logger.info(f"scoring {ways} of sampling, {plural(plan.num_samples, 'image')} each")
     embeds = encode(family, plan.prompts)
     rows: dict[int, Row] = {}
     reference: Tensor | None = None

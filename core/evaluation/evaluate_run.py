@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from ..engine.returned import sampler_of
 from ..errors import UserError
 from ..settings.configuration import default_resolution
 from .evaluate import evaluate
@@ -99,8 +100,8 @@ def evaluate_run(
     width, height = size.resolution or default_resolution(configuration)
     plan = plan_evaluation(
         family,
-        lambda number: method.sampler(
-            family.schedule, num_inference_steps=number, guidance_scale=run.validation_guidance
+        lambda number: sampler_of(
+            method, family.schedule, num_inference_steps=number, guidance_scale=run.validation_guidance
         ),
         prompts=prompts[:count],
         num_samples=count,
@@ -133,7 +134,7 @@ def _possible_steps(configuration: Configuration, family: ModelFamily, method: M
     possible = []
     for steps in configuration.run.evaluation_steps:
         try:
-            method.sampler(family.schedule, num_inference_steps=steps)
+            sampler_of(method, family.schedule, num_inference_steps=steps)
         except UserError as error:
             logger.info(f"evaluation_steps: {steps} is left out: {error.message}")
         else:

@@ -153,9 +153,11 @@ class RunComponents:
 
     def sampler(self, steps: int | None = None, guidance: float | None = None) -> Sampler:
         """The method's sampler, at the validation's steps and guidance unless others are given."""
+        from ..engine.returned import sampler_of
+
         steps = steps or self.settings.validation_num_inference_steps
         guidance = self.settings.validation_guidance if guidance is None else guidance
-        return self.method.sampler(self.family.schedule, num_inference_steps=steps, guidance_scale=guidance)
+        return sampler_of(self.method, self.family.schedule, num_inference_steps=steps, guidance_scale=guidance)
 
     @cached_property
     def trackers(self) -> Any:

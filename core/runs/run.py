@@ -136,7 +136,7 @@ class Run(TrainingObserver):
 
     def _open(self) -> None:
         if self.parts.config.miniature:
-            logger.info(MINIATURE)
+            logger.info(miniature_note(self.parts.config))
         with self.parts.processes.synchronized():
             if self.parts.processes.main:
                 self._folder.open(self.parts)
@@ -329,6 +329,13 @@ class Run(TrainingObserver):
                 logger.info(f"saved: {saved}. To go on: {_resume_command(self.settings.output_dir)}")
         for hint in explain_memory(self.parts, error):
             logger.info(hint)
+
+
+def miniature_note(configuration: Configuration) -> str:
+    """Return the line about a run on the miniature that ships with the family, named or for want of a model."""
+    if configuration.miniature_named:
+        return f"the model named is {configuration.run.model_family}'s miniature"
+    return MINIATURE
 
 
 def _resume_command(output_dir: Path) -> str:

@@ -45,7 +45,8 @@ class Configuration:
         caches: The enabled entries of caches, the default text cache included.
         text_cache: The default text_embeds entry, or None (then a cache is made under output_dir).
         notices: A line for each value that was normalised and everything else that the user should know.
-        miniature: Whether no model was named, so that the family's shipped one is used.
+        miniature: Whether the model is the family's shipped one.
+        miniature_named: Whether it is so because it was named; else no model was.
         plugin_files: Plugin files of command line and configuration.
     """
 
@@ -61,6 +62,7 @@ class Configuration:
     text_cache: DatasetSettings | None = None
     notices: tuple[str, ...] = ()
     miniature: bool = False
+    miniature_named: bool = False
     plugin_files: tuple[Path, ...] = ()
     quantizers: Mapping[str, BaseModel] = field(default_factory=dict)
 

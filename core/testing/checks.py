@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ..errors import described, is_failure
+from ..errors import PluginError, described, is_failure
 
 _ENGINE = f"{__name__.rpartition('.testing')[0]}."
 _LIBRARIES = {"accelerate", "diffusers", "numpy", "peft", "PIL", "pyarrow", "pydantic", "torch", "transformers"}
@@ -115,6 +115,8 @@ def failing(what: str, remedy: str) -> Iterator[None]:
         yield
     except (ConformanceError, NotApplicable):
         raise
+    except PluginError as error:  # the engine has said already what is wrong, and how to mend it
+        raise ConformanceError(str(error)) from error
     except BaseException as error:
         if not is_failure(error):
             raise

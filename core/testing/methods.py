@@ -15,11 +15,12 @@ from typing import Any
 import torch
 
 from ..engine.networks import Networks
-from ..errors import UserError
+from ..engine.returned import roles_of, sampler_of
+from ..errors import PluginError, UserError
 from ..plugin_api.family import LoraSettings
 from ..plugin_api.method import MethodSetup, Requirements, method_parts
 from ..registry.registry import Registry
-from .checks import NotApplicable, Subject, expect, failing
+from .checks import ConformanceError, NotApplicable, Subject, expect, failing
 from .paths import PATHS, train
 from .sampling import distance_to_answer, quantile_noise, sample
 from .smooth import QuickContext, SmoothFamily, smooth_batch
@@ -79,9 +80,11 @@ class Bench:
             setup = MethodSetup(model_type, self.family.prediction_type)
             try:
                 self.subject.cls.requires(self.config, setup)
-                self.subject.cls.roles(self.config, setup)
+                roles_of(self.subject.cls, self.config, setup)
             except UserError as error:
                 refused[model_type] = error.message
+            except PluginError as error:
+                raise ConformanceError(str(error)) from error
             else:
                 return setup
         raise NotApplicable("; ".join(f"it refuses model_type {kind}: {why}" for kind, why in refused.items()))
@@ -161,7 +164,7 @@ def checks(subject: Subject) -> list[Named]:
 def _roles(bench: Bench) -> None:
     """Check that teacher and student are there, that sources come before their copies, that stages sum to the run."""
     found, config, setup = bench.subject.cls, bench.config, bench.setup
-    roles, needs = found.roles(config, setup), bench.needs
+    roles, needs = roles_of(found, config, setup), bench.needs
     names = [role.name for role in roles]
     expect(
         {"teacher", "student"} <= set(names), f"roles() gives {names}", "declare Role('teacher') and Role('student')"
@@ -281,9 +284,9 @@ def _short(losses: list[tuple[str, float]]) -> str:
 def _sampler(bench: Bench) -> None:
     method, schedule = bench.subject.cls(bench.config, bench.setup), bench.family.schedule
     with _quiet(), failing("sampling", "sampler() names a scheduler of diffusers and its settings"):
-        samplers = [method.sampler(schedule)]
+        samplers = [sampler_of(method, schedule)]
         with suppress(UserError):  # a method may be for some numbers of steps alone
-            samplers += [method.sampler(schedule, num_inference_steps=3)]
+            samplers += [sampler_of(method, schedule, num_inference_steps=3)]
         networks = Networks(
             bench.family, bench.subject.cls.roles(bench.config, bench.setup), lora=LORA, seed=0,
             parameter_dtype=torch.float64,
@@ -306,7 +309,8 @@ def _learns(bench: Bench) -> None:
     """Check that few steps of the student give the data's distribution, at a guidance scale that it may have."""
     found = bench.subject.cls
     method = found(bench.config, bench.setup)
-    sampler = method.sampler(bench.family.schedule)
+    with failing("sampling", "sampler() names a scheduler of diffusers and its settings"):
+        sampler = sampler_of(method, bench.family.schedule)
     batch = partial(bench.batch, bench.needs, size=64)
     verdict = ""
     for number, (num_steps, lr) in enumerate(LESSONS):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -40,9 +40,27 @@ class ConformanceReport:
         """Return the number of checks with this result."""
         return sum(outcome.result == result for outcome in self.outcomes)
 
+    def failures(self) -> list[str]:
+        """Return a text for each reason that checks failed for, with the checks; a reason of several stands once."""
+        found: dict[str, list[Outcome]] = {}
+        for outcome in self.failed:
+            found.setdefault(outcome.reason, []).append(outcome)
+        return [_one_reason(outcomes) for outcomes in found.values()]
+
     def __str__(self) -> str:
         words = ("ok", "failed", "not applicable")
         return f"{self.plugin}: " + ", ".join(f"{self.count(word)} {word}" for word in words)  # type: ignore[arg-type]
+
+
+def _one_reason(outcomes: Sequence[Outcome]) -> str:
+    if len(outcomes) == 1:
+        return str(outcomes[0])
+    reason = " ".join(outcomes[0].reason.split())
+    names: dict[str, list[str]] = {}
+    for outcome in outcomes:
+        names.setdefault(outcome.check.subject, []).append(outcome.check.name)
+    where = [f"  {subject}: {', '.join(each)}" for subject, each in names.items()]
+    return "\n".join([f"failed: {len(outcomes)} checks, all for this reason: {reason}", *where])
 
 
 def outcome_of(check: Check) -> Outcome:
