@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from . import options
-from .options import Given, takes_configuration
+from .options import Given, takes_configuration, without_collector
 
 if TYPE_CHECKING:
     from ..registry.registry import Registry
@@ -24,6 +24,7 @@ Rows = Iterator[tuple[str, str]]
 
 
 @takes_configuration()
+@without_collector
 def doctor(given: Given) -> None:
     """Report what this machine has and lacks for a configuration: device, memory, optional packages, credentials."""
     _section("machine", machine(given.output_dir or Path.cwd()))

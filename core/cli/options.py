@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -95,6 +96,20 @@ def takes_configuration(*leave_out: str) -> Callable[[Callable[..., None]], Call
         return wrapper
 
     return decorate
+
+
+def without_collector(command: Callable[..., None]) -> Callable[..., None]:
+    """Switch the collector of reference cycles off during a short command, whose imports it slows down."""
+
+    @functools.wraps(command)
+    def wrapper(*arguments: Any, **values: Any) -> None:
+        gc.disable()
+        try:
+            command(*arguments, **values)
+        finally:
+            gc.enable()
+
+    return wrapper
 
 
 def overrides(**keys: str | None) -> list[str]:
