@@ -20,8 +20,10 @@ from pathlib import Path
 from statistics import median
 
 POLICIES = {
-    "spin": {"GOMP_SPINCOUNT": "300000"}, "short": {"GOMP_SPINCOUNT": "10000"}, "sleep": {"OMP_WAIT_POLICY": "PASSIVE"}
-}  # fmt: skip
+    "spin": {"GOMP_SPINCOUNT": "300000"},
+    "short": {"GOMP_SPINCOUNT": "10000"},
+    "sleep": {"OMP_WAIT_POLICY": "PASSIVE"},
+}
 WAIT_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_NUM_THREADS")
 
 
