@@ -3,7 +3,8 @@
     python benchmarks/wait_policy.py --steps 60 --repeats 5 --busy 0 1
 
 Runs of the shipped miniature, the policies in turn so that a machine whose speed drifts is fair to both: `spin` is
-OpenMP's default (a waiting thread spins 300,000 rounds), `short` is what the command sets, `sleep` spins never. Beside the wall time of a
+OpenMP's default (a waiting thread spins 300,000 rounds), `short` is what the command sets, `sleep` spins never.
+Beside the wall time of a
 step stands the CPU time of the whole process per step, which other work on the machine changes less.
 """
 
