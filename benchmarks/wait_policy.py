@@ -22,7 +22,7 @@ from statistics import median
 
 POLICIES = {
     "spin": {"GOMP_SPINCOUNT": "300000"},
-    "short": {"GOMP_SPINCOUNT": "10000"},
+    "short": {"GOMP_SPINCOUNT": "30000"},
     "sleep": {"OMP_WAIT_POLICY": "PASSIVE"},
 }
 WAIT_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_NUM_THREADS")

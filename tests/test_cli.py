@@ -225,7 +225,7 @@ def test_adapter_parameters_are_counted_as_peft_makes_them():
 @pytest.mark.parametrize(
     ("given", "seen"),
     [
-        ({}, {"GOMP_SPINCOUNT": "10000"}),
+        ({}, {"GOMP_SPINCOUNT": "30000"}),
         ({"OMP_WAIT_POLICY": "ACTIVE"}, {"OMP_WAIT_POLICY": "ACTIVE"}),
         ({"GOMP_SPINCOUNT": "9"}, {"GOMP_SPINCOUNT": "9"}),
         ({"KMP_BLOCKTIME": "0"}, {"KMP_BLOCKTIME": "0"}),

@@ -35,7 +35,7 @@ COMMANDS = {
 INTERRUPTED = 130
 WAIT_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 """Environment variables by which users say how OpenMP's threads wait: the standard's, GNU's, Intel's."""
-SPINS = "10000"
+SPINS = "30000"
 """Rounds that a waiting thread spins before it sleeps; the default is 300,000."""
 
 
