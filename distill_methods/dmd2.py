@@ -67,16 +67,20 @@ from ..core.diffusion.regression import distance
 from ..core.diffusion.sampler import Sampler
 from ..core.diffusion.solvers import trailing_timesteps
 from ..core.diffusion.weights import Weight, ever_positive, weight_at
+from ..core.errors import UserError
 from ..core.plugin_api.batch import Batch
 from ..core.plugin_api.context import Context
 from ..core.plugin_api.hookspecs import hookimpl
 from ..core.plugin_api.method import Method, MethodSetup, Requirements, Role, Update
+from ._recommended import DMD2 as RECOMMENDED
 
 
 class DMD2(Method):
     """Distribution matching: 4 steps (or 1) from prompts alone, with a second network that tracks the student."""
 
     name = "dmd2"
+    guidance_keys = ("guidance_scale",)
+    recommended = RECOMMENDED
 
     class Config(BaseModel):
         """Settings of distribution matching distillation."""
@@ -163,6 +167,12 @@ class DMD2(Method):
     @classmethod
     def requires(cls, config: Any, setup: MethodSetup) -> Requirements:
         """Require a finite x_0 at all times; images and features where there are heads."""
+        if setup.guided_by_input and config.guidance == "decoupled":
+            raise UserError(
+                "distillation_config.dmd2.guidance = 'decoupled' needs two calls of the teacher, and this model takes "
+                "its guidance scale as an input, in one",
+                "set it to coupled",
+            )
         return Requirements(images=config.discriminates, features=config.discriminates, finite_snr=True)
 
     def updates(self, context: Context, batch: Batch, step: int) -> Iterator[Update]:
@@ -224,6 +234,8 @@ class DMD2(Method):
 
     def _real(self, context: Context, batch: Batch, x_t: Tensor, t: Tensor, *, scale: float) -> Tensor:
         """Return D_real at `x_t`, guided, shape (B, ...)."""
+        if self.setup.guided_by_input:  # the scale is told, and there is no call without guidance to go away from
+            return _x0(context.predict_guided(x_t, t, batch.cond, torch.full_like(t, scale, dtype=x_t.dtype)))
         if scale == 1:
             return _x0(context.predict("teacher", x_t, t, batch.cond))
         cond, uncond = (_exact(half) for half in context.predict_cond_uncond("teacher", x_t, t, batch.cond))

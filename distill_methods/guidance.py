@@ -32,6 +32,7 @@ from ..core.diffusion.guidance import GuidanceRange, embedded_scale
 from ..core.diffusion.regression import SnrWeight, distance, snr_weight
 from ..core.diffusion.sampler import Sampler
 from ..core.diffusion.solvers import deterministic_sampler
+from ..core.errors import UserError
 from ..core.plugin_api.batch import Batch
 from ..core.plugin_api.context import Context
 from ..core.plugin_api.hookspecs import hookimpl
@@ -67,6 +68,12 @@ class Guidance(Method):
     @classmethod
     def requires(cls, config: Any, setup: MethodSetup) -> Requirements:
         """Require images; a finite x_0 at all times; a guidance input for full training over a range."""
+        if setup.guided_by_input:
+            raise UserError(
+                "distillation_method = 'guidance' teaches a student the guidance scale, and this model takes it as an "
+                "input already: there is nothing to distil",
+                "choose a method that takes fewer steps, as lcm",
+            )
         return Requirements(guidance_embedding=config.takes_guidance(setup.model_type), finite_snr=True)
 
     def updates(self, context: Context, batch: Batch, step: int) -> Iterator[Update]:

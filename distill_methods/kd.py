@@ -40,12 +40,14 @@ from ..core.plugin_api.batch import Batch
 from ..core.plugin_api.context import Context
 from ..core.plugin_api.hookspecs import hookimpl
 from ..core.plugin_api.method import Method, MethodSetup, Requirements, Role, Update
+from ._recommended import KD
 
 
 class KD(Method):
     """Knowledge distillation on the teacher's trajectories from noise: 1 or a few steps, a warm-up for others."""
 
     name = "kd"
+    recommended = KD
 
     class Config(BaseModel):
         """Settings of knowledge distillation."""

@@ -44,12 +44,15 @@ from ..core.plugin_api.batch import Batch
 from ..core.plugin_api.context import Context
 from ..core.plugin_api.hookspecs import hookimpl
 from ..core.plugin_api.method import Method, MethodSetup, Requirements, Role, Update
+from ._recommended import LCM
 
 
 class LCM(Method):
     """Latent consistency distillation: 4 to 8 steps without guidance, as a LoRA or a full model."""
 
     name = "lcm"
+    guidance_keys = ("w_min", "w_max")
+    recommended = LCM
 
     class Config(GuidanceRange):
         """Settings of latent consistency distillation."""

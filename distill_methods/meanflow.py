@@ -103,6 +103,7 @@ class MeanFlow(Method):
     """Mean-flow distillation: a flow map for any number of steps, without guidance, as a LoRA or a full model."""
 
     name = "meanflow"
+    guidance_keys = ("w_min", "w_max")
 
     class Config(GuidanceRange):
         """Settings of mean-flow distillation."""

@@ -69,10 +69,12 @@ from ..core.diffusion.segments import (
     snapped_edges,
 )
 from ..core.diffusion.weights import Weight, ever_positive, weight_at
+from ..core.errors import UserError
 from ..core.plugin_api.batch import Batch, Conditioning
 from ..core.plugin_api.context import Context
 from ..core.plugin_api.hookspecs import hookimpl
 from ..core.plugin_api.method import Method, MethodSetup, Requirements, Role, Update
+from ._recommended import PCM
 
 EMPTY_PROMPTS = 0.1
 """Share of samples without their prompt where the solver is not guided, as in the authors' code."""
@@ -84,6 +86,8 @@ class PCM(Method):
     """Phased consistency: deterministic steps from edge to edge; keeps guidance and negative prompts if asked."""
 
     name = "pcm"
+    guidance_keys = ("w_min", "w_max")
+    recommended = PCM
 
     class Config(GuidanceRange):
         """Settings of phased consistency distillation."""
@@ -150,6 +154,12 @@ class PCM(Method):
     @classmethod
     def requires(cls, config: Any, setup: MethodSetup) -> Requirements:
         """Require images; equal passes of student and target; a finite x_0; features for an adversarial term."""
+        if setup.guided_by_input and config.cfg_free:
+            raise UserError(
+                "distillation_config.pcm.cfg_free runs the teacher's solver without guidance, and this model takes its "
+                "guidance scale as an input: no call of it is without guidance",
+                "set cfg_free to false",
+            )
         return Requirements(
             features=ever_positive(config.adversarial_weight),
             zero_dropout=True,

@@ -91,6 +91,7 @@ class TCD(Method):
     """Trajectory consistency: any number of steps, without guidance; in segments that merge by stages (TSCD)."""
 
     name = "tcd"
+    guidance_keys = ("w_min", "w_max")
 
     class Config(GuidanceRange):
         """Settings of trajectory consistency distillation."""

@@ -27,6 +27,7 @@ COMMANDS = {
     "publish": "Publish a finished student.",
     "config": "Check, show or start a configuration.",
     "plugins": "List, show, write and check plugins.",
+    "recipes": "List and show published settings.",
     "data": "Report what the datasets contain.",
     "cache": "Build, verify or clear the text and latent caches.",
     "doctor": "Report what this machine has and lacks for a configuration.",

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from ..settings.configuration import Configuration
 
 MethodOption = Annotated[str | None, typer.Option("--method", help="Distillation method (`distill plugins list`).")]
+RecipeOption = Annotated[
+    str | None, typer.Option("--recipe", help="Published settings by name (`distill recipes list`); what you set wins.")
+]
 FamilyOption = Annotated[str | None, typer.Option("--family", help="Model family (`distill plugins list`).")]
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="Configuration: JSON, YAML or TOML.")]
 DataOption = Annotated[Path | None, typer.Option("--data", help="List of datasets: JSON, YAML or TOML.")]
@@ -50,6 +53,7 @@ class Given:
 
     method: MethodOption = None
     family: FamilyOption = None
+    recipe: RecipeOption = None
     config: ConfigOption = None
     data: DataOption = None
     model: ModelOption = None
@@ -69,6 +73,7 @@ class Given:
 
         registry = self.registry()
         flags = {
+            "recipe": self.recipe,
             "distillation_method": self.method,
             "model_family": self.family,
             "pretrained_model_name_or_path": self.model,
@@ -134,13 +139,15 @@ def model_notices(configuration: Configuration, registry: Registry) -> list[str]
     Raises:
         UserError: They are no model of the family, or not those that their configs describe.
     """
-    from ..runs.builders import build_family
+    from ..runs.builders import build_family, settled_configuration
 
+    family = build_family(configuration, registry)
     try:
-        build_family(configuration, registry).check_source()
+        family.check_source()
     except UnreachableError as error:
         return [f"the model's files are not checked: {error.message}"]
-    return []
+    settled = settled_configuration(configuration, registry, family)
+    return list(settled.notices[len(configuration.notices) :])
 
 
 def storage_notices(configuration: Configuration, registry: Registry) -> list[str]:

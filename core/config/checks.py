@@ -12,6 +12,7 @@ from ..errors import Finding, UserError
 from ..settings.dataset_settings import DatasetSettings
 from ..settings.run_settings import RunSettings
 from ..settings.types import LONGEST_EDGE
+from ..utils.devices import cuda_available
 from ..utils.prompt_library import read_library
 from .coercion import is_local
 from .reading import ConfigReport
@@ -59,13 +60,6 @@ def _check_length(run: RunSettings, report: ConfigReport) -> None:
         )
     if run.ema_decay != RunSettings.model_fields["ema_decay"].default and not run.use_ema:
         report.note(f"ema_decay = {run.ema_decay} has no effect without use_ema")
-
-
-def cuda_available() -> bool:
-    """Return whether PyTorch sees a CUDA device (imports PyTorch)."""
-    import torch
-
-    return torch.cuda.is_available()
 
 
 def _check_precision(run: RunSettings, report: ConfigReport) -> None:

@@ -19,6 +19,16 @@ from .findings import PartCheck
 from .normalise import align_rounding, drop_zero_length, megapixel_notices, refuse_not_yet, rename_run_keys
 from .parsing import read_file, texts, unusable
 from .parts import Parts, PartsCheck
+from .published import (
+    Recipe,
+    adapt_rates,
+    batch_notices,
+    find_recipe,
+    fitting_recipe,
+    lay_recommended,
+    lay_under,
+    recipe_problem,
+)
 from .quantisation import check_quantisation
 from .reading import (
     COMMAND_LINE,
@@ -39,7 +49,6 @@ if TYPE_CHECKING:
     from ..plugin_api.method import Method
     from ..registry.registry import Registry
 
-DEEP = frozenset(PARTS)
 RECIPE = "recipe.json"
 MODEL = "pretrained_model_name_or_path"
 Override = tuple[tuple[str, ...], Any]
@@ -106,11 +115,16 @@ class ConfigurationLoader:
         """Return the configuration, or None where there are findings."""
         data_overrides = self._read(flags, overrides)
         self._load_plugins()
+        published = self._lay_published()
         check = PartsCheck(self.registry, self.report)
         check.resolve_names()
         check.fold(self.given_parts)
         drop_zero_length(self.report)
         recipe_data = self._choose_model(check) if self.readable else None
+        if published is not None:
+            adapt_rates(check, published)
+        elif self.readable and not self.miniature:
+            lay_recommended(check)
         refuse_not_yet(self.report)
         inline = self.layers.values.pop("data", None)
         check.default_learning_rate()
@@ -119,6 +133,8 @@ class ConfigurationLoader:
         if run is not None:
             check_run(run, self.report, to_train=self.to_train)
             megapixel_notices(run, "", self.report.notices)
+            if self.to_train and not self.miniature:
+                self.report.notices.extend(batch_notices(check, run))
             self._compare(run, parts, check)
         entries = self._entries(run, data_file, inline, recipe_data)
         datasets = self._datasets(run or RunSettings(), entries, data_overrides)
@@ -196,6 +212,30 @@ class ConfigurationLoader:
             except UserError as error:
                 self.findings.append(Finding(origin.file, "plugins", file, error.message, error.remedy))
 
+    def _lay_published(self) -> Recipe | None:
+        """Lay the recipe that is named under everything given; return it, or None where there is none."""
+        name = self.layers.values.get("recipe")
+        if not isinstance(name, str):
+            return None
+        try:
+            recipe = find_recipe(self.registry, name)
+        except UserError as error:
+            self.report.refuse("recipe", name, error.message, error.remedy)
+            return None
+        problem = recipe_problem(recipe, self.layers.values)
+        if problem is not None:
+            self.report.refuse("recipe", name, problem, "leave the method out, or the recipe")
+            return None
+        settings, lines = fitting_recipe(recipe, self.layers.values)
+        self.report.notices.extend(lines)
+        given, parts = self.report.layers, self.given_parts
+        self.report.layers, self.given_parts = Layers(), []
+        self._lay(settings, recipe.origin)
+        below, self.report.layers = self.report.layers, given
+        lay_under(given, below.values, recipe.origin)
+        self.given_parts = [*self.given_parts, *parts]
+        return recipe
+
     # -- model --------------------------------------------------------------------------------------------------------
 
     def _choose_model(self, check: PartsCheck) -> list[RawEntry] | None:
@@ -235,13 +275,7 @@ class ConfigurationLoader:
         recipe = check.recipe_for_optimizer(recipe)
         parts = recipe.get("distillation_config", {})
         recipe["distillation_config"] = {name: part for name, part in parts.items() if method and name == method.name}
-        under = Layers()
-        under.add(recipe, origin, deep=DEEP)
-        for key, value in self.layers.values.items():
-            if value is not None:
-                under.add({key: value}, self.layers.origin(key), deep=DEEP)
-        under.origins.update(self.layers.origins)
-        self.layers.values, self.layers.origins = under.values, under.origins
+        lay_under(self.layers, recipe, origin)
         return read_entries(data, origin, self.findings)
 
     # -- run and data -------------------------------------------------------------------------------------------------

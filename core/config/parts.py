@@ -213,7 +213,7 @@ class PartsCheck:
             self.report.layers.values["learning_rate"] = rate
             self.report.note(f"learning_rate is {rate:g}, as {plugin.name!r} wants it")
 
-    def recipe_for_optimizer(self, recipe: dict[str, Any]) -> dict[str, Any]:
+    def recipe_for_optimizer(self, recipe: dict[str, Any], *, whose: str = "the miniature's recipe") -> dict[str, Any]:
         """Adapt a recipe, which is made for AdamW: drop the keys that the chosen optimizer handles in its own way."""
         plugin = self.classes.get("optimizer")
         if plugin is None:
@@ -224,6 +224,6 @@ class PartsCheck:
         factor = plugin.relative_learning_rate
         rates = {key: kept[key] * factor for key in ("learning_rate", "lr_end") if key in kept and factor != 1}
         if rates and not self.report.layers.given("learning_rate"):
-            reason = f"{factor:g} of what the miniature's recipe has for AdamW"
+            reason = f"{factor:g} of what {whose} has for AdamW"
             self.report.note(f"learning_rate is {rates['learning_rate']:g} for {plugin.name!r}, {reason}")
         return kept | rates

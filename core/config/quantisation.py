@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..plugin_api.quantizer import NO_CHANGE
 from ..settings.run_settings import RunSettings
 from ..utils import packages
+from ..utils.devices import cuda_available
 
 if TYPE_CHECKING:
     from ..registry.registry import Registry
@@ -70,8 +71,6 @@ def _on_this_machine(quantizer: type[Any], run: RunSettings) -> Problems:
 
 def _available(device: str) -> bool:
     """Return whether the device is on this machine; one that is not is refused by its own key."""
-    from .checks import cuda_available
-
     return not device.startswith("cuda") or cuda_available()
 
 

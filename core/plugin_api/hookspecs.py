@@ -68,6 +68,11 @@ def register_publishers() -> Sequence[type[Publisher]]:  # type: ignore[empty-bo
 
 
 @hookspec
+def register_recipes() -> Sequence[Path]:  # type: ignore[empty-body]
+    """Return files of published settings that this plugin adds, each named by its file: ``my-recipe.yaml``."""
+
+
+@hookspec
 def on_run_start(state: RunState) -> None:
     """Called when everything is loaded and the first step is about to run."""
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 from ..diffusion.sampler import Sampler
+from .recommended import Recommended
 from .stage import Stage
 
 if TYPE_CHECKING:
@@ -115,11 +116,22 @@ class Update:
 
 @dataclass(frozen=True)
 class MethodSetup:
-    """The facts of the run that a method may use when it declares its roles: not the family, only its schedule."""
+    """The facts of the run that a method may use when it declares its roles: never the family's name.
+
+    Attributes:
+        model_type: The kind of student.
+        prediction_type: ``epsilon``, ``v_prediction``, ``sample`` or ``flow``, of the loaded model.
+        use_ema: Whether another average of the student is kept.
+        guided_by_input: Whether the teacher takes the guidance scale as an input (FLUX.1 dev): one call is guided, and
+            none is without guidance. False before the model's files are read.
+        usual_guidance: Guidance scale that images of the teacher are usually made with.
+    """
 
     model_type: ModelType
     prediction_type: str = "epsilon"
     use_ema: bool = False
+    guided_by_input: bool = False
+    usual_guidance: float = 5.0
 
 
 class MethodPart(BaseModel):
@@ -156,6 +168,14 @@ class MethodPart(BaseModel):
         return self._settings
 
 
+def settled(method: type[Method], config: Any, setup: MethodSetup) -> Any:
+    """Return a method's settings, and inside them those of other methods, as :meth:`Method.settled` fills them in."""
+    config = method.settled(config, setup)
+    for _, part in method_parts(config):
+        part.bind(part.found, settled(part.found, part.settings, setup))
+    return config
+
+
 def method_parts(config: Any) -> Iterator[tuple[str, MethodPart]]:
     """Yield the methods inside a method's settings with their dotted paths, as ``terms.0``; not those nested deeper."""
     for key in type(config).model_fields:
@@ -173,6 +193,12 @@ class Method(ABC):
     aliases: ClassVar[tuple[str, ...]] = ()
     packages: ClassVar[Mapping[str, str]] = {}
     """Import name -> name to pip install, for packages that only this method needs."""
+    recommended: ClassVar[Sequence[Recommended]] = ()
+    """What papers and their authors' code train with, from the general to the special; of those that fit a run, a later
+    one wins. They stand in for keys that nobody set."""
+    guidance_keys: ClassVar[Sequence[str]] = ()
+    """Settings that hold a guidance scale of the teacher. Their defaults are for classifier-free guidance; where the
+    teacher takes the scale as an input, its usual one stands in for those that nobody set."""
 
     class Config(BaseModel):
         """Settings of the method; every field has a description."""
@@ -187,6 +213,20 @@ class Method(ABC):
     def example(cls) -> Mapping[str, Any]:
         """Return settings for the conformance suite (:mod:`.testing`), where the defaults would take long."""
         return {}
+
+    @classmethod
+    def settled(cls, config: Any, setup: MethodSetup) -> Any:
+        """Return the settings with the defaults that depend on the teacher filled in; the same settings in most runs.
+
+        Args:
+            config: Validated.
+            setup: The facts of the run, with the model's files read.
+        """
+        open_keys = [key for key in cls.guidance_keys if key not in config.model_fields_set]
+        if not setup.guided_by_input or not open_keys:
+            return config
+        offset = 1.0 if getattr(config, "guidance_convention", "scale") == "paper" else 0.0
+        return config.model_copy(update=dict.fromkeys(open_keys, setup.usual_guidance - offset))
 
     @classmethod
     @abstractmethod

@@ -103,6 +103,7 @@ class Registry:
         self._aliases: dict[str, dict[str, str]] = {kind: {} for kind in KINDS}
         self._loaded: dict[str, Loaded] = {}
         self._files: list[Path] = []
+        self._recipes: dict[str, tuple[Path, Provenance]] = {}
 
     @classmethod
     def load(
@@ -184,6 +185,7 @@ class Registry:
             self._manager.register(hooks, name=own_name)
             self._manager.check_pending()
             offered = self._offers(hooks, Provenance("", "", source, own_name, version), label)
+            recipes = self._offered_recipes(hooks, Provenance("recipe", "", source, own_name, version), label)
         except DistillError:
             self._manager.unregister(hooks)
             raise
@@ -194,6 +196,7 @@ class Registry:
         for found, provenance in offered:
             self._classes[provenance.kind][found.name] = (found, provenance)
             self._aliases[provenance.kind].update(dict.fromkeys(found.aliases, found.name))
+        self._recipes |= recipes
         self._loaded[own_name] = Loaded(own_name, source, version, tuple(_hook_of(hooks, name) for name in vars(hooks)))
         trace_line(f"{label} is loaded")
 
@@ -216,7 +219,31 @@ class Registry:
                 offered.append((found, replace(provenance, kind=kind, name=found.name)))
         return offered
 
-    def _returned(self, hooks: SimpleNamespace, hook: str, label: str) -> Iterator[type[Any]]:
+    def _offered_recipes(
+        self, hooks: SimpleNamespace, provenance: Provenance, label: str
+    ) -> dict[str, tuple[Path, Provenance]]:
+        """The recipes that a plugin offers, by name, with where each comes from."""
+        found: dict[str, tuple[Path, Provenance]] = {}
+        for file in self._returned(hooks, "register_recipes", label):
+            path = Path(file)
+            if not path.is_file():
+                raise UserError(f"{label}: register_recipes names {path}, which is no file.", "return paths of files.")
+            holder = self._recipes.get(path.stem)
+            if holder is not None or path.stem in found:
+                other = self._where(holder[1]) if holder else f"{found[path.stem][0].name} of {label}"
+                raise UserError(
+                    f"two plugins claim the recipe {path.stem!r}: {other} and {label}.",
+                    "rename one of the files, or load only one.",
+                )
+            found[path.stem] = path, replace(provenance, name=path.stem)
+        return found
+
+    @property
+    def recipes(self) -> Mapping[str, tuple[Path, Provenance]]:
+        """Published settings by name: the file, and where it comes from."""
+        return dict(sorted(self._recipes.items()))
+
+    def _returned(self, hooks: SimpleNamespace, hook: str, label: str) -> Iterator[Any]:
         for implementation in getattr(self._manager.hook, hook).get_hookimpls():
             if implementation.plugin is hooks:
                 try:
@@ -225,8 +252,8 @@ class Registry:
                     raise UserError(f"{error}.", "mend the plugin.") from error.__cause__
                 if not isinstance(offered, list | tuple):
                     raise UserError(
-                        f"{label}: {hook} returned {type(offered).__name__}, not a list of classes.",
-                        f"write `def {hook}(): return [MyClass]`.",
+                        f"{label}: {hook} returned {type(offered).__name__}, not a list.",
+                        f"write `def {hook}(): return [{'Path(...)' if hook == 'register_recipes' else 'MyClass'}]`.",
                     )
                 yield from offered
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ..config.quantisation import named_quantizers
 from ..errors import UserError
 from ..plugin_api.family import LoraSettings, ModelFamily, ModelSettings, Precision
-from ..plugin_api.method import Method, MethodSetup, Requirements
+from ..plugin_api.method import Method, MethodSetup, Requirements, settled
 from ..plugin_api.precision import Precisions
 from ..plugin_api.quantizer import NO_CHANGE, Quantizer
 from ..settings.configuration import data_resolution
@@ -95,15 +95,36 @@ def lora_settings(configuration: Configuration) -> LoraSettings | None:
 
 def build_method(configuration: Configuration, registry: Registry, family: ModelFamily) -> Method:
     """The run's method, told what it may know of the model."""
+    found, setup = registry.get("method", configuration.run.distillation_method), method_setup(configuration, family)
+    config = settled(found, configuration.method, setup)
+    found.requires(config, setup)  # refuses what cannot be meant for this model
+    return found(config, setup)
+
+
+def method_setup(configuration: Configuration, family: ModelFamily) -> MethodSetup:
+    """Return what a method may know of the run and of its model, whose configs are read."""
     run = configuration.run
-    setup = MethodSetup(model_type=run.model_type, prediction_type=family.prediction_type, use_ema=run.use_ema)
-    return registry.get("method", run.distillation_method)(configuration.method, setup)
+    return MethodSetup(
+        model_type=run.model_type, prediction_type=family.prediction_type, use_ema=run.use_ema,
+        guided_by_input=family.guided_by_input, usual_guidance=family.usual_guidance,
+    )  # fmt: skip
+
+
+def settled_configuration(configuration: Configuration, registry: Registry, family: ModelFamily) -> Configuration:
+    """Return the configuration with the method's defaults that depend on the model filled in."""
+    method = build_method(configuration, registry, family)
+    if method.config == configuration.method:
+        return configuration
+    before, now = (config.model_dump() for config in (configuration.method, method.config))
+    changed = ", ".join(f"{key} {value:g}" for key, value in now.items() if before[key] != value)
+    line = f"the model takes the guidance scale as an input: {changed}, its usual one, for what nobody set"
+    return replace(configuration, method=method.config, notices=(*configuration.notices, line))
 
 
 def method_needs(configuration: Configuration, registry: Registry, family: ModelFamily) -> Requirements:
     """Return the requirements of the run's method; loads no weights."""
     method = build_method(configuration, registry, family)
-    return method.requires(configuration.method, method.setup)
+    return method.requires(method.config, method.setup)
 
 
 def build_pipeline(

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ..utils.progress import working
-from .builders import build_family, build_method, lora_settings, method_needs
+from .builders import build_family, build_method, lora_settings, method_needs, settled_configuration
 from .output_folder import CACHE_FOLDER
 
 if TYPE_CHECKING:
@@ -67,6 +67,12 @@ class RunComponents:
         """The run's algorithm."""
         return build_method(self.config, self.registry, self.family)
 
+    def settle(self) -> None:
+        """Fill in what depends on the model's own files, which are read by now; log what that is."""
+        before, self.config = self.config, settled_configuration(self.config, self.registry, self.family)
+        for line in self.config.notices[len(before.notices) :]:
+            logger.info(line)
+
     @cached_property
     def data(self) -> DataPipeline:
         """From the data file to batches."""
@@ -101,7 +107,7 @@ class RunComponents:
         settings = self.settings
         with working("making the networks that are trained"):
             networks = Networks(
-                self.family, self.method.roles(self.config.method, self.method.setup), lora=lora_settings(self.config),
+                self.family, self.method.roles(self.method.config, self.method.setup), lora=lora_settings(self.config),
                 seed=settings.seed, gradient_checkpointing=settings.gradient_checkpointing,
                 parameter_dtype=getattr(torch, self.optimizer_plugin.parameter_dtype),
                 ema_decay=settings.ema_decay if self._averages_student() else None,
@@ -118,7 +124,7 @@ class RunComponents:
         return planned_memory(self.config, self.registry, family=self.family)
 
     def _averages_student(self) -> bool:
-        roles = {role.name: role for role in self.method.roles(self.config.method, self.method.setup)}
+        roles = {role.name: role for role in self.method.roles(self.method.config, self.method.setup)}
         if self.settings.use_ema and roles[self.method.result_role()].ema_of is not None:
             logger.info(f"use_ema has no effect: what {self.method.name} exports here is an average already")
             return False
@@ -226,7 +232,7 @@ class RunComponents:
     @cached_property
     def stages(self) -> Sequence[Stage]:
         """The method's parts of this run."""
-        stages = self.method.stages(self.config.method, total_steps=self.total_steps)
+        stages = self.method.stages(self.method.config, total_steps=self.total_steps)
         assert sum(stage.num_steps for stage in stages) == self.total_steps, "stages must fill the run"
         return stages
 

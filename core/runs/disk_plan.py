@@ -79,7 +79,7 @@ def planned_disk(
     if memory is None:
         return None
     method = builders.build_method(configuration, registry, family)
-    roles = method.roles(configuration.method, method.setup)
+    roles = method.roles(method.config, method.setup)
     return disk_plan(configuration.run, memory, num_roles=sum(role.trains != "none" for role in roles))
 
 

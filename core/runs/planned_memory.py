@@ -37,7 +37,7 @@ def planned_memory(
         return None
     base = sum(parameter.numel() for parameter in network.parameters())
     method = build_method(configuration, registry, family)
-    roles = method.roles(configuration.method, method.setup)
+    roles = method.roles(method.config, method.setup)
     per_role = base
     if run.model_type == "lora":
         per_role = adapter_parameters(network, run.lora_rank, tuple(run.lora_target_modules) or family.lora_targets)

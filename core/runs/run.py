@@ -110,6 +110,7 @@ class Run(TrainingObserver):
     def _execute(self) -> RunResult:
         with working("reading the model's files"):
             self.parts.family.check_source()
+        self.parts.settle()
         self._check_model()
         with self.parts.processes.synchronized():
             check_resources(self.parts)
@@ -148,7 +149,7 @@ class Run(TrainingObserver):
         """Refuse what only the model's own config can tell, still before weights load."""
         self.parts.sampler()  # refuses steps and guidance that the method cannot sample with
         method, family = self.parts.method, self.parts.family
-        needs = method.requires(self.parts.config.method, method.setup)
+        needs = method.requires(method.config, method.setup)
         if needs.finite_snr and family.prediction_type == "epsilon" and family.schedule.zero_terminal_snr:
             raise UserError(
                 f"{family.settings.source}: its scheduler has zero terminal SNR and predicts epsilon, from which "

@@ -44,6 +44,8 @@ class ModelKeys(Settings):
     """LoRAs that are fused into the teacher before distillation: a list of {path, weight, strict}."""
     init_lora: HubOrPath | None = None
     """A student's LoRA (folder, file or hub id) to start from, for staged training."""
+    recipe: str | None = None
+    """Published settings by name (`distill recipes list`); they lie under everything that is given."""
     distillation_method: str = "lcm"
     """A registered method (`distill plugins list`)."""
     base_model_precision: str = "no_change"

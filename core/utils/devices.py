@@ -5,6 +5,13 @@ from __future__ import annotations
 from ..errors import UserError
 
 
+def cuda_available() -> bool:
+    """Return whether PyTorch sees a CUDA device (imports PyTorch)."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def resolve_device(device: str) -> str:
     """Return the device to use: for ``auto`` cuda, mps or cpu, whichever this machine has.
 
