@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .core.plugin_api.optimizer import OptimizerPlugin, OptimizerSettings
     from .core.plugin_api.publisher import Publisher
     from .core.plugin_api.quantizer import Quantizer
+    from .core.plugin_api.recommended import Recommended
     from .core.plugin_api.stage import Stage
     from .core.plugin_api.tracker import RunInfo, Tracker
     from .core.plugin_api.version import API_VERSION
@@ -64,6 +65,7 @@ __all__ = [
     "PluginError",
     "Publisher",
     "Quantizer",
+    "Recommended",
     "Requirements",
     "Role",
     "RunInfo",
@@ -87,7 +89,7 @@ _HOMES = {
     "plugin_api.evaluator": "EvaluationSetting Evaluator Samples",
     "plugin_api.family": "Capabilities ExportInfo ExtraLora LoraSettings MicroConditioning ModelFamily ModelSettings",
     "plugin_api.hookspecs": "hookimpl",
-    "plugin_api.method": "Method MethodPart MethodSetup Requirements Role Sampler Stage Update",
+    "plugin_api.method": "Method MethodPart MethodSetup Recommended Requirements Role Sampler Stage Update",
     "plugin_api.optimizer": "OptimizerPlugin OptimizerSettings",
     "plugin_api.publisher": "Publisher",
     "plugin_api.quantizer": "Quantizer",

@@ -1,7 +1,7 @@
 """What papers and their authors' code train the methods with.
 
-Read in the repositories and files named as sources; where authors published no training code (TCD, Hyper-SD,
-SDXL-Lightning) or none for images of prompts (mean flows, progressive and guidance distillation), nothing is recommended.
+Read in the repositories and files named as sources. Where the authors published no training code (TCD, Hyper-SD,
+SDXL-Lightning) or none for text to image (mean flows, progressive and guidance distillation), nothing is recommended.
 """
 
 from __future__ import annotations

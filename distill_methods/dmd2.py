@@ -67,7 +67,6 @@ from ..core.diffusion.regression import distance
 from ..core.diffusion.sampler import Sampler
 from ..core.diffusion.solvers import trailing_timesteps
 from ..core.diffusion.weights import Weight, ever_positive, weight_at
-from ..core.errors import UserError
 from ..core.plugin_api.batch import Batch
 from ..core.plugin_api.context import Context
 from ..core.plugin_api.hookspecs import hookimpl
@@ -167,12 +166,8 @@ class DMD2(Method):
     @classmethod
     def requires(cls, config: Any, setup: MethodSetup) -> Requirements:
         """Require a finite x_0 at all times; images and features where there are heads."""
-        if setup.guided_by_input and config.guidance == "decoupled":
-            raise UserError(
-                "distillation_config.dmd2.guidance = 'decoupled' needs two calls of the teacher, and this model takes "
-                "its guidance scale as an input, in one",
-                "set it to coupled",
-            )
+        if config.guidance == "decoupled":
+            setup.require_unguided("distillation_config.dmd2.guidance = 'decoupled'", "set it to coupled")
         return Requirements(images=config.discriminates, features=config.discriminates, finite_snr=True)
 
     def updates(self, context: Context, batch: Batch, step: int) -> Iterator[Update]:

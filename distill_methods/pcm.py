@@ -69,7 +69,6 @@ from ..core.diffusion.segments import (
     snapped_edges,
 )
 from ..core.diffusion.weights import Weight, ever_positive, weight_at
-from ..core.errors import UserError
 from ..core.plugin_api.batch import Batch, Conditioning
 from ..core.plugin_api.context import Context
 from ..core.plugin_api.hookspecs import hookimpl
@@ -154,12 +153,8 @@ class PCM(Method):
     @classmethod
     def requires(cls, config: Any, setup: MethodSetup) -> Requirements:
         """Require images; equal passes of student and target; a finite x_0; features for an adversarial term."""
-        if setup.guided_by_input and config.cfg_free:
-            raise UserError(
-                "distillation_config.pcm.cfg_free runs the teacher's solver without guidance, and this model takes its "
-                "guidance scale as an input: no call of it is without guidance",
-                "set cfg_free to false",
-            )
+        if config.cfg_free:
+            setup.require_unguided("distillation_config.pcm.cfg_free", "set it to false")
         return Requirements(
             features=ever_positive(config.adversarial_weight),
             zero_dropout=True,

@@ -114,12 +114,8 @@ class Progressive(Method):
     @classmethod
     def requires(cls, config: Any, setup: MethodSetup) -> Requirements:
         """Require images; a finite x_0 at all times; a guidance input for full training over a range of guidance."""
-        if setup.guided_by_input and config.scales == (1.0, 1.0):
-            raise UserError(
-                "distillation_config.progressive: w_min = w_max = 1 is a teacher without guidance, and this model "
-                "takes its guidance scale as an input: no call of it is without guidance",
-                f"leave both out for its usual scale, {setup.usual_guidance:g}",
-            )
+        if config.scales == (1.0, 1.0):
+            setup.require_unguided("distillation_config.progressive: w_min = w_max = 1", "leave both out")
         return Requirements(guidance_embedding=config.takes_guidance(setup.model_type), finite_snr=True)
 
     @classmethod

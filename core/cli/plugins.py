@@ -129,6 +129,7 @@ def describe(registry: Registry, kind: str, name: str) -> str:
         lines += [f"      {' '.join((info.description or '').split())}"] if info.description else []
     lines += ["", *packages(found)] if found.packages else []
     lines += ["", *needs(found)] if kind == "method" else []
+    lines += ["", *published(found)] if kind == "method" and found.recommended else []
     return "\n".join(lines).rstrip()
 
 
@@ -139,6 +140,21 @@ def packages(found: type[Any]) -> list[str]:
     absent = missing(found.packages)
     state = {name: f"missing; pip install '{install}'" for name, install in absent.items()}
     return ["packages:", *(f"  {name}: {state.get(name, 'installed')}" for name in found.packages)]
+
+
+def published(method: type[Method]) -> list[str]:
+    """Return what a method recommends, and where it was read."""
+    from ..config.published import as_words, told_only
+
+    lines = ["published settings, which stand in for keys that nobody set:"]
+    for each in method.recommended:
+        student = f"model_type {each.model_type}" if each.model_type else "either model_type"
+        families = f", families {', '.join(each.families)}" if each.families else ""
+        lines.append(f"  {student}{families} ({each.source})")
+        values = [as_words(*item) for item in (*each.run.items(), *each.method.items())]
+        lines.append(f"      {', '.join(values)}")
+        lines += [f"      not set: {', '.join(told_only(each))}"] if told_only(each) else []
+    return lines
 
 
 def needs(method: type[Method]) -> list[str]:

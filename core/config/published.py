@@ -126,7 +126,7 @@ def _leave_out_unhonoured(values: dict[str, Any], optimizer: Any, keys: list[str
             values.pop(key, None)
 
 
-# -- what a method recommends -------------------------------------------------------------------------------------------
+# -- what a method recommends --------------------------------------------------------------------------------------
 
 
 def fitting(method: type[Method], *, model_type: str, family: str) -> list[Recommended]:
@@ -147,14 +147,12 @@ def lay_recommended(check: PartsCheck) -> None:
     known = here if isinstance(here, Mapping) else {}
     own = {key: value for each in found for key, value in each.method.items() if key not in known}
     said = [*_changes(run, RunSettings, model_type=str(model_type)), *_changes(own, method.Config)]
-    lay_under(
-        layers, {**run, "distillation_config": {method.name: own}}, Origin(f"recommended by {method.name}", Path())
-    )
+    origin = Origin(f"recommended by {method.name}", Path())
+    lay_under(layers, {**run, "distillation_config": {method.name: own}}, origin)
     if said:
         sources = "; ".join(dict.fromkeys(each.source for each in found))
-        check.report.notices.append(
-            f"{method.name}: {', '.join(said)}, as recommended where nothing is set ({sources})"
-        )
+        line = f"{method.name}: {', '.join(said)}, as published, since nothing else is set ({sources})"
+        check.report.notices.append(line)
 
 
 def batch_notices(check: PartsCheck, run: RunSettings) -> Iterator[str]:
@@ -187,6 +185,17 @@ def _for_this_run(recommended: dict[str, Any], check: PartsCheck) -> dict[str, A
     return {key: value for key, value in values.items() if not layers.given(key)}
 
 
+def as_words(key: str, value: object) -> str:
+    """Return a setting as ``key value``."""
+    return f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
+
+
+def told_only(recommended: Recommended) -> list[str]:
+    """Return what is recommended and not set, each as ``key value``."""
+    batch = [f"a batch of {recommended.batch}"] if recommended.batch else []
+    return [*batch, *(as_words(*item) for item in recommended.told.items())]
+
+
 def _changes(values: Mapping[str, Any], model: type[BaseModel], *, model_type: str = "lora") -> Iterator[str]:
     """Yield the values that differ from the defaults, as ``key value``."""
     defaults = {key: info.get_default(call_default_factory=True) for key, info in model.model_fields.items()}
@@ -194,4 +203,4 @@ def _changes(values: Mapping[str, Any], model: type[BaseModel], *, model_type: s
         defaults |= {"learning_rate": RunSettings(model_type=model_type).learning_rate}  # type: ignore[arg-type]
     for key, value in values.items():
         if value != defaults.get(key):
-            yield f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
+            yield as_words(key, value)

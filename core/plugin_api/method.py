@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 from ..diffusion.sampler import Sampler
+from ..errors import UserError
 from .recommended import Recommended
 from .stage import Stage
 
@@ -132,6 +133,20 @@ class MethodSetup:
     use_ema: bool = False
     guided_by_input: bool = False
     usual_guidance: float = 5.0
+
+    def require_unguided(self, setting: str, remedy: str) -> None:
+        """Raise UserError about a setting that calls the teacher without guidance, where each of its calls is guided.
+
+        Args:
+            setting: The setting with its value, as ``distillation_config.pcm.cfg_free``.
+            remedy: What to do instead.
+        """
+        if self.guided_by_input:
+            raise UserError(
+                f"{setting} needs the teacher without guidance, and this model takes its guidance scale as an input: "
+                "no call of it is without",
+                remedy,
+            )
 
 
 class MethodPart(BaseModel):
