@@ -45,6 +45,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -71,7 +72,9 @@ from ..core.plugin_api.batch import Batch
 from ..core.plugin_api.context import Context
 from ..core.plugin_api.hookspecs import hookimpl
 from ..core.plugin_api.method import Method, MethodSetup, Requirements, Role, Update
-from ._recommended import DMD2 as RECOMMENDED
+from ..core.plugin_api.recommended import read_recommended
+
+RECOMMENDED = Path(__file__).with_name("assets") / "recommended.yaml"
 
 
 class DMD2(Method):
@@ -79,7 +82,7 @@ class DMD2(Method):
 
     name = "dmd2"
     guidance_keys = ("guidance_scale",)
-    recommended = RECOMMENDED
+    recommended = read_recommended(RECOMMENDED, name)
 
     class Config(BaseModel):
         """Settings of distribution matching distillation."""

@@ -25,6 +25,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,14 +41,16 @@ from ..core.plugin_api.batch import Batch
 from ..core.plugin_api.context import Context
 from ..core.plugin_api.hookspecs import hookimpl
 from ..core.plugin_api.method import Method, MethodSetup, Requirements, Role, Update
-from ._recommended import KD
+from ..core.plugin_api.recommended import read_recommended
+
+RECOMMENDED = Path(__file__).with_name("assets") / "recommended.yaml"
 
 
 class KD(Method):
     """Knowledge distillation on the teacher's trajectories from noise: 1 or a few steps, a warm-up for others."""
 
     name = "kd"
-    recommended = KD
+    recommended = read_recommended(RECOMMENDED, name)
 
     class Config(BaseModel):
         """Settings of knowledge distillation."""

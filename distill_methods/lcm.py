@@ -28,6 +28,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,7 +45,9 @@ from ..core.plugin_api.batch import Batch
 from ..core.plugin_api.context import Context
 from ..core.plugin_api.hookspecs import hookimpl
 from ..core.plugin_api.method import Method, MethodSetup, Requirements, Role, Update
-from ._recommended import LCM
+from ..core.plugin_api.recommended import read_recommended
+
+RECOMMENDED = Path(__file__).with_name("assets") / "recommended.yaml"
 
 
 class LCM(Method):
@@ -52,7 +55,7 @@ class LCM(Method):
 
     name = "lcm"
     guidance_keys = ("w_min", "w_max")
-    recommended = LCM
+    recommended = read_recommended(RECOMMENDED, name)
 
     class Config(GuidanceRange):
         """Settings of latent consistency distillation."""

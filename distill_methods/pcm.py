@@ -47,6 +47,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -73,7 +74,9 @@ from ..core.plugin_api.batch import Batch, Conditioning
 from ..core.plugin_api.context import Context
 from ..core.plugin_api.hookspecs import hookimpl
 from ..core.plugin_api.method import Method, MethodSetup, Requirements, Role, Update
-from ._recommended import PCM
+from ..core.plugin_api.recommended import read_recommended
+
+RECOMMENDED = Path(__file__).with_name("assets") / "recommended.yaml"
 
 EMPTY_PROMPTS = 0.1
 """Share of samples without their prompt where the solver is not guided, as in the authors' code."""
@@ -86,7 +89,7 @@ class PCM(Method):
 
     name = "pcm"
     guidance_keys = ("w_min", "w_max")
-    recommended = PCM
+    recommended = read_recommended(RECOMMENDED, name)
 
     class Config(GuidanceRange):
         """Settings of phased consistency distillation."""

@@ -122,7 +122,10 @@ def test_run_hands_over_the_configuration_of_flags_files_and_overrides(tmp_path,
 def test_a_dry_run_prints_the_plan_and_neither_loads_nor_writes(tmp_path, monkeypatch):
     monkeypatch.setattr("distill.core.runs.run.run", lambda *a, **k: pytest.fail("a dry run ran"))
     checked = []
-    family = SimpleNamespace(check_source=lambda: checked.append(True), empty_network=lambda: None)
+    family = SimpleNamespace(
+        check_source=lambda: checked.append(True), empty_network=lambda: None, prediction_type="epsilon",
+        guided_by_input=False, usual_guidance=5.0,
+    )  # fmt: skip
     monkeypatch.setattr("distill.core.runs.builders.build_family", lambda *arguments, **options: family)
     pair = Pair(tmp_path)
     pair.write()

@@ -463,6 +463,7 @@ def test_the_wheel_holds_the_tree_and_nothing_else(tmp_path):
     shipped = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     wanted = {f"distill/{relative(path)}" for path in sources()}
     assets = [path for folder in ("core", *FOLDERS) for path in (ROOT / folder).rglob("assets/**/*") if path.is_file()]
+    assets += (ROOT / "recipes").iterdir()
     wanted |= {f"distill/{relative(path)}" for path in assets if not path.name.startswith(".")}
     assert shipped == wanted
     licences = [name.rsplit("/", 1)[-1] for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/licenses/" in name]

@@ -14,7 +14,7 @@ from distill.core.errors import ConfigError, UserError
 from distill.core.plugin_api.batch import Batch
 from distill.core.plugin_api.context import Context, Runtime
 from distill.core.plugin_api.family import LoraSettings, MicroConditioning
-from distill.core.plugin_api.method import MethodSetup, settled
+from distill.core.plugin_api.method import MethodSetup, completed
 from distill.core.registry.registry import Registry
 from distill.distill_methods.dmd2 import DMD2
 from distill.distill_methods.guidance import Guidance
@@ -58,7 +58,7 @@ def flux_dev(tmp_path_factory):
 
 def told(family, method, config, monkeypatch):
     """Calls of the teacher in one step: (samples, guidance scales told)."""
-    config = settled(method, config, TOLD)
+    config = completed(method, config, TOLD)
     roles = method.roles(config, TOLD)
     networks = Networks(family, roles, lora=LoraSettings(4, 4.0), seed=0)
     context = Context(Runtime(family, networks, 0, torch.device("cpu"), stages=method.stages(config, total_steps=5)))
@@ -100,13 +100,13 @@ def test_defaults_stay_for_a_teacher_guided_by_two_calls():
     setup = MethodSetup("lora")
     for method in (LCM, PCM, DMD2):
         config = method.Config()
-        assert settled(method, config, setup) is config
+        assert completed(method, config, setup) is config
 
 
 def test_terms_of_a_recipe_follow_the_teacher_too(registry):
     config = Recipe.Config(terms=[{"method": "lcm"}])
     config.terms[0].bind(LCM, LCM.Config())
-    settled(Recipe, config, TOLD)
+    completed(Recipe, config, TOLD)
     assert config.terms[0].settings.scales == (3.5, 3.5)
 
 
@@ -150,9 +150,8 @@ def test_what_nobody_set_is_as_published_and_said_in_one_line(load):
     assert (run.learning_rate, run.lora_rank, run.lora_alpha, run.adam_weight_decay) == (2e-6, 64, 8, 0.0)
     lines = [line for line in found.notices if "as published" in line]
     assert len(lines) == 1
-    assert "learning_rate 2e-06, lora_alpha 8, adam_weight_decay 0" in lines[0]
+    assert "learning_rate 2e-06, lora_alpha 8, adam_weight_decay 0, as published, in batches of 10" in lines[0]
     assert "train_pcm_lora_sdxl.sh" in lines[0]
-    assert any("published with 10 samples a step in all; here 1" in line for line in found.notices)
 
 
 def test_what_the_user_sets_wins_and_another_rank_keeps_the_published_scale(load):

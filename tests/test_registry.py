@@ -209,7 +209,8 @@ REGISTRATION = {
 
 
 def test_every_hook_of_registration_is_in_the_table_of_this_test():
-    assert set(REGISTRATION) == {name for name in hook_names() if name.startswith("register_")}
+    hooks = {name for name in hook_names() if name.startswith("register_")}
+    assert set(REGISTRATION) == hooks - {"register_recipes"}  # files, tested in test_published
 
 
 @pytest.mark.parametrize("hook", REGISTRATION)

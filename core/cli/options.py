@@ -139,15 +139,15 @@ def model_notices(configuration: Configuration, registry: Registry) -> list[str]
     Raises:
         UserError: They are no model of the family, or not those that their configs describe.
     """
-    from ..runs.builders import build_family, settled_configuration
+    from ..runs.builders import build_family, completed_configuration
 
     family = build_family(configuration, registry)
     try:
         family.check_source()
     except UnreachableError as error:
         return [f"the model's files are not checked: {error.message}"]
-    settled = settled_configuration(configuration, registry, family)
-    return list(settled.notices[len(configuration.notices) :])
+    completed = completed_configuration(configuration, registry, family)
+    return list(completed.notices[len(configuration.notices) :])
 
 
 def storage_notices(configuration: Configuration, registry: Registry) -> list[str]:

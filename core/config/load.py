@@ -20,9 +20,8 @@ from .normalise import align_rounding, drop_zero_length, megapixel_notices, refu
 from .parsing import read_file, texts, unusable
 from .parts import Parts, PartsCheck
 from .published import (
-    Recipe,
+    PublishedRecipe,
     adapt_rates,
-    batch_notices,
     find_recipe,
     fitting_recipe,
     lay_recommended,
@@ -133,8 +132,6 @@ class ConfigurationLoader:
         if run is not None:
             check_run(run, self.report, to_train=self.to_train)
             megapixel_notices(run, "", self.report.notices)
-            if self.to_train and not self.miniature:
-                self.report.notices.extend(batch_notices(check, run))
             self._compare(run, parts, check)
         entries = self._entries(run, data_file, inline, recipe_data)
         datasets = self._datasets(run or RunSettings(), entries, data_overrides)
@@ -212,7 +209,7 @@ class ConfigurationLoader:
             except UserError as error:
                 self.findings.append(Finding(origin.file, "plugins", file, error.message, error.remedy))
 
-    def _lay_published(self) -> Recipe | None:
+    def _lay_published(self) -> PublishedRecipe | None:
         """Lay the recipe that is named under everything given; return it, or None where there is none."""
         name = self.layers.values.get("recipe")
         if not isinstance(name, str):

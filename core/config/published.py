@@ -30,7 +30,7 @@ LENGTHS = ("max_train_steps", "num_train_epochs")
 
 
 @dataclass(frozen=True)
-class Recipe:
+class PublishedRecipe:
     """Published settings by name.
 
     Attributes:
@@ -49,11 +49,11 @@ class Recipe:
 
     @property
     def origin(self) -> Origin:
-        """What findings about its values name."""
+        """Return the origin that findings about its values name."""
         return Origin(f"recipe {self.name}", self.file.parent)
 
 
-def find_recipe(registry: Registry, name: str) -> Recipe:
+def find_recipe(registry: Registry, name: str) -> PublishedRecipe:
     """Return a recipe. Raises UserError for an unknown name, and for a file that cannot be read."""
     if name not in registry.recipes:
         known = ", ".join(registry.recipes)
@@ -67,7 +67,7 @@ def find_recipe(registry: Registry, name: str) -> Recipe:
         problem = f"{findings[0].problem}" if findings else "is not an object of keys"
         raise UserError(f"recipe {name!r} ({file}) {problem}.", "mend the file, or load its plugin no more.")
     comments = [line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
-    return Recipe(name, file, provenance.source, comments[0].lstrip("# ").strip() if comments else "", content)
+    return PublishedRecipe(name, file, provenance.source, comments[0].lstrip("# ").strip() if comments else "", content)
 
 
 def lay_under(layers: Layers, values: Mapping[str, Any], origin: Origin) -> None:
@@ -81,7 +81,7 @@ def lay_under(layers: Layers, values: Mapping[str, Any], origin: Origin) -> None
     layers.values, layers.origins = under.values, under.origins
 
 
-def recipe_problem(recipe: Recipe, given: Mapping[str, Any]) -> str | None:
+def recipe_problem(recipe: PublishedRecipe, given: Mapping[str, Any]) -> str | None:
     """Return why the recipe cannot be used with what is given, or None."""
     method, asked = recipe.settings.get("distillation_method"), given.get("distillation_method")
     if method is not None and asked not in (None, method):
@@ -89,7 +89,7 @@ def recipe_problem(recipe: Recipe, given: Mapping[str, Any]) -> str | None:
     return None
 
 
-def fitting_recipe(recipe: Recipe, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def fitting_recipe(recipe: PublishedRecipe, given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Return the recipe's settings without those that something given makes meaningless, and a line for each reason."""
     settings, lines = dict(recipe.settings), []
     if any(given.get(key) is not None for key in LENGTHS):
@@ -104,11 +104,13 @@ def fitting_recipe(recipe: Recipe, given: Mapping[str, Any]) -> tuple[dict[str, 
     return settings, lines
 
 
-def adapt_rates(check: PartsCheck, recipe: Recipe) -> None:
+def adapt_rates(check: PartsCheck, recipe: PublishedRecipe) -> None:
     """Bring a recipe's rates, which are for the optimizer that it names, into the form that the chosen one takes."""
     layers, origin = check.report.layers, recipe.origin
     optimizer = check.classes.get("optimizer")
-    if optimizer is None or optimizer.name == recipe.settings.get("optimizer", "adamw"):
+    if optimizer is None or optimizer.name == recipe.settings.get(
+        "optimizer", RunSettings.model_fields["optimizer"].default
+    ):
         return
     own = {key: layers.values[key] for key in RATES if key in layers.values and layers.origin(key) == origin}
     adapted = check.recipe_for_optimizer(own, whose="the recipe")
@@ -151,21 +153,9 @@ def lay_recommended(check: PartsCheck) -> None:
     lay_under(layers, {**run, "distillation_config": {method.name: own}}, origin)
     if said:
         sources = "; ".join(dict.fromkeys(each.source for each in found))
-        line = f"{method.name}: {', '.join(said)}, as published, since nothing else is set ({sources})"
+        batch = next((f", in batches of {each.batch}" for each in reversed(found) if each.batch), "")
+        line = f"{method.name}: {', '.join(said)}, as published{batch}, since nothing else is set ({sources})"
         check.report.notices.append(line)
-
-
-def batch_notices(check: PartsCheck, run: RunSettings) -> Iterator[str]:
-    """Yield a line where the run's batch is smaller than the published one."""
-    method, family = check.classes.get("method"), check.classes.get("family")
-    if method is None or family is None:
-        return
-    found = fitting(method, model_type=run.model_type, family=family.name)
-    batch = next((each.batch for each in reversed(found) if each.batch), None)
-    own = run.train_batch_size * run.gradient_accumulation_steps
-    if batch is not None and own < batch:
-        each = "train_batch_size x gradient_accumulation_steps"
-        yield f"{method.name}: published with {batch} samples a step in all; here {own} a process ({each})"
 
 
 def _for_this_run(recommended: dict[str, Any], check: PartsCheck) -> dict[str, Any]:
@@ -178,11 +168,12 @@ def _for_this_run(recommended: dict[str, Any], check: PartsCheck) -> dict[str, A
     if values.get("mixed_precision") == "fp16" and (device in ("cpu", "mps") or not cuda_available()):
         del values["mixed_precision"]
     rank, alpha = layers.values.get("lora_rank"), values.get("lora_alpha")
-    if alpha is not None and isinstance(rank, int | float):
-        values["lora_alpha"] = rank * alpha / values.get("lora_rank", DEFAULT_RANK)
+    if alpha is not None and layers.given("lora_rank"):
+        usable = isinstance(rank, int | float) and rank > 0  # else it is refused, and alpha is not to blame
+        values["lora_alpha"] = rank * alpha / values.get("lora_rank", DEFAULT_RANK) if usable else None
     if layers.given("num_train_epochs") or layers.given("max_train_steps"):
         values = {key: value for key, value in values.items() if key not in LENGTHS}
-    return {key: value for key, value in values.items() if not layers.given(key)}
+    return {key: value for key, value in values.items() if value is not None and not layers.given(key)}
 
 
 def as_words(key: str, value: object) -> str:

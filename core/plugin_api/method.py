@@ -183,11 +183,11 @@ class MethodPart(BaseModel):
         return self._settings
 
 
-def settled(method: type[Method], config: Any, setup: MethodSetup) -> Any:
-    """Return a method's settings, and inside them those of other methods, as :meth:`Method.settled` fills them in."""
-    config = method.settled(config, setup)
+def completed(method: type[Method], config: Any, setup: MethodSetup) -> Any:
+    """Return a method's settings, and inside them those of other methods, as :meth:`Method.completed` fills them in."""
+    config = method.completed(config, setup)
     for _, part in method_parts(config):
-        part.bind(part.found, settled(part.found, part.settings, setup))
+        part.bind(part.found, completed(part.found, part.settings, setup))
     return config
 
 
@@ -230,7 +230,7 @@ class Method(ABC):
         return {}
 
     @classmethod
-    def settled(cls, config: Any, setup: MethodSetup) -> Any:
+    def completed(cls, config: Any, setup: MethodSetup) -> Any:
         """Return the settings with the defaults that depend on the teacher filled in; the same settings in most runs.
 
         Args:

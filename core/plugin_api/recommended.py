@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
 from typing import Any, Literal
+
+import yaml
 
 
 @dataclass(frozen=True)
@@ -35,3 +39,18 @@ class Recommended:
     def fits(self, *, model_type: str, family: str) -> bool:
         """Return True if it is for this kind of student on this family."""
         return self.model_type in (None, model_type) and (not self.families or family in self.families)
+
+
+def read_recommended(file: Path, method: str) -> tuple[Recommended, ...]:
+    """Return what a YAML file recommends for a method: an object of methods, each a list of rows of these fields.
+
+    A row without a family or a kind of student is for all.
+    """
+    return tuple(
+        Recommended(**{**row, "families": tuple(row.get("families", ()))}) for row in _content(file).get(method, ())
+    )
+
+
+@cache
+def _content(file: Path) -> Any:
+    return yaml.safe_load(file.read_text(encoding="utf-8"))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ..config.quantisation import named_quantizers
 from ..errors import UserError
 from ..plugin_api.family import LoraSettings, ModelFamily, ModelSettings, Precision
-from ..plugin_api.method import Method, MethodSetup, Requirements, settled
+from ..plugin_api.method import Method, MethodSetup, Requirements, completed
 from ..plugin_api.precision import Precisions
 from ..plugin_api.quantizer import NO_CHANGE, Quantizer
 from ..settings.configuration import data_resolution
@@ -96,7 +96,7 @@ def lora_settings(configuration: Configuration) -> LoraSettings | None:
 def build_method(configuration: Configuration, registry: Registry, family: ModelFamily) -> Method:
     """The run's method, told what it may know of the model."""
     found, setup = registry.get("method", configuration.run.distillation_method), method_setup(configuration, family)
-    config = settled(found, configuration.method, setup)
+    config = completed(found, configuration.method, setup)
     found.requires(config, setup)  # refuses what cannot be meant for this model
     return found(config, setup)
 
@@ -110,7 +110,7 @@ def method_setup(configuration: Configuration, family: ModelFamily) -> MethodSet
     )  # fmt: skip
 
 
-def settled_configuration(configuration: Configuration, registry: Registry, family: ModelFamily) -> Configuration:
+def completed_configuration(configuration: Configuration, registry: Registry, family: ModelFamily) -> Configuration:
     """Return the configuration with the method's defaults that depend on the model filled in."""
     method = build_method(configuration, registry, family)
     if method.config == configuration.method:

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ..utils.progress import working
-from .builders import build_family, build_method, lora_settings, method_needs, settled_configuration
+from .builders import build_family, build_method, completed_configuration, lora_settings, method_needs
 from .output_folder import CACHE_FOLDER
 
 if TYPE_CHECKING:
@@ -67,9 +67,9 @@ class RunComponents:
         """The run's algorithm."""
         return build_method(self.config, self.registry, self.family)
 
-    def settle(self) -> None:
+    def complete(self) -> None:
         """Fill in what depends on the model's own files, which are read by now; log what that is."""
-        before, self.config = self.config, settled_configuration(self.config, self.registry, self.family)
+        before, self.config = self.config, completed_configuration(self.config, self.registry, self.family)
         for line in self.config.notices[len(before.notices) :]:
             logger.info(line)
 

@@ -110,7 +110,7 @@ class Run(TrainingObserver):
     def _execute(self) -> RunResult:
         with working("reading the model's files"):
             self.parts.family.check_source()
-        self.parts.settle()
+        self.parts.complete()
         self._check_model()
         with self.parts.processes.synchronized():
             check_resources(self.parts)
