@@ -164,9 +164,7 @@ def _for_this_run(recommended: dict[str, Any], check: PartsCheck) -> dict[str, A
     values = check.recipe_for_optimizer(recommended, whose="what is recommended") if recommended else {}
     if optimizer is not None:
         _leave_out_unhonoured(values, optimizer, list(ADAM_KEYS))
-    device = layers.values.get("device") or "auto"
-    if values.get("mixed_precision") == "fp16" and (device in ("cpu", "mps") or not cuda_available()):
-        del values["mixed_precision"]
+    values = usable_here(values, device=str(layers.values.get("device") or "auto"))
     rank, alpha = layers.values.get("lora_rank"), values.get("lora_alpha")
     if alpha is not None and layers.given("lora_rank"):
         usable = isinstance(rank, int | float) and rank > 0  # else it is refused, and alpha is not to blame
@@ -174,6 +172,12 @@ def _for_this_run(recommended: dict[str, Any], check: PartsCheck) -> dict[str, A
     if layers.given("num_train_epochs") or layers.given("max_train_steps"):
         values = {key: value for key, value in values.items() if key not in LENGTHS}
     return {key: value for key, value in values.items() if value is not None and not layers.given(key)}
+
+
+def usable_here(values: Mapping[str, Any], *, device: str = "auto") -> dict[str, Any]:
+    """Return the values without fp16 where there is no card for it."""
+    on_card = device not in ("cpu", "mps") and cuda_available()
+    return {key: value for key, value in values.items() if on_card or value != "fp16"}
 
 
 def as_words(key: str, value: object) -> str:

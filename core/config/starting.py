@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 
 from ..settings.dataset_settings import DatasetSettings
-from ..settings.run_settings import RunSettings
+from ..settings.run_settings import FULL_RATE, LORA_RATE, RunSettings
+from .published import fitting, usable_here
 
 if TYPE_CHECKING:
     from ..registry.registry import Registry
@@ -60,11 +61,13 @@ def starting_config(registry: Registry, *, method: str, family: str, model_type:
         UserError: Method or family are not registered.
     """
     chosen, architecture = registry.get("method", method), registry.get("family", family)
+    published = fitting(chosen, model_type=model_type, family=architecture.name)
     values = {
         "model_type": model_type,
         "model_family": architecture.name,
         **RUN_VALUES,
-        "learning_rate": 1e-4 if model_type == "lora" else 1e-6,
+        "learning_rate": LORA_RATE if model_type == "lora" else FULL_RATE,
+        **usable_here({key: value for each in published for key, value in each.run.items()}),
         "distillation_method": chosen.name,
     }
     if model_type != "lora":
@@ -73,9 +76,13 @@ def starting_config(registry: Registry, *, method: str, family: str, model_type:
     for key, value in values.items():
         lines += [_comment(RunSettings, key), f"{key}: {json.dumps(value)}"]
     lines += ["# Settings of the method.", "distillation_config:", f"  {chosen.name}:"]
-    for key, value in chosen.Config.model_construct().model_dump(mode="json").items():
-        lines += [f"    {_comment(chosen.Config, key)}", f"    {key}: {json.dumps(value)}"]
-    if lines[-1].strip() == f"{chosen.name}:":
+    own = chosen.Config.model_construct().model_dump(mode="json")
+    recommended = {key: value for each in published for key, value in each.method.items()}
+    for key, value in {**own, **recommended}.items():
+        # a scale that is not written follows the teacher: left as a comment
+        start = "    # " if key in chosen.guidance_keys and key not in recommended else "    "
+        lines += [f"    {_comment(chosen.Config, key)}", f"{start}{key}: {json.dumps(value)}"]
+    if not own:
         lines[-1] += " {}"
     return "\n".join(lines) + "\n"
 
