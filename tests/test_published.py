@@ -150,7 +150,7 @@ def test_what_nobody_set_is_as_published_and_said_in_one_line(load):
     assert (run.learning_rate, run.lora_rank, run.lora_alpha, run.adam_weight_decay) == (2e-6, 64, 8, 0.0)
     lines = [line for line in found.notices if "as published" in line]
     assert len(lines) == 1
-    assert "learning_rate 2e-06, lora_alpha 8, adam_weight_decay 0, as published, in batches of 10" in lines[0]
+    assert "learning_rate 2e-06, lora_alpha 8, as published, in batches of 10" in lines[0]
     assert "train_pcm_lora_sdxl.sh" in lines[0]
 
 
