@@ -48,11 +48,11 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from ..core.diffusion import FlowSchedule, Prediction, Schedule, append_dims, classifier_free_guidance
-from ..core.diffusion.adversarial import discriminator_loss, generator_loss
+from ..core.diffusion.adversarial import HeadKind, HeadLevels, discriminator_loss, generator_loss, level_mean
 from ..core.diffusion.distribution_matching import (
     Divergence,
     DivergenceWeights,
@@ -69,8 +69,12 @@ from ..core.diffusion.solvers import trailing_timesteps
 from ..core.diffusion.weights import Weight, ever_positive, weight_at
 from ..core.plugin_api.batch import Batch
 from ..core.plugin_api.context import Context
+from ..core.plugin_api.discriminator import DiscriminatorSettings
 from ..core.plugin_api.hookspecs import hookimpl
 from ..core.plugin_api.method import Method, MethodSetup, Requirements, Role, Update
+
+PAPER_GRAD_NORM = 10.0
+"""Norm that the authors' code clips the gradients at."""
 
 
 class DMD2(Method):
@@ -78,10 +82,8 @@ class DMD2(Method):
 
     name = "dmd2"
 
-    class Config(BaseModel):
+    class Config(DiscriminatorSettings):
         """Settings of distribution matching distillation."""
-
-        model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
         num_inference_steps: int = Field(4, ge=1, le=50)
         """N, the number of student calls per image, in training and in use."""
@@ -113,6 +115,8 @@ class DMD2(Method):
         """Weight of the heads' loss, in their own update and in the fake score's."""
         adapt_features: bool = True
         """Whether the fake score, whose features the heads read, also learns to tell images from samples."""
+        heads: HeadKind = "strided"
+        head_levels: HeadLevels = "middle"
         fake_score_learning_rate: float | None = Field(None, gt=0, le=1)
         """Learning rate of the fake score; None is the run's."""
         discriminator_learning_rate: float | None = Field(None, gt=0, le=1)
@@ -157,7 +161,7 @@ class DMD2(Method):
             Role("fake_score", trains=setup.model_type, learning_rate=config.fake_score_learning_rate),
         ]
         if config.discriminates:
-            roles.append(Role("discriminator", trains="head", learning_rate=config.discriminator_learning_rate))
+            roles.append(config.discriminator(max_grad_norm=PAPER_GRAD_NORM))
         return roles
 
     @classmethod
@@ -244,7 +248,7 @@ class DMD2(Method):
     def _ratio_weights(self, context: Context, batch: Batch, x_t: Tensor, t: Tensor, share: Tensor) -> Tensor:
         """Return h(r) / mean h of the samples, shape (B,), with r from the heads' logits at `x_t`."""
         features = context.features("fake_score", x_t, t, batch.cond)
-        return self._weights(context.logits("discriminator", features).mean(1), share)
+        return self._weights(level_mean(context.logits("discriminator", features)), share)
 
     def _sid(self, context: Context, batch: Batch, sample: _Sample) -> tuple[Tensor, Tensor]:
         """Return the loss of score identity distillation (B,), through both denoisers, and its times (B,)."""
@@ -285,19 +289,21 @@ class DMD2(Method):
         with torch.set_grad_enabled(self.config.adapt_features):
             return context.features("fake_score", torch.cat([real, fake]), torch.cat([t_real, t_fake]), cond)
 
-    def _discriminator_loss(self, context: Context, features: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the heads' loss (B,), and their logits (B, K) of images and of samples."""
-        real, fake = context.logits("discriminator", features).chunk(2)
+    def _discriminator_loss(
+        self, context: Context, features: Sequence[Tensor]
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Return the heads' loss (B,), and their logits of images and of samples, (B, P_k) of each level."""
+        both = [level.chunk(2) for level in context.logits("discriminator", features)]
+        real, fake = [level[0] for level in both], [level[1] for level in both]
         return discriminator_loss(real, fake, kind="softplus"), real, fake
 
     def _discriminator(self, context: Context, features: Sequence[Tensor]) -> Update:
         """Return the heads' update: tell images from samples by the given features."""
         losses, real, fake = self._discriminator_loss(context, features)
-        metrics = {
-            "discriminator/real": real.detach().sigmoid().mean(),
-            "discriminator/fake": fake.detach().sigmoid().mean(),
-        }
-        losses = weight_at(self.config.discriminator_weight, context.step) * losses
+        penalty, metrics = self.config.r1_term(context, [level.chunk(2)[0] for level in features])
+        for name, logits in (("real", real), ("fake", fake)):
+            metrics[f"discriminator/{name}"] = level_mean(level.detach().sigmoid() for level in logits).mean()
+        losses = weight_at(self.config.discriminator_weight, context.step) * (losses + penalty)
         return Update("discriminator", losses.mean(), metrics, per_sample=losses.detach())
 
     # -- the run ----------------------------------------------------------------------------------------------------

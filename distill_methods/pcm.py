@@ -71,6 +71,7 @@ from ..core.diffusion.segments import (
 from ..core.diffusion.weights import Weight, ever_positive, weight_at
 from ..core.plugin_api.batch import Batch, Conditioning
 from ..core.plugin_api.context import Context
+from ..core.plugin_api.discriminator import DiscriminatorSettings
 from ..core.plugin_api.hookspecs import hookimpl
 from ..core.plugin_api.method import Method, MethodSetup, Requirements, Role, Update
 
@@ -85,7 +86,7 @@ class PCM(Method):
 
     name = "pcm"
 
-    class Config(GuidanceRange):
+    class Config(GuidanceRange, DiscriminatorSettings):
         """Settings of phased consistency distillation."""
 
         num_ddim_timesteps: GridSteps = 40
@@ -102,8 +103,6 @@ class PCM(Method):
         huber_c: HuberC = 0.001
         adversarial_weight: Weight = 0.1
         """lambda of the adversarial term, a number or {step: number}; 0: none, and no features are needed."""
-        discriminator_learning_rate: float | None = Field(1e-5, gt=0, le=1)
-        """Learning rate of the discriminator's heads; null: the run's."""
         num_inference_steps: int | None = Field(None, ge=1, le=1000)
         """Steps that the student is validated and exported with unless the run says otherwise; null: num_phases."""
 
@@ -144,7 +143,7 @@ class PCM(Method):
             target = Role("target", ema_of="student", ema_decay=0.95)
             roles = [Role("teacher"), Role("student", trains="full"), target]
         if ever_positive(config.adversarial_weight):
-            roles.append(Role("discriminator", trains="head", learning_rate=config.discriminator_learning_rate))
+            roles.append(config.discriminator(betas=(0.0, 0.999), weight_decay=1e-3))
         return roles
 
     @classmethod
@@ -202,8 +201,10 @@ class PCM(Method):
 
         with torch.no_grad():
             told = context.features("teacher", real, u, cond)
-        logits = [context.logits("discriminator", seen) for seen in (told, [level.detach() for level in features])]
-        yield Update("discriminator", discriminator_loss(*logits, kind="hinge").mean())
+        penalty, metrics = config.r1_term(context, told)
+        judged = [context.logits("discriminator", seen) for seen in (told, [level.detach() for level in features])]
+        losses = discriminator_loss(*judged, kind="hinge") + penalty
+        yield Update("discriminator", losses.mean(), metrics)
 
     def _solve(self, context: Context, x_t: Tensor, t: Tensor, t_prev: Tensor, cond: Conditioning) -> Tensor:
         """Return x' (B, ...), one step of the teacher's solver from `t` to `t_prev`."""

@@ -78,6 +78,7 @@ from ..core.diffusion.weights import Number, Weight, ever_positive, weight_at
 from ..core.errors import UserError
 from ..core.plugin_api.batch import Batch
 from ..core.plugin_api.context import Context
+from ..core.plugin_api.discriminator import DiscriminatorSettings
 from ..core.plugin_api.hookspecs import hookimpl
 from ..core.plugin_api.method import Method, MethodSetup, Requirements, Role, Update
 from ..core.plugin_api.stage import Stage
@@ -92,7 +93,7 @@ class TCD(Method):
 
     name = "tcd"
 
-    class Config(GuidanceRange):
+    class Config(GuidanceRange, DiscriminatorSettings):
         """Settings of trajectory consistency distillation."""
 
         num_ddim_timesteps: GridSteps = 50
@@ -110,8 +111,6 @@ class TCD(Method):
         """Weight of the consistency loss: a number, {step: number}, or a list with one number per stage."""
         adversarial_weight: Weight | PerStage = 0.0
         """Weight of the adversarial loss: a number, {step: number}, or a list with one number per stage; 0: none."""
-        discriminator_learning_rate: float | None = Field(1e-5, gt=0, le=1)
-        """Learning rate of the discriminator's heads; null: the run's."""
         eta: float | None = Field(None, ge=0, le=1)
         """gamma of the sampler: 0 is deterministic, 1 draws all noise anew at each step; null: 0.3, and 0 on a flow."""
         num_inference_steps: int = Field(4, ge=1, le=1000)
@@ -145,7 +144,7 @@ class TCD(Method):
             student = Role("student", trains="full", guidance_embedding=config.takes_guidance(setup.model_type))
             roles = [Role("teacher"), student, Role("target", ema_of="student", ema_decay=0.95)]
         if _ever(config.adversarial_weight):
-            roles.append(Role("discriminator", trains="head", learning_rate=config.discriminator_learning_rate))
+            roles.append(config.discriminator(betas=(0.0, 0.999), weight_decay=1e-3))
         return roles
 
     @classmethod
@@ -225,8 +224,10 @@ class TCD(Method):
 
         with torch.no_grad():
             told = context.features("teacher", real, u, batch.cond)
-        logits = [context.logits("discriminator", seen) for seen in (told, [level.detach() for level in features])]
-        yield Update("discriminator", discriminator_loss(*logits, kind="hinge").mean())
+        penalty, metrics = config.r1_term(context, told)
+        judged = [context.logits("discriminator", seen) for seen in (told, [level.detach() for level in features])]
+        losses = discriminator_loss(*judged, kind="hinge") + penalty
+        yield Update("discriminator", losses.mean(), metrics)
 
     @staticmethod
     def _weight(weight: float | dict[int, float] | list[float], context: Context) -> float:

@@ -21,6 +21,7 @@ from .stage import Stage
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..diffusion.adversarial import HeadKind, HeadLevels
     from ..diffusion.schedule import Schedule
     from .batch import Batch
     from .context import Context
@@ -44,7 +45,12 @@ class Role:
         guidance_embedding: Whether the network takes the guidance scale as an input (``time_cond_proj_dim``).
         second_time: Whether the network takes a second time; its embedding starts at zero, so the role starts as the
             teacher. An average or a copy has what its source has.
+        heads: Kind of the heads of a role that trains them; see :mod:`..diffusion.adversarial`.
+        head_levels: Features that these heads read: ``all``, or the ``middle`` of the network, its last level.
         learning_rate: Learning rate of this role; None is the run's. The run's schedule shapes either.
+        betas: Decay of the first and the second moment of Adam-like optimizers; None is the run's.
+        weight_decay: Decoupled weight decay per step, as a fraction of the learning rate; None is the run's.
+        max_grad_norm: Norm that this role's gradient is clipped to, 0 for no clipping; None is the run's.
     """
 
     name: str
@@ -54,7 +60,12 @@ class Role:
     copy_of: str | None = None
     guidance_embedding: bool = False
     second_time: bool = False
+    heads: HeadKind = "places"
+    head_levels: HeadLevels = "all"
     learning_rate: float | None = None
+    betas: tuple[float, float] | None = None
+    weight_decay: float | None = None
+    max_grad_norm: float | None = None
 
     @property
     def source(self) -> str | None:
