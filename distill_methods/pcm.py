@@ -55,7 +55,7 @@ from torch import Tensor
 
 from ..core.diffusion import Schedule, append_dims
 from ..core.diffusion.adversarial import discriminator_loss, generator_loss
-from ..core.diffusion.consistency import trajectory_function
+from ..core.diffusion.consistency import EmaTarget, has_ema_target, trajectory_function
 from ..core.diffusion.guidance import GuidanceRange, HighestGuidance, LowestGuidance
 from ..core.diffusion.regression import HuberC, LossType, distance
 from ..core.diffusion.sampler import Sampler
@@ -99,6 +99,7 @@ class PCM(Method):
         guidance scale and negative prompts; for 4 phases or more."""
         empty_prompt_share: float | None = Field(None, ge=0, le=1)
         """Share of samples that are trained without their prompt; null: 0.1 with cfg_free, 0 without."""
+        ema_target: EmaTarget = None
         loss_type: LossType = "huber"
         huber_c: HuberC = 0.001
         adversarial_weight: Weight = 0.1
@@ -132,16 +133,11 @@ class PCM(Method):
 
     @classmethod
     def roles(cls, config: Any, setup: MethodSetup) -> Sequence[Role]:
-        """Return the roles.
-
-        LoRA: student and target are the base with the adapter. Full: a copy and its EMA as target. Heads if
-        adversarial.
-        """
-        if setup.model_type == "lora":
-            roles = [Role("teacher"), Role("student", trains="lora")]
-        else:
-            target = Role("target", ema_of="student", ema_decay=0.95)
-            roles = [Role("teacher"), Role("student", trains="full"), target]
+        """Return the roles: the student, its average as target if asked, heads if adversarial."""
+        student = Role("student", trains=setup.model_type)
+        averaged = has_ema_target(config.ema_target, setup.model_type)
+        target = [Role("target", ema_of="student", ema_decay=0.95)] if averaged else []
+        roles = [Role("teacher"), student, *target]
         if ever_positive(config.adversarial_weight):
             roles.append(config.discriminator(betas=(0.0, 0.999), weight_decay=1e-3))
         return roles
@@ -158,10 +154,10 @@ class PCM(Method):
 
     @property
     def _target(self) -> str:
-        return "student" if self.setup.model_type == "lora" else "target"
+        return "target" if has_ema_target(self.config.ema_target, self.setup.model_type) else "student"
 
     def result_role(self) -> str:
-        """Return the exported role, which for full training is the EMA."""
+        """Return the exported role: the average where there is one."""
         return self._target
 
     def updates(self, context: Context, batch: Batch, step: int) -> Iterator[Update]:

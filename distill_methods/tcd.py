@@ -61,7 +61,7 @@ from pydantic import Field, model_validator
 
 from ..core.diffusion import Schedule
 from ..core.diffusion.adversarial import discriminator_loss, generator_loss
-from ..core.diffusion.consistency import trajectory_function
+from ..core.diffusion.consistency import EmaTarget, has_ema_target, trajectory_function
 from ..core.diffusion.guidance import GuidanceRange, HighestGuidance, LowestGuidance, embedded_scale
 from ..core.diffusion.regression import HuberC, LossType, distance
 from ..core.diffusion.sampler import Sampler
@@ -99,6 +99,7 @@ class TCD(Method):
         num_ddim_timesteps: GridSteps = 50
         w_min: LowestGuidance = 3.0
         w_max: HighestGuidance = 15.0
+        ema_target: EmaTarget = None
         loss_type: LossType = "l2"
         huber_c: HuberC = 0.001
         segments: Annotated[list[Annotated[int, Field(ge=1, le=1000)]], Field(min_length=1)] | None = None
@@ -134,15 +135,12 @@ class TCD(Method):
 
     @classmethod
     def roles(cls, config: Any, setup: MethodSetup) -> Sequence[Role]:
-        """Return the roles.
-
-        LoRA: student and target are the base with the adapter. Full: a copy that takes w if it is a range, and its EMA.
-        """
-        if setup.model_type == "lora":
-            roles = [Role("teacher"), Role("student", trains="lora")]
-        else:
-            student = Role("student", trains="full", guidance_embedding=config.takes_guidance(setup.model_type))
-            roles = [Role("teacher"), student, Role("target", ema_of="student", ema_decay=0.95)]
+        """Return the roles: the student (a full one takes a range of w), its average as target if asked, and heads."""
+        takes_guidance = config.takes_guidance(setup.model_type)
+        student = Role("student", trains=setup.model_type, guidance_embedding=takes_guidance)
+        averaged = has_ema_target(config.ema_target, setup.model_type)
+        target = [Role("target", ema_of="student", ema_decay=0.95)] if averaged else []
+        roles = [Role("teacher"), student, *target]
         if _ever(config.adversarial_weight):
             roles.append(config.discriminator(betas=(0.0, 0.999), weight_decay=1e-3))
         return roles
@@ -171,16 +169,16 @@ class TCD(Method):
         ]
 
     @property
-    def _lora(self) -> bool:
-        return self.setup.model_type == "lora"
+    def _target(self) -> str:
+        return "target" if has_ema_target(self.config.ema_target, self.setup.model_type) else "student"
 
     @property
     def _takes_guidance(self) -> bool:
         return self.config.takes_guidance(self.setup.model_type)
 
     def result_role(self) -> str:
-        """Return the exported role, which for full training is the EMA."""
-        return "student" if self._lora else "target"
+        """Return the exported role: the average where there is one."""
+        return self._target
 
     def updates(self, context: Context, batch: Batch, step: int) -> Iterator[Update]:
         """Yield the updates of one step of algorithm 1 of arXiv 2402.19159, inside the segments of arXiv 2404.13686."""
@@ -200,8 +198,7 @@ class TCD(Method):
 
         with torch.no_grad():
             x_prev = context.predict_guided(x_t, t, batch.cond, scale).ddim_step(t_prev)
-            target_role = "student" if self._lora else "target"
-            target = trajectory_function(context.predict(target_role, x_prev, t_prev, batch.cond, guidance=w), s)
+            target = trajectory_function(context.predict(self._target, x_prev, t_prev, batch.cond, guidance=w), s)
         output = trajectory_function(context.predict("student", x_t, t, batch.cond, guidance=w), s)
 
         losses = distance(output, target, loss_type=config.loss_type, huber_c=config.huber_c)

@@ -128,7 +128,8 @@ class Networks:
         self._family, self._lora, self._seed, self._dtype = family, lora, seed, parameter_dtype
         self.base = family.load_network().requires_grad_(False)
         self._modules: dict[str, nn.Module] = {}
-        for role in roles:
+        for role in sorted(roles, key=lambda role: role.trains != "full"):
+            # copies of the base first, while no adapter is inside it: then any order of the roles will do
             self._modules[role.name] = self._build(role)
         adapters = [role.name for role in roles if self._is_adapter(role)]
         self._switch = AdapterSwitch(self.base) if adapters else None

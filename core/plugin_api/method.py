@@ -131,6 +131,8 @@ class MethodSetup:
     model_type: ModelType
     prediction_type: str = "epsilon"
     use_ema: bool = False
+    has_images: bool = False
+    """Whether the run's data have images, where that is known already."""
 
 
 class MethodPart(BaseModel):
