@@ -279,7 +279,7 @@ class DMD2(Method):
         losses = distance(prediction.output.to(target.dtype), target, loss_type="l2", huber_c=0.0)
         metrics = {"fake_score/denoising": losses.detach().mean()}
         if features and self.config.adapt_features:
-            apart = self._told_apart(context, features)[0]
+            apart = self._heads_loss(context, features)[0]
             losses = losses + weight_at(self.config.discriminator_weight, context.step) * apart
         return Update("fake_score", losses.mean(), metrics, per_sample=losses.detach(), t=t)
 
@@ -293,7 +293,7 @@ class DMD2(Method):
         with torch.set_grad_enabled(self.config.adapt_features):
             return context.features("fake_score", torch.cat([real, fake]), torch.cat([t_real, t_fake]), cond)
 
-    def _told_apart(self, context: Context, features: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    def _heads_loss(self, context: Context, features: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Return the heads' loss (B,), and their logits of images and of samples."""
         both = [level.chunk(2) for level in context.logits("discriminator", features)]
         real, fake = [level[0] for level in both], [level[1] for level in both]
@@ -301,7 +301,7 @@ class DMD2(Method):
 
     def _discriminator(self, context: Context, features: Sequence[Tensor]) -> Update:
         """Return the heads' update: tell images from samples by the given features."""
-        losses, real, fake = self._told_apart(context, features)
+        losses, real, fake = self._heads_loss(context, features)
         penalty, metrics = self.config.r1_term(context, [level.chunk(2)[0] for level in features])
         for name, logits in (("real", real), ("fake", fake)):
             metrics[f"discriminator/{name}"] = level_mean(level.detach().sigmoid() for level in logits).mean()

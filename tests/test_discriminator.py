@@ -141,13 +141,13 @@ def test_strided_heads_halve_as_the_authors_network_does():
 
 
 @pytest.mark.parametrize(
-    ("size", "places"), [((4, 4), 1), ((1, 1), 1), ((5, 3), 1), ((26, 38), 2), ((32, 32), 1), ((64, 64), 25)]
+    ("size", "count"), [((4, 4), 1), ((1, 1), 1), ((5, 3), 1), ((26, 38), 2), ((32, 32), 1), ((64, 64), 25)]
 )
-def test_strided_heads_take_maps_of_any_size(size, places):
+def test_strided_heads_take_maps_of_any_size(size, count):
     heads = seeded(lambda: Heads([6], kind="strided"))
     x = torch.randn(2, 6, *size, generator=torch.Generator().manual_seed(0)).requires_grad_()
     (logits,) = heads([x])
-    assert logits.shape == (2, places)
+    assert logits.shape == (2, count)
     (slope,) = torch.autograd.grad(logits.sum(), x)
     assert (slope.abs().sum(1) > 0).all()  # every cell of the features is read
 
@@ -155,10 +155,10 @@ def test_strided_heads_take_maps_of_any_size(size, places):
 def test_heads_are_as_wide_as_the_authors():
     with torch.device("meta"):
         middle = Heads([320, 640, 1280, 1280], kind="strided", levels="middle")
-        places = Heads([320, 640, 1280, 1280], kind="places")
+        each = Heads([320, 640, 1280, 1280], kind="places")
         wide = Heads([3072], kind="strided")
     assert sum(weight.numel() for weight in middle.parameters()) == 104_874_241
-    assert sum(weight.numel() for weight in places.parameters()) == 7_602_244
+    assert sum(weight.numel() for weight in each.parameters()) == 7_602_244
     widths = {layer.out_channels for layer in wide.modules() if isinstance(layer, nn.Conv2d)}
     assert widths == {1280, 1}  # a transformer's 3072 would be 604 million
 
@@ -251,9 +251,9 @@ def towards_sharpness(make_heads):
 def test_the_gradient_points_to_the_detail_that_is_missing():
     """Heads behind a mean over blocks point anywhere: 0.001. Per place it is 0.06 to 0.09, by seed."""
     pooled = towards_sharpness(lambda: PooledHead(48))
-    places = towards_sharpness(lambda: Heads([48], kind="places"))
+    found = towards_sharpness(lambda: Heads([48], kind="places"))
     assert abs(pooled) < 0.006
-    assert places > 5 * max(abs(pooled), 0.003)
+    assert found > 5 * max(abs(pooled), 0.003)
 
 
 # -- R1 ---------------------------------------------------------------------------------------------------------------

@@ -69,8 +69,9 @@ R1Weight = Annotated[
 
 ReadsFeatures = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 Draw = Callable[[str, Sequence[int]], Tensor]
-GROUPS, CHANNELS_PER_GROUP = 32, 4
-"""Most groups of a normalisation, and least channels of one: a group of one number would be normalised to nothing."""
+GROUPS, CHANNELS_PER_GROUP = 32, 8
+"""Most groups of a normalisation, as the authors have them, and least channels of one: where few numbers are normalised
+together, small differences among them are blown up."""
 WINDOW = 4
 """Edge of the strided heads' kernels, and of the windows of their last features that give a logit each."""
 WIDTH = 1280
