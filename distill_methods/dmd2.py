@@ -18,7 +18,7 @@ One training step, with the student's times t_1 > ... > t_N (999, 749, 499, 249 
                                               + discriminator_weight (the heads' loss)
     heads, every step:         L = discriminator_weight (softplus(-l(real_t)) + softplus(l(x_t)))
 
-with logits l of small heads on the first half of the fake-score network; images (real) are needed for these alone.
+with logits l of heads on the middle of the fake-score network; images (real) are needed for these alone.
 "5:1" counts optimizer steps of the run: each is one of the fake score, and the last of five is one of the student too,
 on the same samples, made before it.
 
@@ -29,9 +29,8 @@ Three variations:
                  0.02 T and the time of the student's last call (arXiv 2511.22677, Decoupled-Hybrid)
     loss sid     (D_real - D_fake)((D_real - x) - a (D_real - D_fake)) with gradients through both (arXiv 2404.04057)
 
-The paper's heads read the middle block alone and give one logit; here each level of the first half has its logits. The
-means of h are running means over earlier steps (the papers' code takes the batch's), so that neither micro-batches nor
-processes matter; the bound of r is a choice made here.
+The means of h are running means over earlier steps (the papers' code takes the batch's), so that neither micro-batches
+nor processes matter; the bound of r is a choice made here.
 
 References:
     Yin et al., Improved Distribution Matching Distillation for Fast Image Synthesis, arXiv 2405.14867.
@@ -45,15 +44,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from ..core.diffusion import FlowSchedule, Prediction, Schedule, append_dims, classifier_free_guidance
-from ..core.diffusion.adversarial import discriminator_loss, generator_loss
+from ..core.diffusion import Prediction, Schedule, append_dims, classifier_free_guidance
+from ..core.diffusion.adversarial import HeadKind, HeadLevels, discriminator_loss, generator_loss, level_mean
 from ..core.diffusion.distribution_matching import (
     Divergence,
     DivergenceWeights,
@@ -62,6 +60,7 @@ from ..core.diffusion.distribution_matching import (
     distribution_matching_gradient,
     distribution_matching_loss,
     sid_loss,
+    time_at,
 )
 from ..core.diffusion.multistep import multistep_sampler, one_step_timestep
 from ..core.diffusion.regression import distance
@@ -70,11 +69,13 @@ from ..core.diffusion.solvers import trailing_timesteps
 from ..core.diffusion.weights import Weight, ever_positive, weight_at
 from ..core.plugin_api.batch import Batch
 from ..core.plugin_api.context import Context
+from ..core.plugin_api.discriminator import DiscriminatorSettings
 from ..core.plugin_api.hookspecs import hookimpl
-from ..core.plugin_api.method import Method, MethodSetup, Requirements, Role, Update
+from ..core.plugin_api.method import Method, MethodSetup, ModelType, Requirements, Role, Update
 from ..core.plugin_api.recommended import read_recommended
 
-RECOMMENDED = Path(__file__).with_name("assets") / "recommended.yaml"
+CLIP = 10.0
+"""Norm that the authors' code clips the gradients of fake score and heads at."""
 
 
 class DMD2(Method):
@@ -82,12 +83,10 @@ class DMD2(Method):
 
     name = "dmd2"
     guidance_keys = ("guidance_scale",)
-    recommended = read_recommended(RECOMMENDED, name)
+    recommended = read_recommended(__file__, name)
 
-    class Config(BaseModel):
+    class Config(DiscriminatorSettings):
         """Settings of distribution matching distillation."""
-
-        model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
         num_inference_steps: int = Field(4, ge=1, le=50)
         """N, the number of student calls per image, in training and in use."""
@@ -119,10 +118,15 @@ class DMD2(Method):
         """Weight of the heads' loss, in their own update and in the fake score's."""
         adapt_features: bool = True
         """Whether the fake score, whose features the heads read, also learns to tell images from samples."""
+        heads: HeadKind = "strided"
+        head_levels: HeadLevels = "middle"
+        fake_score: ModelType | None = None
+        """Kind of the fake score: full, all weights of a copy (the paper's, also beside a LoRA), or lora, an adapter;
+        null: as the student. A full one holds one more network in memory."""
         fake_score_learning_rate: float | None = Field(None, gt=0, le=1)
-        """Learning rate of the fake score; None is the run's."""
+        """Learning rate of the fake score; null: the run's."""
         discriminator_learning_rate: float | None = Field(None, gt=0, le=1)
-        """Learning rate of the heads; None is the run's."""
+        """Learning rate of the heads; null: the run's."""
 
         @property
         def discriminates(self) -> bool:
@@ -156,14 +160,15 @@ class DMD2(Method):
 
     @classmethod
     def roles(cls, config: Any, setup: MethodSetup) -> Sequence[Role]:
-        """Return real score, student and fake score: the base and two adapters on it, or the base and two copies."""
+        """Return real score, student, fake score and heads: adapters on the base, or copies of it, or one of each."""
+        rate = config.fake_score_learning_rate
         roles = [
             Role("teacher"),
             Role("student", trains=setup.model_type),
-            Role("fake_score", trains=setup.model_type, learning_rate=config.fake_score_learning_rate),
+            Role("fake_score", config.fake_score or setup.model_type, learning_rate=rate, max_grad_norm=CLIP),
         ]
         if config.discriminates:
-            roles.append(Role("discriminator", trains="head", learning_rate=config.discriminator_learning_rate))
+            roles.append(config.discriminator(max_grad_norm=CLIP))
         return roles
 
     @classmethod
@@ -254,7 +259,7 @@ class DMD2(Method):
     def _ratio_weights(self, context: Context, batch: Batch, x_t: Tensor, t: Tensor, share: Tensor) -> Tensor:
         """Return h(r) / mean h of the samples, shape (B,), with r from the heads' logits at `x_t`."""
         features = context.features("fake_score", x_t, t, batch.cond)
-        return self._weights(context.logits("discriminator", features).mean(1), share)
+        return self._weights(level_mean(context.logits("discriminator", features)), share)
 
     def _sid(self, context: Context, batch: Batch, sample: _Sample) -> tuple[Tensor, Tensor]:
         """Return the loss of score identity distillation (B,), through both denoisers, and its times (B,)."""
@@ -275,13 +280,13 @@ class DMD2(Method):
 
     def _fake_score(self, context: Context, batch: Batch, x: Tensor, *, features: Sequence[Tensor]) -> Update:
         """Return the fake score's update: denoise the samples `x`, and tell them from images."""
-        eps, t = _noise(context, batch, "fake"), _time_at(context.schedule, context.rng.uniform("fake/time"))
+        eps, t = _noise(context, batch, "fake"), time_at(context.schedule, context.rng.uniform("fake/time"))
         prediction = context.predict("fake_score", context.schedule.add_noise(x, eps, t), t, batch.cond)
         target = denoising_target(prediction.prediction_type, x, eps, t, context.schedule)
         losses = distance(prediction.output.to(target.dtype), target, loss_type="l2", huber_c=0.0)
         metrics = {"fake_score/denoising": losses.detach().mean()}
         if features and self.config.adapt_features:
-            apart = self._discriminator_loss(context, features)[0]
+            apart = self._heads_loss(context, features)[0]
             losses = losses + weight_at(self.config.discriminator_weight, context.step) * apart
         return Update("fake_score", losses.mean(), metrics, per_sample=losses.detach(), t=t)
 
@@ -295,19 +300,19 @@ class DMD2(Method):
         with torch.set_grad_enabled(self.config.adapt_features):
             return context.features("fake_score", torch.cat([real, fake]), torch.cat([t_real, t_fake]), cond)
 
-    def _discriminator_loss(self, context: Context, features: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the heads' loss (B,), and their logits (B, K) of images and of samples."""
-        real, fake = context.logits("discriminator", features).chunk(2)
+    def _heads_loss(self, context: Context, features: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Return the heads' loss (B,), and their logits of images and of samples."""
+        both = [level.chunk(2) for level in context.logits("discriminator", features)]
+        real, fake = [level[0] for level in both], [level[1] for level in both]
         return discriminator_loss(real, fake, kind="softplus"), real, fake
 
     def _discriminator(self, context: Context, features: Sequence[Tensor]) -> Update:
         """Return the heads' update: tell images from samples by the given features."""
-        losses, real, fake = self._discriminator_loss(context, features)
-        metrics = {
-            "discriminator/real": real.detach().sigmoid().mean(),
-            "discriminator/fake": fake.detach().sigmoid().mean(),
-        }
-        losses = weight_at(self.config.discriminator_weight, context.step) * losses
+        losses, real, fake = self._heads_loss(context, features)
+        penalty, metrics = self.config.r1_term(context, [level.chunk(2)[0] for level in features])
+        for name, logits in (("real", real), ("fake", fake)):
+            metrics[f"discriminator/{name}"] = level_mean(level.detach().sigmoid() for level in logits).mean()
+        losses = weight_at(self.config.discriminator_weight, context.step) * (losses + penalty)
         return Update("discriminator", losses.mean(), metrics, per_sample=losses.detach())
 
     # -- the run ----------------------------------------------------------------------------------------------------
@@ -335,6 +340,8 @@ class DMD2(Method):
         lines = [f"dmd2: every step trains the fake score, one in {every} the student too (max_train_steps / {every})"]
         if config.num_inference_steps == 1:
             lines.append("dmd2: the paper warms a student of one step up on the teacher's own samples; init_lora can")
+        if self.setup.has_images and not config.discriminates:
+            lines.append("dmd2: gan_weight = 0, so that nothing learns from the images; the paper's gan_weight is 5e-3")
         if config.loss == "sid" and config.guidance_scale > 5:
             lines.append(f"dmd2: guidance_scale = {config.guidance_scale:g} is high for loss sid; 1 to 5 is usual")
         return lines
@@ -380,17 +387,9 @@ def _noise(context: Context, batch: Batch, name: str) -> Tensor:
     return context.rng.randn(f"{name}/noise", shape).to(torch.float64 if wide else torch.float32)
 
 
-def _time_at(schedule: Schedule, share: Tensor) -> Tensor:
-    """Return times (B,) at a `share` (B,) of the way to pure noise: whole timesteps on a table, shifted on a flow."""
-    if isinstance(schedule, FlowSchedule):
-        return schedule.shifted(share)
-    total = schedule.num_train_timesteps
-    return (share * total).long().clamp(max=total - 1)
-
-
 def _noised(context: Context, batch: Batch, x: Tensor, share: Tensor, name: str) -> tuple[Tensor, Tensor]:
     """Return `x` (B, ...) with noise, and the times (B,) of that noise."""
-    t = _time_at(context.schedule, share)
+    t = time_at(context.schedule, share)
     return context.schedule.add_noise(x, _noise(context, batch, name), t), t
 
 

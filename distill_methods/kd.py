@@ -25,7 +25,6 @@ References:
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,14 +42,12 @@ from ..core.plugin_api.hookspecs import hookimpl
 from ..core.plugin_api.method import Method, MethodSetup, Requirements, Role, Update
 from ..core.plugin_api.recommended import read_recommended
 
-RECOMMENDED = Path(__file__).with_name("assets") / "recommended.yaml"
-
 
 class KD(Method):
     """Knowledge distillation on the teacher's trajectories from noise: 1 or a few steps, a warm-up for others."""
 
     name = "kd"
-    recommended = read_recommended(RECOMMENDED, name)
+    recommended = read_recommended(__file__, name)
 
     class Config(BaseModel):
         """Settings of knowledge distillation."""

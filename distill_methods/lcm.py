@@ -28,7 +28,6 @@ References:
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,7 +35,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from ..core.diffusion import Prediction, Schedule
-from ..core.diffusion.consistency import consistency_function
+from ..core.diffusion.consistency import EmaTarget, consistency_function, has_ema_target
 from ..core.diffusion.guidance import GuidanceRange, HighestGuidance, LowestGuidance, embedded_scale
 from ..core.diffusion.regression import HuberC, LossType, distance
 from ..core.diffusion.sampler import Sampler
@@ -47,15 +46,13 @@ from ..core.plugin_api.hookspecs import hookimpl
 from ..core.plugin_api.method import Method, MethodSetup, Requirements, Role, Update
 from ..core.plugin_api.recommended import read_recommended
 
-RECOMMENDED = Path(__file__).with_name("assets") / "recommended.yaml"
-
 
 class LCM(Method):
     """Latent consistency distillation: 4 to 8 steps without guidance, as a LoRA or a full model."""
 
     name = "lcm"
     guidance_keys = ("w_min", "w_max")
-    recommended = read_recommended(RECOMMENDED, name)
+    recommended = read_recommended(__file__, name)
 
     class Config(GuidanceRange):
         """Settings of latent consistency distillation."""
@@ -63,6 +60,7 @@ class LCM(Method):
         num_ddim_timesteps: GridSteps = 50
         w_min: LowestGuidance = 4.0
         w_max: HighestGuidance = 16.0
+        ema_target: EmaTarget = None
         loss_type: LossType = "l2"
         huber_c: HuberC = 0.001
         timestep_scaling_factor: float = Field(10.0, gt=0)
@@ -78,17 +76,12 @@ class LCM(Method):
 
     @classmethod
     def roles(cls, config: Any, setup: MethodSetup) -> Sequence[Role]:
-        """Return the roles.
-
-        LoRA: student and target are the base with the adapter. Full: a copy that takes w if it is a range, and its EMA.
-        """
-        if setup.model_type == "lora":
-            return [Role("teacher"), Role("student", trains="lora")]
-        return [
-            Role("teacher"),
-            Role("student", trains="full", guidance_embedding=config.takes_guidance(setup.model_type)),
-            Role("target", ema_of="student", ema_decay=0.95),
-        ]
+        """Return the roles: the student (a full one takes w if it is a range), its average as target if asked."""
+        takes_guidance = config.takes_guidance(setup.model_type)
+        student = Role("student", trains=setup.model_type, guidance_embedding=takes_guidance)
+        averaged = has_ema_target(config.ema_target, setup.model_type)
+        target = [Role("target", ema_of="student", ema_decay=0.95)] if averaged else []
+        return [Role("teacher"), student, *target]
 
     @classmethod
     def requires(cls, config: Any, setup: MethodSetup) -> Requirements:
@@ -101,16 +94,16 @@ class LCM(Method):
         )
 
     @property
-    def _lora(self) -> bool:
-        return self.setup.model_type == "lora"
+    def _target(self) -> str:
+        return "target" if has_ema_target(self.config.ema_target, self.setup.model_type) else "student"
 
     @property
     def _takes_guidance(self) -> bool:
         return self.config.takes_guidance(self.setup.model_type)
 
     def result_role(self) -> str:
-        """Return the exported role, which for full training is the EMA."""
-        return "student" if self._lora else "target"
+        """Return the exported role: the average where there is one."""
+        return self._target
 
     def updates(self, context: Context, batch: Batch, step: int) -> Iterator[Update]:
         """Yield the student's update, one step of algorithm 1 of arXiv 2310.04378."""
@@ -126,8 +119,7 @@ class LCM(Method):
 
         with torch.no_grad():
             x_prev = context.predict_guided(x_t, t, batch.cond, scale).ddim_step(t_prev)
-            target_role = "student" if self._lora else "target"
-            target = self._f(context.predict(target_role, x_prev, t_prev, batch.cond, guidance=w))
+            target = self._f(context.predict(self._target, x_prev, t_prev, batch.cond, guidance=w))
         output = self._f(context.predict("student", x_t, t, batch.cond, guidance=w))
 
         losses = distance(output, target, loss_type=config.loss_type, huber_c=config.huber_c)

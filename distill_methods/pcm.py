@@ -47,7 +47,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,7 +55,7 @@ from torch import Tensor
 
 from ..core.diffusion import Schedule, append_dims
 from ..core.diffusion.adversarial import discriminator_loss, generator_loss
-from ..core.diffusion.consistency import trajectory_function
+from ..core.diffusion.consistency import EmaTarget, has_ema_target, trajectory_function
 from ..core.diffusion.guidance import GuidanceRange, HighestGuidance, LowestGuidance
 from ..core.diffusion.regression import HuberC, LossType, distance
 from ..core.diffusion.sampler import Sampler
@@ -72,11 +71,10 @@ from ..core.diffusion.segments import (
 from ..core.diffusion.weights import Weight, ever_positive, weight_at
 from ..core.plugin_api.batch import Batch, Conditioning
 from ..core.plugin_api.context import Context
+from ..core.plugin_api.discriminator import DiscriminatorSettings
 from ..core.plugin_api.hookspecs import hookimpl
 from ..core.plugin_api.method import Method, MethodSetup, Requirements, Role, Update
 from ..core.plugin_api.recommended import read_recommended
-
-RECOMMENDED = Path(__file__).with_name("assets") / "recommended.yaml"
 
 EMPTY_PROMPTS = 0.1
 """Share of samples without their prompt where the solver is not guided, as in the authors' code."""
@@ -89,9 +87,9 @@ class PCM(Method):
 
     name = "pcm"
     guidance_keys = ("w_min", "w_max")
-    recommended = read_recommended(RECOMMENDED, name)
+    recommended = read_recommended(__file__, name)
 
-    class Config(GuidanceRange):
+    class Config(GuidanceRange, DiscriminatorSettings):
         """Settings of phased consistency distillation."""
 
         num_ddim_timesteps: GridSteps = 40
@@ -104,12 +102,11 @@ class PCM(Method):
         guidance scale and negative prompts; for 4 phases or more."""
         empty_prompt_share: float | None = Field(None, ge=0, le=1)
         """Share of samples that are trained without their prompt; null: 0.1 with cfg_free, 0 without."""
+        ema_target: EmaTarget = None
         loss_type: LossType = "huber"
         huber_c: HuberC = 0.001
         adversarial_weight: Weight = 0.1
         """lambda of the adversarial term, a number or {step: number}; 0: none, and no features are needed."""
-        discriminator_learning_rate: float | None = Field(1e-5, gt=0, le=1)
-        """Learning rate of the discriminator's heads; null: the run's."""
         num_inference_steps: int | None = Field(None, ge=1, le=1000)
         """Steps that the student is validated and exported with unless the run says otherwise; null: num_phases."""
 
@@ -139,18 +136,13 @@ class PCM(Method):
 
     @classmethod
     def roles(cls, config: Any, setup: MethodSetup) -> Sequence[Role]:
-        """Return the roles.
-
-        LoRA: student and target are the base with the adapter. Full: a copy and its EMA as target. Heads if
-        adversarial.
-        """
-        if setup.model_type == "lora":
-            roles = [Role("teacher"), Role("student", trains="lora")]
-        else:
-            target = Role("target", ema_of="student", ema_decay=0.95)
-            roles = [Role("teacher"), Role("student", trains="full"), target]
+        """Return the roles: the student, its average as target if asked, heads if adversarial."""
+        student = Role("student", trains=setup.model_type)
+        averaged = has_ema_target(config.ema_target, setup.model_type)
+        target = [Role("target", ema_of="student", ema_decay=0.95)] if averaged else []
+        roles = [Role("teacher"), student, *target]
         if ever_positive(config.adversarial_weight):
-            roles.append(Role("discriminator", trains="head", learning_rate=config.discriminator_learning_rate))
+            roles.append(config.discriminator(betas=(0.0, 0.999), weight_decay=1e-3))
         return roles
 
     @classmethod
@@ -167,10 +159,10 @@ class PCM(Method):
 
     @property
     def _target(self) -> str:
-        return "student" if self.setup.model_type == "lora" else "target"
+        return "target" if has_ema_target(self.config.ema_target, self.setup.model_type) else "student"
 
     def result_role(self) -> str:
-        """Return the exported role, which for full training is the EMA."""
+        """Return the exported role: the average where there is one."""
         return self._target
 
     def updates(self, context: Context, batch: Batch, step: int) -> Iterator[Update]:
@@ -210,8 +202,10 @@ class PCM(Method):
 
         with torch.no_grad():
             told = context.features("teacher", real, u, cond)
-        logits = [context.logits("discriminator", seen) for seen in (told, [level.detach() for level in features])]
-        yield Update("discriminator", discriminator_loss(*logits, kind="hinge").mean())
+        penalty, metrics = config.r1_term(context, told)
+        judged = [context.logits("discriminator", seen) for seen in (told, [level.detach() for level in features])]
+        losses = discriminator_loss(*judged, kind="hinge") + penalty
+        yield Update("discriminator", losses.mean(), metrics)
 
     def _solve(self, context: Context, x_t: Tensor, t: Tensor, t_prev: Tensor, cond: Conditioning) -> Tensor:
         """Return x' (B, ...), one step of the teacher's solver from `t` to `t_prev`."""

@@ -61,7 +61,7 @@ from pydantic import Field, model_validator
 
 from ..core.diffusion import Schedule
 from ..core.diffusion.adversarial import discriminator_loss, generator_loss
-from ..core.diffusion.consistency import trajectory_function
+from ..core.diffusion.consistency import EmaTarget, has_ema_target, trajectory_function
 from ..core.diffusion.guidance import GuidanceRange, HighestGuidance, LowestGuidance, embedded_scale
 from ..core.diffusion.regression import HuberC, LossType, distance
 from ..core.diffusion.sampler import Sampler
@@ -78,6 +78,7 @@ from ..core.diffusion.weights import Number, Weight, ever_positive, weight_at
 from ..core.errors import UserError
 from ..core.plugin_api.batch import Batch
 from ..core.plugin_api.context import Context
+from ..core.plugin_api.discriminator import DiscriminatorSettings
 from ..core.plugin_api.hookspecs import hookimpl
 from ..core.plugin_api.method import Method, MethodSetup, Requirements, Role, Update
 from ..core.plugin_api.stage import Stage
@@ -93,12 +94,13 @@ class TCD(Method):
     name = "tcd"
     guidance_keys = ("w_min", "w_max")
 
-    class Config(GuidanceRange):
+    class Config(GuidanceRange, DiscriminatorSettings):
         """Settings of trajectory consistency distillation."""
 
         num_ddim_timesteps: GridSteps = 50
         w_min: LowestGuidance = 3.0
         w_max: HighestGuidance = 15.0
+        ema_target: EmaTarget = None
         loss_type: LossType = "l2"
         huber_c: HuberC = 0.001
         segments: Annotated[list[Annotated[int, Field(ge=1, le=1000)]], Field(min_length=1)] | None = None
@@ -111,8 +113,6 @@ class TCD(Method):
         """Weight of the consistency loss: a number, {step: number}, or a list with one number per stage."""
         adversarial_weight: Weight | PerStage = 0.0
         """Weight of the adversarial loss: a number, {step: number}, or a list with one number per stage; 0: none."""
-        discriminator_learning_rate: float | None = Field(1e-5, gt=0, le=1)
-        """Learning rate of the discriminator's heads; null: the run's."""
         eta: float | None = Field(None, ge=0, le=1)
         """gamma of the sampler: 0 is deterministic, 1 draws all noise anew at each step; null: 0.3, and 0 on a flow."""
         num_inference_steps: int = Field(4, ge=1, le=1000)
@@ -136,17 +136,14 @@ class TCD(Method):
 
     @classmethod
     def roles(cls, config: Any, setup: MethodSetup) -> Sequence[Role]:
-        """Return the roles.
-
-        LoRA: student and target are the base with the adapter. Full: a copy that takes w if it is a range, and its EMA.
-        """
-        if setup.model_type == "lora":
-            roles = [Role("teacher"), Role("student", trains="lora")]
-        else:
-            student = Role("student", trains="full", guidance_embedding=config.takes_guidance(setup.model_type))
-            roles = [Role("teacher"), student, Role("target", ema_of="student", ema_decay=0.95)]
+        """Return the roles: the student (a full one takes a range of w), its average as target if asked, and heads."""
+        takes_guidance = config.takes_guidance(setup.model_type)
+        student = Role("student", trains=setup.model_type, guidance_embedding=takes_guidance)
+        averaged = has_ema_target(config.ema_target, setup.model_type)
+        target = [Role("target", ema_of="student", ema_decay=0.95)] if averaged else []
+        roles = [Role("teacher"), student, *target]
         if _ever(config.adversarial_weight):
-            roles.append(Role("discriminator", trains="head", learning_rate=config.discriminator_learning_rate))
+            roles.append(config.discriminator(betas=(0.0, 0.999), weight_decay=1e-3))
         return roles
 
     @classmethod
@@ -173,16 +170,16 @@ class TCD(Method):
         ]
 
     @property
-    def _lora(self) -> bool:
-        return self.setup.model_type == "lora"
+    def _target(self) -> str:
+        return "target" if has_ema_target(self.config.ema_target, self.setup.model_type) else "student"
 
     @property
     def _takes_guidance(self) -> bool:
         return self.config.takes_guidance(self.setup.model_type)
 
     def result_role(self) -> str:
-        """Return the exported role, which for full training is the EMA."""
-        return "student" if self._lora else "target"
+        """Return the exported role: the average where there is one."""
+        return self._target
 
     def updates(self, context: Context, batch: Batch, step: int) -> Iterator[Update]:
         """Yield the updates of one step of algorithm 1 of arXiv 2402.19159, inside the segments of arXiv 2404.13686."""
@@ -202,8 +199,7 @@ class TCD(Method):
 
         with torch.no_grad():
             x_prev = context.predict_guided(x_t, t, batch.cond, scale).ddim_step(t_prev)
-            target_role = "student" if self._lora else "target"
-            target = trajectory_function(context.predict(target_role, x_prev, t_prev, batch.cond, guidance=w), s)
+            target = trajectory_function(context.predict(self._target, x_prev, t_prev, batch.cond, guidance=w), s)
         output = trajectory_function(context.predict("student", x_t, t, batch.cond, guidance=w), s)
 
         losses = distance(output, target, loss_type=config.loss_type, huber_c=config.huber_c)
@@ -226,8 +222,10 @@ class TCD(Method):
 
         with torch.no_grad():
             told = context.features("teacher", real, u, batch.cond)
-        logits = [context.logits("discriminator", seen) for seen in (told, [level.detach() for level in features])]
-        yield Update("discriminator", discriminator_loss(*logits, kind="hinge").mean())
+        penalty, metrics = config.r1_term(context, told)
+        judged = [context.logits("discriminator", seen) for seen in (told, [level.detach() for level in features])]
+        losses = discriminator_loss(*judged, kind="hinge") + penalty
+        yield Update("discriminator", losses.mean(), metrics)
 
     @staticmethod
     def _weight(weight: float | dict[int, float] | list[float], context: Context) -> float:

@@ -184,7 +184,7 @@ def test_what_the_system_says_is_found_in_every_library_s_error(tmp_path):
 
 def test_the_plan_of_a_full_sdxl_is_that_of_its_checkpoints():
     """Five full checkpoints of SDXL were 205 GB, five of a LoRA of rank 64 were 12 GB."""
-    full = MemorySettings(2_567_000_000, 2_567_000_000, 128 * 128, averages := 1, num_averages=averages)
+    full = MemorySettings(2_567_000_000, 2_567_000_000, 128 * 128, averaged_parameters=2_567_000_000)
     plan = disk_plan(RunSettings(model_type="full", max_train_steps=5000), full)
     assert plan.num_checkpoints == 5
     assert plan.checkpoint_bytes * 5 == pytest.approx(205e9, rel=0.01)

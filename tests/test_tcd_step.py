@@ -101,9 +101,11 @@ def written_out(family, networks, context, batch, *, model_type, step, num_segme
     def judged(x):
         return context.logits("discriminator", context.features("teacher", kept * x + added, u, batch.cond))
 
-    student = consistency + 0.5 * torch.relu(1 - judged(output)).mean()
-    real, fake = judged(target), judged(output.detach())
-    return consistency, student, (torch.relu(1 - real) + torch.relu(1 + fake)).mean()
+    def hinge(logits, sign):  # of all places of a level, then of all levels
+        return torch.stack([torch.relu(1 - sign * level).mean() for level in logits]).mean()
+
+    student = consistency + 0.5 * hinge(judged(output), 1)
+    return consistency, student, hinge(judged(target), 1) + hinge(judged(output.detach()), -1)
 
 
 def gradients(loss, networks, role):

@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 from distill.core.diffusion import FlowSchedule, Prediction
-from distill.core.diffusion.adversarial import HIDDEN, POSITIONS, Heads, discriminator_loss, generator_loss
 from distill.core.diffusion.consistency import boundary_scalings, consistency_function, trajectory_function
 from distill.core.diffusion.regression import distance, snr_weight, truncated_snr
 from distill.core.diffusion.weights import Weight, ever_positive, weight_at
@@ -132,73 +131,6 @@ def test_snr_weights_turn_the_error_of_x0_into_that_of_eps_and_v(schedule):
         weighted = snr_weight(log_snr, "snr_plus_one") * square["x0"]
         torch.testing.assert_close(weighted, square["v"], rtol=1e-8, atol=1e-12)
     assert torch.equal(snr_weight(log_snr, "truncated_snr"), truncated_snr(log_snr))
-
-
-# -- adversarial ------------------------------------------------------------------------------------------------------
-
-
-def test_adversarial_losses_equal_their_formulas():
-    real, fake = torch.tensor([[0.5, -2.0]]), torch.tensor([[0.5, 3.0]])
-    softplus = lambda x: math.log1p(math.exp(x))  # noqa: E731
-    assert discriminator_loss(real, fake, kind="hinge").item() == pytest.approx((0.5 + 3.0) / 2 + (1.5 + 4.0) / 2)
-    assert generator_loss(fake, kind="hinge").item() == pytest.approx((0.5 + 0.0) / 2)
-    expected = (softplus(-0.5) + softplus(2.0)) / 2 + (softplus(0.5) + softplus(3.0)) / 2
-    assert discriminator_loss(real, fake, kind="softplus").item() == pytest.approx(expected)
-    assert generator_loss(fake, kind="softplus").item() == pytest.approx((softplus(-0.5) + softplus(-3.0)) / 2)
-
-
-def test_the_best_softplus_discriminator_is_the_log_density_ratio():
-    """Its minimum over all functions is l = log(p / q); the hinge's is the sign of p - q."""
-    p, q = torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.tensor([0.4, 0.3, 0.2, 0.1])
-    for kind, expected in (("softplus", (p / q).log()), ("hinge", (p - q).sign())):
-        logits = torch.zeros(4, requires_grad=True)
-        optimizer = torch.optim.Adam([logits], lr=0.02)
-        for _ in range(600):
-            x, sure = logits[:, None], torch.full((4, 1), 9.0)  # of a sure verdict the other half is nothing
-            loss = p * discriminator_loss(x, -sure, kind=kind) + q * discriminator_loss(sure, x, kind=kind)
-            optimizer.zero_grad()
-            loss.sum().backward()
-            optimizer.step()
-        torch.testing.assert_close(logits.detach(), expected, atol=0.03, rtol=0)
-
-
-@pytest.mark.parametrize("kind", ["hinge", "softplus"])
-def test_the_adversarial_loss_moves_the_student_to_the_real_samples(kind):
-    logits = torch.tensor([[-3.0], [0.5], [4.0]], requires_grad=True)
-    generator_loss(logits, kind=kind).sum().backward()
-    slope = logits.grad[:, 0]
-    expected = torch.tensor([-1.0, -1.0, 0.0]) if kind == "hinge" else -torch.sigmoid(-logits.detach()[:, 0])
-    torch.testing.assert_close(slope, expected)
-
-
-def test_gradients_through_the_heads_equal_finite_differences():
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        heads = Heads([8, 12]).double()
-        features = [
-            torch.randn(2, 8, 6, 6).double().requires_grad_(),
-            torch.randn(2, 12, 3, 3).double().requires_grad_(),
-        ]
-    assert torch.autograd.gradcheck(lambda *f: generator_loss(heads(f), kind="softplus"), features, fast_mode=True)
-    weights = [p for p in heads.parameters()]
-
-    def loss(*_):
-        return discriminator_loss(heads(features), heads([-f for f in features]), kind="softplus").sum()
-
-    assert torch.autograd.gradcheck(loss, weights, fast_mode=True)
-
-
-def test_no_level_of_features_outweighs_another():
-    heads = Heads([8, 300])
-    logits = heads([torch.randn(2, 8, 64, 32), torch.randn(2, 300, 3, 2)])
-    assert logits.shape == (2, POSITIONS * POSITIONS + 3 * 2)
-    assert all(conv.out_channels in (8, HIDDEN, 1) for conv in heads.modules() if isinstance(conv, torch.nn.Conv2d))
-
-
-def test_heads_do_not_mix_samples():
-    heads = Heads([8]).double()
-    x = torch.randn(3, 8, 5, 5).double()
-    torch.testing.assert_close(heads([x])[1:2], heads([x[1:2]]), rtol=1e-12, atol=1e-12)
 
 
 # -- weights ----------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 import typer
 from pydantic import ValidationError
 
+from ..config.optimizers import own_settings
 from ..config.requirements import SWITCHES
 from ..errors import UserError
 from ..plugin_api.method import ModelType
@@ -198,5 +199,7 @@ def _network(role: Role) -> str:
     if role.copy_of:
         return f"{role.name} (copy of {role.copy_of}, frozen)"
     inputs = [word for on, word in ((role.guidance_embedding, "guidance"), (role.second_time, "second time")) if on]
-    trained = {"none": "frozen", "head": "heads on features"}.get(role.trains, role.trains)
-    return f"{role.name} ({', '.join([trained, *(f'takes {word}' for word in inputs)])})"
+    trained = "frozen" if role.trains == "none" else role.trains
+    if role.trains == "head":
+        trained = f"heads on features, {role.heads}, of {'all levels' if role.head_levels == 'all' else 'the middle'}"
+    return f"{role.name} ({', '.join([trained, *(f'takes {word}' for word in inputs), *own_settings(role)])})"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +28,17 @@ MIN_PIXELS = 8
 _DEVICE = re.compile(r"(auto|cpu|mps|cuda(:\d+)?)$")
 
 
-def check_run(run: RunSettings, report: ConfigReport, *, to_train: bool = True) -> None:
+def check_run(run: RunSettings, report: ConfigReport, *, to_train: bool = True, adapters: Sequence[str] = ()) -> None:
     """Check everything about the run's keys that no single field's limits can express.
 
     Args:
         run: The settings.
         report: Where findings and notices go.
         to_train: Also check the files and the device, which only training needs.
+        adapters: Networks beside a fully trained student that are adapters.
     """
-    for check in (_check_length, _check_lora, _check_validation, _check_tracking):
+    _check_lora(run, report, adapters)
+    for check in (_check_length, _check_validation, _check_tracking):
         check(run, report)
     for check in (_check_precision, _check_paths) if to_train else ():
         check(run, report)
@@ -76,7 +78,7 @@ def _check_precision(run: RunSettings, report: ConfigReport) -> None:
         report.refuse("mixed_precision", run.mixed_precision, problem, "set mixed_precision to bf16 or no")
 
 
-def _check_lora(run: RunSettings, report: ConfigReport) -> None:
+def _check_lora(run: RunSettings, report: ConfigReport, adapters: Sequence[str]) -> None:
     if run.model_type == "lora":
         return
     if run.init_lora is not None:
@@ -84,7 +86,9 @@ def _check_lora(run: RunSettings, report: ConfigReport) -> None:
         report.refuse("init_lora", run.init_lora, problem, "set model_type to lora, or fuse it by teacher_lora")
     keys = ("lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules")
     unused = [key for key in keys if report.layers.given(key)]
-    if unused:
+    if unused and adapters:
+        report.note(f"{', '.join(unused)}: of the {' and '.join(adapters)} alone with model_type full")
+    elif unused:
         report.note(f"{', '.join(unused)}: no effect with model_type full")
 
 

@@ -6,7 +6,7 @@ import math
 import os
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from urllib.parse import urlsplit
@@ -190,16 +190,21 @@ def _first_problem(value: Any, admitted: set[Any]) -> str | None:
 
 def _adapt(value: Any, parts: Sequence[Leaf], base: Path, *, path: str, refused: list[Refused]) -> Any:
     if isinstance(value, list):
-        elements = [leaf for leaf in parts if leaf.inside] or parts
+        elements = [replace(leaf, inside=False) for leaf in parts if leaf.inside] or parts
         return [
             _adapt(item, elements, base, path=f"{path}.{index}", refused=refused) for index, item in enumerate(value)
         ]
     admitted = _admitted(parts)
     if isinstance(value, Mapping):
-        models = [part for part in admitted if isinstance(part, type) and issubclass(part, BaseModel)]
+        models = [leaf for leaf in parts if isinstance(leaf.part, type) and issubclass(leaf.part, BaseModel)]
         if len(models) != 1:
             return value
-        ready, problems = prepare(models[0], value, lambda _: base, path=f"{path}.")
+        if models[0].inside:  # an object of such models by name
+            one = [replace(models[0], inside=False)]
+            return {
+                name: _adapt(item, one, base, path=f"{path}.{name}", refused=refused) for name, item in value.items()
+            }
+        ready, problems = prepare(models[0].part, value, lambda _: base, path=f"{path}.")
         refused += problems
         return ready
     if value is False and "no" in admitted and bool not in admitted:

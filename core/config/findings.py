@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticUndefined
@@ -225,7 +225,7 @@ class _ErrorLocation:
 def _innermost(
     model: type[BaseModel], raw: Mapping[str, Any], prefix: str, location: Sequence[int | str]
 ) -> _ErrorLocation:
-    """Follow an error into the models that a part's fields, or the elements of its lists, are."""
+    """Follow an error into the models that a part's fields, or the elements of its lists and objects, are."""
     here = _ErrorLocation(model, raw, prefix, location)
     key = str(location[0]) if location else ""
     if len(location) < 2 or key not in model.model_fields:
@@ -233,12 +233,14 @@ def _innermost(
     inside = [leaf.part for leaf in leaves(model.model_fields[key].annotation)]
     models = [part for part in inside if isinstance(part, type) and issubclass(part, BaseModel)]
     value, path, index = raw.get(key), key, location[1]
-    if isinstance(index, int):
-        value = value[index] if isinstance(value, list | tuple) else None
+    named = get_origin(model.model_fields[key].annotation) is dict
+    if isinstance(index, int) or named:
+        inner = isinstance(value, list | tuple) if isinstance(index, int) else isinstance(value, Mapping)
+        value = value[index] if inner else None  # type: ignore[index]
         path = f"{key}.{index}"
     if len(models) != 1 or not isinstance(value, Mapping):
         return here
-    return _innermost(models[0], value, f"{prefix}{path}.", location[2 if isinstance(index, int) else 1 :])
+    return _innermost(models[0], value, f"{prefix}{path}.", location[2 if isinstance(index, int) or named else 1 :])
 
 
 def _problem(item: Any, location: Sequence[int | str], model: type[BaseModel], key: str) -> str:

@@ -17,9 +17,11 @@ from .coercion import absolute
 from .datasets import Datasets, DatasetsCheck, RawEntry, apply_overrides, find_data_file, read_data_file, read_entries
 from .findings import PartCheck
 from .normalise import align_rounding, drop_zero_length, megapixel_notices, refuse_not_yet, rename_run_keys
+from .optimizers import check_role_optimizers
 from .parsing import read_file, texts, unusable
 from .parts import Parts, PartsCheck
 from .published import (
+    MERGED,
     PublishedRecipe,
     adapt_rates,
     find_recipe,
@@ -130,7 +132,7 @@ class ConfigurationLoader:
         run = self._run(check) if self.readable else None
         parts = check.validate(run)
         if run is not None:
-            check_run(run, self.report, to_train=self.to_train)
+            check_run(run, self.report, to_train=self.to_train, adapters=check.adapters(run, parts))
             megapixel_notices(run, "", self.report.notices)
             self._compare(run, parts, check)
         entries = self._entries(run, data_file, inline, recipe_data)
@@ -198,7 +200,7 @@ class ConfigurationLoader:
         plain = rename_run_keys(plain, report)
         align_rounding(plain, report)
         self.given_parts += [(key, plain.pop(key), origin) for key in PARTS if key in plain]
-        self.layers.add(plain if data is None else {**plain, "data": data}, origin)
+        self.layers.add(plain if data is None else {**plain, "data": data}, origin, deep=MERGED)
 
     def _load_plugins(self) -> None:
         files = self.layers.values.get("plugins") or []
@@ -290,6 +292,8 @@ class ConfigurationLoader:
         files = {key[0]: origin.file for key, origin in self.layers.origins.items() if len(key) == 1}
         files[""] = self.layers.fallback.file
         findings, notices = check_requirements(method, config, family, run, files=files)
+        if not findings:
+            check_role_optimizers(method, config, run, check.classes.get("optimizer"), self.report)
         own = parts["family_config"].get(family.name)
         findings += check_smaller_student(family, own, run, files=files) if own is not None else []
         self.findings.extend(findings)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
-from ..errors import Finding
-from ..plugin_api.method import MethodPart, method_parts
+from ..errors import Finding, UserError
+from ..plugin_api.method import MethodPart, MethodSetup, method_parts
 from ..settings.configuration import PARTS
 from ..settings.dataset_settings import DatasetSettings
 from ..settings.run_settings import FULL_RATE, LORA_RATE, RunSettings
@@ -161,6 +161,20 @@ class PartsCheck:
                 self.report.refuse(key, name, f"is not a registered {kind}", self.registry.remedy(kind, name))
         names = dict.fromkeys(name for _, name in named if self.registry.known(kind, name))
         return [self.registry.get(kind, name).name for name in names]
+
+    def adapters(self, run: RunSettings, parts: Parts) -> list[str]:
+        """Return the networks that the method trains as adapters; none where its settings are not valid."""
+        from ..engine.returned import roles_of
+
+        method = self.classes.get("method")
+        config = parts["distillation_config"].get(method.name) if method else None
+        if method is None or config is None:
+            return []
+        try:
+            roles = roles_of(method, config, MethodSetup(run.model_type, use_ema=run.use_ema))
+        except UserError:  # reported with the method's requirements
+            return []
+        return [role.name for role in roles if role.trains == "lora"]
 
     def check_optimizer(self, run: RunSettings) -> None:
         """Check that the optimizer honours the ``adam_*`` settings that the user gave."""

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 RATES = ("learning_rate", "lr_end", "lr_scheduler", "use_ema", "ema_decay")
 """Keys that some optimizers handle in their own way."""
+MERGED = frozenset({"role_optimizers"})
+"""Keys of the run whose objects are merged from file, flags and overrides."""
+DEEP = frozenset(PARTS) | MERGED
 DEFAULT_RANK = 64
 LENGTHS = ("max_train_steps", "num_train_epochs")
 
@@ -73,10 +76,10 @@ def find_recipe(registry: Registry, name: str) -> PublishedRecipe:
 def lay_under(layers: Layers, values: Mapping[str, Any], origin: Origin) -> None:
     """Lay values under those that are there; objects of plugins' parts are merged."""
     under = Layers()
-    under.add(values, origin, deep=frozenset(PARTS))
+    under.add(values, origin, deep=DEEP)
     for key, value in layers.values.items():
         if value is not None:
-            under.add({key: value}, layers.origin(key), deep=frozenset(PARTS))
+            under.add({key: value}, layers.origin(key), deep=DEEP)
     under.origins.update(layers.origins)
     layers.values, layers.origins = under.values, under.origins
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from ..errors import Finding, UserError
 from ..settings.run_settings import RunSettings
 
 if TYPE_CHECKING:
     from ..plugin_api.family import ModelFamily
-    from ..plugin_api.method import Method, MethodSetup
+    from ..plugin_api.method import Method, MethodSetup, ModelType, Role
     from ..settings.dataset_settings import DatasetSettings
 
 SWITCHES = {
@@ -40,6 +40,7 @@ def check_requirements(
         files: Key -> the file its value comes from, for the findings; "" for keys that nobody gave.
         num_timesteps: Training timesteps of the model's discrete schedule, where it is known already.
     """
+    from ..engine.returned import roles_of
     from ..plugin_api.method import MethodSetup
 
     files = files or {}
@@ -55,9 +56,8 @@ def check_requirements(
         file = files.get(key, files.get("", "configuration"))
         findings.append(Finding(file, key, getattr(run, key), problem, remedy))
 
-    if not getattr(able, run.model_type):
-        other: Literal["lora", "full"] = "full" if run.model_type == "lora" else "lora"
-        refuse("model_type", f"the family {family.name!r} cannot be trained this way", f"set model_type to {other}")
+    for problem in _untrainable(method, roles_of(method, method_config, setup), family, model_type=run.model_type):
+        refuse(*problem)
     for switch, meaning in SWITCHES.items():
         if getattr(needs, switch) and not getattr(able, switch):
             problem = f"the method {method.name!r} (model_type {run.model_type}) needs {meaning} ({switch})"
@@ -79,6 +79,21 @@ def check_requirements(
         else:
             notices.append(_short_grid(key, points, num_timesteps))
     return findings, notices
+
+
+def _untrainable(
+    method: type[Method], roles: Iterable[Role], family: type[ModelFamily], *, model_type: ModelType
+) -> Iterator[tuple[str, str, str]]:
+    """Yield (key, problem, remedy) of each network that the family cannot train in the way asked for."""
+    able = family.capabilities
+    if not getattr(able, model_type):
+        other = "full" if model_type == "lora" else "lora"
+        yield "model_type", f"the family {family.name!r} cannot be trained this way", f"set model_type to {other}"
+    for role in roles:
+        if role.trains in ("lora", "full") and role.trains != model_type and not getattr(able, role.trains):
+            problem = f"the method {method.name!r} trains {role.name} as {role.trains!r}, which the family"
+            remedy = f"choose another family, or leave out what makes {role.name} differ from model_type"
+            yield "model_family", f"{problem} {family.name!r} cannot", remedy
 
 
 def check_smaller_student(

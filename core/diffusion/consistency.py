@@ -11,11 +11,22 @@ References:
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from . import Prediction, append_dims
 
+EmaTarget = Annotated[
+    bool | None,
+    Field(
+        description="Whether the target network is the student's exponential moving average (0.95), which is then what "
+        "is exported; null: in full training alone, a LoRA being its own target."
+    ),
+]
+"""The setting `ema_target` of consistency methods."""
 SIGMA_DATA = 0.5
 
 
@@ -50,3 +61,8 @@ def trajectory_function(prediction: Prediction, s: Tensor) -> Tensor:
     """
     at_boundary = append_dims((prediction.t == s).double(), prediction.x_t).bool()
     return torch.where(at_boundary, prediction.x_t, prediction.ddim_step(s))
+
+
+def has_ema_target(ema_target: bool | None, model_type: str) -> bool:
+    """Return True if the target network is an average of the student, by the setting and the kind of student."""
+    return model_type == "full" if ema_target is None else ema_target

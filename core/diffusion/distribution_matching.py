@@ -46,7 +46,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from . import Schedule
+from . import FlowSchedule, Schedule
 
 Divergence = Literal["reverse_kl", "kl", "js", "softened_reverse_kl", "squared_hellinger", "jeffreys", "neyman"]
 NUM_TIME_BINS = 10
@@ -213,3 +213,11 @@ def denoising_target(prediction_type: str, x_0: Tensor, eps: Tensor, t: Tensor, 
         alpha_t, sigma_t = schedule.coefficients(t, x_0)
         return alpha_t * eps - sigma_t * x_0
     return {"epsilon": eps, "sample": x_0, "flow": eps - x_0}[prediction_type]
+
+
+def time_at(schedule: Schedule, share: Tensor) -> Tensor:
+    """Return times (B,) at a `share` (B,) of the way to pure noise: whole timesteps on a table, shifted on a flow."""
+    if isinstance(schedule, FlowSchedule):
+        return schedule.shifted(share)
+    total = schedule.num_train_timesteps
+    return (share * total).long().clamp(max=total - 1)

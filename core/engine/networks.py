@@ -128,7 +128,8 @@ class Networks:
         self._family, self._lora, self._seed, self._dtype = family, lora, seed, parameter_dtype
         self.base = family.load_network().requires_grad_(False)
         self._modules: dict[str, nn.Module] = {}
-        for role in roles:
+        for role in sorted(roles, key=lambda role: role.trains != "full"):
+            # copies of the base first, while no adapter is inside it: then any order of the roles will do
             self._modules[role.name] = self._build(role)
         adapters = [role.name for role in roles if self._is_adapter(role)]
         self._switch = AdapterSwitch(self.base) if adapters else None
@@ -177,7 +178,8 @@ class Networks:
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(self._seed, "heads", role.name))
-            heads = Heads(self._family.feature_channels(self.base))
+            channels = self._family.feature_channels(self.base)
+            heads = Heads(channels, kind=role.heads, levels=role.head_levels)
         return heads.to(next(self.base.parameters()).device, self._dtype)
 
     def _add_adapter(self, role: Role) -> nn.Module:

@@ -235,16 +235,17 @@ class Context:
         with self._call(role) as network, self._autocast():
             return runtime.family.features(network, x_t, self.schedule.network_time(t), cond)
 
-    def logits(self, role: str, features: Sequence[Tensor]) -> Tensor:
-        """Return the logits of the heads of `role`, shape (B, K); above 0 means real.
+    def logits(self, role: str, features: Sequence[Tensor]) -> list[Tensor]:
+        """Return the logits of the heads of `role`, (B, P_k) of each level that they read; above 0 means real.
+
+        They are computed in at least fp32, outside of mixed precision.
 
         Args:
             role: A role with heads (``trains="head"``).
             features: What :meth:`features` returned, each (B, C_k, h_k, w_k).
         """
-        with self._runtime.networks.use(role) as heads, self._autocast():
-            found = heads(features)
-        return found.to(torch.promote_types(found.dtype, torch.float32))
+        with self._runtime.networks.use(role) as heads:
+            return heads(features)
 
 
 class NetworksByRole(Protocol):

@@ -23,6 +23,7 @@ from .stage import Stage
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..diffusion.adversarial import HeadKind, HeadLevels
     from ..diffusion.schedule import Schedule
     from .batch import Batch
     from .context import Context
@@ -46,7 +47,12 @@ class Role:
         guidance_embedding: Whether the network takes the guidance scale as an input (``time_cond_proj_dim``).
         second_time: Whether the network takes a second time; its embedding starts at zero, so the role starts as the
             teacher. An average or a copy has what its source has.
+        heads: Kind of the heads of a role that trains them; see :mod:`..diffusion.adversarial`.
+        head_levels: Features that these heads read: ``all``, or the ``middle`` of the network, its last level.
         learning_rate: Learning rate of this role; None is the run's. The run's schedule shapes either.
+        betas: Decay of the first and the second moment of Adam-like optimizers; None is the run's.
+        weight_decay: Decoupled weight decay per step, as a fraction of the learning rate; None is the run's.
+        max_grad_norm: Norm that this role's gradient is clipped to, 0 for no clipping; None is the run's.
     """
 
     name: str
@@ -56,7 +62,12 @@ class Role:
     copy_of: str | None = None
     guidance_embedding: bool = False
     second_time: bool = False
+    heads: HeadKind = "places"
+    head_levels: HeadLevels = "all"
     learning_rate: float | None = None
+    betas: tuple[float, float] | None = None
+    weight_decay: float | None = None
+    max_grad_norm: float | None = None
 
     @property
     def source(self) -> str | None:
@@ -126,6 +137,7 @@ class MethodSetup:
         guided_by_input: Whether the teacher takes the guidance scale as an input (FLUX.1 dev): one call is guided, and
             none is without guidance. False before the model's files are read.
         usual_guidance: Guidance scale that images of the teacher are usually made with.
+        has_images: Whether the run's data have images; False where that is not known yet.
     """
 
     model_type: ModelType
@@ -133,6 +145,7 @@ class MethodSetup:
     use_ema: bool = False
     guided_by_input: bool = False
     usual_guidance: float = 5.0
+    has_images: bool = False
 
     def require_unguided(self, setting: str, remedy: str) -> None:
         """Raise UserError about a setting that calls the teacher without guidance, where each of its calls is guided.

@@ -41,14 +41,18 @@ class Recommended:
         return self.model_type in (None, model_type) and (not self.families or family in self.families)
 
 
-def read_recommended(file: Path, method: str) -> tuple[Recommended, ...]:
-    """Return what a YAML file recommends for a method: an object of methods, each a list of rows of these fields.
+def read_recommended(module: str, method: str) -> tuple[Recommended, ...]:
+    """Return what ``assets/recommended.yaml`` beside a module has for a method.
 
-    A row without a family or a kind of student is for all.
+    The file is an object of methods, each a list of rows of these fields; a row that names no family or no kind of
+    student is for all.
+
+    Args:
+        module: The module's ``__file__``.
+        method: Name of the method.
     """
-    return tuple(
-        Recommended(**{**row, "families": tuple(row.get("families", ()))}) for row in _content(file).get(method, ())
-    )
+    rows = _content(Path(module).with_name("assets") / "recommended.yaml").get(method, ())
+    return tuple(Recommended(**{**row, "families": tuple(row.get("families", ()))}) for row in rows)
 
 
 @cache

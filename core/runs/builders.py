@@ -86,10 +86,13 @@ def _quantizers(configuration: Configuration, registry: Registry, device: str) -
 
 
 def lora_settings(configuration: Configuration) -> LoraSettings | None:
-    """The shape of the run's adapters; None for full training."""
+    """The shape of the student's adapter; None for full training."""
+    return None if configuration.run.model_type == "full" else adapter_shape(configuration)
+
+
+def adapter_shape(configuration: Configuration) -> LoraSettings:
+    """The shape of any adapter of the run; a fully trained student may have one beside it."""
     run = configuration.run
-    if run.model_type == "full":
-        return None
     return LoraSettings(run.lora_rank, run.lora_alpha, run.lora_dropout, run.lora_target_modules or None)
 
 
@@ -107,6 +110,7 @@ def method_setup(configuration: Configuration, family: ModelFamily) -> MethodSet
     return MethodSetup(
         model_type=run.model_type, prediction_type=family.prediction_type, use_ema=run.use_ema,
         guided_by_input=family.guided_by_input, usual_guidance=family.usual_guidance,
+        has_images=any(entry.has_images for entry in configuration.datasets),
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ..utils.progress import working
-from .builders import build_family, build_method, completed_configuration, lora_settings, method_needs
+from .builders import adapter_shape, build_family, build_method, completed_configuration, method_needs
 from .output_folder import CACHE_FOLDER
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ class RunComponents:
         settings = self.settings
         with working("making the networks that are trained"):
             networks = Networks(
-                self.family, self.method.roles(self.method.config, self.method.setup), lora=lora_settings(self.config),
+                self.family, self.method.roles(self.method.config, self.method.setup), lora=adapter_shape(self.config),
                 seed=settings.seed, gradient_checkpointing=settings.gradient_checkpointing,
                 parameter_dtype=getattr(torch, self.optimizer_plugin.parameter_dtype),
                 ema_decay=settings.ema_decay if self._averages_student() else None,
@@ -191,23 +191,16 @@ class RunComponents:
 
         from ..engine.lr import lr_lambda, staged
         from ..engine.optimize import RoleOptimizer
-        from ..plugin_api.optimizer import OptimizerSettings
+        from .optimizers import of_role
 
         settings, parameters = self.settings, self.networks.parameters(role)
         plugin = self.optimizer_plugin
-        own_rate = None if plugin.estimates_learning_rate else self.networks.roles[role].learning_rate
-        learning_rate = own_rate or settings.learning_rate
-        optimizer = plugin.build(
-            parameters,
-            OptimizerSettings(
-                learning_rate, settings.adam_beta1, settings.adam_beta2, settings.adam_epsilon,
-                settings.adam_weight_decay, settings.lr_warmup_steps,
-            ),
-        )  # fmt: skip
+        chosen, max_grad_norm = of_role(self.networks.roles[role], settings, type(plugin))
+        optimizer = plugin.build(parameters, chosen)
         schedule = "constant" if plugin.schedule_free else settings.lr_scheduler
         fp16 = settings.mixed_precision == "fp16"
         return RoleOptimizer(
-            optimizer, parameters, learning_rate=learning_rate,
+            optimizer, parameters, learning_rate=chosen.learning_rate,
             schedule=staged(
                 lambda num_steps: lr_lambda(
                     schedule, settings.lr_warmup_steps, num_steps, num_cycles=settings.lr_num_cycles,
@@ -215,7 +208,7 @@ class RunComponents:
                 ),
                 self.stages,
             ),
-            max_grad_norm=settings.max_grad_norm, update_policy=plugin,
+            max_grad_norm=max_grad_norm, update_policy=plugin,
             scaler=torch.amp.GradScaler(self.processes.device.type) if fp16 else None,
         )  # fmt: skip
 

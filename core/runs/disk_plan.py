@@ -50,24 +50,23 @@ class DiskPlan:
         }
 
 
-def disk_plan(run: RunSettings, memory: MemorySettings, *, num_roles: int = 1, steps: int | None = None) -> DiskPlan:
+def disk_plan(run: RunSettings, memory: MemorySettings, *, steps: int | None = None) -> DiskPlan:
     """Return the plan of a run.
 
     Args:
         run: The settings.
         memory: What is trained, and in which types.
-        num_roles: Networks that are trained; one of them is exported.
         steps: Optimizer steps of the run, where they are known.
     """
-    trained = memory.trained_parameters
-    state = memory.trained_bytes + memory.optimizer_bytes + 4 * memory.num_averages / max(num_roles, 1)
+    trained, exported = memory.trained_parameters, memory.student_parameters
+    checkpoint = trained * (memory.trained_bytes + memory.optimizer_bytes) + 4 * memory.averaged_parameters
     steps = steps or run.max_train_steps
     saves = math.inf if steps is None else 1
     if run.checkpoint_step_interval and steps is not None:
         saves = math.ceil(steps / run.checkpoint_step_interval)
     kept = min(saves, run.checkpoints_total_limit or math.inf)
-    student = trained / max(num_roles, 1) * memory.trained_bytes
-    return DiskPlan(round(trained * state), 1 if math.isinf(kept) else int(kept), round(student))
+    student = (trained if exported is None else exported) * memory.trained_bytes
+    return DiskPlan(round(checkpoint), 1 if math.isinf(kept) else int(kept), round(student))
 
 
 def planned_disk(
@@ -78,9 +77,7 @@ def planned_disk(
     memory = planned_memory(configuration, registry, family=family)
     if memory is None:
         return None
-    method = builders.build_method(configuration, registry, family)
-    roles = method.roles(method.config, method.setup)
-    return disk_plan(configuration.run, memory, num_roles=sum(role.trains != "none" for role in roles))
+    return disk_plan(configuration.run, memory)
 
 
 def disk_problem(plan: DiskPlan, output_dir: Path) -> str | None:

@@ -55,11 +55,12 @@ def explain_memory(run: RunComponents, error: BaseException) -> Iterator[str]:
 def memory_settings(run: RunComponents) -> MemorySettings:
     """The settings of a run whose networks are loaded."""
     settings, networks = run.settings, run.networks
+    own = {role: sum(p.numel() for p in networks.named_parameters(role).values()) for role in networks.roles}
     trained = [p for role in networks.trained_roles() for p in networks.parameters(role)]
     frozen = [p for p in networks.base.parameters() if not p.requires_grad]
     width, height = run.resolution
     scale = run.family.scale_factor
-    averages = sum(role.source is not None for role in networks.roles.values()) + settings.use_ema
+    averages = [name for name, role in networks.roles.items() if role.source] + ["student"] * settings.use_ema
     item = trained[0].element_size()
     stored = run.family.settings.precision.stored(BASE)
     base_bytes = frozen[0].element_size()
@@ -77,6 +78,7 @@ def memory_settings(run: RunComponents) -> MemorySettings:
         compute_bytes=4 if settings.mixed_precision == "no" else 2,
         trained_bytes=item,
         optimizer_bytes=2 * item if state_bytes is None else state_bytes,
-        num_averages=averages,
+        averaged_parameters=sum(own[name] for name in averages),
+        student_parameters=own["student"],
         gradient_checkpointing=settings.gradient_checkpointing,
     )

@@ -142,8 +142,7 @@ def check_resources(run: RunComponents, *, steps: int | None = None) -> None:
     memory = run.planned_memory
     if memory is None or not run.processes.main:
         return
-    roles = run.method.roles(run.method.config, run.method.setup)
-    plan = disk_plan(run.settings, memory, num_roles=sum(role.trains != "none" for role in roles), steps=steps)
+    plan = disk_plan(run.settings, memory, steps=steps)
     require_room(plan, run.settings.output_dir)
     warning = memory_warning(memory, str(run.processes.device), quantizers=run.settings.model_type == "lora")
     if warning is not None and steps is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ..plugin_api.quantizer import NO_CHANGE
@@ -14,8 +15,10 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..plugin_api.family import ModelFamily
+    from ..plugin_api.method import Role
     from ..registry.registry import Registry
     from ..settings.configuration import Configuration
+    from ..settings.run_settings import RunSettings
 
 
 def planned_memory(
@@ -37,25 +40,43 @@ def planned_memory(
         return None
     base = sum(parameter.numel() for parameter in network.parameters())
     method = build_method(configuration, registry, family)
-    roles = method.roles(method.config, method.setup)
-    per_role = base
-    if run.model_type == "lora":
-        per_role = adapter_parameters(network, run.lora_rank, tuple(run.lora_target_modules) or family.lora_targets)
+    roles = {role.name: role for role in method.roles(method.config, method.setup)}
+    own = {name: _own_parameters(role, roles, network, family, run) for name, role in roles.items()}
+    averages = [name for name, role in roles.items() if role.source] + ["student"] * run.use_ema
     optimizer = registry.get("optimizer", run.optimizer)
     trained_bytes = getattr(torch, optimizer.parameter_dtype).itemsize
     width, height = default_resolution(configuration)
     return MemorySettings(
         base_parameters=base,
-        trained_parameters=per_role * sum(role.trains != "none" for role in roles),
+        trained_parameters=sum(own[name] for name, role in roles.items() if role.trains != "none"),
         latent_pixels=math.prod(edge // family.scale_factor for edge in (width, height)),
         batch=configuration.largest_batch,
         base_bytes=base_bytes(configuration, registry, network),
         compute_bytes=4 if run.mixed_precision == "no" else 2,
         trained_bytes=trained_bytes,
         optimizer_bytes=2 * trained_bytes if optimizer.state_bytes is None else optimizer.state_bytes,
-        num_averages=sum(role.ema_of is not None for role in roles) + run.use_ema,
+        averaged_parameters=sum(own[name] for name in averages),
+        student_parameters=own["student"],
         gradient_checkpointing=run.gradient_checkpointing,
     )
+
+
+def _own_parameters(
+    role: Role, roles: Mapping[str, Role], network: nn.Module, family: ModelFamily, run: RunSettings
+) -> int:
+    """Count the weights that belong to a role alone: of its adapter, its copy of the network, its heads."""
+    import torch
+
+    from ..diffusion.adversarial import Heads
+
+    if role.source is not None:
+        return _own_parameters(roles[role.source], roles, network, family, run)
+    if role.trains == "lora":
+        return adapter_parameters(network, run.lora_rank, tuple(run.lora_target_modules) or family.lora_targets)
+    if role.trains == "head":
+        with torch.device("meta"):
+            network = Heads(family.feature_channels(network), kind=role.heads, levels=role.head_levels)
+    return 0 if role.trains == "none" else sum(weight.numel() for weight in network.parameters())
 
 
 def base_bytes(configuration: Configuration, registry: Registry, network: nn.Module) -> float:

@@ -25,6 +25,21 @@ class TeacherLora(Settings):
     """Whether all of it must fit the model; `false` applies the layers that fit, and says how many."""
 
 
+class RoleOptimizer(Settings):
+    """Optimizer settings of one network that a method trains, over the method's own for it and the run's."""
+
+    learning_rate: float | None = Field(default=None, gt=0, le=10)
+    """Learning rate after warm-up; the run's schedule shapes it."""
+    adam_beta1: float | None = Field(default=None, ge=0, lt=1)
+    """Decay of the first moment of Adam-like optimizers."""
+    adam_beta2: float | None = Field(default=None, ge=0, lt=1)
+    """Decay of the second moment of Adam-like optimizers."""
+    adam_weight_decay: float | None = Field(default=None, ge=0)
+    """Decoupled weight decay per step, as a fraction of the learning rate."""
+    max_grad_norm: float | None = Field(default=None, ge=0)
+    """Gradient norm above which this network's gradient is scaled down; 0 = off."""
+
+
 class ModelKeys(Settings):
     """The model that is distilled, and the method."""
 
@@ -144,6 +159,10 @@ class TrainingKeys(Settings):
     """Added to the denominator of Adam-like optimizers."""
     max_grad_norm: float = Field(default=1.0, ge=0)
     """Global gradient norm above which the gradient is scaled down; 0 = off."""
+    role_optimizers: dict[str, RoleOptimizer] = Field(default_factory=dict)
+    """Settings of single networks, as {"discriminator": {"learning_rate": 1e-5, "adam_beta1": 0}}: learning_rate,
+    adam_beta1, adam_beta2, adam_weight_decay, max_grad_norm; absent: the method's own for that network, then the
+    run's (`distill plugins show METHOD` lists networks and their settings)."""
     max_bad_steps: int = Field(default=10, ge=1)
     """Consecutive optimizer steps with a loss that is not finite after which the run stops."""
     max_bad_share: float = Field(default=0.01, ge=0, le=1)

@@ -97,7 +97,8 @@ class MemorySettings:
         compute_bytes: Bytes per activation (2 under mixed precision).
         trained_bytes: Bytes per trained weight and gradient.
         optimizer_bytes: Bytes of optimizer state per trained weight (AdamW in fp32: 8).
-        num_averages: EMA copies of the trained weights, in fp32.
+        averaged_parameters: Parameters that averages hold, in fp32.
+        student_parameters: Those of the trained parameters that are exported; None: all.
         gradient_checkpointing: Whether activations are recomputed in the backward pass.
     """
 
@@ -109,7 +110,8 @@ class MemorySettings:
     compute_bytes: float = 4
     trained_bytes: float = 4
     optimizer_bytes: float = 8
-    num_averages: int = 0
+    averaged_parameters: int = 0
+    student_parameters: int | None = None
     gradient_checkpointing: bool = False
 
 
@@ -146,7 +148,7 @@ def estimate(settings: MemorySettings) -> MemoryEstimate:
         trained=round(trained * settings.trained_bytes),
         gradients=round(trained * settings.trained_bytes),
         optimizer=round(trained * settings.optimizer_bytes),
-        averages=trained * 4 * settings.num_averages,
+        averages=4 * settings.averaged_parameters,
         activations=round(per_sample * settings.batch * share),
     )
 
