@@ -134,8 +134,9 @@ def model_notices(configuration: Configuration, registry: Registry) -> list[str]
     Raises:
         UserError: They are no model of the family, or not those that their configs describe.
     """
-    from ..runs.builders import build_family
+    from ..runs.builders import build_family, check_method_sources
 
+    check_method_sources(configuration, registry)
     try:
         build_family(configuration, registry).check_source()
     except UnreachableError as error:

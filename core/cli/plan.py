@@ -20,10 +20,11 @@ logger = logging.getLogger(__name__)
 
 def print_plan(configuration: Configuration, registry: Registry) -> None:
     """Check the model's files and the output folder, then print notices (stderr) and the plan (stdout)."""
-    from ..runs.builders import build_family
+    from ..runs.builders import build_family, check_method_sources
     from ..runs.output_folder import check_output_dir
 
     state = check_output_dir(configuration)
+    check_method_sources(configuration, registry)
     build_family(configuration, registry).check_source()
     service, storage = (each(configuration, registry) for each in (options.service_notices, options.storage_notices))
     for notice in (*configuration.notices, *service, *storage, *state.notices):

@@ -182,5 +182,6 @@ def _network(role: Role) -> str:
     if role.copy_of:
         return f"{role.name} (copy of {role.copy_of}, frozen)"
     inputs = [word for on, word in ((role.guidance_embedding, "guidance"), (role.second_time, "second time")) if on]
-    trained = {"none": "frozen", "head": "heads on features"}.get(role.trains, role.trains)
+    own = {"head": "heads on features", "module": "a module of its own"}
+    trained = {**own, "none": "frozen, of its own" if role.auxiliary else "frozen"}.get(role.trains, role.trains)
     return f"{role.name} ({', '.join([trained, *(f'takes {word}' for word in inputs)])})"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from ..plugin_api.auxiliary import StoredNetwork
 from ..plugin_api.quantizer import NO_CHANGE
 from ..settings.configuration import default_resolution
 from ..utils.memory import MemorySettings
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..plugin_api.family import ModelFamily
+    from ..plugin_api.method import Method, Role
     from ..registry.registry import Registry
     from ..settings.configuration import Configuration
 
@@ -46,7 +48,7 @@ def planned_memory(
     width, height = default_resolution(configuration)
     return MemorySettings(
         base_parameters=base,
-        trained_parameters=per_role * sum(role.trains != "none" for role in roles),
+        trained_parameters=per_role * sum(role.trains not in ("none", "module") for role in roles),
         latent_pixels=math.prod(edge // family.scale_factor for edge in (width, height)),
         batch=configuration.largest_batch,
         base_bytes=base_bytes(configuration, registry, network),
@@ -55,7 +57,26 @@ def planned_memory(
         optimizer_bytes=2 * trained_bytes if optimizer.state_bytes is None else optimizer.state_bytes,
         num_averages=sum(role.ema_of is not None for role in roles) + run.use_ema,
         gradient_checkpointing=run.gradient_checkpointing,
+        decoding_bytes=decoding_bytes(method, family, (width, height)),
+        auxiliary_bytes=sum(stored_bytes(role) for role in roles if role.auxiliary),
     )
+
+
+def decoding_bytes(method: Method, family: ModelFamily, resolution: tuple[int, int]) -> int:
+    """Return the bytes that decoding with a gradient takes; 0 for a method that does not.
+
+    Args:
+        method: The run's.
+        family: The run's.
+        resolution: (width, height) in pixels.
+    """
+    needs = method.requires(method.config, method.setup)
+    return family.decoding_bytes(math.prod(resolution)) if needs.pixels else 0
+
+
+def stored_bytes(role: Role) -> int:
+    """Return the bytes of the file that an auxiliary network comes from; 0 where its factory has none."""
+    return role.build.stored_bytes() if isinstance(role.build, StoredNetwork) else 0
 
 
 def base_bytes(configuration: Configuration, registry: Registry, network: nn.Module) -> float:
