@@ -53,11 +53,31 @@ class TorchScriptNetwork(StoredNetwork):
 
     def __call__(self, setup: ModuleSetup) -> nn.Module:
         """Load the network on the device of `setup`."""
-        return load_torchscript(self.path, str(setup.device))
+        return Repeatable(load_torchscript(self.path, str(setup.device)))
 
     def stored_bytes(self) -> int:
         """Return the bytes of the file."""
         return self.path.stat().st_size if self.path.is_file() else 0
+
+
+class Repeatable(nn.Module):
+    """A TorchScript network that computes alike at every call.
+
+    TorchScript watches its first calls and then rewrites the code, which rounds otherwise: a resumed run, whose calls
+    are the first ones again, would not be the same run.
+
+    Args:
+        network: A TorchScript network, called with images first.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor, *args: Any, **settings: Any) -> Tensor:
+        """Return what the network gives for images (B, 3, H, W), in the type of its weights."""
+        with torch.jit.optimized_execution(False):
+            return self.network(like_weights(self.network, images), *args, **settings)
 
 
 @dataclass(frozen=True)
@@ -93,7 +113,7 @@ def lpips_features(network: Any, pixels: Tensor) -> Tensor:
         network: StyleGAN's VGG16, or any TorchScript that is called alike.
         pixels: Images (B, 3, H, W), 0 black and 255 white.
     """
-    return network(like_weights(network, pixels), resize_images=False, return_lpips=True).flatten(1)
+    return network(pixels, resize_images=False, return_lpips=True).flatten(1)
 
 
 def like_weights(network: nn.Module, images: Tensor) -> Tensor:

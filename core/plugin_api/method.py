@@ -267,7 +267,7 @@ class Method(ABC):
         """Return the stages of a run of `total_steps` optimizer steps; their lengths sum to it."""
         return [Stage("all", total_steps)]
 
-    @classmethod
+    @classmethod  # noqa: B027 - most methods name nothing
     def check_sources(cls, config: Any, *, path: str) -> None:
         """Raise UserError where something that the settings name, as the file of a network, cannot be had here.
 

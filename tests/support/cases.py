@@ -22,12 +22,7 @@ SETTINGS = {
     "meanflow": {"w_min": 2.0, "w_max": 6.0},
     "meanflow/difference": {"derivative": "difference"},
     "kd": {"num_inference_steps": 2, "loss_type": "huber"},
-    "kd/lpips": {
-        "num_inference_steps": 1,
-        "loss_type": "lpips",
-        "lpips_network": network_file(Vgg),
-        "latent_weight": 0.1,
-    },
+    "kd/lpips": {"num_inference_steps": 2, "loss_type": "lpips", "lpips_network": network_file(Vgg)},
     "reward": {"num_inference_steps": 2, "gradient_calls": 2, "network": network_file(MeanRed)},
 }
 """Method, and a variant's name where there are several -> settings."""
