@@ -106,10 +106,15 @@ def encode_pixels(vae: Any, pixels: Tensor, generator: Sequence[torch.Generator]
 @torch.no_grad()
 def decode(vae: Any, latents: Tensor) -> Tensor:
     """Return images (B, 3, H, W) in [0, 1], float32, decoded from scaled `latents` (B, C, h, w)."""
+    pixels = vae.decode(unscaled(vae, latents), return_dict=False)[0]
+    return (pixels.float() * 0.5 + 0.5).clamp(0, 1)
+
+
+def unscaled(vae: Any, latents: Tensor) -> Tensor:
+    """Return the autoencoder's own latents (B, C, h, w), in its type, from scaled ones."""
     latents = latents.to(vae.device, vae.dtype)
     shift, std = _statistics(vae.config, latents)
-    pixels = vae.decode(latents * std / vae.config.scaling_factor + shift, return_dict=False)[0]
-    return (pixels.float() * 0.5 + 0.5).clamp(0, 1)
+    return latents * std / vae.config.scaling_factor + shift
 
 
 def _statistics(config: Any, latents: Tensor) -> tuple[Tensor, Tensor]:

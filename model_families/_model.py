@@ -29,6 +29,7 @@ from ._lora import attach, fuse
 from ._lora_files import lora_file
 from ._loras import Loras
 from ._open_source import open_source
+from ._pixels import OtherDecoder, decoded, decoding_bytes
 from ._schedulers import check_table, noise_defaults, with_fixed_shift
 from ._source import Source, TextEncoders
 from ._tokenizers import load_tokenizer
@@ -88,6 +89,7 @@ class DiffusersModel(ModelFamily):
         super().__init__(config, settings)
         self._text: TextEncoders | None = None
         self._vae: Any = None
+        self._pixel_decoder: Any = None
         self._empty: Conditioning | None = None
         self._beside: tuple[ExtraLora, ...] = ()
 
@@ -203,6 +205,8 @@ class DiffusersModel(ModelFamily):
                 f"name an autoencoder that was made for {self.architecture.name}",
             )
         self._vae_dtype()
+        if self._other_decoder is not None:
+            self._other_decoder.check(channels=self.latent_channels, factor=self.scale_factor)
 
     def fingerprint(self, part: Literal["text", "vae", "denoiser"]) -> str:
         source = self._vae_source if part == "vae" else self._source
@@ -334,6 +338,24 @@ class DiffusersModel(ModelFamily):
         at_once = max(1, self.config.decoded_pixels_at_once // (latents[0, 0].numel() * self.scale_factor**2))
         return torch.cat([decode(self._autoencoder(), piece) for piece in latents.split(at_once)])
 
+    def decode_pixels(self, latents: Tensor) -> Tensor:
+        self.load_pixel_decoder()
+        return decoded(self._pixel_decoder, latents)
+
+    @cached_property
+    def _other_decoder(self) -> OtherDecoder | None:
+        name = self.settings.pixel_decoder
+        return None if name is None else OtherDecoder(name, self.architecture)
+
+    def load_pixel_decoder(self) -> None:
+        if self._pixel_decoder is None:
+            other = self._other_decoder
+            self._pixel_decoder = self._autoencoder() if other is None else other.load(self.settings.device)
+
+    def decoding_bytes(self, num_pixels: int) -> int:
+        other, item = self._other_decoder, self._vae_dtype().itemsize
+        return decoding_bytes(other.config if other else self._vae_config, num_pixels, item=4 if other else item)
+
     def _autoencoder(self) -> Any:
         if self._vae is None:
             with working("loading the autoencoder"):
@@ -363,7 +385,7 @@ class DiffusersModel(ModelFamily):
 
     def release_encoders(self) -> None:
         self._text = None
-        self._vae = None
+        self._vae = self._pixel_decoder if self._other_decoder is None else None  # training goes on with it
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

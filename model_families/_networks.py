@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..core.diffusion.second_time import PREFIX
+from ..core.errors import UserError
+from ..core.plugin_api.family_parts import FIRST_HALF, Blocks
+from ..core.utils.suggest import did_you_mean
 
 
 class _FarEnough(Exception):
@@ -43,6 +46,26 @@ def outputs_inside(
         for handle in handles:
             handle.remove()
     return found
+
+
+def chosen_blocks(names: Sequence[str], blocks: Blocks, *, first_half: Sequence[str]) -> list[str]:
+    """Return the names of the blocks asked for, in the network's order.
+
+    Args:
+        names: All of them, in the network's order.
+        blocks: What was asked for.
+        first_half: Those that ``first_half`` means.
+
+    Raises:
+        UserError: One is no block of this network, or none is named.
+    """
+    asked = {FIRST_HALF: first_half, "all": names}.get(blocks, [blocks]) if isinstance(blocks, str) else blocks
+    unknown = [name for name in asked if name not in names]
+    if unknown or not asked:
+        problem = f"{unknown[0]!r} is no block of this network" if unknown else "no block of the network is named"
+        hint = did_you_mean(unknown[0], names) if unknown else ""
+        raise UserError(problem, f"{hint}its blocks: {', '.join(names)}; or all, or {FIRST_HALF}")
+    return [name for name in names if name in asked]
 
 
 def own_state(network: nn.Module) -> dict[str, Tensor]:

@@ -32,6 +32,7 @@ class StableDiffusion(ClipFamily):
         guidance_embedding=True,
         second_time=True,
         features=True,
+        pixels=True,
         quantised_base=True,
         quantised_text_encoders=1,
     )

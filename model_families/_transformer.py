@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from ..core.diffusion.second_time import add_second_time
 from ..core.errors import UserError
 from ..core.plugin_api.batch import Conditioning
+from ..core.plugin_api.family_parts import FIRST_HALF, Blocks
 from ._architecture import ReadConfig
 from ._diffusers import DiffusersFamily
 from ._empty import empty_denoiser
-from ._networks import outputs_inside, own_state
+from ._networks import chosen_blocks, outputs_inside, own_state
 from ._smaller import evenly, kept_transformer_weights, not_more, smaller_transformer_config
 
 LORA_TARGETS = (
@@ -93,26 +94,50 @@ class TransformerFamily(DiffusersFamily):
         width = embedder.linear_2.out_features
         return add_second_time(network, name=name, path="time_text_embed.timestep_embedder", width=width)
 
-    def features(self, network: nn.Module, x_t: Tensor, time: Tensor, cond: Conditioning) -> list[Tensor]:
-        """Return states of the image stream after up to four evenly spaced blocks of the first half, (B, D, h, w)."""
+    def features(
+        self, network: nn.Module, x_t: Tensor, time: Tensor, cond: Conditioning, *, blocks: Blocks = FIRST_HALF
+    ) -> list[Tensor]:
+        """Return states of the image stream after blocks, (B, D, h, w) each; the first half is up to four evenly spaced
+        ones of it.
+        """
         transformer: Any = network
-        chosen = feature_blocks(transformer)
+        chosen = self._chosen_blocks(transformer, blocks)
         grid = [edge // self.position_edge for edge in x_t.shape[-2:]]
-        with only_first_blocks(transformer, chosen[-1] + 1):
+        modules = [transformer.get_submodule(name) for name in chosen]
+        with only_first_blocks(transformer, self.block_names(transformer).index(chosen[-1]) + 1):
             return outputs_inside(
-                [transformer.transformer_blocks[index] for index in chosen],
+                modules,
                 lambda: self.predict(transformer, x_t, time, cond),
                 pick=lambda output: output[1].transpose(1, 2).unflatten(2, grid),  # (text's states, image's)
                 stop=False,
             )
 
-    def feature_channels(self, network: nn.Module) -> list[int]:
+    def feature_channels(self, network: nn.Module, *, blocks: Blocks = FIRST_HALF) -> list[int]:
         transformer: Any = network
-        return [transformer.inner_dim] * len(feature_blocks(transformer))
+        return [transformer.inner_dim] * len(self._chosen_blocks(transformer, blocks))
+
+    def block_names(self, network: nn.Module) -> list[str]:
+        transformer: Any = network
+        return [f"{name}.{i}" for name, blocks in lists_of_blocks(transformer).items() for i in range(len(blocks))]
+
+    def prompt_dimensions(self, network: nn.Module) -> dict[str, int]:
+        transformer: Any = network
+        config = transformer.config
+        return {"prompt_embeds": config.joint_attention_dim, "pooled_prompt_embeds": config.pooled_projection_dim}
+
+    def _chosen_blocks(self, transformer: Any, blocks: Blocks) -> list[str]:
+        names = self.block_names(transformer)
+        return chosen_blocks(names, blocks, first_half=[names[index] for index in feature_blocks(transformer)])
+
+
+def lists_of_blocks(transformer: Any) -> dict[str, Any]:
+    """Return the lists of blocks by name, in the order in which they are computed."""
+    names = ("transformer_blocks", SINGLE_STREAM)
+    return {name: getattr(transformer, name) for name in names if hasattr(transformer, name)}
 
 
 def feature_blocks(transformer: Any) -> list[int]:
-    """Return the indices of the blocks with two streams whose states are features."""
+    """Return the indices of the blocks with two streams whose states are features of the first half."""
     two_streams, one_stream = len(transformer.transformer_blocks), len(getattr(transformer, SINGLE_STREAM, ()))
     half = min(two_streams, max(1, (two_streams + one_stream) // 2))
     count = min(NUM_FEATURES, half)
@@ -121,13 +146,11 @@ def feature_blocks(transformer: Any) -> list[int]:
 
 @contextlib.contextmanager
 def only_first_blocks(transformer: Any, count: int) -> Iterator[None]:
-    """Run only the first `count` two-stream blocks of `transformer` inside the block; its ends stay."""
-    whole = {"transformer_blocks": transformer.transformer_blocks}
-    if hasattr(transformer, SINGLE_STREAM):
-        whole[SINGLE_STREAM] = getattr(transformer, SINGLE_STREAM)
-    transformer.transformer_blocks = whole["transformer_blocks"][:count]
-    if SINGLE_STREAM in whole:
-        setattr(transformer, SINGLE_STREAM, nn.ModuleList())
+    """Run only the first `count` blocks of `transformer` inside the block; its ends stay."""
+    whole = lists_of_blocks(transformer)
+    for name, blocks in whole.items():
+        setattr(transformer, name, blocks[:count])
+        count = max(count - len(blocks), 0)
     try:
         yield
     finally:

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from ..core.diffusion.second_time import add_second_time, second_time_input
 from ..core.errors import UserError
 from ..core.plugin_api.batch import Conditioning
+from ..core.plugin_api.family_parts import FIRST_HALF, Blocks
 from ._architecture import Architecture
 from ._diffusers import DiffusersFamily
 from ._empty import empty_denoiser
 from ._images import guidance_scale_embedding
-from ._networks import check_guidance, outputs_inside, own_state
+from ._networks import check_guidance, chosen_blocks, outputs_inside, own_state
 from ._smaller import kept_unet_weights, smaller_unet_config
 
 GUIDANCE_DIM = 256
@@ -133,21 +134,39 @@ class UNetFamily(DiffusersFamily):
                 return_dict=False,
             )[0]
 
-    def features(self, network: nn.Module, x_t: Tensor, time: Tensor, cond: Conditioning) -> list[Tensor]:
-        """Return outputs of the down blocks and the middle block; the up blocks are not computed."""
+    def features(
+        self, network: nn.Module, x_t: Tensor, time: Tensor, cond: Conditioning, *, blocks: Blocks = FIRST_HALF
+    ) -> list[Tensor]:
+        """Return outputs of blocks; the first half is the down blocks and the middle block."""
         unet: Any = network
         return outputs_inside(
-            [*unet.down_blocks, unet.mid_block],
+            [unet.get_submodule(name) for name in self._chosen_blocks(unet, blocks)],
             lambda: self.predict(unet, x_t, time, cond),
             # a down block returns its skip connections to the up blocks as well
             pick=lambda output: output[0] if isinstance(output, tuple) else output,
             stop=True,
         )
 
-    def feature_channels(self, network: nn.Module) -> list[int]:
+    def feature_channels(self, network: nn.Module, *, blocks: Blocks = FIRST_HALF) -> list[int]:
         unet: Any = network
         widths = list(unet.config.block_out_channels)
-        return [*widths, widths[-1]]
+        middle = [widths[-1]] if unet.mid_block is not None else []
+        of_block = dict(zip(self.block_names(unet), [*widths, *middle, *reversed(widths)], strict=True))
+        return [of_block[name] for name in self._chosen_blocks(unet, blocks)]
+
+    def block_names(self, network: nn.Module) -> list[str]:
+        unet: Any = network
+        down, up = (range(len(each)) for each in (unet.down_blocks, unet.up_blocks))
+        middle = ["mid_block"] if unet.mid_block is not None else []
+        return [*(f"down_blocks.{i}" for i in down), *middle, *(f"up_blocks.{i}" for i in up)]
+
+    def prompt_dimensions(self, network: nn.Module) -> dict[str, int]:
+        unet: Any = network
+        return {"prompt_embeds": unet.config.cross_attention_dim}
+
+    def _chosen_blocks(self, unet: Any, blocks: Blocks) -> list[str]:
+        names = self.block_names(unet)
+        return chosen_blocks(names, blocks, first_half=[name for name in names if not name.startswith("up_")])
 
 
 def copy_unet(

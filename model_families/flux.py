@@ -66,6 +66,7 @@ class Flux(TransformerFamily):
         guidance_embedding=True,
         second_time=True,
         features=True,
+        pixels=True,
         quantised_base=True,
         quantised_text_encoders=2,
     )

@@ -49,7 +49,13 @@ class SD3(TransformerFamily):
 
     name: ClassVar[str] = "sd3"
     capabilities: ClassVar[Capabilities] = Capabilities(
-        lora=True, full=True, second_time=True, features=True, quantised_base=True, quantised_text_encoders=3
+        lora=True,
+        full=True,
+        second_time=True,
+        features=True,
+        pixels=True,
+        quantised_base=True,
+        quantised_text_encoders=3,
     )
     default_guidance: ClassVar[float] = 7.0
     miniature: ClassVar[Path | None] = MINIATURES / "sd3_miniature"

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.errors import UserError
 from ..core.plugin_api.family import Capabilities, MicroConditioning, ModelFamily
@@ -55,6 +55,7 @@ class SDXL(ClipFamily):
         guidance_embedding=True,
         second_time=True,
         features=True,
+        pixels=True,
         quantised_base=True,
         quantised_text_encoders=2,
     )
@@ -127,6 +128,11 @@ class SDXL(ClipFamily):
         if not self.zeros_for_uncond:
             return super().uncond(cond)
         return {**cond, **{key: torch.zeros_like(cond[key]) for key in self.embed_keys}}
+
+    def prompt_dimensions(self, network: nn.Module) -> dict[str, int]:
+        unet: Any = network
+        pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
+        return {**super().prompt_dimensions(unet), "pooled_prompt_embeds": pooled}
 
     def added(self, cond: Conditioning, dtype: torch.dtype) -> dict[str, Tensor]:
         return {"text_embeds": cond["pooled_prompt_embeds"].to(dtype), "time_ids": cond["time_ids"]}

@@ -13,10 +13,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ..core.plugin_api import pretrained
 from ..core.plugin_api.evaluator import EvaluationSetting, Evaluator, Samples
 from ..core.plugin_api.hookspecs import hookimpl
 from ..core.settings.types import HubOrPath
-from . import _pretrained as pretrained
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,7 +36,7 @@ class PromptAgreement(Evaluator):
     @classmethod
     def usable(cls, setting: EvaluationSetting, config: Any = None) -> str | None:
         """Return None if the network is available here or on the hub, otherwise the reason."""
-        return pretrained.problem(cls.name, config or cls.Config())
+        return pretrained.problem(f"evaluator_config.{cls.name}.model", config or cls.Config())
 
     def _network(self) -> tuple[Any, Any]:
         if self._loaded is None:

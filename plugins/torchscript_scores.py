@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..core.errors import DistillError
+from ..core.plugin_api.auxiliary import LPIPS_NETWORK, METRICS_ADDRESS, load_torchscript, lpips_features
 from ..core.plugin_api.evaluator import EvaluationSetting, Evaluator, Samples
 from ..core.plugin_api.hookspecs import hookimpl
 from ..core.settings.types import LocalPath
@@ -29,7 +30,6 @@ from .evaluators import FEWEST_DATA, FeatureDistance, too_few_data
 if TYPE_CHECKING:
     from torch import Tensor
 
-ADDRESS = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics"
 NUM_FEATURES = 2048
 """Number of features of the Inception network's last pooling."""
 
@@ -47,22 +47,12 @@ class NetworkConfig(BaseModel):
 
 def problem(evaluator: str, file: str, config: Any) -> str | None:
     """Return why the file cannot be used, and where to get it; None where it can."""
-    key, mend = f"evaluator_config.{evaluator}.network", f"download {ADDRESS}/{file} and name the file"
+    key, mend = f"evaluator_config.{evaluator}.network", f"download {METRICS_ADDRESS}/{file} and name the file"
     if config.network is None:
         return f"it needs its network: {mend} ({key})"
     if not config.network.is_file():
         return f"{key} = {str(config.network)!r} is not there ({mend})"
     return None
-
-
-def load(path: LocalPath, device: str) -> Any:
-    """Load the network, in eval mode on `device`."""
-    import torch
-
-    try:
-        return torch.jit.load(path, map_location=device).eval()
-    except RuntimeError as error:
-        raise DistillError(f"{path} is no TorchScript file: {str(error).splitlines()[0]}") from error
 
 
 def as_bytes(images: Tensor) -> Tensor:
@@ -105,7 +95,7 @@ class InceptionDistance(FeatureDistance):
     def features(self, images: Tensor) -> Tensor:
         """Return the last pooling, (B, 2048). Raises DistillError for a network of another kind."""
         if self._network is None:
-            self._network = load(self.config.network, self.setting.device)
+            self._network = load_torchscript(self.config.network, self.setting.device)
         found = self._network(as_bytes(images).to(self.setting.device), return_features=True).flatten(1)
         if found.shape[1] != NUM_FEATURES:
             reason = f"it has {found.shape[1]} features, not {NUM_FEATURES}"
@@ -131,7 +121,7 @@ class PerceptualDistance(Evaluator):
     name: ClassVar[str] = "lpips"
     by_default: ClassVar[bool] = False
     higher_is_better: ClassVar[Mapping[str, bool]] = {"lpips_to_teacher": False}
-    file: ClassVar[str] = "vgg16.pt"
+    file: ClassVar[str] = LPIPS_NETWORK
 
     class Config(NetworkConfig):
         """The file of the VGG16."""
@@ -155,7 +145,7 @@ class PerceptualDistance(Evaluator):
         if samples.reference is None:
             return {}
         if self._network is None:
-            self._network = load(self.config.network, self.setting.device)
+            self._network = load_torchscript(self.config.network, self.setting.device)
         size, found = self.config.batch_size, []
         with torch.no_grad():
             for ours, theirs in zip(samples.images.split(size), samples.reference.split(size), strict=True):
@@ -165,7 +155,7 @@ class PerceptualDistance(Evaluator):
     def _embedded(self, images: Tensor) -> Tensor:
         """Return features (B, F) whose squared distance is the LPIPS."""
         pixels = as_bytes(images).float().to(self.setting.device)
-        return self._network(pixels, resize_images=False, return_lpips=True).flatten(1)
+        return lpips_features(self._network, pixels)
 
 
 @hookimpl

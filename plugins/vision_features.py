@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ..core.plugin_api import pretrained
 from ..core.plugin_api.evaluator import EvaluationSetting, Evaluator
 from ..core.plugin_api.hookspecs import hookimpl
 from ..core.settings.types import HubOrPath
-from . import _pretrained as pretrained
 from .evaluators import FeatureDistance, too_few_data
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class VisionFeatures(FeatureDistance):
     @classmethod
     def usable(cls, setting: EvaluationSetting, config: Any = None) -> str | None:
         """Return None if the network (here or on the hub) and images to compare with exist, otherwise the reason."""
-        return pretrained.problem(cls.name, config or cls.Config()) or too_few_data(setting)
+        return pretrained.problem(f"evaluator_config.{cls.name}.model", config or cls.Config()) or too_few_data(setting)
 
     @property
     def at_once(self) -> int:

@@ -15,6 +15,7 @@ from distill.core.testing.report import outcome_of
 from support.broken_plugins import BROKEN, BROKEN_FAMILY, FAMILIES, GOOD
 from support.cases import registry
 from support.config_files import distill, said
+from support.networks import MeanRed, network_file
 from support.recipes import term
 from support.s3_server import KEY_ID, REGION, SECRET, s3, s3_server  # noqa: F401 - fixtures
 from support.sources import write_csv, write_jsonl, write_parquet, write_shards
@@ -44,6 +45,7 @@ def shards(images, root):
 
 EXAMPLES = {
     "method recipe": lambda: {"terms": [term("pcm", 1.0, adversarial_weight=0.0)]},
+    "method reward": lambda: {"network": network_file(MeanRed)},
     "family sdxl": write_tiny_sdxl,
     "family sd1x": MODELS["sd1x"].write,
     "family sd2x": MODELS["sd2x-v"].write,

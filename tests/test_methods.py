@@ -144,7 +144,7 @@ def test_a_lora_holds_one_base(cell, trained):
 
 
 def _is_network(networks, role):
-    return networks.roles[role].trains != "head"
+    return networks.roles[role].trains != "head" and not networks.roles[role].auxiliary
 
 
 def test_its_sampler_makes_images_and_the_exported_student_the_same(cell, trained, tmp_path):

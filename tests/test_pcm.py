@@ -208,10 +208,10 @@ def test_an_unguided_student_keeps_its_predictions_with_and_without_the_prompt(c
 class TransparentFamily(GaussianFamily):
     """Gaussian data whose networks show eight bumps over x."""
 
-    def features(self, network, x_t, time, cond):
+    def features(self, network, x_t, time, cond, *, blocks="first_half"):
         return [torch.exp(-((x_t - torch.linspace(-2, 2, 8, dtype=torch.float64)) ** 2))[:, :, None, None]]
 
-    def feature_channels(self, network):
+    def feature_channels(self, network, *, blocks="first_half"):
         return [8]
 
 

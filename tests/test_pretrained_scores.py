@@ -16,9 +16,9 @@ from distill.core.errors import DistillError
 from distill.core.evaluation.distances import polynomial_distance
 from distill.core.evaluation.evaluate import _Scorers
 from distill.core.evaluation.evaluators import build_evaluators, evaluation_notices
+from distill.core.plugin_api import pretrained
 from distill.core.plugin_api.evaluator import EvaluationSetting, Evaluator, Samples
 from distill.core.registry.registry import Registry
-from distill.plugins import _pretrained as pretrained
 from distill.plugins.clip_scores import ClipScore, Reward
 from distill.plugins.torchscript_scores import InceptionDistance, PerceptualDistance
 from distill.plugins.vision_features import VisionFeatures

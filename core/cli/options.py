@@ -139,8 +139,9 @@ def model_notices(configuration: Configuration, registry: Registry) -> list[str]
     Raises:
         UserError: They are no model of the family, or not those that their configs describe.
     """
-    from ..runs.builders import build_family, completed_configuration
+    from ..runs.builders import build_family, check_method_sources, completed_configuration
 
+    check_method_sources(configuration, registry)
     family = build_family(configuration, registry)
     try:
         family.check_source()

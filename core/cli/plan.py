@@ -20,10 +20,12 @@ logger = logging.getLogger(__name__)
 
 def print_plan(configuration: Configuration, registry: Registry) -> None:
     """Check the model's files and the output folder, then print notices (stderr) and the plan (stdout)."""
-    from ..runs.builders import build_family, completed_configuration
+    from ..runs.builders import build_family, check_method_sources, completed_configuration
     from ..runs.output_folder import check_output_dir
 
-    state, family = check_output_dir(configuration), build_family(configuration, registry)
+    state = check_output_dir(configuration)
+    check_method_sources(configuration, registry)
+    family = build_family(configuration, registry)
     family.check_source()
     configuration = completed_configuration(configuration, registry, family)
     service, storage = (each(configuration, registry) for each in (options.service_notices, options.storage_notices))

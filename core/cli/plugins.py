@@ -199,7 +199,8 @@ def _network(role: Role) -> str:
     if role.copy_of:
         return f"{role.name} (copy of {role.copy_of}, frozen)"
     inputs = [word for on, word in ((role.guidance_embedding, "guidance"), (role.second_time, "second time")) if on]
-    trained = "frozen" if role.trains == "none" else role.trains
+    named = {"none": "frozen, of its own" if role.auxiliary else "frozen", "module": "a module of its own"}
+    trained = named.get(role.trains, role.trains)
     if role.trains == "head":
         trained = f"heads on features, {role.heads}, of {'all levels' if role.head_levels == 'all' else 'the middle'}"
     return f"{role.name} ({', '.join([trained, *(f'takes {word}' for word in inputs), *own_settings(role)])})"

@@ -101,6 +101,7 @@ def _check_paths(run: RunSettings, report: ConfigReport) -> None:
     models = {
         "pretrained_model_name_or_path": run.pretrained_model_name_or_path,
         "pretrained_vae_model_name_or_path": run.pretrained_vae_model_name_or_path,
+        "pixel_decoder": run.pixel_decoder,
         "init_lora": run.init_lora,
         **{f"teacher_lora.{index}": lora.path for index, lora in enumerate(run.teacher_lora)},
     }

@@ -17,6 +17,7 @@ SWITCHES = {
     "guidance_embedding": "a network that takes the guidance scale as an input",
     "second_time": "a network that takes a second time",
     "features": "features from inside the network",
+    "pixels": "images that are decoded with a gradient",
 }
 """Name of a requirement, and of the capability that meets it -> its description, for messages."""
 
@@ -67,7 +68,7 @@ def check_requirements(
         problem = f"the method {method.name!r} compares two passes of one network, which dropout makes differ"
         refuse("lora_dropout", f"{problem}; must be 0", "set lora_dropout to 0")
     notices: list[str] = []
-    for path, owner, config in _with_parts(method, method_config, f"distillation_config.{method.name}"):
+    for path, owner, config in with_parts(method, method_config, f"distillation_config.{method.name}"):
         points = owner.requires(config, setup).divides_timesteps
         if points is None or num_timesteps % points == 0:
             continue
@@ -143,13 +144,13 @@ def _own_refusal(method: type[Method], config: Any, setup: MethodSetup, run: Run
     return None
 
 
-def _with_parts(method: type[Method], config: Any, path: str) -> Iterator[tuple[str, type[Method], Any]]:
+def with_parts(method: type[Method], config: Any, path: str) -> Iterator[tuple[str, type[Method], Any]]:
     """Yield a method and those that its settings are made of, as path of the settings, class, settings."""
     from ..plugin_api.method import method_parts
 
     yield path, method, config
     for inner, part in method_parts(config):
-        yield from _with_parts(part.found, part.settings, f"{path}.{inner}.config")
+        yield from with_parts(part.found, part.settings, f"{path}.{inner}.config")
 
 
 def check_images(

@@ -21,6 +21,7 @@ from ..errors import UserError
 from ..utils.dropout import NamedDropout, NetworkCall, current_call, within
 from ..utils.seeds import derive_seed
 from .ema import EMA
+from .modules import build_module, changing_buffers
 
 if TYPE_CHECKING:
     from ..plugin_api.family import LoraSettings, ModelFamily
@@ -167,6 +168,8 @@ class Networks:
             return student.to(self._dtype)
         if role.trains == "head":
             return self._heads(role)
+        if role.build is not None:
+            return build_module(role, self._family, self.base, seed=self._seed, dtype=self._dtype)
         return self.base
 
     def _width_of(self, role: Role) -> torch.dtype:
@@ -239,6 +242,11 @@ class Networks:
         pairs = zip(self._all_parameters(target), self._all_parameters(source), strict=True)
         for to, of in pairs:
             to.copy_(of)
+        self._copy_buffers(target, source)
+
+    def _copy_buffers(self, target: str, source: str) -> None:
+        for to, of in zip(self._buffers(target).values(), self._buffers(source).values(), strict=True):
+            to.copy_(of)
 
     @torch.no_grad()
     def start_from(self, role: str, path: str) -> None:
@@ -303,7 +311,15 @@ class Networks:
         module = self._modules[role]
         if self._is_adapter(self.roles[role]):
             return self._own(module, role)
-        return {} if module is self.base else dict(module.named_parameters())
+        shared = module is self.base or self.roles[role].auxiliary
+        return {} if shared else dict(module.named_parameters())
+
+    def _buffers(self, role: str) -> dict[str, Tensor]:
+        """Return the buffers that a module of a method's own changes as it runs; a denoiser has none."""
+        declared = self.roles[role]
+        while declared.source is not None:
+            declared = self.roles[declared.source]
+        return changing_buffers(self._modules[role]) if declared.trains == "module" else {}
 
     def _all_parameters(self, role: str) -> list[nn.Parameter]:
         return list(self.named_parameters(role).values())
@@ -323,6 +339,8 @@ class Networks:
         for name, average in self._averages.items():
             if self.roles[name].ema_of == stepped:
                 average.update(self._all_parameters(stepped))
+                with torch.no_grad():
+                    self._copy_buffers(name, stepped)
         if self.average is not None and stepped == "student":
             self.average.update(self.parameters("student"))
 
@@ -342,7 +360,7 @@ class Networks:
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Return the groups of tensors that decide the future, for a checkpoint."""
-        groups = {f"network-{name}": dict(self.named_parameters(name)) for name in self.roles}
+        groups = {f"network-{name}": {**self.named_parameters(name), **self._buffers(name)} for name in self.roles}
         return {name: {n: t.detach() for n, t in group.items()} for name, group in groups.items() if group} | (
             {"average": self.average.state_dict()} if self.average else {}
         )

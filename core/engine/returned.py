@@ -41,7 +41,26 @@ def roles_of(method: type[Method], config: Any, setup: MethodSetup) -> list[Role
             'Return `[distill.Role("teacher"), distill.Role("student", trains=setup.model_type)]`, and further ones.'
         )
         raise wrong(method, "roles", f"returned {_described(strange[0])}, not a distill.Role", remedy)
-    return [each for each in listed if isinstance(each, Role)]
+    roles = [each for each in listed if isinstance(each, Role)]
+    for role in roles:
+        problem = _build_problem(role)
+        if problem:
+            remedy = "A factory goes with trains='module', or, for a frozen network, with trains='none'."
+            raise wrong(method, "roles", f"declares {role.name!r} {problem}", remedy)
+    return roles
+
+
+def _build_problem(role: Role) -> str | None:
+    """Return what is wrong with the factory of a role; None where nothing is."""
+    if role.trains == "module" and role.build is None:
+        return "with trains='module' and without build"
+    if role.build is not None and role.trains not in ("module", "none"):
+        return f"with build and trains={role.trains!r}"
+    if role.build is not None and role.source is not None:
+        return f"with build, and as made of {role.source!r}"
+    if role.build is not None and role.name in ("teacher", "student"):
+        return "with build; this one is a network of the family"
+    return None
 
 
 def sampler_of(

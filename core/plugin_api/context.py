@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
 from ..diffusion.prediction import Prediction, classifier_free_guidance
 from ..utils.dropout import NetworkCall, within
 from ..utils.seeds import RngStreams
+from .family_parts import FIRST_HALF
 from .stage import StageProgress, stage_of
 
 if TYPE_CHECKING:
     from ..diffusion.schedule import Schedule, SolverGrid
     from .batch import Conditioning
     from .family import ModelFamily
+    from .family_parts import Blocks
     from .stage import Stage
 
 
@@ -167,11 +171,18 @@ class Context:
 
     # -- longer than one call of a network ---------------------------------------------------------------------------
 
-    def rollout(self, role: str, times: Sequence[Tensor], x: Tensor, cond: Conditioning, *, name: str) -> Prediction:
+    def rollout(
+        self,
+        role: str,
+        times: Sequence[Tensor],
+        x: Tensor,
+        cond: Conditioning,
+        *,
+        name: str,
+        gradient_calls: int = 1,
+    ) -> Prediction:
         """Sample in several steps as consistency models do (arXiv 2303.01469): denoise, renoise to the next time,
         denoise.
-
-        Only the last call carries a gradient.
 
         Args:
             role: The role whose network is called.
@@ -179,12 +190,17 @@ class Context:
             x: Input of the first call, at times[0]; shape (B, ...).
             cond: Conditioning, each tensor of shape (B, ...).
             name: Name of the noise draws.
+            gradient_calls: Number of calls, the last ones, that the gradient runs through; the activations of all of
+                them are in memory at once.
 
         Returns:
             The prediction of the last call.
         """
-        with torch.no_grad():
-            for i, (t, following) in enumerate(itertools.pairwise(times)):
+        if gradient_calls < 1:
+            raise ValueError(f"gradient_calls = {gradient_calls}: at least the last call carries a gradient")
+        first = len(times) - gradient_calls
+        for i, (t, following) in enumerate(itertools.pairwise(times)):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and i >= first):
                 x_0 = self.predict(role, x, t, cond).x0
                 eps = self.rng.randn(f"{name}/{i}", x.shape[1:]).to(x_0.dtype)
                 x = self.schedule.add_noise(x_0, eps, following)
@@ -218,22 +234,52 @@ class Context:
         assert tangent is not None, "the function does not depend on what is varied"
         return tangent
 
+    # -- in pixels ---------------------------------------------------------------------------------------------------
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Return images (B, 3, H, W) of scaled latents `x` (B, C, h, w), with the gradient to `x`.
+
+        0 is black and 1 white; values beyond are not clamped. One sample is decoded at a time, and again in the
+        backward pass. Methods that call it require ``pixels``.
+        """
+        return self.by_sample(self._runtime.family.decode_pixels, x)
+
+    @staticmethod
+    def by_sample(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        """Return what `function` gives for the samples, computed for one after the other, and once more in the backward
+        pass: no more than one sample's activations are in memory.
+
+        Args:
+            function: Takes tensors of one sample (1, ...) each, and returns one (1, ...). It must not draw, nor change
+                anything.
+            tensors: Its arguments for all samples, each (B, ...).
+        """
+        samples = [tensor.split(1) for tensor in tensors]
+        if len(samples[0]) == 1 or not torch.is_grad_enabled():
+            return torch.cat([function(*sample) for sample in zip(*samples, strict=True)])
+        once_more = functools.partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)
+        return torch.cat([once_more(*sample) for sample in zip(*samples, strict=True)])
+
     # -- inside the networks -----------------------------------------------------------------------------------------
 
-    def features(self, role: str, x_t: Tensor, t: Tensor, cond: Conditioning) -> list[Tensor]:
-        """Return activations inside the role's network, each (B, C_k, h_k, w_k), from fine to coarse.
+    def features(
+        self, role: str, x_t: Tensor, t: Tensor, cond: Conditioning, *, blocks: Blocks = FIRST_HALF
+    ) -> list[Tensor]:
+        """Return activations inside the role's network, each (B, C_k, h_k, w_k), in the order of its blocks.
 
-        The gradient reaches `x_t` and, for a trained role, its weights.
+        The gradient reaches `x_t` and, for a trained role, its weights. What comes after the last block is not
+        computed.
 
         Args:
             role: A role that the method declared.
             x_t: Noised latents, shape (B, ...).
             t: Times in the schedule's units, shape (B,).
             cond: Conditioning, each tensor of shape (B, ...).
+            blocks: The blocks whose outputs they are (:meth:`.family.ModelFamily.features`).
         """
         runtime = self._runtime
         with self._call(role) as network, self._autocast():
-            return runtime.family.features(network, x_t, self.schedule.network_time(t), cond)
+            return runtime.family.features(network, x_t, self.schedule.network_time(t), cond, blocks=blocks)
 
     def logits(self, role: str, features: Sequence[Tensor]) -> list[Tensor]:
         """Return the logits of the heads of `role`, (B, P_k) of each level that they read; above 0 means real.
@@ -246,6 +292,17 @@ class Context:
         """
         with self._runtime.networks.use(role) as heads:
             return heads(features)
+
+    def call(self, role: str, *args: Any, **settings: Any) -> Any:
+        """Return what the module of `role`, which its factory made (``Role(build=...)``), gives for these arguments.
+
+        The gradient reaches the arguments and, for a trained module, its weights. A trained one runs as the networks
+        do, under mixed precision; a frozen one in its own types.
+        """
+        with self._runtime.networks.use(role) as module:
+            trained = any(weight.requires_grad for weight in module.parameters())
+            with self._autocast() if trained else nullcontext():
+                return module(*args, **settings)
 
 
 class NetworksByRole(Protocol):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from .family_parts import InnerActivations, PixelDecoding
 from .precision import Precisions
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ class Capabilities:
     guidance_embedding: bool = False
     second_time: bool = False
     features: bool = False
+    pixels: bool = False
+    """Whether :meth:`ModelFamily.decode_pixels` makes images with a gradient."""
     quantised_base: bool = False
     """Whether :meth:`ModelFamily.load_network` quantises as ``precision`` in its settings says."""
     quantised_text_encoders: int = 0
@@ -46,6 +49,7 @@ class ModelSettings:
     Attributes:
         source: Hub id, local folder in diffusers layout, or a single ``.safetensors`` file.
         vae: Another autoencoder (hub id or folder), or None for the model's own.
+        pixel_decoder: A (tiny) autoencoder, hub id or folder, that decodes with a gradient; None for the model's.
         teacher_lora: The user's own LoRAs, (path or hub id, weight), fused into the teacher before distillation.
         partial_loras: Those of teacher_lora that are applied as far as they fit; of the others all must fit.
         init_lora: A LoRA that the student starts from, which is compared with the model before weights load.
@@ -60,6 +64,7 @@ class ModelSettings:
 
     source: str
     vae: str | None = None
+    pixel_decoder: str | None = None
     teacher_lora: tuple[tuple[str, float], ...] = ()
     partial_loras: tuple[str, ...] = ()
     init_lora: str | None = None
@@ -109,7 +114,7 @@ class ExportInfo:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
 
-class ModelFamily(ABC):
+class ModelFamily(InnerActivations, PixelDecoding, ABC):
     """A teacher architecture: load, encode, predict, decode, generate, export.
 
     Components load when they are first needed and can be released; :meth:`fingerprint` identifies them without loading.
@@ -311,18 +316,6 @@ class ModelFamily(ABC):
     def forward_ad(self) -> AbstractContextManager[None]:
         """Return a context manager inside which :meth:`predict` can be differentiated in forward mode."""
         return nullcontext()
-
-    def features(self, network: nn.Module, x_t: Tensor, time: Tensor, cond: Conditioning) -> list[Tensor]:
-        """Return activations inside the network's first half, each (B, C_k, h_k, w_k), from fine to coarse.
-
-        Only that half is computed. The gradient reaches `x_t` and the network's own weights. Arguments as of
-        :meth:`predict`.
-        """
-        raise NotImplementedError(f"the family {self.name} has no features (capabilities.features)")
-
-    def feature_channels(self, network: nn.Module) -> list[int]:
-        """Return C_k of each level that :meth:`features` returns."""
-        raise NotImplementedError(f"the family {self.name} has no features (capabilities.features)")
 
     # -- images and export ----------------------------------------------------------------------------------------
 

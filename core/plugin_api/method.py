@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -17,20 +17,57 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 from ..diffusion.sampler import Sampler
 from ..errors import UserError
+from .family_parts import FIRST_HALF, Blocks
 from .recommended import Recommended
 from .stage import Stage
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    import torch
+    from torch import Tensor, nn
 
     from ..diffusion.adversarial import HeadKind, HeadLevels
     from ..diffusion.schedule import Schedule
     from .batch import Batch
     from .context import Context
+    from .family import ModelFamily
 
-Trains = Literal["full", "lora", "head", "none"]
+Trains = Literal["full", "lora", "head", "module", "none"]
 ModelType = Literal["lora", "full"]
 """The kind of student: an adapter, or a network of its own."""
+
+
+@dataclass(frozen=True)
+class ModuleSetup:
+    """The facts that a role's factory may need; nothing is computed before it is asked for.
+
+    Attributes:
+        device: Device that the module will be on.
+        dtype: Type of the weights that are trained.
+        seed: Seed of this module's initial weights; the global generator is seeded with it while the factory runs.
+    """
+
+    _family: ModelFamily
+    _network: nn.Module
+    device: torch.device = field(kw_only=True)
+    dtype: torch.dtype = field(kw_only=True)
+    seed: int = field(kw_only=True)
+
+    def feature_channels(self, *, blocks: Blocks = FIRST_HALF) -> list[int]:
+        """Return C_k of each level that ``context.features(..., blocks=blocks)`` returns."""
+        return self._family.feature_channels(self._network, blocks=blocks)
+
+    @property
+    def prompt_dimensions(self) -> Mapping[str, int]:
+        """Name of an embedding of the conditioning -> its last dimension D, as of ``prompt_embeds`` (B, L, D)."""
+        return self._family.prompt_dimensions(self._network)
+
+    @property
+    def latent_channels(self) -> int:
+        """Number of channels C of the latents."""
+        return self._family.latent_channels
+
+
+ModuleFactory = Callable[[ModuleSetup], "nn.Module"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +77,10 @@ class Role:
     Attributes:
         name: ``teacher``, ``student``, ``target``, ``fake_score``, ...
         trains: Which weights the optimizer of this role steps. ``lora`` is an adapter on the shared base, ``full`` a
-            copy of the teacher, ``head`` small heads that read features of another role.
+            copy of the teacher, ``head`` small heads that read features of another role, ``module`` what `build` makes.
+        build: Makes the role's own module: one that is trained (``trains="module"``), or a frozen auxiliary network
+            (``none``), which is in no checkpoint. Methods use it by :meth:`.context.Context.call`. Terms of a recipe
+            share a role where their factories are equal.
         ema_of: The role of whose weights this one is the exponential moving average (then ``trains`` is ``none``).
         ema_decay: Decay of that average, applied once per optimizer step.
         copy_of: The role whose weights this frozen one takes where a :class:`Stage` says so; the teacher before that.
@@ -68,6 +108,12 @@ class Role:
     betas: tuple[float, float] | None = None
     weight_decay: float | None = None
     max_grad_norm: float | None = None
+    build: ModuleFactory | None = None
+
+    @property
+    def auxiliary(self) -> bool:
+        """True for a frozen network that the factory makes again, and makes alike, in every run."""
+        return self.build is not None and self.trains == "none"
 
     @property
     def source(self) -> str | None:
@@ -88,6 +134,8 @@ class Requirements:
     guidance_embedding: bool = False
     second_time: bool = False
     features: bool = False
+    pixels: bool = False
+    """Whether the method decodes latents with a gradient (:meth:`.context.Context.decode`)."""
     zero_dropout: bool = False
     """Whether LoRA dropout must be 0 (consistency methods compare two passes of one network)."""
     divides_timesteps: int | None = None
@@ -227,6 +275,8 @@ class Method(ABC):
     guidance_keys: ClassVar[Sequence[str]] = ()
     """Settings that hold a guidance scale of the teacher. Their defaults are for classifier-free guidance; where the
     teacher takes the scale as an input, its usual one stands in for those that nobody set."""
+    imitates_teacher: ClassVar[bool] = True
+    """Whether training brings the student to the distribution of its teacher; if not, another term of a recipe must."""
 
     class Config(BaseModel):
         """Settings of the method; every field has a description."""
@@ -284,6 +334,17 @@ class Method(ABC):
     def stages(cls, config: Any, *, total_steps: int) -> Sequence[Stage]:
         """Return the stages of a run of `total_steps` optimizer steps; their lengths sum to it."""
         return [Stage("all", total_steps)]
+
+    @classmethod  # noqa: B027 - most methods name nothing
+    def check_sources(cls, config: Any, *, path: str) -> None:
+        """Raise UserError where something that the settings name, as the file of a network, cannot be had here.
+
+        Called before a run loads weights, and by ``config check``, but not where a finished run is only looked at.
+
+        Args:
+            config: Validated settings.
+            path: Dotted path of the settings, for the message.
+        """
 
     def result_role(self) -> str:
         """Return the role that is validated and exported."""

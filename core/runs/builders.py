@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..config.quantisation import named_quantizers
+from ..config.requirements import with_parts
 from ..errors import UserError
 from ..plugin_api.family import LoraSettings, ModelFamily, ModelSettings, Precision
 from ..plugin_api.method import Method, MethodSetup, Requirements, completed
@@ -43,6 +44,7 @@ def model_settings(configuration: Configuration, *, source: str | None = None) -
     return ModelSettings(
         source=str(chosen),
         vae=run.pretrained_vae_model_name_or_path,
+        pixel_decoder=run.pixel_decoder,
         teacher_lora=tuple((str(lora.path), lora.weight) for lora in run.teacher_lora),
         partial_loras=tuple(str(lora.path) for lora in run.teacher_lora if not lora.strict),
         init_lora=str(run.init_lora) if run.init_lora else None,
@@ -129,6 +131,14 @@ def method_needs(configuration: Configuration, registry: Registry, family: Model
     """Return the requirements of the run's method; loads no weights."""
     method = build_method(configuration, registry, family)
     return method.requires(method.config, method.setup)
+
+
+def check_method_sources(configuration: Configuration, registry: Registry) -> None:
+    """Raise UserError where something that the method's settings name, or those of a method inside it, is not there."""
+    name = configuration.run.distillation_method
+    method = registry.get("method", name)
+    for path, found, config in with_parts(method, configuration.method, f"distillation_config.{name}"):
+        found.check_sources(config, path=path)
 
 
 def build_pipeline(

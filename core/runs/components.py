@@ -105,6 +105,8 @@ class RunComponents:
         from ..engine.networks import Networks
 
         settings = self.settings
+        if self.method.requires(self.config.method, self.method.setup).pixels:
+            self.family.load_pixel_decoder()
         with working("making the networks that are trained"):
             networks = Networks(
                 self.family, self.method.roles(self.method.config, self.method.setup), lora=adapter_shape(self.config),

@@ -15,6 +15,7 @@ from ..utils.memory import (
     out_of_memory_hint,
     savings_lines,
 )
+from .planned_memory import decoding_bytes, stored_bytes
 
 if TYPE_CHECKING:
     from .components import RunComponents
@@ -81,4 +82,6 @@ def memory_settings(run: RunComponents) -> MemorySettings:
         averaged_parameters=sum(own[name] for name in averages),
         student_parameters=own["student"],
         gradient_checkpointing=settings.gradient_checkpointing,
+        decoding_bytes=decoding_bytes(run.method, run.family, (width, height)),
+        auxiliary_bytes=sum(stored_bytes(role) for role in networks.roles.values()),
     )

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from ..plugin_api.auxiliary import StoredNetwork
 from ..plugin_api.quantizer import NO_CHANGE
 from ..settings.configuration import default_resolution
 from ..utils.memory import MemorySettings
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..plugin_api.family import ModelFamily
-    from ..plugin_api.method import Role
+    from ..plugin_api.method import Method, Role
     from ..registry.registry import Registry
     from ..settings.configuration import Configuration
     from ..settings.run_settings import RunSettings
@@ -58,13 +59,18 @@ def planned_memory(
         averaged_parameters=sum(own[name] for name in averages),
         student_parameters=own["student"],
         gradient_checkpointing=run.gradient_checkpointing,
+        decoding_bytes=decoding_bytes(method, family, (width, height)),
+        auxiliary_bytes=sum(stored_bytes(role) for role in roles.values() if role.auxiliary),
     )
 
 
 def _own_parameters(
     role: Role, roles: Mapping[str, Role], network: nn.Module, family: ModelFamily, run: RunSettings
 ) -> int:
-    """Count the weights that belong to a role alone: of its adapter, its copy of the network, its heads."""
+    """Count the weights that belong to a role alone: of its adapter, its copy of the network, its heads.
+
+    A module of the method's own counts as none: only its factory knows it, and it is small.
+    """
     import torch
 
     from ..diffusion.adversarial import Heads
@@ -76,7 +82,24 @@ def _own_parameters(
     if role.trains == "head":
         with torch.device("meta"):
             network = Heads(family.feature_channels(network), kind=role.heads, levels=role.head_levels)
-    return 0 if role.trains == "none" else sum(weight.numel() for weight in network.parameters())
+    return 0 if role.trains in ("none", "module") else sum(weight.numel() for weight in network.parameters())
+
+
+def decoding_bytes(method: Method, family: ModelFamily, resolution: tuple[int, int]) -> int:
+    """Return the bytes that decoding with a gradient takes; 0 for a method that does not.
+
+    Args:
+        method: The run's.
+        family: The run's.
+        resolution: (width, height) in pixels.
+    """
+    needs = method.requires(method.config, method.setup)
+    return family.decoding_bytes(math.prod(resolution)) if needs.pixels else 0
+
+
+def stored_bytes(role: Role) -> int:
+    """Return the bytes of the file that an auxiliary network comes from; 0 where its factory has none."""
+    return role.build.stored_bytes() if isinstance(role.build, StoredNetwork) else 0
 
 
 def base_bytes(configuration: Configuration, registry: Registry, network: nn.Module) -> float:

@@ -21,6 +21,7 @@ from ..utils.console import console
 from ..utils.disk import explained
 from ..utils.files import write_text
 from ..utils.progress import working
+from .builders import check_method_sources
 from .components import RunComponents
 from .memory_plan import explain_memory
 from .opening import OpenFolder, check_resources, passed_over
@@ -148,6 +149,7 @@ class Run(TrainingObserver):
     def _check_model(self) -> None:
         """Refuse what only the model's own config can tell, still before weights load."""
         self.parts.sampler()  # refuses steps and guidance that the method cannot sample with
+        check_method_sources(self.parts.config, self.parts.registry)
         method, family = self.parts.method, self.parts.family
         needs = method.requires(method.config, method.setup)
         if needs.finite_snr and family.prediction_type == "epsilon" and family.schedule.zero_terminal_snr:

@@ -51,6 +51,9 @@ class ModelKeys(Settings):
     """Hub id, local folder in diffusers layout, or a single .safetensors file; absent: the family's miniature."""
     pretrained_vae_model_name_or_path: HubOrPath | None = None
     """Hub id or folder of another autoencoder; absent: the model's own."""
+    pixel_decoder: HubOrPath | None = None
+    """Hub id or folder of a (tiny) autoencoder that decodes for methods that look at pixels, as TAESDXL; absent: the
+    model's own."""
     model_config_source: LocalPath | None = None
     """Local folder with configs and tokenizers for a single-file model, where there is no hub."""
     revision: str | None = None

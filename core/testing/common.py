@@ -134,7 +134,8 @@ def config_accepts_its_defaults(subject: Subject) -> None:
 def signatures_fit(subject: Subject, base: type[Any]) -> None:
     """Check that methods can be called by the argument names of the base class, as the engine does."""
     wrong = []
-    for name, declared in vars(base).items():
+    parts = [part for part in reversed(base.__mro__) if part.__module__.startswith(base.__module__.rpartition(".")[0])]
+    for name, declared in {name: value for part in parts for name, value in vars(part).items()}.items():
         if name.startswith("__") and name != "__init__":
             continue
         own = inspect.getattr_static(subject.cls, name)

@@ -135,6 +135,14 @@ class GaussianFamily(ModelFamily):
         """Return the latents as they are."""
         return latents
 
+    def decode_pixels(self, latents: Tensor) -> Tensor:
+        """Return grey images of one pixel, (B, 3, 1, 1), whose value is the sample (B, 1)."""
+        return latents.reshape(-1, 1, 1, 1).expand(-1, 3, 1, 1)
+
+    def prompt_dimensions(self, network: nn.Module) -> dict[str, int]:
+        """Return the one dimension of the prompt."""
+        return {"mean": 1}
+
     def release_encoders(self) -> None:
         """Do nothing: there are no encoders."""
 

@@ -183,6 +183,10 @@ def _roles(bench: Bench) -> None:
     for need, asked in (("guidance_embedding", needs.guidance_embedding), ("second_time", needs.second_time)):
         given = any(getattr(role, need) for role in roles)
         expect(given == asked, f"requires() says {need}={asked}, a role says {given}", "say the same in both")
+    again = {role.name: role.build for role in roles_of(found, config, setup)}
+    new = [role.name for role in roles if role.auxiliary and role.build != again[role.name]]
+    expect(not new, f"the factories of {new} differ from one call of roles() to the next, and terms of a recipe share "
+           "networks of equal ones", "give a function of the module, or a frozen dataclass with __call__")  # fmt: skip
     heads = any(role.trains == "head" for role in roles)
     expect(needs.features or not heads, "a role is a head, and requires() asks for no features", "set features=True")
     stages = found.stages(config, total_steps=101)
@@ -308,6 +312,8 @@ def _samples(bench: Bench, networks: Networks, method: Any, sampler: Any) -> tor
 def _learns(bench: Bench) -> None:
     """Check that few steps of the student give the data's distribution, at a guidance scale that it may have."""
     found = bench.subject.cls
+    if not found.imitates_teacher:
+        raise NotApplicable("it does not bring the student to its teacher (imitates_teacher = False)")
     method = found(bench.config, bench.setup)
     with failing("sampling", "sampler() names a scheduler of diffusers and its settings"):
         sampler = sampler_of(method, bench.family.schedule)

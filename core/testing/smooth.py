@@ -22,6 +22,7 @@ from ..diffusion.solvers import trailing_timesteps
 from ..plugin_api.batch import Batch, Conditioning, Trajectories
 from ..plugin_api.context import Context
 from ..plugin_api.family import Capabilities
+from ..plugin_api.family_parts import FIRST_HALF, Blocks
 from . import gaussian
 from .gaussian import GaussianFamily, Q
 from .rng import BatchedRngStreams
@@ -105,7 +106,9 @@ class SmoothFamily(GaussianFamily):
     """
 
     name = "closed-form"
-    capabilities: ClassVar[Capabilities] = Capabilities(guidance_embedding=True, second_time=True, features=True)
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        guidance_embedding=True, second_time=True, features=True, pixels=True
+    )
     lora_targets: ClassVar[tuple[str, ...]] = ("correction",)
 
     def __init__(self, schedule: Schedule, kind: str) -> None:
@@ -130,15 +133,21 @@ class SmoothFamily(GaussianFamily):
         """Return the network's output."""
         return network(x_t, time, cond["mean"], w=guidance, r=second_time)
 
-    def features(self, network: nn.Module, x_t: Tensor, time: Tensor, cond: Conditioning) -> list[Tensor]:
+    def features(
+        self, network: nn.Module, x_t: Tensor, time: Tensor, cond: Conditioning, *, blocks: Blocks = FIRST_HALF
+    ) -> list[Tensor]:
         """Return eight bumps over x, and one feature that is the network's output: (B, 9, 1, 1)."""
         centres = torch.linspace(-2, 2, 8, dtype=torch.float64)
         bumps = torch.exp(-((x_t.double() - centres) ** 2))
         return [torch.cat([bumps, network(x_t, time, cond["mean"])], dim=1)[:, :, None, None]]
 
-    def feature_channels(self, network: nn.Module) -> list[int]:
+    def feature_channels(self, network: nn.Module, *, blocks: Blocks = FIRST_HALF) -> list[int]:
         """Return nine channels."""
         return [9]
+
+    def block_names(self, network: nn.Module) -> list[str]:
+        """Return the name of the one block."""
+        return ["correction"]
 
 
 class QuickContext(Context):

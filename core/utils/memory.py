@@ -17,6 +17,8 @@ ACTIVATIONS_PER_PIXEL = 9.4
 other networks differ by a small factor."""
 CHECKPOINTED_SHARE = 0.15
 """Share of those that stays with gradient checkpointing on SDXL: the blocks' inputs (0.05), one block at once (0.1)."""
+TINY_DECODER = 4
+"""How many times as much SDXL's autoencoder takes as a tiny one to decode with a gradient, measured at 512 pixels."""
 OVERHEAD_BYTES = 600 * 2**20
 """Bytes of the process itself: the interpreter, torch and diffusers, or a CUDA context."""
 
@@ -100,6 +102,8 @@ class MemorySettings:
         averaged_parameters: Parameters that averages hold, in fp32.
         student_parameters: Those of the trained parameters that are exported; None: all.
         gradient_checkpointing: Whether activations are recomputed in the backward pass.
+        decoding_bytes: Bytes of the autoencoder and of its activations, where latents are decoded with a gradient.
+        auxiliary_bytes: Bytes of the weights of frozen networks that a method brings, as of LPIPS or of a reward.
     """
 
     base_parameters: int
@@ -113,6 +117,8 @@ class MemorySettings:
     averaged_parameters: int = 0
     student_parameters: int | None = None
     gradient_checkpointing: bool = False
+    decoding_bytes: int = 0
+    auxiliary_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -125,6 +131,8 @@ class MemoryEstimate:
     optimizer: int
     averages: int
     activations: int
+    decoding: int = 0
+    auxiliary: int = 0
     overhead: int = OVERHEAD_BYTES
 
     @property
@@ -150,6 +158,8 @@ def estimate(settings: MemorySettings) -> MemoryEstimate:
         optimizer=round(trained * settings.optimizer_bytes),
         averages=4 * settings.averaged_parameters,
         activations=round(per_sample * settings.batch * share),
+        decoding=settings.decoding_bytes,
+        auxiliary=settings.auxiliary_bytes,
     )
 
 
@@ -173,7 +183,12 @@ def savings(settings: MemorySettings, *, quantizers: bool = False) -> list[tuple
         choices["optimizer=adamw_bf16"] = replace(settings, optimizer_bytes=8, trained_bytes=2)
     if quantizers and settings.base_bytes > 1:
         choices["base_model_precision=int8-quanto (LoRA only)"] = replace(settings, base_bytes=1)
-    choices["half the resolution"] = replace(settings, latent_pixels=settings.latent_pixels // 4)
+    if settings.decoding_bytes:
+        tiny = settings.decoding_bytes // TINY_DECODER
+        choices["pixel_decoder=NAME of a tiny autoencoder (TAESD)"] = replace(settings, decoding_bytes=tiny)
+    choices["half the resolution"] = replace(
+        settings, latent_pixels=settings.latent_pixels // 4, decoding_bytes=settings.decoding_bytes // 4
+    )
     total = estimate(settings).total
     saved = [(label, total - estimate(choice).total) for label, choice in choices.items()]
     return sorted((item for item in saved if item[1] > 0), key=lambda item: -item[1])

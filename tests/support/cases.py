@@ -8,6 +8,7 @@ from typing import Any
 from distill.core.errors import UserError
 from distill.core.plugin_api.method import MethodSetup
 from distill.core.registry.registry import Registry
+from support.networks import MeanRed, Vgg, network_file
 from support.recipes import recipe, term
 
 SHORT_DMD2 = {"fake_updates_per_student_update": 2, "num_inference_steps": 2}
@@ -21,6 +22,8 @@ SETTINGS = {
     "meanflow": {"w_min": 2.0, "w_max": 6.0},
     "meanflow/difference": {"derivative": "difference"},
     "kd": {"num_inference_steps": 2, "loss_type": "huber"},
+    "kd/lpips": {"num_inference_steps": 2, "loss_type": "lpips", "lpips_network": network_file(Vgg)},
+    "reward": {"num_inference_steps": 2, "gradient_calls": 2, "network": network_file(MeanRed)},
 }
 """Method, and a variant's name where there are several -> settings."""
 TERMS = (term("pcm", 1.0, adversarial_weight=0.0), term("dmd2", {0: 0.0, 2: 0.5}, **SHORT_DMD2))

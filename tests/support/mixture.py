@@ -176,13 +176,13 @@ class MixtureFamily(GaussianFamily):
     def predict(self, network, x_t, time, cond, *, guidance=None, second_time=None):
         return network(x_t, time, cond["mean"], second_time)
 
-    def features(self, network, x_t, time, cond):
+    def features(self, network, x_t, time, cond, *, blocks="first_half"):
         """Eight bumps over x, and one feature that is the network's output."""
         centres = torch.linspace(-2, 2, 8, dtype=torch.float64)
         bumps = torch.exp(-((x_t.double() - centres) ** 2))
         return [torch.cat([bumps, network(x_t, time, cond["mean"])], dim=1)[:, :, None, None]]
 
-    def feature_channels(self, network):
+    def feature_channels(self, network, *, blocks="first_half"):
         return [9]
 
 

@@ -73,12 +73,12 @@ class ScoreFamily(GaussianFamily):
     def student_network(self, teacher, *, guidance_embedding, second_time=False):
         return copy.deepcopy(teacher).requires_grad_(True)
 
-    def features(self, network, x_t, time, cond):
+    def features(self, network, x_t, time, cond, *, blocks="first_half"):
         plain = x_t.reshape(len(x_t), -1, 1, 1).expand(-1, -1, 2, 2)
         bent = torch.tanh(plain * network.log_width.exp() + network.shift + torch.arange(4).reshape(1, 1, 2, 2) / 4)
         return [torch.cat([plain, bent], 1)]
 
-    def feature_channels(self, network):
+    def feature_channels(self, network, *, blocks="first_half"):
         return [2]
 
 

@@ -57,8 +57,9 @@ def _paths(family: Any, cond: Any, points: int, g: torch.Generator) -> Trajector
 
 
 def held_bytes(networks: Networks) -> int:
-    """Memory of all weights, each storage counted once."""
-    modules = {id(networks.module(role)): networks.module(role) for role in networks.roles}
+    """Memory of all weights, each storage counted once, but for auxiliary networks, which come from elsewhere."""
+    roles = [name for name, role in networks.roles.items() if not role.auxiliary]
+    modules = {id(networks.module(role)): networks.module(role) for role in roles}
     modules[id(networks.base)] = networks.base
     storages = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
