@@ -55,6 +55,7 @@ class SDXL(ClipFamily):
         guidance_embedding=True,
         second_time=True,
         features=True,
+        micro_conditioning=True,
         quantised_base=True,
         quantised_text_encoders=2,
     )

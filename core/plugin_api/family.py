@@ -33,6 +33,8 @@ class Capabilities:
     guidance_embedding: bool = False
     second_time: bool = False
     features: bool = False
+    micro_conditioning: bool = False
+    """Whether :meth:`ModelFamily.condition` tells the network the sizes and crops of images."""
     quantised_base: bool = False
     """Whether :meth:`ModelFamily.load_network` quantises as ``precision`` in its settings says."""
     quantised_text_encoders: int = 0
