@@ -56,8 +56,8 @@ class Students:
         yield self._loaded[1]
 
 
-def score(folders: dict[str, Path], *, num_samples: int) -> dict[str, Any]:
-    """Scores by recipe; `folders` are output folders of finished runs by name."""
+def score(folders: dict[str, Path], *, num_samples: int, students: dict[str, Path] | None = None) -> dict[str, Any]:
+    """Scores by recipe; `folders` are output folders of finished runs by name, `students` theirs unless given."""
     from distill.core.data.loader import BatchContents, BatchLayout
     from distill.core.data.pipeline import DataPipeline
     from distill.core.evaluation.evaluate import evaluate
@@ -90,13 +90,14 @@ def score(folders: dict[str, Path], *, num_samples: int) -> dict[str, Any]:
     )  # fmt: skip
     solver = next(each for each in plan.sampling_plans if each.sampler is not None and each.role == "teacher")
     teachers = [each for each in plan.sampling_plans if each.role == "teacher" and each is not solver]
-    students = [each for each in plan.sampling_plans if each.role == "student"]
+    few = [each for each in plan.sampling_plans if each.role == "student"]
+    students = students or {name: folder / "student" for name, folder in folders.items()}
     sampling_plans = [*teachers, *(replace(solver, steps=steps) for steps in (2, 4))]
-    sampling_plans += [replace(each, role=name) for name in folders for each in students]
+    sampling_plans += [replace(each, role=name) for name in students for each in few]
     real = data.real_images(1000, plan.width, plan.height)
     setting = evaluation_setting(family, num_data=len(real))
     evaluators, left_out = build_evaluators(registry, configuration, setting)
-    networks = Students(family, {name: folder / "student" for name, folder in folders.items()})
+    networks = Students(family, students)
     plan = replace(plan, sampling_plans=tuple(sampling_plans))
     with console():
         found = evaluate(family, networks, plan, evaluators, data=real, left_out=left_out)

@@ -56,6 +56,7 @@ class SDXL(ClipFamily):
         second_time=True,
         features=True,
         pixels=True,
+        micro_conditioning=True,
         quantised_base=True,
         quantised_text_encoders=2,
     )

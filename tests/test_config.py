@@ -227,6 +227,19 @@ def test_datasets_inherit_the_runs_sizes_in_their_own_unit(load):
     assert own.square_edge == pytest.approx(707.1, abs=0.1)
 
 
+def test_micro_conditioning_is_a_default_of_datasets_that_only_some_families_have(load):
+    found = load({"micro_conditioning": "plain"})
+    assert found.datasets[0].micro_conditioning == "plain"
+    assert not [notice for notice in found.notices if "micro_conditioning" in notice]
+    own = load({"micro_conditioning": "plain"}, {"micro_conditioning": "crop_only"})
+    assert own.datasets[0].micro_conditioning == "crop_only"
+    other = load({"model_family": "plain-family", "distillation_config": {}}, {"micro_conditioning": "plain"})
+    no_effect = "has no effect: the network of 'plain-family' is not told the sizes of images"
+    assert f"data.pets.micro_conditioning = plain {no_effect}" in other.notices
+    found = findings(load, {"micro_conditioning": "fixed"})
+    assert set(found) == {"micro_conditioning"}
+
+
 # -- defaults ---------------------------------------------------------------------------------------------------------
 
 

@@ -123,6 +123,48 @@ def test_the_same_data_elsewhere_is_the_same_data(tmp_path):
 # -- time ids ----------------------------------------------------------------------------------------------------------
 
 
+CORNER = {
+    "crop": True, "crop_style": "corner", "crop_aspect": "square", "random_flip": True, "resolution_type": "pixel",
+    "maximum_image_size": 40, "target_downsample_size": 40,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        # original height and width, top and left of the crop, target height and width; the image is 40 high, 120 wide
+        ("actual", {(40, 120, 0, 0, 32, 32), (40, 120, 0, 88, 32, 32)}),
+        ("crop_only", {(32, 32, 0, 0, 32, 32), (32, 32, 0, 88, 32, 32)}),
+        ("plain", {(32, 32, 0, 0, 32, 32)}),
+    ],
+)
+def test_micro_conditioning_decides_the_time_ids_and_nothing_else(tmp_path, told, expected):
+    folder = fill(tmp_path / "set", [(120, 40)] * 3)
+    usual, _ = pipeline(entry(folder, **CORNER, caption_dropout_probability=0.3), root=tmp_path, micro=2)
+    usual.prepare()
+    settings = entry(folder, **CORNER, caption_dropout_probability=0.3, micro_conditioning=told)
+    data, _ = pipeline(settings, root=tmp_path, micro=2)
+    report = data.prepare()
+    assert report.images_encoded == report.captions_encoded == 0, "caches do not depend on it"
+    batches = by_position([take(data, 16)])
+    assert {tuple(cond["time_ids"]) for step in batches for *_, cond in step.values()} == expected
+    for ours, theirs in zip(batches, by_position([take(usual, 16)]), strict=True):
+        for (*same, cond), (*as_usual, other) in zip(ours.values(), theirs.values(), strict=True):
+            assert same == as_usual
+            assert {**cond, "time_ids": 0} == {**other, "time_ids": 0}
+    again, _ = pipeline(settings, root=tmp_path, micro=2)
+    assert by_position([take(again, 9, start=7)]) == batches[7:]
+    assert again.fingerprint() == data.fingerprint()
+    assert (data.fingerprint() == usual.fingerprint()) == (told == "actual"), "a run goes on with what it began with"
+
+
+def test_sizes_told_are_those_of_each_bucket(tmp_path):
+    data, _ = pipeline(entry(fill(tmp_path / "set", MIXED), micro_conditioning="plain"), root=tmp_path, micro=2)
+    for (batch,) in take(data, 10):
+        height, width = (8 * edge for edge in batch.latents.shape[2:])
+        assert batch.cond["time_ids"].tolist() == [[height, width, 0, 0, height, width]] * 2
+
+
 def test_time_ids_after_a_flip_count_from_the_other_side(tmp_path):
     folder = tmp_path / "set"
     folder.mkdir()
@@ -130,11 +172,7 @@ def test_time_ids_after_a_flip_count_from_the_other_side(tmp_path):
     ramp[..., 0] = np.arange(120)[None] * 2
     Image.fromarray(ramp).save(folder / "ramp.png")
     (folder / "ramp.txt").write_text("a ramp")
-    settings = entry(
-        folder, crop=True, crop_style="corner", crop_aspect="square", random_flip=True, resolution_type="pixel",
-        maximum_image_size=40, target_downsample_size=40,
-    )  # fmt: skip
-    data, _ = pipeline(settings, root=tmp_path, micro=1)
+    data, _ = pipeline(entry(folder, **CORNER), root=tmp_path, micro=1)
     seen = {}
     for (batch,) in take(data, 24):
         top, left = batch.cond["time_ids"][0, 2:4].tolist()

@@ -403,7 +403,9 @@ def test_keys_about_images_have_no_effect_on_prompts_and_a_notice(tmp_path):
     file = tmp_path / "multidatabackend.json"
     (spoilt,) = json.loads(file.read_text())
     spoilt |= {"random_flip": True, "minimum_image_size": 4096, "resolution": 64, "crop": True}
+    spoilt["micro_conditioning"] = "plain"
     file.write_text(json.dumps([spoilt]))
     checked = distill("config", "check", "--config", str(config), "--plugin", str(PLUGIN))
     assert checked.exit_code == 0, checked.output
-    assert "data.alone: crop, minimum_image_size, random_flip: no effect on prompts" in said(checked.output)
+    idle = "crop, minimum_image_size, random_flip, micro_conditioning"
+    assert f"data.alone: {idle}: no effect on prompts" in said(checked.output)

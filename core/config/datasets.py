@@ -44,6 +44,7 @@ INHERITED = (
     "aspect_bucket_alignment",
     "aspect_bucket_rounding",
     "random_flip",
+    "micro_conditioning",
     "caption_dropout_probability",
     "vae_batch_size",
 )

@@ -41,7 +41,13 @@ from .reading import (
     parse_override,
     strip_dashes,
 )
-from .requirements import check_images, check_requirements, check_smaller_student, trajectory_points
+from .requirements import (
+    check_images,
+    check_requirements,
+    check_smaller_student,
+    idle_micro_conditioning,
+    trajectory_points,
+)
 from .trajectory_entries import TrajectoryCheck, TrajectoryNeeds
 
 if TYPE_CHECKING:
@@ -310,6 +316,7 @@ class ConfigurationLoader:
         self.findings.extend(check_images(method, config, run, datasets.training, files=files))
         if family is None or self.findings:
             return
+        self.report.notices.extend(idle_micro_conditioning(family, datasets.training))
         points, folder = trajectory_points(method, config, run), f"{run.output_dir}/cache/trajectories"
         needs = TrajectoryNeeds(method.name, points, family.default_guidance, folder)
         files = {entry.id: entry.layers.fallback.file for entry in entries}

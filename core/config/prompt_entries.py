@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 ABOUT_IMAGES = (
     "crop", "crop_style", "minimum_image_size", "maximum_image_size", "target_downsample_size",
     "aspect_bucket_rounding", "minimum_aspect_ratio", "maximum_aspect_ratio", "max_upscale_threshold", "random_flip",
-    "cache_dir_vae", "vae_batch_size",
+    "cache_dir_vae", "vae_batch_size", "micro_conditioning",
 )  # fmt: skip
 """Keys that decide what happens to images, without effect where there are none."""
 

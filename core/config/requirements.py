@@ -192,6 +192,18 @@ def check_images(
     ]
 
 
+def idle_micro_conditioning(family: type[ModelFamily], datasets: Sequence[DatasetSettings]) -> list[str]:
+    """Return notices about datasets whose ``micro_conditioning`` the family's network has no input for."""
+    if family.capabilities.micro_conditioning:
+        return []
+    return [
+        f"data.{entry.id}.micro_conditioning = {entry.micro_conditioning} has no effect: the network of "
+        f"{family.name!r} is not told the sizes of images"
+        for entry in datasets
+        if entry.micro_conditioning != "actual"
+    ]
+
+
 def trajectory_points(method: type[Method], method_config: Any, run: RunSettings) -> int:
     """Return the number of points of the teacher's trajectory that the method needs with this configuration; 0 for
     none.

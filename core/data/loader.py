@@ -216,12 +216,15 @@ class BatchLoader:
 
     @staticmethod
     def _micro(dataset: Dataset, rows: Int64s, flip: np.ndarray) -> MicroConditioning:
-        plan, index = dataset.plan(rows), dataset.index
-        left = dataset.crop_left(plan, flip)
+        """Return the sizes that the network is told, as the dataset's ``micro_conditioning`` says."""
+        plan, index, told = dataset.plan(rows), dataset.index, dataset.settings.micro_conditioning
+        own = list(zip(index.height[rows].tolist(), index.width[rows].tolist(), strict=True))
+        crop = list(zip(plan.top.tolist(), dataset.crop_left(plan, flip).tolist(), strict=True))
+        bucket = list(zip(plan.bucket_h.tolist(), plan.bucket_w.tolist(), strict=True))
         return MicroConditioning(
-            original_size=list(zip(index.height[rows].tolist(), index.width[rows].tolist(), strict=True)),
-            crop_top_left=list(zip(plan.top.tolist(), left.tolist(), strict=True)),
-            target_size=list(zip(plan.bucket_h.tolist(), plan.bucket_w.tolist(), strict=True)),
+            original_size=own if told == "actual" else bucket,
+            crop_top_left=[(0, 0)] * len(rows) if told == "plain" else crop,
+            target_size=bucket,
         )
 
 

@@ -268,8 +268,7 @@ class DataPipeline:
         hasher.update(json.dumps([_named(each) for each in streams]).encode())
         for dataset in self._datasets:
             settings = dataset.settings
-            choices = [settings.random_flip, settings.caption_dropout_probability, str(dataset.span)]
-            hasher.update(json.dumps(choices).encode())
+            hasher.update(json.dumps(_choices(dataset)).encode())
             dataset.hash_into(hasher)
             if self._contents.trajectories:
                 entry = self._paths.trajectory_entry(settings)
@@ -367,6 +366,13 @@ def _locate(dataset: Dataset, caches: Caches) -> CachedLatents | None:
         return None
     positions = [cache.locate(dataset.entry_keys(dataset.rows, flip)) for flip in flips(dataset)]
     return CachedLatents(cache, np.stack(positions))
+
+
+def _choices(dataset: Dataset) -> list[object]:
+    """Return the settings that decide a dataset's batches beside its samples, crops and order."""
+    settings = dataset.settings
+    told = [] if settings.micro_conditioning == "actual" else [settings.micro_conditioning]
+    return [settings.random_flip, settings.caption_dropout_probability, str(dataset.span), *told]
 
 
 def _named(stream: Stream) -> list[object]:

@@ -63,8 +63,9 @@ class TimeBins:
 
 
 OTHER_SAMPLES = (
-    "its samples are not those that the run began with: images or captions were added, removed or changed, or some "
-    "that were out of reach and quarantined then can be read now"
+    "its samples are not those that the run began with: images or captions were added, removed or changed, a setting "
+    "of the datasets is another (as micro_conditioning, random_flip, probability), or some that were out of reach and "
+    "quarantined then can be read now"
 )
 
 

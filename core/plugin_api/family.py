@@ -36,6 +36,8 @@ class Capabilities:
     features: bool = False
     pixels: bool = False
     """Whether :meth:`ModelFamily.decode_pixels` makes images with a gradient."""
+    micro_conditioning: bool = False
+    """Whether :meth:`ModelFamily.condition` tells the network the sizes and crops of images."""
     quantised_base: bool = False
     """Whether :meth:`ModelFamily.load_network` quantises as ``precision`` in its settings says."""
     quantised_text_encoders: int = 0

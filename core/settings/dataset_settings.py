@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field, SerializeAsAny, field_validator
 
-from .run_settings import ResolutionType
+from .run_settings import ResolutionType, SizesTold
 from .types import HubOrPath, LocalPath, PathOrUrl, Settings, Texts, is_url
 
 CaptionStrategy = Literal[
@@ -90,6 +90,9 @@ class DatasetSettings(ColumnSettings):
     """At most so many images, chosen by the seed."""
     random_flip: bool = False
     """Mirror images left to right at random; absent: the run's."""
+    micro_conditioning: SizesTold = "actual"
+    """Sizes that the network is told: `actual`, the image's own size and crop, `crop_only`, its crop beside the
+    bucket's size, or `plain`, the bucket's size uncropped; absent: the run's."""
     caption_dropout_probability: float = Field(default=0.0, ge=0, le=1)
     """Share of samples trained with the unconditional prompt (0-1); absent: the run's."""
     instance_data_dir: PathOrUrl | None = None

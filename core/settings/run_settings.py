@@ -12,6 +12,8 @@ from .types import HubOrPath, Integers, LocalPath, Names, Resolutions, Settings,
 LORA_RATE, FULL_RATE = 1e-4, 1e-6
 """Learning rates of AdamW where the user gives none."""
 ResolutionType = Literal["pixel", "area", "pixel_area"]
+SizesTold = Literal["actual", "crop_only", "plain"]
+"""Values of ``micro_conditioning``."""
 
 
 class TeacherLora(Settings):
@@ -103,6 +105,10 @@ class DataKeys(Settings):
     """Share of samples that are trained with the unconditional prompt (0-1)."""
     random_flip: bool = False
     """Whether images are mirrored left to right at random."""
+    micro_conditioning: SizesTold = "actual"
+    """Sizes that a network with micro-conditioning (SDXL's) is told of an image: `actual`, its own size and crop;
+    `plain`, those that an image is generated with: the bucket's size as original and target size, crop at (0, 0);
+    `crop_only`, the same with the image's own crop."""
     vae_batch_size: int = Field(default=4, ge=1, le=65_536)
     """Images per autoencoder call while the latent cache is built."""
     dataloader_prefetch: int = Field(default=2, ge=1, le=1024)

@@ -186,6 +186,7 @@ def _capabilities(model: Model) -> None:
         fits = channels == [level.shape[1] for level in found] and all(level.ndim == 4 for level in found)
         expect(fits, f"features() has {shapes}, feature_channels() {channels}", "give (B, C_k, h_k, w_k) of each level")
     inputs = {"guidance_embedding": said.guidance_embedding, "second_time": said.second_time}
+    _micro_conditioning(model)
     given = {"guidance_embedding": "guidance", "second_time": "second_time"}
     for name in [name for name, able in inputs.items() if able]:
         with failing(f"student_network({name}=True)", f"capabilities.{name} says that it can"):
@@ -195,6 +196,16 @@ def _capabilities(model: Model) -> None:
         expected = model.predict(teacher, **(told if name == "guidance_embedding" and family.guided_by_input else {}))
         close = torch.allclose(model.predict(student, **told), expected, rtol=1e-4, atol=1e-5)
         expect(close, f"a student with {name} does not start as its teacher", "the new embedding starts at zero")
+
+
+def _micro_conditioning(model: Model) -> None:
+    """Compare what condition() makes of two sizes with what the family says of itself."""
+    able = model.family.capabilities.micro_conditioning
+    other = model.conditioning(original=2 * model.edge, crop=3)
+    differs = any(not torch.equal(other[name], value) for name, value in model.conditioned.items())
+    says = f"capabilities.micro_conditioning is {able}"
+    does = "depends on" if differs else "ignores"
+    expect(differs == able, f"condition() {does} the sizes of images, and {says}", f"set it to {differs}")
 
 
 def _need(model: Model, kind: Kind) -> None:

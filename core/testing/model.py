@@ -78,9 +78,14 @@ class Model:
     @cached_property
     def conditioned(self) -> dict[str, Tensor]:
         """Conditioning of the network for the prompts."""
-        size, embeds = [(self.edge, self.edge)] * len(PROMPTS), self.embeds
+        return self.conditioning(original=self.edge, crop=0)
+
+    def conditioning(self, *, original: int, crop: int) -> dict[str, Tensor]:
+        """Return the conditioning for images of `original` pixels along an edge, cropped at (`crop`, `crop`)."""
+        sizes, crops, targets = ([(each, each)] * len(PROMPTS) for each in (original, crop, self.edge))
+        embeds = self.embeds
         with failing("condition()", "it takes what encode_prompts() returned"):
-            return dict(self.family.condition(embeds, MicroConditioning(size, [(0, 0)] * len(PROMPTS), size)))
+            return dict(self.family.condition(embeds, MicroConditioning(sizes, crops, targets)))
 
     def inputs(self) -> tuple[Tensor, Tensor]:
         """Return (x_t, the network's time input) of two samples."""

@@ -227,6 +227,12 @@ FAMILIES = {
         "steps",
         ["what is put around the prompt in encode_prompts()"],
     ),
+    "condition() leaves the sizes out": (
+        "def condition(self, embeds, micro):\n"
+        "        return super().condition(embeds, type(micro)(*[[(0, 0)] * len(micro.target_size)] * 3))",
+        "what it says",
+        ["condition() ignores the sizes of images, and capabilities.micro_conditioning is True"],
+    ),
     "the pipeline guides in another way": (
         "def guidance_call(self, network, scale):\n"
         '        return super().guidance_call(network, scale) | {"guidance_rescale": 0.7}',
