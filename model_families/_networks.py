@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-
-from ..core.diffusion.second_time import PREFIX
 
 
 class _FarEnough(Exception):
@@ -43,12 +40,6 @@ def outputs_inside(
         for handle in handles:
             handle.remove()
     return found
-
-
-def own_state(network: nn.Module) -> dict[str, Tensor]:
-    """Return copies in fp32 of a network's own weights, without second times."""
-    own = {name: value for name, value in network.state_dict().items() if not name.startswith(PREFIX)}
-    return {name: value.detach().to(torch.float32, copy=True) for name, value in own.items()}
 
 
 def check_guidance(guidance: Tensor | None, *, taken: bool) -> None:

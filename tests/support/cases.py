@@ -19,7 +19,7 @@ SETTINGS = {
     "progressive": {"student_steps": [4, 2], "stage_shares": [1, 3]},
     "guidance": {"w_min": 2.0, "w_max": 6.0},
     "meanflow": {"w_min": 2.0, "w_max": 6.0},
-    "meanflow/difference": {"derivative": "difference"},
+    "meanflow/exact": {"derivative": "exact"},
     "kd": {"num_inference_steps": 2, "loss_type": "huber"},
 }
 """Method, and a variant's name where there are several -> settings."""
