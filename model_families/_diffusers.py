@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..core.diffusion.second_time import differentiable_forward, load_second_time, sampled_by
 from ..core.plugin_api.family import ExportInfo, ExtraLora, Precision
 from ..core.plugin_api.precision import BASE
+from ..core.utils.full_precision import compute_in_fp32
 from ..core.utils.progress import working
 from . import _export as exporting
 from ._empty import empty_network
@@ -24,15 +25,22 @@ from ._lora import attach, fuse
 from ._lora_files import student_folder
 from ._model import DiffusersModel
 from ._schedulers import build_scheduler
+from ._source import FolderSource
 from ._usage import usage_snippet
 
 if TYPE_CHECKING:
     from ..core.diffusion.sampler import Sampler
     from ..core.plugin_api.batch import Conditioning
+    from ._source import Source
 
 
 class DiffusersFamily(DiffusersModel):
     """A model in diffusers layout with a plain text-to-image pipeline; subclasses define what differs."""
+
+    ends: ClassVar[tuple[str, ...]] = ()
+    """The network's first module and its last ones, which compute in fp32 in runs of half precision. The
+    :meth:`predict` of a family that names them takes the types of the network's inputs from :meth:`weight_type` and
+    :func:`.full_precision.input_type`."""
 
     # -- for families to define ---------------------------------------------------------------------------------------
 
@@ -43,7 +51,7 @@ class DiffusersFamily(DiffusersModel):
 
     @abstractmethod
     def input_weight(self, network: nn.Module) -> Tensor:
-        """Return the weight of the network's input layer: its type and device are the network's."""
+        """Return the weight of the network's input layer, which is on the network's device and is not quantised."""
 
     @abstractmethod
     def takes_guidance(self, network: nn.Module) -> bool:
@@ -79,16 +87,76 @@ class DiffusersFamily(DiffusersModel):
             network: Any = self._source.load_denoiser(dtype)
             fuse(self.architecture, {self.architecture.denoiser: network}, loras)
             with quiet_libraries():
-                network = self.on_device(network)
+                network = self.on_device(network, ends=self._wide_ends(network, self._source))
         return network.requires_grad_(False).eval()
 
-    def on_device(self, network: nn.Module) -> nn.Module:
-        """Move `network` to the device, in the type of the frozen weights, quantised where the run asks for it."""
-        network = self.laid_out(network.to(self._weight_dtype()).requires_grad_(False))
+    def on_device(self, network: nn.Module, *, ends: Mapping[str, Tensor]) -> nn.Module:
+        """Move `network` to the device, in the type of the frozen weights, quantised where the run asks for it.
+
+        Args:
+            network: In host memory.
+            ends: Weights of its :attr:`ends`, which stay fp32 and are not quantised; none in a run without half
+                precision.
+        """
+        network = network.to(self._weight_dtype()).requires_grad_(False)
+        network.load_state_dict(ends, strict=False, assign=True)
+        network = self.laid_out(network)
         self.check_weights(self.architecture.denoiser, network)
         first = self.input_weight(network)
         kept = [name.removesuffix(".weight") for name, weight in network.named_parameters() if weight is first]
-        return self.settings.precision.place(network, BASE, device=self.settings.device, keep=kept)
+        kept += self.ends if ends else ()
+        network = self.settings.precision.place(network, BASE, device=self.settings.device, keep=kept)
+        return self.with_wide_ends(network)
+
+    @property
+    def _half(self) -> bool:
+        return self._weight_dtype() != torch.float32
+
+    def _wide_ends(self, network: nn.Module, source: Source) -> dict[str, Tensor]:
+        """Return the weights of the ends of `network` in fp32, from its files unless it is fp32 itself; none in a run
+        without half precision.
+        """
+        if not self._half:
+            return {}
+        state = network.state_dict()
+        names = [name for name in state if name.startswith(tuple(f"{end}." for end in self.ends))]
+        if any(state[name].dtype != torch.float32 for name in names):
+            return dict(source.wide_weights(names))
+        return {name: state[name].clone() for name in names}
+
+    def with_wide_ends(self, network: nn.Module) -> nn.Module:
+        """Make the :attr:`ends` of `network` compute in fp32 in a run of half precision; return the network."""
+        if self._half and self.ends:
+            there = dict(network.named_modules())
+            compute_in_fp32(network, first=self.ends[0], last=[name for name in self.ends[1:] if name in there])
+            # diffusers' pipelines and loaders pass them over when they ask for the network's type
+            network._keep_in_fp32_modules = list(self.ends)  # type: ignore[assignment]
+        return network
+
+    def weight_type(self, network: nn.Module) -> torch.dtype:
+        """Return the type of the network's weights, its :attr:`ends` aside."""
+        ends = tuple(f"{end}." for end in self.ends)
+        inner = (weight for name, weight in network.named_parameters() if not name.startswith(ends))
+        return next(weight.dtype for weight in inner if weight.is_floating_point())
+
+    def wide_state(self, names: Mapping[str, str] | None = None) -> dict[str, Tensor]:
+        """Return the denoiser's weights in fp32 as the files have them, the teacher's LoRAs fused, on the device.
+
+        They are read one by one, whatever the type of the teacher in memory.
+
+        Args:
+            names: Names of the result -> the denoiser's own; None: all, by their own names.
+        """
+        device, loras = self.settings.device, self.loras.teacher()
+        wanted = None if names is None else set(names.values())
+        if loras:
+            network: Any = self._source.load_denoiser(torch.float32)
+            fuse(self.architecture, {self.architecture.denoiser: network}, loras)
+            found = network.state_dict().items()
+        else:
+            found = self._source.wide_weights(wanted)
+        own = {name: value.to(device) for name, value in found if wanted is None or name in wanted}
+        return own if names is None else {new: own[old] for new, old in names.items()}
 
     def laid_out(self, network: nn.Module) -> nn.Module:
         """Return `network` with its weights in the memory layout that is fastest for its kernels."""
@@ -162,7 +230,7 @@ class DiffusersFamily(DiffusersModel):
         call: Mapping[str, Any],
     ) -> Tensor:
         """Return scaled latents (B, C, h, w) from one call of the pipeline, each with its own CPU generator's noise."""
-        weight = self.input_weight(getattr(pipeline, self.architecture.denoiser))
+        network = getattr(pipeline, self.architecture.denoiser)
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         shape = (1, self.latent_channels, size[1] // self.scale_factor, size[0] // self.scale_factor)
         noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
@@ -170,7 +238,7 @@ class DiffusersFamily(DiffusersModel):
             pipeline,
             embeds,
             negative,
-            noise=self.to_network(noise.to(weight)),
+            noise=self.to_network(noise.to(self.input_weight(network).device, self.weight_type(network))),
             generators=generators,
             size=size,
             call=call,
@@ -221,17 +289,20 @@ class DiffusersFamily(DiffusersModel):
         adapters = {
             adapter: self.loras.plain(path, weight) for adapter, (path, weight) in zip(names, named, strict=True)
         }
-        if loras:
-            network = self.load_network()
-        else:
-            network = exporting.load_denoiser(self.architecture, folder, self._weight_dtype())
-            network = network.to(self.settings.device).eval()
+        network = self.load_network() if loras else self._exported(folder)
         self._put_beside(extra_loras)
         attach(self.architecture, {self.architecture.denoiser: network}, adapters)
         if loras:
             exporting.refill(self.architecture, network, folder, adapter="student")
         load_second_time(network, folder, name="student")
         return network.requires_grad_(False)
+
+    def _exported(self, folder: Path) -> nn.Module:
+        """Load the denoiser of a fully trained student. Raises UserError where its weights are not complete."""
+        source = FolderSource(str(folder), self.architecture)
+        network = source.load_denoiser(self._weight_dtype())
+        network.load_state_dict(self._wide_ends(network, source), strict=False, assign=True)
+        return self.with_wide_ends(network.to(self.settings.device).eval())
 
     def _put_beside(self, extra_loras: Sequence[ExtraLora]) -> None:
         """Use these LoRAs' text-encoder parts from now on; encoded prompts change only where a LoRA has such parts."""

@@ -7,14 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from ..core.diffusion.second_time import SCHEDULER, active_second_time, detached_second_time, export_second_time
 from ..core.errors import UserError
 from ._files import quiet_libraries
 from ._lora_files import WEIGHTS
-from ._source import FolderSource
 
 if TYPE_CHECKING:
     from ..core.plugin_api.family import ExportInfo
@@ -128,8 +126,3 @@ def refill(architecture: Architecture, network: nn.Module, folder: Path, *, adap
             own = exported[f"{architecture.denoiser}.{name.replace(f'.{adapter}.', '.')}"]
             # a copy: weights of a mapped file lie unaligned, for which kernels round otherwise
             weight.data = own.to(weight.device, copy=True)
-
-
-def load_denoiser(architecture: Architecture, folder: Path, dtype: torch.dtype) -> nn.Module:
-    """Load the denoiser of a fully trained student on the CPU. Raises UserError where its weights are not complete."""
-    return FolderSource(str(folder), architecture).load_denoiser(dtype)

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ..core.diffusion.second_time import PREFIX
 from ..core.errors import UserError
 from ..core.plugin_api.family_parts import FIRST_HALF, Blocks
 from ..core.utils.suggest import did_you_mean
@@ -66,12 +64,6 @@ def chosen_blocks(names: Sequence[str], blocks: Blocks, *, first_half: Sequence[
         hint = did_you_mean(unknown[0], names) if unknown else ""
         raise UserError(problem, f"{hint}its blocks: {', '.join(names)}; or all, or {FIRST_HALF}")
     return [name for name in names if name in asked]
-
-
-def own_state(network: nn.Module) -> dict[str, Tensor]:
-    """Return copies in fp32 of a network's own weights, without second times."""
-    own = {name: value for name, value in network.state_dict().items() if not name.startswith(PREFIX)}
-    return {name: value.detach().to(torch.float32, copy=True) for name, value in own.items()}
 
 
 def check_guidance(guidance: Tensor | None, *, taken: bool) -> None:

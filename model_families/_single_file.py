@@ -99,9 +99,8 @@ class FileSource(Source):
         patterns = ["*.json", *(f"*/{pattern}" for pattern in SETTINGS)]
         return str(hub_folder(self.configs.name, revision=self.configs.revision, allow_patterns=patterns))
 
-    def shapes(self, part: str, network: Any) -> Mapping[str, Tensor]:
-        own = self._own_names(part)
-        return self._by_name_of(network, part, {name: self.file.shape(full) for name, full in own.items()})
+    def places(self, part: str) -> Sequence[tuple[WeightFile, Mapping[str, str]]]:
+        return [(self.file, self._own_names(part))]
 
     def _own_names(self, part: str) -> dict[str, str]:
         """Return the names of a part's tensors without their prefix -> their names in the file."""
@@ -111,8 +110,7 @@ class FileSource(Source):
         prefix = next(one for one in prefixes if any(name.startswith(one) for name in self.file.names))
         return {name.removeprefix(prefix): name for name in self.file.names if name.startswith(prefix)}
 
-    def _by_name_of(self, network: Any, part: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return a part's tensors by the names of `network`; what it does not know keeps a name of its own."""
+    def named(self, part: str, network: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         expected = network.state_dict()
         convert = self._in_text if part in self.architecture.encoders else self._in_network
         if len(expected.keys() & by_name_of(network, tensors).keys()) * 2 > len(expected):
@@ -177,7 +175,7 @@ class FileSource(Source):
         own = self._own_names(part)
         read = self.file.read(own.values(), dtype)
         expected = network.state_dict()
-        found = self._by_name_of(network, part, {name: read[full] for name, full in own.items()})
+        found = self.named(part, network, {name: read[full] for name, full in own.items()})
         return {name: tensor for name, tensor in found.items() if name in expected}
 
     def load_text(self, dtype: torch.dtype, *, without: Collection[str] = ()) -> TextEncoders:

@@ -12,11 +12,11 @@ References:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-from torch import Tensor
+from typing import Any, TypeVar
 
 from ..core.errors import UserError
+
+Weight = TypeVar("Weight")
 
 PLAIN = {"CrossAttnDownBlock2D": "DownBlock2D", "CrossAttnUpBlock2D": "UpBlock2D"}
 """A UNet's block with attention -> the same without."""
@@ -94,12 +94,12 @@ def smaller_unet_config(
 
 
 def kept_unet_weights(
-    state: Mapping[str, Tensor], config: Mapping[str, Any], smaller: Mapping[str, Any]
-) -> dict[str, Tensor]:
+    state: Mapping[str, Weight], config: Mapping[str, Any], smaller: Mapping[str, Any]
+) -> dict[str, Weight]:
     """Return the weights of a UNet that the smaller one keeps, under the smaller one's names.
 
     Args:
-        state: The teacher's weights.
+        state: The teacher's weights, or anything else by their names.
         config: The teacher's config.
         smaller: The student's config, from :func:`smaller_unet_config`.
     """
@@ -107,7 +107,7 @@ def kept_unet_weights(
     own = _per_level(config.get("layers_per_block", 2), levels, "")
     kept = _per_level(smaller["layers_per_block"], levels, "")
     depth = list(smaller["transformer_layers_per_block"])
-    found: dict[str, Tensor] = {}
+    found: dict[str, Weight] = {}
     for name, value in state.items():
         parts = name.split(".")
         if parts[0] == "mid_block" and smaller["mid_block_type"] is None:
@@ -148,10 +148,10 @@ def smaller_transformer_config(config: Mapping[str, Any], kept: Mapping[str, Seq
     return {**config, **changed}
 
 
-def kept_transformer_weights(state: Mapping[str, Tensor], kept: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+def kept_transformer_weights(state: Mapping[str, Weight], kept: Mapping[str, Sequence[int]]) -> dict[str, Weight]:
     """Return a transformer's weights of the blocks in `kept` (name of the list -> indices) and all others."""
     positions = {name: {old: new for new, old in enumerate(indices)} for name, indices in kept.items()}
-    found: dict[str, Tensor] = {}
+    found: dict[str, Weight] = {}
     for name, value in state.items():
         parts = name.split(".")
         if parts[0] in positions:

@@ -6,8 +6,10 @@ import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,9 +97,12 @@ class Source(ABC):
         "the configs that were made with them"
     )
 
-    @abstractmethod
     def shapes(self, part: str, network: Any) -> Mapping[str, Tensor]:
         """Return the tensors of a part on the meta device, by the names of `network` where they have one."""
+        places = self.places(part)
+        return self.named(
+            part, network, {own: file.shape(stored) for file, names in places for own, stored in names.items()}
+        )
 
     @abstractmethod
     def has(self, part: str) -> bool:
@@ -124,6 +129,37 @@ class Source(ABC):
     @abstractmethod
     def stored(self, part: str) -> Mapping[str, Tensor]:
         """Return a network's tensors by its own names, in the types of the file."""
+
+    def wide_weights(self, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Yield the denoiser's tensors by its own names, one at a time, in fp32 and in memory of their own.
+
+        Args:
+            names: Those to read; None: all that the network has.
+        """
+        import torch
+
+        part = self.architecture.denoiser
+        network = empty_network(self.architecture, part, self.config(f"{part}/config.json"))
+        with ExitStack() as stack:
+            shapes: dict[str, Tensor] = {}
+            readers: dict[int, Callable[[], Tensor]] = {}
+            for file, own_names in self.places(part):
+                opened = stack.enter_context(file.reader())
+                for own, stored in own_names.items():
+                    shapes[own] = file.shape(stored)
+                    readers[id(shapes[own])] = partial(file.read_one, opened, stored, torch.float32)
+            found = self.named(part, network, shapes)
+            for name in network.state_dict() if names is None else names:
+                # a copy: weights of a mapped file lie unaligned, for which kernels round otherwise
+                yield name, readers[id(found[name])]().to(torch.float32, copy=True)
+
+    @abstractmethod
+    def places(self, part: str) -> Sequence[tuple[WeightFile, Mapping[str, str]]]:
+        """Return the files of a network, each with the names of its tensors -> their names in the file."""
+
+    @abstractmethod
+    def named(self, part: str, network: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return tensors of :meth:`places` by the names of `network` where they have one."""
 
     @abstractmethod
     def weights_digest(self, part: str) -> str:
@@ -172,9 +208,11 @@ class FolderSource(Source):
             if part not in without and self.has(part):
                 self.weights_variant(part)
 
-    def shapes(self, part: str, network: Any) -> Mapping[str, Tensor]:
-        found = {name: shape for file in self.weights_files(part) for name, shape in file.shapes().items()}
-        return by_name_of(network, found)
+    def places(self, part: str) -> Sequence[tuple[WeightFile, Mapping[str, str]]]:
+        return [(file, {name: name for name in file.names}) for file in self.weights_files(part)]
+
+    def named(self, part: str, network: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return by_name_of(network, tensors)
 
     def weights_files(self, part: str) -> list[WeightFile]:
         """Open the files of a component's weights. Raises UserError when its index names one that is not there."""

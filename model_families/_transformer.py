@@ -16,7 +16,7 @@ from ..core.plugin_api.family_parts import FIRST_HALF, Blocks
 from ._architecture import ReadConfig
 from ._diffusers import DiffusersFamily
 from ._empty import empty_denoiser
-from ._networks import chosen_blocks, outputs_inside, own_state
+from ._networks import chosen_blocks, outputs_inside
 from ._smaller import evenly, kept_transformer_weights, not_more, smaller_transformer_config
 
 LORA_TARGETS = (
@@ -76,17 +76,20 @@ class TransformerFamily(DiffusersFamily):
         return kept
 
     def copy_network(self, teacher: Any, *, smaller: bool = False, **changes: Any) -> Any:
-        """Return a trainable fp32 copy of `teacher` with `changes` of its config; weights that these add are zero."""
-        config, state = {**teacher.config, **changes}, own_state(teacher)
+        """Return a trainable fp32 copy of `teacher`, its weights read from the files, with `changes` of its config;
+        weights that these add are zero.
+        """
+        config, names = {**teacher.config, **changes}, None
         if smaller:
             kept = self.kept_blocks(teacher)
             config = smaller_transformer_config(config, kept)
-            state = kept_transformer_weights(state, {self.block_lists[key]: kept[key] for key in kept})
-        student = empty_denoiser(self.architecture, config)
+            names = {name: name for name in self.empty_network().state_dict()}
+            names = kept_transformer_weights(names, {self.block_lists[key]: kept[key] for key in kept})
+        student, state = empty_denoiser(self.architecture, config), self.wide_state(names)
         missing = {name: value for name, value in student.state_dict().items() if name not in state}
         zeros = {name: teacher.proj_out.weight.new_zeros(value.shape).float() for name, value in missing.items()}
         student.load_state_dict({**state, **zeros}, assign=True)
-        return student.requires_grad_(True).eval()
+        return self.with_wide_ends(student.requires_grad_(True).eval())
 
     def add_second_time(self, network: nn.Module, *, name: str = "student") -> nn.Module:
         transformer: Any = network

@@ -12,11 +12,12 @@ from ..core.diffusion.second_time import add_second_time, second_time_input
 from ..core.errors import UserError
 from ..core.plugin_api.batch import Conditioning
 from ..core.plugin_api.family_parts import FIRST_HALF, Blocks
+from ..core.utils.full_precision import input_type
 from ._architecture import Architecture
 from ._diffusers import DiffusersFamily
 from ._empty import empty_denoiser
 from ._images import guidance_scale_embedding
-from ._networks import check_guidance, chosen_blocks, outputs_inside, own_state
+from ._networks import check_guidance, chosen_blocks, outputs_inside
 from ._smaller import kept_unet_weights, smaller_unet_config
 
 GUIDANCE_DIM = 256
@@ -35,6 +36,7 @@ class UNetFamily(DiffusersFamily):
     """A family whose denoiser is a ``UNet2DConditionModel``."""
 
     lora_targets = LORA_TARGETS
+    ends = ("conv_in", "conv_norm_out", "conv_out")
 
     class Config(DiffusersFamily.Config):
         """Settings of families with a UNet."""
@@ -91,21 +93,22 @@ class UNetFamily(DiffusersFamily):
         self, teacher: nn.Module, *, guidance_embedding: bool, second_time: bool = False, smaller: bool = False
     ) -> nn.Module:
         unet: Any = teacher
-        config, state = self._shape(unet) if smaller else (dict(unet.config), own_state(unet))
-        student = copy_unet(self.architecture, config, state, guidance_embedding=guidance_embedding)
+        config, kept = self._shape(unet) if smaller else (dict(unet.config), None)
+        student = copy_unet(self.architecture, config, self.wide_state(kept), guidance_embedding=guidance_embedding)
         if second_time:
             unet_second_time(student, name="student")
-        return student.to(memory_format=torch.channels_last)
+        return self.with_wide_ends(student.to(memory_format=torch.channels_last))
 
-    def _shape(self, teacher: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Return the smaller student's config, and the weights of the teacher that it keeps."""
+    def _shape(self, teacher: Any) -> tuple[dict[str, Any], dict[str, str]]:
+        """Return the smaller student's config, and the names of its weights -> the teacher's that they begin with."""
         config = smaller_unet_config(
             teacher.config,
             layers=self.config.student_layers_per_block,
             depth=self.config.student_transformer_layers,
             middle=self.config.student_mid_block,
         )
-        return config, kept_unet_weights(own_state(teacher), teacher.config, config)
+        names = {name: name for name in self.empty_network().state_dict()}
+        return config, kept_unet_weights(names, teacher.config, config)
 
     def add_second_time(self, network: nn.Module, *, name: str = "student") -> nn.Module:
         return unet_second_time(network, name=name)
@@ -121,12 +124,12 @@ class UNetFamily(DiffusersFamily):
         second_time: Tensor | None = None,
     ) -> Tensor:
         unet: Any = network
-        dtype = self.input_weight(unet).dtype
+        dtype = self.weight_type(unet)
         width = unet.config.time_cond_proj_dim
         check_guidance(guidance, taken=width is not None)
         with second_time_input(unet, time, second_time):
             return unet(
-                x_t.to(dtype),
+                x_t.to(input_type(dtype, x_t.device)),
                 time,
                 encoder_hidden_states=cond["prompt_embeds"].to(dtype),
                 timestep_cond=None if guidance is None else guidance_scale_embedding(guidance, width).to(dtype),

@@ -78,10 +78,6 @@ class WeightFile:
             )
         return torch.empty(entry["shape"], dtype=dtype, device="meta")
 
-    def shapes(self) -> dict[str, Tensor]:
-        """Return every tensor on the meta device."""
-        return {name: self.shape(name) for name in self.names}
-
     @contextmanager
     def reader(self) -> Iterator[Any]:
         """Open the file for :meth:`read`."""
@@ -98,9 +94,10 @@ class WeightFile:
     def read(self, names: Iterable[str], dtype: torch.dtype) -> dict[str, Tensor]:
         """Read tensors; weights in eight bits that have a scale come back multiplied by it, as `dtype`."""
         with self.reader() as opened:
-            return {name: self._read(opened, name, dtype) for name in names}
+            return {name: self.read_one(opened, name, dtype) for name in names}
 
-    def _read(self, opened: Any, name: str, dtype: torch.dtype) -> Tensor:
+    def read_one(self, opened: Any, name: str, dtype: torch.dtype) -> Tensor:
+        """Read one tensor as :meth:`read` does, from what :meth:`reader` gave."""
         tensor = opened.get_tensor(name)
         scale = self.scale_of(name)
         if scale is None:

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from ..core.diffusion.second_time import second_time_input
 from ..core.plugin_api.family import Capabilities, ExportInfo, ModelFamily
 from ..core.plugin_api.hookspecs import hookimpl
+from ..core.utils.full_precision import input_type
 from ._architecture import Architecture, ReadConfig
 from ._checks import check_channels
 from ._encoders import last_states
@@ -71,6 +72,7 @@ class Flux(TransformerFamily):
         quantised_text_encoders=2,
     )
     lora_targets: ClassVar[tuple[str, ...]] = (*LORA_TARGETS, "proj_mlp", "proj_out", "norm.linear")
+    ends = ("x_embedder", "norm_out", "proj_out")
     default_guidance: ClassVar[float] = 3.5
     block_lists: ClassVar[Mapping[str, str]] = {
         **TransformerFamily.block_lists,
@@ -150,9 +152,8 @@ class Flux(TransformerFamily):
     ) -> nn.Module:
         if guidance_embedding and not self.takes_guidance(teacher):
             student = self.copy_network(teacher, smaller=smaller, guidance_embeds=True)
-            transformer: Any = teacher
             # a sinusoid of its own through the time's first layer; the second is zero
-            first = transformer.time_text_embed.timestep_embedder.linear_1.state_dict()
+            first = student.time_text_embed.timestep_embedder.linear_1.state_dict()
             student.get_submodule(GUIDANCE_EMBEDDER).linear_1.load_state_dict(first)
         else:
             student = self.copy_network(teacher, smaller=smaller)
@@ -171,11 +172,11 @@ class Flux(TransformerFamily):
         second_time: Tensor | None = None,
     ) -> Tensor:
         transformer: Any = network
-        dtype = self.input_weight(transformer).dtype
+        dtype = self.weight_type(transformer)
         states, (height, width) = cond["prompt_embeds"].to(dtype), x_t.shape[-2:]
         with second_time_input(transformer, time, second_time):
             packed = transformer(
-                hidden_states=pack(x_t.to(dtype)),
+                hidden_states=pack(x_t.to(input_type(dtype, x_t.device))),
                 timestep=time.to(dtype) / 1000,
                 guidance=self._guidance_input(transformer, guidance, like=time),
                 pooled_projections=cond["pooled_prompt_embeds"].to(dtype),

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..core.diffusion.second_time import second_time_input
 from ..core.plugin_api.family import Capabilities, ExportInfo, ModelFamily
 from ..core.plugin_api.hookspecs import hookimpl
+from ..core.utils.full_precision import input_type
 from ._architecture import MINIATURES, Architecture, ReadConfig
 from ._checks import check_channels
 from ._encoders import last_states, penultimate
@@ -57,6 +58,7 @@ class SD3(TransformerFamily):
         quantised_base=True,
         quantised_text_encoders=3,
     )
+    ends = ("pos_embed", "norm_out", "proj_out")
     default_guidance: ClassVar[float] = 7.0
     miniature: ClassVar[Path | None] = MINIATURES / "sd3_miniature"
     architecture: ClassVar[Architecture] = Architecture(
@@ -156,10 +158,10 @@ class SD3(TransformerFamily):
     ) -> Tensor:
         check_guidance(guidance, taken=False)
         transformer: Any = network
-        dtype = self.input_weight(transformer).dtype
+        dtype = self.weight_type(transformer)
         with second_time_input(transformer, time, second_time):
             return transformer(
-                hidden_states=x_t.to(dtype),
+                hidden_states=x_t.to(input_type(dtype, x_t.device)),
                 timestep=time,
                 encoder_hidden_states=cond["prompt_embeds"].to(dtype),
                 pooled_projections=cond["pooled_prompt_embeds"].to(dtype),

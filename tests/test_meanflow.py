@@ -49,7 +49,7 @@ def make(path, *, exact=None, model_type="full", size=SIZE, data="gaussian", **s
     """(method, context, batch) on data of one prompt."""
     kind, schedule = PATHS[path] if isinstance(path, str) else path
     family = FlowMapFamily(schedule, kind, data, exact=exact)
-    config = MeanFlow.Config(**{"w_min": SCALE, "w_max": SCALE, **settings})
+    config = MeanFlow.Config(**{"w_min": SCALE, "w_max": SCALE, "derivative": "exact", **settings})
     method = MeanFlow(config, MethodSetup(model_type))
     networks = Networks(family, method.roles(config, method.setup), lora=None, seed=0, parameter_dtype=torch.float64)
     context = Context(Runtime(family, networks, seed=3, device=torch.device("cpu")), positions=range(size))
@@ -173,7 +173,7 @@ def test_the_parametrisation_leaves_the_loss_unchanged(schedule, derivative):
 def teach(path, data="gaussian", *, num_steps, scale=SCALE):
     """The context of a trained student, drawing whole batches at once."""
     kind, schedule = PATHS[path]
-    config = MeanFlow.Config(w_min=scale, w_max=scale, derivative="difference", difference_step=1e-3, **EVERYWHERE)
+    config = MeanFlow.Config(w_min=scale, w_max=scale, difference_step=1e-3, **EVERYWHERE)
     batch_of, size, lr = (gaussian_batch, 2048, 7e-3) if data == "gaussian" else (mixture_batch, 1024, 2e-2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(context_module, "RngStreams", BatchedRngStreams)
@@ -402,7 +402,7 @@ def gradients(trial, loss):
 
 @pytest.mark.parametrize("model_type", ["lora", "full"])
 def test_one_step_equals_the_papers_algorithm(folder, model_type):
-    trial = make_trial(folder, MeanFlow, MeanFlow.Config(w_min=2.0, w_max=6.0), model_type)
+    trial = make_trial(folder, MeanFlow, MeanFlow.Config(w_min=2.0, w_max=6.0, derivative="exact"), model_type)
     batch = trial.batch(7)
     loss = only_update(trial.method, trial.context.at(7, batch.positions), batch, step=7).loss
     expected = papers_loss(trial, batch, step=7)
@@ -414,7 +414,7 @@ def test_one_step_equals_the_papers_algorithm(folder, model_type):
 def test_differences_agree_with_the_exact_derivative_of_a_unet(folder):
     """As far as they can: its time embedding turns by one radian per timestep, and is computed in fp32."""
     losses = []
-    for settings in ({}, {"derivative": "difference", "difference_step": 2e-5}):
+    for settings in ({"derivative": "exact"}, {"difference_step": 2e-5}):
         config = MeanFlow.Config(adaptive_power=0.0, **settings)
         trial = make_trial(folder, MeanFlow, config, "lora")
         t = torch.tensor([150.4, 400.5, 650.5, 900.6], dtype=torch.float64)  # away from the table's kinks

@@ -249,7 +249,8 @@ def test_the_network_is_frozen_in_eval_mode_and_needs_no_encoders(tiny):
     network = family.load_network()
     assert not network.training
     assert not any(parameter.requires_grad for parameter in network.parameters())
-    assert {parameter.dtype for parameter in network.parameters()} == {torch.bfloat16}
+    wide = {name.split(".")[0] for name, weight in network.named_parameters() if weight.dtype != torch.bfloat16}
+    assert wide == {"conv_in", "conv_norm_out", "conv_out"}
     assert family._text is None
     assert family._vae is None
 

@@ -406,7 +406,7 @@ def test_the_header_is_all_that_a_check_reads(single, tiny, monkeypatch):
     def refuse(*arguments):
         raise AssertionError("read a tensor")
 
-    monkeypatch.setattr("distill.model_families._weights.WeightFile._read", refuse)
+    monkeypatch.setattr("distill.model_families._weights.WeightFile.read_one", refuse)
     monkeypatch.setattr("distill.model_families._weights.WeightFile.stored", refuse)
     monkeypatch.setattr(safe_open, "get_tensor", refuse, raising=False)
     make(single, config_source=str(tiny)).check_source()

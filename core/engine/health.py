@@ -16,6 +16,8 @@ from ..errors import DistillError
 logger = logging.getLogger(__name__)
 NAMED = 10
 """Samples that are named."""
+SCALE_HALVINGS = 16
+"""Updates in a row that the search for fp16's loss scale may take, from 65,536 down to 1."""
 ENOUGH = 4
 """Samples of a first step of which none has a finite loss, and the data is not at fault."""
 
@@ -40,7 +42,7 @@ class HealthMonitor:
         max_bad_share: Share of a role's updates that may be withheld in all; :meth:`finish` compares with it.
         gather: Gathers a value from every process: all withhold the same updates, for samples of their own.
         scaled: Whether losses are scaled for fp16. The scale is found by trying: a gradient that is not finite, of a
-            loss that is, is no fault of model or data, and does not count in the share.
+            loss that is, is no fault of model or data: it does not count in the share, nor in a row of up to 16.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class HealthMonitor:
         self._seen: set[str] = set()
         self._first_bad: list[_Pending] = []
         self.consecutive: dict[str, int] = {}
+        self._searching: Counter[str] = Counter()
         self.updates: Counter[str] = Counter()
         """Updates of each role, since the first step of the run."""
         self.bad: Counter[str] = Counter()
@@ -96,11 +99,15 @@ class HealthMonitor:
     def state_dict(self) -> dict[str, dict[str, int]]:
         """Return the counts, those of the last step included."""
         self._read_all()
-        return {"consecutive": dict(self.consecutive), "updates": dict(self.updates), "bad": dict(self.bad)}
+        return {
+            "consecutive": dict(self.consecutive), "searching": dict(self._searching),
+            "updates": dict(self.updates), "bad": dict(self.bad),
+        }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, int]]) -> None:
         """Go on with counts that :meth:`state_dict` returned."""
         self.consecutive = dict(state["consecutive"])
+        self._searching = Counter(state["searching"])
         self.updates, self.bad = Counter(state["updates"]), Counter(state["bad"])
 
     def check(self) -> None:
@@ -112,7 +119,7 @@ class HealthMonitor:
         for pending in found:
             self._warn(pending)
         for role, count in self.consecutive.items():
-            if count >= self._max:
+            if count - min(self._searching[role], SCALE_HALVINGS) >= self._max:
                 raise DistillError(self._message(role))
 
     def finish(self) -> None:
@@ -147,13 +154,14 @@ class HealthMonitor:
         self.updates[role] += 1
         taken, finite, *bad = pending.flags.tolist()
         if taken:
-            self.consecutive[role] = 0
+            self.consecutive[role] = self._searching[role] = 0
             return
         self.consecutive[role] = self.consecutive.get(role, 0) + 1
         self.total += 1
         self._last_bad[role] = pending.step
         self._names.update([key for key, is_bad in zip(pending.keys, bad, strict=True) if is_bad] or pending.keys)
         if self._scaled and finite:
+            self._searching[role] += 1
             return
         self.bad[role] += 1
         if pending.first or self.bad[role] == 1:

@@ -165,7 +165,7 @@ class Networks:
                 shape["smaller"] = True
             student = self._family.student_network(self.base, **shape)
             # fp32 masters under autocast, unless the optimizer compensates bf16 rounding itself
-            return student.to(self._dtype)
+            return nn.Module.to(student, self._dtype)  # that of diffusers' models warns of every cast
         if role.trains == "head":
             return self._heads(role)
         if role.build is not None:

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..diffusion.prediction import Prediction, classifier_free_guidance
 from ..utils.dropout import NetworkCall, within
+from ..utils.full_precision import full_precision
 from ..utils.seeds import RngStreams
 from .family_parts import FIRST_HALF
 from .stage import StageProgress, stage_of
@@ -60,6 +61,7 @@ class Context:
         self.step = step
         self.rng = RngStreams(runtime.seed, step, positions, runtime.device)
         self._calls: Counter[str] = Counter()
+        self._in_full_precision = False
         self.schedule: Schedule = runtime.family.schedule
         self.prediction_type = runtime.family.prediction_type
 
@@ -112,7 +114,7 @@ class Context:
         runtime = self._runtime
         time = self.schedule.network_time(t)
         second = None if r is None else self.schedule.network_time(r)
-        with self._call(role) as network, self._autocast():
+        with self._call(role) as network, self._arithmetic(network):
             output = runtime.family.predict(network, x_t, time, cond, guidance=guidance, second_time=second)
         return Prediction(output, x_t, t, self.schedule, self.prediction_type)
 
@@ -124,6 +126,12 @@ class Context:
         call = NetworkCall(self.rng.seed, self.step, self.rng.positions, role, number)
         with self._runtime.networks.use(role) as network, within(call):
             yield network
+
+    def _arithmetic(self, network: nn.Module) -> AbstractContextManager[None]:
+        """Return the context of a call of `network`: the run's autocast, or fp32 throughout."""
+        if self._in_full_precision and self._runtime.autocast_dtype is not None:
+            return full_precision(network, self.device)
+        return self._autocast()
 
     def _autocast(self) -> torch.autocast:
         dtype = self._runtime.autocast_dtype
@@ -213,6 +221,7 @@ class Context:
         tangents: Sequence[Tensor],
         *,
         step: float | None = None,
+        precision: Literal["float32", "mixed"] = "float32",
     ) -> Tensor:
         """Return the derivative of `function` at `primals` along `tangents`, without a graph for the backward pass.
 
@@ -222,8 +231,10 @@ class Context:
             tangents: The direction, shapes as the primals.
             step: None for the exact derivative, by forward-mode differentiation. Otherwise h of the central difference
                 (f(p + h v) - f(p - h v)) / 2h, for networks whose kernels have no forward mode.
+            precision: Arithmetic of the networks that `function` calls: fp32 whatever the run's, with weights of half
+                precision cast layer by layer; or ``mixed``, the run's own, whose rounding a difference divides by 2h.
         """
-        with torch.no_grad():
+        with torch.no_grad(), self._full_precision(precision == "float32"):
             if step is not None:
                 ahead = function(*(p + step * v for p, v in zip(primals, tangents, strict=True)))
                 behind = function(*(p - step * v for p, v in zip(primals, tangents, strict=True)))
@@ -259,6 +270,14 @@ class Context:
             return torch.cat([function(*sample) for sample in zip(*samples, strict=True)])
         once_more = functools.partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)
         return torch.cat([once_more(*sample) for sample in zip(*samples, strict=True)])
+
+    @contextmanager
+    def _full_precision(self, wanted: bool) -> Iterator[None]:
+        before, self._in_full_precision = self._in_full_precision, wanted
+        try:
+            yield
+        finally:
+            self._in_full_precision = before
 
     # -- inside the networks -----------------------------------------------------------------------------------------
 

@@ -64,10 +64,10 @@ def memory_settings(run: RunComponents) -> MemorySettings:
     averages = [name for name, role in networks.roles.items() if role.source] + ["student"] * settings.use_ema
     item = trained[0].element_size()
     stored = run.family.settings.precision.stored(BASE)
-    base_bytes = frozen[0].element_size()
     num_frozen = sum(p.numel() for p in frozen)
+    base_bytes = sum(p.numel() * p.element_size() for p in frozen) / num_frozen
     if stored is not None:  # packed numbers are not parameters one by one
-        num_frozen = stored[0] // base_bytes
+        num_frozen = stored[0] // (4 if settings.mixed_precision == "no" else 2)
         base_bytes = stored[1] / num_frozen
     state_bytes = run.optimizer_plugin.state_bytes
     return MemorySettings(

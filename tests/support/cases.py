@@ -20,7 +20,7 @@ SETTINGS = {
     "progressive": {"student_steps": [4, 2], "stage_shares": [1, 3]},
     "guidance": {"w_min": 2.0, "w_max": 6.0},
     "meanflow": {"w_min": 2.0, "w_max": 6.0},
-    "meanflow/difference": {"derivative": "difference"},
+    "meanflow/exact": {"derivative": "exact"},
     "kd": {"num_inference_steps": 2, "loss_type": "huber"},
     "kd/lpips": {"num_inference_steps": 2, "loss_type": "lpips", "lpips_network": network_file(Vgg)},
     "reward": {"num_inference_steps": 2, "gradient_calls": 2, "network": network_file(MeanRed)},
