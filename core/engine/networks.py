@@ -177,7 +177,7 @@ class Networks:
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(self._seed, "heads", role.name))
-            heads = Heads(self._family.feature_channels(self.base))
+            heads = Heads([role.head_inputs * width for width in self._family.feature_channels(self.base)])
         return heads.to(next(self.base.parameters()).device, self._dtype)
 
     def _add_adapter(self, role: Role) -> nn.Module:

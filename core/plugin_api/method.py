@@ -44,6 +44,8 @@ class Role:
         guidance_embedding: Whether the network takes the guidance scale as an input (``time_cond_proj_dim``).
         second_time: Whether the network takes a second time; its embedding starts at zero, so the role starts as the
             teacher. An average or a copy has what its source has.
+        head_inputs: Number of samples whose features the heads of a ``head`` role read together, joined along the
+            channels.
         learning_rate: Learning rate of this role; None is the run's. The run's schedule shapes either.
     """
 
@@ -54,6 +56,7 @@ class Role:
     copy_of: str | None = None
     guidance_embedding: bool = False
     second_time: bool = False
+    head_inputs: int = 1
     learning_rate: float | None = None
 
     @property
