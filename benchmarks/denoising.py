@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from distill.core.diffusion import Schedule
-from distill.core.diffusion.regression import distance, snr_weight
+from distill.core.diffusion.regression import distance, truncated_snr
 from distill.core.diffusion.sampler import Sampler
 from distill.core.diffusion.solvers import deterministic_sampler
 from distill.core.plugin_api.batch import Batch
@@ -52,7 +52,7 @@ class Denoising(Method):
         t = times[rng.integers("index", len(times))]
         eps = rng.randn("noise", x_0.shape[1:]).to(x_0.dtype)
         output = context.predict("student", schedule.add_noise(x_0, eps, t), t, batch.cond).x0
-        weight = snr_weight(schedule.log_snr(t), "truncated_snr").to(output.dtype)
+        weight = truncated_snr(schedule.log_snr(t)).to(output.dtype)
         losses = weight * distance(output, x_0, loss_type="l2", huber_c=0.0)
         yield Update("student", losses.mean(), per_sample=losses.detach(), t=t)
 

@@ -2,7 +2,7 @@ r"""Guidance distillation: one call of the student replaces the teacher's two wi
 
     t ~ U{0 .. T-1} (shift(j / T) on a flow),  w ~ U[w_min, w_max],  x_t = alpha_t x_0 + sigma_t eps     from data
     D^w  = (1 + w) D(x_t, t, c) - w D(x_t, t, no prompt)                      the guided teacher
-    L    = max(alpha_t^2 / sigma_t^2, 1) || D_theta(x_t, t, c, w) - D^w ||^2
+    L    = max(alpha_t^2 / sigma_t^2, 1) || D_theta(x_t, t, c, w) - D^w ||^2                  or another loss_weight
 
 in the paper's w, one less than the guidance scale g of uncond + g (cond - uncond). The student is sampled with as many
 steps as its teacher, each at half the cost; other methods reduce the number of steps, and can use it as their teacher
@@ -29,7 +29,7 @@ from pydantic import ConfigDict, Field
 
 from ..core.diffusion import Schedule
 from ..core.diffusion.guidance import GuidanceRange, embedded_scale
-from ..core.diffusion.regression import SnrWeight, distance, snr_weight
+from ..core.diffusion.regression import ErrorWeight, distance, error_weight
 from ..core.diffusion.sampler import Sampler
 from ..core.diffusion.solvers import deterministic_sampler
 from ..core.errors import UserError
@@ -53,7 +53,7 @@ class Guidance(Method):
         """Lower end of the range of guidance, in the units of guidance_convention."""
         w_max: float = Field(10.0, ge=0, le=100)
         """Upper end of the range of guidance. A fully trained student takes w as an input; a LoRA learns the middle."""
-        loss_weight: SnrWeight = "truncated_snr"
+        loss_weight: ErrorWeight = "truncated_snr"
         num_inference_steps: int = Field(25, ge=1, le=1000)
         """Steps that the student is validated and exported with unless the run says otherwise."""
 
@@ -91,8 +91,8 @@ class Guidance(Method):
             target = context.predict_guided(x_t, t, batch.cond, scale).x0
         output = context.predict("student", x_t, t, batch.cond, guidance=scale - 1 if told else None).x0
 
-        weight = snr_weight(schedule.log_snr(t), config.loss_weight).to(output.dtype)
-        losses = weight * distance(output, target, loss_type="l2", huber_c=0.0)
+        weight = error_weight(schedule, t, kind=config.loss_weight, prediction_type=context.prediction_type)
+        losses = weight.to(output.dtype) * distance(output, target, loss_type="l2", huber_c=0.0)
         yield Update("student", losses.mean(), per_sample=losses.detach(), t=t)
 
     @property

@@ -137,11 +137,13 @@ def papers_loss(parts, batch, *, step, told):
         )
         target = (1 + w.reshape(n, 1, 1, 1)) * with_prompt - w.reshape(n, 1, 1, 1) * without
     output = (x_t - s * call(parts.networks, "student", x_t, t, batch.cond, w=w if told else None)) / a
-    weight = (bar / (1 - bar)).clamp(min=1) if config.loss_weight == "truncated_snr" else 1 / (1 - bar)
+    snr = bar / (1 - bar)
+    weights = {"truncated_snr": snr.clamp(min=1), "snr_plus_one": 1 / (1 - bar), "trained_space": snr}
+    weight = weights[config.loss_weight]
     return (weight * (output - target) ** 2).mean()
 
 
-@pytest.mark.parametrize("loss_weight", ["truncated_snr", "snr_plus_one"])
+@pytest.mark.parametrize("loss_weight", ["truncated_snr", "snr_plus_one", "trained_space"])
 @pytest.mark.parametrize(("model_type", "top"), [("lora", 3.0), ("lora", 7.0), ("full", 3.0), ("full", 7.0)])
 def test_one_step_equals_the_papers_algorithm(folder, model_type, top, loss_weight):
     parts = make_parts(Guidance, folder, model_type=model_type, w_min=3.0, w_max=top, loss_weight=loss_weight)

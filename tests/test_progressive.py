@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 from distill.core.diffusion import FlowSchedule, Prediction
-from distill.core.diffusion.solvers import data_of_step, step_to, trailing_timesteps
+from distill.core.diffusion.solvers import data_of_step, reach_of_step, step_to, trailing_timesteps
 from distill.core.plugin_api.method import MethodSetup
 from distill.core.testing.gaussian import Q, affine_of, gaussian_batch
 from distill.core.testing.paths import NOISE as SDXL
@@ -52,14 +52,27 @@ def test_on_a_flow_the_target_is_the_average_velocity():
     torch.testing.assert_close(velocity, (x_t - x_s) / (t - s)[:, None], rtol=1e-12, atol=1e-12)
 
 
-def test_two_steps_of_one_prediction_give_that_prediction_as_target():
-    """A teacher that says the same x0 and eps twice is copied as it is."""
+@pytest.mark.parametrize("k", [2, 4, 8])
+def test_steps_of_one_prediction_give_that_prediction_as_target(k):
+    """A teacher that says the same x0 and eps k times is copied as it is."""
     timesteps = trailing_timesteps(TABLE, 8)
     x_0, eps = torch.randn(2, 1, 6, dtype=torch.float64)
     x = [timesteps.alpha[j] * x_0 + timesteps.sigma[j] * eps for j in range(9)]
-    for j in range(0, 8, 2):
-        at = [timesteps.at(torch.tensor([k])) for k in (j, j + 2)]
-        torch.testing.assert_close(data_of_step(x[j], x[j + 2], start=at[0], end=at[1]), x_0, rtol=1e-11, atol=1e-11)
+    for j in range(0, 8, k):
+        at = [timesteps.at(torch.tensor([point])) for point in (j, j + k)]
+        torch.testing.assert_close(data_of_step(x[j], x[j + k], start=at[0], end=at[1]), x_0, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_the_reach_of_a_step_turns_the_error_of_x0_into_that_of_its_end(path):
+    """SDXL-Lightning's squared error is that of x_s; where the step ends at the data it is that of x_0."""
+    _, schedule = PATHS[path]
+    timesteps, x = trailing_timesteps(schedule, 4), torch.randn(3, 4, 5, dtype=torch.float64)
+    start, end = timesteps.at(torch.arange(4)), timesteps.at(torch.arange(1, 5))
+    made = [step_to(Prediction(x_0, x[0], timesteps.times, schedule, "sample"), end) for x_0 in x[1:]]
+    reach = reach_of_step(start=start, end=end)
+    torch.testing.assert_close(made[1] - made[0], reach[:, None] * (x[2] - x[1]), rtol=1e-9, atol=1e-9)
+    assert reach[-1] == 1
 
 
 # -- the walk is the sampler's ----------------------------------------------------------------------------------------
@@ -115,15 +128,18 @@ def test_on_a_flow_the_sampler_visits_the_training_times(shift):
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_the_points_of_a_timestep_grid_are_every_second_point_of_the_finer_grid(path):
+@pytest.mark.parametrize("k", [2, 3, 4, 5, 15])
+def test_the_points_of_a_timestep_grid_are_every_kth_point_of_the_finer_grid(path, k):
+    """Fractions of a half are rounded alike in both: 1000 - 1000 / 16 is 1000 - 15000 / 240."""
     _, schedule = PATHS[path]
-    for num_steps in (32, 16, 8, 4, 2, 1):
-        coarse, fine = trailing_timesteps(schedule, num_steps), trailing_timesteps(schedule, 2 * num_steps)
-        assert torch.equal(coarse.times, fine.times[::2])
-        assert torch.equal(coarse.sigma, fine.sigma[::2])
-        assert len(set(fine.times.tolist())) == 2 * num_steps
+    for num_steps in (48, 32, 16, 8, 4, 2, 1):
+        coarse, fine = trailing_timesteps(schedule, num_steps), trailing_timesteps(schedule, k * num_steps)
+        torch.testing.assert_close(coarse.times, fine.times[::k], rtol=0, atol=1e-15)
+        torch.testing.assert_close(coarse.sigma, fine.sigma[::k], rtol=0, atol=1e-15)
+        assert len(set(fine.times.tolist())) == k * num_steps
         assert fine.alpha[-1] == 1
         assert fine.sigma[-1] == 0
+        assert fine.time_at(torch.tensor([0, k * num_steps])).tolist() == [fine.times[0], 0]
 
 
 # -- closed form ------------------------------------------------------------------------------------------------------
@@ -175,7 +191,7 @@ def rms(x):
 def train_gaussian(path, steps, *, per_stage=150, **config):
     """The context of a run of these student_steps, and its schedule."""
     kind, schedule = PATHS[path]
-    timesteps = trailing_timesteps(schedule, 2 * steps[0])
+    timesteps = trailing_timesteps(schedule, config.get("teacher_steps", 2 * steps[0]))
     family = GuidedFamily(schedule, kind, timesteps.times)
     _, _, context = train(
         Progressive, settings(*steps, **config), family, lambda step: gaussian_batch(step, 32, mean=MEAN),
@@ -184,15 +200,27 @@ def train_gaussian(path, steps, *, per_stage=150, **config):
     return context, schedule
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_the_student_composes_the_finer_steps_of_the_guided_teacher(path):
-    """Two steps of the student of three stages are sixteen of the teacher: the fixed point of its discretisation.
+DIVISIONS = {
+    "halves": ((8, 4, 2), {}),
+    "fourth-and-half": ((4, 2), {"teacher_steps": 16}),
+    "third": ((2,), {"teacher_steps": 6}),
+}
 
-    The wrong target, one big step of the teacher where it should make two, would leave it with the teacher's own two.
+
+@pytest.mark.parametrize(
+    ("path", "division"), [*((path, "halves") for path in PATHS), ("eps", "fourth-and-half"), ("flow-shift", "third")]
+)
+def test_the_student_composes_the_finer_steps_of_the_guided_teacher(path, division):
+    """Two steps of the student of the last stage are all of the teacher's: the fixed point of its discretisation.
+
+    The wrong target, one big step of the teacher where it should make several, would leave it with the teacher's own
+    two.
     """
-    context, schedule = train_gaussian(path, (8, 4, 2))
+    steps, more = DIVISIONS[division]
+    num_teacher_steps = more.get("teacher_steps", 2 * steps[0])
+    context, schedule = train_gaussian(path, steps, **more)
     start = start_points(schedule)
-    exact, wrong = (sample(gaussian_teacher(schedule), schedule, start, num_steps) for num_steps in (16, 2))
+    exact, wrong = (sample(gaussian_teacher(schedule), schedule, start, number) for number in (num_teacher_steps, 2))
     error = rms(student_samples(context, schedule, 2) - exact)
     print(f"{path}: right {error:.2e} wrong {rms(wrong - exact):.2e}")
     assert error <= 0.01 * rms(wrong - exact)

@@ -1,6 +1,7 @@
 """Progressive distillation in the engine: a step against its formulas written out, and what happens between stages."""
 
 import json
+from itertools import pairwise
 
 import pytest
 import torch
@@ -35,10 +36,11 @@ def papers_loss(parts, batch, *, step, stage, told):
     config, bar, n = parts.method.config, table(), len(batch)
     rng = RngStreams(0, step, batch.positions)
     num_steps = config.student_steps[stage]
+    count = [config.teacher_steps or 2 * config.student_steps[0], *config.student_steps][stage] // num_steps
     i = rng.integers("index", num_steps)
     omega = rng.uniform("w", config.w_min, config.w_max)
     w = omega - 1 if told else None
-    start, middle, end = (torch.round(1000 - (2 * i + k) * 1000 / (2 * num_steps)).long() - 1 for k in range(3))
+    points = [torch.round(1000 - (count * i + k) * 1000 / (count * num_steps)).long() - 1 for k in range(count + 1)]
 
     def level(t):
         known = bar[t.clamp(min=0)].where(t >= 0, torch.ones(()).double()).reshape(n, 1, 1, 1)
@@ -50,25 +52,36 @@ def papers_loss(parts, batch, *, step, stage, told):
         with_prompt, without = (call(parts.networks, "teacher", x, t, batch.cond, prompt=p) for p in (True, False))
         return without + omega.reshape(n, 1, 1, 1) * (with_prompt - without)
 
-    (a_t, s_t), (a_u, s_u), (a_s, s_s) = level(start), level(middle), level(end)
-    x_t = a_t * batch.latents + s_t * rng.randn("noise", batch.latents.shape[1:]).double()
+    (a_t, s_t), (a_s, s_s) = level(points[0]), level(points[-1])
+    x = x_t = a_t * batch.latents + s_t * rng.randn("noise", batch.latents.shape[1:]).double()
     with torch.no_grad():
-        e_t = teacher(x_t, start)
-        x_u = a_u * (x_t - s_t * e_t) / a_t + s_u * e_t
-        e_u = teacher(x_u, middle)
-        x_s = a_s * (x_u - s_u * e_u) / a_u + s_s * e_u
-        target = (x_s - s_s / s_t * x_t) / (a_s - s_s / s_t * a_t)
-    output = (x_t - s_t * call(parts.networks, "student", x_t, start, batch.cond, w=w)) / a_t
+        for before, after in pairwise(points):
+            (a, s), (a_next, s_next), eps = level(before), level(after), teacher(x, before)
+            x = a_next * (x - s * eps) / a + s_next * eps
+        target = (x - s_s / s_t * x_t) / (a_s - s_s / s_t * a_t)
+    eps = call(parts.networks, "student", x_t, points[0], batch.cond, w=w)
+    output = (x_t - s_t * eps) / a_t
+    assert (points[-1][i == num_steps - 1] == -1).all(), "the last step ends at the data"
+    if config.loss_weight == "end_of_step":
+        return ((a_s * output + s_s * eps - x) ** 2).mean()
     weight = ((a_t / s_t) ** 2).clamp(min=1)
-    assert (end[i == num_steps - 1] == -1).all(), "the last step ends at the data"
     return (weight * (output - target) ** 2).mean()
 
 
+LIGHTNING = {"teacher_steps": 16, "loss_weight": "end_of_step"}
+
+
 @pytest.mark.parametrize("stage", [0, 1])
-@pytest.mark.parametrize(("model_type", "told"), [("lora", False), ("full", False), ("full", True)])
-def test_one_step_equals_the_papers_algorithm(folder, model_type, told, stage):
+@pytest.mark.parametrize(
+    ("model_type", "told", "more"),
+    [
+        ("lora", False, {}), ("full", False, {}), ("full", True, {}),
+        ("lora", False, LIGHTNING), ("lora", False, {"teacher_steps": 12}),
+    ],
+)  # fmt: skip
+def test_one_step_equals_the_papers_algorithm(folder, model_type, told, more, stage):
     top = 7.0 if told or model_type == "lora" else 3.0  # a LoRA is not told, and sees a range all the same
-    parts = make(folder, model_type, w_min=3.0, w_max=top, student_steps=(4, 2))
+    parts = make(folder, model_type, w_min=3.0, w_max=top, student_steps=(4, 2), **more)
     step = 1 + 3 * stage
     batch = make_batch(parts.family)
     (update,) = parts.method.updates(parts.context.at(step, batch.positions), batch, step)
@@ -210,9 +223,14 @@ def test_later_stages_copy_the_student_to_the_teacher_and_reset_its_optimizer():
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"student_steps": [32, 12]}, "12 is not half of 32"),
-        ({"student_steps": [8, 4, 4]}, "4 is not half of 4"),
-        ({"student_steps": [9, 4]}, "4 is not half of 9"),
+        ({"student_steps": [32, 12]}, r"student_steps = \[32, 12\]: 12 does not divide 32"),
+        ({"student_steps": [8, 4, 4]}, "4 does not divide 4"),
+        ({"student_steps": [4, 8]}, "8 does not divide 4"),
+        ({"teacher_steps": 100}, r"teacher_steps and student_steps = \[100, 32, .*\]: 32 does not divide 100"),
+        ({"teacher_steps": 32}, "32 does not divide 32"),
+        ({"regression_weight": [1, 0]}, "regression_weight has 2 numbers for the 4 stages"),
+        ({"regression_weight": [1, 1, 1, 0]}, "both 0 in the stage of 4 steps"),
+        ({"adversarial_weight": [-1]}, "greater than or equal to 0"),
         ({"student_steps": []}, "at least 1"),
         ({"student_steps": [0]}, "greater than or equal to 1"),
         ({"stage_shares": [1, 2]}, "2 numbers for the 4 stages"),

@@ -8,7 +8,8 @@ import pytest
 import torch
 from distill.core.diffusion import FlowSchedule, Prediction
 from distill.core.diffusion.consistency import boundary_scalings, consistency_function, trajectory_function
-from distill.core.diffusion.regression import distance, snr_weight, truncated_snr
+from distill.core.diffusion.prediction import PREDICTION_TYPES
+from distill.core.diffusion.regression import distance, error_weight, truncated_snr
 from distill.core.diffusion.weights import Weight, ever_positive, weight_at
 from distill.core.testing.paths import PATHS, TABLE, ZERO_SNR
 from pydantic import TypeAdapter, ValidationError
@@ -115,22 +116,52 @@ def test_huber_is_a_square_for_small_and_a_distance_for_large_errors():
 
 
 @pytest.mark.parametrize("schedule", [TABLE, FLOW], ids=["table", "flow"])
-def test_snr_weights_turn_the_error_of_x0_into_that_of_eps_and_v(schedule):
-    """x_0^ and eps^ of one prediction err along one line: |eps^ - eps|^2 = SNR |x_0^ - x_0|^2."""
+def test_weights_turn_the_error_of_x0_into_that_of_every_other_prediction(schedule):
+    """x_0^ and eps^ of one prediction err along one line: each error is a multiple of x_0's."""
     t = schedule.grid(6).times[torch.tensor([0, 2, 4, 5])]
     x_0, eps = X, X.flip(0).cos()
     x_t = schedule.add_noise(x_0, eps, t)
     truth, guess = (Prediction(x, x_t, t, schedule, "sample") for x in (x_0, x_0 + X.sin()))
-    error = {name: getattr(guess, name) - getattr(truth, name) for name in ("x0", "eps", "v")}
-    square = {name: (value**2).mean(1) for name, value in error.items()}
-    log_snr = schedule.log_snr(t)
-    torch.testing.assert_close(
-        truncated_snr(log_snr) * square["x0"], torch.maximum(square["x0"], square["eps"]), rtol=1e-8, atol=1e-12
-    )
+    square = {kind: (guess.as_type(kind) - truth.as_type(kind)).square().mean(1) for kind in PREDICTION_TYPES}
+
+    def weighted(kind, prediction_type="epsilon"):
+        return error_weight(schedule, t, kind=kind, prediction_type=prediction_type) * square["sample"]
+
+    def equal(ours, theirs):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-12)
+
+    equal(weighted("truncated_snr"), torch.maximum(square["sample"], square["epsilon"]))
+    for kind, error in square.items():
+        equal(weighted("trained_space", kind), error)
+    equal(weighted("v_error"), square["flow" if schedule.clean_at_zero else "v_prediction"])
     if not schedule.clean_at_zero:  # alpha^2 + sigma^2 = 1
-        weighted = snr_weight(log_snr, "snr_plus_one") * square["x0"]
-        torch.testing.assert_close(weighted, square["v"], rtol=1e-8, atol=1e-12)
-    assert torch.equal(snr_weight(log_snr, "truncated_snr"), truncated_snr(log_snr))
+        equal(weighted("snr_plus_one"), square["v_prediction"])
+    assert torch.equal(
+        error_weight(schedule, t, kind="truncated_snr", prediction_type="epsilon"), truncated_snr(schedule.log_snr(t))
+    )
+
+
+def test_snr_plus_one_is_not_the_error_of_the_velocity_on_a_flow():
+    """At t = 0.5 the velocity's weight is 4 and SNR + 1 is 2; at 0.1, 100 and 82."""
+    t = torch.tensor([0.5, 0.1, 1.0], dtype=torch.float64)
+    found = {
+        kind: error_weight(FLOW, t, kind=kind, prediction_type="flow").tolist()
+        for kind in ("v_error", "trained_space", "snr_plus_one")
+    }
+    assert found["v_error"] == found["trained_space"] == pytest.approx([4, 100, 1])
+    assert found["snr_plus_one"] == pytest.approx([2, 82, 1])
+
+
+def test_weights_of_the_four_steps_of_sdxl_in_eps():
+    """max(SNR, 1) on x_0 weighs an eps network's errors 214 : 16.7 : 2.6 : 1; the space it is trained in, alike."""
+    t = torch.tensor([999, 749, 499, 249])
+
+    def of_eps(kind):
+        of_x0 = error_weight(TABLE, t, kind=kind, prediction_type="epsilon")
+        return (of_x0 / error_weight(TABLE, t, kind="trained_space", prediction_type="epsilon")).tolist()
+
+    assert of_eps("truncated_snr") == pytest.approx([214, 16.7, 2.6, 1], rel=0.02)
+    assert of_eps("trained_space") == pytest.approx([1, 1, 1, 1])
 
 
 # -- weights ----------------------------------------------------------------------------------------------------------

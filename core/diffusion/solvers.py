@@ -5,7 +5,7 @@ One step along a prediction from time t to time s,
     x_s = alpha_s x_0 + sigma_s eps,    eps = (x_t - alpha_t x_0) / sigma_t
 
 is one of DDIM on a table of betas and one of Euler on a flow. Solved for x_0 it gives the prediction that a network
-must make at x_t to land on a given x_s:
+must make at x_t to land on a given x_s, whatever number of steps led there:
 
     x_0* = (x_s - (sigma_s / sigma_t) x_t) / (alpha_s - (sigma_s / sigma_t) alpha_t)
 
@@ -57,11 +57,15 @@ class TimestepGrid:
         """Return (alpha, sigma) of points with these numbers, each of shape (B,)."""
         return self.alpha[point], self.sigma[point]
 
+    def time_at(self, point: Tensor) -> Tensor:
+        """Return the times of points with these numbers, shape (B,); the lowest of the schedule, 0, for the data."""
+        return torch.cat([self.times, self.times.new_zeros(1)])[point]
+
 
 def trailing_timesteps(schedule: Schedule, num_steps: int) -> TimestepGrid:
     """Return the grid T - 1, T - 1 - T/N, ... of ``timestep_spacing="trailing"`` (arXiv 2305.08891).
 
-    On a flow it is shift(1), shift(1 - 1/N), ... The points of N steps are every second one of 2 N steps.
+    On a flow it is shift(1), shift(1 - 1/N), ... The points of N steps are every k-th one of k N steps.
 
     Raises:
         UserError: There are more steps than timesteps.
@@ -72,7 +76,8 @@ def trailing_timesteps(schedule: Schedule, num_steps: int) -> TimestepGrid:
         total = schedule.num_train_timesteps
         if not 1 <= num_steps <= total:
             raise UserError(f"{num_steps} steps do not fit a model of {total} timesteps", f"choose 1 to {total} steps")
-        times = (total - torch.arange(num_steps, dtype=torch.float64) * (total / num_steps)).round().long() - 1
+        # multiplied before it is divided, which gives fractions of one value one rounding: the points nest
+        times = (torch.arange(num_steps, 0, -1, dtype=torch.float64) * total / num_steps).round().long() - 1
     alpha, sigma = schedule.alpha(times), schedule.sigma(times)
     return TimestepGrid(times, torch.cat([alpha, alpha.new_ones(1)]), torch.cat([sigma, sigma.new_zeros(1)]))
 
@@ -94,10 +99,22 @@ def data_of_step(x_t: Tensor, x_s: Tensor, *, start: Coefficients, end: Coeffici
         start: (alpha_t, sigma_t), sigma_t above 0.
         end: (alpha_s, sigma_s), less noisy.
     """
+    (_, sigma_t), (_, sigma_s) = start, end
+    gap = append_dims(reach_of_step(start=start, end=end), x_t)
+    return (x_s - append_dims(sigma_s / sigma_t, x_t) * x_t) / gap
+
+
+def reach_of_step(*, start: Coefficients, end: Coefficients) -> Tensor:
+    """Return alpha_s - (sigma_s / sigma_t) alpha_t, shape (B,): how far x_s is off per unit of error of x_0.
+
+    It is 1 where the step ends at the data.
+
+    Args:
+        start: (alpha_t, sigma_t), sigma_t above 0.
+        end: (alpha_s, sigma_s), less noisy.
+    """
     (alpha_t, sigma_t), (alpha_s, sigma_s) = start, end
-    ratio = sigma_s / sigma_t
-    gap = append_dims(alpha_s - ratio * alpha_t, x_t)
-    return (x_s - append_dims(ratio, x_t) * x_t) / gap
+    return alpha_s - sigma_s / sigma_t * alpha_t
 
 
 def deterministic_sampler(

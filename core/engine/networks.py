@@ -181,7 +181,7 @@ class Networks:
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(self._seed, "heads", role.name))
-            channels = self._family.feature_channels(self.base)
+            channels = [role.head_inputs * width for width in self._family.feature_channels(self.base)]
             heads = Heads(channels, kind=role.heads, levels=role.head_levels)
         return heads.to(next(self.base.parameters()).device, self._dtype)
 

@@ -89,6 +89,8 @@ class Role:
             teacher. An average or a copy has what its source has.
         heads: Kind of the heads of a role that trains them; see :mod:`..diffusion.adversarial`.
         head_levels: Features that these heads read: ``all``, or the ``middle`` of the network, its last level.
+        head_inputs: Number of samples whose features the heads of a ``head`` role read together, joined along the
+            channels.
         learning_rate: Learning rate of this role; None is the run's. The run's schedule shapes either.
         betas: Decay of the first and the second moment of Adam-like optimizers; None is the run's.
         weight_decay: Decoupled weight decay per step, as a fraction of the learning rate; None is the run's.
@@ -104,6 +106,7 @@ class Role:
     second_time: bool = False
     heads: HeadKind = "places"
     head_levels: HeadLevels = "all"
+    head_inputs: int = 1
     learning_rate: float | None = None
     betas: tuple[float, float] | None = None
     weight_decay: float | None = None

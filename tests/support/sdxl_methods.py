@@ -31,9 +31,9 @@ class Parts:
 
 def make_parts(
     method_class: Any, folder: Any, *, model_type: Any = "lora", use_ema: bool = False, total_steps: int = 6,
-    scheduler: str = "linear", **config: Any,
+    scheduler: str = "linear", shaken: bool = True, **config: Any,
 ) -> Parts:  # fmt: skip
-    """Everything for `total_steps` engine steps; the student and its copies are made to differ from the base."""
+    """Everything for `total_steps` engine steps; what is trained and its copies differ from the base if `shaken`."""
     family = SDXL(SDXL.Config(), ModelSettings(str(folder)))
     setup = MethodSetup(model_type, prediction_type=family.prediction_type, use_ema=use_ema)
     method = method_class(method_class.Config(**config), setup)
@@ -44,15 +44,17 @@ def make_parts(
     )  # fmt: skip
     networks.base.to(torch.float64)
     for number, (name, role) in enumerate(networks.roles.items()):
-        if role.trains != "none" or role.copy_of is not None:
+        if shaken and (role.trains != "none" or role.copy_of is not None):
             _shake(networks.named_parameters(name), seed=number)
     context = Context(Runtime(family, networks, seed=0, device=torch.device("cpu"), stages=stages))
-    parameters = networks.parameters("student")
-    optimizer = RoleOptimizer(
-        torch.optim.AdamW(parameters, lr=1e-3), parameters, learning_rate=1e-3, max_grad_norm=1.0,
-        schedule=staged(lambda length: lr_lambda(scheduler, 0, length), stages),
-    )  # fmt: skip
-    loop = Loop(method, context, networks, {"student": optimizer}, health=HealthMonitor(3), stages=stages)
+    optimizers = {}
+    for role in networks.trained_roles():
+        parameters = networks.parameters(role)
+        optimizers[role] = RoleOptimizer(
+            torch.optim.AdamW(parameters, lr=1e-3), parameters, learning_rate=1e-3, max_grad_norm=1.0,
+            schedule=staged(lambda length: lr_lambda(scheduler, 0, length), stages),
+        )  # fmt: skip
+    loop = Loop(method, context, networks, optimizers, health=HealthMonitor(3), stages=stages)
     return Parts(family, method, networks, context, loop)
 
 
