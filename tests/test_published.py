@@ -26,7 +26,16 @@ from support.config_files import Pair, distill, said
 from support.tiny_families import MODELS
 
 TOLD = MethodSetup("lora", prediction_type="flow", guided_by_input=True, usual_guidance=3.5)
-RECIPES = ("lcm-lora-sdxl",)
+RECIPES = (
+    "dmd2-sdxl-1",
+    "dmd2-sdxl-4",
+    "dmd2-sdxl-4-lora",
+    "hyper-sdxl-tscd",
+    "lcm-lora-sdxl",
+    "lightning-sdxl",
+    "pcm-sdxl-4",
+    "tcd-sdxl",
+)
 
 
 @pytest.fixture(scope="module")

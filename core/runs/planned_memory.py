@@ -81,7 +81,8 @@ def _own_parameters(
         return adapter_parameters(network, run.lora_rank, tuple(run.lora_target_modules) or family.lora_targets)
     if role.trains == "head":
         with torch.device("meta"):
-            network = Heads(family.feature_channels(network), kind=role.heads, levels=role.head_levels)
+            channels = [role.head_inputs * width for width in family.feature_channels(network)]
+            network = Heads(channels, kind=role.heads, levels=role.head_levels)
     return 0 if role.trains in ("none", "module") else sum(weight.numel() for weight in network.parameters())
 
 
