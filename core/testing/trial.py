@@ -116,7 +116,7 @@ def make_trial(
     stages = found.stages(config, total_steps=total_steps)
     networks = Networks(
         family, found.roles(config, setup), seed=0, parameter_dtype=torch.float64, gradient_checkpointing=checkpointing,
-        lora=lora if model_type == "lora" else None,
+        lora=lora,
     )  # fmt: skip
     networks.base.to(torch.float64)
     pristine = {name: tensor.clone() for name, tensor in base_weights(networks).items()}

@@ -13,9 +13,9 @@ from support.recipes import recipe, term
 
 SHORT_DMD2 = {"fake_updates_per_student_update": 2, "num_inference_steps": 2}
 SETTINGS = {
-    "tcd/segments": {"segments": [2, 1], "adversarial_weight": [0.0, 0.5], "stage_shares": [1, 3]},
+    "tcd/segments": {"segments": [2, 1], "adversarial_weight": [0.0, 0.5], "stage_shares": [1, 3], "r1_weight": 0.1},
     "dmd2": SHORT_DMD2,
-    "dmd2/gan": {**SHORT_DMD2, "gan_weight": 0.1, "divergence": "js"},
+    "dmd2/gan": {**SHORT_DMD2, "gan_weight": 0.1, "divergence": "js", "r1_weight": 0.1, "r1": "finite_difference"},
     "dmd2/sid": {**SHORT_DMD2, "loss": "sid", "guidance_scale": 2.0},
     "progressive": {"student_steps": [4, 2], "stage_shares": [1, 3]},
     "guidance": {"w_min": 2.0, "w_max": 6.0},
