@@ -68,6 +68,8 @@ def check_requirements(
         problem = f"the method {method.name!r} compares two passes of one network, which dropout makes differ"
         refuse("lora_dropout", f"{problem}; must be 0", "set lora_dropout to 0")
     notices: list[str] = []
+    if run.pixel_decoder is not None and not needs.pixels:
+        notices.append(f"pixel_decoder has no effect: the method {method.name!r} decodes nothing in training")
     for path, owner, config in with_parts(method, method_config, f"distillation_config.{method.name}"):
         points = owner.requires(config, setup).divides_timesteps
         if points is None or num_timesteps % points == 0:
