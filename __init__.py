@@ -26,7 +26,7 @@ if TYPE_CHECKING:
         ModelSettings,
     )
     from .core.plugin_api.hookspecs import hookimpl
-    from .core.plugin_api.method import Method, MethodPart, MethodSetup, Requirements, Role, Update
+    from .core.plugin_api.method import Method, MethodPart, MethodSetup, ModuleSetup, Requirements, Role, Update
     from .core.plugin_api.optimizer import OptimizerPlugin, OptimizerSettings
     from .core.plugin_api.publisher import Publisher
     from .core.plugin_api.quantizer import Quantizer
@@ -59,6 +59,7 @@ __all__ = [
     "MicroConditioning",
     "ModelFamily",
     "ModelSettings",
+    "ModuleSetup",
     "OptimizerPlugin",
     "OptimizerSettings",
     "OutOfReach",
@@ -89,7 +90,8 @@ _HOMES = {
     "plugin_api.evaluator": "EvaluationSetting Evaluator Samples",
     "plugin_api.family": "Capabilities ExportInfo ExtraLora LoraSettings MicroConditioning ModelFamily ModelSettings",
     "plugin_api.hookspecs": "hookimpl",
-    "plugin_api.method": "Method MethodPart MethodSetup Recommended Requirements Role Sampler Stage Update",
+    "plugin_api.method": "Method MethodPart MethodSetup ModuleSetup Requirements Role Sampler Stage Update",
+    "plugin_api.recommended": "Recommended",
     "plugin_api.optimizer": "OptimizerPlugin OptimizerSettings",
     "plugin_api.publisher": "Publisher",
     "plugin_api.quantizer": "Quantizer",

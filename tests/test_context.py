@@ -98,6 +98,59 @@ def test_only_the_last_call_of_a_rollout_carries_a_gradient():
     assert torch.equal(one.x_t, noise(context)), "one call sees what it is given"
 
 
+@pytest.mark.parametrize("path", ["eps", "v", "flow-shift"])
+@pytest.mark.parametrize("calls", [2, 3, 9])
+def test_the_last_calls_of_a_rollout_carry_the_gradient_of_autograd_through_them(path, calls):
+    context, _, networks, grid = make(path)
+    for parameter in networks.parameters("student"):
+        parameter.data *= 1.1
+    times = [grid.times[i].expand(SIZE) for i in (7, 4, 2)]
+    rolled = context.rollout("student", times, noise(context), COND, name="roll", gradient_calls=calls)
+    x, rng = noise(context), RngStreams(3, 5, range(SIZE))
+    for i in range(2):
+        with torch.set_grad_enabled(i >= 3 - calls):
+            x_0 = context.predict("student", x, times[i], COND).x0
+            x = context.schedule.add_noise(x_0, rng.randn(f"roll/{i}", (1,)).double(), times[i + 1])
+    by_hand = context.predict("student", x, times[2], COND).x0
+    last = context.rollout("student", times, noise(context), COND, name="roll")
+    assert torch.equal(rolled.x0, by_hand)
+    assert torch.equal(rolled.x0, last.x0), "the gradient changes no value"
+    assert rolled.x_t.requires_grad
+    parameters = networks.parameters("student")
+    ours, theirs, short = (torch.autograd.grad(x_0.square().sum(), parameters) for x_0 in (rolled.x0, by_hand, last.x0))
+    assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+    assert not all(torch.equal(one, other) for one, other in zip(ours, short, strict=True))
+
+
+def test_a_rollout_carries_a_gradient_where_one_is_wanted_alone():
+    context, _, _, grid = make()
+    times = [grid.times[i].expand(SIZE) for i in (7, 4)]
+    with torch.no_grad():
+        assert not context.rollout("student", times, noise(context), COND, name="a", gradient_calls=2).x0.requires_grad
+    with pytest.raises(ValueError, match="gradient_calls = 0"):
+        context.rollout("student", times, noise(context), COND, name="a", gradient_calls=0)
+
+
+def test_by_sample_is_the_function_of_each_sample_with_its_gradient():
+    context, *_ = make()
+    x, weight = torch.randn(4, 3, dtype=torch.float64).requires_grad_(), torch.tensor(2.0).double().requires_grad_()
+    seen = []
+
+    def cubed(row, factor):
+        seen.append(len(row))
+        return weight * factor * row.pow(3).sum(1)
+
+    factors = torch.arange(4.0).double()
+    found, expected = context.by_sample(cubed, x, factors), weight * factors * x.pow(3).sum(1)
+    torch.testing.assert_close(found, expected)
+    ours, theirs = (
+        torch.autograd.grad(each.square().sum(), (x, weight), retain_graph=True) for each in (found, expected)
+    )
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    assert seen == [1] * 8, "once forth and once back"
+
+
 def test_a_rollout_is_the_same_however_the_batch_is_cut():
     context, _, _, grid = make()
     times = [grid.times[i] for i in (7, 4, 2)]

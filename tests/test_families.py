@@ -329,6 +329,63 @@ def test_features_are_activations_of_the_first_half_with_gradients(model):
         family.predict(network, x_t, time, cond)
 
 
+def test_features_of_any_block_are_its_outputs_in_the_networks_order(model):
+    family = model.family
+    network, (x_t, time, cond) = with_adapter(family).double(), inputs(family)
+    names, outputs = family.block_names(network), {}
+
+    def keep(name):
+        def hook(module, args, output):
+            parts = output if isinstance(output, tuple) else (output,)
+            first = parts[0]  # of a UNet's block; of a transformer's it is that of the text, or None
+            outputs[name] = first if first is not None and first.ndim == 4 else parts[1]
+
+        return hook
+
+    hooks = [network.get_submodule(name).register_forward_hook(keep(name)) for name in names]
+    with torch.no_grad():
+        expected = family.predict(network, x_t, time, cond)
+    for hook in hooks:
+        hook.remove()
+    assert list(outputs) == names, "every block, in the order in which they are computed"
+    with torch.no_grad():
+        found = family.features(network, x_t, time, cond, blocks="all")
+        first = family.features(network, x_t, time, cond)
+        chosen = family.features(network, x_t, time, cond, blocks=[names[-1], names[0]])
+    assert [level.shape[1] for level in found] == family.feature_channels(network, blocks="all")
+    assert [level.shape[1] for level in chosen] == family.feature_channels(network, blocks=[names[-1], names[0]])
+    for level, output in zip(found, outputs.values(), strict=True):
+        theirs = output if output.ndim == 4 else output.transpose(1, 2).unflatten(2, level.shape[2:])
+        assert torch.equal(level, theirs)
+    assert torch.equal(chosen[0], found[0])
+    assert torch.equal(chosen[1], found[-1])
+    assert all(any(torch.equal(level, each) for each in found) for level in first)
+    x = x_t.clone().requires_grad_()
+    family.features(network, x, time, cond, blocks=names[-1:])[0].square().sum().backward()
+    reached = {key for key, p in network.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert x.grad is not None
+    assert any(key.startswith(names[-1]) for key in reached), "the second half too"
+    with torch.no_grad():
+        assert torch.equal(family.predict(network, x_t, time, cond), expected), "nothing stays behind"
+
+
+def test_a_block_that_is_not_there_is_refused_with_those_that_are(model):
+    family = model.family
+    network, (x_t, time, cond) = family.load_network(), inputs(family, torch.float32)
+    for wrong in ("middle", ["middle"], []):
+        with pytest.raises(UserError, match="first_half") as error:
+            family.features(network, x_t, time, cond, blocks=wrong)
+        assert family.block_names(network)[0] in str(error.value)
+    with pytest.raises(UserError, match="'middle' is no block of this network"):
+        family.feature_channels(network, blocks=["middle"])
+
+
+def test_the_dimensions_of_prompts_are_known_from_the_network(model):
+    network, cond = model.family.load_network(), conditioned(model.family)
+    known = model.family.prompt_dimensions(network)
+    assert known == {name: cond[name].shape[-1] for name in model.family.embed_keys}
+
+
 def test_checkpointed_features_have_the_same_gradients(model):
     family, gradients = model.family, []
     for checkpointing in (False, True):

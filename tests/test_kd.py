@@ -1,19 +1,26 @@
 """Knowledge distillation reaches the exact flow map of known data, at the times it is trained at."""
 
+import json
 from dataclasses import replace
 
 import pytest
 import torch
+from distill.core.config.load import load_configuration
 from distill.core.data.cache.teacher_trajectory import follow
 from distill.core.diffusion import FlowSchedule, Prediction
 from distill.core.diffusion.solvers import trailing_timesteps
 from distill.core.errors import UserError
 from distill.core.plugin_api.batch import Batch, Trajectories
 from distill.core.plugin_api.method import MethodSetup, Requirements
+from distill.core.registry.registry import Registry
+from distill.core.runs.run import run
 from distill.core.testing.gaussian import GaussianFamily, Q, raw_output
 from distill.core.testing.paths import PATHS, TABLE, train
 from distill.distill_methods.kd import KD
 from pydantic import ValidationError
+from support.networks import Vgg, network_file
+from support.tiny_sdxl import write_tiny_sdxl
+from support.trial import make_trial
 
 MEAN, SCALE = 0.6, 2.0
 STEPS = 4
@@ -115,6 +122,81 @@ def test_the_student_reaches_the_flow_map(path, student_steps):
         print(path, point, f"{right[0][point]:.1e} {right[1][point]:.1e}, wrong {wrong[1][point]:.1e}")
         assert right[0][point] < 0.02 * wrong[0][point], "the ends of the paths"
         assert right[1][point] < 0.1 * wrong[1][point], "the exact map, beside what a broken pairing leaves"
+
+
+# -- in pixels ------------------------------------------------------------------------------------------------------
+
+
+LPIPS = {"loss_type": "lpips", "lpips_network": str(network_file(Vgg))}
+
+
+def test_the_perceptual_loss_is_lpips_of_the_decoded_images_and_may_have_one_of_latents_beside(tmp_path):
+    folder = write_tiny_sdxl(tmp_path / "model")
+    found = {}
+    for weight in (0.0, 0.3):
+        trial = make_trial(folder, KD, KD.Config(num_inference_steps=1, latent_weight=weight, **LPIPS), "lora")
+        batch, decode = trial.batch(0), trial.family.decode_pixels
+        (update,) = trial.method.updates(trial.context.at(0, batch.positions), batch, 0)
+        paths = batch.trajectories
+        told = torch.full((len(batch),), 399)
+        ours = trial.context.predict("student", paths.noise, told, paths.cond).x0
+        network = Vgg()
+        network.load_state_dict(torch.jit.load(network_file(Vgg)).state_dict())
+        seen = [network(255 * decode(x), False, True) for x in (ours, paths.data)]
+        lpips = (seen[0] - seen[1]).square().sum(1)
+        latent = (ours - paths.data).square().flatten(1).mean(1)
+        expected = lpips + weight * latent
+        torch.testing.assert_close(update.per_sample, expected.detach().to(update.per_sample), rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(update.metrics["lpips"], lpips.detach().mean(), rtol=1e-4, atol=1e-7)
+        assert ("latent" in update.metrics) == bool(weight)
+        parameters = trial.networks.parameters("student")
+        pairs = zip(
+            torch.autograd.grad(update.loss, parameters, allow_unused=True),
+            torch.autograd.grad(expected.mean(), parameters, allow_unused=True),
+            strict=True,
+        )
+        for one, other in pairs:
+            if other is not None:
+                torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * float(other.abs().max()) + 1e-9)
+        found[weight] = update.loss.item()
+    assert found[0.3] > found[0.0]
+
+
+def test_a_few_steps_of_it_lower_lpips_on_the_miniature(tmp_path):
+    """One noise per prompt, all of them at every step, so that nothing but the student changes."""
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue square\n")
+    prompts = {"id": "prompts", "dataset_type": "prompts", "prompts_file": "prompts.txt", "resolution": 32,
+               "resolution_type": "pixel", "train_batch_size": 2}  # fmt: skip
+    pairs = {"id": "pairs", "dataset_type": "distillation_cache", "num_inference_steps": 8, "guidance_scale": 3.0}
+    (tmp_path / "data.json").write_text(json.dumps([prompts, pairs]))
+    flags = {"distillation_method": "kd", "model_family": "sdxl", "output_dir": str(tmp_path / "out")}
+    own = {"num_inference_steps": 1, "loss_type": "lpips", "lpips_network": network_file(Vgg)}
+    overrides = [
+        "max_train_steps=12", "learning_rate=1e-3", "lr_scheduler=constant", "lora_rank=8", "use_ema=false",
+        "validation_step_interval=0", "evaluation_num_samples=0", "checkpoint_step_interval=0", "report_to=none",
+        "validation_num_inference_steps=1", "lr_warmup_steps=0",
+        *(f"distillation_config.kd.{key}={value}" for key, value in own.items()),
+    ]  # fmt: skip
+    registry = Registry.load(installed=False)
+    run(load_configuration(registry, data_file=tmp_path / "data.json", flags=flags, overrides=overrides), registry)
+    rows = [json.loads(line)["lpips"] for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    print(rows)
+    assert rows[-1] < 0.7 * rows[0]
+
+
+def test_settings_of_lpips_without_it_are_refused_and_a_missing_network_says_where_it_is():
+    for key, value in (("lpips_network", "vgg16.pt"), ("latent_weight", 1.0)):
+        with pytest.raises(ValidationError, match=f"{key} has no effect with loss_type = l2: set loss_type to lpips"):
+            KD.Config(**{key: value})
+    path = "distillation_config.kd"
+    with pytest.raises(UserError, match=r"kd.lpips_network is missing\n  name the file: download https.*/vgg16.pt"):
+        KD.check_sources(KD.Config(loss_type="lpips"), path=path)
+    with pytest.raises(UserError, match=r"kd.lpips_network = 'no.pt': there is no such file"):
+        KD.check_sources(KD.Config(loss_type="lpips", lpips_network="no.pt"), path=path)
+    KD.check_sources(KD.Config(**LPIPS), path=path)
+    KD.check_sources(KD.Config(), path=path)
+    assert KD.requires(KD.Config(**LPIPS), MethodSetup("lora")).pixels
+    assert not KD.requires(KD.Config(), MethodSetup("lora")).pixels
 
 
 @pytest.mark.parametrize("schedule", [TABLE, FlowSchedule(shift=3.0)], ids=["table", "flow"])

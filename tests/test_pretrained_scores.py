@@ -24,35 +24,16 @@ from distill.plugins.torchscript_scores import InceptionDistance, PerceptualDist
 from distill.plugins.vision_features import VisionFeatures
 from support.finished_run import write_finished_run
 from support.small_run import execute, write_run
-from support.tiny_sdxl import text_config, write_tokenizer
+from support.tiny_clip import EDGE, write_tiny_clip
 from typer.testing import CliRunner
 
 ANYWHERE = EvaluationSetting(model_path=None)
 PROMPTS = ["a red fox", "two boats", "a fox"]
-EDGE = 32
 
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory) -> Path:
-    """A random CLIP in transformers' layout, whose processor only scales and norms images of its own size."""
-    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
-
-    folder = tmp_path_factory.mktemp("networks") / "Tiny-CLIP"
-    write_tokenizer(folder, pad="<|endoftext|>")
-    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-              "image_size": EDGE, "patch_size": 8}  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        model = CLIPModel(
-            CLIPConfig(text_config=text_config(32, "quick_gelu").to_dict(), vision_config=vision, projection_dim=24)
-        )
-        for weight in model.parameters():
-            weight.data.add_(0.2 * torch.randn(weight.shape))
-        model.logit_scale.data = torch.tensor(math.log(10.0))
-    model.save_pretrained(folder)
-    size = {"height": EDGE, "width": EDGE}
-    CLIPImageProcessor(size={"shortest_edge": EDGE}, crop_size=size).save_pretrained(folder)
-    return folder
+    return write_tiny_clip(tmp_path_factory.mktemp("networks") / "Tiny-CLIP")
 
 
 @pytest.fixture(scope="module")

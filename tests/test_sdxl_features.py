@@ -88,6 +88,22 @@ def test_gradient_checkpointing_changes_no_feature(family, checkpointing):
     assert torch.equal(x.grad, plain.grad)
 
 
+def test_features_of_the_second_half_and_of_one_block(family):
+    network = family.load_network()
+    x_t, t, _, cond = inputs(family)
+    names = ["down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0", "up_blocks.1"]
+    assert family.block_names(network) == names
+    assert family.feature_channels(network, blocks="all") == [16, 32, 32, 32, 16]
+    with torch.no_grad():
+        every = family.features(network, x_t, t, cond, blocks="all")
+        half = family.features(network, x_t, t, cond)
+        (middle,) = family.features(network, x_t, t, cond, blocks=["mid_block"])
+    assert [tuple(level.shape[1:]) for level in every] == [(16, 4, 4), (32, 4, 4), (32, 4, 4), (32, 8, 8), (16, 8, 8)]
+    assert all(torch.equal(one, other) for one, other in zip(every, half, strict=False))
+    assert torch.equal(middle, half[-1])
+    assert family.prompt_dimensions(network) == {"prompt_embeds": 80, "pooled_prompt_embeds": 48}
+
+
 def test_families_without_features_say_so(family):
     from distill.core.plugin_api.family import ModelFamily
 

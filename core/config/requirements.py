@@ -10,7 +10,7 @@ from ..settings.run_settings import RunSettings
 
 if TYPE_CHECKING:
     from ..plugin_api.family import ModelFamily
-    from ..plugin_api.method import Method, MethodSetup, ModelType, Role
+    from ..plugin_api.method import Method, MethodSetup, ModelType, Requirements, Role
     from ..settings.dataset_settings import DatasetSettings
 
 SWITCHES = {
@@ -67,7 +67,7 @@ def check_requirements(
     if needs.zero_dropout and run.model_type == "lora" and run.lora_dropout > 0:
         problem = f"the method {method.name!r} compares two passes of one network, which dropout makes differ"
         refuse("lora_dropout", f"{problem}; must be 0", "set lora_dropout to 0")
-    notices: list[str] = []
+    notices = _without_effect(method, needs, run)
     for path, owner, config in with_parts(method, method_config, f"distillation_config.{method.name}"):
         points = owner.requires(config, setup).divides_timesteps
         if points is None or num_timesteps % points == 0:
@@ -80,6 +80,13 @@ def check_requirements(
         else:
             notices.append(_short_grid(key, points, num_timesteps))
     return findings, notices
+
+
+def _without_effect(method: type[Method], needs: Requirements, run: RunSettings) -> list[str]:
+    """Return notices about keys that this method makes no use of."""
+    if run.pixel_decoder is None or needs.pixels:
+        return []
+    return [f"pixel_decoder has no effect: the method {method.name!r} decodes nothing in training"]
 
 
 def _untrainable(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from ..diffusion.prediction import Prediction, classifier_free_guidance
 from ..utils.dropout import NetworkCall, within
@@ -269,7 +269,8 @@ class Context:
         if len(samples[0]) == 1 or not torch.is_grad_enabled():
             return torch.cat([function(*sample) for sample in zip(*samples, strict=True)])
         once_more = functools.partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)
-        return torch.cat([once_more(*sample) for sample in zip(*samples, strict=True)])
+        with set_checkpoint_early_stop(False):  # it stops by an exception, which TorchScript turns into a failure
+            return torch.cat([once_more(*sample) for sample in zip(*samples, strict=True)])
 
     @contextmanager
     def _full_precision(self, wanted: bool) -> Iterator[None]:

@@ -183,8 +183,10 @@ def processed(processor: Any, images: Tensor) -> Tensor:
     """Return images (B, 3, H, W) in [0, 1] as an image processor of a CLIP makes them, with a gradient."""
     size = dict(processor.size)
     edge = size.get("shortest_edge")
-    factor = None if edge is None else edge / min(images.shape[-2:])
-    height, width = (round(each * factor) for each in images.shape[-2:]) if factor else (size["height"], size["width"])
+    if edge is None:
+        height, width = size["height"], size["width"]
+    else:  # rounded down, as transformers does
+        height, width = (edge * each // min(images.shape[-2:]) for each in images.shape[-2:])
     if (height, width) != tuple(images.shape[-2:]):
         images = nn.functional.interpolate(images, (height, width), mode="bicubic", antialias=True)
     if processor.do_center_crop:

@@ -97,6 +97,7 @@ class GaussianFamily(ModelFamily):
     def __init__(self, schedule: Schedule, kind: str, times: Tensor) -> None:
         super().__init__(self.Config(), ModelSettings("closed form"))
         self._schedule, self._kind, self._times = schedule, kind, times
+        self.decoded = False
 
     def check_source(self) -> None:
         """Do nothing: there is no source."""
@@ -137,6 +138,7 @@ class GaussianFamily(ModelFamily):
 
     def decode_pixels(self, latents: Tensor) -> Tensor:
         """Return grey images of one pixel, (B, 3, 1, 1), whose value is the sample (B, 1)."""
+        self.decoded = True
         return latents.reshape(-1, 1, 1, 1).expand(-1, 3, 1, 1)
 
     def prompt_dimensions(self, network: nn.Module) -> dict[str, int]:

@@ -211,6 +211,8 @@ def _gradients(bench: Bench) -> None:
         expect(finite, f"the gradient of {taken.role!r} is not finite", "look for a division by alpha or sigma of 0")
         moves = sum(float(gradient.square().sum()) for gradient in gradients)
         expect(moves > 0, f"the loss of {taken.role!r} has no gradient", "was the prediction made under no_grad?")
+    expect(bench.needs.pixels or not bench.family.decoded, "it decodes, and requires() does not say so",
+           "set pixels=True: what decodes is then kept in memory, and counted")  # fmt: skip
     now = own_weights(trial.networks)
     still = [role for role in sorted(trained) if same(start[role], now[role])]
     expect(not still, f"{still} did not move in {STEPS} steps", "yield an Update of each trained role")
