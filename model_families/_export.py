@@ -7,38 +7,56 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..core.diffusion.second_time import SCHEDULER, active_second_time, detached_second_time, export_second_time
 from ..core.errors import UserError
 from ._files import quiet_libraries
 from ._lora_files import WEIGHTS
+from ._plain_lora import scaled, scaled_dtype
 
 if TYPE_CHECKING:
     from ..core.plugin_api.family import ExportInfo
     from ._architecture import Architecture
     from ._source import TextEncoders
 
+FOLDED_SCALE = "lora_scale_in_weights"
+"""Entry of the file's header: alpha / rank as trained, by which the second factors are multiplied."""
+
 
 def export_lora(architecture: Architecture, network: nn.Module, folder: Path, info: ExportInfo) -> None:
-    """Write the adapter in diffusers' format, with rank and alpha as adapter metadata.
+    """Write the adapter in diffusers' format, with its scale in the weights: alpha is the rank, in the metadata too.
 
-    ``info.metadata`` is added to the header of the file.
+    Readers that know no alpha apply it right so. ``info.metadata`` is added to the header of the file.
     """
+    metadata = dict(info.metadata)
     with quiet_libraries():
         from peft.utils import get_peft_model_state_dict
 
         denoiser: Any = network
+        config = _in_order(denoiser.peft_config[info.adapter].to_dict())
         layers: Any = get_peft_model_state_dict(denoiser, adapter_name=info.adapter)
+        if config["lora_alpha"] != config["r"]:
+            metadata[FOLDED_SCALE] = f"{config['lora_alpha'] / config['r']:.12g}"
+            layers = at_scale_one(layers, scale=config["lora_alpha"] / config["r"])
+            config["lora_alpha"] = config["r"]
         # peft's own names throughout: diffusers' converter renames those of the attention only, and its loader, which
         # decides by the first name, then drops them in silence
         written = {
             f"{architecture.denoiser}_lora_layers": layers,
-            f"{architecture.denoiser}_lora_adapter_metadata": _in_order(denoiser.peft_config[info.adapter].to_dict()),
+            f"{architecture.denoiser}_lora_adapter_metadata": config,
         }
         architecture.pipeline_class().save_lora_weights(folder, **written)
-    if info.metadata:
-        _add_metadata(folder / WEIGHTS, dict(info.metadata))
+    if metadata:
+        _add_metadata(folder / WEIGHTS, metadata)
+
+
+def at_scale_one(layers: Mapping[str, Tensor], *, scale: float) -> dict[str, Tensor]:
+    """Return the same LoRA for readers that apply no scale: it is in the second factors, ``lora_B``."""
+    return {
+        name: scaled(weight, scale if ".lora_B." in name else 1.0, dtype=scaled_dtype(weight.dtype, scale))
+        for name, weight in layers.items()
+    }
 
 
 def _in_order(config: dict[str, Any]) -> dict[str, Any]:

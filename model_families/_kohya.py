@@ -21,7 +21,7 @@ from ..core.utils.safetensors_header import sort_metadata
 from ._architecture import KohyaFormat, Layer, Layers
 from ._files import quiet_libraries
 from ._lora_files import WEIGHTS
-from ._plain_lora import read_by_diffusers
+from ._plain_lora import read_by_diffusers, scaled, scaled_dtype
 
 if TYPE_CHECKING:
     from ._architecture import Architecture
@@ -42,7 +42,8 @@ def export_kohya(
 ) -> list[str]:
     """Write the LoRA of a student's folder once more, as `file`, completely or not at all.
 
-    The result is read with diffusers' own reader before it is moved into place.
+    Alpha is the rank, and the scale in the weights, since not every reader heeds alpha. The result is read with
+    diffusers' own reader before it is moved into place.
 
     Args:
         architecture: The student's architecture.
@@ -70,6 +71,7 @@ def export_kohya(
             "use the folder student/ with the pipeline that lies in it",
         )
     layers, about = read_layers(student / WEIGHTS, architecture.denoiser)
+    layers = {path: at_scale_one(layer) for path, layer in layers.items()}
     state = tensors(form.renamed(layers, config), dtype)
     with whole_file(file) as partial:
         write_file(partial, state, {**about, **header(form, layers, title=title, predicts_v=predicts_v)})
@@ -252,4 +254,6 @@ def fused(layers: Sequence[Layer]) -> Layer:
 
 def at_scale_one(layer: Layer) -> Layer:
     """Return the same change of the weight with an alpha equal to the rank, for readers that ignore alpha."""
-    return Layer(layer.down, layer.up * (layer.alpha / layer.rank), float(layer.rank))
+    scale = layer.alpha / layer.rank
+    up = layer.up if scale == 1 else scaled(layer.up, scale, dtype=scaled_dtype(layer.up.dtype, scale))
+    return Layer(layer.down, up, float(layer.rank))

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..core.errors import UserError
 from ._architecture import KohyaFormat, Layers
-from ._kohya import REMEDY, at_scale_one, fused
+from ._kohya import REMEDY, fused
 
 FINAL = "proj_out"
 _DOUBLE = {
@@ -37,7 +37,7 @@ def original_flux(layers: Layers, config: Mapping[str, Any]) -> Layers:
     found: Layers = {}
     for path in layers:
         if path == FINAL:
-            found["final_layer.linear"] = at_scale_one(layers[path])  # its alpha is not heeded by every reader
+            found["final_layer.linear"] = layers[path]
             continue
         name, members = flux_place(path, config)
         if name not in found:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
 from ._files import quiet_libraries
 from ._lora_files import lora_file
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from ._architecture import Architecture
 
 
@@ -42,6 +44,17 @@ class Lora:
         """Return the number of layers of the component `prefix` that it changes."""
         inner = {key.partition(".lora")[0].partition("_lora.")[0] for key in self.state if key.startswith(f"{prefix}.")}
         return len({name.removesuffix(".alpha") for name in inner})
+
+
+def scaled(weight: Tensor, scale: float, *, dtype: torch.dtype) -> Tensor:
+    """Return the weight times a scale as `dtype`, on the CPU, rounded once."""
+    return (weight.detach().cpu().double() * scale).to(dtype)
+
+
+def scaled_dtype(dtype: torch.dtype, scale: float) -> torch.dtype:
+    """Return the type of scaled weights: float32 for half precision, unless a power of two scales it exactly."""
+    exact = math.frexp(scale)[0] == 0.5
+    return dtype if exact else torch.promote_types(dtype, torch.float32)
 
 
 def read_by_diffusers(name: str, weight: float, architecture: Architecture, config: Mapping[str, Any]) -> Lora:

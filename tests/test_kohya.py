@@ -93,7 +93,7 @@ def test_the_file_makes_the_students_image_in_plain_diffusers(name, base, tmp_pa
     with safe_open(file, framework="pt") as opened:
         about, names = opened.metadata(), set(opened.keys())
     assert about["ss_base_model_version"] == base
-    assert (about["ss_network_dim"], about["ss_network_alpha"], about["ss_output_name"]) == ("4", "12", "fox-kohya")
+    assert (about["ss_network_dim"], about["ss_network_alpha"], about["ss_output_name"]) == ("4", "4", "fox-kohya")
     assert about["distillation_method"] == "lcm"
     assert about["ss_v2"] == str(name == "sd2x-v")
     assert ("ss_network_args" in about) == (not flow)
@@ -175,10 +175,13 @@ def test_a_flux_whose_last_layer_is_adapted_says_what_diffusers_leaves_out(tmp_p
     with safe_open(student / WEIGHTS, framework="pt") as opened:
         about = opened.metadata()
     state |= {f"transformer.proj_out.lora_{part}.weight": torch.ones(4, 4) for part in "AB"}
+    adapter = {**json.loads(about["lora_adapter_metadata"]), "transformer.lora_alpha": ALPHA}
+    about["lora_adapter_metadata"] = json.dumps(adapter)  # as a file whose scale is not in its weights
     save_file(state, student / WEIGHTS, metadata=about)
     assert "ComfyUI reads proj_out in it, diffusers leaves it out" in publish(family, student)
     written = load_file(tmp_path / "fox-kohya.safetensors")
     assert written["lora_unet_final_layer_linear.alpha"] == RANK, "its scale is in its weights"
+    assert {value.item() / RANK for name, value in written.items() if name.endswith(".alpha")} == {1.0, 3.0}, "fused: 3"
     assert torch.equal(written["lora_unet_final_layer_linear.lora_up.weight"], torch.full((4, 4), ALPHA / RANK))
 
 
@@ -227,4 +230,4 @@ def test_half_precision_is_the_rounded_file(tmp_path):
     assert all(torch.equal(value, whole[name]) for name, value in half.items() if name in kept)
     assert all(torch.equal(value, whole[name].bfloat16()) for name, value in half.items() if name not in kept)
     with safe_open(files[0], framework="pt") as opened:
-        assert json.loads(opened.metadata()["ss_network_args"]) == {"conv_dim": "4", "conv_alpha": "12"}
+        assert json.loads(opened.metadata()["ss_network_args"]) == {"conv_dim": "4", "conv_alpha": "4"}

@@ -89,7 +89,18 @@ def _introduction(configuration: Configuration, info: ExportInfo) -> str:
         f"{kind} that makes images in {plural(sampler.num_inference_steps, 'step')} with "
         f"{describe_guidance(sampler.guidance_scale)}, distilled from {base} with the method "
         f"`{run.distillation_method}` by distill (`pip install distill-engine`). "
-        f"It runs with `{sampler.scheduler}`, whose settings lie in `scheduler/`."
+        f"It runs with `{sampler.scheduler}`, whose settings lie in `scheduler/`.{_scale(info)}"
+    )
+
+
+def _scale(info: ExportInfo) -> str:
+    """Return the sentence about a LoRA whose alpha was not its rank while it was trained."""
+    lora = info.lora
+    if info.model_type != "lora" or lora is None or lora.alpha == lora.rank:
+        return ""
+    return (
+        f" It was trained with alpha {lora.alpha:g} at rank {lora.rank}: this scale of {lora.alpha / lora.rank:.6g} is "
+        "in its weights, so its strength is 1 wherever it is loaded, also where alpha is not heeded."
     )
 
 
