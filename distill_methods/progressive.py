@@ -50,7 +50,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 import torch
@@ -76,7 +76,7 @@ from ..core.plugin_api.context import Context
 from ..core.plugin_api.hookspecs import hookimpl
 from ..core.plugin_api.method import Method, MethodSetup, Requirements, Role, Update
 from ..core.plugin_api.pair_discriminator import ENCODER, PAIR_HEADS, RELAXED_HEADS, PairDiscriminator, pair_roles
-from ..core.plugin_api.stage import Stage
+from ..core.plugin_api.stage import Stage, lengths_by_share
 from ..core.settings.types import Integers, split_numbers
 
 Shares = Annotated[tuple[Annotated[float, Field(gt=0, le=1e6)], ...], BeforeValidator(split_numbers)]
@@ -213,7 +213,7 @@ class Progressive(Method):
         student becomes its own teacher.
         """
         steps, phases = config.student_steps, config.phases
-        whole = _lengths(config.stage_shares or (1.0,) * len(steps), total_steps)
+        whole = lengths_by_share(total_steps, config.stage_shares or (1.0,) * len(steps))
         lengths = [_length_of(phase, whole[phase.number], config) for phase in phases]
         if min(lengths) < 1:
             raise UserError(
@@ -368,12 +368,6 @@ def _halved(steps: int) -> list[int]:
     while halves[-1] % 2 == 0 and len(halves) < 6:
         halves.append(halves[-1] // 2)
     return halves
-
-
-def _lengths(shares: Sequence[float], total: int) -> list[int]:
-    """Return whole numbers in these proportions that sum to `total`."""
-    ends = [round(total * part / sum(shares)) for part in accumulate(shares)]
-    return [end - start for start, end in pairwise([0, *ends[:-1], total])]
 
 
 def _length_of(phase: Phase, whole: int, config: Progressive.Config) -> int:
