@@ -151,8 +151,8 @@ class Recipe(Method):
         for label, term in config.used.items():
             for role in term.found.roles(term.settings, setup):
                 for owner, declared in owners.setdefault(role.name, []):
-                    together = config.stages_of(config.used[owner]) & config.stages_of(term)
-                    _require_alike(owner, declared, label, role, together=bool(together))
+                    shared = config.stages_of(config.used[owner]) & config.stages_of(term)
+                    _require_alike(owner, declared, label, role, at_once=bool(shared))
                 owners[role.name].append((label, role))
         return [declared[0][1] for declared in owners.values()]
 
@@ -296,8 +296,8 @@ def _prefixed(label: str, metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {f"{label}/{name}": value for name, value in metrics.items()}
 
 
-def _require_alike(owner: str, declared: Role, label: str, role: Role, *, together: bool) -> None:
-    """Refuse two terms that cannot share a network; they may both train one if they never count `together`."""
+def _require_alike(owner: str, declared: Role, label: str, role: Role, *, at_once: bool) -> None:
+    """Refuse two terms that cannot share a network; they may both train one if they never count `at_once`."""
     for field in fields(Role):
         ours, theirs = getattr(declared, field.name), getattr(role, field.name)
         if ours != theirs:
@@ -306,7 +306,7 @@ def _require_alike(owner: str, declared: Role, label: str, role: Role, *, togeth
                 f"{owner} and {theirs!r} for {label}",
                 "change the settings or the model_type that make them differ, or leave one of the two terms out",
             )
-    if together and role.trains != "none" and role.name != STUDENT:
+    if at_once and role.trains != "none" and role.name != STUDENT:
         raise UserError(
             f"the terms {owner} and {label} would both train {role.name!r}, each with its own loss",
             f"leave one of the two out, or the part of it that trains {role.name!r}",

@@ -194,11 +194,13 @@ class RunComponents:
 
         from ..engine.lr import lr_lambda, staged
         from ..engine.optimize import RoleOptimizer
-        from .optimizers import of_role
+        from .optimizers import of_role, own_learning_rate
 
         settings, parameters = self.settings, self.networks.parameters(role)
         plugin = self.optimizer_plugin
-        chosen, max_grad_norm = of_role(self.networks.roles[role], settings, type(plugin))
+        declared = self.networks.roles[role]
+        chosen, max_grad_norm = of_role(declared, settings, type(plugin))
+        follows = own_learning_rate(declared, settings, type(plugin)) is None
         optimizer = plugin.build(parameters, chosen)
         schedule = "constant" if plugin.schedule_free else settings.lr_scheduler
         fp16 = settings.mixed_precision == "fp16"
@@ -209,7 +211,7 @@ class RunComponents:
                     schedule, settings.lr_warmup_steps, num_steps, num_cycles=settings.lr_num_cycles,
                     power=settings.lr_power, end_factor=settings.lr_end / settings.learning_rate,
                 ),
-                self.stages, learning_rate=None if own_rate else settings.learning_rate,
+                self.stages, learning_rate=settings.learning_rate if follows else None,
             ),
             max_grad_norm=max_grad_norm, update_policy=plugin,
             scaler=torch.amp.GradScaler(self.processes.device.type) if fp16 else None,
