@@ -26,10 +26,9 @@ The first keeps the teacher's modes, at the price of artefacts where a student o
 end of each adversarial stage (``relaxed_share``) is relaxed. The optimizers and E go on from one to the other; D and D'
 are heads of their own. Every step takes the student first, then E, then the heads, on the same samples.
 
-What differs from the paper, whose code is not published: its heads read the middle block alone, these every level of
-the first half; each network keeps what it predicts, where the paper goes over to x_0 for one step (an eps network
-divides its error by alpha, 0.068 at SDXL's last timestep); x_T is noised data as elsewhere; E goes on from stage to
-stage.
+What differs from the paper, whose code is not published: each network keeps what it predicts, where the paper goes over
+to x_0 for one step (an eps network divides its error by alpha, 0.068 at SDXL's last timestep); x_T is noised data as in
+the other stages, not pure noise; E goes on from stage to stage.
 
 The first teacher is the model itself with guidance, so that the first stage also takes the two calls of guidance into
 one; later teachers have it built in. A LoRA has no guidance input: a range of w is averaged, which blurs, so w is one
@@ -50,7 +49,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 import torch
@@ -58,6 +57,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from ..core.diffusion import Prediction, Schedule
+from ..core.diffusion.adversarial import HeadKind, HeadLevels
 from ..core.diffusion.guidance import GuidanceRange, embedded_scale
 from ..core.diffusion.regression import WEIGHTS, distance, error_weight
 from ..core.diffusion.sampler import Sampler
@@ -76,7 +76,7 @@ from ..core.plugin_api.context import Context
 from ..core.plugin_api.hookspecs import hookimpl
 from ..core.plugin_api.method import Method, MethodSetup, Requirements, Role, Update
 from ..core.plugin_api.pair_discriminator import ENCODER, PAIR_HEADS, RELAXED_HEADS, PairDiscriminator, pair_roles
-from ..core.plugin_api.stage import Stage
+from ..core.plugin_api.stage import Stage, lengths_by_share
 from ..core.settings.types import Integers, split_numbers
 
 Shares = Annotated[tuple[Annotated[float, Field(gt=0, le=1e6)], ...], BeforeValidator(split_numbers)]
@@ -139,6 +139,8 @@ class Progressive(Method):
         starts."""
         discriminator_learning_rate: float | None = Field(None, gt=0, le=1)
         """Learning rate of the discriminator, encoder and heads; null: the run's."""
+        heads: HeadKind = "strided"
+        head_levels: HeadLevels = "middle"
 
         @model_validator(mode="after")
         def _fitting(self) -> Progressive.Config:
@@ -165,7 +167,7 @@ class Progressive(Method):
             return tuple(found)
 
         @property
-        def heads(self) -> tuple[str, ...]:
+        def judging(self) -> tuple[str, ...]:
             """The roles of heads that are trained at some time."""
             if not any(self.adversarial_weight):
                 return ()
@@ -188,7 +190,10 @@ class Progressive(Method):
         """
         student = Role("student", trains=setup.model_type, guidance_embedding=config.takes_guidance(setup.model_type))
         before = [Role("stage_teacher", copy_of="student")] if len(config.student_steps) > 1 else []
-        judges = pair_roles(config.heads, setup.model_type, learning_rate=config.discriminator_learning_rate)
+        judges = pair_roles(
+            config.judging, setup.model_type, heads=config.heads, head_levels=config.head_levels,
+            learning_rate=config.discriminator_learning_rate,
+        )  # fmt: skip
         return [Role("teacher"), student, *before, *judges]
 
     @classmethod
@@ -199,13 +204,13 @@ class Progressive(Method):
         if config.scales == (1.0, 1.0):
             setup.require_unguided("distillation_config.progressive: w_min = w_max = 1", "leave both out")
         told = config.takes_guidance(setup.model_type)
-        if told and config.heads:
+        if told and config.judging:
             raise UserError(
                 f"progressive: adversarial_weight = {list(config.adversarial_weight)} with a range of guidance "
                 f"({config.w_min:g} to {config.w_max:g}): the discriminator is not told the scale that the student is",
                 "set w_min and w_max to one number",
             )
-        return Requirements(guidance_embedding=told, finite_snr=True, features=bool(config.heads))
+        return Requirements(guidance_embedding=told, finite_snr=True, features=bool(config.judging))
 
     @classmethod
     def stages(cls, config: Any, *, total_steps: int) -> Sequence[Stage]:
@@ -213,7 +218,7 @@ class Progressive(Method):
         student becomes its own teacher.
         """
         steps, phases = config.student_steps, config.phases
-        whole = _lengths(config.stage_shares or (1.0,) * len(steps), total_steps)
+        whole = lengths_by_share(total_steps, config.stage_shares or (1.0,) * len(steps))
         lengths = [_length_of(phase, whole[phase.number], config) for phase in phases]
         if min(lengths) < 1:
             raise UserError(
@@ -222,7 +227,7 @@ class Progressive(Method):
                 f"train for at least {len(phases)} steps, or name fewer student_steps",
             )
         later = {"copy": {"stage_teacher": "student"}, "restart_learning_rate": True}
-        trained = ("student", *((ENCODER, *config.heads) if config.heads else ()))
+        trained = ("student", *((ENCODER, *config.judging) if config.judging else ()))
         found: list[Stage] = []
         for phase, length in zip(phases, lengths, strict=True):
             name = f"{config.all_steps[phase.number]} to {steps[phase.number]} steps"
@@ -323,7 +328,7 @@ class Progressive(Method):
         if config.is_range:
             told = config.takes_guidance(self.setup.model_type)
             line += f", {'which the student takes as an input' if told else 'averaged: a LoRA has no input for it'}"
-        if not config.heads:
+        if not config.judging:
             return [line]
         named = [
             str(steps) for number, steps in enumerate(config.student_steps) if _of(config.adversarial_weight, number)
@@ -368,12 +373,6 @@ def _halved(steps: int) -> list[int]:
     while halves[-1] % 2 == 0 and len(halves) < 6:
         halves.append(halves[-1] // 2)
     return halves
-
-
-def _lengths(shares: Sequence[float], total: int) -> list[int]:
-    """Return whole numbers in these proportions that sum to `total`."""
-    ends = [round(total * part / sum(shares)) for part in accumulate(shares)]
-    return [end - start for start, end in pairwise([0, *ends[:-1], total])]
 
 
 def _length_of(phase: Phase, whole: int, config: Progressive.Config) -> int:

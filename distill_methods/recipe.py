@@ -10,18 +10,24 @@ that a term yields for its other networks (a fake score, heads) pass through uns
 counts for the student, not how well the term's own networks are trained. A term that steps the student every fifth time
 contributes at those steps.
 
-Consistency beside distribution matching (rCM) and regression beside both adversarial and matching terms (Flash
-Diffusion) are recipes of this kind.
+Consistency beside distribution matching (rCM) and distribution matching held by a regression on the teacher's
+trajectories (the first DMD) are recipes of this kind.
 
-Roles of one name are one network. So the terms must declare them alike, and at most one term may train a role other
-than the student: alternating two losses on one fake score would fit neither. Terms draw the same noise where they
+**Stages.** ``stages`` cuts the run into parts with a name, a length and, where it changes, a learning rate; the terms'
+``stage_weights`` say which of them count in which. DMD2's set-up for one step, in one file: regression on the teacher's
+trajectories, then distribution matching. A term of weight 0 in a stage is not computed there. Its networks are made
+when the run begins (moments of their optimizers only when they are first stepped), and its data is read throughout.
+
+Roles of one name are one network. So the terms must declare them alike, and at most one term at a time may train a role
+other than the student: alternating two losses on one fake score would fit neither. Terms draw the same noise where they
 name it alike (common random numbers), so a recipe of one term with weight 1 is that method, bit for bit. The graphs of
 all terms of a step are in memory at once.
 
 References:
     Zheng et al., Large Scale Diffusion Distillation via Score-Regularized Continuous-Time Consistency (rCM),
         arXiv 2510.08431.
-    Chadebec et al., Flash Diffusion, arXiv 2406.02347.
+    Yin et al., One-step Diffusion with Distribution Matching Distillation, arXiv 2311.18828.
+    Yin et al., Improved Distribution Matching Distillation (warm-up for one step), arXiv 2405.14867.
 """
 
 from __future__ import annotations
@@ -42,7 +48,7 @@ from ..core.plugin_api.batch import Batch
 from ..core.plugin_api.context import Context
 from ..core.plugin_api.hookspecs import hookimpl
 from ..core.plugin_api.method import Method, MethodPart, MethodSetup, Requirements, Role, Update
-from ..core.plugin_api.stage import Stage
+from ..core.plugin_api.stage import Stage, StageSettings, stages_of_settings
 from ..core.utils.suggest import did_you_mean, nearest
 
 STUDENT = "student"
@@ -86,8 +92,11 @@ class Recipe(Method):
         terms: list[Term] = Field(min_length=1)
         """Each {"method": NAME, "weight": 1.0, "stage_weights": {}, "config": {settings of that method}}; a weight is a
         number, or {"0": 0, "500": 0.25}, linear in between."""
+        stages: list[StageSettings] | None = Field(None, min_length=1)
+        """Parts of the run, each {"name": NAME, "steps": 2000, "share": 1, "learning_rate": 1e-5, "reset_optimizer":
+        false} with a length in steps or a share of the rest; absent: those of a term that has some, else one."""
         sampler: str | None = Field(None, validate_default=True)
-        """The term whose sampler the student is validated and exported with; absent: the first."""
+        """The term whose sampler the student is validated and exported with; absent: the first of the last stage."""
 
         @field_validator("terms", mode="after")
         @classmethod
@@ -95,6 +104,15 @@ class Recipe(Method):
             if not any(term.used for term in terms):
                 raise ValueError("has no term with a weight above 0: there is nothing to train")
             return terms
+
+        @field_validator("stages", mode="after")
+        @classmethod
+        def _names_differ(cls, stages: list[StageSettings] | None) -> list[StageSettings] | None:
+            names = [stage.name for stage in stages or ()]
+            twice = sorted({name for name in names if names.count(name) > 1})
+            if twice:
+                raise ValueError(f"has more than one stage named {', '.join(twice)}: give each its own name")
+            return stages
 
         @field_validator("sampler", mode="after")
         @classmethod
@@ -110,7 +128,17 @@ class Recipe(Method):
         @property
         def used(self) -> dict[str, Term]:
             """The terms with a weight above 0 at some step, by label."""
-            return {label: term for label, term in zip(labels_of(self.terms), self.terms, strict=True) if term.used}
+            return {
+                label: term
+                for label, term in zip(labels_of(self.terms), self.terms, strict=True)
+                if term.used and self.stages_of(term)
+            }
+
+        def stages_of(self, term: Term) -> set[str | None]:
+            """Return the names of the stages in which a term counts; of a recipe without stages, None alone."""
+            if self.stages is None:
+                return {None}
+            return {stage.name for stage in self.stages if term.stage_weights.get(stage.name, 1.0) > 0}
 
     def __init__(self, config: Any, setup: MethodSetup) -> None:
         super().__init__(config, setup)
@@ -119,13 +147,14 @@ class Recipe(Method):
     @classmethod
     def roles(cls, config: Any, setup: MethodSetup) -> Sequence[Role]:
         """Return the roles of all terms; roles of one name are one network."""
-        owners: dict[str, tuple[str, Role]] = {}
+        owners: dict[str, list[tuple[str, Role]]] = {}
         for label, term in config.used.items():
             for role in term.found.roles(term.settings, setup):
-                owner, declared = owners.setdefault(role.name, (label, role))
-                if owner != label:
-                    _require_alike(owner, declared, label, role)
-        return [role for _, role in owners.values()]
+                for owner, declared in owners.setdefault(role.name, []):
+                    shared = config.stages_of(config.used[owner]) & config.stages_of(term)
+                    _require_alike(owner, declared, label, role, at_once=bool(shared))
+                owners[role.name].append((label, role))
+        return [declared[0][1] for declared in owners.values()]
 
     @classmethod
     def requires(cls, config: Any, setup: MethodSetup) -> Requirements:
@@ -134,7 +163,7 @@ class Recipe(Method):
 
     @classmethod
     def stages(cls, config: Any, *, total_steps: int) -> Sequence[Stage]:
-        """Return the stages of the one term that has several, or none."""
+        """Return the recipe's own stages, or those of the one term that has several, or none."""
         found = {
             label: term.found.stages(term.settings, total_steps=total_steps) for label, term in config.used.items()
         }
@@ -144,7 +173,16 @@ class Recipe(Method):
                 f"the terms {' and '.join(staged)} of the recipe have stages of their own; one term may",
                 f"leave {' or '.join(staged)} out, or set it to a single stage",
             )
+        if staged and config.stages:
+            raise UserError(
+                f"the recipe has stages, and its term {staged[0]} has stages of its own "
+                f"({', '.join(stage.name for stage in found[staged[0]])})",
+                f"set {staged[0]} to a single stage, leave the recipe's stages out, or train one run after the other "
+                "(init_lora)",
+            )
         stages = found[staged[0]] if staged else super().stages(config, total_steps=total_steps)
+        if config.stages:
+            stages = stages_of_settings(config.stages, total_steps)
         _check_weights(config.used, stages)
         return stages
 
@@ -175,7 +213,10 @@ class Recipe(Method):
     def _sampled(self) -> Method:
         """The method whose sampler and result the recipe uses."""
         by_label = {term.label: term.method for term in self._terms}
-        return by_label[self.config.sampler] if self.config.sampler else self._terms[0].method
+        if self.config.sampler:
+            return by_label[self.config.sampler]
+        last = self.config.stages[-1].name if self.config.stages else None
+        return next(term.method for term in self._terms if last in self.config.stages_of(term.config))
 
     def result_role(self) -> str:
         """Return the role that the term of the sampler exports."""
@@ -184,13 +225,17 @@ class Recipe(Method):
     def sampler(
         self, schedule: Schedule, *, num_inference_steps: int | None = None, guidance_scale: float | None = None
     ) -> Sampler:
-        """Return the sampler of the term named by ``sampler``, or of the first term."""
+        """Return the sampler of the term named by ``sampler``, or of the first term of the last stage."""
         return self._sampled.sampler(schedule, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
 
     def notices(self) -> list[str]:
-        """Return the weights, then each term's notices."""
+        """Return the weights and the stages, then each term's notices."""
         weights = "; ".join(f"{term.label} {_spoken(term.config)}" for term in self._terms)
-        return [f"recipe: {weights}", *(line for term in self._terms for line in term.method.notices())]
+        lines = [f"recipe: {weights}"]
+        for stage in self.config.stages or ():
+            counting = (term.label for term in self._terms if stage.name in self.config.stages_of(term.config))
+            lines.append(f"recipe: stage {_spoken_stage(stage)}: {', '.join(counting)}")
+        return [*lines, *(line for term in self._terms for line in term.method.notices())]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the terms' states."""
@@ -251,8 +296,8 @@ def _prefixed(label: str, metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {f"{label}/{name}": value for name, value in metrics.items()}
 
 
-def _require_alike(owner: str, declared: Role, label: str, role: Role) -> None:
-    """Refuse two terms that cannot share a network."""
+def _require_alike(owner: str, declared: Role, label: str, role: Role, *, at_once: bool) -> None:
+    """Refuse two terms that cannot share a network; they may both train one if they never count `at_once`."""
     for field in fields(Role):
         ours, theirs = getattr(declared, field.name), getattr(role, field.name)
         if ours != theirs:
@@ -261,7 +306,7 @@ def _require_alike(owner: str, declared: Role, label: str, role: Role) -> None:
                 f"{owner} and {theirs!r} for {label}",
                 "change the settings or the model_type that make them differ, or leave one of the two terms out",
             )
-    if role.trains != "none" and role.name != STUDENT:
+    if at_once and role.trains != "none" and role.name != STUDENT:
         raise UserError(
             f"the terms {owner} and {label} would both train {role.name!r}, each with its own loss",
             f"leave one of the two out, or the part of it that trains {role.name!r}",
@@ -293,6 +338,12 @@ def _turning_points(terms: Mapping[str, Term], start: int, end: int) -> list[int
     """Return the steps of [start, end) between which weights are linear: a sum of them vanishes at one or nowhere."""
     named = {step for term in terms.values() if isinstance(term.weight, dict) for step in term.weight}
     return sorted({start, end - 1, *(step for step in named if start <= step < end)})
+
+
+def _spoken_stage(stage: StageSettings) -> str:
+    length = f"{stage.steps} steps" if stage.steps else f"share {stage.share or 1:g}"
+    rate = "" if stage.learning_rate is None else f", learning rate {stage.learning_rate:g}"
+    return f"{stage.name} ({length}{rate})"
 
 
 def _spoken(term: Term) -> str:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from ..core.diffusion.second_time import second_time_input
 from ..core.plugin_api.family import Capabilities, ExportInfo, ModelFamily
 from ..core.plugin_api.hookspecs import hookimpl
-from ..core.utils.full_precision import input_type
+from ..core.utils.full_precision import compute_type, input_type
 from ._architecture import Architecture, ReadConfig
 from ._checks import check_channels
 from ._encoders import last_states
@@ -174,10 +174,12 @@ class Flux(TransformerFamily):
         transformer: Any = network
         dtype = self.weight_type(transformer)
         states, (height, width) = cond["prompt_embeds"].to(dtype), x_t.shape[-2:]
+        # rounded as in a pipeline of that type, also for a student whose own weights are fp32
+        told = time.to(compute_type(dtype, x_t.device)) / 1000
         with second_time_input(transformer, time, second_time):
             packed = transformer(
                 hidden_states=pack(x_t.to(input_type(dtype, x_t.device))),
-                timestep=time.to(dtype) / 1000,
+                timestep=told,
                 guidance=self._guidance_input(transformer, guidance, like=time),
                 pooled_projections=cond["pooled_prompt_embeds"].to(dtype),
                 encoder_hidden_states=states,

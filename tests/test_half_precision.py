@@ -473,3 +473,37 @@ def test_the_search_for_the_scale_may_take_its_sixteen_halvings():
             monitor(19, finite=True)
         with pytest.raises(DistillError, match="3 times in a row"):
             monitor(3, finite=False)
+
+
+# -- Flux's time ------------------------------------------------------------------------------------------------------
+
+
+def test_a_full_flux_student_is_told_the_times_of_its_half_precision_pipeline(tmp_path):
+    """FluxPipeline rounds times to its type, divides and multiplies by 1000 in it: to multiples of 4 above 512 in bf16.
+
+    A student with fp32 weights inside autocast is rounded too, by the transformer. Without the same order of roundings
+    183 of the 1000 times differ, by up to 4, from those that it is sampled at.
+    """
+    tiny = MODELS["flux-schnell"]
+    family = tiny.make(tiny.write(tmp_path / "model"))
+    student, seen = family.load_network(), []
+    student.time_text_embed.register_forward_pre_hook(lambda module, args: seen.append(args[0].float()))
+    t = torch.arange(1, 1001).float()
+    x_t, _, cond = inputs(family)
+    x_t, cond = x_t[:1], {name: value[:1] for name, value in cond.items()}
+
+    def told(dtype):
+        seen.clear()
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32), torch.no_grad():
+            for time in (t[892:893], t[749:750], t[498:499]):
+                family.predict(student, x_t, time, cond)
+        return torch.cat(seen)
+
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        pipeline = t.to(dtype) / 1000 * 1000
+        torch.testing.assert_close(told(dtype), pipeline[[892, 749, 498]].float(), rtol=1e-6, atol=0)
+    assert told(torch.bfloat16).tolist() == [892.0, 752.0, 500.0]
+    otherwise = (t / 1000).to(torch.bfloat16) * 1000
+    assert (otherwise != t.to(torch.bfloat16) / 1000 * 1000).sum() == 183
+    with full_precision(student, torch.device("cpu")):
+        assert told(torch.float32).tolist() == pytest.approx([893, 750, 499])

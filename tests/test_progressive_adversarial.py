@@ -78,10 +78,10 @@ def test_the_discriminator_begins_as_the_teacher_and_its_heads_read_one_end_or_a
         torch.testing.assert_close(level, expected, rtol=1e-6, atol=1e-6)
     widths = [level.shape[1] for level in theirs]
     read = {
-        role: [head[0].num_channels for head in parts.networks.module(role).levels]
+        role: [next(head.parameters()).shape[1] for head in parts.networks.module(role).levels]
         for role in ("pair_heads", "relaxed_heads")
     }
-    assert read == {"pair_heads": [2 * width for width in widths], "relaxed_heads": widths}
+    assert read == {"pair_heads": [2 * widths[-1]], "relaxed_heads": [widths[-1]]}, "of the middle block, as the paper"
     if model_type == "lora":
         assert parts.networks.module("discriminator_encoder") is parts.networks.base
 
@@ -103,15 +103,15 @@ def test_losses_equal_their_formulas(folder, step, relaxed):
         known = bar[t.clamp(min=0)].where(t >= 0, torch.ones(()).double()).reshape(-1, 1, 1, 1)
         return known.sqrt(), (1 - known).sqrt()
 
-    def jump(role, x, t, u):
+    def stepped(role, x, t, u):
         (a, s), (a_u, s_u), eps = level(t), level(u), call(parts.networks, role, x, t, batch.cond)
         return a_u * (x - s * eps) / a + s_u * eps
 
     a, s = level(points[0])
     x_t = a * batch.latents + s * rng.randn("noise", batch.latents.shape[1:]).double()
     with torch.no_grad():
-        x_s = jump("stage_teacher", jump("stage_teacher", x_t, points[0], points[1]), points[1], points[2])
-        x_hat = jump("student", x_t, points[0], points[2])
+        x_s = stepped("stage_teacher", stepped("stage_teacher", x_t, points[0], points[1]), points[1], points[2])
+        x_hat = stepped("student", x_t, points[0], points[2])
         context = parts.context.at(step, batch.positions)
         ends = points[2].clamp(min=0)
         real, fake, start = (
@@ -124,8 +124,11 @@ def test_losses_equal_their_formulas(folder, step, relaxed):
             joined = features if relaxed else [torch.cat(both, 1) for both in zip(features, start, strict=True)]
             return context.logits(heads, joined)
 
-        adversarial = softplus(-judged(fake)).mean()
-        apart = softplus(-judged(real)).mean() + softplus(judged(fake)).mean()
+        def mean(logits, sign):
+            return torch.stack([softplus(sign * level).mean() for level in logits]).mean()
+
+        adversarial = mean(judged(fake), -1)
+        apart = mean(judged(real), -1) + mean(judged(fake), 1)
         regression = (x_hat - x_s).square().mean()
 
     student, encoder, head = taken_at(parts, step)

@@ -22,7 +22,9 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -86,24 +88,52 @@ def lr_lambda(
     return partial(_warm, warmup_steps=warmup_steps, after=decayed)
 
 
-def staged(make: Callable[[int], Callable[[int], float]], stages: Sequence[Stage]) -> Callable[[int], float]:
-    """Return one schedule over the whole run, begun anew by each stage that restarts the learning rate.
+@dataclass(frozen=True)
+class Segment:
+    """Stages with one warm-up and decay.
+
+    Attributes:
+        name: Name of the first of them.
+        num_steps: Their length in optimizer steps.
+        learning_rate: Their learning rate before the schedule; None is the run's.
+    """
+
+    name: str
+    num_steps: int
+    learning_rate: float | None
+
+
+def segments(stages: Sequence[Stage]) -> list[Segment]:
+    """Return the parts of a run with a schedule of their own: a stage begins one by restarting or changing the rate."""
+    found: list[Segment] = []
+    for stage in stages:
+        rate = stage.learning_rate
+        if stage.restart_learning_rate or not found or rate != found[-1].learning_rate:
+            found.append(Segment(stage.name, stage.num_steps, rate))
+        else:
+            found[-1] = replace(found[-1], num_steps=found[-1].num_steps + stage.num_steps)
+    return found
+
+
+def staged(
+    make: Callable[[int], Callable[[int], float]], stages: Sequence[Stage], *, learning_rate: float | None = None
+) -> Callable[[int], float]:
+    """Return one schedule over the whole run, begun anew by each stage that restarts or changes the learning rate.
 
     Args:
         make: Makes the schedule for a number of steps.
         stages: The run's stages, in order.
+        learning_rate: The rate that the factors are of, for roles that follow the rates of the stages; None for roles
+            that keep theirs.
     """
-    lengths: list[int] = []
-    for stage in stages:
-        if stage.restart_learning_rate or not lengths:
-            lengths.append(0)
-        lengths[-1] += stage.num_steps
-    starts = [sum(lengths[:number]) for number in range(len(lengths))]
-    schedules = [make(length) for length in lengths]
+    parts = segments(stages)
+    starts = [0, *accumulate(part.num_steps for part in parts[:-1])]
+    schedules = [make(part.num_steps) for part in parts]
 
     def factor(step: int) -> float:
         number = max(0, bisect_right(starts, step) - 1)
-        return schedules[number](step - starts[number])
+        shape, rate = schedules[number](step - starts[number]), parts[number].learning_rate
+        return shape if rate is None or learning_rate is None else shape * (rate / learning_rate)
 
     return factor
 

@@ -17,11 +17,12 @@ References:
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..diffusion.adversarial import discriminator_loss, generator_loss
+from ..diffusion.adversarial import HeadKind, HeadLevels, discriminator_loss, generator_loss
 from .batch import Conditioning
 from .context import Context
 from .method import ModelType, Role, Update
@@ -30,16 +31,26 @@ ENCODER, PAIR_HEADS, RELAXED_HEADS = "discriminator_encoder", "pair_heads", "rel
 """Roles of the discriminator: the network whose features it reads, and the heads of each objective."""
 
 
-def pair_roles(heads: Sequence[str], model_type: ModelType, *, learning_rate: float | None) -> list[Role]:
-    """Return the roles of a discriminator with these `heads`; none where there are none.
+def pair_roles(
+    names: Sequence[str],
+    model_type: ModelType,
+    *,
+    heads: HeadKind,
+    head_levels: HeadLevels,
+    learning_rate: float | None,
+) -> list[Role]:
+    """Return the roles of a discriminator; none where `names` is empty.
 
     Args:
-        heads: Those of PAIR_HEADS and RELAXED_HEADS that are trained.
+        names: Those of PAIR_HEADS and RELAXED_HEADS that are trained.
         model_type: How the encoder is trained: as an adapter on the shared base, or as a copy.
+        heads: Kind of the heads.
+        head_levels: Features that they read.
         learning_rate: That of encoder and heads; None is the run's.
     """
     inputs = {PAIR_HEADS: 2, RELAXED_HEADS: 1}
-    found = [Role(name, trains="head", head_inputs=inputs[name], learning_rate=learning_rate) for name in heads]
+    shape: dict[str, Any] = {"heads": heads, "head_levels": head_levels, "learning_rate": learning_rate}
+    found = [Role(name, trains="head", head_inputs=inputs[name], **shape) for name in names]
     return [Role(ENCODER, trains=model_type, learning_rate=learning_rate), *found] if found else []
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from ..errors import UserError
 from ..utils.progress import working
 from .builders import adapter_shape, build_family, build_method, completed_configuration, method_needs
 from .output_folder import CACHE_FOLDER
@@ -193,11 +194,13 @@ class RunComponents:
 
         from ..engine.lr import lr_lambda, staged
         from ..engine.optimize import RoleOptimizer
-        from .optimizers import of_role
+        from .optimizers import of_role, own_learning_rate
 
         settings, parameters = self.settings, self.networks.parameters(role)
         plugin = self.optimizer_plugin
-        chosen, max_grad_norm = of_role(self.networks.roles[role], settings, type(plugin))
+        declared = self.networks.roles[role]
+        chosen, max_grad_norm = of_role(declared, settings, type(plugin))
+        follows = own_learning_rate(declared, settings, type(plugin)) is None
         optimizer = plugin.build(parameters, chosen)
         schedule = "constant" if plugin.schedule_free else settings.lr_scheduler
         fp16 = settings.mixed_precision == "fp16"
@@ -208,7 +211,7 @@ class RunComponents:
                     schedule, settings.lr_warmup_steps, num_steps, num_cycles=settings.lr_num_cycles,
                     power=settings.lr_power, end_factor=settings.lr_end / settings.learning_rate,
                 ),
-                self.stages,
+                self.stages, learning_rate=settings.learning_rate if follows else None,
             ),
             max_grad_norm=max_grad_norm, update_policy=plugin,
             scaler=torch.amp.GradScaler(self.processes.device.type) if fp16 else None,
@@ -229,7 +232,27 @@ class RunComponents:
         """The method's parts of this run."""
         stages = self.method.stages(self.method.config, total_steps=self.total_steps)
         assert sum(stage.num_steps for stage in stages) == self.total_steps, "stages must fill the run"
+        self._check_rates(stages)
         return stages
+
+    def _check_rates(self, stages: Sequence[Stage]) -> None:
+        """Compare the learning rates of stages with the optimizer, and their lengths with the warm-up."""
+        from ..engine.lr import segments
+
+        named = [stage.name for stage in stages if stage.learning_rate is not None]
+        if named and self.optimizer_plugin.estimates_learning_rate:
+            raise UserError(
+                f"optimizer = {self.settings.optimizer}: it estimates the learning rate by itself, and stages of the "
+                f"method name one ({', '.join(named)})",
+                "leave learning_rate out of the stages, or choose another optimizer",
+            )
+        warm_up, parts = self.settings.lr_warmup_steps, segments(stages)
+        short = [f"{part.name!r} ({part.num_steps})" for part in parts if len(parts) > 1 and part.num_steps <= warm_up]
+        if warm_up and short:
+            logger.warning(
+                f"lr_warmup_steps = {warm_up} begins anew with each of these stages and is not below their length, so "
+                f"that the learning rate never reaches its value there: {', '.join(short)}"
+            )
 
     @cached_property
     def remote_checkpoints(self) -> RemoteCheckpoints | None:

@@ -25,9 +25,8 @@ def of_role(role: Role, run: RunSettings, optimizer: type[OptimizerPlugin]) -> t
     """
     given = run.role_optimizers.get(role.name) or RoleOptimizer()
     beta1, beta2 = role.betas or (None, None)
-    rate = None if optimizer.estimates_learning_rate else role.learning_rate
     settings = OptimizerSettings(
-        learning_rate=_first(given.learning_rate, rate, run.learning_rate),
+        learning_rate=_first(own_learning_rate(role, run, optimizer), None, run.learning_rate),
         beta1=_first(given.adam_beta1, beta1, run.adam_beta1),
         beta2=_first(given.adam_beta2, beta2, run.adam_beta2),
         epsilon=run.adam_epsilon,
@@ -35,6 +34,14 @@ def of_role(role: Role, run: RunSettings, optimizer: type[OptimizerPlugin]) -> t
         warmup_steps=run.lr_warmup_steps,
     )
     return settings, _first(given.max_grad_norm, role.max_grad_norm, run.max_grad_norm)
+
+
+def own_learning_rate(role: Role, run: RunSettings, optimizer: type[OptimizerPlugin]) -> float | None:
+    """Return the learning rate that is a network's own, the user's or the method's; None where it follows the run's,
+    and those of its stages.
+    """
+    given = run.role_optimizers.get(role.name) or RoleOptimizer()
+    return given.learning_rate or (None if optimizer.estimates_learning_rate else role.learning_rate)
 
 
 def _first(given: T | None, method: T | None, run: T) -> T:

@@ -32,6 +32,18 @@ def input_type(weights: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.promote_types(weights, torch.float32) if wide else weights
 
 
+def compute_type(weights: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return the type that the inner layers of a network compute in: autocast's inside it, fp32 where all is.
+
+    Args:
+        weights: Type of the network's weights.
+        device: Device of the network.
+    """
+    if torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return torch.promote_types(weights, torch.float32) if _everywhere.get() else weights
+
+
 def _widened(value: Any) -> Any:
     return value.float() if isinstance(value, Tensor) and value.dtype in HALF else value
 

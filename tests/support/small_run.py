@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +22,16 @@ def write_images(folder: Path, count: int = 13, *, size: int = 32) -> Path:
     return folder
 
 
-def write_run(root: Path, *, output: str = "out", model: Path | None = None, **settings) -> Path:
-    """Model, images, data file and config under `root`; returns the config file."""
+def write_run(
+    root: Path, *, output: str = "out", model: Path | None = None, more_data: Sequence[dict] = (), **settings
+) -> Path:
+    """Model, images, data file (with `more_data`) and config under `root`; returns the config file."""
     if model is None and not (root / "model").exists():
         write_tiny_sdxl(root / "model")
     if not (root / "images").exists():
         write_images(root / "images")
-    data = [{"id": "noise", "type": "local", "instance_data_dir": "images", "cache_dir_vae": "cache/vae"}]
+    images = {"id": "noise", "type": "local", "instance_data_dir": "images", "cache_dir_vae": "cache/vae"}
+    data = [images, *more_data]
     (root / "multidatabackend.json").write_text(json.dumps(data))
     config = {
         "model_family": "sdxl",
