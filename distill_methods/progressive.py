@@ -74,7 +74,7 @@ from ..core.errors import UserError
 from ..core.plugin_api.batch import Batch, Conditioning
 from ..core.plugin_api.context import Context
 from ..core.plugin_api.hookspecs import hookimpl
-from ..core.plugin_api.method import Method, MethodSetup, Requirements, Role, Update
+from ..core.plugin_api.method import Method, MethodSetup, ModelType, Requirements, Role, Update
 from ..core.plugin_api.pair_discriminator import ENCODER, PAIR_HEADS, RELAXED_HEADS, PairDiscriminator, pair_roles
 from ..core.plugin_api.stage import Stage, lengths_by_share
 from ..core.settings.types import Integers, split_numbers
@@ -123,6 +123,8 @@ class Progressive(Method):
         """Steps of the first teacher, a multiple of the first of student_steps; absent: twice as many."""
         stage_shares: Shares | None = None
         """Length of each stage in proportion to the others (no unit); absent: equal lengths."""
+        stage_learning_rates: Shares | None = None
+        """Learning rate of each stage; absent: the run's."""
         w_min: float = Field(6.0, ge=0, le=100)
         """Lower end of the range that the first teacher's guidance is drawn from, in the units of
         guidance_convention."""
@@ -139,6 +141,9 @@ class Progressive(Method):
         starts."""
         discriminator_learning_rate: float | None = Field(None, gt=0, le=1)
         """Learning rate of the discriminator, encoder and heads; null: the run's."""
+        discriminator_encoder: ModelType | None = None
+        """Kind of the discriminator's encoder: full, all weights of a copy (the paper's, also beside a LoRA), or lora,
+        an adapter; null: as the student."""
         heads: HeadKind = "strided"
         head_levels: HeadLevels = "middle"
 
@@ -191,8 +196,8 @@ class Progressive(Method):
         student = Role("student", trains=setup.model_type, guidance_embedding=config.takes_guidance(setup.model_type))
         before = [Role("stage_teacher", copy_of="student")] if len(config.student_steps) > 1 else []
         judges = pair_roles(
-            config.judging, setup.model_type, heads=config.heads, head_levels=config.head_levels,
-            learning_rate=config.discriminator_learning_rate,
+            config.judging, config.discriminator_encoder or setup.model_type, heads=config.heads,
+            head_levels=config.head_levels, learning_rate=config.discriminator_learning_rate,
         )  # fmt: skip
         return [Role("teacher"), student, *before, *judges]
 
@@ -217,7 +222,7 @@ class Progressive(Method):
         """Return a stage for each number of steps, in two where it is adversarial; from the second number on, the
         student becomes its own teacher.
         """
-        steps, phases = config.student_steps, config.phases
+        steps, phases, rates = config.student_steps, config.phases, config.stage_learning_rates
         whole = lengths_by_share(total_steps, config.stage_shares or (1.0,) * len(steps))
         lengths = [_length_of(phase, whole[phase.number], config) for phase in phases]
         if min(lengths) < 1:
@@ -233,7 +238,9 @@ class Progressive(Method):
             name = f"{config.all_steps[phase.number]} to {steps[phase.number]} steps"
             begins = phase.number > 0 and not (phase.relaxed and config.relaxed_share < 1)
             name = f"{name}, relaxed" if phase.relaxed else name
-            found.append(Stage(name, length, **later, reset=trained) if begins else Stage(name, length))
+            rate = None if rates is None else rates[phase.number]
+            more = {**later, "reset": trained} if begins else {}
+            found.append(Stage(name, length, learning_rate=rate, **more))
         return found
 
     def updates(self, context: Context, batch: Batch, step: int) -> Iterator[Update]:
@@ -355,9 +362,10 @@ def _problem(config: Progressive.Config) -> str:
                 f"{key} = {[*([before] if before == config.teacher_steps else []), *steps]}: {after} does not divide "
                 f"{before}; one step of a stage's student is a whole number of its teacher's, as {_halved(steps[0])}"
             )
-    for key in ("stage_shares", "regression_weight", "adversarial_weight"):
+    one_each = ("stage_shares", "stage_learning_rates")
+    for key in (*one_each, "regression_weight", "adversarial_weight"):
         values = getattr(config, key)
-        if values is not None and len(values) != len(steps) and (key == "stage_shares" or len(values) > 1):
+        if values is not None and len(values) != len(steps) and (key in one_each or len(values) > 1):
             return (
                 f"{key} has {len(values)} numbers for the {len(steps)} stages of student_steps = {steps}: give one for "
                 "each, or leave it out"

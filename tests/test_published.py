@@ -22,6 +22,7 @@ from distill.distill_methods.lcm import LCM
 from distill.distill_methods.pcm import PCM
 from distill.distill_methods.progressive import Progressive
 from distill.distill_methods.recipe import Recipe
+from distill.model_families.sdxl import SDXL
 from support.config_files import Pair, distill, said
 from support.tiny_families import MODELS
 
@@ -44,13 +45,16 @@ def registry():
 
 
 @pytest.fixture
-def load(tmp_path, registry):
+def load(tmp_path, registry, monkeypatch):
     def loaded(method, run=None, *, settings=None, recipe=None):
         pair = Pair(tmp_path)
         pair.config |= {"distillation_method": method, "distillation_config": {method: settings or {}}, **(run or {})}
         if recipe is not None:
+            monkeypatch.setenv("LPIPS_VGG16", str(tmp_path / "vgg16.pt"))
+            (tmp_path / "vgg16.pt").touch()
             pair.config = {key: pair.config[key] for key in ("pretrained_model_name_or_path", "output_dir")}
             pair.config |= {"recipe": recipe, "mixed_precision": "bf16", **(run or {})}
+            pair.config["pixel_decoder"] = str(SDXL.miniature / "vae")
         pair.write()
         return load_configuration(registry, config_file=pair.config_file, data_file=pair.data_file)
 
@@ -223,7 +227,8 @@ def test_each_resolves_and_the_run_has_every_value_of_it(name, load, registry):
     settings = yaml.safe_load(registry.recipes[name][0].read_text())
     found = load(None, recipe=name)
     own = {key: value for key, value in settings.items() if key in type(found.run).model_fields}
-    own |= {"pretrained_model_name_or_path": None, "mixed_precision": "bf16"}  # given beside the recipe
+    own |= dict.fromkeys(("pretrained_model_name_or_path", "pixel_decoder"))  # given beside the recipe, as this:
+    own["mixed_precision"] = "bf16"
     for key, value in own.items():
         if value is not None:
             assert getattr(found.run, key) == value or str(getattr(found.run, key)) == str(value), key

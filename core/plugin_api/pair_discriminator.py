@@ -29,6 +29,8 @@ from .method import ModelType, Role, Update
 
 ENCODER, PAIR_HEADS, RELAXED_HEADS = "discriminator_encoder", "pair_heads", "relaxed_heads"
 """Roles of the discriminator: the network whose features it reads, and the heads of each objective."""
+BETAS = (0.0, 0.99)
+"""Those of its Adam in the paper, which is without weight decay."""
 
 
 def pair_roles(
@@ -49,9 +51,10 @@ def pair_roles(
         learning_rate: That of encoder and heads; None is the run's.
     """
     inputs = {PAIR_HEADS: 2, RELAXED_HEADS: 1}
-    shape: dict[str, Any] = {"heads": heads, "head_levels": head_levels, "learning_rate": learning_rate}
-    found = [Role(name, trains="head", head_inputs=inputs[name], **shape) for name in names]
-    return [Role(ENCODER, trains=model_type, learning_rate=learning_rate), *found] if found else []
+    own: dict[str, Any] = {"learning_rate": learning_rate, "betas": BETAS, "weight_decay": 0.0}
+    shape: dict[str, Any] = {"heads": heads, "head_levels": head_levels}
+    found = [Role(name, trains="head", head_inputs=inputs[name], **shape, **own) for name in names]
+    return [Role(ENCODER, trains=model_type, **own), *found] if found else []
 
 
 class PairDiscriminator:
