@@ -30,7 +30,7 @@ CHOSEN = {
     "flux without guidance": MODELS["flux-schnell"],
 }
 """A model or two of each family."""
-CHEAPER = {name: SETTINGS[name] for name in ("dmd2", "kd", "progressive")}
+CHEAPER = {name: SETTINGS[name] for name in ("dmd2", "kd", "progressive", "reward")}
 METHODS = [name for name in registry().names("method") if name != "recipe"]
 EVERY = [(name, method, kind) for name in CHOSEN for method in METHODS for kind in ("lora", "full")]
 HOLES = [cell for cell in EVERY if hole(registry(), cell[1], CHOSEN[cell[0]].family, cell[2]) is not None]
