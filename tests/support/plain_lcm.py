@@ -57,13 +57,14 @@ class Inputs:
 class PlainLcmLora:
     """Teacher, student and optimizer; `seed` decides the adapter's first weights."""
 
-    def __init__(self, model: Path, settings: Settings, *, seed: int, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, model: Path, settings: Settings, *, seed: int) -> None:
         self.settings = settings
-        self.teacher = UNet2DConditionModel.from_pretrained(model, subfolder="unet").to(dtype).requires_grad_(False)
-        unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet").to(dtype)
-        torch.manual_seed(seed)
+        self.teacher = UNet2DConditionModel.from_pretrained(model, subfolder="unet").requires_grad_(False)
+        unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet")
         adapter = LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules=TARGETS)
-        self.student = get_peft_model(unet, adapter)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.student = get_peft_model(unet, adapter)
         self.student.train()
         self.weights = {name: p for name, p in self.student.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(
@@ -73,10 +74,15 @@ class PlainLcmLora:
             weight_decay=settings.adam_weight_decay,
             eps=settings.adam_epsilon,
         )
-        noise = DDPMScheduler.from_pretrained(model, subfolder="scheduler").config
+        self.noise = DDPMScheduler.from_pretrained(model, subfolder="scheduler").config
+        self.use_table(torch.float32)
+
+    def use_table(self, dtype: torch.dtype) -> None:
+        """Compute alpha and sigma of all times in this type; in float32 they are ``DDPMScheduler``'s own."""
+        noise = self.noise
         assert noise.beta_schedule == "scaled_linear"
-        betas = torch.linspace(noise.beta_start**0.5, noise.beta_end**0.5, noise.num_train_timesteps, dtype=dtype) ** 2
-        bar = torch.cumprod(1 - betas, dim=0)
+        roots = torch.linspace(noise.beta_start**0.5, noise.beta_end**0.5, noise.num_train_timesteps, dtype=dtype)
+        bar = torch.cumprod(1 - roots**2, dim=0)
         self.alpha, self.sigma = bar.sqrt(), (1 - bar).sqrt()
 
     def step(self, inputs: Inputs, *, index: Tensor, noise: Tensor, w: Tensor, learning_rate: float) -> float:
