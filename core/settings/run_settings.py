@@ -119,7 +119,7 @@ class TrainingKeys(Settings):
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: less memory, about a third more time."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "bf16"
-    """Type of the forward pass; the first and the last layers, targets and losses stay fp32. `fp16` is slow on a CPU."""
+    """Type of the forward pass; first and last layers, targets and losses stay fp32. `fp16` is slow on a CPU."""
     lora_type: Literal["standard"] = "standard"
     """Kind of adapter."""
     lora_rank: int = Field(default=64, ge=1, le=16_384)
