@@ -6,7 +6,8 @@ Each method runs as `distill run --method NAME --family sdxl` does by default, f
 (measured in a short run first; `count_evaluations.py` says what is counted). `--jobs` trains so many rows at once; each
 computes in one thread whatever their number, so that it changes no figure. All students are then scored on the same
 prompts and noise as the teacher. What has finished is taken as it is, so a run that was stopped goes on. Writes
-methods.json, methods.md and methods.png.
+methods.json, methods.md and methods.png. `--precisions no,bf16,fp16` trains each method in each (rows `lcm`,
+`lcm-bf16`, ...); all students are scored in fp32.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ sys.path[:0] = [str(ROOT / "benchmarks")]
 from scores import Students, cell  # noqa: E402
 
 COUNTER = ROOT / "benchmarks" / "count_evaluations.py"
+FP16_ON_CPU = ROOT / "benchmarks" / "half_on_cpu.py"
 STEPS = (1, 2, 4, 8)
 PROBE_STEPS = 20
 SHOWN = 8
@@ -55,13 +57,16 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def command(name: str, output: Path, *, seed: int, steps: int) -> list[str]:
     """The run of a row for a number of steps, without images and scores of its own."""
-    method, settings = VARIANTS[name]
+    variant, _, precision = name.partition("-")
+    method, settings = VARIANTS[variant]
     settings = {
         **settings, "seed": seed, "max_train_steps": steps, "evaluation_num_samples": 0,
         "validation_step_interval": 0, "checkpoint_step_interval": 500, "resume_from_checkpoint": "latest",
     }  # fmt: skip
+    settings |= {"mixed_precision": precision} if precision else {}
     words = [sys.executable, "-m", "distill", "run", "--method", method, "--family", "sdxl"]
     words += ["--plugin", str(COUNTER), "--output-dir", str(output)]
+    words += ["--plugin", str(FP16_ON_CPU)] if precision == "fp16" else []
     return words + [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
 
 
@@ -87,12 +92,12 @@ def steps_for(name: str, budget: float, folder: Path) -> int:
 
 
 def train(
-    names: Sequence[str], seeds: Sequence[str], *, budget: float, folder: Path, jobs: int
+    names: Sequence[str], seeds: Sequence[str], *, budget: float, num_steps: int | None, folder: Path, jobs: int
 ) -> tuple[dict[str, int], dict[str, Path]]:
     """Every row's student for every seed: the steps of each row, and the folder of each student."""
     cells = [(name, seed) for seed in seeds for name in names]
     with ThreadPoolExecutor(jobs) as pool:
-        found = pool.map(lambda name: steps_for(name, budget, folder), names)
+        found = pool.map(lambda name: num_steps or steps_for(name, budget, folder), names)
         steps = dict(zip(names, found, strict=True))
         trained = pool.map(lambda at: run(at[0], folder / "-".join(at), seed=int(at[1]), steps=steps[at[0]]), cells)
         list(trained)
@@ -222,6 +227,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", default=",".join(VARIANTS))
     parser.add_argument("--budget", type=float, default=24_000, help="network evaluations of each run")
+    parser.add_argument("--steps", type=int, help="optimizer steps of each run, in place of a budget")
+    parser.add_argument("--precisions", default="no", help="mixed_precision of the runs, some of no,bf16,fp16")
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--num-samples", type=int, default=400)
     parser.add_argument("--per-prompt", type=int, default=4, help="samples of each prompt, for the diversity")
@@ -230,8 +237,12 @@ def main() -> None:
     parser.add_argument("--train-only", action="store_true", help="stop after the runs")
     arguments = parser.parse_args()
     names, seeds = arguments.methods.split(","), arguments.seeds.split(",")
+    names = [name if precision == "no" else f"{name}-{precision}" for name in names
+             for precision in arguments.precisions.split(",")]  # fmt: skip
     runs = arguments.output / "runs"
-    steps, folders = train(names, seeds, budget=arguments.budget, folder=runs, jobs=arguments.jobs)
+    steps, folders = train(
+        names, seeds, budget=arguments.budget, num_steps=arguments.steps, folder=runs, jobs=arguments.jobs
+    )
     if arguments.train_only:
         return
     images = arguments.output / "images"

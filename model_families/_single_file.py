@@ -99,7 +99,7 @@ class FileSource(Source):
         patterns = ["*.json", *(f"*/{pattern}" for pattern in SETTINGS)]
         return str(hub_folder(self.configs.name, revision=self.configs.revision, allow_patterns=patterns))
 
-    def places(self, part: str) -> Sequence[tuple[WeightFile, Mapping[str, str]]]:
+    def tensor_files(self, part: str) -> Sequence[tuple[WeightFile, Mapping[str, str]]]:
         return [(self.file, self._own_names(part))]
 
     def _own_names(self, part: str) -> dict[str, str]:

@@ -99,9 +99,9 @@ class Source(ABC):
 
     def shapes(self, part: str, network: Any) -> Mapping[str, Tensor]:
         """Return the tensors of a part on the meta device, by the names of `network` where they have one."""
-        places = self.places(part)
+        files = self.tensor_files(part)
         return self.named(
-            part, network, {own: file.shape(stored) for file, names in places for own, stored in names.items()}
+            part, network, {own: file.shape(stored) for file, names in files for own, stored in names.items()}
         )
 
     @abstractmethod
@@ -143,7 +143,7 @@ class Source(ABC):
         with ExitStack() as stack:
             shapes: dict[str, Tensor] = {}
             readers: dict[int, Callable[[], Tensor]] = {}
-            for file, own_names in self.places(part):
+            for file, own_names in self.tensor_files(part):
                 opened = stack.enter_context(file.reader())
                 for own, stored in own_names.items():
                     shapes[own] = file.shape(stored)
@@ -154,12 +154,12 @@ class Source(ABC):
                 yield name, readers[id(found[name])]().to(torch.float32, copy=True)
 
     @abstractmethod
-    def places(self, part: str) -> Sequence[tuple[WeightFile, Mapping[str, str]]]:
+    def tensor_files(self, part: str) -> Sequence[tuple[WeightFile, Mapping[str, str]]]:
         """Return the files of a network, each with the names of its tensors -> their names in the file."""
 
     @abstractmethod
     def named(self, part: str, network: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return tensors of :meth:`places` by the names of `network` where they have one."""
+        """Return tensors of :meth:`tensor_files` by the names of `network` where they have one."""
 
     @abstractmethod
     def weights_digest(self, part: str) -> str:
@@ -208,7 +208,7 @@ class FolderSource(Source):
             if part not in without and self.has(part):
                 self.weights_variant(part)
 
-    def places(self, part: str) -> Sequence[tuple[WeightFile, Mapping[str, str]]]:
+    def tensor_files(self, part: str) -> Sequence[tuple[WeightFile, Mapping[str, str]]]:
         return [(file, {name: name for name in file.names}) for file in self.weights_files(part)]
 
     def named(self, part: str, network: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

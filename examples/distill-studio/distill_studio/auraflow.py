@@ -7,7 +7,6 @@ References:
     Ryu et al., AuraFlow v0.1 (fal.ai, 2024); its pipeline in diffusers is AuraFlowPipeline.
 """
 
-import copy
 import sys
 from pathlib import Path
 
@@ -81,7 +80,7 @@ class AuraFlow(DiffusersFamily):
         return False
 
     def student_network(self, teacher, *, guidance_embedding, second_time=False, smaller=False):
-        return copy.deepcopy(teacher).float().requires_grad_(True)
+        return self.copy_network(teacher)
 
     def predict(self, network, x_t, time, cond, *, guidance=None, second_time=None):
         dtype = self.input_weight(network).dtype
