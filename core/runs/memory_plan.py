@@ -80,5 +80,6 @@ def memory_settings(run: RunComponents) -> MemorySettings:
         optimizer_bytes=2 * item if state_bytes is None else state_bytes,
         averaged_parameters=sum(own[name] for name in averages),
         student_parameters=own["student"],
+        quantisable=all(role.trains != "full" for role in networks.roles.values()),
         gradient_checkpointing=settings.gradient_checkpointing,
     )

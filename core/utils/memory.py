@@ -100,6 +100,7 @@ class MemorySettings:
         averaged_parameters: Parameters that averages hold, in fp32.
         student_parameters: Those of the trained parameters that are exported; None: all.
         gradient_checkpointing: Whether activations are recomputed in the backward pass.
+        quantisable: Whether the base may be quantised: no copy of it is trained.
     """
 
     base_parameters: int
@@ -113,6 +114,7 @@ class MemorySettings:
     averaged_parameters: int = 0
     student_parameters: int | None = None
     gradient_checkpointing: bool = False
+    quantisable: bool = True
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,7 @@ def savings(settings: MemorySettings, *, quantizers: bool = False) -> list[tuple
         choices["mixed_precision=bf16"] = replace(settings, compute_bytes=2, base_bytes=min(settings.base_bytes, 2))
     if settings.optimizer_bytes + 2 * settings.trained_bytes > 12:
         choices["optimizer=adamw_bf16"] = replace(settings, optimizer_bytes=8, trained_bytes=2)
-    if quantizers and settings.base_bytes > 1:
+    if quantizers and settings.quantisable and settings.base_bytes > 1:
         choices["base_model_precision=int8-quanto (LoRA only)"] = replace(settings, base_bytes=1)
     choices["half the resolution"] = replace(settings, latent_pixels=settings.latent_pixels // 4)
     total = estimate(settings).total
