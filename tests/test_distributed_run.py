@@ -29,7 +29,13 @@ def test_two_processes_train_as_one(tmp_path):
 
 def test_alternate_updates_shared_lengths_and_running_means_are_those_of_one_process(tmp_path):
     """Each step simulates as many calls of the student on every process, and steps three roles in turn."""
-    settings = {"fake_updates_per_student_update": 2, "gan_weight": 0.1, "divergence": "js", "guidance_scale": 3.0}
+    settings = {
+        "fake_updates_per_student_update": 2,
+        "gan_weight": 0.1,
+        "divergence": "js",
+        "guidance_scale": 3.0,
+        "r1_weight": 0.1,
+    }
     short = {
         "distillation_method": "dmd2",
         "distillation_config": {"dmd2": settings},

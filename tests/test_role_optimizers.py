@@ -11,7 +11,7 @@ from distill.core.config.load import load_configuration
 from distill.core.engine.networks import Networks
 from distill.core.engine.observer import TrainingObserver
 from distill.core.engine.signals import StopRequest
-from distill.core.errors import ConfigError
+from distill.core.errors import ConfigError, UserError
 from distill.core.plugin_api.family import LoraSettings, ModelSettings
 from distill.core.plugin_api.method import Role
 from distill.core.registry.registry import Registry
@@ -22,6 +22,7 @@ from distill.core.runs.optimizers import of_role
 from distill.core.runs.planned_memory import planned_memory
 from distill.core.settings.run_settings import RunSettings
 from distill.core.testing.trial import make_trial as shaken
+from distill.core.utils.memory import savings
 from distill.distill_methods.dmd2 import DMD2
 from distill.distill_methods.tcd import TCD
 from distill.model_families.sdxl import SDXL
@@ -152,6 +153,18 @@ def test_a_methods_own_settings_are_said(tmp_path):
     assert "fake_score (lora, gradients clipped at 10)" in command("plugins", "show", "dmd2").out
 
 
+def test_a_resumed_run_may_change_a_networks_rate_and_not_its_moments(tmp_path):
+    pcm = {**QUIET, "distillation_method": "pcm", "distillation_config": {"pcm": {}}, "max_train_steps": 2}
+    execute(write_run(tmp_path, **pcm))
+    rates = {"discriminator": {"learning_rate": 1e-4, "max_grad_norm": 2}}
+    execute(write_run(tmp_path, **{**pcm, "max_train_steps": 3}, role_optimizers=rates))
+    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").open()]
+    assert [row["discriminator/lr"] for row in rows] == [1e-5, 1e-5, 1e-4]
+    moments = {"discriminator": {"adam_beta1": 0.5}}
+    with pytest.raises(UserError, match=r"role_optimizers\.discriminator\.adam_beta1"):
+        execute(write_run(tmp_path, **{**pcm, "max_train_steps": 4}, role_optimizers=moments))
+
+
 # -- networks of different kinds --------------------------------------------------------------------------------------
 
 
@@ -226,6 +239,7 @@ def test_a_mixed_run_resumes_bit_for_bit_and_is_counted_by_the_plan(tmp_path):
     assert planned.trained_parameters == held.trained_parameters
     assert planned.student_parameters == held.student_parameters < planned.base_parameters
     assert planned.trained_parameters > planned.base_parameters
+    assert not any("base_model_precision" in label for label, _ in savings(planned, quantizers=True))
     assert disk_plan(configuration.run, planned).student_bytes == 4 * held.student_parameters
 
 

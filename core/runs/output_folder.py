@@ -29,6 +29,9 @@ SIGNS = ("model_index.json", "pytorch_lora_weights.safetensors", "training_state
 NAMED_AT_MOST = 10
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 MISSING = "<not there>"
+ROLES = "role_optimizers"
+NOT_SET = (MISSING, None, {})
+"""Values of one of its keys that leave it to the method and the run."""
 
 MAY_CHANGE = frozenset(
     {
@@ -227,6 +230,8 @@ def changes(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tupl
     flat_earlier, flat_now = dict(_flatten(earlier)), dict(_flatten(now))
     for key in dict.fromkeys([*flat_earlier, *flat_now]):
         before, after = flat_earlier.get(key, MISSING), flat_now.get(key, MISSING)
+        if key.startswith(ROLES) and before in NOT_SET and after in NOT_SET:
+            continue
         if before != after and not _may_change(key):
             yield key, before, after
 
@@ -236,6 +241,8 @@ def _may_change(key: str) -> bool:
     if top == "data":
         name = rest.rsplit(".", 1)[-1]
         return name in DATA_MAY_CHANGE or name.startswith(DATA_MAY_CHANGE_PREFIXES)
+    if top == ROLES:
+        return rest.rpartition(".")[2] in MAY_CHANGE
     return top in MAY_CHANGE or top.startswith(MAY_CHANGE_PREFIXES)
 
 

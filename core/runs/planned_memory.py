@@ -58,6 +58,7 @@ def planned_memory(
         optimizer_bytes=2 * trained_bytes if optimizer.state_bytes is None else optimizer.state_bytes,
         averaged_parameters=sum(own[name] for name in averages),
         student_parameters=own["student"],
+        quantisable=all(role.trains != "full" for role in roles.values()),
         gradient_checkpointing=run.gradient_checkpointing,
         decoding_bytes=decoding_bytes(method, family, (width, height)),
         auxiliary_bytes=sum(stored_bytes(role) for role in roles.values() if role.auxiliary),

@@ -104,6 +104,7 @@ class MemorySettings:
         gradient_checkpointing: Whether activations are recomputed in the backward pass.
         decoding_bytes: Bytes of the autoencoder and of its activations, where latents are decoded with a gradient.
         auxiliary_bytes: Bytes of the weights of frozen networks that a method brings, as of LPIPS or of a reward.
+        quantisable: Whether the base may be quantised: no copy of it is trained.
     """
 
     base_parameters: int
@@ -119,6 +120,7 @@ class MemorySettings:
     gradient_checkpointing: bool = False
     decoding_bytes: int = 0
     auxiliary_bytes: int = 0
+    quantisable: bool = True
 
 
 @dataclass(frozen=True)
@@ -181,7 +183,7 @@ def savings(settings: MemorySettings, *, quantizers: bool = False) -> list[tuple
         choices["mixed_precision=bf16"] = replace(settings, compute_bytes=2, base_bytes=min(settings.base_bytes, 2))
     if settings.optimizer_bytes + 2 * settings.trained_bytes > 12:
         choices["optimizer=adamw_bf16"] = replace(settings, optimizer_bytes=8, trained_bytes=2)
-    if quantizers and settings.base_bytes > 1:
+    if quantizers and settings.quantisable and settings.base_bytes > 1:
         choices["base_model_precision=int8-quanto (LoRA only)"] = replace(settings, base_bytes=1)
     if settings.decoding_bytes:
         tiny = settings.decoding_bytes // TINY_DECODER
