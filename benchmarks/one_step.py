@@ -2,10 +2,10 @@
 
     python benchmarks/one_step.py --seeds 1,2,3,4,5 --steps 600 --jobs 2 --output output/one-step
 
-Both train on the same 1,024 images, embeddings and time ids, each with a data order and draws of its own. Along with
-the last weights, averages of them are kept; `decay` is our loop with a rate that falls along a line. What has finished
-is taken as it is, so a run that was stopped goes on. Writes one_step.json, and prints a Markdown table with the mean
-and the spread over the seeds.
+Both train on the same 1,024 images, embeddings and time ids, each with a data order and draws of its own; `same` is the
+plain loop with the batches and draws of ours. Along with the last weights, averages of them are kept; `decay` is our
+loop with a rate that falls along a line. What has finished is taken as it is, so a run that was stopped goes on. Writes
+one_step.json, and prints a Markdown table with the mean and the standard deviation over the seeds.
 """
 
 from __future__ import annotations
@@ -57,84 +57,92 @@ def launch(words: Sequence[str], folder: Path) -> None:
         subprocess.run(words, check=True, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
-def samples(folder: Path) -> Any:
-    """Return all samples of a finished run of ours as one batch of the plain loop's."""
-    import torch
+def pipeline(folder: Path, *, seed: int) -> Any:
+    """Return the data of a finished run of ours, in the order of another seed."""
     from distill.core.data.loader import BatchLayout
     from distill.core.data.pipeline import DataPipeline
     from distill.core.runs.builders import build_family
     from distill.core.runs.finished import open_run
-    from support.plain_lcm import Inputs
 
     configuration, registry = open_run(folder)
-    family = build_family(configuration, registry)
-    data = DataPipeline(
-        configuration, registry, family, layout=BatchLayout(BATCH_SIZE, 1), seed=0, cache_root=folder / "cache"
-    )
-    data.prepare()
-    steps = data.steps(0)
-    batches = [next(steps)[0] for _ in range(NUM_IMAGES // BATCH_SIZE)]
-    data.close()
-    names = ("prompt_embeds", "pooled_prompt_embeds", "time_ids")
-    latents = torch.cat([batch.latents for batch in batches if batch.latents is not None])
-    return Inputs(latents, *(torch.cat([batch.cond[name] for batch in batches]) for name in names))
+    family, layout = build_family(configuration, registry), BatchLayout(BATCH_SIZE, 1)
+    return DataPipeline(configuration, registry, family, layout=layout, seed=seed, cache_root=folder / "cache")
+
+
+def batches(data: Any, steps: int) -> Iterator[tuple[Any, Any]]:
+    """Yield the batches of our loop's first steps, each with its form for the plain loop."""
+    from support.plain_lcm import Inputs
+
+    found = data.steps(0)
+    for _ in range(steps):
+        (batch,) = next(found)
+        names = ("prompt_embeds", "pooled_prompt_embeds", "time_ids")
+        yield batch, Inputs(batch.latents, *(batch.cond[name] for name in names))
+    found.close()
+
+
+def own_draws(folder: Path, settings: Any, *, seed: int, steps: int) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Yield batches and draws of the plain loop's own: shuffled each epoch, by torch's one generator."""
+    import torch
+    from support.plain_lcm import Inputs
+
+    epoch = [inputs for _, inputs in batches(pipeline(folder, seed=0), NUM_IMAGES // BATCH_SIZE)]
+    every = [torch.cat(values) for values in zip(*(vars(inputs).values() for inputs in epoch), strict=True)]
+    torch.manual_seed(seed)
+    order = torch.empty(0, dtype=torch.long)
+    for _ in range(steps):
+        order = order if len(order) else torch.randperm(NUM_IMAGES)
+        chosen, order = order[:BATCH_SIZE], order[BATCH_SIZE:]
+        inputs = Inputs(*(value[chosen] for value in every))
+        index = torch.randint(settings.num_ddim_timesteps, (BATCH_SIZE,))
+        w = settings.w_min + (settings.w_max - settings.w_min) * torch.rand(BATCH_SIZE)
+        yield inputs, {"index": index, "w": w, "noise": torch.randn_like(inputs.latents)}
+
+
+def our_draws(folder: Path, settings: Any, *, seed: int, steps: int) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Yield the very batches and draws of our loop with this seed."""
+    from distill.core.utils.seeds import RngStreams
+
+    for step, (batch, inputs) in enumerate(batches(pipeline(folder, seed=seed), steps)):
+        draws = RngStreams(seed, step, batch.positions)
+        index = draws.integers("index", settings.num_ddim_timesteps)
+        w = draws.uniform("w", settings.w_min + 1, settings.w_max + 1) - 1
+        yield inputs, {"index": index, "w": w, "noise": draws.randn("noise", inputs.latents.shape[1:])}
 
 
 def train_plain(folder: Path, *, data: Path, seed: int, steps: int) -> None:
-    """Run the plain loop on the samples of one of our runs: shuffled each epoch, draws by torch's own generator."""
-    import torch
+    """Run the plain loop on the samples of one of our runs; write its last weights and their averages."""
+    from distill.core.utils.seeds import derive_seed
     from distill.model_families.sdxl import SDXL
-    from support.plain_lcm import Inputs, PlainLcmLora, Settings
+    from support.plain_lcm import PlainLcmLora, Settings
 
     assert SDXL.miniature is not None
-    settings = Settings(learning_rate=RATE, w_min=2.0, w_max=4.0)
-    loop, inputs = PlainLcmLora(SDXL.miniature, settings, seed=seed), samples(data)
+    same, settings = folder.name.startswith("same"), Settings(learning_rate=RATE, w_min=2.0, w_max=4.0)
+    loop = PlainLcmLora(SDXL.miniature, settings, seed=derive_seed(seed, "lora", "student") if same else seed)
     averages = {decay: {name: p.detach().clone() for name, p in loop.weights.items()} for decay in DECAYS}
-    torch.manual_seed(seed)
     losses = []
-    for chosen in shuffled(len(inputs.latents), steps):
-        batch = Inputs(*(value[chosen] for value in vars(inputs).values()))
-        index = torch.randint(settings.num_ddim_timesteps, (BATCH_SIZE,))
-        w = settings.w_min + (settings.w_max - settings.w_min) * torch.rand(BATCH_SIZE)
-        noise = torch.randn_like(batch.latents)
-        losses.append(loop.step(batch, index=index, noise=noise, w=w, learning_rate=RATE))
+    for inputs, draws in (our_draws if same else own_draws)(data, settings, seed=seed, steps=steps):
+        losses.append(loop.step(inputs, **draws, learning_rate=RATE))
         for decay, average in averages.items():
             for name, weight in loop.weights.items():
                 average[name].lerp_(weight.detach(), 1 - decay)
-    for decay, average in averages.items():
-        with torch.no_grad():
-            kept = {name: p.clone() for name, p in loop.weights.items()}
-            for name, weight in loop.weights.items():
-                weight.copy_(average[name])
-            loop.save(folder / f"average-{decay}")
-            for name, weight in loop.weights.items():
-                weight.copy_(kept[name])
+    last = {name: p.detach().clone() for name, p in loop.weights.items()}
+    for name, weights in {**{f"average-{decay}": average for decay, average in averages.items()}, "last": last}.items():
+        loop.load(weights)
+        loop.save(folder / name)
     (folder / "losses.json").write_text(json.dumps(losses))
-    loop.save(folder / "last")
-
-
-def shuffled(count: int, steps: int) -> Iterator[Any]:
-    """Yield the samples of each step, in a new order each epoch."""
-    import torch
-
-    order = torch.empty(0, dtype=torch.long)
-    for _ in range(steps):
-        if len(order) < BATCH_SIZE:
-            order = torch.randperm(count)
-        yield order[:BATCH_SIZE]
-        order = order[BATCH_SIZE:]
 
 
 def plain(folder: Path, *, data: Path, seed: int, steps: int) -> None:
     """Run the plain loop in a process of its own, unless it has finished before."""
-    if (folder / "last").exists():
+    if (folder / "losses.json").exists():
         return
     words = [sys.executable, __file__, "--plain", str(folder), "--data", str(data)]
     launch([*words, "--seeds", str(seed), "--steps", str(steps)], folder)
 
 
 def train(output: Path, seeds: Sequence[int], *, variants: Sequence[int], steps: int, jobs: int) -> None:
-    """Train every loop for every seed; the decaying rate for `variants` alone."""
+    """Train every loop for every seed; the decaying rate, and the plain loop with our draws, for `variants` alone."""
     first = output / f"ours-{seeds[0]}"
     distil("ours", first, seed=seeds[0], steps=steps)  # makes the latents
     with ThreadPoolExecutor(jobs) as pool:
@@ -143,6 +151,7 @@ def train(output: Path, seeds: Sequence[int], *, variants: Sequence[int], steps:
             waiting.append(pool.submit(plain, output / f"plain-{seed}", data=first, seed=seed, steps=steps))
             waiting.append(pool.submit(distil, "ours", output / f"ours-{seed}", seed=seed, steps=steps))
         for seed in variants:
+            waiting.append(pool.submit(plain, output / f"same-{seed}", data=first, seed=seed, steps=steps))
             run = output / f"decay-{seed}"
             waiting.append(pool.submit(distil, "ours, decaying rate", run, seed=seed, steps=steps))
         for each in waiting:
@@ -157,6 +166,7 @@ def students(output: Path, seeds: Sequence[int]) -> dict[str, Path]:
         found |= {
             f"plain loop@{seed}": own / "last",
             **{f"plain loop, average {decay}@{seed}": own / f"average-{decay}" for decay in DECAYS},
+            f"plain loop, our batches and draws@{seed}": output / f"same-{seed}" / "last",
             f"ours@{seed}": output / f"ours-{seed}" / "student-online",
             f"ours, average {DECAYS[0]}@{seed}": output / f"ours-{seed}" / "student",
             f"ours, decaying rate@{seed}": output / f"decay-{seed}" / "student-online",
@@ -192,7 +202,7 @@ def main() -> None:
     """Train, score, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", default="1,2,3,4,5")
-    parser.add_argument("--variants", default="1,2,3", help="seeds of the decaying rate")
+    parser.add_argument("--variants", default="1,2,3", help="seeds of `same` and `decay`")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--num-samples", type=int, default=512)
     parser.add_argument("--jobs", type=int, default=2)

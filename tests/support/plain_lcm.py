@@ -10,6 +10,7 @@ References:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -143,6 +144,12 @@ class PlainLcmLora:
         """Return what the network predicts."""
         added = {"text_embeds": inputs.pooled, "time_ids": inputs.time_ids}
         return unet(x, t, encoder_hidden_states=inputs.prompt_embeds, added_cond_kwargs=added).sample
+
+    @torch.no_grad()
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        """Take these weights, by the names of :attr:`weights`."""
+        for name, weight in self.weights.items():
+            weight.copy_(weights[name])
 
     def save(self, folder: Path) -> None:
         """Write the adapter for ``load_lora_weights``."""
