@@ -26,9 +26,10 @@ The first keeps the teacher's modes, at the price of artefacts where a student o
 end of each adversarial stage (``relaxed_share``) is relaxed. The optimizers and E go on from one to the other; D and D'
 are heads of their own. Every step takes the student first, then E, then the heads, on the same samples.
 
-What differs from the paper, whose code is not published: each network keeps what it predicts, where the paper goes over
-to x_0 for one step (an eps network divides its error by alpha, 0.068 at SDXL's last timestep); x_T is noised data as in
-the other stages, not pure noise; E goes on from stage to stage.
+What differs from the paper, whose code is not published: a run is that of a LoRA or of all weights, where the paper
+merges each stage's LoRA and goes on in full; each network keeps what it predicts, where the paper goes over to x_0 for
+one step (an eps network divides its error by alpha, 0.068 at SDXL's last timestep); x_T is noised data, not pure noise;
+E goes on from stage to stage.
 
 The first teacher is the model itself with guidance, so that the first stage also takes the two calls of guidance into
 one; later teachers have it built in. A LoRA has no guidance input: a range of w is averaged, which blurs, so w is one
