@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -123,7 +123,7 @@ class Context:
         with self._runtime.networks.use(role) as network, within(call):
             yield network
 
-    def _arithmetic(self, network: nn.Module) -> AbstractContextManager[None]:
+    def _arithmetic(self, network: nn.Module) -> AbstractContextManager[Any]:
         """Return the context of a call of `network`: the run's autocast, or fp32 throughout."""
         if self._in_full_precision and self._runtime.autocast_dtype is not None:
             return full_precision(network, self.device)
