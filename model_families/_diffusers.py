@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..core.diffusion.second_time import differentiable_forward, load_second_time, sampled_by
 from ..core.plugin_api.family import ExportInfo, ExtraLora, Precision
 from ..core.plugin_api.precision import BASE
+from ..core.plugin_api.quantizer import replace_module
 from ..core.utils.full_precision import compute_in_fp32
 from ..core.utils.progress import working
 from . import _export as exporting
@@ -104,9 +105,18 @@ class DiffusersFamily(DiffusersModel):
         self.check_weights(self.architecture.denoiser, network)
         first = self.input_weight(network)
         kept = [name.removesuffix(".weight") for name, weight in network.named_parameters() if weight is first]
-        kept += self.ends if ends else ()
+        # taken out meanwhile: a name to keep is that of every layer inside that ends with it
+        held = {end: network.get_submodule(end) for end in self._ends_of(network)} if ends else {}
+        for end in held:
+            replace_module(network, end, nn.Identity())
         network = self.settings.precision.place(network, BASE, device=self.settings.device, keep=kept)
+        for end, module in held.items():
+            replace_module(network, end, module.to(self.settings.device))
         return self.with_wide_ends(network)
+
+    def _ends_of(self, network: nn.Module) -> list[str]:
+        there = dict(network.named_modules())
+        return [end for end in self.ends if end in there]
 
     @property
     def _half(self) -> bool:
@@ -127,8 +137,8 @@ class DiffusersFamily(DiffusersModel):
     def with_wide_ends(self, network: nn.Module) -> nn.Module:
         """Make the :attr:`ends` of `network` compute in fp32 in a run of half precision; return the network."""
         if self._half and self.ends:
-            there = dict(network.named_modules())
-            compute_in_fp32(network, first=self.ends[0], last=[name for name in self.ends[1:] if name in there])
+            first, *last = self._ends_of(network)
+            compute_in_fp32(network, first=first, last=last)
             # diffusers' pipelines and loaders pass them over when they ask for the network's type
             network._keep_in_fp32_modules = list(self.ends)  # type: ignore[assignment]
         return network

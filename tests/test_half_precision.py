@@ -156,6 +156,11 @@ def test_a_full_student_that_never_moved_is_exported_as_the_checkpoint(tmp_path,
     (file,) = (tmp_path / "out" / "student" / "unet").glob("*.safetensors")
     exported, stored = load_file(file), checkpoint(tmp_path / "model")
     assert all(torch.equal(exported[name], value) for name, value in stored.items())
+    family = SDXL(SDXL.Config(), ModelSettings(str(tmp_path / "model"), weight_dtype=HALF.get(precision, "float32")))
+    student = family.load_student(tmp_path / "out" / "student")
+    assert torch.equal(student.conv_out.weight, stored["conv_out.weight"]), "its ends are fp32 in any run"
+    asked = {"sampler": None, "width": EDGE, "height": EDGE, "num_inference_steps": 1}
+    assert family.generate(student, family.encode_prompts(PROMPTS[:1]), seeds=[1], **asked).isfinite().all()
 
 
 def test_reading_the_student_holds_no_third_copy_of_the_base(sdxl, monkeypatch):
@@ -257,6 +262,26 @@ def test_teacher_student_and_features_have_fp32_ends_with_and_without_checkpoint
             assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in networks.parameters(role))
         assert all(feature.isfinite().all() for feature in context.features(role, x_t, time.long() / 1000
                    if family.schedule.clean_at_zero else time.long(), cond))  # fmt: skip
+
+
+def test_the_ends_of_a_quantised_base_stay_fp32_and_the_layers_of_the_same_name_inside_are_packed(model):
+    from distill.core.plugin_api.precision import BASE, Precisions
+    from distill.plugins._packed import PackedLinear
+    from distill.plugins.quantize_torchao import Int8Torchao
+
+    precision = Precisions({BASE: Int8Torchao(Int8Torchao.Config())})
+    family = model.tiny.make(model.folder, weight_dtype="bfloat16", precision=precision)
+    network, (x_t, time, cond) = family.load_network(), inputs(family)
+    packed = [name for name, module in network.named_modules() if isinstance(module, PackedLinear)]
+    linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+    assert packed == [name for name in linear if not name.startswith(family.ends)]
+    stored = checkpoint(model.folder)
+    assert all(torch.equal(weight, stored[name]) for name, weight in network.named_parameters()
+               if name.startswith(family.ends))  # fmt: skip
+    student = family.student_network(network, guidance_embedding=False)
+    assert equals(student, stored), "a full student beside a quantised base"
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert family.predict(network, x_t, time, cond).isfinite().all()
 
 
 def test_images_come_from_the_plain_pipeline_in_half_precision_too(model):

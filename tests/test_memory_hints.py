@@ -40,7 +40,7 @@ def test_enough_free_memory_is_no_word_and_doctor_says_how_much(tmp_path):
 
 @pytest.mark.parametrize("part", ["load_network", "on_device", "_text_encoders", "_autoencoder"])
 def test_out_of_memory_while_something_loads_says_what_would_save_how_much(tmp_path, monkeypatch, part):
-    def fail(*_):
+    def fail(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
 
     monkeypatch.setattr(SDXL, part, fail)

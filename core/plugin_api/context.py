@@ -127,7 +127,7 @@ class Context:
         with self._runtime.networks.use(role) as network, within(call):
             yield network
 
-    def _arithmetic(self, network: nn.Module) -> AbstractContextManager[None]:
+    def _arithmetic(self, network: nn.Module) -> AbstractContextManager[Any]:
         """Return the context of a call of `network`: the run's autocast, or fp32 throughout."""
         if self._in_full_precision and self._runtime.autocast_dtype is not None:
             return full_precision(network, self.device)
