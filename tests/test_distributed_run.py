@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
+from distill.core.errors import UserError
 from support.small_run import execute, losses, write_run
 
 COMMAND = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "distill"]
@@ -25,6 +27,17 @@ def test_two_processes_train_as_one(tmp_path):
         assert norm_a == pytest.approx(norm_b, rel=1e-3)
     assert (tmp_path / "two" / "student" / "pytorch_lora_weights.safetensors").exists()
     assert done.stderr.count("student written") == 1, "only the first process speaks"
+    assert "2 processes over gloo: the base on each, gradients averaged" in done.stderr
+
+    # two processes' checkpoint is continued by one, and the other way round is refused with another batch
+    shutil.rmtree(tmp_path / "two" / "checkpoint-4")
+    (tmp_path / "two" / "metrics.jsonl").unlink()
+    execute(write_run(tmp_path, output="two", train_batch_size=1, gradient_accumulation_steps=4, **short))
+    for (step, a, _), (again, b, _) in zip(losses(tmp_path / "one")[2:], losses(tmp_path / "two"), strict=True):
+        assert (step, a) == (again, pytest.approx(b, rel=1e-4))
+    shutil.rmtree(tmp_path / "two" / "checkpoint-4")
+    with pytest.raises(UserError, match=r"its steps had \[4\] samples over all processes, and these have \[2\]"):
+        execute(write_run(tmp_path, output="two", train_batch_size=1, gradient_accumulation_steps=2, **short))
 
 
 def test_alternate_updates_shared_lengths_and_running_means_are_those_of_one_process(tmp_path):

@@ -1,13 +1,19 @@
 """Several processes for real (gloo on the CPU): the same gradients as one, and unsupported set-ups refused."""
 
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
-from distill.core.engine.processes import Processes, _buckets
+from distill.core.config.load import load_configuration
+from distill.core.engine.launch import check_launch
+from distill.core.engine.processes import _buckets
 from distill.core.errors import UserError
+from distill.core.registry.registry import Registry
+from distill.core.runs.agreement import require_same_configuration, require_same_start
+from support.config_files import Pair
 
 WORKER = """
 import torch
@@ -63,14 +69,101 @@ def test_buckets_keep_every_tensor_and_one_type():
     assert all(len({t.dtype for t in b}) == 1 for b in buckets)
 
 
-@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
-def test_impossible_combinations_are_refused_with_the_reason(kind, monkeypatch):
-    class State:
-        device, process_index, num_processes, is_main_process = torch.device("cpu"), 0, 1, True
+@pytest.mark.parametrize(
+    ("given", "world", "words"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true"}, 2, "--use_fsdp: FSDP shards the base that several roles share"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, 1, "--use_deepspeed"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "True"}, 1, "--use_megatron_lm"),
+        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, 2, "--use_parallelism_config"),
+        ({"WORLD_SIZE": "4"}, 1, "started 4 processes"),
+        ({"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1"}, 1, "several processes starts one alone"),
+    ],
+)
+def test_what_a_launcher_asks_for_and_does_not_get_is_refused(given, world, words):
+    with pytest.raises(UserError, match=re.escape(words)) as error:
+        check_launch(given, world_size=world)
+    assert "torchrun --standalone" in error.value.remedy
 
-        class distributed_type:
-            name = kind
 
-    monkeypatch.setattr("accelerate.PartialState", lambda **_: State)
-    with pytest.raises(UserError, match=f"(?s){kind}.*torchrun"):
-        Processes("cpu")
+def test_usual_launches_are_accepted():
+    check_launch({}, world_size=1)
+    check_launch({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1"}, world_size=2)
+    check_launch({"ACCELERATE_USE_CPU": "True", "ACCELERATE_USE_FSDP": "false"}, world_size=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--cpu", "--num_processes", "2"], "several processes starts one alone"),
+        (["--use_fsdp", "--num_processes", "1", "--fsdp_version", "2"], "--use_fsdp"),
+    ],
+)
+def test_accelerate_launch_for_real_is_refused(options, words, tmp_path):
+    command = [sys.executable, "-m", "accelerate.commands.launch", *options, "-m", "distill", "run", "--output-dir"]
+    done = subprocess.run(
+        [*command, str(tmp_path / "out")], capture_output=True, text=True, timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert words in " ".join(done.stderr.split()), done.stderr[-2000:]
+    assert done.returncode != 0
+    assert not (tmp_path / "out").exists()
+
+
+ALONE = """
+import os, signal, sys, time
+from distill.core.engine import launch
+launch.POLL_SECONDS = 0.05
+if os.fork():
+    time.sleep(0.3)
+    os._exit(0)  # the launcher is gone
+signal.signal(signal.SIGTERM, lambda *_: (print("asked to stop", flush=True), os._exit(7)))
+launch.watch_launcher(world_size=2)
+time.sleep(20)
+print("still here", flush=True)
+"""
+
+
+def test_a_process_whose_launcher_is_gone_is_asked_to_stop():
+    done = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "asked to stop", done
+
+
+class Two:
+    """Two processes, of which the second has other values."""
+
+    world_size, main = 2, True
+
+    def __init__(self, other):
+        self.other = other
+
+    def gather(self, own):
+        return [own, self.other(own)]
+
+
+def test_processes_that_differ_are_named_with_what_differs(tmp_path):
+    config = Pair(tmp_path)
+    config.write()
+    loaded = load_configuration(
+        Registry.load(installed=False), config_file=config.config_file, data_file=config.data_file
+    )
+    require_same_configuration(Two(dict), loaded)
+    with pytest.raises(UserError) as error:
+        require_same_configuration(Two(lambda own: {**own, "seed": 7, "train_batch_size": 3}), loaded)
+    assert "seed is 42 in process 0 and 7 in process 1" in error.value.message
+    assert "train_batch_size is 1 in process 0 and 3 in process 1" in error.value.message
+
+
+def test_weights_that_differ_are_found_by_their_role():
+    class Networks:
+        def trained_roles(self):
+            return ["student"]
+
+        def named_parameters(self, role):
+            return {"a": torch.ones(3), "b": torch.zeros(2)}
+
+    require_same_start(Two(dict), Networks(), step=0, data="x")
+    with pytest.raises(UserError, match="the weights of student is .* in process 0 and 'other' in process 1"):
+        require_same_start(Two(lambda own: {**own, "the weights of student": "other"}), Networks(), step=0, data="x")
+    with pytest.raises(UserError, match="the first step is 0 in process 0 and 4 in process 1"):
+        require_same_start(Two(lambda own: {**own, "the first step": 4}), Networks(), step=0, data="x")

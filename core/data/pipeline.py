@@ -261,9 +261,17 @@ class DataPipeline:
         for prefetch in list(self._open):
             prefetch.close()
 
+    @property
+    def samples_of_steps(self) -> list[int]:
+        """The numbers of samples of an optimizer step over all processes: the run's, and datasets' own."""
+        own = [stream.global_batch for stream in self._ready().order.streams if stream.global_batch is not None]
+        return [self.global_batch, *own]
+
     def fingerprint(self) -> str:
-        """Hash the set of samples and its order; a resumed run must find the hash that its checkpoint holds."""
-        hasher = blake2b(f"1 {self._seed} {self.global_batch}".encode(), digest_size=16)
+        """Hash the set of samples and its order, apart from the size of steps; a resumed run must find the hash that
+        its checkpoint holds.
+        """
+        hasher = blake2b(f"2 {self._seed}".encode(), digest_size=16)
         streams = self._ready().order.streams
         hasher.update(json.dumps([_named(each) for each in streams]).encode())
         for dataset in self._datasets:
@@ -376,5 +384,4 @@ def _choices(dataset: Dataset) -> list[object]:
 
 
 def _named(stream: Stream) -> list[object]:
-    own = [] if stream.global_batch is None else [stream.global_batch]
-    return [stream.name, stream.size, str(stream.rate), *own]
+    return [stream.name, stream.size, str(stream.rate)]

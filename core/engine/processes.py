@@ -6,6 +6,7 @@ than a DDP reducer or a DeepSpeed engine expects.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
@@ -16,14 +17,9 @@ from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from ..errors import DistillError, Interrupted, UserError, described
+from .launch import check_launch, watch_launcher
 
 BUCKET_BYTES = 64 * 2**20
-_REFUSED = {
-    "FSDP": "FSDP shards the base that several roles share",
-    "DEEPSPEED": "a DeepSpeed engine owns one network and one optimizer, a method may have several on one base",
-    "MEGATRON_LM": "Megatron-LM brings its own training loop",
-    "TP": "tensor parallelism splits the layers that adapters are put on",
-}
 
 
 class Processes:
@@ -40,20 +36,20 @@ class Processes:
         # the first process validates, exports and scores while the others wait: that may take hours
         self._state = PartialState(cpu=cpu, timeout=timedelta(days=7))
         self._earlier: Tensor | None = None
-        self._refuse_unsupported()
+        check_launch(os.environ, world_size=self._state.num_processes)
+        watch_launcher(world_size=self._state.num_processes)
         own = device in ("auto", "cpu", "cuda") and self._state.device is not None
         self.device = torch.device(self._state.device or "cpu") if own else torch.device(device)
         self.rank, self.world_size = self._state.process_index, self._state.num_processes
         self.main = self._state.is_main_process
 
-    def _refuse_unsupported(self) -> None:
-        kind = self._state.distributed_type.name
-        if kind in _REFUSED:
-            raise UserError(
-                f"distributed type {kind} cannot be used with distill: {_REFUSED[kind]}",
-                "launch with torchrun or accelerate's MULTI_GPU (data parallel): "
-                "`torchrun --standalone --nproc_per_node 2 -m distill run ...`",
-            )
+    @property
+    def described(self) -> str:
+        """The processes in a line, for logs; empty for one alone."""
+        if self.world_size == 1:
+            return ""
+        backend = torch.distributed.get_backend()
+        return f"{self.world_size} processes over {backend}: the base on each, gradients averaged"
 
     def close(self) -> None:
         """Leave the process group; otherwise a process that ends early aborts the others' exit."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,6 +67,14 @@ OTHER_SAMPLES = (
     "of the datasets is another (as micro_conditioning, random_flip, probability), or some that were out of reach and "
     "quarantined then can be read now"
 )
+
+
+def _other_steps(before: Sequence[int] | None, now: Sequence[int]) -> str:
+    """Return the refusal of a resume whose steps have another number of samples."""
+    return (
+        f"its steps had {before} samples over all processes, and these have {list(now)}: train_batch_size x "
+        "gradient_accumulation_steps x processes may be divided in another way, and must stay the same"
+    )
 
 
 @dataclass(frozen=True)
@@ -182,9 +190,11 @@ class Trainer:
             if saved.meta["identity"].get(key) != value
         }
         if differing:
-            lines = [f"{key} was {old!r} and is {new!r}" for key, (old, new) in differing.items() if key != "data"]
-            if "data" in differing:
-                lines.append(OTHER_SAMPLES)
+            told = {"data": lambda old, new: OTHER_SAMPLES, "samples_of_steps": _other_steps}
+            lines = [
+                told.get(key, lambda old, new, key=key: f"{key} was {old!r} and is {new!r}")(old, new)
+                for key, (old, new) in differing.items()
+            ]
             remedy = "put back what was, or use a new output_dir (what is cached stays valid)"
             raise UserError(f"{path} cannot be resumed: {'; '.join(lines)}", remedy)
         theirs, ours = saved.meta.get("stages", []), self._begun(saved.step)

@@ -311,6 +311,7 @@ class RunComponents:
                            main=processes.main),
             registry=self.registry, processes=processes, stop=self._stop, observer=self._observer,
             identity={"method": settings.distillation_method, "family": settings.model_family,
-                      "model": self.family.fingerprint("denoiser"), "data": self.data.fingerprint()},
+                      "model": self.family.fingerprint("denoiser"), "data": self.data.fingerprint(),
+                      "samples_of_steps": self.data.samples_of_steps},
             total_steps=self.total_steps,
         )  # fmt: skip

@@ -44,6 +44,8 @@ MAY_CHANGE = frozenset(
         "data_backend_config",
         "plugins",
         "device",
+        "train_batch_size",  # the samples of a step may not, which the checkpoint tells
+        "gradient_accumulation_steps",
         "num_workers",
         "dataloader_prefetch",
         "vae_batch_size",
@@ -73,6 +75,7 @@ MAY_CHANGE_PREFIXES = (
 DATA_MAY_CHANGE = frozenset(
     {
         "type",
+        "train_batch_size",
         "cache_dir_vae",
         "cache_dir",
         "vae_batch_size",
@@ -227,7 +230,7 @@ def compare_with_earlier(configuration: Configuration, earlier_file: Path) -> No
 
 def changes(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     """Dotted key, earlier and new value of everything that differs and may not."""
-    flat_earlier, flat_now = dict(_flatten(earlier)), dict(_flatten(now))
+    flat_earlier, flat_now = dict(flattened(earlier)), dict(flattened(now))
     for key in dict.fromkeys([*flat_earlier, *flat_now]):
         before, after = flat_earlier.get(key, MISSING), flat_now.get(key, MISSING)
         if key.startswith(ROLES) and before in NOT_SET and after in NOT_SET:
@@ -246,11 +249,12 @@ def _may_change(key: str) -> bool:
     return top in MAY_CHANGE or top.startswith(MAY_CHANGE_PREFIXES)
 
 
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flattened(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted key and value of everything in a resolved configuration; datasets by their ids."""
     for key, value in values.items():
         if key == "data" and not prefix and isinstance(value, list):
-            yield from _flatten({entry["id"]: entry for entry in value}, "data.")
+            yield from flattened({entry["id"]: entry for entry in value}, "data.")
         elif isinstance(value, Mapping) and value:
-            yield from _flatten(value, f"{prefix}{key}.")
+            yield from flattened(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

@@ -21,6 +21,7 @@ from ..utils.console import console
 from ..utils.disk import explained
 from ..utils.files import write_text
 from ..utils.progress import working
+from .agreement import require_same_configuration, require_same_start, require_shared_folder
 from .builders import check_method_sources
 from .components import RunComponents
 from .memory_plan import explain_memory
@@ -124,6 +125,10 @@ class Run(TrainingObserver):
         with self.parts.processes.synchronized():
             check_resources(self.parts, steps=self.parts.total_steps)
         self._resume()
+        trainer = self.parts.trainer
+        require_same_start(
+            self.parts.processes, trainer.loop.networks, step=trainer.step, data=self.parts.data.fingerprint()
+        )
         self._start_tracking()
         self.parts.registry.hook.on_run_start(state=self.parts.trainer.state)
         with self._progress or self._make_progress():
@@ -139,9 +144,14 @@ class Run(TrainingObserver):
     def _open(self) -> None:
         if self.parts.config.miniature:
             logger.info(miniature_note(self.parts.config))
-        with self.parts.processes.synchronized():
-            if self.parts.processes.main:
+        processes = self.parts.processes
+        if processes.world_size > 1:
+            logger.info(processes.described)
+        require_same_configuration(processes, self.parts.config)
+        with processes.synchronized():
+            if processes.main:
                 self._folder.open(self.parts)
+        require_shared_folder(processes, self.settings.output_dir)
         _ = self.parts.publishers  # says now, rather than after hours, what would keep one from working
         for line in evaluation_notices(self.parts.registry, self.parts.config):
             logger.warning(line)
