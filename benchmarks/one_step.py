@@ -28,6 +28,8 @@ from scores import score  # noqa: E402
 
 NUM_IMAGES, BATCH_SIZE, RATE, LAST_RATE = 1024, 32, 1e-3, 5e-5
 DECAYS = (0.95, 0.99)
+EARLIER = (40, 30, 20, 10)
+"""Steps before the end at which the plain loop's weights are kept too: how far one run scatters within itself."""
 SETTINGS = {
     "train_batch_size": BATCH_SIZE, "learning_rate": RATE, "lr_warmup_steps": 0, "lr_scheduler": "constant",
     "use_ema": True, "ema_decay": DECAYS[0], "export_online_weights": True, "num_workers": 1,
@@ -120,12 +122,14 @@ def train_plain(folder: Path, *, data: Path, seed: int, steps: int) -> None:
     same, settings = folder.name.startswith("same"), Settings(learning_rate=RATE, w_min=2.0, w_max=4.0)
     loop = PlainLcmLora(SDXL.miniature, settings, seed=derive_seed(seed, "lora", "student") if same else seed)
     averages = {decay: {name: p.detach().clone() for name, p in loop.weights.items()} for decay in DECAYS}
-    losses = []
+    losses: list[float] = []
     for inputs, draws in (our_draws if same else own_draws)(data, settings, seed=seed, steps=steps):
         losses.append(loop.step(inputs, **draws, learning_rate=RATE))
         for decay, average in averages.items():
             for name, weight in loop.weights.items():
                 average[name].lerp_(weight.detach(), 1 - decay)
+        if steps - len(losses) in EARLIER:
+            loop.save(folder / f"earlier-{steps - len(losses)}")
     last = {name: p.detach().clone() for name, p in loop.weights.items()}
     for name, weights in {**{f"average-{decay}": average for decay, average in averages.items()}, "last": last}.items():
         loop.load(weights)
@@ -165,6 +169,7 @@ def students(output: Path, seeds: Sequence[int]) -> dict[str, Path]:
         own = output / f"plain-{seed}"
         found |= {
             f"plain loop@{seed}": own / "last",
+            **{f"plain loop, {count} steps earlier@{seed}": own / f"earlier-{count}" for count in EARLIER},
             **{f"plain loop, average {decay}@{seed}": own / f"average-{decay}" for decay in DECAYS},
             f"plain loop, our batches and draws@{seed}": output / f"same-{seed}" / "last",
             f"ours@{seed}": output / f"ours-{seed}" / "student-online",
@@ -173,6 +178,20 @@ def students(output: Path, seeds: Sequence[int]) -> dict[str, Path]:
             f"ours, decaying rate, average {DECAYS[0]}@{seed}": output / f"decay-{seed}" / "student",
         }
     return {name: folder for name, folder in found.items() if folder.exists()}
+
+
+def scored(output: Path, seeds: Sequence[int], *, num_samples: int) -> list[dict[str, Any]]:
+    """Return rows of all students, each scored once on the same prompts and noise."""
+    rows: list[dict[str, Any]] = []
+    for name, folder in students(output, seeds).items():
+        file = folder.parent / f"{folder.name}-scores.json"
+        if not file.exists():
+            found = score(
+                {"first": output / f"ours-{seeds[0]}"}, students={name: folder}, num_samples=num_samples, teachers=False
+            )
+            file.write_text(json.dumps(found["rows"], indent=2) + "\n")
+        rows += json.loads(file.read_text())
+    return rows
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -215,10 +234,9 @@ def main() -> None:
         return train_plain(given.plain, data=given.data, seed=seeds[0], steps=given.steps)
     variants = [int(seed) for seed in given.variants.split(",") if seed]
     train(given.output, seeds, variants=variants, steps=given.steps, jobs=given.jobs)
-    first, found = {"first": given.output / f"ours-{seeds[0]}"}, students(given.output, seeds)
-    result = score(first, students=found, num_samples=given.num_samples)
-    (given.output / "one_step.json").write_text(json.dumps(result, indent=2) + "\n")
-    print(table(result["rows"]))
+    rows = scored(given.output, seeds, num_samples=given.num_samples)
+    (given.output / "one_step.json").write_text(json.dumps(rows, indent=2) + "\n")
+    print(table(rows))
     return None
 
 

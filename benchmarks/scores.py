@@ -56,8 +56,17 @@ class Students:
         yield self._loaded[1]
 
 
-def score(folders: dict[str, Path], *, num_samples: int, students: dict[str, Path] | None = None) -> dict[str, Any]:
-    """Scores by recipe; `folders` are output folders of finished runs by name, `students` theirs unless given."""
+def score(
+    folders: dict[str, Path], *, num_samples: int, students: dict[str, Path] | None = None, teachers: bool = True
+) -> dict[str, Any]:
+    """Scores by recipe.
+
+    Args:
+        folders: Output folders of finished runs by name.
+        num_samples: Images of each row.
+        students: Folders of students by name; those of the runs unless given.
+        teachers: Whether the teacher gets rows too; if not, the distance to its images is to those of one step.
+    """
     from distill.core.data.loader import BatchContents, BatchLayout
     from distill.core.data.pipeline import DataPipeline
     from distill.core.evaluation.evaluate import evaluate
@@ -85,14 +94,15 @@ def score(folders: dict[str, Path], *, num_samples: int, students: dict[str, Pat
     plan = plan_evaluation(
         family, lambda steps: method.sampler(family.schedule, num_inference_steps=steps),
         prompts=data.captions(num_samples), num_samples=num_samples, seed=0, resolution=run.validation_resolution[0],
-        steps=run.evaluation_steps, teacher_steps=sorted({1, 2, 4, 8, *run.evaluation_teacher_steps}),
+        steps=run.evaluation_steps,
+        teacher_steps=sorted({1, 2, 4, 8, *run.evaluation_teacher_steps}) if teachers else (1,),
         teacher_guidance=run.evaluation_teacher_guidance,
     )  # fmt: skip
     solver = next(each for each in plan.sampling_plans if each.sampler is not None and each.role == "teacher")
-    teachers = [each for each in plan.sampling_plans if each.role == "teacher" and each is not solver]
+    many = [each for each in plan.sampling_plans if each.role == "teacher" and each is not solver]
     few = [each for each in plan.sampling_plans if each.role == "student"]
     students = students or {name: folder / "student" for name, folder in folders.items()}
-    sampling_plans = [*teachers, *(replace(solver, steps=steps) for steps in (2, 4))]
+    sampling_plans = [*many, *(replace(solver, steps=steps) for steps in (2, 4))] if teachers else []
     sampling_plans += [replace(each, role=name) for name in students for each in few]
     real = data.real_images(1000, plan.width, plan.height)
     setting = evaluation_setting(family, num_data=len(real))
