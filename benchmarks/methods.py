@@ -208,9 +208,10 @@ def side_by_side(names: Sequence[str], images: Path, *, seed: str, steps: int) -
 
 def heading(made: Mapping[str, Any]) -> str:
     """What the table was made with, in a sentence."""
+    cost = "equal steps" if made["budget"] is None else f"{made['budget']:,.0f} network evaluations a run"
     trained = ", ".join(f"{name} {count}" for name, count in made["steps"].items())
     return (
-        f"Commit {made['commit']}: {made['budget']:,.0f} network evaluations a run (optimizer steps: {trained}); "
+        f"Commit {made['commit']}: {cost} (optimizer steps: {trained}); "
         f"seeds {', '.join(made['seeds'])}; {made['num_samples']} samples, {made['per_prompt']} of each prompt; "
         "the mean of the seeds (lowest to highest)."
     )
@@ -248,7 +249,7 @@ def main() -> None:
     images = arguments.output / "images"
     rows = score(folders, num_samples=arguments.num_samples, per_prompt=arguments.per_prompt, images=images)
     found = {
-        "commit": commit(), "budget": arguments.budget, "steps": steps, "seeds": seeds,
+        "commit": commit(), "budget": None if arguments.steps else arguments.budget, "steps": steps, "seeds": seeds,
         "num_samples": arguments.num_samples, "per_prompt": arguments.per_prompt, "rows": rows,
     }  # fmt: skip
     text = f"{heading(found)}\n\n{table(rows)}"
