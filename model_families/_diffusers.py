@@ -18,7 +18,7 @@ from ..core.plugin_api.quantizer import replace_module
 from ..core.utils.full_precision import compute_in_fp32
 from ..core.utils.progress import working
 from . import _export as exporting
-from ._empty import empty_network
+from ._empty import empty_denoiser, empty_network
 from ._files import quiet_libraries
 from ._images import build_pipeline, call_arguments, evaluating, sample_latents
 from ._kohya import export_kohya, no_form
@@ -148,6 +148,12 @@ class DiffusersFamily(DiffusersModel):
         ends = tuple(f"{end}." for end in self.ends)
         inner = (weight for name, weight in network.named_parameters() if not name.startswith(ends))
         return next(weight.dtype for weight in inner if weight.is_floating_point())
+
+    def copy_network(self, teacher: Any) -> Any:
+        """Return a trainable fp32 copy of `teacher`, its weights read from the files."""
+        student = empty_denoiser(self.architecture, dict(teacher.config))
+        student.load_state_dict(self.wide_state(), assign=True)
+        return self.with_wide_ends(student.requires_grad_(True).eval())
 
     def wide_state(self, names: Mapping[str, str] | None = None) -> dict[str, Tensor]:
         """Return the denoiser's weights in fp32 as the files have them, the teacher's LoRAs fused, on the device.

@@ -363,7 +363,7 @@ def test_values_that_are_not_finite_are_refused(tiny, base, tmp_path):
 
 def test_the_header_alone_decides(tiny, base, tmp_path, monkeypatch):
     file = write(tmp_path, plain_layer(base, LINEAR))
-    monkeypatch.setattr("distill.model_families._weights.WeightFile._read", lambda *_: pytest.fail("read a tensor"))
+    monkeypatch.setattr("distill.model_families._weights.WeightFile.read_one", lambda *_: pytest.fail("read a tensor"))
     make(tiny, (file, 1.0)).check_source()
 
 

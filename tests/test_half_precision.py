@@ -16,7 +16,7 @@ from distill.core.engine.networks import Networks
 from distill.core.errors import DistillError
 from distill.core.plugin_api.context import Context, Runtime
 from distill.core.plugin_api.family import LoraSettings, MicroConditioning, ModelSettings
-from distill.core.plugin_api.method import MethodSetup, Role
+from distill.core.plugin_api.method import MethodSetup, Requirements, Role
 from distill.core.runs.memory_plan import memory_settings
 from distill.core.utils.full_precision import compute_in_fp32, full_precision
 from distill.distill_methods.dmd2 import _x0
@@ -476,6 +476,7 @@ def test_a_base_with_fp32_ends_counts_as_half():
         settings=SimpleNamespace(use_ema=False, mixed_precision="bf16", gradient_checkpointing=False),
         networks=networks, resolution=(32, 32), family=family, optimizer_plugin=plugin,
         config=SimpleNamespace(largest_batch=1),
+        method=SimpleNamespace(config=None, setup=None, requires=lambda *_: Requirements()),
     )  # fmt: skip
     assert 2 <= memory_settings(run).base_bytes < 2.2  # type: ignore[arg-type]
 

@@ -228,7 +228,11 @@ def test_a_factory_that_makes_no_module_or_nothing_to_train_is_reported():
 
 def test_plugins_show_says_what_a_module_is():
     said = [_network(role) for role in Weighted.roles(None, MethodSetup("lora"))]
-    assert said[2:] == ["error (a module of its own)", "slow_error (average of error)", "space (frozen, of its own)"]
+    assert said[2:] == [
+        "error (a module of its own, learning rate 0.003)",
+        "slow_error (average of error)",
+        "space (frozen, of its own)",
+    ]
 
 
 # -- terms that share them --------------------------------------------------------------------------------------------

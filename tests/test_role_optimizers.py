@@ -255,7 +255,7 @@ def test_adapters_keys_have_an_effect_beside_a_full_student(tmp_path):
     notices = configured(
         tmp_path, distillation_method="dmd2", model_type="full", distillation_config={"dmd2": {"fake_score": "lora"}}
     ).notices
-    assert "lora_rank: of the fake_score alone with model_type full" in notices
+    assert "lora_rank, lora_alpha: of the fake_score alone with model_type full" in notices
 
 
 # -- averages of adapters ---------------------------------------------------------------------------------------------

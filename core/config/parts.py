@@ -238,6 +238,6 @@ class PartsCheck:
         factor = plugin.relative_learning_rate
         rates = {key: kept[key] * factor for key in ("learning_rate", "lr_end") if key in kept and factor != 1}
         if rates and not self.report.layers.given("learning_rate"):
-            reason = f"{factor:g} of what {whose} has for AdamW"
+            reason = f"{factor:g} of that for AdamW in {whose}"
             self.report.note(f"learning_rate is {rates['learning_rate']:g} for {plugin.name!r}, {reason}")
         return kept | rates

@@ -164,7 +164,7 @@ def lay_recommended(check: PartsCheck) -> None:
 def _for_this_run(recommended: dict[str, Any], check: PartsCheck) -> dict[str, Any]:
     """Return the recommended keys of the run that nobody set and that this machine and optimizer can use."""
     layers, optimizer = check.report.layers, check.classes.get("optimizer")
-    values = check.recipe_for_optimizer(recommended, whose="what is recommended") if recommended else {}
+    values = check.recipe_for_optimizer(recommended, whose="the published settings") if recommended else {}
     if optimizer is not None:
         _leave_out_unhonoured(values, optimizer, list(ADAM_KEYS))
     values = usable_here(values, device=str(layers.values.get("device") or "auto"))
