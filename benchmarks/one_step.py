@@ -166,17 +166,14 @@ def students(output: Path, seeds: Sequence[int]) -> dict[str, Path]:
     """Return name and seed -> the folder of each student that is there."""
     found: dict[str, Path] = {}
     for seed in seeds:
-        own = output / f"plain-{seed}"
-        found |= {
-            f"plain loop@{seed}": own / "last",
-            **{f"plain loop, {count} steps earlier@{seed}": own / f"earlier-{count}" for count in EARLIER},
-            **{f"plain loop, average {decay}@{seed}": own / f"average-{decay}" for decay in DECAYS},
-            f"plain loop, our batches and draws@{seed}": output / f"same-{seed}" / "last",
-            f"ours@{seed}": output / f"ours-{seed}" / "student-online",
-            f"ours, average {DECAYS[0]}@{seed}": output / f"ours-{seed}" / "student",
-            f"ours, decaying rate@{seed}": output / f"decay-{seed}" / "student-online",
-            f"ours, decaying rate, average {DECAYS[0]}@{seed}": output / f"decay-{seed}" / "student",
-        }
+        for name, kind in (("plain loop", "plain"), ("plain loop, our batches and draws", "same")):
+            own = output / f"{kind}-{seed}"
+            found[f"{name}@{seed}"] = own / "last"
+            found |= {f"{name}, 10 to 40 steps earlier@{seed} {count}": own / f"earlier-{count}" for count in EARLIER}
+            found |= {f"{name}, average {decay}@{seed}": own / f"average-{decay}" for decay in DECAYS}
+        for name, kind in (("ours", "ours"), ("ours, decaying rate", "decay")):
+            own = output / f"{kind}-{seed}"
+            found |= {f"{name}@{seed}": own / "student-online", f"{name}, average {DECAYS[0]}@{seed}": own / "student"}
     return {name: folder for name, folder in found.items() if folder.exists()}
 
 
