@@ -223,3 +223,17 @@ def test_the_run_says_which_stages_are_adversarial():
         "progressive: 16 -> 4 -> 2 -> 1 steps, the first teacher at guidance scale 3",
         "progressive: the stages that end at 2, 1 steps are adversarial, relaxed for the last 50% of each",
     ]
+
+
+def test_each_stage_has_its_rate_and_the_encoder_its_kind():
+    config = Progressive.Config(
+        student_steps=[4, 2], adversarial_weight=[0.0, 1.0], stage_learning_rates=[1e-5, 1e-6],
+        discriminator_encoder="full",
+    )  # fmt: skip
+    rates = [(stage.num_steps, stage.learning_rate) for stage in Progressive.stages(config, total_steps=8)]
+    assert rates == [(4, 1e-5), (2, 1e-6), (2, 1e-6)]
+    roles = {role.name: role for role in Progressive.roles(config, MethodSetup("lora"))}
+    assert (roles["student"].trains, roles["discriminator_encoder"].trains) == ("lora", "full")
+    assert {(role.betas, role.weight_decay) for name, role in roles.items() if "heads" in name} == {((0.0, 0.99), 0.0)}
+    with pytest.raises(ValueError, match="stage_learning_rates has 1 numbers for the 2 stages"):
+        Progressive.Config(student_steps=[4, 2], stage_learning_rates=[1e-5])
