@@ -154,6 +154,14 @@ def test_config_check_says_the_scale_and_refuses_before_weights_load(tmp_path):
     assert "needs the teacher without guidance" in said(result.stderr)
 
 
+def test_an_unknown_kind_of_student_is_refused_as_a_value(tmp_path):
+    pair = Pair(tmp_path, {"model_type": " "})
+    pair.write()
+    result = distill("config", "check", *pair.options())
+    assert result.exit_code == 2
+    assert "model_type" in said(result.stderr)
+
+
 # -- what methods recommend -------------------------------------------------------------------------------------------
 
 

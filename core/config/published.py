@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from pydantic import BaseModel
 
@@ -144,14 +144,17 @@ def lay_recommended(check: PartsCheck) -> None:
     method, family, layers = check.classes.get("method"), check.classes.get("family"), check.report.layers
     if method is None or family is None:
         return
-    model_type = layers.values.get("model_type") or RunSettings.model_fields["model_type"].default
-    found = fitting(method, model_type=str(model_type), family=family.name)
+    known_type = RunSettings.model_fields["model_type"]
+    model_type = layers.values.get("model_type") or known_type.default
+    if model_type not in get_args(known_type.annotation):
+        return  # refused as a value, and nothing is published for it
+    found = fitting(method, model_type=model_type, family=family.name)
     run = _for_this_run({key: value for each in found for key, value in each.run.items()}, check)
     given = layers.values.get("distillation_config")
     here = given.get(method.name) if isinstance(given, Mapping) else None
     known = here if isinstance(here, Mapping) else {}
     own = {key: value for each in found for key, value in each.method.items() if key not in known}
-    said = [*_changes(run, RunSettings, model_type=str(model_type)), *_changes(own, method.Config)]
+    said = [*_changes(run, RunSettings, model_type=model_type), *_changes(own, method.Config)]
     origin = Origin(f"recommended by {method.name}", Path())
     lay_under(layers, {**run, "distillation_config": {method.name: own}}, origin)
     if said:

@@ -264,8 +264,7 @@ class DataPipeline:
     @property
     def samples_of_steps(self) -> list[int]:
         """The numbers of samples of an optimizer step over all processes: the run's, and datasets' own."""
-        own = [stream.global_batch for stream in self._ready().order.streams if stream.global_batch is not None]
-        return [self.global_batch, *own]
+        return [self.global_batch, *(each.global_batch or self.global_batch for each in self._ready().order.streams)]
 
     def fingerprint(self) -> str:
         """Hash the set of samples and its order, apart from the size of steps; a resumed run must find the hash that
