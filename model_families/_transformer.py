@@ -123,6 +123,9 @@ class TransformerFamily(DiffusersFamily):
         transformer: Any = network
         return [f"{name}.{i}" for name, blocks in lists_of_blocks(transformer).items() for i in range(len(blocks))]
 
+    def shard_units(self, network: nn.Module) -> list[str]:
+        return self.block_names(network)
+
     def prompt_dimensions(self, network: nn.Module) -> dict[str, int]:
         transformer: Any = network
         config = transformer.config

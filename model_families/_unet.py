@@ -163,6 +163,15 @@ class UNetFamily(DiffusersFamily):
         middle = ["mid_block"] if unet.mid_block is not None else []
         return [*(f"down_blocks.{i}" for i in down), *middle, *(f"up_blocks.{i}" for i in up)]
 
+    def shard_units(self, network: nn.Module) -> list[str]:
+        layers: list[str] = []
+        for name in self.block_names(network):
+            block: Any = network.get_submodule(name)
+            kinds = {kind: len(getattr(block, kind, None) or ()) for kind in ("resnets", "attentions")}
+            for index in range(max(kinds.values())):
+                layers += [f"{name}.{kind}.{index}" for kind, count in kinds.items() if index < count]
+        return layers
+
     def prompt_dimensions(self, network: nn.Module) -> dict[str, int]:
         unet: Any = network
         return {"prompt_embeds": unet.config.cross_attention_dim}

@@ -21,6 +21,7 @@ class AdamW(OptimizerPlugin):
     """AdamW (arXiv 1711.05101) by torch, as one fused kernel where the device has it."""
 
     name = "adamw"
+    elementwise = True
 
     def build(self, parameters: Iterable[torch.nn.Parameter], settings: OptimizerSettings) -> torch.optim.Optimizer:
         """Return one fused (elsewhere: foreach) AdamW."""
@@ -35,6 +36,7 @@ class OptimiAdamW(OptimizerPlugin):
     """AdamW by torch-optimi over float32 weights."""
 
     name = "optimi-adamw"
+    elementwise = True
     packages: ClassVar = {"optimi": "torch-optimi"}
 
     class Config(OptimizerPlugin.Config):
@@ -58,6 +60,7 @@ class AdamWBF16(OptimizerPlugin):
     """
 
     name = "adamw_bf16"
+    elementwise = True
     aliases = ("adamw-bf16",)
     packages: ClassVar = {"optimi": "torch-optimi"}
     parameter_dtype = "bfloat16"
@@ -131,6 +134,7 @@ class Lion(OptimizerPlugin):
     """Lion (arXiv 2302.06675) by lion-pytorch; wants a learning rate 3 to 10 times smaller than AdamW's."""
 
     name = "lion"
+    elementwise = True
     packages: ClassVar = {"lion_pytorch": "lion-pytorch"}
     relative_learning_rate = LION_RATE
     honours = frozenset({"adam_weight_decay"})
@@ -147,6 +151,7 @@ class OptimiLion(OptimizerPlugin):
     """Lion (arXiv 2302.06675) by torch-optimi over float32 weights."""
 
     name = "optimi-lion"
+    elementwise = True
     packages: ClassVar = {"optimi": "torch-optimi"}
     relative_learning_rate = LION_RATE
     honours = frozenset({"adam_weight_decay"})

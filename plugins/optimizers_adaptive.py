@@ -25,6 +25,7 @@ class ScheduleFreeAdamW(OptimizerPlugin):
     """
 
     name = "schedulefree-adamw"
+    elementwise = True
     aliases = ("adamw-schedulefree", "adamw_schedulefree")
     packages: ClassVar = {"schedulefree": "schedulefree>=1.4"}
     schedule_free = True

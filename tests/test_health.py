@@ -47,9 +47,9 @@ def test_the_run_stops_before_the_next_update(tmp_path):
 
 
 def test_the_norm_of_bf16_gradients_is_taken_in_fp32():
-    from distill.core.engine.optimize import _total_norm
+    from distill.core.engine.optimize import total_norm
 
     gradients = [torch.full((1000,), 0.1, dtype=torch.bfloat16) for _ in range(7)]
     exact = torch.cat(gradients).double().norm()
-    assert _total_norm(gradients).dtype == torch.float32
-    assert _total_norm(gradients).item() == pytest.approx(exact.item(), rel=1e-6)
+    assert total_norm(gradients).dtype == torch.float32
+    assert total_norm(gradients).item() == pytest.approx(exact.item(), rel=1e-6)

@@ -8,7 +8,6 @@ rename.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -17,27 +16,26 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from ..errors import UserError
 from ..utils.disk import DiskFull, free_bytes, is_disk_full
-from ..utils.files import sync_folder
+from ..utils.files import sha256, sync_file, sync_folder
 from ..utils.tensor_tree import load_optimizer, optimizer_to_tensors, tensors_to_optimizer
+from .manifest import FORMAT, GROUP, MANIFEST, META, read_manifest
+
+if TYPE_CHECKING:
+    from .sharded_checkpoint import ShardedTensors
 
 __all__ = ["CheckpointState", "CheckpointStore", "load_optimizer", "optimizer_to_tensors", "tensors_to_optimizer"]
 
 logger = logging.getLogger(__name__)
-FORMAT = 1
-MANIFEST = "manifest.json"
-META = "state.json"
 META_BYTES = 1 << 16
 """Room for what is no tensor."""
 _NAME = re.compile(r"checkpoint-(\d+)")
 _LEFTOVER = re.compile(r"\.checkpoint-(\d+)\.(partial|replaced|deleted)")
-_GROUP = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
 @dataclass
@@ -48,11 +46,13 @@ class CheckpointState:
         step: Optimizer steps taken.
         tensors: Group name -> tensor name -> tensor; each group becomes ``<group>.safetensors``.
         meta: All other state, as JSON values (floats round-trip exactly).
+        sharded: Tensors of which each process holds a part, if there are any; then all processes write.
     """
 
     step: int
     tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
+    sharded: ShardedTensors | None = None
 
 
 class CheckpointStore:
@@ -110,8 +110,16 @@ class CheckpointStore:
         self._prune(keep=final)
         return final
 
-    def load(self, path: Path) -> CheckpointState:
+    def partial(self, step: int) -> Path:
+        """Return the folder that the checkpoint of a step is written to before it has its name."""
+        return self._temporary(step, "partial")
+
+    def load(self, path: Path, *, whole: bool = True) -> CheckpointState:
         """Read a checkpoint after verifying every file's checksum; tensors lie on the CPU.
+
+        Args:
+            path: Its folder.
+            whole: Whether sharded tensors are read too, whole; else each process reads its parts of them.
 
         Raises:
             UserError: The folder is no complete checkpoint, or a file in it is not what was written.
@@ -123,6 +131,11 @@ class CheckpointStore:
         for name, entry in manifest["files"].items():
             self._verify(path / name, entry)
         tensors = {group: load_file(path / f"{group}.safetensors") for group in manifest["groups"]}
+        if whole and manifest["sharded"]:
+            from .sharded_checkpoint import read_whole
+
+            for group, found in read_whole(path).items():
+                tensors.setdefault(group, {}).update(found)
         meta = json.loads((path / META).read_text("utf-8"))
         return CheckpointState(step=manifest["step"], tensors=tensors, meta=meta)
 
@@ -249,7 +262,7 @@ class CheckpointStore:
     def _verify(self, path: Path, entry: Mapping[str, Any]) -> None:
         if not path.is_file():
             raise UserError(f"checkpoint file {path} is missing", self._instead_of(path.parent))
-        if path.stat().st_size != entry["bytes"] or _sha256(path) != entry["sha256"]:
+        if path.stat().st_size != entry["bytes"] or sha256(path) != entry["sha256"]:
             raise UserError(
                 f"checkpoint file {path} is corrupt: it is not what was written", self._instead_of(path.parent)
             )
@@ -257,48 +270,6 @@ class CheckpointStore:
     def _instead_of(self, path: Path) -> str:
         others = [other.name for other in self.all() if other.resolve() != path.resolve()]
         return f"Remove the folder {path} to resume from " + (f"{others[-1]}." if others else "the start.")
-
-
-def read_manifest(folder: Path, name: str = MANIFEST) -> dict[str, Any]:
-    """Read the manifest of a complete checkpoint.
-
-    Raises:
-        ValueError: It is no JSON, has not the form of a manifest, or names files outside of the folder.
-    """
-    try:
-        manifest = json.loads((folder / name).read_text("utf-8"))
-    except RecursionError as error:
-        raise ValueError("it nests too many objects and lists") from error
-    if isinstance(manifest, dict) and manifest.get("format") != FORMAT:
-        return manifest  # another version's, which the caller refuses as that
-    return _Manifest.model_validate(manifest).model_dump()
-
-
-class _ManifestFile(BaseModel):
-    """What a manifest says of a file."""
-
-    model_config = ConfigDict(extra="allow")
-
-    bytes: int = Field(ge=0)
-    sha256: str
-
-
-class _Manifest(BaseModel):
-    """The form of a manifest."""
-
-    model_config = ConfigDict(extra="allow")
-
-    format: Any = None
-    step: int = Field(ge=0)
-    groups: list[Annotated[str, Field(pattern=f"^{_GROUP.pattern}$")]]
-    files: dict[Annotated[str, Field(pattern=r"^[^/\\\x00]+$")], _ManifestFile]
-
-    @model_validator(mode="after")
-    def _whole(self) -> Self:
-        absent = [name for name in (META, *(f"{group}.safetensors" for group in self.groups)) if name not in self.files]
-        if absent:
-            raise ValueError(f"it has no checksum of {', '.join(absent)}")
-        return self
 
 
 def _folders(parent: Path) -> list[Path]:
@@ -335,7 +306,8 @@ def _flaw(path: Path) -> str | None:
 
 def _num_bytes(state: CheckpointState) -> int:
     """Return about how many bytes a state takes on disk."""
-    return sum(tensor.nbytes for group in state.tensors.values() for tensor in group.values()) + META_BYTES
+    plain = sum(tensor.nbytes for group in state.tensors.values() for tensor in group.values())
+    return plain + META_BYTES + (state.sharded.num_bytes if state.sharded else 0)
 
 
 def _folder_bytes(path: Path) -> int:
@@ -346,23 +318,26 @@ def _write(folder: Path, state: CheckpointState) -> None:
     from safetensors.torch import save_file
 
     folder.mkdir()
+    shards = state.sharded.write(folder) if state.sharded else {}
     for group, tensors in state.tensors.items():
-        if not _GROUP.fullmatch(group):
+        if not GROUP.fullmatch(group):
             raise ValueError(f"{group!r} cannot name a file: letters, digits, '_', '.' and '-' can")
         save_file(_storable(tensors), folder / f"{group}.safetensors")
     (folder / META).write_text(json.dumps(state.meta), "utf-8")
-    files = sorted(folder.iterdir())
+    files = sorted(path for path in folder.iterdir() if path.name not in shards)
     for path in files:
-        _sync_file(path)
+        sync_file(path)
+    own = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files}
     manifest = {
         "format": FORMAT,
         "step": state.step,
         "groups": list(state.tensors),
-        "files": {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files},
+        "files": own | shards,
+        **({"sharded": state.sharded.names} if state.sharded else {}),
     }
     temporary = folder / f"{MANIFEST}.partial"
     temporary.write_text(json.dumps(manifest, indent=2), "utf-8")
-    _sync_file(temporary)
+    sync_file(temporary)
     os.rename(temporary, folder / MANIFEST)
     sync_folder(folder)
 
@@ -379,16 +354,6 @@ def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         seen.add(plain.untyped_storage().data_ptr())
         result[name] = plain
     return result
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync_file(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
 
 
 def _remove(path: Path) -> None:

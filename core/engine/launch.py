@@ -14,9 +14,6 @@ from ..errors import UserError
 logger = logging.getLogger(__name__)
 COMMAND = "torchrun --standalone --nproc_per_node N -m distill run ..."
 REFUSED = {
-    "ACCELERATE_USE_FSDP": "--use_fsdp: FSDP shards the base that several roles share",
-    "ACCELERATE_USE_DEEPSPEED": "--use_deepspeed: a DeepSpeed engine owns one network and one optimizer, and a method "
-    "may have several on one base",
     "ACCELERATE_USE_MEGATRON_LM": "--use_megatron_lm: Megatron-LM brings its own training loop",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "--use_parallelism_config: tensor and context parallelism split the layers "
     "that adapters are put on",

@@ -137,6 +137,7 @@ class Loop:
         for source in dict.fromkeys(stage.copy.values()):
             if source in self.optimizers:
                 self.optimizers[source].finalize()
+                self.networks.changed()
         for target, source in stage.copy.items():
             self.networks.apply_ema(source)
             self.networks.copy(target, source)
@@ -149,7 +150,9 @@ class Loop:
         with ExitStack() as stack:
             for optimizer in self.optimizers.values():
                 stack.enter_context(optimizer.evaluating())
+            self.networks.changed()
             yield
+        self.networks.changed()
 
     def _accumulate(self, accumulated: _Accumulated, update: Update, batch: Batch, num_batches: int) -> None:
         assert update.role == accumulated.role, "micro-batches must yield the same updates"
@@ -168,8 +171,7 @@ class Loop:
         metrics = {
             name: torch.stack([update.metrics[name] for update in updates]).mean() for name in updates[0].metrics
         }
-        gradients = [p.grad for p in optimizer.parameters if p.grad is not None]
-        self._reduce([loss, *metrics.values(), *gradients])
+        self._reduce([loss, *metrics.values(), *optimizer.gradients_to_average()])
         finite = torch.isfinite(loss)
         norm, taken = optimizer.step(step, healthy=finite)
         self.networks.update_averages(role)

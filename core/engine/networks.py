@@ -1,104 +1,30 @@
 """The networks of a run, by role: one base in memory, with an adapter for each role that trains LoRA.
 
-With LoRA the teacher is the base with adapters off. Which adapters are on is a property of each forward pass: it is
-set for that pass, put back afterwards, and restored for its recomputation under gradient checkpointing, so that one
-backward may cross student, fake score and teacher. ``requires_grad`` is never touched by switching.
+With LoRA the teacher is the base with adapters off.
 """
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..errors import UserError
-from ..utils.dropout import NamedDropout, NetworkCall, current_call, within
+from ..utils.dropout import NamedDropout
 from ..utils.seeds import derive_seed
+from .adapters import AdapterSwitch, copy_adapter, tuner_layers
 from .ema import EMA
 from .modules import build_module, changing_buffers
+from .shards import part_of, sharded_as
 
 if TYPE_CHECKING:
     from ..plugin_api.family import LoraSettings, ModelFamily
     from ..plugin_api.method import Role
-
-
-def _tuner_layers(network: nn.Module) -> list[tuple[str, Any]]:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return [(name, module) for name, module in network.named_modules() if isinstance(module, BaseTunerLayer)]
-
-
-def _copy_adapter(layer: Any, source: str, target: str, *, name: str, path: str, rank: int) -> None:
-    """Copy one layer's weights from adapter `source` to `target`, so that both contribute the same."""
-    has_source, has_target = source in layer.lora_A, target in layer.lora_A
-    if has_source != has_target:
-        raise UserError(
-            f"init_lora = {path}: it {'adapts' if has_source else 'does not adapt'} {name}, this run does"
-            f"{' not' if has_source else ''}",
-            "set lora_target_modules to the modules of that LoRA",
-        )
-    if layer.lora_A[source].weight.shape != layer.lora_A[target].weight.shape:
-        raise UserError(
-            f"init_lora = {path}: its rank is {layer.r[source]}, this run's lora_rank = {rank}",
-            f"set lora_rank to {layer.r[source]}",
-        )
-    layer.lora_A[target].weight.copy_(layer.lora_A[source].weight)
-    ratio = layer.scaling[source] / layer.scaling[target]
-    layer.lora_B[target].weight.copy_(layer.lora_B[source].weight * ratio)
-
-
-class AdapterSwitch:
-    """Sets which adapter of a peft-injected network is active, without touching ``requires_grad``.
-
-    Args:
-        network: A network that adapters were injected into.
-    """
-
-    def __init__(self, network: nn.Module) -> None:
-        self._layers: list[Any] = [module for _, module in _tuner_layers(network)]
-        self.active: str | None = None
-        self._apply(None)
-
-    def _apply(self, adapter: str | None) -> None:
-        # peft's public switches clear requires_grad of the inactive adapters, hence its two fields directly
-        for layer in self._layers:
-            layer._disable_adapters = adapter is None
-            if adapter is not None:
-                layer._active_adapter = [adapter]
-        self.active = adapter
-
-    @contextmanager
-    def use(self, adapter: str | None) -> Iterator[None]:
-        """Switch on `adapter` (None: none) inside the block; restore what was on before, also on an error."""
-        before = self.active
-        if adapter == before:
-            yield
-            return
-        self._apply(adapter)
-        try:
-            yield
-        finally:
-            self._apply(before)
-
-    def checkpoint(self, module: nn.Module, *args: Any) -> Any:
-        """Run `module` under gradient checkpointing, its recomputation with the adapters and the dropout of the forward
-        pass.
-        """
-        adapter, call = self.active, current_call()
-        return checkpoint(
-            module.__call__, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), self._again(adapter, call))
-        )
-
-    @contextmanager
-    def _again(self, adapter: str | None, call: NetworkCall | None) -> Iterator[None]:
-        with self.use(adapter), within(call):
-            yield
 
 
 class Networks:
@@ -129,6 +55,8 @@ class Networks:
         self._family, self._lora, self._seed, self._dtype = family, lora, seed, parameter_dtype
         self.base = family.load_network().requires_grad_(False)
         self._modules: dict[str, nn.Module] = {}
+        self._parts: dict[nn.Parameter, nn.Parameter] = {}
+        self._listeners: list[Callable[[], None]] = []
         for role in sorted(roles, key=lambda role: role.trains != "full"):
             # copies of the base first, while no adapter is inside it: then any order of the roles will do
             self._modules[role.name] = self._build(role)
@@ -138,14 +66,39 @@ class Networks:
             self._set_trainable(role)
             if role.source is not None:
                 self.copy(role.name, role.source)
+        self._make_averages(ema_decay)
+        if gradient_checkpointing:
+            self._enable_checkpointing()
+
+    def _make_averages(self, ema_decay: float | None) -> None:
         self._averages = {
             role.name: EMA(self._all_parameters(role.name), decay=role.ema_decay)
-            for role in roles
+            for role in self.roles.values()
             if role.ema_of is not None
         }
         self.average = None if ema_decay is None else EMA.copy_of(self.parameters("student"), decay=ema_decay)
-        if gradient_checkpointing:
-            self._enable_checkpointing()
+
+    def restart_averages(self) -> None:
+        """Begin every average at the present weights, which were changed by something else than training."""
+        self._make_averages(None if self.average is None else self.average.decay)
+
+    def take_parts(self, parts: Mapping[nn.Parameter, nn.Parameter]) -> None:
+        """Step, average and copy these parts of weights in the place of the weights, which are sharded by now.
+
+        Args:
+            parts: Sharded weight -> this process's part of it, on the same storage.
+        """
+        self._parts = dict(parts)
+        self.restart_averages()
+
+    def on_change(self, listener: Callable[[], None]) -> None:
+        """Call `listener` from now on whenever weights were changed by something else than an optimizer's step."""
+        self._listeners.append(listener)
+
+    def changed(self) -> None:
+        """Tell that weights were changed."""
+        for listener in self._listeners:
+            listener()
 
     def _is_adapter(self, role: Role) -> bool:
         """Return True if the role's weights are an adapter on the shared base."""
@@ -216,7 +169,7 @@ class Networks:
 
     def _name_dropout(self, role: Role) -> None:
         """Make the masks of an adapter's dropout named draws."""
-        for name, layer in _tuner_layers(self.base):
+        for name, layer in tuner_layers(self.base):
             for adapter, dropout in layer.lora_dropout.items():
                 if adapter == role.name and isinstance(dropout, nn.Dropout):
                     layer.lora_dropout[adapter] = NamedDropout(dropout.p, name)
@@ -243,6 +196,7 @@ class Networks:
         for to, of in pairs:
             to.copy_(of)
         self._copy_buffers(target, source)
+        self.changed()
 
     def _copy_buffers(self, target: str, source: str) -> None:
         for to, of in zip(self._buffers(target).values(), self._buffers(source).values(), strict=True):
@@ -258,18 +212,19 @@ class Networks:
         assert self._lora is not None
         try:
             self._family.attach_adapter(self.base, path, "init")
-            for name, layer in _tuner_layers(self.base):
-                _copy_adapter(layer, "init", role, name=name, path=path, rank=self._lora.rank)
+            for name, layer in tuner_layers(self.base):
+                copy_adapter(layer, "init", role, name=name, path=path, rank=self._lora.rank)
             self._move_second_time("init", role, path=path)
             self.base.delete_adapters("init")  # type: ignore[operator]
         finally:
             # attaching makes the new adapter active and freezes the others
             for each in self.roles.values():
                 self._set_trainable(each)
-            self._switch._apply(None)
+            self._switch.reset()
         for each in self.roles.values():
             if each.source == role:
                 self.copy(each.name, role)
+        self.restart_averages()
 
     def _move_second_time(self, source: str, target: str, *, path: str) -> None:
         """Give `target` the second time of `source`, which loses it; without one, `target` keeps its start at zero."""
@@ -308,6 +263,7 @@ class Networks:
 
     def named_parameters(self, role: str) -> dict[str, nn.Parameter]:
         """Return the role's own weights by name: its adapter, or the whole network when it is a copy of its own."""
+        self.changed()  # sharded weights are named while they are not gathered
         module = self._modules[role]
         if self._is_adapter(self.roles[role]):
             return self._own(module, role)
@@ -322,11 +278,18 @@ class Networks:
         return changing_buffers(self._modules[role]) if declared.trains == "module" else {}
 
     def _all_parameters(self, role: str) -> list[nn.Parameter]:
-        return list(self.named_parameters(role).values())
+        return [self._parts.get(p, p) for p in self.named_parameters(role).values()]
 
     def parameters(self, role: str) -> list[nn.Parameter]:
-        """Return the role's trainable parameters, in a fixed order."""
+        """Return the role's trainable parameters, in a fixed order; of sharded ones this process's parts."""
         return [p for p in self._all_parameters(role) if p.requires_grad]
+
+    def has_own_network(self, role: str) -> bool:
+        """Return True if the role's weights are a whole denoiser of its own."""
+        declared = self.roles[role]
+        while declared.source is not None:
+            declared = self.roles[declared.source]
+        return declared.trains == "full"
 
     def trained_roles(self) -> list[str]:
         """Return the roles that an optimizer steps, in the method's order."""
@@ -341,6 +304,7 @@ class Networks:
                 average.update(self._all_parameters(stepped))
                 with torch.no_grad():
                     self._copy_buffers(name, stepped)
+                self.changed()
         if self.average is not None and stepped == "student":
             self.average.update(self.parameters("student"))
 
@@ -349,12 +313,15 @@ class Networks:
         """Make the ``use_ema`` average the student's weights, from which the next stage starts."""
         if self.average is not None and role == "student":
             self.average.copy_to(self.parameters("student"))
+            self.changed()
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Put the ``use_ema`` average in the student's place inside the block; do nothing without one."""
         with self.average.applied_to(self.parameters("student")) if self.average else nullcontext():
+            self.changed()
             yield
+        self.changed()
 
     # -- state ------------------------------------------------------------------------------------------------------
 
@@ -362,8 +329,19 @@ class Networks:
         """Return the groups of tensors that decide the future, for a checkpoint."""
         groups = {f"network-{name}": {**self.named_parameters(name), **self._buffers(name)} for name in self.roles}
         return {name: {n: t.detach() for n, t in group.items()} for name, group in groups.items() if group} | (
-            {"average": self.average.state_dict()} if self.average else {}
+            {"average": self._average_state(self.average)} if self.average else {}
         )
+
+    def _average_state(self, average: EMA) -> dict[str, Tensor]:
+        wholes = {part: weight for weight, part in self._parts.items()}
+        likes = [wholes.get(part) for part in self.parameters("student")]
+        tensors = average.state_dict()
+        sharded = {
+            name: sharded_as(tensors[name], like)
+            for name, like in zip(tensors, likes, strict=False)
+            if like is not None
+        }
+        return tensors | sharded
 
     @torch.no_grad()
     def load_state(self, groups: dict[str, dict[str, Tensor]]) -> None:
@@ -373,11 +351,12 @@ class Networks:
             if name not in groups or set(groups[name]) != set(group):
                 raise UserError(f"the checkpoint has no matching weights for {name!r}", "start a new output_dir")
             if name == "average" and self.average:
-                self.average.load_state_dict(groups[name])
+                self.average.load_state_dict({key: part_of(tensor) for key, tensor in groups[name].items()})
                 continue
             for key, tensor in group.items():
                 saved = groups[name][key]
                 if saved.shape != tensor.shape:
                     shapes = f"{tuple(saved.shape)} in the checkpoint and {tuple(tensor.shape)} now"
                     raise UserError(f"{name}: {key} has shape {shapes}", "resume with the lora_rank of that run")
-                tensor.copy_(saved)
+                part_of(tensor).copy_(part_of(saved))
+        self.changed()

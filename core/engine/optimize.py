@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..plugin_api.optimizer import UpdatePolicy
+from ..utils.tensor_tree import optimizer_to_tensors, tensors_to_optimizer
 
 
 class RoleOptimizer:
@@ -82,6 +83,26 @@ class RoleOptimizer:
         self._at_the_start()
         self._update_policy.load(self.optimizer, state)
 
+    def state_tensors(self) -> tuple[dict[str, Tensor], Any]:
+        """Return the state that decides the next steps, as flat tensors and JSON values."""
+        return optimizer_to_tensors(self.state_dict())
+
+    def load_tensors(self, tensors: Mapping[str, Tensor], meta: Any) -> None:
+        """Restore what :meth:`state_tensors` returned, bit for bit."""
+        self.load_state_dict(tensors_to_optimizer(tensors, meta))
+
+    def empty_parts(self, shapes: Mapping[str, tuple[torch.Size, torch.dtype]]) -> dict[str, Tensor]:
+        """Return empty tensors for those of a saved state that are sharded here; none where nothing is.
+
+        Args:
+            shapes: Whole shape and type of each tensor of that state by name.
+        """
+        return {}
+
+    def gradients_to_average(self) -> list[Tensor]:
+        """Return the gradients that are still this process's own, and must be averaged before :meth:`step`."""
+        return [p.grad for p in self.parameters if p.grad is not None]
+
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient of `loss` in this role's own parameters and nowhere else."""
         scaled = self.scaler.scale(loss) if self.scaler else loss
@@ -106,7 +127,7 @@ class RoleOptimizer:
         if self.scaler:
             self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = _total_norm(gradients)
+        norm = self._norm(gradients)
         taken = torch.isfinite(norm) if healthy is None else torch.isfinite(norm) & healthy
         if self._max_grad_norm > 0:
             factor = (self._max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -114,8 +135,16 @@ class RoleOptimizer:
         self._step_if(taken)
         if self.scaler:
             self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self._end()
         return norm, taken
+
+    def _norm(self, gradients: Sequence[Tensor]) -> Tensor:
+        """Return the norm of the whole gradient."""
+        return total_norm(gradients)
+
+    def _end(self) -> None:
+        """Forget the gradients of the step."""
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _step_if(self, taken: Tensor) -> None:
         if taken.device.type == "cpu":  # nothing to wait for
@@ -134,8 +163,10 @@ def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key not in ("params", "lr")}
 
 
-def _total_norm(gradients: Sequence[Tensor]) -> Tensor:
+def total_norm(gradients: Sequence[Tensor]) -> Tensor:
     """Return the global 2-norm in at least fp32: bf16 has eight bits, too few for a clipping factor."""
+    if not gradients:
+        return torch.zeros(())
     dtype = torch.promote_types(gradients[0].dtype, torch.float32)
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(gradients), 2.0, dtype=dtype)))
 

@@ -45,15 +45,21 @@ class Processes:
 
     @property
     def described(self) -> str:
-        """The processes in a line, for logs; empty for one alone."""
+        """The processes in a few words, for logs."""
         if self.world_size == 1:
-            return ""
-        backend = torch.distributed.get_backend()
-        return f"{self.world_size} processes over {backend}: the base on each, gradients averaged"
+            return "one process"
+        return f"{self.world_size} processes over {torch.distributed.get_backend()}"
+
+    def require_group(self) -> None:
+        """Make a process group of this process alone, unless there is one; sharded weights live in one."""
+        if not torch.distributed.is_initialized():
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            store = torch.distributed.HashStore()
+            torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
 
     def close(self) -> None:
         """Leave the process group; otherwise a process that ends early aborts the others' exit."""
-        if self.world_size > 1 and torch.distributed.is_initialized():
+        if in_group():
             torch.distributed.destroy_process_group()
 
     def barrier(self) -> None:

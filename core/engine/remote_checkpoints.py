@@ -15,7 +15,8 @@ from pathlib import Path
 
 from ..errors import BadValue, DistillError, UserError
 from ..plugin_api.backend import DataBackend
-from .checkpoint import MANIFEST, CheckpointState, CheckpointStore, read_manifest
+from .checkpoint import CheckpointState, CheckpointStore
+from .manifest import MANIFEST, read_manifest
 
 logger = logging.getLogger(__name__)
 BLOCK = 1 << 24

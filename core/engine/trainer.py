@@ -17,9 +17,10 @@ from ..errors import Interrupted, UserError, described
 from ..utils.disk import is_disk_full
 from ..utils.memory import peak_memory_bytes
 from ..utils.progress import working
-from .checkpoint import CheckpointState, CheckpointStore, optimizer_to_tensors, tensors_to_optimizer
+from .checkpoint import CheckpointState, CheckpointStore
 from .loop import NUM_TIME_BINS, Loop, StepResult
 from .metrics import MetricBuffer, MetricsFile
+from .sharded_checkpoint import ShardedTensors, parted, read_parts
 
 if TYPE_CHECKING:
     from ..plugin_api.batch import Batch
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from .observer import TrainingObserver
     from .processes import Processes
     from .signals import StopRequest
+    from .strategy import Strategy
     from .tracking import Trackers
 
 logger = logging.getLogger(__name__)
@@ -149,7 +151,7 @@ class Trainer:
         outputs: Where checkpoints and metrics go.
         state: What observing plugins see.
         registry: Whose hooks are called.
-        processes: Ranks.
+        strategy: How the processes share the networks.
         stop: Set by Ctrl-C and SIGTERM.
         observer: Shows progress and makes validation images.
         identity: What must be the same when a checkpoint is resumed, by name.
@@ -161,7 +163,7 @@ class Trainer:
     outputs: Outputs
     state: RunState
     registry: Registry
-    processes: Processes
+    strategy: Strategy
     stop: StopRequest
     observer: TrainingObserver
     identity: Mapping[str, Any]
@@ -179,11 +181,17 @@ class Trainer:
         """The run's checkpoints."""
         return self.outputs.store
 
+    @property
+    def processes(self) -> Processes:
+        """Ranks."""
+        return self.strategy.processes
+
     # -- resuming ---------------------------------------------------------------------------------------------------
 
     def resume(self, path: Path) -> None:
         """Continue from a checkpoint, bit for bit. Raises UserError when it belongs to another run."""
-        saved = self.store.load(path)
+        with self.processes.synchronized():
+            saved = self.store.load(path, whole=not self.strategy.lockstep)
         differing = {
             key: (saved.meta["identity"].get(key), value)
             for key, value in self.identity.items()
@@ -203,10 +211,11 @@ class Trainer:
                 f"{path} cannot be resumed: its stages began at steps {theirs}, this run's at {ours}",
                 "leave max_train_steps and the method's stages as they were, or use a new output_dir",
             )
+        if self.strategy.lockstep:
+            read_parts(path, saved.tensors, self.loop.networks, self.loop.optimizers)
         self.loop.networks.load_state(saved.tensors)
         for role, optimizer in self.loop.optimizers.items():
-            tensors = saved.tensors.get(f"optimizer-{role}", {})
-            optimizer.load_state_dict(tensors_to_optimizer(tensors, saved.meta["optimizers"][role]))
+            optimizer.load_tensors(saved.tensors.get(f"optimizer-{role}", {}), saved.meta["optimizers"][role])
             if optimizer.scaler and saved.meta["scalers"].get(role):
                 optimizer.scaler.load_state_dict(saved.meta["scalers"][role])
         self.loop.method.load_state_dict(saved.tensors.get("method", {}))
@@ -227,7 +236,7 @@ class Trainer:
         """Write a checkpoint of the present step, unless there is one. Every process must call it."""
         if self._saved == self.step:
             return
-        with self.processes.synchronized():
+        with nullcontext() if self.strategy.lockstep else self.processes.synchronized():
             self._write()
         folder = self.store.output_dir / f"checkpoint-{self.step}"
         self.registry.hook.on_checkpoint_saved(state=self.state, folder=folder, step=self.step)
@@ -236,8 +245,15 @@ class Trainer:
         self.flush()
         if self.processes.main:
             self.outputs.metrics_file.sync()
-            with self.observer.saving(self.step):
-                self.store.save(self._checkpoint())
+        if self.processes.main or self.strategy.lockstep:
+            state = self._checkpoint()
+            if self.processes.main:
+                with self.observer.saving(self.step):
+                    self.store.save(state)
+            elif state.sharded:
+                state.sharded.write(self.store.partial(self.step))
+        if self.strategy.lockstep:
+            self.processes.barrier()  # what is renamed is there for all
         self._saved = self.step
 
     def _checkpoint(self) -> CheckpointState:
@@ -245,8 +261,7 @@ class Trainer:
         optimizers: dict[str, Any] = {}
         scalers: dict[str, Any] = {}
         for role, optimizer in self.loop.optimizers.items():
-            state, optimizers[role] = optimizer_to_tensors(optimizer.state_dict())
-            tensors[f"optimizer-{role}"] = state
+            tensors[f"optimizer-{role}"], optimizers[role] = optimizer.state_tensors()
             scalers[role] = optimizer.scaler.state_dict() if optimizer.scaler else None
         tensors["method"] = self.loop.method.state_dict()
         tensors["generators"] = _generators()
@@ -257,7 +272,8 @@ class Trainer:
             "bad_steps": self.loop.health.state_dict(),
             "stages": self._begun(self.step),
         }
-        return CheckpointState(self.step, {name: group for name, group in tensors.items() if group}, meta)
+        plain, sharded = parted(tensors)
+        return CheckpointState(self.step, plain, meta, ShardedTensors(sharded, self.processes) if sharded else None)
 
     # -- training ---------------------------------------------------------------------------------------------------
 
@@ -336,7 +352,10 @@ class Trainer:
 
         Takes part in no exchange between processes, since the others may be elsewhere.
         """
-        if self._whole and self.step not in (0, self._saved) and not isinstance(error, Interrupted):
+        unsaved = self._whole and self.step not in (0, self._saved) and not isinstance(error, Interrupted)
+        if unsaved and self.strategy.lockstep:
+            logger.warning(f"step {self.step} is not saved: the others of its processes hold parts of the weights")
+        elif unsaved:
             try:
                 self._write()
             except Exception as second:  # the first error is the one to report

@@ -158,14 +158,31 @@ class Validator:
     def _sampling_plans(self) -> tuple[SamplingPlan, SamplingPlan, SamplingPlan]:
         return self.plan.teacher_few, self.plan.student, self.plan.teacher_full
 
-    def run(self, step: int, networks: NetworksByRole, trackers: Trackers) -> Path:
-        """Make the images of `step`; return the folder with each of them and ``grid.png``."""
+    def run(self, step: int, networks: NetworksByRole, trackers: Trackers, *, writes: bool = True) -> Path:
+        """Make the images of `step`; return the folder with each of them and ``grid.png``.
+
+        Args:
+            step: Optimizer steps taken.
+            networks: Of student and teacher.
+            trackers: Get the grid.
+            writes: False for processes that only help to compute, since each holds a part of the weights.
+        """
         folder = self._folder / _step_folder(step)
         few, student, full = self._sampling_plans()
+        missing = {file: (plan, shot) for plan in (few, full) for file, shot in self._teacher_files(plan)}
+        missing = {file: each for file, each in missing.items() if not file.is_file()}  # before anything is written
         made = self._make(networks, student, self._shots)
+        for plan in (few, full):
+            files = {file: shot for file, (of, shot) in missing.items() if of is plan}
+            images = self._make(networks, plan, list(files.values()))
+            for file, image in zip(files, images, strict=True):
+                if writes:
+                    save_image(image, file)
+        if not writes:
+            return folder
         for shot, image in zip(self._shots, made, strict=True):
             save_image(image, folder / f"{shot.name}.png")
-        grid = self.grid(step, [self._kept(networks, few), made, self._kept(networks, full)])
+        grid = self.grid(step, [self._kept(few), made, self._kept(full)])
         save_image(grid, folder / "grid.png")
         trackers.images(FOLDER, {"grid": grid}, step)
         return folder
@@ -184,17 +201,15 @@ class Validator:
             largest_cell=largest,
         )
 
-    def _kept(self, networks: NetworksByRole, sampling_plan: SamplingPlan) -> list[Image]:
-        """Return the teacher's images of every shot: those on disk, and the rest made now."""
+    def _teacher_files(self, sampling_plan: SamplingPlan) -> list[tuple[Path, Shot]]:
+        return [(self._teacher_file(sampling_plan, shot), shot) for shot in self._shots]
+
+    def _kept(self, sampling_plan: SamplingPlan) -> list[Image]:
+        """Return the teacher's images of every shot, which are on disk."""
         from PIL import Image
 
-        files = [self._teacher_file(sampling_plan, shot) for shot in self._shots]
-        missing = [(file, shot) for file, shot in zip(files, self._shots, strict=True) if not file.is_file()]
-        made = self._make(networks, sampling_plan, [shot for _, shot in missing])
-        for (file, _), image in zip(missing, made, strict=True):
-            save_image(image, file)
         images = []
-        for file in files:
+        for file, _ in self._teacher_files(sampling_plan):
             with Image.open(file) as image:
                 images.append(image.convert("RGB"))
         return images

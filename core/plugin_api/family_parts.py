@@ -45,6 +45,12 @@ class InnerActivations:
         """Return the names of all blocks whose outputs :meth:`features` can return, in the network's order."""
         raise NotImplementedError(f"the family {self.name} has no features (capabilities.features)")
 
+    def shard_units(self, network: nn.Module) -> Sequence[str]:
+        """Return the names of the modules of `network` that are gathered one at a time where its weights are sharded
+        over processes, in the order in which they are computed; each is called as a module. Empty: all at once.
+        """
+        return ()
+
     def prompt_dimensions(self, network: nn.Module) -> Mapping[str, int]:
         """Return the last dimension D of each of the conditioning's embeddings by name, (B, ..., D); empty where they
         are not known from the network.

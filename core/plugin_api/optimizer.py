@@ -66,6 +66,9 @@ class OptimizerPlugin(UpdatePolicy, ABC):
     """Whether it finds its step size itself, so that ``learning_rate`` is a factor on that, near 1."""
     schedule_free: ClassVar[bool] = False
     """Whether it averages its weights instead of following a schedule: it gets no schedule, and warms up itself."""
+    elementwise: ClassVar[bool] = False
+    """Whether the step of a weight depends on that weight's gradient and state alone, so that each process of several
+    can step its part of a sharded network."""
     state_bytes: ClassVar[float | None] = None
     """Bytes of state per trained weight, for estimates; None means two numbers of the weight's own type."""
 

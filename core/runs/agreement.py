@@ -56,7 +56,9 @@ def require_shared_folder(processes: Processes, folder: Path) -> None:
         )
 
 
-def require_same_start(processes: Processes, networks: Networks, *, step: int, data: str) -> None:
+def require_same_start(
+    processes: Processes, networks: Networks, *, step: int, data: str, sharded: bool = False
+) -> None:
     """Raise UserError, in every process, where they would not train the same weights on the same samples.
 
     Args:
@@ -64,15 +66,29 @@ def require_same_start(processes: Processes, networks: Networks, *, step: int, d
         networks: Made, and read from a checkpoint if there is one.
         step: The step that training begins at.
         data: Fingerprint of the samples and their order.
+        sharded: Whether each holds parts of the weights, which were compared while they were whole.
     """
     if processes.world_size == 1:
         return
     values: dict[str, Any] = {"the first step": step, "the samples": data}
+    if not sharded:
+        values |= _weights(networks)
+    _require_same(processes, values, what="the processes begin from different states")
+
+
+def require_same_weights(processes: Processes, networks: Networks) -> None:
+    """Raise UserError, in every process, where the weights that are trained differ; they are whole by now."""
+    if processes.world_size > 1:
+        _require_same(processes, _weights(networks), what="the processes begin from different weights")
+
+
+def _weights(networks: Networks) -> dict[str, str]:
+    values: dict[str, str] = {}
     for role in networks.trained_roles():
         named = networks.named_parameters(role)
         values[f"the trained parameters of {role}"] = _digest([f"{name} {tuple(p.shape)}" for name, p in named.items()])
         values[f"the weights of {role}"] = _sums(list(named.values()))
-    _require_same(processes, values, what="the processes begin from different states")
+    return values
 
 
 def _require_same(processes: Processes, own: Mapping[str, Any], *, what: str) -> None:

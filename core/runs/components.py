@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..utils.progress import working
+from .agreement import require_same_weights
 from .builders import adapter_shape, build_family, build_method, completed_configuration, method_needs
 from .output_folder import CACHE_FOLDER
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from ..engine.processes import Processes
     from ..engine.remote_checkpoints import RemoteCheckpoints
     from ..engine.signals import StopRequest
+    from ..engine.strategy import Strategy
     from ..engine.trainer import Trainer
     from ..evaluation.validation import Validator
     from ..plugin_api.stage import Stage
@@ -57,6 +59,25 @@ class RunComponents:
         from ..engine.processes import Processes
 
         return Processes(self.settings.device)
+
+    @cached_property
+    def strategy(self) -> Strategy:
+        """How the processes share the networks."""
+        import os
+
+        from ..engine.strategy import build_strategy, parallel_settings
+
+        settings = self.settings
+        asked = parallel_settings(
+            settings.parallel, shard_size=settings.parallel_shard_size, offload=settings.parallel_offload,
+            environment=os.environ,
+        )  # fmt: skip
+        strategy = build_strategy(self.processes, asked)
+        strategy.check(
+            model_type=settings.model_type, optimizer=self.registry.get("optimizer", settings.optimizer),
+            quantised=settings.base_model_precision != "no_change",
+        )  # fmt: skip
+        return strategy
 
     @cached_property
     def family(self) -> Any:
@@ -118,6 +139,12 @@ class RunComponents:
             if settings.init_lora:
                 networks.start_from("student", str(settings.init_lora))
         return networks
+
+    def _place(self) -> None:
+        """Bring the networks into the form that the strategy trains; every process must call it."""
+        if self.strategy.lockstep:
+            require_same_weights(self.processes, self.networks)
+        self.strategy.place(self.networks, self.family)
 
     @cached_property
     def planned_memory(self) -> MemorySettings | None:
@@ -190,22 +217,18 @@ class RunComponents:
         return publishers
 
     def _optimizer(self, role: str) -> RoleOptimizer:
-        import torch
-
         from ..engine.lr import lr_lambda, staged
-        from ..engine.optimize import RoleOptimizer
         from .optimizers import of_role, own_learning_rate
 
-        settings, parameters = self.settings, self.networks.parameters(role)
-        plugin = self.optimizer_plugin
+        settings, plugin = self.settings, self.optimizer_plugin
         declared = self.networks.roles[role]
         chosen, max_grad_norm = of_role(declared, settings, type(plugin))
         follows = own_learning_rate(declared, settings, type(plugin)) is None
-        optimizer = plugin.build(parameters, chosen)
         schedule = "constant" if plugin.schedule_free else settings.lr_scheduler
         fp16 = settings.mixed_precision == "fp16"
-        return RoleOptimizer(
-            optimizer, parameters, learning_rate=chosen.learning_rate,
+        return self.strategy.optimizer(
+            role, self.networks, lambda parameters: plugin.build(parameters, chosen),
+            learning_rate=chosen.learning_rate,
             schedule=staged(
                 lambda num_steps: lr_lambda(
                     schedule, settings.lr_warmup_steps, num_steps, num_cycles=settings.lr_num_cycles,
@@ -214,7 +237,7 @@ class RunComponents:
                 self.stages, learning_rate=settings.learning_rate if follows else None,
             ),
             max_grad_norm=max_grad_norm, update_policy=plugin,
-            scaler=torch.amp.GradScaler(self.processes.device.type) if fp16 else None,
+            scaler=self.strategy.scaler(role, self.networks) if fp16 else None,
         )  # fmt: skip
 
     @cached_property
@@ -287,6 +310,7 @@ class RunComponents:
         from ..plugin_api.run_state import RunState
 
         settings, processes = self.settings, self.processes
+        self._place()
         autocast = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.mixed_precision]
         context = Context(
             Runtime(
@@ -309,7 +333,7 @@ class RunComponents:
             outputs=Outputs(self._store(), MetricsFile(settings.output_dir / "metrics.jsonl"), self.trackers),
             state=RunState(self.config, settings.output_dir, self.method, self.family, context, networks,
                            main=processes.main),
-            registry=self.registry, processes=processes, stop=self._stop, observer=self._observer,
+            registry=self.registry, strategy=self.strategy, stop=self._stop, observer=self._observer,
             identity={"method": settings.distillation_method, "family": settings.model_family,
                       "model": self.family.fingerprint("denoiser"), "data": self.data.fingerprint(),
                       "samples_of_steps": self.data.samples_of_steps},

@@ -14,6 +14,8 @@ from .builders import lora_settings
 from .model_card import write_model_card
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from ..evaluation.result import Evaluation
     from .components import RunComponents
 
@@ -40,11 +42,17 @@ def export_student(run: RunComponents, student: Path, *, role: str | None = None
         student: Where it goes.
         role: Whose weights; the method's result unless given.
     """
+    with run.strategy.exported(run.networks, role or run.method.result_role()) as network:
+        if network is not None:
+            _write(run, network, student, role=role)
+
+
+def _write(run: RunComponents, network: nn.Module, student: Path, *, role: str | None) -> None:
     temporary, replaced = (student.with_name(f".{student.name}.{state}") for state in ("partial", "replaced"))
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        with working(f"writing {student.name}/"), run.networks.use(role or run.method.result_role()) as network:
+        with working(f"writing {student.name}/"):
             run.family.export(network, temporary, export_info(run, role=role))
         for file in temporary.rglob("*.safetensors"):
             sort_metadata(file)
@@ -78,6 +86,8 @@ def evaluate_student(run: RunComponents) -> Evaluation:
             run.config, run.registry, Subject(run.family, run.method, run.networks),
             ComparisonData(prompts, run.data.real_images), EvaluationSize(resolution=run.resolution),
         )  # fmt: skip
+    if not run.processes.main:
+        return evaluation
     evaluation.save(run.settings.output_dir)
     run.trackers.images("evaluation", {"teacher and student": evaluation.image()}, run.trainer.step)
     run.trackers.text("evaluation", evaluation.markdown(), run.trainer.step)

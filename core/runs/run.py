@@ -127,8 +127,9 @@ class Run(TrainingObserver):
         self._resume()
         trainer = self.parts.trainer
         require_same_start(
-            self.parts.processes, trainer.loop.networks, step=trainer.step, data=self.parts.data.fingerprint()
-        )
+            self.parts.processes, trainer.loop.networks, step=trainer.step, data=self.parts.data.fingerprint(),
+            sharded=self.parts.strategy.lockstep,
+        )  # fmt: skip
         self._start_tracking()
         self.parts.registry.hook.on_run_start(state=self.parts.trainer.state)
         with self._progress or self._make_progress():
@@ -145,8 +146,9 @@ class Run(TrainingObserver):
         if self.parts.config.miniature:
             logger.info(miniature_note(self.parts.config))
         processes = self.parts.processes
-        if processes.world_size > 1:
-            logger.info(processes.described)
+        strategy = self.parts.strategy
+        if processes.world_size > 1 or strategy.lockstep:
+            logger.info(f"{processes.described}: {strategy.described}")
         require_same_configuration(processes, self.parts.config)
         with processes.synchronized():
             if processes.main:
@@ -180,7 +182,7 @@ class Run(TrainingObserver):
             logger.info(notice)
         validator = self.parts.validator
         with self.parts.processes.synchronized():
-            if validator and self.parts.processes.main:
+            if validator and self._takes_part:
                 from ..evaluation.prompts import cut_prompts
                 from ..evaluation.validation import describe
 
@@ -194,6 +196,9 @@ class Run(TrainingObserver):
 
     def _resume(self) -> None:
         wanted = self.settings.resume_from_checkpoint
+        with self.parts.processes.synchronized():
+            _ = self.parts.networks
+        _ = self.parts.trainer  # sharding the networks takes all processes
         with self.parts.processes.synchronized():
             if self.parts.processes.main:
                 store = self.parts.trainer.store  # it mends what a killed save left; the others look after that
@@ -287,14 +292,32 @@ class Run(TrainingObserver):
         """Return a context whose time does not count in the progress bar's estimate."""
         return self._progress.pace.pause() if self._progress else nullcontext()
 
+    @property
+    def _takes_part(self) -> bool:
+        """Whether this process makes images: the first one, or all where each holds a part of the weights."""
+        return self.parts.processes.main or self.parts.strategy.lockstep
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """Make all processes leave the block together; those that wait for each other inside it fail together."""
+        if not self.parts.strategy.lockstep:
+            with self.parts.processes.synchronized():
+                yield
+            return
+        self.parts.processes.barrier()  # what the first one wrote is there for all
+        yield
+        self.parts.processes.barrier()
+
     def validate(self, step: int) -> Path:
         """Make validation images with the weights of `step`, and return their folder."""
         folder = self.settings.output_dir / "validation"
-        with self.parts.processes.synchronized():
-            if self.parts.validator is not None and self.parts.processes.main:
-                names = self.parts.validator.folders(step)
-                with self.parts.trainer.loop.evaluating(), self.parts.networks.averaged(), self._folder.writing(*names):
-                    folder = self.parts.validator.run(step, self.parts.networks, self.parts.trackers)
+        with self._together():
+            if self.parts.validator is not None and self._takes_part:
+                names, trainer = self.parts.validator.folders(step), self.parts.trainer
+                with trainer.loop.evaluating(), self.parts.networks.averaged(), self._folder.writing(*names):
+                    folder = self.parts.validator.run(
+                        step, self.parts.networks, self.parts.trackers, writes=self.parts.processes.main
+                    )
                 self.parts.family.release_encoders()  # the autoencoder's memory is the training's
         self.parts.registry.hook.on_validation_end(state=self.parts.trainer.state, folder=folder, step=step)
         return folder
@@ -303,15 +326,18 @@ class Run(TrainingObserver):
         from .export import evaluate_student, export_online, export_student, last_grid, publish_student
 
         student, evaluation = self.settings.output_dir / STUDENT_FOLDER, None
-        with self.parts.processes.synchronized():
-            if self.parts.processes.main:
+        with self._together():
+            main = self.parts.processes.main
+            if main:
                 self._folder.files.claim(STUDENT_FOLDER, ONLINE_FOLDER)
+            if self._takes_part:
                 with self.parts.trainer.loop.evaluating(), self.parts.networks.averaged():
                     export_student(self.parts, student)
                     if self.settings.evaluation_num_samples:
                         evaluation = evaluate_student(self.parts)
                 if self.settings.export_online_weights:
                     export_online(self.parts, self.settings.output_dir / ONLINE_FOLDER)
+            if main:
                 publish_student(self.parts, student, evaluation)
                 self.parts.trackers.finish(evaluation.scalars() if evaluation else None)
                 self._folder.files.wrote(STUDENT_FOLDER, ONLINE_FOLDER, *self._folder.watched)

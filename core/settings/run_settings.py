@@ -187,6 +187,13 @@ class TrainingKeys(Settings):
     """Fixes data order, noise, timesteps, guidance and dropout, each by a generator of its own."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:1`, ..."""
+    parallel: Literal["auto", "replicate", "fsdp", "zero2", "zero3"] = "auto"
+    """How several processes share the networks: `replicate`, all weights on each; `fsdp`, weights sharded over them;
+    `zero2` and `zero3`, DeepSpeed's, for full training; `auto`: what `accelerate launch` was told, else `replicate`."""
+    parallel_shard_size: int = Field(default=0, ge=0, le=65_536)
+    """Processes that share one copy of the weights under `fsdp`; 0 = all of them."""
+    parallel_offload: bool = False
+    """Keep in host memory what `fsdp`, `zero2` or `zero3` shard: less memory of the device, more time."""
 
 
 class OutputKeys(Settings):

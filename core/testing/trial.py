@@ -21,6 +21,7 @@ from ..engine.metrics import MetricsFile
 from ..engine.networks import Networks
 from ..engine.observer import TrainingObserver
 from ..engine.optimize import RoleOptimizer
+from ..engine.strategy import ParallelSettings, Strategy
 from ..engine.trainer import Outputs, Trainer
 from ..plugin_api.batch import Batch, Trajectories
 from ..plugin_api.context import Context, Runtime
@@ -90,7 +91,8 @@ class Trial:
         return Trainer(
             settings=nothing, loop=self.loop,
             outputs=Outputs(CheckpointStore(folder, limit=None), MetricsFile(folder / "metrics.jsonl"), nothing),
-            state=nothing, registry=Registry(), processes=nothing, stop=nothing, observer=TrainingObserver(),
+            state=nothing, registry=Registry(), strategy=Strategy(nothing, ParallelSettings()), stop=nothing,
+            observer=TrainingObserver(),
             identity={}, total_steps=0,
         )  # type: ignore[arg-type]  # fmt: skip
 

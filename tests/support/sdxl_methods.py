@@ -11,7 +11,8 @@ from distill.core.engine.health import HealthMonitor
 from distill.core.engine.loop import Loop
 from distill.core.engine.lr import lr_lambda, staged
 from distill.core.engine.networks import Networks
-from distill.core.engine.optimize import RoleOptimizer
+from distill.core.engine.processes import Processes
+from distill.core.engine.strategy import ParallelSettings, Strategy
 from distill.core.plugin_api.context import Context, Runtime
 from distill.core.plugin_api.family import LoraSettings, ModelSettings
 from distill.core.plugin_api.method import MethodSetup
@@ -31,30 +32,39 @@ class Parts:
 
 def make_parts(
     method_class: Any, folder: Any, *, model_type: Any = "lora", use_ema: bool = False, total_steps: int = 6,
-    scheduler: str = "linear", shaken: bool = True, **config: Any,
+    scheduler: str = "linear", shaken: bool = True, checkpointing: bool = False, strategy: Any = None,
+    dtype: torch.dtype = torch.float64, **config: Any,
 ) -> Parts:  # fmt: skip
-    """Everything for `total_steps` engine steps; what is trained and its copies differ from the base if `shaken`."""
+    """Everything for `total_steps` engine steps; what is trained and its copies differ from the base if `shaken`.
+
+    With a `strategy`, its processes share the networks.
+    """
     family = SDXL(SDXL.Config(), ModelSettings(str(folder)))
     setup = MethodSetup(model_type, prediction_type=family.prediction_type, use_ema=use_ema)
     method = method_class(method_class.Config(**config), setup)
     stages = method.stages(method.config, total_steps=total_steps)
     networks = Networks(
-        family, method.roles(method.config, setup), seed=0, parameter_dtype=torch.float64,
+        family, method.roles(method.config, setup), seed=0, parameter_dtype=dtype,
         lora=LoraSettings(rank=4, alpha=8.0) if model_type == "lora" else None, ema_decay=0.9 if use_ema else None,
+        gradient_checkpointing=checkpointing,
     )  # fmt: skip
-    networks.base.to(torch.float64)
+    networks.base.to(dtype)
     for number, (name, role) in enumerate(networks.roles.items()):
         if shaken and (role.trains != "none" or role.copy_of is not None):
             _shake(networks.named_parameters(name), seed=number)
-    context = Context(Runtime(family, networks, seed=0, device=torch.device("cpu"), stages=stages))
-    optimizers = {}
-    for role in networks.trained_roles():
-        parameters = networks.parameters(role)
-        optimizers[role] = RoleOptimizer(
-            torch.optim.AdamW(parameters, lr=1e-3), parameters, learning_rate=1e-3, max_grad_norm=1.0,
-            schedule=staged(lambda length: lr_lambda(scheduler, 0, length), stages),
-        )  # fmt: skip
-    loop = Loop(method, context, networks, optimizers, health=HealthMonitor(3), stages=stages)
+    networks.restart_averages()
+    strategy = strategy or Strategy(Processes("cpu"), ParallelSettings())
+    strategy.place(networks, family)
+    average = strategy.processes.average
+    context = Context(Runtime(family, networks, seed=0, device=torch.device("cpu"), stages=stages, average=average))
+    optimizers = {
+        role: strategy.optimizer(
+            role, networks, lambda parameters: torch.optim.AdamW(parameters, lr=1e-3), learning_rate=1e-3,
+            max_grad_norm=1.0, schedule=staged(lambda length: lr_lambda(scheduler, 0, length), stages),
+        )
+        for role in networks.trained_roles()
+    }  # fmt: skip
+    loop = Loop(method, context, networks, optimizers, health=HealthMonitor(3), stages=stages, reduce=average)
     return Parts(family, method, networks, context, loop)
 
 

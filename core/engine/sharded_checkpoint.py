@@ -1,0 +1,168 @@
+"""The sharded tensors of a checkpoint: each process writes its parts, any number of them reads what it needs.
+
+torch's distributed checkpoint writes safetensors files (no pickle) whose headers say which part of which tensor they
+hold. A checkpoint may also hold all tensors whole: then each process takes its parts of them.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..utils.files import sha256, sync_file
+from .shards import fill_from_whole, is_sharded, part_of, sharded_as
+
+if TYPE_CHECKING:
+    from .networks import Networks
+    from .optimize import RoleOptimizer
+    from .processes import Processes
+
+Groups = dict[str, dict[str, Tensor]]
+"""Group name -> tensor name -> tensor."""
+_SHARD = re.compile(r"shard-(\d+)-.*\.safetensors")
+
+
+@dataclass
+class ShardedTensors:
+    """Tensors of which each process holds a part, to be written into a checkpoint's folder by all of them.
+
+    Attributes:
+        groups: By group and name, sharded.
+        processes: Those of the run.
+    """
+
+    groups: Groups
+    processes: Processes
+    names: list[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.names = list(self.groups)
+
+    @property
+    def num_bytes(self) -> int:
+        """The size of all parts on disk, over all processes."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in flat(self.groups).values())
+
+    def write(self, folder: Path) -> dict[str, dict[str, Any]]:
+        """Write this process's parts; return size and checksum of the files of all. Every process must call it."""
+        import torch.distributed.checkpoint as dcp
+
+        self.processes.barrier()  # the first process has made the folder
+        with quiet_checkpoints():
+            writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+            dcp.save(flat(self.groups), storage_writer=writer)
+        found: list[dict[str, Any]] = []
+        with self.processes.synchronized():
+            own = [path for path in sorted(folder.iterdir()) if _rank_of(path) == self.processes.rank]
+            for path in own:
+                sync_file(path)
+            found.append({path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in own})
+        return {name: entry for each in self.processes.gather(found[0]) for name, entry in each.items()}
+
+
+def _rank_of(path: Path) -> int | None:
+    match = _SHARD.fullmatch(path.name)
+    return None if match is None else int(match[1]) - 1
+
+
+def parted(groups: Mapping[str, Mapping[str, Tensor]]) -> tuple[Groups, Groups]:
+    """Split groups into the tensors that are whole on every process, and those that are sharded."""
+    whole = {name: {n: t for n, t in group.items() if not is_sharded(t)} for name, group in groups.items()}
+    sharded = {name: {n: t for n, t in group.items() if is_sharded(t)} for name, group in groups.items()}
+    return {n: group for n, group in whole.items() if group}, {n: group for n, group in sharded.items() if group}
+
+
+def flat(groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
+    """Return the tensors under ``group/name``."""
+    return {f"{group}/{name}": tensor for group, tensors in groups.items() for name, tensor in tensors.items()}
+
+
+def shapes_in(folder: Path) -> dict[str, dict[str, tuple[torch.Size, torch.dtype]]]:
+    """Return the whole shape and the type of each sharded tensor of a checkpoint, by group and name."""
+    if not any(_SHARD.fullmatch(path.name) for path in folder.iterdir()):
+        return {}
+    import torch.distributed.checkpoint as dcp
+
+    found: dict[str, dict[str, tuple[torch.Size, torch.dtype]]] = {}
+    with quiet_checkpoints():
+        metadata = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    for key, value in metadata.items():
+        group, slash, name = key.partition("/")
+        if slash:  # tensors of the groups that every process holds whole lie beside them, under plain names
+            found.setdefault(group, {})[name] = (value.size, value.properties.dtype)  # type: ignore[union-attr]
+    return found
+
+
+def read_whole(folder: Path) -> Groups:
+    """Return the sharded tensors of a checkpoint whole, in host memory, by this process alone."""
+    groups = {
+        group: {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in tensors.items()}
+        for group, tensors in shapes_in(folder).items()
+    }
+    _read(folder, groups, alone=True)
+    return groups
+
+
+def read_parts(folder: Path, saved: Groups, networks: Networks, optimizers: Mapping[str, RoleOptimizer]) -> None:
+    """Put this process's parts of what is sharded here among the tensors of a checkpoint. Every process must call it.
+
+    Args:
+        folder: The checkpoint's, which holds those tensors whole, or in parts of its own.
+        saved: Its tensors by group as :meth:`.checkpoint.CheckpointStore.load` read them; parts are put beside them.
+        networks: Placed.
+        optimizers: By role.
+    """
+    written = shapes_in(folder)
+    _, wanted = parted(networks.state())
+    for role, optimizer in optimizers.items():
+        group = f"optimizer-{role}"
+        shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in saved.get(group, {}).items()}
+        wanted[group] = optimizer.empty_parts(shapes | written.get(group, {}))
+    for group, tensors in wanted.items():
+        for name, tensor in tensors.items():
+            if name not in written.get(group, {}) and name in saved.get(group, {}):
+                fill_from_whole(tensor, saved[group][name])
+    in_parts = {
+        group: {name: tensor for name, tensor in tensors.items() if name in written.get(group, {})}
+        for group, tensors in wanted.items()
+    }
+    if any(in_parts.values()):
+        _read(folder, in_parts, alone=False)
+    for group, tensors in wanted.items():
+        there = {*saved.get(group, {}), *written.get(group, {})}
+        saved.setdefault(group, {}).update({name: tensor for name, tensor in tensors.items() if name in there})
+
+
+def _read(folder: Path, groups: Mapping[str, Mapping[str, Tensor]], *, alone: bool) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    with quiet_checkpoints():
+        dcp.load(flat(groups), storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=alone)
+
+
+def empty_part(like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return an empty tensor sharded as `like`."""
+    return sharded_as(torch.zeros_like(part_of(like), dtype=dtype), like)
+
+
+@contextmanager
+def quiet_checkpoints() -> Iterator[None]:
+    """Drop notices that say nothing of a result: that one process saves alone, and how files were written."""
+    logger = logging.getLogger("torch.distributed.checkpoint")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+            yield
+    finally:
+        logger.setLevel(before)
