@@ -46,6 +46,9 @@ MAY_CHANGE = frozenset(
         "device",
         "train_batch_size",  # the samples of a step may not, which the checkpoint tells
         "gradient_accumulation_steps",
+        "parallel",
+        "parallel_offload",
+        "parallel_shard_size",
         "num_workers",
         "dataloader_prefetch",
         "vae_batch_size",
