@@ -15,7 +15,7 @@ from ..utils.memory import (
     out_of_memory_hint,
     savings_lines,
 )
-from .planned_memory import decoding_bytes, stored_bytes
+from .planned_memory import decoding_bytes, of_whole_networks, stored_bytes, units
 
 if TYPE_CHECKING:
     from .components import RunComponents
@@ -70,6 +70,7 @@ def memory_settings(run: RunComponents) -> MemorySettings:
         num_frozen = stored[0] // (4 if settings.mixed_precision == "no" else 2)
         base_bytes = stored[1] / num_frozen
     state_bytes = run.optimizer_plugin.state_bytes
+    largest, outside = units(networks.base)
     return MemorySettings(
         base_parameters=num_frozen,
         trained_parameters=sum(p.numel() for p in trained),
@@ -85,4 +86,7 @@ def memory_settings(run: RunComponents) -> MemorySettings:
         gradient_checkpointing=settings.gradient_checkpointing,
         decoding_bytes=decoding_bytes(run.method, run.family, (width, height)),
         auxiliary_bytes=sum(stored_bytes(role) for role in networks.roles.values()),
+        **of_whole_networks(networks.roles, own, averages),
+        largest_unit=largest,
+        outside_units=outside,
     )

@@ -105,6 +105,11 @@ class MemorySettings:
         decoding_bytes: Bytes of the autoencoder and of its activations, where latents are decoded with a gradient.
         auxiliary_bytes: Bytes of the weights of frozen networks that a method brings, as of LPIPS or of a reward.
         quantisable: Whether the base may be quantised: no copy of it is trained.
+        full_roles: Number of the roles that train a whole network.
+        full_parameters: Those of the trained parameters that belong to them; the rest are of adapters and heads.
+        averaged_full_parameters: Those of the averaged parameters that are averages or copies of whole networks.
+        largest_unit: Parameters of the largest block of the denoiser that is gathered as one where weights are sharded.
+        outside_units: Parameters of the denoiser that lie in no block.
     """
 
     base_parameters: int
@@ -121,6 +126,11 @@ class MemorySettings:
     decoding_bytes: int = 0
     auxiliary_bytes: int = 0
     quantisable: bool = True
+    full_roles: int = 0
+    full_parameters: int = 0
+    averaged_full_parameters: int = 0
+    largest_unit: int = 0
+    outside_units: int = 0
 
 
 @dataclass(frozen=True)
