@@ -1,7 +1,7 @@
 # distill in a container. On the CPU this runs the command of the README and writes ./output:
 #
 #     docker build -t distill .
-#     docker run --rm -v "$PWD/output:/work/output" distill
+#     docker run --rm -v "$PWD/output:/data/output" distill
 #
 # With GPUs, whose torch pip takes by itself where constraints.txt is left out (docs/scaling.md has more):
 #
@@ -10,17 +10,17 @@ FROM python:3.11-slim-bookworm
 
 ENV PYTHONUNBUFFERED=1 \
     PIP_NO_CACHE_DIR=1 \
-    HF_HOME=/work/cache
+    HF_HOME=/data/cache
 
 WORKDIR /opt/distill
 COPY . .
 ARG INSTALL="-c constraints.txt -e ."
 RUN pip install ${INSTALL}
 
-# runs write below /work: mount folders there that the user with this number may write
-RUN useradd --create-home --uid 1000 distill && mkdir -p /work/output /work/cache && chown -R distill /work
+# runs write below /data: mount folders there that the user with this number may write
+RUN useradd --create-home --uid 1000 distill && mkdir -p /data/output /data/cache && chown -R distill /data
 USER distill
-WORKDIR /work
+WORKDIR /data
 
 ENTRYPOINT ["distill"]
 CMD ["run", "--method", "lcm", "--family", "sdxl"]

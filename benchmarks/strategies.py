@@ -102,14 +102,13 @@ def planned(workspace: Path, model: str, *, resolution: int = 1024) -> Iterator[
 
 
 def row(settings: MemorySettings, number: int) -> list[str]:
-    """Return the cells of one number of processes: GB on each by strategy, then what fits each card."""
+    """Return the cells of one number of processes: GB on each by strategy, then the first that fits each card."""
     choices = [Division(strategy, number) for strategy in STRATEGIES] + [Division("fsdp", number, offload=True)]
     found = {each: process_memory(settings, each) for each in choices if division_problem(settings, each) is None}
     cells = [f"{found[each].total / 1e9:.0f}" if each in found else "–" for each in choices]
     cells[-1] += f" + {found[choices[-1]].host / 1e9:.0f}"
     for size in CARDS:
-        fitting = [each for each in found if found[each].total <= size * 1e9]
-        cells.append(", ".join(short(each) for each in fitting if not each.offload or len(fitting) == 1) or "–")
+        cells.append(next((short(each) for each in found if found[each].total <= size * 1e9), "–"))
     return cells
 
 

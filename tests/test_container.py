@@ -60,12 +60,12 @@ def test_its_programs_are_those_of_the_image_and_its_order_is_right():
     for line in of("RUN"):
         assert {shlex.split(each)[0] for each in line.split("&&")} <= SHELL, line
     assert of("COPY") == [". ."]
-    made = {folder for line in of("RUN") for folder in shlex.split(line) if folder.startswith("/work/")}
+    made = {folder for line in of("RUN") for folder in shlex.split(line) if folder.startswith("/data/")}
     home = re.search(r"HF_HOME=(\S+)", " ".join(of("ENV")))
     assert home
     assert home[1] in made, "the user may write there"
-    assert of("WORKDIR")[-1] == "/work", "the README's command writes to output/ in the working directory"
-    assert "/work/output" in made
+    assert of("WORKDIR")[-1] == "/data", "the README's command writes to output/ in the working directory"
+    assert "/data/output" in made
 
 
 def ignored() -> list[str]:

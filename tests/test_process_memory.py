@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from distill.core.config.load import load_configuration
+from distill.core.plugin_api.family import ModelSettings
 from distill.core.registry.registry import Registry
+from distill.core.runs import memory_plan
 from distill.core.runs.planned_memory import planned_memory, units
 from distill.core.utils.memory import OVERHEAD_BYTES, MemorySettings, estimate
 from distill.core.utils.process_memory import ZERO_BUCKET, ZERO_LIVE, division_problem, process_memory
 from distill.core.utils.strategies import STRATEGIES, Division
+from distill.model_families.sd3 import SD3
 from support.quickstart import command
 from support.small_run import write_run
 
@@ -36,7 +41,7 @@ def shared(settings: MemorySettings, division: Division) -> dict[str, int]:
     ("strategy", "expected"),
     [
         ("replicate", (4e9, 16e9 + 4000, 16e9 + 4000, 32e9 + 8000, 8e9, 0)),
-        ("fsdp", (0.5e9, 2e9 + 4000, 2e9 + 4000, 4e9 + 8000, 1e9, 2 * 4 * (10e6 + 2 * 50e6))),
+        ("fsdp", (0.5e9, 2e9 + 4000, 2e9 + 4000, 4e9 + 8000, 1e9, 10e6 * (2 + 2 * 4) + 2 * 4 * 2 * 50e6)),
         ("zero2", (4e9, 16e9 + 4000, 2e9 + 4000, 6e9 + 8000, 8e9, 4 * ZERO_BUCKET)),
         ("zero3", (0.5e9, 2e9 + 4000, 2e9 + 4000, 6e9 + 8000, 1e9, 4 * (2 * ZERO_BUCKET + ZERO_LIVE))),
     ],
@@ -100,6 +105,18 @@ def test_what_cannot_be_is_said_with_the_reason(settings, division, words):
     assert all(division_problem(FULL, Division(strategy, 8)) is None for strategy in STRATEGIES)
 
 
+def test_a_run_is_warned_of_what_its_own_processes_need(monkeypatch):
+    """It was warned of what one process would need, and told of a quantised base, which fsdp refuses."""
+    monkeypatch.setattr(memory_plan, "free_memory_bytes", lambda device: 20e9)
+    warn = partial(memory_plan.memory_warning, FULL, "cuda:0", quantizers=False)
+    assert warn(division=Division("fsdp", 8)) is None
+    needed = process_memory(FULL, Division("fsdp", 2)).total
+    said = warn(division=Division("fsdp", 2)) or ""
+    assert said.startswith(f"this run is estimated at {needed / 1e9:.1f} GB of memory on each process, and 20.0 GB are")
+    alone = warn(division=Division("replicate", 1)) or ""
+    assert alone.startswith(f"this run is estimated at {estimate(FULL).total / 1e9:.1f} GB of memory, and 20.0 GB are")
+
+
 # -- what FSDP leaves on a process ------------------------------------------------------------------------------------
 
 
@@ -125,9 +142,9 @@ def test_fsdp_leaves_on_each_process_what_was_estimated(four_processes, tmp_path
         pos_embed_max_size=8,
     )  # fmt: skip
     whole = sum(weight.numel() for weight in network.parameters())
-    largest, outside = units(network)
     blocks = [sum(weight.numel() for weight in block.parameters()) for block in network.transformer_blocks]
-    assert (largest, outside) == (max(blocks), whole - sum(blocks))
+    family = SD3(SD3.Config(), ModelSettings("nowhere"))
+    assert units(family, network) == (max(blocks), whole - sum(blocks))
     for block in network.transformer_blocks:
         fully_shard(block)
     fully_shard(network)
@@ -191,6 +208,15 @@ def test_doctor_compares_the_strategies_in_a_table(configs):
     assert rows["zero2"] == rows["zero3"] != ""
     assert rows["zero2"].endswith("this run trains adapters: use replicate or fsdp")
     assert rows["cards"].startswith("24 GB: replicate, fsdp fit; ")
+
+
+def test_keys_of_the_run_count_where_no_option_is_given(configs):
+    given = ("--set", "parallel=fsdp", "--set", "parallel_offload=true", "--set", "parallel_shard_size=2")
+    assert memory_of(configs["full"], "--processes", "4", *given) == memory_of(
+        configs["full"], "--processes", "4", "--parallel", "fsdp", "--offload", "--shard-size", "2"
+    )
+    rows = memory_of(configs["full"], "--processes", "4", "--set", "optimizer=muon")
+    assert rows["fsdp"].startswith("optimizer = muon with parallel = fsdp")
 
 
 def test_doctor_says_one_strategy_by_purpose(configs):

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..utils.strategies import Strategy
+from ..utils.strategies import StrategyName
 from . import options
 from .options import Given, looks_only, takes_configuration
-from .processes import divisions, processes_rows
+from .processes import divisions, processes_rows, require_number
 
 if TYPE_CHECKING:
     from ..registry.registry import Registry
@@ -34,13 +34,13 @@ def doctor(
         int | None, typer.Option(min=1, help="Estimate the memory of each of so many processes.")
     ] = None,
     parallel: Annotated[
-        Strategy | None, typer.Option(help="How they share the networks; all ways in a table unless given.")
+        StrategyName | None, typer.Option(help="How they share the networks; all ways in a table unless given.")
     ] = None,
     shard_size: Annotated[int, typer.Option(min=0, help="Processes that share one copy of the weights; 0: all.")] = 0,
     offload: Annotated[bool, typer.Option("--offload", help="Keep what they share in the machine's memory.")] = False,
 ) -> None:
     """Report what this machine has and lacks for a configuration: device, memory, optional packages, credentials."""
-    chosen = divisions(parallel, processes=processes, shard_size=shard_size, offload=offload)
+    require_number(processes, asked=bool(parallel or shard_size or offload))
     _section("machine", machine(given.output_dir or Path.cwd()))
     _section("packages", packages(given.registry()))
     _section("credentials", credentials())
@@ -53,10 +53,11 @@ def doctor(
     _section("configuration", (("notice", line) for line in notices or ("nothing to be said",)))
     _section("accounts", accounts(configuration, registry))
     settings = _planned(configuration, registry)
-    if settings is None or not chosen:
+    if settings is None or processes is None:
         _section("memory", memory(settings, configuration))
     else:
-        _section(f"memory of {processes} processes", processes_rows(settings, chosen, configuration))
+        chosen = divisions(configuration.run, parallel, processes=processes, shard_size=shard_size, offload=offload)
+        _section(f"memory of {processes} processes", processes_rows(settings, chosen, configuration, registry))
     _section("disk", disk(configuration, registry))
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
-from ..utils.strategies import STRATEGIES, Division, Strategy
+from ..utils.strategies import STRATEGIES, Division, StrategyName
 
 if TYPE_CHECKING:
+    from ..registry.registry import Registry
     from ..settings.configuration import Configuration
+    from ..settings.run_settings import RunSettings
     from ..utils.memory import MemorySettings
     from ..utils.process_memory import ProcessMemory
 
@@ -17,37 +20,50 @@ CARDS = (24, 48, 80)
 """Memory of common cards, in GB."""
 
 
-def divisions(
-    parallel: Strategy | None, *, processes: int | None, shard_size: int, offload: bool
-) -> Sequence[Division]:
-    """Return how the processes may divide the networks: by the strategy given, or by each of them.
+def require_number(processes: int | None, *, asked: bool) -> None:
+    """Raise UserError where options for several processes were given without their number."""
+    if processes is None and asked:
+        raise UserError(
+            "--parallel, --shard-size and --offload say how processes share the networks: how many are they?",
+            "add --processes N",
+        )
 
-    Raises:
-        UserError: Options for several processes were given without their number.
+
+def divisions(
+    run: RunSettings, parallel: StrategyName | None, *, processes: int, shard_size: int, offload: bool
+) -> Sequence[Division]:
+    """Return how the processes may share the networks: by the one strategy that is named, or by each of them.
+
+    Args:
+        run: Its keys count where an option was not given.
+        parallel: The strategy, if one was given.
+        processes: Number of processes.
+        shard_size: Number of those that share one copy; 0: all.
+        offload: Whether what they share lies on the host.
     """
-    if processes is None:
-        if parallel or shard_size or offload:
-            raise UserError("--parallel, --shard-size and --offload say how processes share the networks: how many are "
-                            "they?", "add --processes N")  # fmt: skip
-        return ()
-    return [Division(one, processes, shard_size, offload) for one in ([parallel] if parallel else STRATEGIES)]
+    chosen = parallel or (None if run.parallel == "auto" else run.parallel)
+    names = [chosen] if chosen else STRATEGIES
+    return [
+        Division(name, processes, shard_size or run.parallel_shard_size, offload or run.parallel_offload)
+        for name in names
+    ]
 
 
 def processes_rows(
-    settings: MemorySettings, chosen: Sequence[Division], configuration: Configuration
+    settings: MemorySettings, chosen: Sequence[Division], configuration: Configuration, registry: Registry
 ) -> Iterator[tuple[str, str]]:
     """Yield the memory of each process: by purpose for one strategy, in a line of a table for each of several.
 
     Raises:
         UserError: The run cannot be divided in the one way that was asked for.
     """
-    from ..utils.process_memory import division_problem, process_memory
+    from ..utils.process_memory import process_memory
 
     run, number = configuration.run, chosen[0].num_processes
     samples = f"{number} x {run.train_batch_size} x {run.gradient_accumulation_steps}"
     total = number * run.train_batch_size * run.gradient_accumulation_steps
     yield "step", f"{samples} = {total} samples (processes x train_batch_size x gradient_accumulation_steps)"
-    problems = {division: division_problem(settings, division) for division in chosen}
+    problems = {division: _problem(settings, division, run, registry) for division in chosen}
     if len(chosen) == 1 and (problem := problems[chosen[0]]):
         raise UserError(f"--parallel {chosen[0].strategy}: {problem}")
     found = {division: process_memory(settings, division) for division in chosen if problems[division] is None}
@@ -60,6 +76,27 @@ def processes_rows(
         yield from _offloaded(settings, found)
 
 
+def _problem(settings: MemorySettings, division: Division, run: RunSettings, registry: Registry) -> str | None:
+    """Return why the run cannot be divided in this way; None where it can."""
+    from ..engine.strategy import ParallelSettings, build_strategy
+    from ..utils.process_memory import division_problem
+
+    problem = division_problem(settings, division)
+    if problem is not None or division.strategy.startswith("zero"):
+        return problem
+    asked = ParallelSettings(division.strategy, division.shard_size, division.offload)
+    processes: Any = SimpleNamespace(world_size=division.num_processes)
+    try:
+        build_strategy(processes, asked).check(
+            model_type=run.model_type,
+            optimizer=registry.get("optimizer", run.optimizer),
+            quantised=run.base_model_precision != "no_change",
+        )
+    except UserError as error:
+        return error.message
+    return None
+
+
 def _by_purpose(memory: ProcessMemory) -> Iterator[tuple[str, str]]:
     from ..utils.memory import gigabytes
 
@@ -70,7 +107,7 @@ def _by_purpose(memory: ProcessMemory) -> Iterator[tuple[str, str]]:
         yield "host", f"{gigabytes(memory.host)} of each process in the machine's memory"
 
 
-def _table(found: dict[Division, ProcessMemory], refused: dict[Strategy, str]) -> Iterator[tuple[str, str]]:
+def _table(found: dict[Division, ProcessMemory], refused: dict[StrategyName, str]) -> Iterator[tuple[str, str]]:
     """Yield a row for each strategy, with what is the same for all of them in one column."""
     from ..utils.memory import gigabytes
     from ..utils.process_memory import SHARED
@@ -98,7 +135,7 @@ def _fitting(found: dict[Division, ProcessMemory], device: str) -> Iterator[tupl
     yield "cards", "; ".join(f"{size} GB: {_names(totals, size * 1e9)}" for size in CARDS)
 
 
-def _names(totals: dict[Strategy, int], size: float) -> str:
+def _names(totals: dict[StrategyName, int], size: float) -> str:
     fitting = [strategy for strategy, total in totals.items() if total <= size]
     return f"{', '.join(fitting)} fit{'s' * (len(fitting) == 1)}" if fitting else "too little"
 

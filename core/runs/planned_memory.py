@@ -47,7 +47,7 @@ def planned_memory(
     optimizer = registry.get("optimizer", run.optimizer)
     trained_bytes = getattr(torch, optimizer.parameter_dtype).itemsize
     width, height = default_resolution(configuration)
-    largest, outside = units(network)
+    largest, outside = units(family, network)
     return MemorySettings(
         base_parameters=base,
         trained_parameters=sum(own[name] for name, role in roles.items() if role.trains != "none"),
@@ -90,18 +90,14 @@ def of_whole_networks(roles: Mapping[str, Role], own: Mapping[str, int], average
     }
 
 
-def units(network: nn.Module) -> tuple[int, int]:
-    """Return the parameters of the largest block that is gathered as one where weights are sharded, and of what is in
-    no block.
-
-    The blocks are those that diffusers would not split over devices, without those that contain others of them.
+def units(family: ModelFamily, network: nn.Module) -> tuple[int, int]:
+    """Return the parameters of the largest block that is gathered at a time where weights are sharded, and of all that
+    is in no block.
     """
-    kinds = frozenset(getattr(network, "_no_split_modules", None) or ())
-    found = [module for module in network.modules() if type(module).__name__ in kinds]
-    inner = [block for block in found if not any(type(one).__name__ in kinds for one in list(block.modules())[1:])]
-    sizes = [sum(weight.numel() for weight in block.parameters()) for block in inner]
+    blocks = [network.get_submodule(name) for name in family.shard_units(network)]
+    sizes = [sum(weight.numel() for weight in block.parameters()) for block in blocks]
     total = sum(weight.numel() for weight in network.parameters())
-    return max(sizes, default=total), total - sum(sizes)
+    return max(sizes, default=0), total - sum(sizes)
 
 
 def _own_parameters(

@@ -5,7 +5,7 @@ heads, which every process holds:
 
     strategy    base    full weights    gradients    optimizer    averages    beside them
     replicate   1       1               1            1            1           -
-    fsdp        1 / N   1 / N           1 / N        1 / N        1 / N       two blocks gathered whole
+    fsdp        1 / N   1 / N           1 / N        1 / N        1 / N       two blocks gathered whole, and the rest
     zero2       1       1               1 / N        1 / N + copy 1           a bucket of gradients
     zero3       1 / N   1 / N           1 / N        1 / N + copy 1 / N       a bucket, and the weights in use
 
@@ -18,11 +18,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from .memory import MemoryEstimate, MemorySettings, estimate
-from .strategies import Division, Strategy
+from .strategies import Division, StrategyName
 
 SHARED = ("weights", "trained", "gradients", "optimizer", "averages")
 """Purposes of memory that processes can divide among each other."""
-DIVIDED: Mapping[Strategy, tuple[str, ...]] = {
+DIVIDED: Mapping[StrategyName, tuple[str, ...]] = {
     "replicate": (),
     "fsdp": SHARED,
     "zero2": ("gradients", "optimizer"),
@@ -30,7 +30,8 @@ DIVIDED: Mapping[Strategy, tuple[str, ...]] = {
 }
 """Strategy -> what of full roles (and, for ``weights``, of the base) is divided, and is on the host when offloaded."""
 GATHERED_UNITS = 2
-"""Blocks that are whole at a time under fsdp: the one that is computed, and the next one on its way."""
+"""Blocks that are whole at a time under fsdp: the one that is computed, and the next one on its way. What lies outside
+of the blocks stays gathered from pass to pass, in each network."""
 ZERO_BUCKET = 500_000_000
 """DeepSpeed's default ``reduce_bucket_size``: gradients, in elements, that are exchanged at once."""
 ZERO_LIVE = 1_000_000_000
@@ -86,6 +87,11 @@ def process_memory(settings: MemorySettings, division: Division) -> ProcessMemor
     return ProcessMemory(parts, host)
 
 
+def process_total(settings: MemorySettings, division: Division) -> int:
+    """Return the bytes on the device of one process."""
+    return process_memory(settings, division).total
+
+
 def _of_adapters(settings: MemorySettings) -> MemorySettings:
     """Return the settings of what every process holds: without base and full roles."""
     return replace(
@@ -116,9 +122,10 @@ def _gathered_bytes(settings: MemorySettings, division: Division) -> int:
     if division.strategy == "replicate":
         return 0
     if division.strategy == "fsdp":
-        elements = settings.outside_units + GATHERED_UNITS * settings.largest_unit
-        of_full = 2 * elements * settings.trained_bytes if settings.full_roles else 0  # weights, and their gradients
-        return round(max(elements * settings.base_bytes, of_full))
+        blocks = GATHERED_UNITS * settings.largest_unit
+        of_full = 2 * blocks * settings.trained_bytes if settings.full_roles else 0  # weights, and their gradients
+        stays = settings.outside_units * (settings.base_bytes + settings.full_roles * settings.trained_bytes)
+        return round(stays + max(blocks * settings.base_bytes, of_full))
     of_role = settings.full_parameters // settings.full_roles
     bucket = min(ZERO_BUCKET, of_role)
     if division.strategy == "zero2":

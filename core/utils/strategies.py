@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-Strategy = Literal["replicate", "fsdp", "zero2", "zero3"]
-STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
+StrategyName = Literal["replicate", "fsdp", "zero2", "zero3"]
+STRATEGIES: tuple[StrategyName, ...] = get_args(StrategyName)
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Division:
         offload: Whether what is divided lies on the host.
     """
 
-    strategy: Strategy
+    strategy: StrategyName
     num_processes: int
     shard_size: int = 0
     offload: bool = False
