@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from support.pages import ROOT, text
 
-SHELL = {"pip", "useradd", "mkdir", "chown"}
+SHELL = {"pip", "mkdir", "chmod"}
 """Programs that the base image has: Debian's, and the one of Python."""
 
 
@@ -61,9 +61,10 @@ def test_its_programs_are_those_of_the_image_and_its_order_is_right():
         assert {shlex.split(each)[0] for each in line.split("&&")} <= SHELL, line
     assert of("COPY") == [". ."]
     made = {folder for line in of("RUN") for folder in shlex.split(line) if folder.startswith("/data/")}
-    home = re.search(r"HF_HOME=(\S+)", " ".join(of("ENV")))
-    assert home
-    assert home[1] in made, "the user may write there"
+    variables = dict(each.split("=") for each in shlex.split(" ".join(of("ENV"))))
+    assert variables["HF_HOME"] in made, "any user may write there"
+    assert "chmod -R a+rwX /data" in " ".join(of("RUN"))
+    assert variables["HOME"] == "/data"
     assert of("WORKDIR")[-1] == "/data", "the README's command writes to output/ in the working directory"
     assert "/data/output" in made
 
