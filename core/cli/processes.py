@@ -42,7 +42,7 @@ def divisions(
         offload: Whether what they share lies on the host.
     """
     chosen = parallel or (None if run.parallel == "auto" else run.parallel)
-    names = [chosen] if chosen else STRATEGIES
+    names: Sequence[StrategyName] = [chosen] if chosen else STRATEGIES
     return [
         Division(name, processes, shard_size or run.parallel_shard_size, offload or run.parallel_offload)
         for name in names
@@ -126,7 +126,7 @@ def _fitting(found: dict[Division, ProcessMemory], device: str) -> Iterator[tupl
     from ..utils.devices import resolve_device
     from ..utils.memory import free_memory_bytes, gigabytes
 
-    totals = {division.strategy: memory.total for division, memory in found.items()}
+    totals: dict[StrategyName, int] = {division.strategy: memory.total for division, memory in found.items()}
     here, number = resolve_device(device), next(iter(found)).num_processes
     on_card = here.startswith("cuda")
     free = free_memory_bytes(here) if on_card else free_memory_bytes(here) // number
