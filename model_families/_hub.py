@@ -49,14 +49,47 @@ def hub_folder(repository: str, *, revision: str | None = None, **patterns: Any)
     return Path(snapshot_download(repository, revision=revision, local_files_only=not hub_answers(), **patterns))
 
 
+def cached_file(repository: str, name: str, *, revision: str | None = None) -> Path | None:
+    """Return one file of a repository from the cache; None where it is not there."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(repository, name, revision=revision)
+    return Path(found) if isinstance(found, str) else None
+
+
+def hub_names(repository: str, *, revision: str | None = None) -> list[str]:
+    """Return the names of all files of a repository. Raises an error of the hub's client."""
+    from huggingface_hub import HfApi
+
+    return HfApi().list_repo_files(repository, revision=revision)
+
+
+def hub_header(
+    repository: str, name: str, *, revision: str | None = None
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Return the entries (name -> ``dtype`` and ``shape``) and the metadata of a safetensors file, without its weights.
+
+    Raises an error of the hub's client.
+    """
+    from huggingface_hub import HfApi
+
+    found = HfApi().parse_safetensors_file_metadata(repository, name, revision=revision)
+    entries = {one: {"dtype": info.dtype, "shape": info.shape} for one, info in found.tensors.items()}
+    return entries, found.metadata
+
+
 @contextlib.contextmanager
 def hub_errors(name: str, what: str) -> Iterator[None]:
     """Raise errors of the hub's client as a UserError about the model `name`, of which `what` was asked for."""
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, SafetensorsParsingError
 
     try:
         yield
-    except (OSError, EntryNotFoundError, HFValidationError) as error:
+    except SafetensorsParsingError as error:
+        raise UserError(
+            f"model {name!r}, {what}: {error}", "restore the file from the model's origin: it is no safetensors file"
+        ) from error
+    except (OSError, EntryNotFoundError, HFValidationError, *_broken_connections()) as error:
         kind = UserError if hub_answers() else UnreachableError
         raise kind(
             f"model {name!r} is no local folder or .safetensors file, and the hub did not give it "
@@ -64,3 +97,12 @@ def hub_errors(name: str, what: str) -> Iterator[None]:
             "check the spelling of the path or id; a gated model needs `hf auth login`; without a network, "
             "download the model elsewhere and name its folder",
         ) from error
+
+
+def _broken_connections() -> tuple[type[Exception], ...]:
+    """Return the errors of the network that the hub's client passes on as they are."""
+    try:
+        import httpx
+    except ImportError:  # of clients before 1.0, whose errors are OSErrors
+        return ()
+    return (httpx.HTTPError,)

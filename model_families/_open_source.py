@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..core.errors import UserError
+from ._hub_source import HubSource
 from ._single_file import FileSource, config_remedy
-from ._source import FolderSource, HubSource, Source
+from ._source import FolderSource, Source
 
 if TYPE_CHECKING:
     from ._architecture import Architecture

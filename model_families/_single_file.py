@@ -19,7 +19,8 @@ from ._empty import by_name_of, empty_network, without_text_model
 from ._file_signs import Sign, read_signs, refuse_edm, stated_resolution
 from ._files import hash_files, quiet_libraries
 from ._hub import hub_folder
-from ._source import SETTINGS, FolderSource, HubSource, Source, TextEncoders, settings_in
+from ._hub_source import HubSource
+from ._source import SETTINGS, FolderSource, Source, TextEncoders, settings_in
 from ._weights import WeightFile
 
 if TYPE_CHECKING:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import json
 import re
@@ -18,7 +19,6 @@ from ._checks import check_index, check_kind, check_local_folder, has_part
 from ._comparison import check_tensors
 from ._empty import by_name_of, empty_network
 from ._files import hash_files, hash_tensors, quiet_libraries
-from ._hub import hub_errors, hub_file, hub_folder
 from ._weights import WeightFile
 
 if TYPE_CHECKING:
@@ -33,7 +33,13 @@ SETTINGS = ("*.json", "*.txt", "*.model")
 """Files beside the weights that change a part's output: configs, vocabularies, sentencepiece models."""
 INDEX = ".index.json"
 """What the name of a list of shards ends with."""
+LOADED = re.compile(r"(diffusion_pytorch_)?model[.-]")
+"""What names of weights that diffusers and transformers load begin with."""
 PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth")
+
+
+ReadShapes = Callable[[str, Any], Mapping[str, "Tensor"]]
+"""Gives the tensors of a part on the meta device, for its network on that device."""
 
 
 @dataclass
@@ -75,14 +81,18 @@ class Source(ABC):
 
     def check_part(self, part: str) -> None:
         """Raise UserError unless the tensors of one network are those that its config describes."""
+        self.compare_part(part, self.shapes)
+
+    def compare_part(self, part: str, shapes: ReadShapes) -> None:
+        """Raise UserError unless the tensors of one network, as `shapes` reads them, are those of its config."""
         import torch
 
         config = self.config(f"{part}/config.json")
         check_kind(self.name, part, config, self.architecture)
         network = empty_network(self.architecture, part, config)
         with torch.inference_mode(False):  # in it, views would not know what they are views of
-            shapes = self.shapes(part, network)
-        check_tensors(f"model {self.name!r}, {part}", network, shapes, remedy=self.weights_remedy)
+            found = shapes(part, network)
+        check_tensors(f"model {self.name!r}, {part}", network, found, remedy=self.weights_remedy)
 
     def signs(self) -> list[Sign]:
         """Return what the weights' file itself says of its noise; configs are not among it."""
@@ -216,12 +226,17 @@ class FolderSource(Source):
 
     def weights_files(self, part: str) -> list[WeightFile]:
         """Open the files of a component's weights. Raises UserError when its index names one that is not there."""
-        folder, variant = self.component(part), self.weights_variant(part)
-        paths = [path for path in sorted(folder.glob("*.safetensors")) if _variant_of(path.name) == variant]
-        for index in folder.glob(f"*.safetensors{INDEX}"):
-            if _variant_of(index.name.removesuffix(INDEX)) == variant:
-                paths = [self._shard(folder, name) for name in sorted(set(_read_json(index)["weight_map"].values()))]
-        return [WeightFile.open(path) for path in paths]
+        folder = self.component(part)
+        names = self.weights_names(part, [path.name for path in folder.glob("*")])
+        return [WeightFile.open(self._shard(folder, name)) for name in names]
+
+    def weights_names(self, part: str, there: Sequence[str]) -> list[str]:
+        """Return the names of the files with a component's weights, of those that are `there` or in an index there."""
+        variant = self._variant_among(part, there)
+        for name in there:
+            if name.endswith(f".safetensors{INDEX}") and variant_of(name.removesuffix(INDEX)) == variant:
+                return sorted(set(_read_json(self.file(f"{part}/{name}"))["weight_map"].values()))
+        return [name for name in safetensors_among(there) if variant_of(name) == variant]
 
     def _shard(self, folder: Path, name: str) -> Path:
         if not (folder / name).is_file():
@@ -238,10 +253,12 @@ class FolderSource(Source):
 
     def weights_variant(self, part: str) -> str | None:
         """Return the variant of a component's weights to read. Raises UserError without safetensors."""
-        folder = self.component(part)
-        found = sorted(path.name for path in folder.glob("*.safetensors"))
+        return self._variant_among(part, [path.name for path in self.component(part).glob("*")])
+
+    def _variant_among(self, part: str, there: Sequence[str]) -> str | None:
+        found = safetensors_among(there)
         if not found:
-            pickles = [path.name for pattern in PICKLES for path in sorted(folder.glob(pattern))]
+            pickles = [name for pattern in PICKLES for name in sorted(fnmatch.filter(there, pattern))]
             raise UserError(
                 f"model {self.name!r} has no safetensors weights in {part}/"
                 + (f", only {', '.join(pickles)}" if pickles else ""),
@@ -250,7 +267,7 @@ class FolderSource(Source):
                 if pickles
                 else "is the download complete?",
             )
-        variants = {_variant_of(name) for name in found}
+        variants = {variant_of(name) for name in found}
         if self.variant in variants:
             return self.variant
         if self.variant is None and len(variants) == 1:
@@ -311,38 +328,15 @@ class FolderSource(Source):
         return network
 
 
-@dataclass
-class HubSource(FolderSource):
-    """A repository of the Hugging Face hub, downloaded component by component when needed."""
-
-    revision: str | None = None
-
-    def component(self, part: str) -> Path:
-        weights = f"{part}/*.{self.variant}*.safetensors" if self.variant else f"{part}/*.safetensors"
-        patterns = [*(f"{part}/{pattern}" for pattern in SETTINGS), weights]
-        other_variants = None if self.variant else ["*.fp16.*", "*.bf16.*", "*.non_ema.*", "*openvino*"]
-        with hub_errors(self.name, "download"):
-            root = hub_folder(
-                self.name, revision=self.revision, allow_patterns=patterns, ignore_patterns=other_variants
-            )
-        return root / part
-
-    def file(self, relative: str) -> Path:
-        with hub_errors(self.name, relative):
-            return hub_file(self.name, relative, revision=self.revision)
-
-    def check(self, *, without: Collection[str] = ()) -> None:
-        self.check_configs()
-
-    def check_weights(self, parts: Sequence[str]) -> None:
-        """Leave the comparison to the moment after the download; each network is compared before it loads."""
-
-    def digest(self, part: str) -> str:
-        commit = self.file("model_index.json").parent.name
-        return hashlib.sha256(f"{self.name}@{commit}:{self.variant}:{part}".encode()).hexdigest()
+def safetensors_among(names: Sequence[str]) -> list[str]:
+    """Return the names of weights in a component's folder; others than the libraries load only where these are not
+    there, since repositories hold the same weights once more for other programs.
+    """
+    found = sorted(name for name in names if name.endswith(".safetensors"))
+    return [name for name in found if LOADED.match(name)] or found
 
 
-def _variant_of(filename: str) -> str | None:
+def variant_of(filename: str) -> str | None:
     """Return ``fp16`` for ``model.fp16.safetensors`` and ``model.fp16-00001-of-00002.safetensors``."""
     stem = re.sub(r"-\d{5}-of-\d{5}", "", filename.removesuffix(".safetensors"))
     return stem.split(".", 1)[1] if "." in stem else None

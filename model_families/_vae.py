@@ -7,9 +7,10 @@ from pathlib import Path
 
 from ..core.errors import UserError
 from ._hub import hub_errors, hub_folder
+from ._hub_source import HubSource
 from ._open_source import open_hub
 from ._single_file import FileSource
-from ._source import FolderSource, HubSource, Source
+from ._source import FolderSource, Source
 
 
 def with_vae(vae: str, source: Source) -> Source:
@@ -46,6 +47,9 @@ class BareHubVae(HubSource):
 
     def file(self, relative: str) -> Path:
         return super().file(relative.removeprefix("vae/"))
+
+    def folder(self, part: str) -> str:
+        return ""
 
     def digest(self, part: str) -> str:
         commit = self.file("config.json").parent.name

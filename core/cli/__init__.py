@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import traceback
@@ -174,4 +175,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `distill` and `python -m distill`; always ends in SystemExit."""
     wait_without_spinning()
     sys.excepthook = _fault
-    app(args=list(arguments) if arguments is not None else None, prog_name="distill")
+    try:
+        app(args=list(arguments) if arguments is not None else None, prog_name="distill")
+    finally:
+        if arguments is None:
+            gc.freeze()  # the process ends: it need not search all that its libraries hold for cycles first

@@ -13,7 +13,7 @@ from ..errors import UserError
 from ..utils.files import write_text
 from ..utils.redaction import redacted
 from . import options
-from .options import Given, PluginOption, takes_configuration, without_collector
+from .options import Given, PluginOption, looks_only, takes_configuration
 
 logger = logging.getLogger(__name__)
 app = typer.Typer(no_args_is_help=True, help="Check, show or start a configuration.", pretty_exceptions_enable=False)
@@ -21,7 +21,7 @@ app = typer.Typer(no_args_is_help=True, help="Check, show or start a configurati
 
 @app.command()
 @takes_configuration()
-@without_collector
+@looks_only
 def check(given: Given) -> None:
     """Validate a configuration and the files of its model: notices go to stdout, errors to stderr; no weights load."""
     configuration, registry = given.load()

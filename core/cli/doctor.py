@@ -8,25 +8,39 @@ import shutil
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..utils.strategies import StrategyName
 from . import options
-from .options import Given, takes_configuration, without_collector
+from .options import Given, looks_only, takes_configuration
+from .processes import divisions, processes_rows, require_number
 
 if TYPE_CHECKING:
     from ..registry.registry import Registry
     from ..settings.configuration import Configuration
+    from ..utils.memory import MemorySettings
 
 REQUIRED = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "pydantic")
 Rows = Iterator[tuple[str, str]]
 
 
 @takes_configuration()
-@without_collector
-def doctor(given: Given) -> None:
+@looks_only
+def doctor(
+    given: Given,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Estimate the memory of each of so many processes.")
+    ] = None,
+    parallel: Annotated[
+        StrategyName | None, typer.Option(help="How they share the networks; all ways in a table unless given.")
+    ] = None,
+    shard_size: Annotated[int, typer.Option(min=0, help="Processes that share one copy of the weights; 0: all.")] = 0,
+    offload: Annotated[bool, typer.Option("--offload", help="Keep what they share in the machine's memory.")] = False,
+) -> None:
     """Report what this machine has and lacks for a configuration: device, memory, optional packages, credentials."""
+    require_number(processes, asked=bool(parallel or shard_size or offload))
     _section("machine", machine(given.output_dir or Path.cwd()))
     _section("packages", packages(given.registry()))
     _section("credentials", credentials())
@@ -38,7 +52,12 @@ def doctor(given: Given) -> None:
     notices = (*unchecked, *configuration.notices, *options.service_notices(configuration, registry))
     _section("configuration", (("notice", line) for line in notices or ("nothing to be said",)))
     _section("accounts", accounts(configuration, registry))
-    _section("memory", memory(configuration, registry))
+    settings = _planned(configuration, registry)
+    if settings is None or processes is None:
+        _section("memory", memory(settings, configuration))
+    else:
+        chosen = divisions(configuration.run, parallel, processes=processes, shard_size=shard_size, offload=offload)
+        _section(f"memory of {processes} processes", processes_rows(settings, chosen, configuration, registry))
     _section("disk", disk(configuration, registry))
 
 
@@ -109,13 +128,23 @@ def accounts(configuration: Configuration, registry: Registry) -> Rows:
         yield f"data.{entry.id}", said or "none is needed"
 
 
-def memory(configuration: Configuration, registry: Registry) -> Rows:
-    """Return the estimate by purpose, what is free, and how much each remedy would save."""
+def _planned(configuration: Configuration, registry: Registry) -> MemorySettings | None:
     from ..runs.planned_memory import planned_memory
+
+    return planned_memory(configuration, registry)
+
+
+def memory(settings: MemorySettings | None, configuration: Configuration) -> Rows:
+    """Return the estimate by purpose, what is free, and how much each remedy would save.
+
+    Args:
+        settings: Of the run; None where its family has no estimate.
+        configuration: Of the run.
+    """
     from ..utils.devices import resolve_device
     from ..utils.memory import estimate, free_memory_bytes, gigabytes, savings
 
-    settings, device = planned_memory(configuration, registry), resolve_device(configuration.run.device)
+    device = resolve_device(configuration.run.device)
     if settings is None:
         yield "estimate", "not known for this family"
         return

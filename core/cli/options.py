@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import inspect
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -42,6 +43,8 @@ PluginOption = Annotated[
 ]
 
 
+NO_COMPILER = "TORCHDYNAMO_DISABLE"
+"""Environment variable that makes ``torch.compile`` return functions as they are."""
 BasePrecisionOption = Annotated[
     str | None, typer.Option(help="Quantizer of the base, or no_change; the run's by default.")
 ]
@@ -103,16 +106,27 @@ def takes_configuration(*leave_out: str) -> Callable[[Callable[..., None]], Call
     return decorate
 
 
-def without_collector(command: Callable[..., None]) -> Callable[..., None]:
-    """Switch the collector of reference cycles off during a short command, whose imports it slows down."""
+def looks_only(command: Callable[..., None]) -> Callable[..., None]:
+    """Spare a short command, which computes nothing, what slows its imports down.
+
+    That is the collector of reference cycles, and the compiler of PyTorch, which bitsandbytes loads for functions that
+    are never called here.
+    """
 
     @functools.wraps(command)
     def wrapper(*arguments: Any, **values: Any) -> None:
+        before = os.environ.get(NO_COMPILER)
         gc.disable()
+        os.environ[NO_COMPILER] = "1"
         try:
             command(*arguments, **values)
         finally:
+            gc.freeze()  # what was made is old by now: it is not looked through as if it were new
             gc.enable()
+            gc.unfreeze()
+            os.environ.pop(NO_COMPILER)
+            if before is not None:
+                os.environ[NO_COMPILER] = before
 
     return wrapper
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, cast
 
 from ..plugin_api.precision import BASE
 from ..utils.memory import (
@@ -15,30 +16,35 @@ from ..utils.memory import (
     out_of_memory_hint,
     savings_lines,
 )
-from .planned_memory import decoding_bytes, stored_bytes
+from ..utils.process_memory import process_total
+from ..utils.strategies import Division, StrategyName
+from .planned_memory import decoding_bytes, of_whole_networks, stored_bytes, units
 
 if TYPE_CHECKING:
     from .components import RunComponents
 
 
-def memory_warning(settings: MemorySettings, device: str, *, quantizers: bool) -> str | None:
+def memory_warning(settings: MemorySettings, device: str, *, quantizers: bool, division: Division) -> str | None:
     """Return a warning where a run is not expected to fit into the memory that is free; None where it is.
 
     Args:
         settings: Of the run.
         device: The one that it trains on.
         quantizers: Whether the base can be quantised.
+        division: The way in which its processes share the networks.
     """
-    expected, free = estimate(settings), free_memory_bytes(device)
-    if expected.total <= free:
+    measure = partial(process_total, division=division)
+    expected, free = measure(settings), free_memory_bytes(device)
+    if expected <= free:
         return None
-    fixed = expected.total - expected.activations
+    fixed = expected - estimate(settings).activations
     sure = "it will not fit" if fixed > free else "it may not fit (activations are rough)"
+    each = " on each process" if division.num_processes > 1 else ""
     return "\n".join(
         [
-            f"this run is estimated at {gigabytes(expected.total)} of memory, and {gigabytes(free)} are free on "
+            f"this run is estimated at {gigabytes(expected)} of memory{each}, and {gigabytes(free)} are free on "
             f"{device}: {sure}. What would save how much:",
-            *savings_lines(settings, quantizers=quantizers),
+            *savings_lines(settings, quantizers=quantizers, measure=measure),
         ]
     )
 
@@ -50,7 +56,19 @@ def explain_memory(run: RunComponents, error: BaseException) -> Iterator[str]:
     loaded = "networks" in vars(run)
     settings = memory_settings(run) if loaded else run.planned_memory
     if settings is not None:
-        yield out_of_memory_hint(settings, quantizers=run.settings.model_type == "lora")
+        measure = partial(process_total, division=division_of(run))
+        yield out_of_memory_hint(settings, quantizers=can_be_quantised(run), measure=measure)
+
+
+def division_of(run: RunComponents) -> Division:
+    """Return the way in which the run's processes share its networks."""
+    asked = run.strategy.settings
+    return Division(cast(StrategyName, asked.name), run.processes.world_size, asked.shard_size, asked.offload)
+
+
+def can_be_quantised(run: RunComponents) -> bool:
+    """Return True if a quantised base goes with this run."""
+    return run.settings.model_type == "lora" and run.strategy.name == "replicate"
 
 
 def memory_settings(run: RunComponents) -> MemorySettings:
@@ -70,6 +88,7 @@ def memory_settings(run: RunComponents) -> MemorySettings:
         num_frozen = stored[0] // (4 if settings.mixed_precision == "no" else 2)
         base_bytes = stored[1] / num_frozen
     state_bytes = run.optimizer_plugin.state_bytes
+    largest, outside = units(run.family, networks.base)
     return MemorySettings(
         base_parameters=num_frozen,
         trained_parameters=sum(p.numel() for p in trained),
@@ -85,4 +104,7 @@ def memory_settings(run: RunComponents) -> MemorySettings:
         gradient_checkpointing=settings.gradient_checkpointing,
         decoding_bytes=decoding_bytes(run.method, run.family, (width, height)),
         auxiliary_bytes=sum(stored_bytes(role) for role in networks.roles.values()),
+        **of_whole_networks(networks.roles, own, averages),
+        largest_unit=largest,
+        outside_units=outside,
     )

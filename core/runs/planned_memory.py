@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ..plugin_api.auxiliary import StoredNetwork
@@ -47,6 +47,7 @@ def planned_memory(
     optimizer = registry.get("optimizer", run.optimizer)
     trained_bytes = getattr(torch, optimizer.parameter_dtype).itemsize
     width, height = default_resolution(configuration)
+    largest, outside = units(family, network)
     return MemorySettings(
         base_parameters=base,
         trained_parameters=sum(own[name] for name, role in roles.items() if role.trains != "none"),
@@ -62,7 +63,41 @@ def planned_memory(
         gradient_checkpointing=run.gradient_checkpointing,
         decoding_bytes=decoding_bytes(method, family, (width, height)),
         auxiliary_bytes=sum(stored_bytes(role) for role in roles.values() if role.auxiliary),
+        **of_whole_networks(roles, own, averages),
+        largest_unit=largest,
+        outside_units=outside,
     )
+
+
+def of_whole_networks(roles: Mapping[str, Role], own: Mapping[str, int], averages: Sequence[str]) -> dict[str, int]:
+    """Return the settings that say how much of what is trained and averaged belongs to roles that train all weights.
+
+    Args:
+        roles: The method's, by name.
+        own: Parameters of each.
+        averages: Names of the roles that are averages or copies; ``student`` once more for its average of ``use_ema``.
+    """
+
+    def trains_all(name: str) -> bool:
+        source = roles[name].source
+        return trains_all(source) if source else roles[name].trains == "full"
+
+    whole = [name for name, role in roles.items() if role.trains == "full"]
+    return {
+        "full_roles": len(whole),
+        "full_parameters": sum(own[name] for name in whole),
+        "averaged_full_parameters": sum(own[name] for name in averages if trains_all(name)),
+    }
+
+
+def units(family: ModelFamily, network: nn.Module) -> tuple[int, int]:
+    """Return the parameters of the largest block that is gathered at a time where weights are sharded, and of all that
+    is in no block.
+    """
+    blocks = [network.get_submodule(name) for name in family.shard_units(network)]
+    sizes = [sum(weight.numel() for weight in block.parameters()) for block in blocks]
+    total = sum(weight.numel() for weight in network.parameters())
+    return max(sizes, default=0), total - sum(sizes)
 
 
 def _own_parameters(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -105,6 +106,11 @@ class MemorySettings:
         decoding_bytes: Bytes of the autoencoder and of its activations, where latents are decoded with a gradient.
         auxiliary_bytes: Bytes of the weights of frozen networks that a method brings, as of LPIPS or of a reward.
         quantisable: Whether the base may be quantised: no copy of it is trained.
+        full_roles: Number of the roles that train a whole network.
+        full_parameters: Those of the trained parameters that belong to them; the rest are of adapters and heads.
+        averaged_full_parameters: Those of the averaged parameters that are averages or copies of whole networks.
+        largest_unit: Parameters of the largest block of the denoiser that is gathered as one where weights are sharded.
+        outside_units: Parameters of the denoiser that lie in no block.
     """
 
     base_parameters: int
@@ -121,6 +127,11 @@ class MemorySettings:
     decoding_bytes: int = 0
     auxiliary_bytes: int = 0
     quantisable: bool = True
+    full_roles: int = 0
+    full_parameters: int = 0
+    averaged_full_parameters: int = 0
+    largest_unit: int = 0
+    outside_units: int = 0
 
 
 @dataclass(frozen=True)
@@ -165,12 +176,22 @@ def estimate(settings: MemorySettings) -> MemoryEstimate:
     )
 
 
-def savings(settings: MemorySettings, *, quantizers: bool = False) -> list[tuple[str, int]]:
+def whole(settings: MemorySettings) -> int:
+    """Return the bytes of a run in one process."""
+    return estimate(settings).total
+
+
+Measure = Callable[[MemorySettings], int]
+"""The bytes that a process of a run takes."""
+
+
+def savings(settings: MemorySettings, *, quantizers: bool = False, measure: Measure = whole) -> list[tuple[str, int]]:
     """Return remedies with the bytes that each saves, the greatest first.
 
     Args:
         settings: Settings of the run.
         quantizers: Whether the base can be quantised in this installation.
+        measure: Counts the bytes of one process.
     """
     choices: dict[str, MemorySettings] = {}
     if settings.batch > 1:
@@ -191,22 +212,21 @@ def savings(settings: MemorySettings, *, quantizers: bool = False) -> list[tuple
     choices["half the resolution"] = replace(
         settings, latent_pixels=settings.latent_pixels // 4, decoding_bytes=settings.decoding_bytes // 4
     )
-    total = estimate(settings).total
-    saved = [(label, total - estimate(choice).total) for label, choice in choices.items()]
+    total = measure(settings)
+    saved = [(label, total - measure(choice)) for label, choice in choices.items()]
     return sorted((item for item in saved if item[1] > 0), key=lambda item: -item[1])
 
 
-def out_of_memory_hint(settings: MemorySettings, *, quantizers: bool = False) -> str:
+def out_of_memory_hint(settings: MemorySettings, *, quantizers: bool = False, measure: Measure = whole) -> str:
     """Return the message after a failed allocation: the expected use, and how much each remedy would save."""
-    lines = [
-        f"out of memory; this run was estimated at {gigabytes(estimate(settings).total)}. What would save how much:"
-    ]
-    return "\n".join([*lines, *savings_lines(settings, quantizers=quantizers)])
+    lines = [f"out of memory; this run was estimated at {gigabytes(measure(settings))}. What would save how much:"]
+    return "\n".join([*lines, *savings_lines(settings, quantizers=quantizers, measure=measure)])
 
 
-def savings_lines(settings: MemorySettings, *, quantizers: bool = False) -> list[str]:
+def savings_lines(settings: MemorySettings, *, quantizers: bool = False, measure: Measure = whole) -> list[str]:
     """Return :func:`savings` as lines for people."""
-    return [f"  {label}: about {gigabytes(saved)}" for label, saved in savings(settings, quantizers=quantizers)]
+    found = savings(settings, quantizers=quantizers, measure=measure)
+    return [f"  {label}: about {gigabytes(saved)}" for label, saved in found]
 
 
 def gigabytes(num_bytes: float) -> str:

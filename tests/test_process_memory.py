@@ -1,0 +1,239 @@
+"""Memory of each of several processes: the arithmetic, what FSDP really leaves on a process, and what doctor says."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from distill.core.config.load import load_configuration
+from distill.core.plugin_api.family import ModelSettings
+from distill.core.registry.registry import Registry
+from distill.core.runs import memory_plan
+from distill.core.runs.planned_memory import planned_memory, units
+from distill.core.utils.memory import OVERHEAD_BYTES, MemorySettings, estimate
+from distill.core.utils.process_memory import ZERO_BUCKET, ZERO_LIVE, division_problem, process_memory
+from distill.core.utils.strategies import STRATEGIES, Division
+from distill.model_families.sd3 import SD3
+from support.quickstart import command
+from support.small_run import write_run
+
+BILLION = 10**9
+FULL = MemorySettings(
+    base_parameters=2 * BILLION, trained_parameters=4 * BILLION + 1000, latent_pixels=1, base_bytes=2, compute_bytes=2,
+    averaged_parameters=2 * BILLION, full_roles=2, full_parameters=4 * BILLION, averaged_full_parameters=2 * BILLION,
+    largest_unit=50_000_000, outside_units=10_000_000,
+)  # fmt: skip
+"""Two roles of whole networks of 2 billion weights, an average of one of them, and heads of 1000 weights."""
+LORA = MemorySettings(
+    base_parameters=2 * BILLION, trained_parameters=100_000_000, latent_pixels=1, base_bytes=2, compute_bytes=2,
+    averaged_parameters=100_000_000, largest_unit=50_000_000, outside_units=10_000_000,
+)  # fmt: skip
+REGISTRY = Registry.load(installed=False)
+
+
+def shared(settings: MemorySettings, division: Division) -> dict[str, int]:
+    parts = process_memory(settings, division).parts
+    return {name: parts[name] for name in ("weights", "trained", "gradients", "optimizer", "averages", "gathered")}
+
+
+@pytest.mark.parametrize(
+    ("strategy", "expected"),
+    [
+        ("replicate", (4e9, 16e9 + 4000, 16e9 + 4000, 32e9 + 8000, 8e9, 0)),
+        ("fsdp", (0.5e9, 2e9 + 4000, 2e9 + 4000, 4e9 + 8000, 1e9, 10e6 * (2 + 2 * 4) + 2 * 4 * 2 * 50e6)),
+        ("zero2", (4e9, 16e9 + 4000, 2e9 + 4000, 6e9 + 8000, 8e9, 4 * ZERO_BUCKET)),
+        ("zero3", (0.5e9, 2e9 + 4000, 2e9 + 4000, 6e9 + 8000, 1e9, 4 * (2 * ZERO_BUCKET + ZERO_LIVE))),
+    ],
+)
+def test_eight_processes_divide_whole_networks_and_hold_heads_each(strategy, expected):
+    found = shared(FULL, Division(strategy, 8))
+    assert tuple(found.values()) == pytest.approx(expected, rel=0, abs=2)
+    whole = estimate(FULL)
+    rest = process_memory(FULL, Division(strategy, 8)).total - sum(found.values())
+    assert rest == whole.activations + OVERHEAD_BYTES, "the same on each"
+
+
+def test_replicate_is_what_one_process_takes():
+    assert process_memory(FULL, Division("replicate", 8)).total == estimate(FULL).total
+    assert process_memory(LORA, Division("replicate", 8)).total == estimate(LORA).total
+
+
+def test_of_a_lora_fsdp_divides_the_base_alone():
+    found = shared(LORA, Division("fsdp", 8))
+    assert found == {
+        "weights": 500_000_000,
+        "trained": 400_000_000,
+        "gradients": 400_000_000,
+        "optimizer": 800_000_000,
+        "averages": 400_000_000,
+        "gathered": 2 * (10_000_000 + 2 * 50_000_000),
+    }
+
+
+def test_two_copies_among_eight_processes_divide_by_four():
+    assert shared(FULL, Division("fsdp", 8, shard_size=4)) == shared(FULL, Division("fsdp", 4))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "host", "left"),
+    [
+        ("fsdp", 0.5e9 + 2e9 + 2e9 + 4e9 + 1e9, {"weights": 0, "trained": 4000, "averages": 0}),
+        ("zero2", 2e9 + 6e9, {"weights": 4e9, "trained": 16e9 + 4000, "averages": 8e9}),
+        ("zero3", 0.5e9 + 2e9 + 2e9 + 6e9 + 1e9, {"weights": 0, "trained": 4000, "averages": 0}),
+    ],
+)
+def test_what_is_divided_can_lie_on_the_host(strategy, host, left):
+    memory = process_memory(FULL, Division(strategy, 8, offload=True))
+    assert memory.host == host
+    assert {name: memory.parts[name] for name in left} == left
+    assert memory.parts["gathered"] == process_memory(FULL, Division(strategy, 8)).parts["gathered"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "division", "words"),
+    [
+        (LORA, Division("zero2", 8), "this run trains adapters: use replicate or fsdp"),
+        (LORA, Division("zero3", 8), "this run trains adapters: use replicate or fsdp"),
+        (FULL, Division("replicate", 8, offload=True), "nothing that could be offloaded"),
+        (FULL, Division("fsdp", 8, shard_size=3), "8 processes are not a multiple of the 3 that share one copy"),
+        (FULL, Division("zero3", 8, shard_size=4), "divides among all processes"),
+    ],
+)
+def test_what_cannot_be_is_said_with_the_reason(settings, division, words):
+    assert words in (division_problem(settings, division) or "")
+    assert all(division_problem(FULL, Division(strategy, 8)) is None for strategy in STRATEGIES)
+
+
+def test_a_run_is_warned_of_what_its_own_processes_need(monkeypatch):
+    """It was warned of what one process would need, and told of a quantised base, which fsdp refuses."""
+    monkeypatch.setattr(memory_plan, "free_memory_bytes", lambda device: 20e9)
+    warn = partial(memory_plan.memory_warning, FULL, "cuda:0", quantizers=False)
+    assert warn(division=Division("fsdp", 8)) is None
+    needed = process_memory(FULL, Division("fsdp", 2)).total
+    said = warn(division=Division("fsdp", 2)) or ""
+    assert said.startswith(f"this run is estimated at {needed / 1e9:.1f} GB of memory on each process, and 20.0 GB are")
+    alone = warn(division=Division("replicate", 1)) or ""
+    assert alone.startswith(f"this run is estimated at {estimate(FULL).total / 1e9:.1f} GB of memory, and 20.0 GB are")
+
+
+# -- what FSDP leaves on a process ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def four_processes():
+    """The first of four processes that answer nothing, so that it divides and holds its own part."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_fsdp_leaves_on_each_process_what_was_estimated(four_processes, tmp_path):
+    """With AdamW after a step, block by block, on a network whose dimensions divide by four."""
+    from diffusers import SD3Transformer2DModel
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    network = SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=16,
+        num_attention_heads=4, joint_attention_dim=32, caption_projection_dim=64, pooled_projection_dim=32,
+        pos_embed_max_size=8,
+    )  # fmt: skip
+    whole = sum(weight.numel() for weight in network.parameters())
+    blocks = [sum(weight.numel() for weight in block.parameters()) for block in network.transformer_blocks]
+    family = SD3(SD3.Config(), ModelSettings("nowhere"))
+    assert units(family, network) == (max(blocks), whole - sum(blocks))
+    for block in network.transformer_blocks:
+        fully_shard(block)
+    fully_shard(network)
+    optimizer = torch.optim.AdamW(network.parameters())
+    for weight in network.parameters():
+        weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+
+    def held(tensors) -> int:
+        return sum(one.to_local().numel() * one.element_size() for one in tensors if isinstance(one, DTensor))
+
+    settings = MemorySettings(
+        base_parameters=whole, trained_parameters=whole, latent_pixels=1, full_roles=1, full_parameters=whole
+    )
+    parts = process_memory(settings, Division("fsdp", 4)).parts
+    moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    assert held(network.parameters()) == pytest.approx(parts["trained"], rel=0.01)
+    assert held(weight.grad for weight in network.parameters()) == pytest.approx(parts["gradients"], rel=0.01)
+    assert held(moments) == pytest.approx(parts["optimizer"], rel=0.01)
+    assert parts["trained"] / (4 * whole) < 0.3
+
+
+# -- doctor -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    quiet = {"validation_step_interval": 0, "report_to": "none", "max_train_steps": 1, "train_batch_size": 2}
+    full = {"distillation_method": "dmd2", "model_type": "full", "gradient_accumulation_steps": 3}
+    full |= {"distillation_config": {"dmd2": {"gan_weight": 0.1}}}
+    return {"lora": write_run(root, output="lora", **quiet), "full": write_run(root, output="full", **quiet, **full)}
+
+
+def memory_of(config, *options: str) -> dict[str, str]:
+    """Rows of doctor's section on the memory of several processes."""
+    done = command("doctor", "--config", str(config), *options)
+    assert done.code == 0, done.err
+    section = done.out.partition("\nmemory of ")[2].partition("\n\n")[0].splitlines()[1:]
+    return {line.split()[0]: " ".join(line.split()[1:]) for line in section}
+
+
+def test_the_settings_of_a_run_say_what_is_of_whole_networks(configs):
+    lora, full = (planned_memory(load_configuration(REGISTRY, config_file=file), REGISTRY) for file in configs.values())
+    assert full.full_roles == 2, "student and fake score"
+    assert full.full_parameters == 2 * full.base_parameters
+    assert full.trained_parameters > full.full_parameters, "and the heads of the discriminator"
+    assert (lora.full_roles, lora.full_parameters) == (0, 0)
+    assert 0 < lora.largest_unit < lora.base_parameters
+    assert 0 < lora.outside_units < lora.base_parameters
+
+
+def test_doctor_compares_the_strategies_in_a_table(configs):
+    rows = memory_of(configs["full"], "--processes", "4")
+    assert rows["step"].startswith("4 x 2 x 3 = 24 samples")
+    assert rows["on"] == "each weights trained gradients optimizer averages gathered other total host"
+    assert all(len(rows[strategy].split()) == 18 for strategy in STRATEGIES)
+    assert rows["cards"].startswith("24 GB: replicate, fsdp, zero2, zero3 fit; 48 GB:")
+    assert "on cpu for each of 4 processes: " in rows["free"]
+    rows = memory_of(configs["lora"], "--processes", "4")
+    assert rows["zero2"] == rows["zero3"] != ""
+    assert rows["zero2"].endswith("this run trains adapters: use replicate or fsdp")
+    assert rows["cards"].startswith("24 GB: replicate, fsdp fit; ")
+
+
+def test_keys_of_the_run_count_where_no_option_is_given(configs):
+    given = ("--set", "parallel=fsdp", "--set", "parallel_offload=true", "--set", "parallel_shard_size=2")
+    assert memory_of(configs["full"], "--processes", "4", *given) == memory_of(
+        configs["full"], "--processes", "4", "--parallel", "fsdp", "--offload", "--shard-size", "2"
+    )
+    rows = memory_of(configs["full"], "--processes", "4", "--set", "optimizer=muon")
+    assert rows["fsdp"].startswith("optimizer = muon with parallel = fsdp")
+
+
+def test_doctor_says_one_strategy_by_purpose(configs):
+    rows = memory_of(configs["full"], "--processes", "2", "--parallel", "fsdp", "--offload")
+    assert rows["trained"] == "0 MB"
+    assert rows["host"].endswith("of each process in the machine's memory")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--processes", "2", "--parallel", "zero2"), "--parallel zero2: it divides networks that are trained whole"),
+        (("--parallel", "fsdp"), "add --processes N"),
+        (("--processes", "4", "--parallel", "fsdp", "--shard-size", "3"), "not a multiple of the 3"),
+    ],
+)
+def test_doctor_refuses_what_cannot_be(configs, options, words):
+    done = command("doctor", "--config", str(configs["lora"]), *options)
+    assert done.code == 2
+    assert words in done.err
