@@ -78,7 +78,8 @@ def processes_rows(
 
 def _problem(settings: MemorySettings, division: Division, run: RunSettings, registry: Registry) -> str | None:
     """Return why the run cannot be divided in this way; None where it can."""
-    from ..engine.strategy import ParallelSettings, build_strategy
+    from ..engine.parallel import build_strategy
+    from ..engine.strategy import ParallelSettings
     from ..utils.process_memory import division_problem
 
     problem = division_problem(settings, division)

@@ -1,8 +1,8 @@
-"""How several processes share the networks of a run: replicated here, sharded in modules of their own."""
+"""How several processes share the networks of a run: the contract of a strategy, and the one that replicates."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import nn
 
-from ..errors import UserError
 from .optimize import RoleOptimizer
 
 if TYPE_CHECKING:
@@ -87,62 +86,3 @@ class Strategy:
         """
         with networks.use(role) as network:
             yield network
-
-
-def parallel_settings(name: str, *, shard_size: int, offload: bool, environment: Mapping[str, str]) -> ParallelSettings:
-    """Return what the configuration and the launcher ask for.
-
-    Args:
-        name: The run's ``parallel``; ``auto`` follows the launcher.
-        shard_size: The run's ``parallel_shard_size``.
-        offload: The run's ``parallel_offload``.
-        environment: Variables of this process, some of which ``accelerate launch`` sets.
-
-    Raises:
-        UserError: The two ask for different strategies, or for something that is none.
-    """
-    launched, launched_offload = launched_strategy(environment)
-    if launched is not None and name not in ("auto", launched):
-        raise UserError(
-            f"parallel = {name}, and the processes were launched by accelerate for {launched}",
-            f"set parallel to {launched} (or auto), or launch without it",
-        )
-    chosen = launched or ("replicate" if name == "auto" else name)
-    if shard_size and chosen != "fsdp":
-        raise UserError(f"parallel_shard_size = {shard_size} belongs to fsdp, not to {chosen}", "leave it out")
-    if offload and chosen == "replicate":
-        raise UserError("parallel_offload: nothing is sharded under replicate", "leave it out, or set parallel: fsdp")
-    return ParallelSettings(chosen, shard_size, offload or launched_offload)
-
-
-def launched_strategy(environment: Mapping[str, str]) -> tuple[str | None, bool]:
-    """Return the strategy that ``accelerate launch`` was configured for, and whether it offloads."""
-    if _is_set(environment, "ACCELERATE_USE_FSDP"):
-        return "fsdp", _is_set(environment, "FSDP_OFFLOAD_PARAMS")
-    if _is_set(environment, "ACCELERATE_USE_DEEPSPEED"):
-        stage = environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
-        if stage not in ("2", "3"):
-            raise UserError(
-                f"accelerate launch --use_deepspeed --zero_stage {stage}: stages 2 and 3 are there",
-                "launch with --zero_stage 2 or 3, or without --use_deepspeed",
-            )
-        keys = ("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE")
-        return f"zero{stage}", any(environment.get(key, "none") == "cpu" for key in keys)
-    return None, False
-
-
-def _is_set(environment: Mapping[str, str], name: str) -> bool:
-    return environment.get(name, "false").lower() in ("true", "1")
-
-
-def build_strategy(processes: Processes, settings: ParallelSettings) -> Strategy:
-    """Return the strategy of these settings. Raises UserError where its package is missing."""
-    if settings.name == "fsdp":
-        from .fsdp import FullyShard
-
-        return FullyShard(processes, settings)
-    if settings.name in ("zero2", "zero3"):
-        from .zero import Zero
-
-        return Zero(processes, settings)
-    return Strategy(processes, settings)

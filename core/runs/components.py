@@ -65,7 +65,7 @@ class RunComponents:
         """How the processes share the networks."""
         import os
 
-        from ..engine.strategy import build_strategy, parallel_settings
+        from ..engine.parallel import build_strategy, parallel_settings
 
         settings = self.settings
         asked = parallel_settings(

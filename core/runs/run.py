@@ -294,7 +294,7 @@ class Run(TrainingObserver):
 
     @property
     def _takes_part(self) -> bool:
-        """Whether this process makes images: the first one, or all where each holds a part of the weights."""
+        """True if this process makes images: the first one, or all where each holds a part of the weights."""
         return self.parts.processes.main or self.parts.strategy.lockstep
 
     @contextmanager
