@@ -9,7 +9,9 @@ import pytest
 import torch
 from distill.core.config.load import load_configuration
 from distill.core.engine.launch import check_launch
+from distill.core.engine.parallel import parallel_settings
 from distill.core.engine.processes import _buckets
+from distill.core.engine.strategy import ParallelSettings
 from distill.core.errors import UserError
 from distill.core.registry.registry import Registry
 from distill.core.runs.agreement import require_same_configuration, require_same_start
@@ -72,8 +74,6 @@ def test_buckets_keep_every_tensor_and_one_type():
 @pytest.mark.parametrize(
     ("given", "world", "words"),
     [
-        ({"ACCELERATE_USE_FSDP": "true"}, 2, "--use_fsdp: FSDP shards the base that several roles share"),
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, 1, "--use_deepspeed"),
         ({"ACCELERATE_USE_MEGATRON_LM": "True"}, 1, "--use_megatron_lm"),
         ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, 2, "--use_parallelism_config"),
         ({"WORLD_SIZE": "4"}, 1, "started 4 processes"),
@@ -96,7 +96,10 @@ def test_usual_launches_are_accepted():
     ("options", "words"),
     [
         (["--cpu", "--num_processes", "2"], "several processes starts one alone"),
-        (["--use_fsdp", "--num_processes", "1", "--fsdp_version", "2"], "--use_fsdp"),
+        (
+            ["--use_deepspeed", "--zero_stage", "1", "--num_processes", "1"],
+            "--use_deepspeed --zero_stage 1: stages 2 and 3 are there",
+        ),
     ],
 )
 def test_accelerate_launch_for_real_is_refused(options, words, tmp_path):
@@ -108,6 +111,47 @@ def test_accelerate_launch_for_real_is_refused(options, words, tmp_path):
     assert words in " ".join(done.stderr.split()), done.stderr[-2000:]
     assert done.returncode != 0
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "environment", "expected"),
+    [
+        ("auto", {}, ParallelSettings("replicate")),
+        ("fsdp", {}, ParallelSettings("fsdp", 2, offload=True)),
+        ("auto", {"ACCELERATE_USE_FSDP": "true", "FSDP_OFFLOAD_PARAMS": "false"}, ParallelSettings("fsdp")),
+        (
+            "fsdp",
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_OFFLOAD_PARAMS": "true"},
+            ParallelSettings("fsdp", 0, offload=True),
+        ),
+        (
+            "auto",
+            {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+            ParallelSettings("zero3"),
+        ),
+    ],
+)
+def test_the_strategy_is_the_launchers_or_the_runs(name, environment, expected):
+    own = {} if environment else {"shard_size": expected.shard_size, "offload": expected.offload}
+    found = parallel_settings(name, **{"shard_size": 0, "offload": False, **own}, environment=environment)
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "environment", "words"),
+    [
+        (
+            {"name": "replicate"},
+            {"ACCELERATE_USE_FSDP": "true"},
+            "parallel = replicate, and the processes",
+        ),
+        ({"name": "auto", "shard_size": 2}, {}, "parallel_shard_size = 2 belongs to fsdp, not to replicate"),
+        ({"name": "auto", "offload": True}, {}, "parallel_offload: nothing is sharded under replicate"),
+    ],
+)
+def test_strategies_that_contradict_each_other_are_refused(given, environment, words):
+    with pytest.raises(UserError, match=re.escape(words)):
+        parallel_settings(**{"shard_size": 0, "offload": False, **given}, environment=environment)
 
 
 ALONE = """

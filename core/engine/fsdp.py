@@ -9,7 +9,6 @@ depends on that weight alone is the one of an unsharded run.
 from __future__ import annotations
 
 import copy
-import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -94,7 +93,7 @@ class FullyShard(Strategy):
     def _gather_anew(self) -> None:
         """Drop gathered weights: those outside of the blocks stay gathered between passes, and have changed."""
         for network in self._networks:
-            network.reshard()  # type: ignore[operator]
+            _drop_gathered(network)
 
     def optimizer(self, role: str, networks: Networks, build: BuildOptimizer, **settings: Any) -> RoleOptimizer:
         """Return the optimizer of a role, over this process's parts where its network is sharded."""
@@ -198,7 +197,7 @@ class ShardedOptimizer(RoleOptimizer):
         super()._end()
         for whole in self._wholes:
             whole.grad = None
-        self._network.reshard()  # type: ignore[operator]  # what lies outside of the blocks was gathered before the step
+        _drop_gathered(self._network)  # what lies outside of the blocks was gathered before the step
 
 
 def _number(name: str) -> int | None:
@@ -220,13 +219,17 @@ def _shard(
         "ignored_params": replicated,
         "offload_policy": CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy(),
     }
-    blocks: list[Any] = [network.get_submodule(name) for name in units]
-    for block in blocks:
-        fully_shard(block, reshard_after_forward=True, **shared)
+    for name in units:
+        fully_shard(network.get_submodule(name), reshard_after_forward=True, **shared)
     # features stop a pass inside the network, whose backward then finds what lies outside of the blocks still there
     fully_shard(network, reshard_after_forward=False, **shared)
-    for block, following in itertools.pairwise(blocks):
-        block.set_modules_to_forward_prefetch([following])
+
+
+def _drop_gathered(network: Any) -> None:
+    """Drop the gathered weights outside of the blocks, also where features have stopped the last pass halfway."""
+    network.set_reshard_after_forward(True, recurse=False)  # else those of a pass that has not ended are kept
+    network.reshard()
+    network.set_reshard_after_forward(False, recurse=False)
 
 
 def _gathered(network: nn.Module) -> list[Tensor]:

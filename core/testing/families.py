@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..engine.networks import Networks
 from ..errors import UserError
@@ -187,6 +187,7 @@ def _capabilities(model: Model) -> None:
         expect(fits, f"features() has {shapes}, feature_channels() {channels}", "give (B, C_k, h_k, w_k) of each level")
     inputs = {"guidance_embedding": said.guidance_embedding, "second_time": said.second_time}
     _micro_conditioning(model)
+    _shard_units(model, teacher)
     given = {"guidance_embedding": "guidance", "second_time": "second_time"}
     for name in [name for name, able in inputs.items() if able]:
         with failing(f"student_network({name}=True)", f"capabilities.{name} says that it can"):
@@ -196,6 +197,22 @@ def _capabilities(model: Model) -> None:
         expected = model.predict(teacher, **(told if name == "guidance_embedding" and family.guided_by_input else {}))
         close = torch.allclose(model.predict(student, **told), expected, rtol=1e-4, atol=1e-5)
         expect(close, f"a student with {name} does not start as its teacher", "the new embedding starts at zero")
+
+
+def _shard_units(model: Model, teacher: nn.Module) -> None:
+    """Compare the modules that are gathered one at a time with those that a forward pass calls."""
+    names = list(model.family.shard_units(teacher))
+    called: list[str] = []
+    with failing("shard_units()", "it names modules of the network"):
+        hooks = [
+            teacher.get_submodule(name).register_forward_hook(lambda *_, name=name: called.append(name))
+            for name in names
+        ]
+    model.predict(teacher)
+    for hook in hooks:
+        hook.remove()
+    expect(called == names, f"shard_units() names {names[:3]} ..., and a forward pass calls {called[:3]} ...",
+           "name modules that are called once, in the order in which they are computed")  # fmt: skip
 
 
 def _micro_conditioning(model: Model) -> None:

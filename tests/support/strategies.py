@@ -1,8 +1,9 @@
 """The same steps in one process and in several that share the networks. A script for torchrun:
 
-    torchrun ... strategies.py OUT.json FOLDER STRATEGY float64|float32 CASE CASE ...
+    torchrun ... strategies.py OUT.json FOLDER STRATEGY float64|float32 STEPS CASE CASE*2 ...
 
-Each case takes some engine steps of a method on a random tiny SDXL in `FOLDER`. OUT.json gets, by case, the losses and
+Each case takes `STEPS` engine steps of a method on a random tiny SDXL in `FOLDER`, over as many micro-batches as stand
+behind its name. OUT.json gets, by case, the losses and
 gradient norms, a digest of each role's weights at the end, how many bytes of the base this process holds, and whether
 the frozen weights are what they were.
 """
@@ -31,7 +32,7 @@ from distill.distill_methods.progressive import Progressive
 from support.sdxl_methods import Parts, make_parts
 from support.sdxl_setup import make_batch, split
 
-STEPS, BATCH = 4, 4
+BATCH = 4
 GAN = {"fake_updates_per_student_update": 2, "gan_weight": 0.1, "guidance_scale": 3.0, "divergence": "js"}
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "lcm-lora": (LCM, {"w_min": 2.0, "w_max": 6.0}),
@@ -77,12 +78,13 @@ def mine(batch: Batch, rank: int, world: int, *, accumulation: int = 1) -> list[
     return found
 
 
-def run(case: str, folder: Path, strategy: Any, dtype: torch.dtype, *, accumulation: int = 1) -> dict[str, Any]:
+def run(case: str, folder: Path, strategy: Any, dtype: torch.dtype, *, steps: int) -> dict[str, Any]:
     """The steps of a case, as JSON values."""
-    method, config = CASES[case]
+    name, _, count = case.partition("*")
+    (method, config), accumulation = CASES[name], int(count or 1)
     rank, world = strategy.processes.rank, strategy.processes.world_size
     parts = make_parts(
-        method, folder, checkpointing=True, strategy=strategy, dtype=dtype, total_steps=STEPS, scheduler="constant",
+        method, folder, checkpointing=True, strategy=strategy, dtype=dtype, total_steps=steps, scheduler="constant",
         **config,
     )  # fmt: skip
     batch = make_batch(parts.family, BATCH, dtype=dtype)
@@ -90,7 +92,7 @@ def run(case: str, folder: Path, strategy: Any, dtype: torch.dtype, *, accumulat
         batch = trajectories(batch)
     frozen = {name: p.detach().clone() for name, p in frozen_weights(parts).items()}
     losses, norms = [], []
-    for step in range(STEPS):
+    for step in range(steps):
         result = parts.loop.step(step, mine(batch, rank, world, accumulation=accumulation)).metrics
         losses += [float(value) for name, value in result.items() if name.endswith("loss")]
         norms += [float(value) for name, value in result.items() if name.endswith("grad_norm")]
@@ -117,13 +119,12 @@ def digest(tensors: list[torch.Tensor]) -> list[float]:
 
 
 def main() -> None:
-    out, folder, name, dtype, *cases = sys.argv[1:]
+    out, folder, name, dtype, steps, *cases = sys.argv[1:]
     processes = Processes("cpu")
     found = {}
     for case in cases:
         strategy = build_strategy(processes, ParallelSettings(name))
-        case, _, accumulation = case.partition("*")
-        found[case] = run(case, Path(folder), strategy, getattr(torch, dtype), accumulation=int(accumulation or 1))
+        found[case] = run(case, Path(folder), strategy, getattr(torch, dtype), steps=int(steps))
         processes.barrier()
     if processes.main:
         Path(out).write_text(json.dumps(found))

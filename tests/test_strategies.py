@@ -1,0 +1,151 @@
+"""Processes that share the networks take the steps of one process: every method, every kind of student."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from distill.core.engine.fsdp import FullyShard
+from distill.core.engine.strategy import ParallelSettings
+from distill.core.errors import UserError
+from distill.core.registry.registry import Registry
+from safetensors.torch import load_file
+from support import strategies
+from support.small_run import execute, losses, write_run
+from support.tiny_sdxl import write_tiny_sdxl
+
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+SHORT = ("lcm-full-average", "dmd2-mixed", "pcm-lora*2")
+ALL = tuple(strategies.CASES)
+ACCUMULATED = ("lcm-lora*2", "lcm-full*2", "dmd2-lora*2", "dmd2-full*2")
+WEIGHTS = "student/unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_tiny_sdxl(tmp_path_factory.mktemp("model") / "tiny", seed=0)
+
+
+def launched(folder, out: Path, strategy: str, *cases: str, processes: int, steps: int) -> dict:
+    command = [*LAUNCH, str(processes), strategies.__file__, str(out), str(folder), strategy, "float64", str(steps)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *cases], capture_output=True, text=True, timeout=3000, env=environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(out.read_text())
+
+
+def alone(folder, *cases: str, steps: int) -> dict:
+    from distill.core.engine.processes import Processes
+    from distill.core.engine.strategy import Strategy
+
+    strategy = Strategy(Processes("cpu"), ParallelSettings())
+    return {case: strategies.run(case, Path(folder), strategy, torch.float64, steps=steps) for case in cases}
+
+
+def require_equal(found: dict, expected: dict, *, tolerance: float, shards: int) -> None:
+    for case, values in found.items():
+        whole = expected[case.partition("*")[0]]
+        for kind in ("losses", "norms"):
+            assert values[kind] == pytest.approx(whole[kind], rel=tolerance), (case, kind)
+        for group, (_, magnitude) in values["weights"].items():
+            assert magnitude == pytest.approx(whole["weights"][group][1], rel=tolerance), (case, group)
+        assert values["frozen"], f"{case}: frozen weights have changed"
+        assert values["held"] <= values["of"] / shards * 1.2, f"{case}: each process holds more than its part"
+
+
+# -- equal steps ------------------------------------------------------------------------------------------------------
+
+
+def test_two_processes_that_hold_half_of_the_weights_each_train_as_one(folder, tmp_path):
+    expected = alone(folder, *(case.partition("*")[0] for case in SHORT), steps=3)
+    found = launched(folder, tmp_path / "two.json", "fsdp", *SHORT, processes=2, steps=3)
+    require_equal(found, expected, tolerance=1e-10, shards=2)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("processes", [2, 4])
+def test_every_method_and_kind_of_student_over_twenty_steps(folder, tmp_path, processes):
+    expected = alone(folder, *ALL, steps=20)
+    for strategy, shards in (("replicate", 1), ("fsdp", processes)):
+        accumulated = ACCUMULATED if processes == 2 else ()
+        found = launched(folder, tmp_path / "x.json", strategy, *ALL, *accumulated, processes=processes, steps=20)
+        require_equal(found, expected, tolerance=1e-10, shards=shards)
+
+
+# -- whole runs -------------------------------------------------------------------------------------------------------
+
+
+def started(config: Path, processes: int = 2) -> str:
+    command = [*LAUNCH, str(processes), "-m", "distill", "run", "--config", str(config)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stderr
+
+
+def test_a_sharded_run_validates_saves_exports_and_goes_on_as_one_process(tmp_path):
+    """And the run of one process goes on sharded: the losses are those of the run that never changed."""
+    short = {
+        "max_train_steps": 4, "validation_step_interval": 2, "checkpoint_step_interval": 2, "device": "cpu",
+        "model_type": "full", "use_ema": True, "learning_rate": 1e-4, "evaluation_num_samples": 4,
+        "evaluation_steps": [1],
+    }  # fmt: skip
+    one = {"train_batch_size": 2, "gradient_accumulation_steps": 2}
+    two = {"train_batch_size": 2, "gradient_accumulation_steps": 1, "parallel": "fsdp"}
+    execute(write_run(tmp_path, output="one", **short, **one))
+    said = started(write_run(tmp_path, output="two", **short, **two))
+    assert "2 processes over gloo: fsdp, weights sharded over 2" in said
+    assert said.count("student written") == 1, "only the first process writes"
+    whole, sharded = load_file(tmp_path / "one" / WEIGHTS), load_file(tmp_path / "two" / WEIGHTS)
+    for name, weight in whole.items():
+        torch.testing.assert_close(sharded[name], weight, rtol=0, atol=1e-4, msg=name)  # AdamW's first steps
+    assert (tmp_path / "two/evaluation.json").exists()
+    grids = [json.loads((tmp_path / name / "evaluation.json").read_text())["rows"] for name in ("one", "two")]
+    for mine, theirs in zip(*grids, strict=True):
+        for key, value in mine["scores"].items():
+            assert theirs["scores"][key] == pytest.approx(value, rel=0.02, abs=1e-3), key
+    manifest = json.loads((tmp_path / "two/checkpoint-2/manifest.json").read_text())
+    assert {"network-student", "network-target", "average", "optimizer-student"} >= set(manifest["sharded"])
+
+    before = {name: losses(tmp_path / name) for name in ("one", "two")}
+    for name in ("one", "two"):
+        shutil.rmtree(tmp_path / name / "checkpoint-4")
+        shutil.rmtree(tmp_path / name / "student")
+    execute(write_run(tmp_path, output="two", **short, **one))
+    started(write_run(tmp_path, output="one", **short, **two))
+    for name in ("one", "two"):
+        for (_, loss, norm), (_, again, norm_again) in zip(before[name], losses(tmp_path / name), strict=True):
+            assert again == pytest.approx(loss, rel=1e-5)
+            assert norm_again == pytest.approx(norm, rel=1e-5)
+    for name, weights in (("one", whole), ("two", sharded)):
+        for key, weight in load_file(tmp_path / name / WEIGHTS).items():
+            torch.testing.assert_close(weight, weights[key], rtol=0, atol=1e-6, msg=key)
+
+
+# -- what cannot be ---------------------------------------------------------------------------------------------------
+
+
+class Four:
+    """Four processes, without any."""
+
+    world_size, rank, main = 4, 0, True
+
+
+@pytest.mark.parametrize(
+    ("shard_size", "given", "words"),
+    [
+        (3, {}, "parallel_shard_size = 3: 4 processes are no multiple of it"),
+        (0, {"quantised": True}, "parallel = fsdp with a quantised base"),
+        (0, {"optimizer": "muon"}, "optimizer = muon with parallel = fsdp and model_type = full"),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused_before_weights_load(shard_size, given, words):
+    optimizer = Registry.load(installed=False).get("optimizer", given.pop("optimizer", "adamw"))
+    strategy = FullyShard(Four(), ParallelSettings("fsdp", shard_size))
+    with pytest.raises(UserError, match=words):
+        strategy.check(**{"model_type": "full", "optimizer": optimizer, "quantised": False, **given})
