@@ -8,9 +8,9 @@ import sys
 import pytest
 import torch
 from distill.core.config.load import load_configuration
+from distill.core.engine.buckets import buckets_of
 from distill.core.engine.launch import check_launch
 from distill.core.engine.parallel import parallel_settings
-from distill.core.engine.processes import _buckets
 from distill.core.engine.strategy import ParallelSettings
 from distill.core.errors import UserError
 from distill.core.registry.registry import Registry
@@ -48,6 +48,23 @@ try:
     monitor.check()
 except DistillError as found:
     assert "bad-0, bad-1" in str(found) and "good" not in str(found), found
+from distill.core.engine import buckets
+buckets.BUCKET_BYTES = 40
+torch.manual_seed(0)
+network, unused = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3))), torch.nn.Parameter(torch.ones(2))
+parameters = [unused, *network.parameters()]
+averaging = buckets.AveragingOptimizer(
+    torch.optim.SGD(parameters), parameters, processes=processes, learning_rate=1.0, schedule=lambda step: 1.0, max_grad_norm=0
+)
+data = torch.randn(2, 2, 3, 4)  # by process and micro-batch
+for number, last in ((0, False), (1, True)):
+    averaging.backward(network(data[processes.rank, number]).square().sum(), last=last)
+    assert [bucket.parameters[0] is unused for bucket in averaging._waiting] == ([True] if last else [])
+assert averaging.gradients_to_average() == [] and unused.grad is None
+found = [p.grad for p in network.parameters()]
+expected = torch.autograd.grad(network(data.flatten(0, 2)).square().sum() / 2, list(network.parameters()))
+for one, other in zip(found, expected):
+    torch.testing.assert_close(one, other)
 print("ok", processes.rank, flush=True)
 processes.close()
 """
@@ -66,7 +83,7 @@ def test_two_processes_average(tmp_path):
 
 def test_buckets_keep_every_tensor_and_one_type():
     tensors = [torch.zeros(1 << 23), torch.zeros(1 << 23, dtype=torch.float64), torch.zeros(1 << 24), torch.zeros(3)]
-    buckets = _buckets(tensors)
+    buckets = buckets_of(tensors)
     assert sorted(id(t) for b in buckets for t in b) == sorted(id(t) for t in tensors)
     assert all(len({t.dtype for t in b}) == 1 for b in buckets)
 

@@ -180,7 +180,7 @@ class ShardedOptimizer(RoleOptimizer):
         """Return nothing: gradients were averaged as they were sharded."""
         return []
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, *, last: bool = True) -> None:
         """Accumulate the gradient of `loss` in this process's parts of the role's own weights."""
         scaled = self.scaler.scale(loss) if self.scaler else loss
         torch.autograd.backward(scaled, inputs=_gathered(self._network))

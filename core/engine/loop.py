@@ -156,7 +156,8 @@ class Loop:
 
     def _accumulate(self, accumulated: _Accumulated, update: Update, batch: Batch, num_batches: int) -> None:
         assert update.role == accumulated.role, "micro-batches must yield the same updates"
-        self.optimizers[update.role].backward(update.loss / num_batches)
+        last = len(accumulated.updates) == num_batches - 1
+        self.optimizers[update.role].backward(update.loss / num_batches, last=last)
         detached = Update(
             update.role, update.loss.detach(), {k: v.detach() for k, v in update.metrics.items()},
             update.per_sample, update.t,

@@ -103,8 +103,13 @@ class RoleOptimizer:
         """Return the gradients that are still this process's own, and must be averaged before :meth:`step`."""
         return [p.grad for p in self.parameters if p.grad is not None]
 
-    def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradient of `loss` in this role's own parameters and nowhere else."""
+    def backward(self, loss: Tensor, *, last: bool = True) -> None:
+        """Accumulate the gradient of `loss` in this role's own parameters and nowhere else.
+
+        Args:
+            loss: Of one micro-batch.
+            last: Whether it is the last one of the step.
+        """
         scaled = self.scaler.scale(loss) if self.scaler else loss
         torch.autograd.backward(scaled, inputs=self.parameters)
 

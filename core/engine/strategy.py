@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import nn
 
+from .buckets import AveragingOptimizer
 from .optimize import RoleOptimizer
 
 if TYPE_CHECKING:
@@ -72,7 +73,9 @@ class Strategy:
             settings: Further arguments of :class:`RoleOptimizer`.
         """
         parameters = networks.parameters(role)
-        return RoleOptimizer(build(parameters), parameters, **settings)
+        if self.processes.world_size == 1:
+            return RoleOptimizer(build(parameters), parameters, **settings)
+        return AveragingOptimizer(build(parameters), parameters, processes=self.processes, **settings)
 
     def scaler(self, role: str, networks: Networks) -> torch.amp.GradScaler:
         """Return the scaler of a role's loss in a run of fp16."""
