@@ -8,9 +8,9 @@ import sys
 import pytest
 import torch
 from distill.core.config.load import load_configuration
-from distill.core.engine.buckets import buckets_of
 from distill.core.engine.launch import check_launch
 from distill.core.engine.parallel import parallel_settings
+from distill.core.engine.processes import buckets_of
 from distill.core.engine.strategy import ParallelSettings
 from distill.core.errors import UserError
 from distill.core.registry.registry import Registry
@@ -48,8 +48,8 @@ try:
     monitor.check()
 except DistillError as found:
     assert "bad-0, bad-1" in str(found) and "good" not in str(found), found
-from distill.core.engine import buckets
-buckets.BUCKET_BYTES = 40
+from distill.core.engine import buckets, processes as engine
+engine.BUCKET_BYTES = 40
 torch.manual_seed(0)
 network, unused = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3))), torch.nn.Parameter(torch.ones(2))
 parameters = [unused, *network.parameters()]

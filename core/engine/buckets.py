@@ -10,30 +10,10 @@ from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from .optimize import RoleOptimizer
+from .processes import buckets_of
 
 if TYPE_CHECKING:
     from .processes import Processes
-
-BUCKET_BYTES = 64 * 2**20
-
-
-def buckets_of(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Return the tensors in groups of one type and of about `BUCKET_BYTES`, in their order."""
-    buckets: list[list[Tensor]] = []
-    by_type: dict[torch.dtype, list[Tensor]] = {}
-    for tensor in tensors:
-        by_type.setdefault(tensor.dtype, []).append(tensor)
-    for group in by_type.values():
-        size, bucket = 0, []
-        for tensor in group:
-            bucket.append(tensor)
-            size += tensor.numel() * tensor.element_size()
-            if size >= BUCKET_BYTES:
-                buckets.append(bucket)
-                size, bucket = 0, []
-        if bucket:
-            buckets.append(bucket)
-    return buckets
 
 
 class _Bucket:

@@ -17,8 +17,9 @@ from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from ..errors import DistillError, Interrupted, UserError, described
-from .buckets import buckets_of
 from .launch import check_launch, watch_launcher
+
+BUCKET_BYTES = 64 * 2**20
 
 
 class Processes:
@@ -154,3 +155,22 @@ def _retold(exit_code: int, text: str) -> DistillError:
 
 def _has_accelerator() -> bool:
     return torch.cuda.is_available() or torch.backends.mps.is_available()
+
+
+def buckets_of(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Return the tensors in groups of one type and of about `BUCKET_BYTES`, in their order."""
+    buckets: list[list[Tensor]] = []
+    by_type: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        by_type.setdefault(tensor.dtype, []).append(tensor)
+    for group in by_type.values():
+        size, bucket = 0, []
+        for tensor in group:
+            bucket.append(tensor)
+            size += tensor.numel() * tensor.element_size()
+            if size >= BUCKET_BYTES:
+                buckets.append(bucket)
+                size, bucket = 0, []
+        if bucket:
+            buckets.append(bucket)
+    return buckets
