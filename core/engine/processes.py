@@ -87,16 +87,16 @@ class Processes:
         torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
         return bool(tensor.item())
 
-    def any_so_far(self, flag: bool) -> bool:
-        """Return True if `flag` was set in any process at the previous call, so that the call never waits for the
-        device.
+    def greatest_so_far(self, *numbers: int) -> list[int]:
+        """Return the greatest of each number over all processes at the previous call, so that the call never waits
+        for the device; of one process alone, its numbers.
 
-        Every process must call it equally often.
+        Every process must call it equally often, with equally many numbers.
         """
         if self.world_size == 1:
-            return flag
-        found = self._earlier is not None and bool(self._earlier.item())
-        tensor = torch.tensor(int(flag), device=self.device)
+            return list(numbers)
+        found = [0] * len(numbers) if self._earlier is None else self._earlier.tolist()
+        tensor = torch.tensor([int(number) for number in numbers], device=self.device)
         torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
         self._earlier = tensor.to("cpu", non_blocking=True)
         return found

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +18,10 @@ from ..errors import Interrupted, UserError, described
 from ..utils.disk import is_disk_full
 from ..utils.memory import peak_memory_bytes
 from ..utils.progress import working
+from .async_checkpoints import BackgroundSaves
 from .checkpoint import CheckpointState, CheckpointStore, optimizer_to_tensors, tensors_to_optimizer
 from .loop import NUM_TIME_BINS, Loop, StepResult
-from .metrics import MetricBuffer, MetricsFile
+from .metrics import MetricBuffer, MetricsFile, Throughput
 
 if TYPE_CHECKING:
     from ..plugin_api.batch import Batch
@@ -92,53 +94,6 @@ class Outputs:
     trackers: Trackers
 
 
-class Throughput:
-    """Samples per second and the share of time spent waiting for data, since they were last read."""
-
-    def __init__(self) -> None:
-        self._pause: float | None = None
-        self.restart()
-
-    def restart(self) -> None:
-        """Begin to count from now on."""
-        self._begin(time.perf_counter())
-
-    def _begin(self, now: float) -> None:
-        self._since, self._samples, self._waited = now, 0, 0.0
-
-    def count(self, samples: int) -> None:
-        """Add the samples of a step, over all processes."""
-        self._samples += samples
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Count the block as time in which the host waits for batches."""
-        start = time.perf_counter()
-        yield
-        self._waited += time.perf_counter() - start
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leave the block's time out, also of figures that are read inside it."""
-        self._pause = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._since += time.perf_counter() - self._pause
-            self._pause = None
-
-    def read(self, now: float) -> dict[str, float]:
-        """Return both figures up to `now` (seconds of the performance counter), and begin anew."""
-        now = now if self._pause is None else self._pause
-        elapsed = max(now - self._since, 1e-9)
-        figures = {
-            "samples_per_second": self._samples / elapsed,
-            "wait_for_data_share": min(1.0, self._waited / elapsed),
-        }
-        self._begin(now)
-        return figures
-
-
 @dataclass
 class Trainer:
     """Takes the run from its first (or resumed) step to its last.
@@ -171,8 +126,15 @@ class Trainer:
     _bins: TimeBins = field(default_factory=TimeBins)
     _throughput: Throughput = field(default_factory=Throughput)
     _saved: int = -1
+    _pending: int | None = None
+    """Step of the checkpoint that is being written."""
     _whole: bool = True
     """Whether weights, counter and metrics belong to the same step."""
+
+    @cached_property
+    def saves(self) -> BackgroundSaves:
+        """The writing of checkpoints, while training goes on unless the settings forbid it."""
+        return BackgroundSaves(self.store, enabled=self.settings.checkpoint_async)
 
     @property
     def store(self) -> CheckpointStore:
@@ -224,21 +186,45 @@ class Trainer:
         return [start for start in self.loop.stage_starts if start < step]
 
     def save(self) -> None:
-        """Write a checkpoint of the present step, unless there is one. Every process must call it."""
-        if self._saved == self.step:
+        """Write a checkpoint of the present step, unless there is one, and wait for it. Every process must call it."""
+        self._begin_save()
+        self._complete_save()
+
+    def _begin_save(self) -> None:
+        """Begin to write a checkpoint of the present step, after the one before is complete."""
+        if self.step in (self._saved, self._pending):
             return
+        self._complete_save()
         with self.processes.synchronized():
             self._write()
-        folder = self.store.output_dir / f"checkpoint-{self.step}"
-        self.registry.hook.on_checkpoint_saved(state=self.state, folder=folder, step=self.step)
+        self._pending = self.step
+
+    def _complete_save(self) -> None:
+        """Wait for the checkpoint that is being written, and tell plugins of it. Every process must call it."""
+        if self._pending is None:
+            return
+        step, self._pending = self._pending, None
+        with self.processes.synchronized():
+            self._finish_write(step)
+        self._tell_saved(step)
+
+    def _tell_saved(self, step: int) -> None:
+        folder = self.store.output_dir / f"checkpoint-{step}"
+        self.registry.hook.on_checkpoint_saved(state=self.state, folder=folder, step=step)
 
     def _write(self) -> None:
         self.flush()
         if self.processes.main:
             self.outputs.metrics_file.sync()
-            with self.observer.saving(self.step):
-                self.store.save(self._checkpoint())
-        self._saved = self.step
+            self.observer.on_saving(self.step)
+            self.saves.begin(self._checkpoint())
+
+    def _finish_write(self, step: int) -> None:
+        if self.processes.main:
+            with working(f"writing checkpoint-{step}"):
+                self.saves.finish()
+            self.observer.on_saved(step)
+        self._saved = step
 
     def _checkpoint(self) -> CheckpointState:
         tensors = dict(self.loop.networks.state())
@@ -301,14 +287,20 @@ class Trainer:
             self.flush()
         else:
             self.observer.on_step(self.step, None)
-        if self.processes.any_so_far(self.stop.requested):
+        ended = self._pending if self._pending is not None and self.saves.ended and self.processes.main else 0
+        stop, complete = self.processes.greatest_so_far(self.stop.requested, ended)
+        if complete and complete == self._pending:  # all processes know, and none waits
+            self._complete_save()
+        if stop:
             self.save()
             raise Interrupted(f"stopped at step {self.step}; the checkpoint is complete")
         with self._throughput.paused(), self.observer.pause():
             if self._due(self.settings.validation_step_interval) and self.step < self.total_steps:
                 self.observer.validate(self.step)
             if self._due(self.settings.checkpoint_step_interval):
-                self.save()
+                self._begin_save()
+            if not self.settings.checkpoint_async:
+                self._complete_save()
 
     def _due(self, interval: int) -> bool:
         return interval > 0 and self.step % interval == 0
@@ -336,14 +328,31 @@ class Trainer:
 
         Takes part in no exchange between processes, since the others may be elsewhere.
         """
+        self._try(self._settle, error)
         if self._whole and self.step not in (0, self._saved) and not isinstance(error, Interrupted):
-            try:
-                self._write()
-            except Exception as second:  # the first error is the one to report
-                full = is_disk_full(second) and is_disk_full(error)
-                reason = "there is no room for it" if full else described(second)
-                logger.warning(f"step {self.step} could not be saved: {reason}")
+            self._try(self._save_alone, error)
         return self.store.latest()
+
+    def _try(self, save: Callable[[], None], error: BaseException) -> None:
+        try:
+            save()
+        except Exception as second:  # the first error is the one to report
+            full = is_disk_full(second) and is_disk_full(error)
+            reason = "there is no room for it" if full else described(second)
+            logger.warning(f"step {self.step} could not be saved: {reason}")
+
+    def _save_alone(self) -> None:
+        self._write()
+        self._finish_write(self.step)
+
+    def _settle(self) -> None:
+        """Wait for the checkpoint that is being written when the run fails, on this process alone."""
+        if self._pending is None:
+            return
+        step, self._pending = self._pending, None
+        self._finish_write(step)
+        if self.processes.main:
+            self._tell_saved(step)
 
 
 def _generators() -> dict[str, Tensor]:

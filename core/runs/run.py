@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -276,12 +276,13 @@ class Run(TrainingObserver):
         if metrics is not None:
             self._progress.log(step, metrics)
 
-    @contextmanager
-    def saving(self, step: int) -> Iterator[None]:
-        """Note what is written, and that it is, where that takes long."""
-        name = f"checkpoint-{step}"
-        with self._folder.writing(name), working(f"writing {name}"):
-            yield
+    def on_saving(self, step: int) -> None:
+        """Note what is written before it is."""
+        self._folder.files.claim(f"checkpoint-{step}")
+
+    def on_saved(self, step: int) -> None:
+        """Note what was written."""
+        self._folder.files.wrote(f"checkpoint-{step}")
 
     def pause(self) -> AbstractContextManager[None]:
         """Return a context whose time does not count in the progress bar's estimate."""

@@ -227,6 +227,8 @@ class OutputKeys(Settings):
     evaluator_config."""
     checkpoint_step_interval: int = Field(default=500, ge=0)
     """Optimizer steps between checkpoints; 0 = only when interrupted and at the end."""
+    checkpoint_async: bool = True
+    """Write checkpoints while training goes on, from a copy of the state in memory; false: training waits for each."""
     checkpoints_total_limit: int | None = Field(default=5, ge=1)
     """How many checkpoints are kept, the newest."""
     resume_from_checkpoint: str | None = None
