@@ -1,14 +1,18 @@
 """Checkpoints that are written while training goes on.
 
-Training stops only while the state is copied into memory of the host; a thread writes, syncs, hashes and renames that
+A save begins with a copy of the state in memory of the host. What a forward pass may change is copied before training
+goes on; what optimizer steps alone change (weights, moments, averages) is copied by a thread while the next step makes
+its gradients, and that step waits for the copy before it changes anything. The thread then writes, syncs and hashes the
 copy. One save is under way at a time, so that one buffer serves them all.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 import mmap
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -31,14 +35,14 @@ class StagingBuffer:
         self._memory: mmap.mmap | None = None
         self._pinned: int | None = None
 
-    def stage(self, state: CheckpointState) -> CheckpointState | None:
-        """Return a copy of `state` that no step changes; the copy before it is overwritten.
+    def places(self, state: CheckpointState) -> CheckpointState | None:
+        """Return a state of the same tensors with other values, in the place of the one returned before.
 
-        Every tensor is a storage of its own, so that writing it needs no further copy. On CUDA the copies run at once
-        out of pinned memory, and the host waits for them one time.
+        Every tensor is a storage of its own, so that writing it needs no further copy. For tensors of CUDA the memory
+        is pinned.
 
         Returns:
-            The copy; None where the host has no room for one.
+            The places to copy to; None where the host has no room for them.
         """
         if not self._reserve(sum(map(_room, _tensors(state))), pinned=any(t.is_cuda for t in _tensors(state))):
             return None
@@ -46,19 +50,16 @@ class StagingBuffer:
         for group, tensors in state.tensors.items():
             groups[group] = {}
             for name, tensor in tensors.items():
-                groups[group][name] = self._copy(tensor.detach(), offset)
+                groups[group][name] = self._place(tensor, offset)
                 offset += _room(tensor)
-        for device in {tensor.device for tensor in _tensors(state) if tensor.is_cuda}:
-            torch.cuda.current_stream(device).synchronize()
-        return CheckpointState(state.step, groups, state.meta)
+        return CheckpointState(state.step, groups, copy.deepcopy(state.meta))
 
-    def _copy(self, tensor: Tensor, offset: int) -> Tensor:
+    def _place(self, tensor: Tensor, offset: int) -> Tensor:
         if tensor.numel() == 0:
-            return tensor.cpu()
+            return torch.empty(tensor.shape, dtype=tensor.dtype)
         assert self._memory is not None
         place = torch.frombuffer(self._memory, dtype=torch.uint8, count=tensor.nbytes, offset=offset)
-        copy = place.view(tensor.dtype).view(tensor.shape)
-        return copy.copy_(tensor, non_blocking=tensor.is_cuda)
+        return place.view(tensor.dtype).view(tensor.shape)
 
     def _reserve(self, num_bytes: int, *, pinned: bool) -> bool:
         """Return True if there are `num_bytes` now, taken from the host where there were fewer."""
@@ -86,6 +87,10 @@ class StagingBuffer:
         self._memory = self._pinned = None
 
 
+Pairs = list[tuple[Tensor, Tensor]]
+"""Places and the tensors that are copied there."""
+
+
 class BackgroundSaves:
     """The saves of one store, each begun where training is and finished by a thread.
 
@@ -98,23 +103,44 @@ class BackgroundSaves:
         self.store, self.enabled = store, enabled
         self._buffer = StagingBuffer()
         self._running: Future[None] | None = None
+        self._copied = threading.Event()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
 
-    def begin(self, state: CheckpointState) -> None:
-        """Begin to save `state`, which may change as soon as this returns; the save before must be finished.
+    def begin(self, state: CheckpointState, *, stepped: Callable[[str, str], bool] = lambda group, name: False) -> None:
+        """Begin to save `state`; the save before must be finished.
 
         Without room for a copy the checkpoint is written before this returns.
+
+        Args:
+            state: What is saved.
+            stepped: Tells of a group and a name whether that tensor stays as it is until :meth:`wait_copied` returns;
+                any other may change as soon as this returns.
         """
         assert self._running is None, "the save before is not finished"
-        staged = self._buffer.stage(state) if self.enabled else None
+        staged = self._buffer.places(state) if self.enabled else None
         if staged is None:
             if self.enabled:
                 self._say_why(state)
             self.store.save(state)
             return
-        self._running = self._pool.submit(self._save, staged)
+        now, later = _pairs(state, staged, stepped)
+        _copy(now, {})
+        _synchronize(now)
+        ready = {t.device: torch.cuda.current_stream(t.device).record_event() for _, t in later if t.is_cuda}
+        self._copied.clear()
+        self._running = self._pool.submit(self._save, staged, later, ready)
 
-    def _save(self, staged: CheckpointState) -> None:
+    def wait_copied(self) -> None:
+        """Wait until the save under way no longer needs the tensors that it was given."""
+        if self._running is not None:
+            self._copied.wait()
+
+    def _save(self, staged: CheckpointState, later: Pairs, ready: Mapping[torch.device, torch.cuda.Event]) -> None:
+        try:
+            _copy(later, ready)
+        finally:
+            later.clear()
+            self._copied.set()
         self.store.save(staged)
 
     def _say_why(self, state: CheckpointState) -> None:
@@ -134,6 +160,42 @@ class BackgroundSaves:
         running, self._running = self._running, None
         if running is not None:
             running.result()
+
+
+def _pairs(state: CheckpointState, staged: CheckpointState, stepped: Callable[[str, str], bool]) -> tuple[Pairs, Pairs]:
+    """Return what is copied before training goes on, and what is copied while it does."""
+    now, later = Pairs(), Pairs()
+    for group, tensors in state.tensors.items():
+        for name, tensor in tensors.items():
+            waits = stepped(group, name) and tensor.device.type in ("cpu", "cuda")
+            (later if waits else now).append((staged.tensors[group][name], tensor.detach()))
+    return now, later
+
+
+def _copy(pairs: Pairs, ready: Mapping[torch.device, torch.cuda.Event]) -> None:
+    """Copy tensors to their places.
+
+    Args:
+        pairs: Both.
+        ready: Device -> what its copies wait for; they run on a stream of their own, and are done when this returns.
+    """
+    for place, tensor in pairs:
+        if tensor.device not in ready:
+            place.copy_(tensor, non_blocking=tensor.is_cuda)
+    for device, event in ready.items():
+        stream = torch.cuda.Stream(device)
+        stream.wait_event(event)
+        with torch.cuda.stream(stream):
+            for place, tensor in pairs:
+                if tensor.device == device:
+                    place.copy_(tensor, non_blocking=True)
+        stream.synchronize()
+
+
+def _synchronize(pairs: Pairs) -> None:
+    """Wait for the copies that run on devices, once for each."""
+    for device in {tensor.device for _, tensor in pairs if tensor.is_cuda}:
+        torch.cuda.current_stream(device).synchronize()
 
 
 def _tensors(state: CheckpointState) -> Iterator[Tensor]:

@@ -217,7 +217,15 @@ class Trainer:
         if self.processes.main:
             self.outputs.metrics_file.sync()
             self.observer.on_saving(self.step)
-            self.saves.begin(self._checkpoint())
+            self.loop.before_change = self.saves.wait_copied
+            self.saves.begin(self._checkpoint(), stepped=self._stepped)
+
+    def _stepped(self, group: str, name: str) -> bool:
+        """Return True for what optimizer steps alone change: a forward pass may change buffers and a method's state."""
+        role = group.removeprefix("network-")
+        if role != group:
+            return name in self.loop.networks.named_parameters(role)
+        return group == "average" or group.startswith("optimizer-")
 
     def _finish_write(self, step: int) -> None:
         if self.processes.main:

@@ -105,6 +105,7 @@ class MemorySettings:
         decoding_bytes: Bytes of the autoencoder and of its activations, where latents are decoded with a gradient.
         auxiliary_bytes: Bytes of the weights of frozen networks that a method brings, as of LPIPS or of a reward.
         quantisable: Whether the base may be quantised: no copy of it is trained.
+        staged: Whether checkpoints are copied into the same memory before they are written.
     """
 
     base_parameters: int
@@ -121,6 +122,7 @@ class MemorySettings:
     decoding_bytes: int = 0
     auxiliary_bytes: int = 0
     quantisable: bool = True
+    staged: bool = False
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,7 @@ class MemoryEstimate:
     activations: int
     decoding: int = 0
     auxiliary: int = 0
+    checkpoint_copy: int = 0
     overhead: int = OVERHEAD_BYTES
 
     @property
@@ -162,7 +165,14 @@ def estimate(settings: MemorySettings) -> MemoryEstimate:
         activations=round(per_sample * settings.batch * share),
         decoding=settings.decoding_bytes,
         auxiliary=settings.auxiliary_bytes,
+        checkpoint_copy=checkpoint_bytes(settings) if settings.staged else 0,
     )
+
+
+def checkpoint_bytes(settings: MemorySettings) -> int:
+    """Return the bytes of a checkpoint: trained weights, optimizer state and averages."""
+    per_weight = settings.trained_bytes + settings.optimizer_bytes
+    return round(settings.trained_parameters * per_weight) + 4 * settings.averaged_parameters
 
 
 def savings(settings: MemorySettings, *, quantizers: bool = False) -> list[tuple[str, int]]:
