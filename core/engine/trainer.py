@@ -264,7 +264,7 @@ class Trainer:
         """
         self._throughput.restart()
         first = self.step
-        with self.stop.deferred():
+        with self.stop.deferred(), self.processes.training():
             while self.step < self.total_steps:
                 with working("the first step") if self.step == first else nullcontext():
                     self._step([batch.to(str(self.processes.device)) for batch in self._next(steps)])

@@ -187,6 +187,8 @@ class TrainingKeys(Settings):
     """Fixes data order, noise, timesteps, guidance and dropout, each by a generator of its own."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:1`, ..."""
+    process_timeout: float = Field(default=1800, ge=0)
+    """Seconds without a sign of life of one of several processes, or at one step, before the others end; 0 = never."""
 
 
 class OutputKeys(Settings):
