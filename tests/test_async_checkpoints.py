@@ -93,16 +93,16 @@ def test_what_steps_alone_change_is_copied_while_the_next_step_makes_its_gradien
 
 def test_the_copy_s_memory_serves_every_save_and_grows_with_the_state():
     buffer = StagingBuffer()
-    first, second = buffer.places(state(1)), buffer.places(state(2))
-    places = [
+    first, second = buffer.reserve(state(1)), buffer.reserve(state(2))
+    addresses = [
         {name: t.data_ptr() for group in each.tensors.values() for name, t in group.items() if t.numel()}
         for each in (first, second)
     ]
-    assert places[0] == places[1]
-    assert len(set(places[0].values())) == len(places[0])
+    assert addresses[0] == addresses[1]
+    assert len(set(addresses[0].values())) == len(addresses[0])
     grown = state(3)
     grown.tensors["more"] = {"weight": torch.randn(1000, 1000)}
-    assert buffer.places(grown).tensors["more"]["weight"].untyped_storage().nbytes() == 4_000_000
+    assert buffer.reserve(grown).tensors["more"]["weight"].untyped_storage().nbytes() == 4_000_000
 
 
 def test_a_write_that_fails_is_raised_where_it_is_waited_for(tmp_path, monkeypatch):

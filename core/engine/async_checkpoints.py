@@ -35,7 +35,7 @@ class StagingBuffer:
         self._memory: mmap.mmap | None = None
         self._pinned: int | None = None
 
-    def places(self, state: CheckpointState) -> CheckpointState | None:
+    def reserve(self, state: CheckpointState) -> CheckpointState | None:
         """Return a state of the same tensors with other values, in the place of the one returned before.
 
         Every tensor is a storage of its own, so that writing it needs no further copy. For tensors of CUDA the memory
@@ -44,7 +44,7 @@ class StagingBuffer:
         Returns:
             The places to copy to; None where the host has no room for them.
         """
-        if not self._reserve(sum(map(_room, _tensors(state))), pinned=any(t.is_cuda for t in _tensors(state))):
+        if not self._grow(sum(map(_room, _tensors(state))), pinned=any(t.is_cuda for t in _tensors(state))):
             return None
         offset, groups = 0, dict[str, dict[str, Tensor]]()
         for group, tensors in state.tensors.items():
@@ -61,7 +61,7 @@ class StagingBuffer:
         place = torch.frombuffer(self._memory, dtype=torch.uint8, count=tensor.nbytes, offset=offset)
         return place.view(tensor.dtype).view(tensor.shape)
 
-    def _reserve(self, num_bytes: int, *, pinned: bool) -> bool:
+    def _grow(self, num_bytes: int, *, pinned: bool) -> bool:
         """Return True if there are `num_bytes` now, taken from the host where there were fewer."""
         if self._memory is not None and len(self._memory) >= num_bytes:
             return True
@@ -87,7 +87,7 @@ class StagingBuffer:
         self._memory = self._pinned = None
 
 
-Pairs = list[tuple[Tensor, Tensor]]
+Copies = list[tuple[Tensor, Tensor]]
 """Places and the tensors that are copied there."""
 
 
@@ -117,7 +117,7 @@ class BackgroundSaves:
                 any other may change as soon as this returns.
         """
         assert self._running is None, "the save before is not finished"
-        staged = self._buffer.places(state) if self.enabled else None
+        staged = self._buffer.reserve(state) if self.enabled else None
         if staged is None:
             if self.enabled:
                 self._say_why(state)
@@ -135,7 +135,7 @@ class BackgroundSaves:
         if self._running is not None:
             self._copied.wait()
 
-    def _save(self, staged: CheckpointState, later: Pairs, ready: Mapping[torch.device, torch.cuda.Event]) -> None:
+    def _save(self, staged: CheckpointState, later: Copies, ready: Mapping[torch.device, torch.cuda.Event]) -> None:
         try:
             _copy(later, ready)
         finally:
@@ -162,9 +162,11 @@ class BackgroundSaves:
             running.result()
 
 
-def _pairs(state: CheckpointState, staged: CheckpointState, stepped: Callable[[str, str], bool]) -> tuple[Pairs, Pairs]:
+def _pairs(
+    state: CheckpointState, staged: CheckpointState, stepped: Callable[[str, str], bool]
+) -> tuple[Copies, Copies]:
     """Return what is copied before training goes on, and what is copied while it does."""
-    now, later = Pairs(), Pairs()
+    now, later = Copies(), Copies()
     for group, tensors in state.tensors.items():
         for name, tensor in tensors.items():
             waits = stepped(group, name) and tensor.device.type in ("cpu", "cuda")
@@ -172,7 +174,7 @@ def _pairs(state: CheckpointState, staged: CheckpointState, stepped: Callable[[s
     return now, later
 
 
-def _copy(pairs: Pairs, ready: Mapping[torch.device, torch.cuda.Event]) -> None:
+def _copy(pairs: Copies, ready: Mapping[torch.device, torch.cuda.Event]) -> None:
     """Copy tensors to their places.
 
     Args:
@@ -192,7 +194,7 @@ def _copy(pairs: Pairs, ready: Mapping[torch.device, torch.cuda.Event]) -> None:
         stream.synchronize()
 
 
-def _synchronize(pairs: Pairs) -> None:
+def _synchronize(pairs: Copies) -> None:
     """Wait for the copies that run on devices, once for each."""
     for device in {tensor.device for _, tensor in pairs if tensor.is_cuda}:
         torch.cuda.current_stream(device).synchronize()

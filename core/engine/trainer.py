@@ -336,7 +336,7 @@ class Trainer:
 
         Takes part in no exchange between processes, since the others may be elsewhere.
         """
-        self._try(self._settle, error)
+        self._try(self._await_save, error)
         if self._whole and self.step not in (0, self._saved) and not isinstance(error, Interrupted):
             self._try(self._save_alone, error)
         return self.store.latest()
@@ -353,7 +353,7 @@ class Trainer:
         self._write()
         self._finish_write(self.step)
 
-    def _settle(self) -> None:
+    def _await_save(self) -> None:
         """Wait for the checkpoint that is being written when the run fails, on this process alone."""
         if self._pending is None:
             return
