@@ -22,6 +22,8 @@ LOST = {
     "stuck": "DistillError: process 1 (pid {pid} on {host}) hangs: the others have waited for it in a step for 3 s "
     "(process_timeout)",
     "unwakeable": f"stuck: {SILENT}",
+    "absent": "the 2 processes have not met at 127.0.0.1:{port} within 3 s (process_timeout): one of them did not start, or "
+    "has ended",
 }
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -34,8 +36,9 @@ def test_a_process_that_is_lost_is_named_and_the_other_ends():
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert [each["how"] for each in found] == list(LOST)
     for each in found:
-        expected = LOST[each["how"]].format(pid=each["pid"], host=socket.gethostname())
-        assert (each["code"], each["lines"]) == (1, ["trained", expected]), done.stderr[-3000:]
+        expected = LOST[each["how"]].format(pid=each["pid"], port=each["port"], host=socket.gethostname())
+        lines = [expected] if each["how"] == "absent" else ["trained", expected]
+        assert (each["code"], each["lines"]) == (1, lines), done.stderr[-3000:]
 
 
 @pytest.mark.slow

@@ -272,6 +272,30 @@ def connected(*, rank: int, world_size: int, timeout_seconds: float) -> Heartbea
     address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     if address is None or port is None:
         return None
-    patience = timedelta(minutes=5)  # for a process that is slower to begin
-    store = TCPStore(address, int(port), is_master=False, wait_for_workers=False, timeout=patience)
+    store = TCPStore(address, int(port), is_master=False, wait_for_workers=False, timeout=timedelta(days=7))
     return Heartbeats(store, rank=rank, world_size=world_size, timeout_seconds=timeout_seconds)
+
+
+@contextmanager
+def meeting(timeout_seconds: float) -> Iterator[None]:
+    """End this process where the block, in which all processes meet, takes longer than the limit; 0 for no limit.
+
+    One that died before the others knew of it has left nothing by which it could be named.
+    """
+    timer = threading.Timer(timeout_seconds, _give_up, [timeout_seconds])
+    timer.daemon = True
+    if timeout_seconds and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _give_up(timeout_seconds: float) -> None:
+    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    logger.error(
+        f"the {os.environ['WORLD_SIZE']} processes have not met at {where} within {timeout_seconds:g} s "
+        "(process_timeout): one of them did not start, or has ended"
+    )
+    os._exit(DistillError.exit_code)

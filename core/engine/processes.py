@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from .heartbeats import Heartbeats, connected, retold, summary
+from .heartbeats import Heartbeats, connected, meeting, retold, summary
 from .launch import check_launch, watch_launcher
 
 BUCKET_BYTES = 64 * 2**20
@@ -40,16 +40,17 @@ class Processes:
         cpu = device == "cpu" or (device == "auto" and not _has_accelerator())
         # the first process validates, exports and scores while the others wait, which may take hours: heartbeats tell
         # that from one that hangs
-        self._state = PartialState(cpu=cpu, timeout=timedelta(days=7))
+        with meeting(timeout_seconds):
+            self._state = PartialState(cpu=cpu, timeout=timedelta(days=7))
+            self.rank, self.world_size = self._state.process_index, self._state.num_processes
+            if self.world_size > 1:
+                _listen(connected(rank=self.rank, world_size=self.world_size, timeout_seconds=timeout_seconds))
         self._earlier: Tensor | None = None
         check_launch(os.environ, world_size=self._state.num_processes)
         watch_launcher(world_size=self._state.num_processes)
         own = device in ("auto", "cpu", "cuda") and self._state.device is not None
         self.device = torch.device(self._state.device or "cpu") if own else torch.device(device)
-        self.rank, self.world_size = self._state.process_index, self._state.num_processes
         self.main = self._state.is_main_process
-        if self.world_size > 1:
-            _listen(connected(rank=self.rank, world_size=self.world_size, timeout_seconds=timeout_seconds))
 
     @property
     def described(self) -> str:

@@ -3,7 +3,7 @@
     python chaos.py CONFIG --kills 20 [--seed 1] [--processes 2] [--full-disks 0.1] [--bucket]
 
 CONFIG names the output folder `whole` beside it; the run that is killed has every other setting and lies in another
-folder, `chaos/killed`. Rounds follow each other until there were as many kills: in each, output and caches begin afresh,
+folder, `chaos/killed`. Rounds follow each other until there were so many kills: in each, output and caches begin anew,
 the run is killed (SIGKILL) while it fills caches, saves, validates, exports or anywhere, and finished in the end. Then
 losses and every file of the student must be those of the run that was left alone.
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
 import hashlib
 import json
 import os
@@ -91,6 +92,7 @@ class Attempt:
         with self.log.open("ab") as stream:
             os.dup2(stream.fileno(), 1)
             os.dup2(stream.fileno(), 2)
+        faulthandler.register(signal.SIGUSR1)
         if file_bytes is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, resource.RLIM_INFINITY))
         code = 0
@@ -129,6 +131,8 @@ class Attempt:
 
     def end(self, why: str) -> NoReturn:
         for pid in self.pids.values():
+            os.kill(pid, signal.SIGUSR1)  # where is it?
+            time.sleep(1)
             os.kill(pid, signal.SIGKILL)
         sys.exit(f"{why}; ended with {self.codes}:\n{self.log.read_text(errors='replace')[-6000:]}")
 
@@ -154,8 +158,9 @@ class Chaos:
         self.folder.mkdir(exist_ok=True)
         settings = json.loads(self.given.config.read_text())
         config = self.folder / "killed.json"
-        here = {key: str(self.root / settings[key]) for key in ("pretrained_model_name_or_path", "data_backend_config")}
-        config.write_text(json.dumps({**settings, **here, "output_dir": str(self.output)}))
+        settings["pretrained_model_name_or_path"] = str(self.root / settings["pretrained_model_name_or_path"])
+        settings["data_backend_config"] = str(self.root / "multidatabackend.json")
+        config.write_text(json.dumps({**settings, "output_dir": str(self.output)}))
         while sum(self.counts[kind] for kind in MOMENTS) < self.given.kills:
             self._round(config)
         self.counts["seconds"] = round(time.monotonic() - began)

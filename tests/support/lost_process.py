@@ -4,6 +4,7 @@ Everything is imported once, and the pairs are forks at work at the same time. P
 """
 
 import json
+import logging
 import os
 import signal
 import socket
@@ -56,6 +57,9 @@ def work(processes: Processes, how: str) -> None:
 def member(rank: int, port: int, how: str) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
     os.environ["MASTER_PORT"] = str(port)
+    logging.basicConfig(stream=sys.stdout, format="%(message)s", level=logging.ERROR)
+    if how == "absent" and rank == 1:
+        return
     processes = Processes("cpu", timeout_seconds=TIMEOUT)
     try:
         work(processes, how)
@@ -82,13 +86,14 @@ def main() -> None:
         with socket.socket() as found:
             found.bind(("127.0.0.1", 0))
             port = found.getsockname()[1]
-        pairs[how] = [fork(rank, port, how, folder / f"{how}-{rank}") for rank in (0, 1)]
-    for how, (first, second) in pairs.items():
+        pairs[how] = port, *(fork(rank, port, how, folder / f"{how}-{rank}") for rank in (0, 1))
+    for how, (port, first, second) in pairs.items():
         _, status = os.waitpid(first, 0)
         os.kill(second, signal.SIGKILL)
         os.waitpid(second, 0)
         lines = (folder / f"{how}-0").read_text().splitlines()
-        print(json.dumps({"how": how, "code": os.waitstatus_to_exitcode(status), "lines": lines, "pid": second}))
+        code = os.waitstatus_to_exitcode(status)
+        print(json.dumps({"how": how, "code": code, "lines": lines, "pid": second, "port": port}))
 
 
 if __name__ == "__main__":
