@@ -144,8 +144,7 @@ class Chaos:
         self.given, self.rng = given, random.Random(given.seed)
         self.root = given.config.parent
         self.whole = self.root / "whole"
-        self.folder = self.root / "chaos"
-        self.output = self.folder / "killed"
+        self.output = self.root / "chaos" / "killed"
         self.counts: Counter[str] = Counter()
         self.server = self._serve() if given.bucket else None
         self._next_outage = 0.0
@@ -155,12 +154,8 @@ class Chaos:
     def main(self) -> None:
         began = time.monotonic()
         self._finish(self.given.config)
-        self.folder.mkdir(exist_ok=True)
-        settings = json.loads(self.given.config.read_text())
-        config = self.folder / "killed.json"
-        settings["pretrained_model_name_or_path"] = str(self.root / settings["pretrained_model_name_or_path"])
-        settings["data_backend_config"] = str(self.root / "multidatabackend.json")
-        config.write_text(json.dumps({**settings, "output_dir": str(self.output)}))
+        config = self.root / "killed.json"
+        config.write_text(json.dumps({**json.loads(self.given.config.read_text()), "output_dir": str(self.output)}))
         while sum(self.counts[kind] for kind in MOMENTS) < self.given.kills:
             self._round(config)
         self.counts["seconds"] = round(time.monotonic() - began)
