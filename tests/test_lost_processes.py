@@ -22,8 +22,8 @@ LOST = {
     "stuck": "DistillError: process 1 (pid {pid} on {host}) hangs: the others have waited for it in a step for 3 s "
     "(process_timeout)",
     "unwakeable": f"stuck: {SILENT}",
-    "absent": "the 2 processes have not met at 127.0.0.1:{port} within 3 s (process_timeout): one of them did not start, "
-    "or has ended",
+    "absent": "the 2 processes have not met at 127.0.0.1:{port} within 3 s (process_timeout): one of them did not "
+    "start, or has ended",
 }
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
