@@ -14,6 +14,7 @@ import mmap
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ from .checkpoint import CheckpointState, CheckpointStore
 logger = logging.getLogger(__name__)
 ALIGNMENT = 64
 """Bytes that each tensor's place in the buffer is a multiple of."""
+PORTABLE = 1
+"""CUDA's flag for pinned memory that every device can use."""
 SPARE_BYTES = 1 << 30
 """Memory of the host that a new buffer leaves free."""
 
@@ -78,12 +81,14 @@ class StagingBuffer:
         """Make copies from the device direct; where the system refuses that, they are slower and as right."""
         assert self._memory is not None
         address = torch.frombuffer(self._memory, dtype=torch.uint8).data_ptr()
-        if int(torch.cuda.cudart().cudaHostRegister(address, len(self._memory), 0)) == 0:
+        runtime: Any = torch.cuda.cudart()
+        if int(runtime.cudaHostRegister(address, len(self._memory), PORTABLE)) == 0:
             self._pinned = address
 
     def _release(self) -> None:
         if self._pinned is not None:
-            torch.cuda.cudart().cudaHostUnregister(self._pinned)
+            runtime: Any = torch.cuda.cudart()
+            runtime.cudaHostUnregister(self._pinned)
         self._memory = self._pinned = None
 
 
@@ -135,7 +140,7 @@ class BackgroundSaves:
         if self._running is not None:
             self._copied.wait()
 
-    def _save(self, staged: CheckpointState, later: Copies, ready: Mapping[torch.device, torch.cuda.Event]) -> None:
+    def _save(self, staged: CheckpointState, later: Copies, ready: Mapping[torch.device, Any]) -> None:
         try:
             _copy(later, ready)
         finally:
@@ -174,7 +179,7 @@ def _pairs(
     return now, later
 
 
-def _copy(pairs: Copies, ready: Mapping[torch.device, torch.cuda.Event]) -> None:
+def _copy(pairs: Copies, ready: Mapping[torch.device, Any]) -> None:
     """Copy tensors to their places.
 
     Args:

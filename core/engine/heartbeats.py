@@ -107,6 +107,8 @@ class Heartbeats:
         self.rank, self.timeout = rank, timeout_seconds
         self.lost: DistillError | None = None
         """What ends the run."""
+        self.hanging = False
+        """Whether a process that is lost may still hold its connections, so that leaving them would never end."""
         self.on_stuck: Callable[[DistillError], None] | None = None
         """Called where the run is to end and nothing wakes the main thread; the process ends afterwards."""
         self._store, self._stopped = store, threading.Event()
@@ -192,7 +194,7 @@ class Heartbeats:
                     life.heard = life.moved = now
             before = now
             if self.timeout and (reason := self._silent(now)):
-                self._lose(DistillError(reason))
+                self._lose(DistillError(reason), hanging=True)
         if self.lost is not None:
             self._wait_for_main()
 
@@ -210,9 +212,9 @@ class Heartbeats:
             return f"{host} hangs: it holds the store of the processes, which has not answered for {limit}"
         return None
 
-    def _lose(self, error: DistillError) -> None:
+    def _lose(self, error: DistillError, *, hanging: bool = False) -> None:
         if self.lost is None:
-            self.lost = error
+            self.lost, self.hanging = error, hanging
 
     def _wait_for_main(self) -> None:
         """End the process where the main thread is in an exchange that nothing wakes it from."""

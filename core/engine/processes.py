@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
+from ..errors import DistillError
 from .heartbeats import Heartbeats, connected, meeting, retold, summary
 from .launch import check_launch, watch_launcher
 
@@ -74,12 +75,12 @@ class Processes:
         """Leave the process group; otherwise a process that ends early aborts the others' exit."""
         if self.world_size == 1 or not in_group():
             return
-        lost = self.heartbeats.lost if self.heartbeats is not None else None
+        hanging = self.heartbeats is not None and self.heartbeats.hanging
         _listen(None)
-        if lost is None:
+        if hanging:  # leaving would wait for the one that hangs, as would the interpreter at its end
+            atexit.register(_exit_at_once, DistillError.exit_code)
+        else:
             torch.distributed.destroy_process_group()
-        else:  # which would wait for the one that is lost, as would the interpreter at its end
-            atexit.register(_exit_at_once, lost.exit_code)
 
     def training(self) -> AbstractContextManager[None]:
         """Return a block in which a process that stays at one step, and is waited for, is lost."""
@@ -208,10 +209,9 @@ def _wait(work: Any) -> None:
     while not work.is_completed():
         try:
             work.wait(timedelta(seconds=POLL_SECONDS))
-        except RuntimeError:
-            if work.is_completed():
-                raise
-            _heartbeats.check()
+        except RuntimeError:  # after that time; an error of the exchange itself completes it
+            if not work.is_completed():
+                _heartbeats.check()
     work.wait()
 
 

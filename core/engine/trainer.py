@@ -197,7 +197,6 @@ class Trainer:
         self._complete_save()
         with self.processes.synchronized():
             self._write()
-        self._pending = self.step
 
     def _complete_save(self) -> None:
         """Wait for the checkpoint that is being written, and tell plugins of it. Every process must call it."""
@@ -219,6 +218,7 @@ class Trainer:
             self.observer.on_saving(self.step)
             self.loop.before_change = self.saves.wait_copied
             self.saves.begin(self._checkpoint(), stepped=self._stepped)
+        self._pending = self.step
 
     def _stepped(self, group: str, name: str) -> bool:
         """Return True for what optimizer steps alone change: a forward pass may change buffers and a method's state."""
@@ -295,7 +295,7 @@ class Trainer:
             self.flush()
         else:
             self.observer.on_step(self.step, None)
-        ended = self._pending if self._pending is not None and self.saves.ended and self.processes.main else 0
+        ended = self._pending or 0 if self.processes.main and self.saves.ended else 0
         stop, complete = self.processes.greatest_so_far(self.stop.requested, ended)
         if complete and complete == self._pending:  # all processes know, and none waits
             self._complete_save()
@@ -351,7 +351,8 @@ class Trainer:
 
     def _save_alone(self) -> None:
         self._write()
-        self._finish_write(self.step)
+        step, self._pending = self.step, None
+        self._finish_write(step)
 
     def _await_save(self) -> None:
         """Wait for the checkpoint that is being written when the run fails, on this process alone."""
