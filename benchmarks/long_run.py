@@ -74,7 +74,7 @@ def plot(rows: list[tuple[int, ...]], file: Path) -> None:
     for axis, column, label in zip(axes, (1, 2, 3), ("RSS (MB)", "open files", "threads"), strict=True):
         axis.plot([row[0] for row in rows], [row[column] for row in rows], linewidth=1)
         axis.set_ylabel(label)
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.2 * max(row[column] for row in rows))
     axes[-1].set_xlabel("step")
     figure.tight_layout()
     figure.savefig(file, dpi=80)
