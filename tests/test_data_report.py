@@ -13,7 +13,7 @@ from distill.core.data.index.index import SCHEMA, Index, write_index
 from distill.core.data.report.statistics import statistics_of
 from distill.core.data.samples.geometry import Geometry
 from distill.core.drawing.charts import Panel, bars, draw, short_number
-from distill.core.engine.trainer import Throughput
+from distill.core.engine.metrics import Throughput
 from matplotlib.figure import Figure
 from PIL import Image
 from support.data_helpers import entry, fill, pipeline, prompts, take

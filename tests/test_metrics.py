@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from distill.core.engine import trainer
+from distill.core.engine import metrics as metrics_module
 from distill.core.engine.ema import EMA
 from distill.core.engine.metrics import MetricBuffer, MetricsFile, read_metrics
 from distill.core.utils import memory
@@ -220,8 +220,8 @@ def test_samples_per_second_are_those_since_the_last_line_without_pauses() -> No
 
 def test_throughput_leaves_out_the_pause_that_it_is_read_in(monkeypatch) -> None:
     clock = Clock()
-    monkeypatch.setattr(trainer.time, "perf_counter", clock)
-    throughput = trainer.Throughput()
+    monkeypatch.setattr(metrics_module.time, "perf_counter", clock)
+    throughput = metrics_module.Throughput()
     for seconds, expected in ((2, 4.0), (8, 1.0)):
         clock.now += seconds
         throughput.count(8)

@@ -54,7 +54,8 @@ torch.manual_seed(0)
 network, unused = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3))), torch.nn.Parameter(torch.ones(2))
 parameters = [unused, *network.parameters()]
 averaging = buckets.AveragingOptimizer(
-    torch.optim.SGD(parameters), parameters, processes=processes, learning_rate=1.0, schedule=lambda step: 1.0, max_grad_norm=0
+    torch.optim.SGD(parameters), parameters, processes=processes, learning_rate=1.0, schedule=lambda step: 1.0,
+    max_grad_norm=0,
 )
 data = torch.randn(2, 2, 3, 4)  # by process and micro-batch
 for number, last in ((0, False), (1, True)):

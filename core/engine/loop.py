@@ -32,6 +32,10 @@ def no_reduction(tensors: Sequence[Tensor]) -> None:
     """Do nothing: with one process there is nothing to average."""
 
 
+def no_wait() -> None:
+    """Do nothing: nobody reads the weights."""
+
+
 @dataclass
 class StepResult:
     """Results of one optimizer step, still on the device."""
@@ -89,6 +93,8 @@ class Loop:
         self.method, self.context, self.networks = method, context, networks
         self.optimizers, self.health, self._reduce = optimizers, health, reduce
         self.stage_starts = stage_starts(stages)
+        self.before_change: Callable[[], None] = no_wait
+        """Called before weights, moments or averages change: somebody may still be copying them."""
 
     def step(self, step: int, batches: Sequence[Batch]) -> StepResult:
         """Take optimizer step `step` over this process's micro-batches."""
@@ -134,6 +140,7 @@ class Loop:
 
     def _enter(self, stage: Stage) -> None:
         """Copy weights and reset optimizers, as the stage that begins asks for."""
+        self.before_change()
         for source in dict.fromkeys(stage.copy.values()):
             if source in self.optimizers:
                 self.optimizers[source].finalize()
@@ -147,6 +154,7 @@ class Loop:
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Give every trained role the weights to validate, score and export, inside the block."""
+        self.before_change()
         with ExitStack() as stack:
             for optimizer in self.optimizers.values():
                 stack.enter_context(optimizer.evaluating())
@@ -174,6 +182,7 @@ class Loop:
         }
         self._reduce([loss, *metrics.values(), *optimizer.gradients_to_average()])
         finite = torch.isfinite(loss)
+        self.before_change()
         norm, taken = optimizer.step(step, healthy=finite)
         self.networks.update_averages(role)
         bad = _bad_samples(updates, len(accumulated.keys), loss)

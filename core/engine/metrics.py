@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -176,3 +178,50 @@ def _strict(values: Mapping[str, float]) -> dict[str, float | str]:
 
 
 _WORDS = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
+
+
+class Throughput:
+    """Samples per second and the share of time spent waiting for data, since they were last read."""
+
+    def __init__(self) -> None:
+        self._pause: float | None = None
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin to count from now on."""
+        self._begin(time.perf_counter())
+
+    def _begin(self, now: float) -> None:
+        self._since, self._samples, self._waited = now, 0, 0.0
+
+    def count(self, samples: int) -> None:
+        """Add the samples of a step, over all processes."""
+        self._samples += samples
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the block as time in which the host waits for batches."""
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the block's time out, also of figures that are read inside it."""
+        self._pause = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._since += time.perf_counter() - self._pause
+            self._pause = None
+
+    def read(self, now: float) -> dict[str, float]:
+        """Return both figures up to `now` (seconds of the performance counter), and begin anew."""
+        now = now if self._pause is None else self._pause
+        elapsed = max(now - self._since, 1e-9)
+        figures = {
+            "samples_per_second": self._samples / elapsed,
+            "wait_for_data_share": min(1.0, self._waited / elapsed),
+        }
+        self._begin(now)
+        return figures

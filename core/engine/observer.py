@@ -15,9 +15,11 @@ class TrainingObserver:
     def validate(self, step: int) -> object:
         """Make validation images with the weights of `step`."""
 
-    def saving(self, step: int) -> AbstractContextManager[None]:
-        """Return a context in which the checkpoint of `step` is written."""
-        return nullcontext()
+    def on_saving(self, step: int) -> None:
+        """Note that the checkpoint of `step` is about to be written."""
+
+    def on_saved(self, step: int) -> None:
+        """Note that the checkpoint of `step` is complete."""
 
     def pause(self) -> AbstractContextManager[None]:
         """Return a context whose time does not count in the estimate of the time that is left."""

@@ -6,9 +6,11 @@ than a DDP reducer or a DeepSpeed engine expects.
 
 from __future__ import annotations
 
+import atexit
 import os
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -16,10 +18,13 @@ import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from ..errors import DistillError, Interrupted, UserError, described
+from ..errors import DistillError
+from .heartbeats import Heartbeats, connected, meeting, retold, summary
 from .launch import check_launch, watch_launcher
 
 BUCKET_BYTES = 64 * 2**20
+POLL_SECONDS = 0.5
+"""Time between two looks at the other processes while an exchange is waited for."""
 
 
 class Processes:
@@ -27,20 +32,25 @@ class Processes:
 
     Args:
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps`` ...
+        timeout_seconds: Silence after which a process is lost and the others end; 0 for no limit.
     """
 
-    def __init__(self, device: str = "auto") -> None:
+    def __init__(self, device: str = "auto", *, timeout_seconds: float = 0.0) -> None:
         from accelerate import PartialState
 
         cpu = device == "cpu" or (device == "auto" and not _has_accelerator())
-        # the first process validates, exports and scores while the others wait: that may take hours
-        self._state = PartialState(cpu=cpu, timeout=timedelta(days=7))
+        # the first process validates, exports and scores while the others wait, which may take hours: heartbeats tell
+        # that from one that hangs
+        with meeting(timeout_seconds):
+            self._state = PartialState(cpu=cpu, timeout=timedelta(days=7))
+            self.rank, self.world_size = self._state.process_index, self._state.num_processes
+            if self.world_size > 1:
+                _listen(connected(rank=self.rank, world_size=self.world_size, timeout_seconds=timeout_seconds))
         self._earlier: Tensor | None = None
         check_launch(os.environ, world_size=self._state.num_processes)
         watch_launcher(world_size=self._state.num_processes)
         own = device in ("auto", "cpu", "cuda") and self._state.device is not None
         self.device = torch.device(self._state.device or "cpu") if own else torch.device(device)
-        self.rank, self.world_size = self._state.process_index, self._state.num_processes
         self.main = self._state.is_main_process
 
     @property
@@ -57,14 +67,38 @@ class Processes:
             store = torch.distributed.HashStore()
             torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
 
+    @property
+    def heartbeats(self) -> Heartbeats | None:
+        """The signs of life of the processes; None for one alone."""
+        return _heartbeats if self.world_size > 1 else None
+
+    def fail(self, error: BaseException) -> None:
+        """Tell the other processes that this one ends, and with what: they end with it."""
+        if self.heartbeats is not None:
+            self.heartbeats.end(error)
+
     def close(self) -> None:
         """Leave the process group; otherwise a process that ends early aborts the others' exit."""
-        if in_group():
+        if not in_group():
+            return
+        hanging = self.heartbeats is not None and self.heartbeats.hanging
+        _listen(None)
+        if hanging:  # leaving would wait for the one that hangs, as would the interpreter at its end
+            atexit.register(_exit_at_once, DistillError.exit_code)
+        else:
             torch.distributed.destroy_process_group()
+
+    def training(self) -> AbstractContextManager[None]:
+        """Return a block in which a process that stays at one step, and is waited for, is lost."""
+        return self.heartbeats.training() if self.heartbeats is not None else nullcontext()
 
     def barrier(self) -> None:
         """Wait for all processes."""
-        self._state.wait_for_everyone()
+        if self.world_size == 1:
+            return
+        _meet()
+        with _exchange():
+            torch.distributed.barrier()
 
     def synchronized(self) -> AbstractContextManager[None]:
         """Return a block that all processes leave together, or with the error of the one that failed in it."""
@@ -80,7 +114,7 @@ class Processes:
             return
         for bucket in buckets_of(tensors):
             flat = _flatten_dense_tensors(bucket)
-            torch.distributed.all_reduce(flat)
+            _all_reduce(flat, torch.distributed.ReduceOp.SUM)
             flat.div_(self.world_size)
             for tensor, averaged in zip(bucket, _unflatten_dense_tensors(flat, bucket), strict=True):
                 tensor.copy_(averaged)
@@ -90,20 +124,20 @@ class Processes:
         if self.world_size == 1:
             return flag
         tensor = torch.tensor(int(flag), device=self.device)
-        torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
+        _all_reduce(tensor, torch.distributed.ReduceOp.MAX)
         return bool(tensor.item())
 
-    def any_so_far(self, flag: bool) -> bool:
-        """Return True if `flag` was set in any process at the previous call, so that the call never waits for the
-        device.
+    def greatest_so_far(self, *numbers: int) -> list[int]:
+        """Return the greatest of each number over all processes at the previous call, so that the call never waits
+        for the device; of one process alone, its numbers.
 
-        Every process must call it equally often.
+        Every process must call it equally often, with equally many numbers.
         """
         if self.world_size == 1:
-            return flag
-        found = self._earlier is not None and bool(self._earlier.item())
-        tensor = torch.tensor(int(flag), device=self.device)
-        torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
+            return list(numbers)
+        found = [0] * len(numbers) if self._earlier is None else self._earlier.tolist()
+        tensor = torch.tensor([int(number) for number in numbers], device=self.device)
+        _all_reduce(tensor, torch.distributed.ReduceOp.MAX)
         self._earlier = tensor.to("cpu", non_blocking=True)
         return found
 
@@ -116,7 +150,9 @@ def in_group() -> bool:
 def gathered(own: Any) -> list[Any]:
     """Return the value of each process of the group, by rank."""
     found: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, own)
+    _meet()
+    with _exchange():
+        torch.distributed.all_gather_object(found, own)
     return found
 
 
@@ -129,28 +165,66 @@ def synchronized() -> Iterator[None]:
     """
     own: BaseException | None = None
     try:
-        yield
+        with nullcontext() if _heartbeats is None else _heartbeats.alone():
+            yield
     except BaseException as error:  # raised below, once the others know
         own = error
     failures = [] if not in_group() else [each for each in gathered(None if own is None else _summary(own)) if each]
     if own is not None:
         raise own
     if failures:
-        raise _retold(*failures[0])
+        raise retold(*failures[0])
 
 
 def _summary(error: BaseException) -> tuple[int, str]:
-    """Return exit code and text of an error, since errors themselves may not be picklable."""
-    if isinstance(error, DistillError):
-        return error.exit_code, str(error)
-    if isinstance(error, KeyboardInterrupt):
-        return Interrupted.exit_code, "interrupted"
-    return DistillError.exit_code, f"another process failed: {described(error)}"
+    return summary(error, rank=torch.distributed.get_rank())
 
 
-def _retold(exit_code: int, text: str) -> DistillError:
-    kinds = {kind.exit_code: kind for kind in (DistillError, UserError, Interrupted)}
-    return kinds.get(exit_code, DistillError)(text)
+_heartbeats: Heartbeats | None = None
+
+
+def _listen(heartbeats: Heartbeats | None) -> None:
+    """Let all exchanges of this process heed `heartbeats`."""
+    global _heartbeats
+    if _heartbeats is not None:
+        _heartbeats.close()
+    _heartbeats = heartbeats
+
+
+def _exchange() -> AbstractContextManager[None]:
+    return nullcontext() if _heartbeats is None else _heartbeats.exchange()
+
+
+def _all_reduce(tensor: Tensor, operation: Any) -> None:
+    with _exchange():
+        _wait(torch.distributed.all_reduce(tensor, op=operation, async_op=True))
+
+
+def _meet() -> None:
+    """Wait for all processes where the wait can be ended when one is lost."""
+    if torch.distributed.get_backend() == "gloo":
+        with _exchange():
+            _wait(torch.distributed.barrier(async_op=True))
+
+
+def _wait(work: Any) -> None:
+    """Wait for an exchange: over NCCL for its place in the stream, over gloo until it is done or a process is lost."""
+    if _heartbeats is None or torch.distributed.get_backend() != "gloo":
+        work.wait()
+        return
+    while not work.is_completed():
+        try:
+            work.wait(timedelta(seconds=POLL_SECONDS))
+        except RuntimeError:  # after that time; an error of the exchange itself completes it
+            if not work.is_completed():
+                _heartbeats.check()
+    work.wait()
+
+
+def _exit_at_once(code: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _has_accelerator() -> bool:

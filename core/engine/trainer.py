@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from ..errors import Interrupted, UserError, described
 from ..utils.disk import is_disk_full
 from ..utils.memory import peak_memory_bytes
 from ..utils.progress import working
+from ..utils.seeds import generator_states, set_generator_states
+from .async_checkpoints import BackgroundSaves
 from .checkpoint import CheckpointState, CheckpointStore
 from .loop import NUM_TIME_BINS, Loop, StepResult
-from .metrics import MetricBuffer, MetricsFile
+from .metrics import MetricBuffer, MetricsFile, Throughput
 from .sharded_checkpoint import ShardedTensors, parted, read_parts
 
 if TYPE_CHECKING:
@@ -71,10 +73,14 @@ OTHER_SAMPLES = (
 )
 
 
+def _once(sizes: Sequence[int] | None) -> list[int]:
+    return list(dict.fromkeys(sizes or ()))
+
+
 def _other_steps(before: Sequence[int] | None, now: Sequence[int]) -> str:
     """Return the refusal of a resume whose steps have another number of samples."""
     return (
-        f"its steps had {before} samples over all processes, and these have {list(now)}: train_batch_size x "
+        f"its steps had {_once(before)} samples over all processes, and these have {_once(now)}: train_batch_size x "
         "gradient_accumulation_steps x processes may be divided in another way, and must stay the same"
     )
 
@@ -92,53 +98,6 @@ class Outputs:
     store: CheckpointStore
     metrics_file: MetricsFile
     trackers: Trackers
-
-
-class Throughput:
-    """Samples per second and the share of time spent waiting for data, since they were last read."""
-
-    def __init__(self) -> None:
-        self._pause: float | None = None
-        self.restart()
-
-    def restart(self) -> None:
-        """Begin to count from now on."""
-        self._begin(time.perf_counter())
-
-    def _begin(self, now: float) -> None:
-        self._since, self._samples, self._waited = now, 0, 0.0
-
-    def count(self, samples: int) -> None:
-        """Add the samples of a step, over all processes."""
-        self._samples += samples
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Count the block as time in which the host waits for batches."""
-        start = time.perf_counter()
-        yield
-        self._waited += time.perf_counter() - start
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leave the block's time out, also of figures that are read inside it."""
-        self._pause = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._since += time.perf_counter() - self._pause
-            self._pause = None
-
-    def read(self, now: float) -> dict[str, float]:
-        """Return both figures up to `now` (seconds of the performance counter), and begin anew."""
-        now = now if self._pause is None else self._pause
-        elapsed = max(now - self._since, 1e-9)
-        figures = {
-            "samples_per_second": self._samples / elapsed,
-            "wait_for_data_share": min(1.0, self._waited / elapsed),
-        }
-        self._begin(now)
-        return figures
 
 
 @dataclass
@@ -173,8 +132,15 @@ class Trainer:
     _bins: TimeBins = field(default_factory=TimeBins)
     _throughput: Throughput = field(default_factory=Throughput)
     _saved: int = -1
+    _pending: int | None = None
+    """Step of the checkpoint that is being written."""
     _whole: bool = True
     """Whether weights, counter and metrics belong to the same step."""
+
+    @cached_property
+    def saves(self) -> BackgroundSaves:
+        """The writing of checkpoints, while training goes on unless the settings forbid it."""
+        return BackgroundSaves(self.store, enabled=self.settings.checkpoint_async)
 
     @property
     def store(self) -> CheckpointStore:
@@ -219,7 +185,7 @@ class Trainer:
             if optimizer.scaler and saved.meta["scalers"].get(role):
                 optimizer.scaler.load_state_dict(saved.meta["scalers"][role])
         self.loop.method.load_state_dict(saved.tensors.get("method", {}))
-        _set_generators(saved.tensors["generators"])
+        set_generator_states(saved.tensors["generators"])
         self.loop.health.load_state_dict(saved.meta["bad_steps"])
         self.step = self._saved = saved.step
         if self.processes.main:
@@ -233,28 +199,73 @@ class Trainer:
         return [start for start in self.loop.stage_starts if start < step]
 
     def save(self) -> None:
-        """Write a checkpoint of the present step, unless there is one. Every process must call it."""
-        if self._saved == self.step:
+        """Write a checkpoint of the present step, unless there is one, and wait for it. Every process must call it."""
+        self._begin_save()
+        self._complete_save()
+
+    def _begin_save(self) -> None:
+        """Begin to write a checkpoint of the present step, after the one before is complete."""
+        if self.step in (self._saved, self._pending):
             return
-        with nullcontext() if self.strategy.lockstep else self.processes.synchronized():
+        self._complete_save()
+        if self.strategy.lockstep:
+            self._write_together()
+            return
+        with self.processes.synchronized():
             self._write()
-        folder = self.store.output_dir / f"checkpoint-{self.step}"
-        self.registry.hook.on_checkpoint_saved(state=self.state, folder=folder, step=self.step)
+
+    def _complete_save(self) -> None:
+        """Wait for the checkpoint that is being written, and tell plugins of it. Every process must call it."""
+        if self._pending is None:
+            return
+        step, self._pending = self._pending, None
+        with self.processes.synchronized():
+            self._finish_write(step)
+        self._tell_saved(step)
+
+    def _tell_saved(self, step: int) -> None:
+        folder = self.store.output_dir / f"checkpoint-{step}"
+        self.registry.hook.on_checkpoint_saved(state=self.state, folder=folder, step=step)
 
     def _write(self) -> None:
         self.flush()
         if self.processes.main:
             self.outputs.metrics_file.sync()
-        if self.processes.main or self.strategy.lockstep:
-            state = self._checkpoint()
-            if self.processes.main:
-                with self.observer.saving(self.step):
-                    self.store.save(state)
-            elif state.sharded:
-                state.sharded.write(self.store.partial(self.step))
-        if self.strategy.lockstep:
-            self.processes.barrier()  # what is renamed is there for all
+            self.observer.on_saving(self.step)
+            self.loop.before_change = self.saves.wait_copied
+            self.saves.begin(self._checkpoint(), stepped=self._stepped)
+        self._pending = self.step
+
+    def _write_together(self) -> None:
+        """Write a checkpoint of which every process holds a part, while training waits."""
+        self.flush()
+        if self.processes.main:
+            self.outputs.metrics_file.sync()
+            self.observer.on_saving(self.step)
+        state = self._checkpoint()
+        if self.processes.main:
+            with working(f"writing checkpoint-{self.step}"):
+                self.store.save(state)
+            self.observer.on_saved(self.step)
+        elif state.sharded:
+            state.sharded.write(self.store.partial(self.step))
+        self.processes.barrier()  # what is renamed is there for all
         self._saved = self.step
+        self._tell_saved(self.step)
+
+    def _stepped(self, group: str, name: str) -> bool:
+        """Return True for what optimizer steps alone change: a forward pass may change buffers and a method's state."""
+        role = group.removeprefix("network-")
+        if role != group:
+            return name in self.loop.networks.named_parameters(role)
+        return group == "average" or group.startswith("optimizer-")
+
+    def _finish_write(self, step: int) -> None:
+        if self.processes.main:
+            with working(f"writing checkpoint-{step}"):
+                self.saves.finish()
+            self.observer.on_saved(step)
+        self._saved = step
 
     def _checkpoint(self) -> CheckpointState:
         tensors = dict(self.loop.networks.state())
@@ -264,7 +275,7 @@ class Trainer:
             tensors[f"optimizer-{role}"], optimizers[role] = optimizer.state_tensors()
             scalers[role] = optimizer.scaler.state_dict() if optimizer.scaler else None
         tensors["method"] = self.loop.method.state_dict()
-        tensors["generators"] = _generators()
+        tensors["generators"] = generator_states()
         meta = {
             "identity": dict(self.identity),
             "optimizers": optimizers,
@@ -286,7 +297,7 @@ class Trainer:
         """
         self._throughput.restart()
         first = self.step
-        with self.stop.deferred():
+        with self.stop.deferred(), self.processes.training():
             while self.step < self.total_steps:
                 with working("the first step") if self.step == first else nullcontext():
                     self._step([batch.to(str(self.processes.device)) for batch in self._next(steps)])
@@ -317,14 +328,20 @@ class Trainer:
             self.flush()
         else:
             self.observer.on_step(self.step, None)
-        if self.processes.any_so_far(self.stop.requested):
+        ended = self._pending or 0 if self.processes.main and self.saves.ended else 0
+        stop, complete = self.processes.greatest_so_far(self.stop.requested, ended)
+        if complete and complete == self._pending:  # all processes know, and none waits
+            self._complete_save()
+        if stop:
             self.save()
             raise Interrupted(f"stopped at step {self.step}; the checkpoint is complete")
         with self._throughput.paused(), self.observer.pause():
             if self._due(self.settings.validation_step_interval) and self.step < self.total_steps:
                 self.observer.validate(self.step)
             if self._due(self.settings.checkpoint_step_interval):
-                self.save()
+                self._begin_save()
+            if not self.settings.checkpoint_async:
+                self._complete_save()
 
     def _due(self, interval: int) -> bool:
         return interval > 0 and self.step % interval == 0
@@ -352,28 +369,32 @@ class Trainer:
 
         Takes part in no exchange between processes, since the others may be elsewhere.
         """
+        self._try(self._await_save, error)
         unsaved = self._whole and self.step not in (0, self._saved) and not isinstance(error, Interrupted)
         if unsaved and self.strategy.lockstep:
             logger.warning(f"step {self.step} is not saved: the others of its processes hold parts of the weights")
         elif unsaved:
-            try:
-                self._write()
-            except Exception as second:  # the first error is the one to report
-                full = is_disk_full(second) and is_disk_full(error)
-                reason = "there is no room for it" if full else described(second)
-                logger.warning(f"step {self.step} could not be saved: {reason}")
+            self._try(self._save_alone, error)
         return self.store.latest()
 
+    def _try(self, save: Callable[[], None], error: BaseException) -> None:
+        try:
+            save()
+        except Exception as second:  # the first error is the one to report
+            full = is_disk_full(second) and is_disk_full(error)
+            reason = "there is no room for it" if full else described(second)
+            logger.warning(f"step {self.step} could not be saved: {reason}")
 
-def _generators() -> dict[str, Tensor]:
-    """Return the states of the global generators, for anything that draws from them (a plugin)."""
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
+    def _save_alone(self) -> None:
+        self._write()
+        step, self._pending = self.step, None
+        self._finish_write(step)
 
-
-def _set_generators(states: Mapping[str, Tensor]) -> None:
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
+    def _await_save(self) -> None:
+        """Wait for the checkpoint that is being written when the run fails, on this process alone."""
+        if self._pending is None:
+            return
+        step, self._pending = self._pending, None
+        self._finish_write(step)
+        if self.processes.main:
+            self._tell_saved(step)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,16 +98,20 @@ class Evaluation:
             table.add_row(label, *(format_score(getattr(row, field_name)) for row in self.rows))
         return table
 
-    def markdown(self) -> str:
-        """Return the table in Markdown, for a model card."""
-        heads = ["", "steps", "guidance", *(self._header(name).replace("\n", " ") for name in self.score_names),
-                 "seconds per image"]  # fmt: skip
-        lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
+    def markdown(self, *, times: bool = True) -> str:
+        """Return the table in Markdown.
+
+        Args:
+            times: Whether it has the seconds per image, which differ each time: a model card is to be the same file.
+        """
+        heads = ["", "steps", "guidance", *(self._header(name).replace("\n", " ") for name in self.score_names)]
+        rows = []
         for row in self.rows:
             cells = [row.sampling_plan.name, str(row.sampling_plan.steps), _guidance(row.sampling_plan.guidance)]
             cells += [format_score(row.scores.get(name)) for name in self.score_names]
-            lines.append(f"| {' | '.join([*cells, format_score(row.seconds_per_image)])} |")
-        return "\n".join(lines)
+            rows.append([*cells, format_score(row.seconds_per_image)] if times else cells)
+        heads += ["seconds per image"] * times
+        return "\n".join([_line(heads), f"|{' --- |' * len(heads)}", *map(_line, rows)])
 
     def _header(self, score: str) -> str:
         arrow = {True: " ↑", False: " ↓", None: ""}[self.higher_is_better.get(score)]
@@ -193,3 +197,7 @@ class Row:
     """Seconds for one image by itself, after a warm-up, without text encoding."""
     images: list[Image] = field(default_factory=list)
     """The first few images, for people."""
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"

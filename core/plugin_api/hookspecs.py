@@ -94,7 +94,7 @@ def on_validation_end(state: RunState, folder: Path, step: int) -> None:
 
 @hookspec
 def on_checkpoint_saved(state: RunState, folder: Path, step: int) -> None:
-    """Called when the checkpoint of `step` is complete in `folder`."""
+    """Called when the checkpoint of `step` is complete in `folder`; `state` may be some steps further by then."""
 
 
 @hookspec

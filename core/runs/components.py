@@ -58,7 +58,7 @@ class RunComponents:
         """Ranks and device."""
         from ..engine.processes import Processes
 
-        return Processes(self.settings.device)
+        return Processes(self.settings.device, timeout_seconds=self.settings.process_timeout)
 
     @cached_property
     def strategy(self) -> Strategy:

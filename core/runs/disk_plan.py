@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import UserError
 from ..utils.disk import existing, free_bytes
-from ..utils.memory import MemorySettings, gigabytes
+from ..utils.memory import MemorySettings, checkpoint_bytes, gigabytes
 from . import builders
 from .output_folder import checkpoint_folders
 from .planned_memory import planned_memory
@@ -59,14 +59,13 @@ def disk_plan(run: RunSettings, memory: MemorySettings, *, steps: int | None = N
         steps: Optimizer steps of the run, where they are known.
     """
     trained, exported = memory.trained_parameters, memory.student_parameters
-    checkpoint = trained * (memory.trained_bytes + memory.optimizer_bytes) + 4 * memory.averaged_parameters
     steps = steps or run.max_train_steps
     saves = math.inf if steps is None else 1
     if run.checkpoint_step_interval and steps is not None:
         saves = math.ceil(steps / run.checkpoint_step_interval)
     kept = min(saves, run.checkpoints_total_limit or math.inf)
     student = (trained if exported is None else exported) * memory.trained_bytes
-    return DiskPlan(round(checkpoint), 1 if math.isinf(kept) else int(kept), round(student))
+    return DiskPlan(checkpoint_bytes(memory), 1 if math.isinf(kept) else int(kept), round(student))
 
 
 def planned_disk(

@@ -101,6 +101,7 @@ def memory_settings(run: RunComponents) -> MemorySettings:
         averaged_parameters=sum(own[name] for name in averages),
         student_parameters=own["student"],
         quantisable=all(role.trains != "full" for role in networks.roles.values()),
+        staged=settings.checkpoint_async and str(run.processes.device) == "cpu",
         gradient_checkpointing=settings.gradient_checkpointing,
         decoding_bytes=decoding_bytes(run.method, run.family, (width, height)),
         auxiliary_bytes=sum(stored_bytes(role) for role in networks.roles.values()),

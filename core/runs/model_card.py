@@ -115,9 +115,10 @@ def _scores(evaluation: Evaluation | None) -> str:
         return ""
     plan = evaluation.plan
     data = f" Distances to the data are to {evaluation.num_data} of its images." if evaluation.num_data else ""
+    table = evaluation.markdown(times=False)
     return (
         f"## Scores\n\n{plural(plan.num_samples, 'image')} of {plan.width}x{plan.height} each, from the same noise, "
-        f"on {evaluation.device}.{data} The teacher has one guidance throughout.\n\n{evaluation.markdown()}\n\n"
+        f"on {evaluation.device}.{data} The teacher has one guidance throughout.\n\n{table}\n\n"
         f"![evaluation]({EVALUATION})"
     )
 

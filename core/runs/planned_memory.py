@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ..plugin_api.auxiliary import StoredNetwork
 from ..plugin_api.quantizer import NO_CHANGE
 from ..settings.configuration import default_resolution
+from ..utils.devices import resolve_device
 from ..utils.memory import MemorySettings
 from .builders import build_family, build_method
 
@@ -60,6 +61,7 @@ def planned_memory(
         averaged_parameters=sum(own[name] for name in averages),
         student_parameters=own["student"],
         quantisable=all(role.trains != "full" for role in roles.values()),
+        staged=run.checkpoint_async and resolve_device(run.device) == "cpu",
         gradient_checkpointing=run.gradient_checkpointing,
         decoding_bytes=decoding_bytes(method, family, (width, height)),
         auxiliary_bytes=sum(stored_bytes(role) for role in roles.values() if role.auxiliary),

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from ..engine.observer import TrainingObserver
 from ..engine.signals import StopRequest
-from ..errors import DistillError, UserError, described
+from ..errors import DistillError, Interrupted, UserError, described
 from ..evaluation.evaluators import evaluation_notices
 from ..utils.console import console
 from ..utils.disk import explained
@@ -87,6 +87,7 @@ class Run(TrainingObserver):
     def __init__(self, configuration: Configuration, registry: Registry, stop: StopRequest) -> None:
         self.parts = RunComponents(configuration, registry, stop, observer=self)
         self.settings = configuration.run
+        self._stop = stop
         self._log = RunLog()
         self._folder = OpenFolder(self.settings.output_dir, self._log)
         self._progress: Progress | None = None
@@ -96,12 +97,16 @@ class Run(TrainingObserver):
         """The whole run."""
         with console(enabled=self.parts.processes.main, note=self._log.note):
             try:
+                if self.parts.processes.heartbeats is not None:
+                    self.parts.processes.heartbeats.on_stuck = self._stuck
                 self._open()
                 return self._execute()
             except BaseException as error:
                 refused = explained(error, place=self.settings.output_dir, running=self._training)
+                self.parts.processes.fail(refused or error)
                 self._log.note(f"{ENDS}{described(refused or error)}")
-                self._failed(refused or error)
+                with self._stop.deferred():  # a launcher stops all processes as soon as one has ended
+                    self._failed(refused or error)
                 if refused is not None:
                     raise refused from error
                 raise
@@ -281,12 +286,13 @@ class Run(TrainingObserver):
         if metrics is not None:
             self._progress.log(step, metrics)
 
-    @contextmanager
-    def saving(self, step: int) -> Iterator[None]:
-        """Note what is written, and that it is, where that takes long."""
-        name = f"checkpoint-{step}"
-        with self._folder.writing(name), working(f"writing {name}"):
-            yield
+    def on_saving(self, step: int) -> None:
+        """Note what is written before it is."""
+        self._folder.files.claim(f"checkpoint-{step}")
+
+    def on_saved(self, step: int) -> None:
+        """Note what was written."""
+        self._folder.files.wrote(f"checkpoint-{step}")
 
     def pause(self) -> AbstractContextManager[None]:
         """Return a context whose time does not count in the progress bar's estimate."""
@@ -368,6 +374,15 @@ class Run(TrainingObserver):
                 logger.info(f"saved: {saved}. To go on: {_resume_command(self.settings.output_dir)}")
         for hint in explain_memory(self.parts, error):
             logger.info(hint)
+
+    def _stuck(self, error: DistillError) -> None:
+        """Complete what is being saved where nothing wakes the main thread from its wait for a process that is lost."""
+        logger.error(str(error))
+        self._log.note(f"{ENDS}{described(error)}")
+        if "trainer" in vars(self.parts) and self.parts.processes.main:
+            saved = self.parts.trainer.save_after_failure(Interrupted("no state of this step can be had"))
+            self.parts.trainer.store.wait()
+            logger.info(f"the newest checkpoint: {saved}. To go on: {_resume_command(self.settings.output_dir)}")
 
 
 def miniature_note(configuration: Configuration) -> str:

@@ -194,6 +194,8 @@ class TrainingKeys(Settings):
     """Processes that share one copy of the weights under `fsdp`; 0 = all of them."""
     parallel_offload: bool = False
     """Keep in host memory what `fsdp`, `zero2` or `zero3` shard: less memory of the device, more time."""
+    process_timeout: float = Field(default=1800, ge=0)
+    """Seconds without a sign of life of one of several processes, or at one step, before the others end; 0 = never."""
 
 
 class OutputKeys(Settings):
@@ -234,6 +236,8 @@ class OutputKeys(Settings):
     evaluator_config."""
     checkpoint_step_interval: int = Field(default=500, ge=0)
     """Optimizer steps between checkpoints; 0 = only when interrupted and at the end."""
+    checkpoint_async: bool = True
+    """Write checkpoints while training goes on, from a copy of the state in memory; false: training waits for each."""
     checkpoints_total_limit: int | None = Field(default=5, ge=1)
     """How many checkpoints are kept, the newest."""
     resume_from_checkpoint: str | None = None

@@ -87,7 +87,7 @@ class Trial:
 
     def trainer(self, folder: Path) -> Trainer:
         """Return a trainer that saves and resumes as a run does."""
-        nothing: Any = SimpleNamespace(main=True, synchronized=nullcontext, step=0)
+        nothing: Any = SimpleNamespace(main=True, synchronized=nullcontext, step=0, checkpoint_async=False)
         return Trainer(
             settings=nothing, loop=self.loop,
             outputs=Outputs(CheckpointStore(folder, limit=None), MetricsFile(folder / "metrics.jsonl"), nothing),

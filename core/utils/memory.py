@@ -111,6 +111,7 @@ class MemorySettings:
         averaged_full_parameters: Those of the averaged parameters that are averages or copies of whole networks.
         largest_unit: Parameters of the largest block of the denoiser that is gathered as one where weights are sharded.
         outside_units: Parameters of the denoiser that lie in no block.
+        staged: Whether checkpoints are copied into the same memory before they are written.
     """
 
     base_parameters: int
@@ -132,6 +133,7 @@ class MemorySettings:
     averaged_full_parameters: int = 0
     largest_unit: int = 0
     outside_units: int = 0
+    staged: bool = False
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,7 @@ class MemoryEstimate:
     activations: int
     decoding: int = 0
     auxiliary: int = 0
+    checkpoint_copy: int = 0
     overhead: int = OVERHEAD_BYTES
 
     @property
@@ -173,6 +176,7 @@ def estimate(settings: MemorySettings) -> MemoryEstimate:
         activations=round(per_sample * settings.batch * share),
         decoding=settings.decoding_bytes,
         auxiliary=settings.auxiliary_bytes,
+        checkpoint_copy=checkpoint_bytes(settings) if settings.staged else 0,
     )
 
 
@@ -183,6 +187,12 @@ def whole(settings: MemorySettings) -> int:
 
 Measure = Callable[[MemorySettings], int]
 """The bytes that a process of a run takes."""
+
+
+def checkpoint_bytes(settings: MemorySettings) -> int:
+    """Return the bytes of a checkpoint: trained weights, optimizer state and averages."""
+    per_weight = settings.trained_bytes + settings.optimizer_bytes
+    return round(settings.trained_parameters * per_weight) + 4 * settings.averaged_parameters
 
 
 def savings(settings: MemorySettings, *, quantizers: bool = False, measure: Measure = whole) -> list[tuple[str, int]]:

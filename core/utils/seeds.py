@@ -5,7 +5,7 @@ Resuming, accumulating and splitting over processes change neither step nor posi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 
 import torch
@@ -61,3 +61,18 @@ class RngStreams:
     def shared_integer(self, name: str, high: int) -> int:
         """Return a uniform integer in {0, ..., high - 1}, the same for all samples and processes of the step."""
         return int(torch.randint(high, (), generator=generator(self.seed, f"shared/{name}", self.step)))
+
+
+def generator_states() -> dict[str, Tensor]:
+    """Return the states of the global generators, for anything that draws from them (a plugin)."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def set_generator_states(states: Mapping[str, Tensor]) -> None:
+    """Restore what :func:`generator_states` returned."""
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
