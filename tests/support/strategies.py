@@ -98,18 +98,23 @@ def run(case: str, folder: Path, strategy: Any, dtype: torch.dtype, *, steps: in
         norms += [float(value) for name, value in result.items() if name.endswith("grad_norm")]
     state = parts.networks.state()
     sums = {group: digest(list(tensors.values())) for group, tensors in state.items()}
-    base = list(parts.networks.base.parameters())
+    base = list(base_weights(parts).values())
     return {
         "losses": losses, "norms": norms, "weights": sums,
-        "held": sum(part_of(p).numel() for p in base if not p.requires_grad),
-        "of": sum(p.numel() for p in base if not p.requires_grad),
+        "held": sum(part_of(p).numel() for p in base),
+        "of": sum(p.numel() for p in base),
         "frozen": all(torch.equal(p.detach(), frozen[name]) for name, p in frozen_weights(parts).items()),
     }  # fmt: skip
 
 
 def frozen_weights(parts: Parts) -> dict[str, torch.Tensor]:
-    """This process's parts of the base's weights that nothing trains."""
-    return {name: part_of(p) for name, p in parts.networks.base.named_parameters() if not p.requires_grad}
+    """This process's parts of the base's own weights, which nothing trains."""
+    return {name: part_of(p) for name, p in base_weights(parts).items()}
+
+
+def base_weights(parts: Parts) -> dict[str, torch.nn.Parameter]:
+    """The base's own weights, adapters aside."""
+    return {name: p for name, p in parts.networks.base.named_parameters() if "lora_" not in name}
 
 
 def digest(tensors: list[torch.Tensor]) -> list[float]:
