@@ -132,6 +132,18 @@ def test_a_resume_may_not_change_what_decides_it_and_names_the_keys(run, dataset
         assert "--output-dir" in finding.remedy
 
 
+def test_a_key_that_an_earlier_version_lacked_had_its_default(load, tmp_path):
+    earlier(tmp_path, load(), "checkpoint-5")
+    file = load().run.output_dir / "config.resolved.json"
+    resolved = json.loads(file.read_text())
+    del resolved["seed"], resolved["distillation_config"]["lcm"]["huber_c"], resolved["data"][0]["micro_conditioning"]
+    file.write_text(json.dumps(resolved))
+    assert check_output_dir(load({"resume_from_checkpoint": "latest"})).action == "resume"
+    with pytest.raises(ConfigError) as error:
+        check_output_dir(load({"resume_from_checkpoint": "latest", "seed": 8}))
+    assert [finding.key for finding in error.value.findings] == ["seed"]
+
+
 def test_another_method_and_dataset_are_named(load, tmp_path):
     earlier(tmp_path, load(), "checkpoint-5")
     changed = {"distillation_method": "needy", "distillation_config": {}, "resume_from_checkpoint": "latest"}

@@ -9,8 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import BaseModel
+from pydantic_core import to_jsonable_python
+
 from ..errors import ConfigError, Finding, UserError
 from ..settings.configuration import Configuration
+from ..settings.dataset_settings import DatasetSettings
+from ..settings.run_settings import RunSettings
 from .run_files import FILE, RunFiles
 
 RESOLVED = "config.resolved.json"
@@ -226,6 +231,7 @@ def compare_with_earlier(configuration: Configuration, earlier_file: Path) -> No
             f"set {key} back, or start another run: --output-dir DIR",
         )
         for key, before, now in changes(earlier, configuration.resolved())
+        if not (before is MISSING and _is_default(key, now, configuration))  # a key that the earlier version lacked
     ]
     if findings:
         raise ConfigError(findings)
@@ -240,6 +246,17 @@ def changes(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tupl
             continue
         if before != after and not _may_change(key):
             yield key, before, after
+
+
+def _is_default(key: str, value: object, configuration: Configuration) -> bool:
+    """Return True if the value of a dotted key is what stands there where nobody sets it."""
+    top, _, rest = key.partition(".")
+    name = rest.rpartition(".")[2]
+    models: dict[str, type[BaseModel]] = {"data": DatasetSettings, "distillation_config": type(configuration.method)}
+    model, field = (models.get(top), name) if rest else (RunSettings, top)
+    info = model.model_fields.get(field) if model else None
+    known = info is not None and not info.is_required()
+    return known and to_jsonable_python(info.get_default(call_default_factory=True)) == value
 
 
 def _may_change(key: str) -> bool:
