@@ -114,7 +114,11 @@ def frozen_weights(parts: Parts) -> dict[str, torch.Tensor]:
 
 def base_weights(parts: Parts) -> dict[str, torch.nn.Parameter]:
     """The base's own weights, adapters aside."""
-    return {name: p for name, p in parts.networks.base.named_parameters() if "lora_" not in name}
+    return {
+        name: p
+        for name, p in parts.networks.base.named_parameters()
+        if "lora_" not in name and "second_time" not in name
+    }
 
 
 def digest(tensors: list[torch.Tensor]) -> list[float]:
