@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -75,6 +76,16 @@ def test_every_method_and_kind_of_student_over_twenty_steps(folder, tmp_path, pr
         accumulated = ACCUMULATED if processes == 2 else ()
         found = launched(folder, tmp_path / "x.json", strategy, *ALL, *accumulated, processes=processes, steps=20)
         require_equal(found, expected, tolerance=1e-10, shards=shards)
+
+
+WORDS = {"lora": "LoRA", "full": "full", "mixed": "LoRA, full fake score"}
+
+
+def test_the_table_of_the_docs_says_equal_of_what_is_compared_and_of_nothing_else():
+    text = (Path(__file__).parents[1] / "docs" / "scaling.md").read_text()
+    rows = re.findall(r"^\| (\w+) \| ([^|]+) \| equal \| equal \|", text, re.MULTILINE)
+    cases = [case.split("-") for case in ALL if case.count("-") == 1]
+    assert rows == [(method, WORDS[kind]) for method, kind in cases]
 
 
 # -- whole runs -------------------------------------------------------------------------------------------------------

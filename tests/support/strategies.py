@@ -24,11 +24,13 @@ from distill.core.engine.shards import part_of, whole
 from distill.core.engine.strategy import ParallelSettings
 from distill.core.plugin_api.batch import Batch, Trajectories
 from distill.distill_methods.dmd2 import DMD2
+from distill.distill_methods.guidance import Guidance
 from distill.distill_methods.kd import KD
 from distill.distill_methods.lcm import LCM
 from distill.distill_methods.meanflow import MeanFlow
 from distill.distill_methods.pcm import PCM
 from distill.distill_methods.progressive import Progressive
+from distill.distill_methods.tcd import TCD
 from support.sdxl_methods import Parts, make_parts
 from support.sdxl_setup import make_batch, split
 
@@ -45,6 +47,10 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "pcm-full": (PCM, {"adversarial_weight": 0.1, "model_type": "full"}),
     "progressive-lora": (Progressive, {"student_steps": [8, 4], "w_min": 2.0, "w_max": 4.0}),
     "progressive-full": (Progressive, {"student_steps": [8, 4], "w_min": 2.0, "w_max": 4.0, "model_type": "full"}),
+    "tcd-lora": (TCD, {"ema_target": True, "w_min": 2.0, "w_max": 4.0}),
+    "tcd-full": (TCD, {"model_type": "full", "w_min": 2.0, "w_max": 4.0}),
+    "guidance-lora": (Guidance, {}),
+    "guidance-full": (Guidance, {"model_type": "full"}),
     "kd-lora": (KD, {}),
     "kd-full": (KD, {"model_type": "full"}),
     "meanflow-lora": (MeanFlow, {}),
