@@ -20,7 +20,7 @@ from ..utils.progress import working
 from .checkpoint import CheckpointState, CheckpointStore
 from .loop import NUM_TIME_BINS, Loop, StepResult
 from .metrics import MetricBuffer, MetricsFile
-from .sharded_checkpoint import ShardedTensors, parted, read_parts
+from .sharded_checkpoint import ShardedTensors, parted, read_parts, with_wholes
 
 if TYPE_CHECKING:
     from ..plugin_api.batch import Batch
@@ -191,7 +191,7 @@ class Trainer:
     def resume(self, path: Path) -> None:
         """Continue from a checkpoint, bit for bit. Raises UserError when it belongs to another run."""
         with self.processes.synchronized():
-            saved = self.store.load(path, whole=not self.strategy.lockstep)
+            saved = self.store.load(path, whole=not self.strategy.writes_parts)
         differing = {
             key: (saved.meta["identity"].get(key), value)
             for key, value in self.identity.items()
@@ -212,7 +212,8 @@ class Trainer:
                 "leave max_train_steps and the method's stages as they were, or use a new output_dir",
             )
         if self.strategy.lockstep:
-            read_parts(path, saved.tensors, self.loop.networks, self.loop.optimizers)
+            whole = not self.strategy.writes_parts
+            read_parts(path, saved.tensors, self.loop.networks, self.loop.optimizers, whole=whole)
         self.loop.networks.load_state(saved.tensors)
         for role, optimizer in self.loop.optimizers.items():
             optimizer.load_tensors(saved.tensors.get(f"optimizer-{role}", {}), saved.meta["optimizers"][role])
@@ -273,6 +274,8 @@ class Trainer:
             "stages": self._begun(self.step),
         }
         plain, sharded = parted(tensors)
+        if not self.strategy.writes_parts:
+            plain, sharded = with_wholes(plain, sharded, keep=self.processes.main), {}
         return CheckpointState(self.step, plain, meta, ShardedTensors(sharded, self.processes) if sharded else None)
 
     # -- training ---------------------------------------------------------------------------------------------------
