@@ -92,6 +92,7 @@ def _problem(settings: MemorySettings, division: Division, run: RunSettings, reg
             model_type=run.model_type,
             optimizer=registry.get("optimizer", run.optimizer),
             quantised=run.base_model_precision != "no_change",
+            mixed_precision=run.mixed_precision,
         )
     except UserError as error:
         return error.message

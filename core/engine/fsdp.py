@@ -8,7 +8,6 @@ depends on that weight alone is the one of an unsharded run.
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from .optimize import RoleOptimizer, total_norm
 from .sharded_checkpoint import empty_part
-from .shards import part_of, parts_of, sharded_as, whole_on_host
+from .shards import Twins, part_of, parts_of, sharded_as
 from .strategy import BuildOptimizer, Strategy
 
 if TYPE_CHECKING:
@@ -39,6 +38,7 @@ class FullyShard(Strategy):
 
     name: ClassVar[str] = "fsdp"
     lockstep: ClassVar[bool] = True
+    writes_parts: ClassVar[bool] = True
 
     @property
     def described(self) -> str:
@@ -48,7 +48,9 @@ class FullyShard(Strategy):
         over = f"over {shards}" + (f", in {copies} copies" if copies > 1 else "")
         return f"fsdp, weights sharded {over}" + (", in host memory" if self.settings.offload else "")
 
-    def check(self, *, model_type: str, optimizer: type[OptimizerPlugin], quantised: bool) -> None:
+    def check(
+        self, *, model_type: str, optimizer: type[OptimizerPlugin], quantised: bool, mixed_precision: str
+    ) -> None:
         """Refuse what cannot be sharded, and a mesh that the processes do not fill."""
         world, shards = self.processes.world_size, self.settings.shard_size
         if shards and world % shards:
@@ -72,7 +74,7 @@ class FullyShard(Strategy):
         """Shard the base and every network of its own."""
         mesh = self._mesh()
         own = {name: networks.module(name) for name in networks.roles if networks.has_own_network(name)}
-        self._twins = {name: _on_meta(network) for name, network in own.items()}
+        self._twins = Twins(own)
         replicated = {p for name in networks.roles if name not in own for p in networks.named_parameters(name).values()}
         self._networks = list({id(network): network for network in (networks.base, *own.values())}.values())
         for network in self._networks:
@@ -117,17 +119,8 @@ class FullyShard(Strategy):
             with networks.use(role) as network:
                 yield network if self.processes.main else None
             return
-        weights = whole_on_host(networks.module(role).state_dict(), keep=self.processes.main)
-        if not self.processes.main:
-            yield None
-            return
-        twin = self._twins[role]
-        twin.load_state_dict(weights, assign=True)
-        del weights
-        try:
-            yield twin
-        finally:
-            self._twins[role] = _on_meta(twin)
+        with self._twins.filled(role, networks.module(role), keep=self.processes.main) as network:
+            yield network
 
 
 class ShardedOptimizer(RoleOptimizer):
@@ -251,9 +244,3 @@ def _groups(module: Any) -> list[Any]:
     if groups is None:
         groups = [state._fsdp_param_group]
     return [group for group in groups if group is not None]
-
-
-def _on_meta(network: nn.Module) -> nn.Module:
-    """Return a copy of `network` without its weights' memory."""
-    empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in network.parameters()}
-    return copy.deepcopy(network, empty)

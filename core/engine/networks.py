@@ -328,9 +328,14 @@ class Networks:
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Return the groups of tensors that decide the future, for a checkpoint."""
         groups = {f"network-{name}": {**self.named_parameters(name), **self._buffers(name)} for name in self.roles}
-        return {name: {n: t.detach() for n, t in group.items()} for name, group in groups.items() if group} | (
+        return {name: {n: self._stored(t) for n, t in group.items()} for name, group in groups.items() if group} | (
             {"average": self._average_state(self.average)} if self.average else {}
         )
+
+    def _stored(self, tensor: Tensor) -> Tensor:
+        """Return a weight for a checkpoint; one whose own memory comes and goes as the parts that are there."""
+        part = self._parts.get(tensor)  # type: ignore[call-overload]
+        return tensor.detach() if part is None else sharded_as(part.detach(), tensor)
 
     def _average_state(self, average: EMA) -> dict[str, Tensor]:
         wholes = {part: weight for weight, part in self._parts.items()}

@@ -123,12 +123,7 @@ class RoleOptimizer:
         Returns:
             The gradient's norm before clipping, and whether the update was taken; both scalars on the device.
         """
-        self._at_the_start()
-        for group in self.optimizer.param_groups:
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(self.learning_rate(step))
-            else:
-                group["lr"] = self.learning_rate(step)
+        self._set_learning_rate(step)
         if self.scaler:
             self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
@@ -142,6 +137,14 @@ class RoleOptimizer:
             self.scaler.update()
         self._end()
         return norm, taken
+
+    def _set_learning_rate(self, step: int) -> None:
+        self._at_the_start()
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(self.learning_rate(step))
+            else:
+                group["lr"] = self.learning_rate(step)
 
     def _norm(self, gradients: Sequence[Tensor]) -> Tensor:
         """Return the norm of the whole gradient."""

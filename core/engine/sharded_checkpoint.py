@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..utils.files import sha256, sync_file
-from .shards import fill_from_whole, is_sharded, part_of, sharded_as
+from .shards import fill_from_whole, is_sharded, part_of, sharded_as, whole_on_host
 
 if TYPE_CHECKING:
     from .networks import Networks
@@ -81,6 +81,18 @@ def parted(groups: Mapping[str, Mapping[str, Tensor]]) -> tuple[Groups, Groups]:
     return {n: group for n, group in whole.items() if group}, {n: group for n, group in sharded.items() if group}
 
 
+def with_wholes(whole: Groups, sharded: Groups, *, keep: bool) -> Groups:
+    """Return `whole` with the sharded tensors gathered in host memory; every process must call it.
+
+    Args:
+        whole: Tensors that every process has.
+        sharded: Those of which each has a part.
+        keep: Whether this process gets them; the others help.
+    """
+    gathered = {name: whole_on_host(group, keep=keep) for name, group in sharded.items()}
+    return {name: {**whole.get(name, {}), **gathered.get(name, {})} for name in {**whole, **sharded}}
+
+
 def flat(groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
     """Return the tensors under ``group/name``."""
     return {f"{group}/{name}": tensor for group, tensors in groups.items() for name, tensor in tensors.items()}
@@ -112,7 +124,9 @@ def read_whole(folder: Path) -> Groups:
     return groups
 
 
-def read_parts(folder: Path, saved: Groups, networks: Networks, optimizers: Mapping[str, RoleOptimizer]) -> None:
+def read_parts(
+    folder: Path, saved: Groups, networks: Networks, optimizers: Mapping[str, RoleOptimizer], *, whole: bool
+) -> None:
     """Put this process's parts of what is sharded here among the tensors of a checkpoint. Every process must call it.
 
     Args:
@@ -120,8 +134,9 @@ def read_parts(folder: Path, saved: Groups, networks: Networks, optimizers: Mapp
         saved: Its tensors by group as :meth:`.checkpoint.CheckpointStore.load` read them; parts are put beside them.
         networks: Placed.
         optimizers: By role.
+        whole: Whether `saved` has all tensors whole, also those that the checkpoint holds in parts.
     """
-    written = shapes_in(folder)
+    written = {} if whole else shapes_in(folder)
     _, wanted = parted(networks.state())
     for role, optimizer in optimizers.items():
         group = f"optimizer-{role}"

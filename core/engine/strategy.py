@@ -48,6 +48,8 @@ class Strategy:
     name: ClassVar[str] = "replicate"
     lockstep: ClassVar[bool] = False
     """Whether a forward pass needs all processes, so that validation, scores and export run on each of them."""
+    writes_parts: ClassVar[bool] = False
+    """Whether each process writes its parts of a checkpoint; else the first one writes it whole."""
 
     def __init__(self, processes: Processes, settings: ParallelSettings) -> None:
         self.processes, self.settings = processes, settings
@@ -57,7 +59,9 @@ class Strategy:
         """The strategy in a few words, for logs."""
         return "the base on each, gradients averaged"
 
-    def check(self, *, model_type: str, optimizer: type[OptimizerPlugin], quantised: bool) -> None:
+    def check(
+        self, *, model_type: str, optimizer: type[OptimizerPlugin], quantised: bool, mixed_precision: str
+    ) -> None:
         """Raise UserError where the strategy cannot be that of such a run, before weights load."""
 
     def place(self, networks: Networks, family: ModelFamily) -> None:

@@ -11,8 +11,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from ..errors import Interrupted, UserError, described
 from ..utils.disk import is_disk_full
 from ..utils.memory import peak_memory_bytes
@@ -20,9 +18,10 @@ from ..utils.progress import working
 from ..utils.seeds import generator_states, set_generator_states
 from .async_checkpoints import BackgroundSaves
 from .checkpoint import CheckpointState, CheckpointStore
-from .loop import NUM_TIME_BINS, Loop, StepResult
+from .loop import Loop
 from .metrics import MetricBuffer, MetricsFile, Throughput
-from .sharded_checkpoint import ShardedTensors, parted, read_parts
+from .sharded_checkpoint import ShardedTensors, parted, read_parts, with_wholes
+from .time_bins import TimeBins
 
 if TYPE_CHECKING:
     from ..plugin_api.batch import Batch
@@ -36,34 +35,6 @@ if TYPE_CHECKING:
     from .tracking import Trackers
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class TimeBins:
-    """Losses by timestep since the last flush, on the device."""
-
-    sums: Tensor | None = None
-    counts: Tensor | None = None
-
-    def add(self, result: StepResult) -> None:
-        """Add a step's sums and counts."""
-        if result.bin_sums is None or result.bin_counts is None:
-            return
-        self.sums = result.bin_sums if self.sums is None else self.sums + result.bin_sums
-        self.counts = result.bin_counts if self.counts is None else self.counts + result.bin_counts
-
-    def flush(self) -> dict[str, float]:
-        """Return the mean loss of each bin that had samples, by the share of the noisiest time."""
-        if self.sums is None or self.counts is None:
-            return {}
-        sums, counts = self.sums.tolist(), self.counts.tolist()
-        self.sums = self.counts = None
-        width = 1 / NUM_TIME_BINS
-        return {
-            f"loss_by_timestep/{i * width:.1f}-{(i + 1) * width:.1f}": sums[i] / counts[i]
-            for i in range(NUM_TIME_BINS)
-            if counts[i]
-        }
 
 
 OTHER_SAMPLES = (
@@ -157,7 +128,7 @@ class Trainer:
     def resume(self, path: Path) -> None:
         """Continue from a checkpoint, bit for bit. Raises UserError when it belongs to another run."""
         with self.processes.synchronized():
-            saved = self.store.load(path, whole=not self.strategy.lockstep)
+            saved = self.store.load(path, whole=not self.strategy.writes_parts)
         differing = {
             key: (saved.meta["identity"].get(key), value)
             for key, value in self.identity.items()
@@ -178,7 +149,8 @@ class Trainer:
                 "leave max_train_steps and the method's stages as they were, or use a new output_dir",
             )
         if self.strategy.lockstep:
-            read_parts(path, saved.tensors, self.loop.networks, self.loop.optimizers)
+            whole = not self.strategy.writes_parts
+            read_parts(path, saved.tensors, self.loop.networks, self.loop.optimizers, whole=whole)
         self.loop.networks.load_state(saved.tensors)
         for role, optimizer in self.loop.optimizers.items():
             optimizer.load_tensors(saved.tensors.get(f"optimizer-{role}", {}), saved.meta["optimizers"][role])
@@ -284,6 +256,8 @@ class Trainer:
             "stages": self._begun(self.step),
         }
         plain, sharded = parted(tensors)
+        if not self.strategy.writes_parts:
+            plain, sharded = with_wholes(plain, sharded, keep=self.processes.main), {}
         return CheckpointState(self.step, plain, meta, ShardedTensors(sharded, self.processes) if sharded else None)
 
     # -- training ---------------------------------------------------------------------------------------------------

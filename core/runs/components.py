@@ -75,7 +75,7 @@ class RunComponents:
         strategy = build_strategy(self.processes, asked)
         strategy.check(
             model_type=settings.model_type, optimizer=self.registry.get("optimizer", settings.optimizer),
-            quantised=settings.base_model_precision != "no_change",
+            quantised=settings.base_model_precision != "no_change", mixed_precision=settings.mixed_precision,
         )  # fmt: skip
         return strategy
 

@@ -255,8 +255,9 @@ def _is_default(key: str, value: object, configuration: Configuration) -> bool:
     models: dict[str, type[BaseModel]] = {"data": DatasetSettings, "distillation_config": type(configuration.method)}
     model, field = (models.get(top), name) if rest else (RunSettings, top)
     info = model.model_fields.get(field) if model else None
-    known = info is not None and not info.is_required()
-    return known and to_jsonable_python(info.get_default(call_default_factory=True)) == value
+    if info is None or info.is_required():
+        return False
+    return to_jsonable_python(info.get_default(call_default_factory=True)) == value
 
 
 def _may_change(key: str) -> bool:
