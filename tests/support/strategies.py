@@ -100,7 +100,7 @@ def run(case: str, folder: Path, strategy: Any, dtype: torch.dtype, *, accumulat
     return {
         "losses": losses, "norms": norms, "weights": sums,
         "held": sum(part_of(p).numel() for p in base if not p.requires_grad),
-        "of": sum(p.numel() for p in base if not p.requires_grad),
+        "of": sum(getattr(p, "ds_numel", p.numel()) for p in base if not p.requires_grad),
         "frozen": all(torch.equal(p.detach(), frozen[name]) for name, p in frozen_weights(parts).items()),
     }  # fmt: skip
 
