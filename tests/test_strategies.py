@@ -159,4 +159,6 @@ def test_what_cannot_be_sharded_is_refused_before_weights_load(shard_size, given
     optimizer = Registry.load(installed=False).get("optimizer", given.pop("optimizer", "adamw"))
     strategy = FullyShard(Four(), ParallelSettings("fsdp", shard_size))
     with pytest.raises(UserError, match=words):
-        strategy.check(**{"model_type": "full", "optimizer": optimizer, "quantised": False, "mixed_precision": "bf16", **given})
+        strategy.check(
+            **{"model_type": "full", "optimizer": optimizer, "quantised": False, "mixed_precision": "bf16", **given}
+        )

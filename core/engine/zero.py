@@ -103,12 +103,9 @@ class Zero(Strategy):
         ]
 
     def place(self, networks: Networks, family: ModelFamily) -> None:
-        """Bring every network of its own into one memory format; divide, under zero3, those that are not trained."""
+        """Divide, under zero3, what is not trained; trained networks follow with their optimizers."""
         self._start()
         own = {name: networks.module(name) for name in networks.roles if networks.has_own_network(name)}
-        for network in {id(network): network for network in own.values()}.values():
-            for parameter in network.parameters():  # DeepSpeed lays them in one row
-                parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
         self._engines: list[Any] = []
         self._parts: dict[nn.Parameter, nn.Parameter] = {}
         self._twins = Twins(own if self.stage == 3 else {})
@@ -144,6 +141,8 @@ class Zero(Strategy):
         """Return DeepSpeed's engine around `network`, whose weights are divided in place."""
         import deepspeed
 
+        for parameter in network.parameters():  # DeepSpeed lays them in one row, and refuses channels-last ones
+            parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
         with _on_stderr():
             engine, *_ = deepspeed.initialize(
                 model=network, optimizer=optimizer, config=self._config(clip), dist_init_required=False
@@ -160,8 +159,14 @@ class Zero(Strategy):
         on_host = {"device": "cpu", "pin_memory": self.processes.device.type == "cuda"}
         zero: dict[str, Any] = {"stage": self.stage, "contiguous_gradients": True}
         if self.stage == 3:
-            # its own linear layer, which knows no forward mode, would take the place of torch's in all of the process
-            zero |= {"stage3_param_persistence_threshold": SMALL, "memory_efficient_linear": False}
+            # weights are dropped when they were used: several calls before a backward pass, as distillation has
+            # them, leave DeepSpeed no order of use by which to keep some. Its own linear layer would take the place of
+            # torch's in all of the process
+            zero |= {
+                "stage3_param_persistence_threshold": SMALL,
+                "stage3_max_reuse_distance": 0,
+                "memory_efficient_linear": False,
+            }
         if self.settings.offload:
             zero |= {"offload_optimizer": on_host} | ({"offload_param": on_host} if self.stage == 3 else {})
         return {
@@ -177,7 +182,7 @@ class Zero(Strategy):
     def _release(self) -> None:
         """Drop gathered weights, which have changed."""
         for engine in self._engines:
-            engine.empty_partition_cache()
+            engine.optimizer.empty_partition_cache()  # the engine's own method runs the garbage collector, too
 
     def optimizer(self, role: str, networks: Networks, build: BuildOptimizer, **settings: Any) -> RoleOptimizer:
         """Return the optimizer of a role: its engine's where it has a network of its own."""

@@ -56,7 +56,7 @@ class Place:
         return state[self.start : self.start + self.size]
 
 
-def places(engine: Any, fragments: Fragments) -> list[Place]:
+def slots_of(engine: Any, fragments: Fragments) -> list[Place]:
     """Return the place of each weight, by number."""
     divided, found = engine.optimizer, []
     for number, group in enumerate(fragments.groups):
@@ -85,7 +85,7 @@ def saved_state(engine: Any, fragments: Fragments) -> dict[str, Any]:
     In host memory of the first process; the others get numbers alone.
     """
     optimizer, state = engine.basic_optimizer, {}
-    for number, place in enumerate(places(engine, fragments)):
+    for number, place in enumerate(slots_of(engine, fragments)):
         values = {}
         for key, value in optimizer.state.get(place.row, {}).items():
             if not isinstance(value, Tensor) or value.shape != place.row.shape:
@@ -117,7 +117,7 @@ def load_state(engine: Any, fragments: Fragments, saved: Mapping[str, Any]) -> N
     for group, settings in zip(optimizer.param_groups, saved["param_groups"], strict=True):
         group.update({key: copy.deepcopy(value) for key, value in settings.items() if key != "params"})
     optimizer.state.clear()
-    for number, place in enumerate(places(engine, fragments)):
+    for number, place in enumerate(slots_of(engine, fragments)):
         state = optimizer.state[place.row]
         for key, value in saved["state"].get(number, {}).items():
             if not isinstance(value, Tensor) or value.shape != fragments.shapes[number]:

@@ -108,7 +108,7 @@ def run(case: str, folder: Path, strategy: Any, dtype: torch.dtype, *, steps: in
     return {
         "losses": losses, "norms": norms, "weights": sums,
         "held": sum(part_of(p).numel() for p in base),
-        "of": sum(p.numel() for p in base),
+        "of": sum(getattr(p, "ds_numel", p.numel()) for p in base),
         "frozen": all(torch.equal(p.detach(), frozen[name]) for name, p in frozen_weights(parts).items()),
     }  # fmt: skip
 
