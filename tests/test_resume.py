@@ -22,6 +22,9 @@ VARIANTS = {
     "bf16-optimizer": {"optimizer": "adamw_bf16", "mixed_precision": "bf16"},
     "full-ema": {"model_type": "full", "use_ema": True, "learning_rate": 1e-5},
 }
+RUN_LOADS = {"distill", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "matplotlib",
+             "tensorboard", "jinja2", "pydantic", "PIL", "google", "support"}  # fmt: skip
+"""Packages of which the driver of the kills imports, once, what a run has loaded here."""
 
 GOLDEN = {
     "fp32-lora": [
@@ -49,33 +52,55 @@ def weights_hash(output: Path) -> str:
     return digest.hexdigest()
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_killed_and_resumed_is_bit_for_bit_the_same(tmp_path, variant):
-    settings = VARIANTS[variant]
-    execute(write_run(tmp_path, output="whole", **settings))
-    if variant in GOLDEN:
-        found = [figures for _, *figures in losses(tmp_path / "whole")]
-        torch.testing.assert_close(torch.tensor(found), torch.tensor(GOLDEN[variant]), rtol=1e-4, atol=0)
-    config = write_run(tmp_path, output="killed", **settings)
-    command = [sys.executable, str(DRIVER), str(config), str(tmp_path / "killed"), "1", "4"]
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A folder with a run of each variant that nobody kills."""
+    root = tmp_path_factory.mktemp("resume")
+    for variant, settings in VARIANTS.items():
+        started = time.monotonic()
+        execute(write_run(root, output=f"whole-{variant}", **settings))
+        (root / "seconds.txt").write_text(str(time.monotonic() - started))
+    return root
+
+
+@pytest.fixture(scope="module")
+def kills(whole):
+    """The same runs, killed again and again: (kills, of which while it saved) of each variant."""
+    places = []
+    for variant, settings in VARIANTS.items():
+        output = f"killed-{variant}"
+        places += [str(write_run(whole, output=output, **settings)), str(whole / output)]
+    loaded = [name for name in sys.modules if name.partition(".")[0] in RUN_LOADS]
+    (whole / "imports.txt").write_text("\n".join(loaded))
+    latest = str(0.6 * float((whole / "seconds.txt").read_text()))
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=500, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+        [sys.executable, str(DRIVER), "1", "4", latest, str(whole / "imports.txt"), *places],
+        capture_output=True, text=True, timeout=500, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    _, kills, *_, saving = done.stdout.split()
-    assert int(kills) >= 2, "the process must really have been killed"
-    assert int(saving) >= 1, "also while it saved"
-    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
-    assert weights_hash(tmp_path / "killed") == weights_hash(tmp_path / "whole")
+    lines = (line.split() for line in done.stdout.splitlines() if line.startswith("killed-"))
+    return {output.removeprefix("killed-"): (int(killed), int(saving)) for output, killed, saving in lines}
 
 
-def test_resume_after_the_end_of_a_shorter_run_continues_it(tmp_path):
-    execute(write_run(tmp_path, output="whole"))
-    execute(write_run(tmp_path, output="parts", max_train_steps=5))
-    result, lines = execute(write_run(tmp_path, output="parts", max_train_steps=10))
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_killed_and_resumed_is_bit_for_bit_the_same(whole, kills, variant):
+    left_alone, killed = whole / f"whole-{variant}", whole / f"killed-{variant}"
+    if variant in GOLDEN:
+        found = [figures for _, *figures in losses(left_alone)]
+        torch.testing.assert_close(torch.tensor(found), torch.tensor(GOLDEN[variant]), rtol=1e-4, atol=0)
+    in_all, while_saving = kills[variant]
+    assert in_all >= 2, "the process must really have been killed"
+    assert while_saving >= 1, "also while it saved"
+    assert losses(killed) == losses(left_alone)
+    assert weights_hash(killed) == weights_hash(left_alone)
+
+
+def test_resume_after_the_end_of_a_shorter_run_continues_it(whole):
+    execute(write_run(whole, output="parts", max_train_steps=5))
+    result, lines = execute(write_run(whole, output="parts", max_train_steps=10))
     assert result.steps == 10
     assert any("resumed" in line for line in lines)
-    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert losses(whole / "parts") == losses(whole / "whole-fp32-lora")
 
 
 def test_a_run_with_other_images_is_not_resumed(tmp_path):

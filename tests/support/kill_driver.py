@@ -1,10 +1,15 @@
-"""Runs a configuration again and again, killing it with SIGKILL at random moments, until it has come to its end.
+"""Runs configurations again and again, killing them with SIGKILL at random moments, until each has come to its end.
 
-Everything is imported once and each attempt is a fork, so that an attempt takes seconds. Prints the number of kills.
+Everything is imported once and each attempt is a fork, so that an attempt takes seconds. Prints, for each, the number
+of kills, and how many of them came while it saved.
 
-    python kill_driver.py CONFIG OUTPUT SEED NUM_KILLS
+    python kill_driver.py SEED NUM_KILLS SECONDS IMPORTS.txt CONFIG OUTPUT [CONFIG OUTPUT ...]
+
+SECONDS is the latest of the random moments, IMPORTS.txt names the modules that such a run loads, one on a line.
 """
 
+import gc
+import importlib
 import os
 import random
 import signal
@@ -50,10 +55,10 @@ def reap(pid: int, log: Path) -> bool:
     return bool(ended)
 
 
-def wait_for_moment(pid: int, output: Path, rng: random.Random, typical: float, *, while_saving: bool) -> bool:
+def wait_for_moment(pid: int, output: Path, rng: random.Random, latest: float, *, while_saving: bool) -> bool:
     """True when the process is still there at the moment chosen: a time, or while a checkpoint is being written."""
     log = output.with_suffix(".log")
-    deadline = time.monotonic() + rng.uniform(0.2, 1.0) * typical
+    deadline = time.monotonic() + rng.uniform(0.2, 1.0) * latest
     skip = rng.randrange(2)
     while not reap(pid, log):
         if while_saving and list(output.glob(".checkpoint-*.partial")):
@@ -70,13 +75,20 @@ def wait_for_moment(pid: int, output: Path, rng: random.Random, typical: float, 
 
 
 def main() -> None:
-    config, output, seed, num_kills = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-    rng, log, kills, saving = random.Random(seed), Path(sys.argv[2]).with_suffix(".log"), 0, 0
-    typical = 4.0
+    seed, num_kills, seconds, imports, *places = sys.argv[1:]
+    for name in Path(imports).read_text().split():
+        importlib.import_module(name)
+    gc.freeze()  # an attempt collects garbage, and these are its parent's
+    for config, output in zip(places[::2], places[1::2], strict=True):
+        until_the_end(Path(config), Path(output), seed=int(seed), num_kills=int(num_kills), latest=float(seconds))
+
+
+def until_the_end(config: Path, output: Path, *, seed: int, num_kills: int, latest: float) -> None:
+    rng, log, kills, saving = random.Random(seed), output.with_suffix(".log"), 0, 0
     while kills < num_kills:
         pid = attempt(config, log)
         while_saving = kills % 2 == 0
-        if not wait_for_moment(pid, output, rng, typical, while_saving=while_saving):
+        if not wait_for_moment(pid, output, rng, latest, while_saving=while_saving):
             break
         saving += while_saving
         os.kill(pid, signal.SIGKILL)
@@ -86,7 +98,7 @@ def main() -> None:
         _, status = os.waitpid(attempt(config, log), 0)
         if status:
             sys.exit(f"the last attempt failed:\n{log.read_text()[-4000:]}")
-    print("kills", kills, "while saving", saving)
+    print(output.name, kills, saving, flush=True)
 
 
 if __name__ == "__main__":
