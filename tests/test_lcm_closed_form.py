@@ -42,7 +42,7 @@ def make(schedule, kind):
     return GaussianFamily(schedule, kind, torch.cat([grid.previous[:1], grid.times]))
 
 
-def train(method_class, schedule, kind, *, steps=1500, lr=3e-2):
+def train(method_class, schedule, kind, *, steps=400, lr=5e-2):
     family = make(schedule, kind)
     config = LCM.Config(num_ddim_timesteps=N, w_min=SCALE, w_max=SCALE)
     setup = MethodSetup("full")

@@ -121,9 +121,10 @@ def looks_only(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*arguments, **values)
         finally:
-            gc.freeze()  # what was made is old by now: it is not looked through as if it were new
+            if not gc.get_freeze_count():  # of a caller that froze its own objects none is thawed
+                gc.freeze()  # what was made is old by now: it is not looked through as if it were new
+                gc.unfreeze()
             gc.enable()
-            gc.unfreeze()
             os.environ.pop(NO_COMPILER)
             if before is not None:
                 os.environ[NO_COMPILER] = before
