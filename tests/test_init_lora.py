@@ -48,6 +48,17 @@ def test_start_is_the_earlier_student_whatever_the_scale(student, alpha):
     assert len(networks.parameters("student")) == len(networks.named_parameters("student")) > 0
 
 
+def test_the_average_begins_at_the_earlier_student_too(student):
+    model, folder, *_ = student
+    family, method, _, _ = make_setup(model, dtype=torch.float32)
+    roles = method.roles(method.config, method.setup)
+    networks = Networks(family, roles, lora=LoraSettings(4, 8.0), seed=0, ema_decay=0.9)
+    networks.start_from("student", str(folder))
+    assert networks.average is not None
+    for average, weight in zip(networks.average.averages, networks.parameters("student"), strict=True):
+        assert torch.equal(average, weight)
+
+
 def test_another_rank_or_other_modules_are_refused(student):
     model, folder, *_ = student
     family, method, _, _ = make_setup(model, dtype=torch.float32)
