@@ -24,7 +24,7 @@ class FlatShard(Tensor):
     part: Tensor
 
     @staticmethod
-    def __new__(cls, part: Tensor, shape: torch.Size) -> FlatShard:
+    def __new__(cls: type[FlatShard], part: Tensor, shape: torch.Size) -> FlatShard:
         """Return a tensor of that shape without memory of its own."""
         return Tensor._make_wrapper_subclass(cls, shape, dtype=part.dtype, device=part.device)
 

@@ -54,6 +54,11 @@ class Strategy:
         self.processes, self.settings = processes, settings
 
     @property
+    def forward_ad(self) -> bool:
+        """Whether the networks can be differentiated in forward mode."""
+        return True
+
+    @property
     def described(self) -> str:
         """The strategy in a few words, for logs."""
         return "the base on each, gradients averaged"
