@@ -55,7 +55,7 @@ class Strategy:
 
     @property
     def forward_ad(self) -> bool:
-        """Whether the networks can be differentiated in forward mode."""
+        """Return True if the networks can be differentiated in forward mode."""
         return True
 
     @property

@@ -47,7 +47,7 @@ class Zero(Strategy):
 
     @property
     def forward_ad(self) -> bool:
-        """False under zero3: what gathers the weights passes no derivative on."""
+        """Return False under zero3: what gathers the weights passes no derivative on."""
         return self.stage == 2
 
     @property
