@@ -55,6 +55,11 @@ class Strategy:
         self.processes, self.settings = processes, settings
 
     @property
+    def forward_ad(self) -> bool:
+        """Return True if the networks can be differentiated in forward mode."""
+        return True
+
+    @property
     def described(self) -> str:
         """The strategy in a few words, for logs."""
         return "the base on each, gradients averaged"

@@ -46,6 +46,11 @@ class Zero(Strategy):
         return int(self.settings.name.removeprefix("zero"))
 
     @property
+    def forward_ad(self) -> bool:
+        """Return False under zero3: what gathers the weights passes no derivative on."""
+        return self.stage == 2
+
+    @property
     def described(self) -> str:
         """The strategy in a few words."""
         what = "gradients and optimizer states" if self.stage == 2 else "weights, gradients and optimizer states"

@@ -36,7 +36,7 @@ class Fragments:
 
 
 @dataclass(frozen=True)
-class Place:
+class Span:
     """Where a weight's elements that this process steps are.
 
     Attributes:
@@ -56,27 +56,27 @@ class Place:
         return state[self.start : self.start + self.size]
 
 
-def slots_of(engine: Any, fragments: Fragments) -> list[Place]:
-    """Return the place of each weight, by number."""
+def spans(engine: Any, fragments: Fragments) -> list[Span]:
+    """Return the span of each weight, by number."""
     divided, found = engine.optimizer, []
     for number, group in enumerate(fragments.groups):
         for weight in group:
             if engine.zero_optimization_partition_weights():
-                found.append(_place_in_third_stage(divided, weight))
+                found.append(_span_in_third_stage(divided, weight))
                 continue
             mapping, row = weight._hp_mapping, divided.single_partition_of_fp32_groups[number]
             if mapping is None:
-                found.append(Place(row, 0, 0, 0))
+                found.append(Span(row, 0, 0, 0))
                 continue
             here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
-            found.append(Place(row, here.start, there.start, here.numel))
+            found.append(Span(row, here.start, there.start, here.numel))
     return found
 
 
-def _place_in_third_stage(divided: Any, weight: Any) -> Place:
+def _span_in_third_stage(divided: Any, weight: Any) -> Span:
     row, start, size = divided.grad_position[divided.get_param_id(weight)]
     offset = min(torch.distributed.get_rank() * size, weight.ds_numel)
-    return Place(divided.fp32_partitioned_groups_flat[row], start, offset, min(size, weight.ds_numel - offset))
+    return Span(divided.fp32_partitioned_groups_flat[row], start, offset, min(size, weight.ds_numel - offset))
 
 
 def saved_state(engine: Any, fragments: Fragments) -> dict[str, Any]:
@@ -85,12 +85,12 @@ def saved_state(engine: Any, fragments: Fragments) -> dict[str, Any]:
     In host memory of the first process; the others get numbers alone.
     """
     optimizer, state = engine.basic_optimizer, {}
-    for number, place in enumerate(slots_of(engine, fragments)):
+    for number, span in enumerate(spans(engine, fragments)):
         values = {}
-        for key, value in optimizer.state.get(place.row, {}).items():
-            if not isinstance(value, Tensor) or value.shape != place.row.shape:
+        for key, value in optimizer.state.get(span.row, {}).items():
+            if not isinstance(value, Tensor) or value.shape != span.row.shape:
                 values[key] = value.clone() if isinstance(value, Tensor) else value
-            elif (whole := _gathered(place, value, fragments.shapes[number])) is not None:
+            elif (whole := _gathered(span, value, fragments.shapes[number])) is not None:
                 values[key] = whole
         if values:
             state[number] = values
@@ -102,10 +102,10 @@ def saved_state(engine: Any, fragments: Fragments) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _gathered(place: Place, value: Tensor, shape: torch.Size) -> Tensor | None:
+def _gathered(span: Span, value: Tensor, shape: torch.Size) -> Tensor | None:
     """Return the whole of a moment in the first process, None in the others."""
     whole = torch.zeros(shape.numel(), dtype=value.dtype, device=communicating_device(value))
-    whole[place.offset : place.offset + place.size] = place.of(value)
+    whole[span.offset : span.offset + span.size] = span.of(value)
     torch.distributed.reduce(whole, dst=0)  # each element is zero in all processes but one
     return whole.view(shape).cpu() if torch.distributed.get_rank() == 0 else None
 
@@ -117,15 +117,15 @@ def load_state(engine: Any, fragments: Fragments, saved: Mapping[str, Any]) -> N
     for group, settings in zip(optimizer.param_groups, saved["param_groups"], strict=True):
         group.update({key: copy.deepcopy(value) for key, value in settings.items() if key != "params"})
     optimizer.state.clear()
-    for number, place in enumerate(slots_of(engine, fragments)):
-        state = optimizer.state[place.row]
+    for number, span in enumerate(spans(engine, fragments)):
+        state = optimizer.state[span.row]
         for key, value in saved["state"].get(number, {}).items():
             if not isinstance(value, Tensor) or value.shape != fragments.shapes[number]:
-                state[key] = _beside(value, place.row, optimizer)
+                state[key] = _beside(value, span.row, optimizer)
                 continue
             if key not in state:
-                state[key] = torch.zeros_like(place.row, dtype=value.dtype, requires_grad=False)
-            place.of(state[key]).copy_(value.reshape(-1)[place.offset : place.offset + place.size])
+                state[key] = torch.zeros_like(span.row, dtype=value.dtype, requires_grad=False)
+            span.of(state[key]).copy_(value.reshape(-1)[span.offset : span.offset + span.size])
     for row in [row for row, state in optimizer.state.items() if not state]:
         del optimizer.state[row]
 

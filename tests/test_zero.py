@@ -1,0 +1,173 @@
+"""DeepSpeed's zero2 and zero3 take the steps of one process, and their checkpoints are those of one process."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from distill.core.engine.checkpoint import CheckpointStore
+from distill.core.engine.processes import Processes
+from distill.core.engine.shards import FlatShard, is_sharded
+from distill.core.engine.strategy import ParallelSettings, Strategy
+from distill.core.errors import UserError
+from distill.plugins.optimizers import AdamW, AdamWBF16, StableAdamW
+from distill.plugins.optimizers_adaptive import ScheduleFreeAdamW
+from support.small_run import execute, losses, write_run
+from support.tiny_sdxl import write_tiny_sdxl
+
+needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
+TESTS = Path(__file__).parent
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+FULL = ["lcm-full*2", "lcm-full-average", "dmd2-full", "pcm-full", "progressive-full", "kd-full", "meanflow-full"]
+
+
+def launched(*command: str) -> None:
+    done = subprocess.run([*LAUNCH, *command], cwd=TESTS, capture_output=True, text=True, timeout=900, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.fixture(scope="module")
+def trial(tmp_path_factory):
+    """Three steps of one process, a checkpoint after the second, and what two processes made of it."""
+    from support.zero_steps import STEPS, parts_of, state_of, step
+
+    root = tmp_path_factory.mktemp("zero")
+    write_tiny_sdxl(root / "model")
+    one = Strategy(Processes("cpu"), ParallelSettings())
+    parts = parts_of(root, one)
+    steps = [step(parts, one, number) for number in range(STEPS)]
+    CheckpointStore(root / "one", limit=None).save(state_of(parts, one))
+    steps.append(step(parts, one, STEPS))
+    launched("support/zero_steps.py", str(root), str(root))
+    return root, one, steps, json.loads((root / "found.json").read_text())
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("name", ["zero2", "zero3"])
+def test_steps_and_checkpoints_are_those_of_one_process(trial, name):
+    from support.zero_steps import STEPS, load, parts_of, step
+
+    root, one, steps, found = trial
+    close = {"rel": 1e-5}
+    for (loss, norm), (own_loss, own_norm) in zip(steps, [*found[name]["steps"], found[name]["resumed"]], strict=True):
+        assert own_loss == pytest.approx(loss, **close)
+        assert own_norm == pytest.approx(norm, **close)
+
+    ours = CheckpointStore(root / name, limit=None).load(root / name / f"checkpoint-{STEPS}")
+    theirs = CheckpointStore(root / "one", limit=None).load(root / "one" / f"checkpoint-{STEPS}")
+    assert ours.meta == theirs.meta
+    for group, tensors in theirs.tensors.items():
+        assert {n: (t.shape, t.dtype) for n, t in ours.tensors[group].items()} == {
+            n: (t.shape, t.dtype) for n, t in tensors.items()
+        }
+    parts = parts_of(root, one)
+    load(parts, root / name / f"checkpoint-{STEPS}")
+    assert step(parts, one, STEPS)[0] == pytest.approx(steps[-1][0], **close)
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("name", ["zero2", "zero3"])
+def test_a_loss_of_one_process_that_is_not_finite_is_withheld_by_all(trial, name):
+    found = trial[3][name]
+    assert found["before"]["network-student"] == found["after"]["network-student"]
+    assert found["bad_norm"] == float("inf")
+    assert found["exported"] == pytest.approx(found["after"]["network-student"], rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "text"),
+    [
+        ("zero2", {"model_type": "lora"}, "model_type = lora: it divides networks that are trained whole"),
+        ("zero2", {"optimizer": StableAdamW}, "optimizer = stableadamw: its step looks at whole matrices"),
+        ("zero2", {"optimizer": ScheduleFreeAdamW}, "sets its weights aside for evaluation"),
+        ("zero3", {"optimizer": AdamWBF16}, "optimizer = adamw_bf16: DeepSpeed steps a float32 copy"),
+        ("zero3", {"mixed_precision": "fp16"}, "mixed_precision = fp16: DeepSpeed scales and skips by itself"),
+        ("zero3", {"quantised": True}, "a quantised base"),
+    ],
+)
+def test_what_cannot_be_divided_is_refused(name, given, text):
+    from distill.core.engine.zero import Zero
+
+    settings = {"model_type": "full", "optimizer": AdamW, "quantised": False, "mixed_precision": "bf16"}
+    with pytest.raises(UserError, match=text) as refused:
+        Zero(Processes("cpu"), ParallelSettings(name)).check(**{**settings, **given})
+    assert str(refused.value).startswith(f"parallel = {name}")
+
+
+def test_deepspeed_that_is_not_installed_is_named(monkeypatch):
+    from distill.core.engine import zero
+
+    monkeypatch.setattr(zero, "find_spec", lambda name: None)
+    strategy = zero.Zero(Processes("cpu"), ParallelSettings("zero2"))
+    with pytest.raises(UserError, match=r'not installed[^"]*pip install "distill-engine\[deepspeed\]"'):
+        strategy.check(model_type="full", optimizer=AdamW, quantised=False, mixed_precision="no")
+
+
+def test_a_run_with_adapters_is_refused_before_weights_load(tmp_path):
+    with pytest.raises(UserError, match="parallel = zero2 with model_type = lora"):
+        execute(write_run(tmp_path, parallel="zero2"))
+
+
+def test_exact_derivatives_in_forward_mode_are_refused_under_zero3(tmp_path):
+    config = {"distillation_method": "meanflow", "distillation_config": {"meanflow": {"derivative": "exact"}}}
+    full = {"model_type": "full", "learning_rate": 1e-5, "validation_step_interval": 0}
+    with pytest.raises(UserError, match="parallel = zero3: meanflow differentiates its networks in forward mode"):
+        execute(write_run(tmp_path, parallel="zero3", **config, **full))
+
+
+def test_a_part_of_a_weight_is_a_tensor_of_its_shape_without_values():
+    import torch
+
+    shard = FlatShard(torch.zeros(3), torch.Size((2, 3)))
+    assert is_sharded(shard)
+    assert (shard.shape, shard.detach().part.shape) == ((2, 3), (3,))
+    with pytest.raises(NotImplementedError, match="this process holds a part"):
+        shard + 1
+
+
+@needs_deepspeed
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["zero2", "zero3"])
+def test_every_method_takes_the_steps_of_one_process(tmp_path, name):
+    write_tiny_sdxl(tmp_path / "model")
+    found = {}
+    for strategy, launch in (("replicate", [sys.executable]), (name, LAUNCH)):
+        out = tmp_path / f"{strategy}.json"
+        command = ["support/strategies.py", str(out), str(tmp_path / "model"), strategy, "float32", "4", *FULL]
+        subprocess.run([*launch, *command], cwd=TESTS, check=True, capture_output=True, timeout=900, env=ENVIRONMENT)
+        found[strategy] = json.loads(out.read_text())
+    for case, one in found["replicate"].items():
+        rounding = 1e-4 if case in ("pcm-full", "progressive-full") else 1e-5  # as much between two of replicate
+        assert found[name][case]["losses"] == pytest.approx(one["losses"], rel=rounding), case
+        assert found[name][case]["frozen"]
+        assert found[name][case]["held"] == one["held"] // (2 if name == "zero3" else 1)
+
+
+@needs_deepspeed
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["zero2", "zero3"])
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_run_ends_in_a_student_and_is_resumed_by_one_process(tmp_path, name, offload):
+    short = {
+        "model_type": "full", "learning_rate": 1e-5, "max_train_steps": 4, "validation_step_interval": 2,
+        "checkpoint_step_interval": 2, "evaluation_num_samples": 2, "device": "cpu",
+    }  # fmt: skip
+    execute(write_run(tmp_path, output="one", **short))
+    config = write_run(
+        tmp_path, output="two", gradient_accumulation_steps=1, parallel=name, parallel_offload=offload, **short
+    )
+    launched("-m", "distill", "run", "--config", str(config))
+    assert (tmp_path / "two" / "student" / "unet" / "diffusion_pytorch_model.safetensors").exists()
+    one, two = (losses(tmp_path / output) for output in ("one", "two"))
+    for (_, a, norm_a), (_, b, norm_b) in zip(one, two, strict=True):
+        assert (a, norm_a) == pytest.approx((b, norm_b), rel=1e-3)
+    import shutil
+
+    shutil.rmtree(tmp_path / "two" / "checkpoint-4")
+    execute(write_run(tmp_path, output="two", **short))
+    for (step, a, _), (again, b, _) in zip(two[2:], losses(tmp_path / "two")[2:], strict=True):
+        assert (step, a) == (again, pytest.approx(b, rel=1e-3))
