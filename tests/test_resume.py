@@ -66,15 +66,15 @@ def whole(tmp_path_factory):
 @pytest.fixture(scope="module")
 def kills(whole):
     """The same runs, killed again and again: (kills, of which while it saved) of each variant."""
-    places = []
+    runs = []
     for variant, settings in VARIANTS.items():
         output = f"killed-{variant}"
-        places += [str(write_run(whole, output=output, **settings)), str(whole / output)]
+        runs += [str(write_run(whole, output=output, **settings)), str(whole / output)]
     loaded = [name for name in sys.modules if name.partition(".")[0] in RUN_LOADS]
     (whole / "imports.txt").write_text("\n".join(loaded))
     latest = str(0.6 * float((whole / "seconds.txt").read_text()))
     done = subprocess.run(
-        [sys.executable, str(DRIVER), "1", "4", latest, str(whole / "imports.txt"), *places],
+        [sys.executable, str(DRIVER), "1", "4", latest, str(whole / "imports.txt"), *runs],
         capture_output=True, text=True, timeout=500, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

@@ -75,11 +75,11 @@ def wait_for_moment(pid: int, output: Path, rng: random.Random, latest: float, *
 
 
 def main() -> None:
-    seed, num_kills, seconds, imports, *places = sys.argv[1:]
+    seed, num_kills, seconds, imports, *runs = sys.argv[1:]
     for name in Path(imports).read_text().split():
         importlib.import_module(name)
     gc.freeze()  # an attempt collects garbage, and these are its parent's
-    for config, output in zip(places[::2], places[1::2], strict=True):
+    for config, output in zip(runs[::2], runs[1::2], strict=True):
         until_the_end(Path(config), Path(output), seed=int(seed), num_kills=int(num_kills), latest=float(seconds))
 
 
