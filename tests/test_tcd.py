@@ -123,7 +123,7 @@ def errors(trained, teacher, *, num_segments, make_batch):
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_a_gaussian_student_reaches_the_fixed_point(name):
     family = family_of(name, 6)
-    trained = train(family, steps=500, make_batch=gaussian_batch, num_ddim_timesteps=6)
+    trained = train(family, steps=300, make_batch=gaussian_batch, num_ddim_timesteps=6)
     right, wrong = errors(trained, guided_teacher(family.schedule), num_segments=1, make_batch=gaussian_batch)
     print(f"{name}: right {right:.1e} wrong {wrong:.1e}")
     assert right <= 0.1 * wrong
@@ -133,7 +133,7 @@ def test_a_gaussian_student_reaches_the_fixed_point(name):
 def test_targets_stay_inside_their_segment(num_steps, num_segments):
     family = family_of("eps", num_steps)
     trained = train(
-        family, steps=500, make_batch=gaussian_batch, num_ddim_timesteps=num_steps, segments=[num_segments],
+        family, steps=300, make_batch=gaussian_batch, num_ddim_timesteps=num_steps, segments=[num_segments],
         num_inference_steps=num_segments,
     )  # fmt: skip
     teacher = guided_teacher(family.schedule)
@@ -148,7 +148,7 @@ def test_targets_stay_inside_their_segment(num_steps, num_segments):
 def test_segments_of_one_step_are_the_teachers_ddim_steps(name):
     family = family_of(name, 5)
     trained = train(
-        family, steps=500, make_batch=gaussian_batch, num_ddim_timesteps=5, segments=[5], num_inference_steps=5
+        family, steps=300, make_batch=gaussian_batch, num_ddim_timesteps=5, segments=[5], num_inference_steps=5
     )
     schedule, teacher = family.schedule, guided_teacher(family.schedule)
     ours = exact = torch.randn(256, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -181,10 +181,10 @@ class ShardedOptimizer(RoleOptimizer):
             part.grad = None if whole.grad is None else whole.grad.to_local()  # type: ignore[attr-defined]
 
     def _norm(self, gradients: Sequence[Tensor]) -> Tensor:
-        square = total_norm(gradients).square().to(self.parameters[0].device)
         mesh = self._wholes[0].device_mesh  # type: ignore[attr-defined]
+        square = total_norm(gradients).square().to(mesh.device_type)  # offloaded parts lie on the host
         torch.distributed.all_reduce(square, group=mesh.get_group("shard"))
-        return square.sqrt()
+        return square.sqrt().to(self.parameters[0].device)
 
     def _end(self) -> None:
         super()._end()

@@ -105,7 +105,10 @@ def whole(tensor: Tensor) -> Tensor:
         return sharded_as(part_of(tensor), tensor).gather()  # type: ignore[attr-defined]
     if isinstance(tensor, FlatShard):
         return tensor.gather()
-    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    if not is_sharded(tensor):
+        return tensor
+    sharded: Any = tensor
+    return sharded.to(sharded.device_mesh.device_type).full_tensor()  # offloaded parts lie on the host
 
 
 @torch.no_grad()
