@@ -39,6 +39,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 SINGLE_FILES = (LOG, RESOLVED, "metrics.jsonl", "report.html", *EVALUATION)
 NOT_WATCHED = (*SINGLE_FILES, STUDENT_FOLDER, ONLINE_FOLDER, REPORTS_FOLDER, CACHE_FOLDER)
+MINIATURE = (
+    "no model named: this distils the miniature that ships with the family, a small but real and trained model for "
+    "trying things out. Your own: --model PATH_OR_ID --data FILE (`distill config init` writes both files)"
+)
 
 
 class OpenFolder:
@@ -171,3 +175,10 @@ def passed_over(store: CheckpointStore, wanted: str | None) -> None:
             f"resume_from_checkpoint = latest: no checkpoint in {store.output_dir} is complete ({names})",
             "restore one of them; start over: --overwrite; or choose another folder: --output-dir DIR",
         )
+
+
+def miniature_note(configuration: Configuration) -> str:
+    """Return the line about a run on the miniature that ships with the family, named or for want of a model."""
+    if configuration.miniature_named:
+        return f"the model named is {configuration.run.model_family}'s miniature"
+    return MINIATURE

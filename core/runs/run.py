@@ -25,7 +25,7 @@ from .agreement import require_same_configuration, require_same_start, require_s
 from .builders import check_method_sources
 from .components import RunComponents
 from .memory_plan import explain_memory
-from .opening import OpenFolder, check_resources, passed_over
+from .opening import OpenFolder, check_resources, miniature_note, passed_over
 from .output_folder import ONLINE_FOLDER, REPORTS_FOLDER, RESOLVED, STUDENT_FOLDER, named_step
 from .run_log import ENDS, ENDS_WELL, RunLog
 
@@ -36,10 +36,6 @@ if TYPE_CHECKING:
     from ..utils.progress import Progress
 
 logger = logging.getLogger(__name__)
-MINIATURE = (
-    "no model named: this distils the miniature that ships with the family, a small but real and trained model for "
-    "trying things out. Your own: --model PATH_OR_ID --data FILE (`distill config init` writes both files)"
-)
 
 
 @dataclass(frozen=True)
@@ -389,13 +385,6 @@ class Run(TrainingObserver):
             saved = self.parts.trainer.save_after_failure(Interrupted("no state of this step can be had"))
             self.parts.trainer.store.wait()
             logger.info(f"the newest checkpoint: {saved}. To go on: {_resume_command(self.settings.output_dir)}")
-
-
-def miniature_note(configuration: Configuration) -> str:
-    """Return the line about a run on the miniature that ships with the family, named or for want of a model."""
-    if configuration.miniature_named:
-        return f"the model named is {configuration.run.model_family}'s miniature"
-    return MINIATURE
 
 
 def _resume_command(output_dir: Path) -> str:
