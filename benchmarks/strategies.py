@@ -12,6 +12,7 @@ import argparse
 import json
 import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def planned(workspace: Path, model: str, *, resolution: int = 1024) -> Iterator[
         family = family or build_family(configuration, registry)
         settings = planned_memory(configuration, registry, family=family)
         assert settings is not None
-        yield run, settings
+        yield run, replace(settings, staged=False)  # on cards a checkpoint is copied to the host
 
 
 def row(settings: MemorySettings, number: int) -> list[str]:
