@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from .optimize import RoleOptimizer
-from .processes import buckets_of
+from .processes import Averaging, buckets_of
 
-if TYPE_CHECKING:
-    from .processes import Processes
+IN_FLIGHT = 4
+"""Buckets that are exchanged at a time, each in memory of its own beside the gradients."""
 
 
 class _Bucket:
@@ -26,26 +25,19 @@ class _Bucket:
     def begin(self) -> None:
         """Wait for the gradients of another backward pass."""
         self.missing = len(self.parameters)
-        self._flat: Tensor | None = None
-        self._work: Any = None
+        self._averaging: Averaging | None = None
 
     def launch(self) -> None:
-        """Begin to sum the gradients over the processes; parameters that got none are left out, on all of them."""
-        self._gradients = [p.grad for p in self.parameters if p.grad is not None]
-        if self._gradients:
-            self._flat = _flatten_dense_tensors(self._gradients)
-            self._work = torch.distributed.all_reduce(self._flat, async_op=True)
+        """Begin to average the gradients; parameters that got none are left out, on all processes."""
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        if gradients:
+            self._averaging = Averaging(gradients)
 
-    def finish(self, world_size: int) -> None:
-        """Wait for the sum, and put the averages in the gradients' place."""
-        if self._flat is None:
-            return
-        self._work.wait()
-        self._flat.div_(world_size)
-        for gradient, averaged in zip(
-            self._gradients, _unflatten_dense_tensors(self._flat, self._gradients), strict=True
-        ):
-            gradient.copy_(averaged)
+    def finish(self) -> None:
+        """Wait for the averages, in the gradients' place."""
+        averaging, self._averaging = self._averaging, None
+        if averaging is not None:
+            averaging.finish()
 
 
 class AveragingOptimizer(RoleOptimizer):
@@ -57,23 +49,15 @@ class AveragingOptimizer(RoleOptimizer):
     Args:
         optimizer: A torch optimizer over `parameters`.
         parameters: Whole on every process.
-        processes: More than one.
         settings: Those of :class:`RoleOptimizer`.
     """
 
-    def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        parameters: Sequence[nn.Parameter],
-        *,
-        processes: Processes,
-        **settings: Any,
-    ) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], **settings: Any) -> None:
         super().__init__(optimizer, parameters, **settings)
-        self._world_size = processes.world_size
         self._buckets = [_Bucket(bucket) for bucket in buckets_of(self.parameters[::-1])]
         self._of = {parameter: bucket for bucket in self._buckets for parameter in bucket.parameters}
         self._waiting: list[_Bucket] = []
+        self._launched: list[_Bucket] = []
         for parameter in self.parameters:
             parameter.register_post_accumulate_grad_hook(self._arrived)
 
@@ -90,12 +74,18 @@ class AveragingOptimizer(RoleOptimizer):
             return
         self._of[parameter].missing -= 1
         while self._waiting and not self._waiting[0].missing:
-            self._waiting.pop(0).launch()
+            self._launch_next()
+
+    def _launch_next(self) -> None:
+        while len(self._launched) >= IN_FLIGHT:
+            self._launched.pop(0).finish()
+        self._launched.append(self._waiting.pop(0))
+        self._launched[-1].launch()
 
     def gradients_to_average(self) -> list[Tensor]:
         """Wait for the averages; return nothing, since none is left to be averaged."""
         while self._waiting:  # of parameters that the loss does not depend on
-            self._waiting.pop(0).launch()
-        for bucket in self._buckets:
-            bucket.finish(self._world_size)
+            self._launch_next()
+        while self._launched:
+            self._launched.pop(0).finish()
         return []

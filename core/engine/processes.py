@@ -113,18 +113,14 @@ class Processes:
         if self.world_size == 1:
             return
         for bucket in buckets_of(tensors):
-            flat = _flatten_dense_tensors(bucket)
-            _all_reduce(flat, torch.distributed.ReduceOp.SUM)
-            flat.div_(self.world_size)
-            for tensor, averaged in zip(bucket, _unflatten_dense_tensors(flat, bucket), strict=True):
-                tensor.copy_(averaged)
+            Averaging(bucket).finish()
 
     def any(self, flag: bool) -> bool:
         """Return True if `flag` is set in any process; every process must call it."""
         if self.world_size == 1:
             return flag
         tensor = torch.tensor(int(flag), device=self.device)
-        _all_reduce(tensor, torch.distributed.ReduceOp.MAX)
+        _greatest(tensor)
         return bool(tensor.item())
 
     def greatest_so_far(self, *numbers: int) -> list[int]:
@@ -137,9 +133,31 @@ class Processes:
             return list(numbers)
         found = [0] * len(numbers) if self._earlier is None else self._earlier.tolist()
         tensor = torch.tensor([int(number) for number in numbers], device=self.device)
-        _all_reduce(tensor, torch.distributed.ReduceOp.MAX)
+        _greatest(tensor)
         self._earlier = tensor.to("cpu", non_blocking=True)
         return found
+
+
+class Averaging:
+    """The average over the processes of tensors of one type, in one exchange that goes on until it is finished.
+
+    Args:
+        tensors: Equally many of equal shapes on every process.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors = list(tensors)
+        self._flat = _flatten_dense_tensors(self._tensors)
+        with _exchange():
+            self._work = torch.distributed.all_reduce(self._flat, async_op=True)
+
+    def finish(self) -> None:
+        """Wait for the exchange, and put the averages in the tensors' place."""
+        with _exchange():
+            _wait(self._work)
+        self._flat.div_(torch.distributed.get_world_size())
+        for tensor, averaged in zip(self._tensors, _unflatten_dense_tensors(self._flat, self._tensors), strict=True):
+            tensor.copy_(averaged)
 
 
 def in_group() -> bool:
@@ -195,9 +213,9 @@ def _exchange() -> AbstractContextManager[None]:
     return nullcontext() if _heartbeats is None else _heartbeats.exchange()
 
 
-def _all_reduce(tensor: Tensor, operation: Any) -> None:
+def _greatest(tensor: Tensor) -> None:
     with _exchange():
-        _wait(torch.distributed.all_reduce(tensor, op=operation, async_op=True))
+        _wait(torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX, async_op=True))
 
 
 def _meet() -> None:

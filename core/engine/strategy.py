@@ -16,6 +16,7 @@ from .optimize import RoleOptimizer
 if TYPE_CHECKING:
     from ..plugin_api.family import ModelFamily
     from ..plugin_api.optimizer import OptimizerPlugin
+    from ..utils.strategies import StrategyName
     from .networks import Networks
     from .processes import Processes
 
@@ -32,7 +33,7 @@ class ParallelSettings:
         offload: Keep in host memory what is sharded.
     """
 
-    name: str = "replicate"
+    name: StrategyName = "replicate"
     shard_size: int = 0
     offload: bool = False
 
@@ -84,7 +85,7 @@ class Strategy:
         parameters = networks.parameters(role)
         if self.processes.world_size == 1:
             return RoleOptimizer(build(parameters), parameters, **settings)
-        return AveragingOptimizer(build(parameters), parameters, processes=self.processes, **settings)
+        return AveragingOptimizer(build(parameters), parameters, **settings)
 
     def scaler(self, role: str, networks: Networks) -> torch.amp.GradScaler:
         """Return the scaler of a role's loss in a run of fp16."""
