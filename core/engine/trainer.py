@@ -200,20 +200,21 @@ class Trainer:
         self.registry.hook.on_checkpoint_saved(state=self.state, folder=folder, step=step)
 
     def _write(self) -> None:
+        self._prepare_write()
+        if self.processes.main:
+            self.loop.before_change = self.saves.wait_copied
+            self.saves.begin(self._checkpoint(), stepped=self._stepped())
+        self._pending = self.step
+
+    def _prepare_write(self) -> None:
         self.flush()
         if self.processes.main:
             self.outputs.metrics_file.sync()
             self.observer.on_saving(self.step)
-            self.loop.before_change = self.saves.wait_copied
-            self.saves.begin(self._checkpoint(), stepped=self._stepped)
-        self._pending = self.step
 
     def _write_together(self) -> None:
         """Write a checkpoint of which every process holds a part, while training waits."""
-        self.flush()
-        if self.processes.main:
-            self.outputs.metrics_file.sync()
-            self.observer.on_saving(self.step)
+        self._prepare_write()
         state = self._checkpoint()
         if self.processes.main:
             with working(f"writing checkpoint-{self.step}"):
@@ -225,12 +226,15 @@ class Trainer:
         self._saved = self.step
         self._tell_saved(self.step)
 
-    def _stepped(self, group: str, name: str) -> bool:
-        """Return True for what optimizer steps alone change: a forward pass may change buffers and a method's state."""
-        role = group.removeprefix("network-")
-        if role != group:
-            return name in self.loop.networks.named_parameters(role)
-        return group == "average" or group.startswith("optimizer-")
+    def _stepped(self) -> Callable[[str, str], bool]:
+        """Return a test for what steps alone change: a forward pass may change buffers and a method's state."""
+        networks = self.loop.networks
+        weights = {f"network-{role}": networks.named_parameters(role).keys() for role in networks.roles}
+
+        def changed_by_steps(group: str, name: str) -> bool:
+            return name in weights.get(group, ()) or group == "average" or group.startswith("optimizer-")
+
+        return changed_by_steps
 
     def _finish_write(self, step: int) -> None:
         if self.processes.main:
