@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -14,6 +13,7 @@ from ..core.errors import DistillError, OutOfReach, UserError
 from ..core.plugin_api.hookspecs import hookimpl
 from ..core.plugin_api.publisher import Publisher
 from ..core.storage.account import AwsSettings, AzureSettings, BucketSettings, GcsSettings
+from ..core.utils.files import sha256
 
 if TYPE_CHECKING:
     from ..core.storage.objects import ObjectStore
@@ -162,9 +162,7 @@ def _reason(error: Exception) -> str:
 
 
 def _about(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"bytes": path.stat().st_size, "sha256": digest}
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 def _manifest(files: Mapping[str, Any], *, complete: bool) -> bytes:

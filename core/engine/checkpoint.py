@@ -24,7 +24,7 @@ from ..errors import UserError
 from ..utils.disk import DiskFull, free_bytes, is_disk_full
 from ..utils.files import sha256, sync_file, sync_folder
 from ..utils.tensor_tree import load_optimizer, optimizer_to_tensors, tensors_to_optimizer
-from .manifest import FORMAT, GROUP, MANIFEST, META, read_manifest
+from .manifest import FORMAT, GROUP, MANIFEST, META, manifest_entries, read_manifest
 
 if TYPE_CHECKING:
     from .sharded_checkpoint import ShardedTensors
@@ -327,13 +327,12 @@ def _write(folder: Path, state: CheckpointState) -> None:
     files = sorted(path for path in folder.iterdir() if path.name not in shards)
     for path in files:
         sync_file(path)
-    own = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files}
     manifest = {
         "format": FORMAT,
         "step": state.step,
         "groups": list(state.tensors),
-        "files": own | shards,
-        **({"sharded": state.sharded.names} if state.sharded else {}),
+        "files": manifest_entries(files) | shards,
+        **({"sharded": list(state.sharded.groups)} if state.sharded else {}),
     }
     temporary = folder / f"{MANIFEST}.partial"
     temporary.write_text(json.dumps(manifest, indent=2), "utf-8")

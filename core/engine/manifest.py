@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from ..utils.files import sha256
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 META = "state.json"
 GROUP = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 """Names of groups, each of which is a file."""
+
+
+def manifest_entries(files: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    """Return name -> size and checksum of files, as a manifest has them."""
+    return {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files}
 
 
 def read_manifest(folder: Path, name: str = MANIFEST) -> dict[str, Any]:

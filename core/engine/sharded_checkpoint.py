@@ -11,14 +11,15 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..utils.files import sha256, sync_file
+from ..utils.files import sync_file
+from .manifest import manifest_entries
 from .shards import fill_from_whole, is_sharded, part_of, sharded_as, whole_on_host
 
 if TYPE_CHECKING:
@@ -42,10 +43,6 @@ class ShardedTensors:
 
     groups: Groups
     processes: Processes
-    names: list[str] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.names = list(self.groups)
 
     @property
     def num_bytes(self) -> int:
@@ -60,13 +57,13 @@ class ShardedTensors:
         with quiet_checkpoints():
             writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
             dcp.save(flat(self.groups), storage_writer=writer)
-        found: list[dict[str, Any]] = []
+        entries: dict[str, dict[str, Any]] = {}
         with self.processes.synchronized():
             own = [path for path in sorted(folder.iterdir()) if _rank_of(path) == self.processes.rank]
             for path in own:
                 sync_file(path)
-            found.append({path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in own})
-        return {name: entry for each in self.processes.gather(found[0]) for name, entry in each.items()}
+            entries = manifest_entries(own)
+        return {name: entry for each in self.processes.gather(entries) for name, entry in each.items()}
 
 
 def _rank_of(path: Path) -> int | None:
@@ -142,19 +139,19 @@ def read_parts(
         group = f"optimizer-{role}"
         shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in saved.get(group, {}).items()}
         wanted[group] = optimizer.empty_parts(shapes | written.get(group, {}))
+    in_parts: Groups = {}
     for group, tensors in wanted.items():
+        there = saved.setdefault(group, {})
         for name, tensor in tensors.items():
-            if name not in written.get(group, {}) and name in saved.get(group, {}):
-                fill_from_whole(tensor, saved[group][name])
-    in_parts = {
-        group: {name: tensor for name, tensor in tensors.items() if name in written.get(group, {})}
-        for group, tensors in wanted.items()
-    }
-    if any(in_parts.values()):
+            if name in written.get(group, {}):
+                in_parts.setdefault(group, {})[name] = tensor
+            elif name in there:
+                fill_from_whole(tensor, there[name])
+                there[name] = tensor
+    if in_parts:
         _read(folder, in_parts, alone=False)
-    for group, tensors in wanted.items():
-        there = {*saved.get(group, {}), *written.get(group, {})}
-        saved.setdefault(group, {}).update({name: tensor for name, tensor in tensors.items() if name in there})
+    for group, tensors in in_parts.items():
+        saved[group].update(tensors)
 
 
 def _read(folder: Path, groups: Mapping[str, Mapping[str, Tensor]], *, alone: bool) -> None:
