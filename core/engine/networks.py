@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..plugin_api.method import is_whole_network
 from ..utils.dropout import NamedDropout
 from ..utils.seeds import derive_seed
 from .adapters import AdapterSwitch, copy_adapter, tuner_layers
@@ -286,10 +287,7 @@ class Networks:
 
     def has_own_network(self, role: str) -> bool:
         """Return True if the role's weights are a whole denoiser of its own."""
-        declared = self.roles[role]
-        while declared.source is not None:
-            declared = self.roles[declared.source]
-        return declared.trains == "full"
+        return is_whole_network(self.roles, role)
 
     def trained_roles(self) -> list[str]:
         """Return the roles that an optimizer steps, in the method's order."""

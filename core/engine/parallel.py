@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from ..errors import UserError
 from .strategy import ParallelSettings, Strategy
 
 if TYPE_CHECKING:
+    from ..utils.strategies import StrategyName
     from .processes import Processes
 
 
-def parallel_settings(name: str, *, shard_size: int, offload: bool, environment: Mapping[str, str]) -> ParallelSettings:
+def parallel_settings(
+    name: Literal["auto"] | StrategyName, *, shard_size: int, offload: bool, environment: Mapping[str, str]
+) -> ParallelSettings:
     """Return what the configuration and the launcher ask for.
 
     Args:
@@ -30,7 +33,7 @@ def parallel_settings(name: str, *, shard_size: int, offload: bool, environment:
             f"parallel = {name}, and the processes were launched by accelerate for {launched}",
             f"set parallel to {launched} (or auto), or launch without it",
         )
-    chosen = launched or ("replicate" if name == "auto" else name)
+    chosen: StrategyName = launched or ("replicate" if name == "auto" else name)
     if shard_size and chosen != "fsdp":
         raise UserError(f"parallel_shard_size = {shard_size} belongs to fsdp, not to {chosen}", "leave it out")
     if offload and chosen == "replicate":
@@ -38,7 +41,7 @@ def parallel_settings(name: str, *, shard_size: int, offload: bool, environment:
     return ParallelSettings(chosen, shard_size, offload or launched_offload)
 
 
-def launched_strategy(environment: Mapping[str, str]) -> tuple[str | None, bool]:
+def launched_strategy(environment: Mapping[str, str]) -> tuple[StrategyName | None, bool]:
     """Return the strategy that ``accelerate launch`` was configured for, and whether it offloads."""
     if _is_set(environment, "ACCELERATE_USE_FSDP"):
         return "fsdp", _is_set(environment, "FSDP_OFFLOAD_PARAMS")
@@ -50,7 +53,7 @@ def launched_strategy(environment: Mapping[str, str]) -> tuple[str | None, bool]
                 "launch with --zero_stage 2 or 3, or without --use_deepspeed",
             )
         keys = ("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE")
-        return f"zero{stage}", any(environment.get(key, "none") == "cpu" for key in keys)
+        return "zero2" if stage == "2" else "zero3", any(environment.get(key, "none") == "cpu" for key in keys)
     return None, False
 
 

@@ -124,6 +124,14 @@ class Role:
         return self.ema_of or self.copy_of
 
 
+def is_whole_network(roles: Mapping[str, Role], name: str) -> bool:
+    """Return True if the weights of the role `name` are all weights of a denoiser: it trains them, or copies a role
+    that does.
+    """
+    role = roles[name]
+    return role.trains == "full" or (role.source is not None and is_whole_network(roles, role.source))
+
+
 @dataclass(frozen=True)
 class Requirements:
     """The needs of a method; compared with the family's capabilities before weights load."""

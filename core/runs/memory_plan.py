@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from ..plugin_api.precision import BASE
 from ..utils.memory import (
@@ -17,7 +17,7 @@ from ..utils.memory import (
     savings_lines,
 )
 from ..utils.process_memory import process_total
-from ..utils.strategies import Division, StrategyName
+from ..utils.strategies import Division
 from .planned_memory import decoding_bytes, of_whole_networks, stored_bytes, units
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def explain_memory(run: RunComponents, error: BaseException) -> Iterator[str]:
 def division_of(run: RunComponents) -> Division:
     """Return the way in which the run's processes share its networks."""
     asked = run.strategy.settings
-    return Division(cast(StrategyName, asked.name), run.processes.world_size, asked.shard_size, asked.offload)
+    return Division(asked.name, run.processes.world_size, asked.shard_size, asked.offload)
 
 
 def can_be_quantised(run: RunComponents) -> bool:

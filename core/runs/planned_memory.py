@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ..plugin_api.auxiliary import StoredNetwork
+from ..plugin_api.method import is_whole_network
 from ..plugin_api.quantizer import NO_CHANGE
 from ..settings.configuration import default_resolution
 from ..utils.devices import resolve_device
@@ -79,16 +80,11 @@ def of_whole_networks(roles: Mapping[str, Role], own: Mapping[str, int], average
         own: Parameters of each.
         averages: Names of the roles that are averages or copies; ``student`` once more for its average of ``use_ema``.
     """
-
-    def trains_all(name: str) -> bool:
-        source = roles[name].source
-        return trains_all(source) if source else roles[name].trains == "full"
-
     whole = [name for name, role in roles.items() if role.trains == "full"]
     return {
         "full_roles": len(whole),
         "full_parameters": sum(own[name] for name in whole),
-        "averaged_full_parameters": sum(own[name] for name in averages if trains_all(name)),
+        "averaged_full_parameters": sum(own[name] for name in averages if is_whole_network(roles, name)),
     }
 
 
