@@ -1,27 +1,19 @@
 """Two processes see the same samples and take the same steps as one."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 from distill.core.errors import UserError
 from support.small_run import execute, losses, write_run
-
-COMMAND = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "distill"]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+from support.torchrun import launched
 
 
 def test_two_processes_train_as_one(tmp_path):
     short = {"max_train_steps": 4, "validation_step_interval": 2, "checkpoint_step_interval": 2}
     execute(write_run(tmp_path, output="one", train_batch_size=2, gradient_accumulation_steps=2, **short))
     config = write_run(tmp_path, output="two", train_batch_size=2, gradient_accumulation_steps=1, device="cpu", **short)
-    done = subprocess.run(
-        [*COMMAND, "run", "--config", str(config)], capture_output=True, text=True, timeout=400, env=ENVIRONMENT
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    done = launched("-m", "distill", "run", "--config", config, timeout=400)
     for (_, a, norm_a), (_, b, norm_b) in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
         assert a == pytest.approx(b, rel=1e-4)
         assert norm_a == pytest.approx(norm_b, rel=1e-3)
@@ -60,10 +52,7 @@ def test_alternate_updates_shared_lengths_and_running_means_are_those_of_one_pro
     }
     execute(write_run(tmp_path, output="one", train_batch_size=2, gradient_accumulation_steps=2, **short))
     config = write_run(tmp_path, output="two", train_batch_size=2, gradient_accumulation_steps=1, **short)
-    done = subprocess.run(
-        [*COMMAND, "run", "--config", str(config)], capture_output=True, text=True, timeout=400, env=ENVIRONMENT
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    launched("-m", "distill", "run", "--config", config, timeout=400)
     one, two = (
         [json.loads(line) for line in (tmp_path / output / "metrics.jsonl").read_text().splitlines()]
         for output in ("one", "two")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from support.small_run import write_run
+from support.torchrun import ENVIRONMENT, launcher
 
 DRIVER = Path(__file__).parent / "support" / "lost_process.py"
 SILENT = "process 1 (pid {pid} on {host}) hangs: it has given no sign of life for 3 s (process_timeout)"
@@ -25,7 +26,6 @@ LOST = {
     "absent": "the 2 processes have not met at 127.0.0.1:{port} within 3 s (process_timeout): one of them did not "
     "start, or has ended",
 }
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs SIGSTOP")
@@ -49,9 +49,8 @@ def test_a_run_of_two_whose_second_process_is_stopped_says_so_and_can_be_resumed
         tmp_path, max_train_steps=100_000, validation_step_interval=0, checkpoint_step_interval=5, log_step_interval=1,
         train_batch_size=2, gradient_accumulation_steps=1, device="cpu", process_timeout=5,
     )  # fmt: skip
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     process = subprocess.Popen(
-        [*launcher, "-m", "distill", "run", "--config", str(config)],
+        [*launcher(), "-m", "distill", "run", "--config", str(config)],
         stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT,
     )  # fmt: skip
     out, deadline = tmp_path / "out", time.monotonic() + 200

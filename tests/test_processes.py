@@ -16,6 +16,7 @@ from distill.core.errors import UserError
 from distill.core.registry.registry import Registry
 from distill.core.runs.agreement import require_same_configuration, require_same_start
 from support.config_files import Pair
+from support.torchrun import launched
 
 WORKER = """
 import torch
@@ -54,7 +55,7 @@ torch.manual_seed(0)
 network, unused = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3))), torch.nn.Parameter(torch.ones(2))
 parameters = [unused, *network.parameters()]
 averaging = buckets.AveragingOptimizer(
-    torch.optim.SGD(parameters), parameters, processes=processes, learning_rate=1.0, schedule=lambda step: 1.0,
+    torch.optim.SGD(parameters), parameters, learning_rate=1.0, schedule=lambda step: 1.0,
     max_grad_norm=0,
 )
 data = torch.randn(2, 2, 3, 4)  # by process and micro-batch
@@ -74,11 +75,7 @@ processes.close()
 def test_two_processes_average(tmp_path):
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = launched(script, timeout=300)
     assert done.stdout.count("ok") == 2, "the processes write at once, so lines may mix"
 
 

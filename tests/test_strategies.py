@@ -1,11 +1,8 @@
 """Processes that share the networks take the steps of one process: every method, every kind of student."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,8 +15,8 @@ from safetensors.torch import load_file
 from support import strategies
 from support.small_run import execute, losses, write_run
 from support.tiny_sdxl import write_tiny_sdxl
+from support.torchrun import launched
 
-LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 SHORT = ("lcm-full-average", "dmd2-mixed", "pcm-lora*2")
 ALL = tuple(strategies.CASES)
 ACCUMULATED = ("lcm-lora*2", "lcm-full*2", "dmd2-lora*2", "dmd2-full*2")
@@ -31,11 +28,9 @@ def folder(tmp_path_factory):
     return write_tiny_sdxl(tmp_path_factory.mktemp("model") / "tiny", seed=0)
 
 
-def launched(folder, out: Path, strategy: str, *cases: str, processes: int, steps: int) -> dict:
-    command = [*LAUNCH, str(processes), strategies.__file__, str(out), str(folder), strategy, "float64", str(steps)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *cases], capture_output=True, text=True, timeout=3000, env=environment)
-    assert done.returncode == 0, done.stderr[-4000:]
+def shared(folder, out: Path, strategy: str, *cases: str, processes: int, steps: int) -> dict:
+    script = [strategies.__file__, out, folder, strategy, "float64", steps, *cases]
+    launched(*script, processes=processes, timeout=3000)
     return json.loads(out.read_text())
 
 
@@ -63,7 +58,7 @@ def require_equal(found: dict, expected: dict, *, tolerance: float, shards: int)
 
 def test_two_processes_that_hold_half_of_the_weights_each_train_as_one(folder, tmp_path):
     expected = alone(folder, *(case.partition("*")[0] for case in SHORT), steps=3)
-    found = launched(folder, tmp_path / "two.json", "fsdp", *SHORT, processes=2, steps=3)
+    found = shared(folder, tmp_path / "two.json", "fsdp", *SHORT, processes=2, steps=3)
     require_equal(found, expected, tolerance=1e-10, shards=2)
 
 
@@ -74,7 +69,7 @@ def test_every_method_and_kind_of_student_over_twenty_steps(folder, tmp_path, pr
     expected = alone(folder, *ALL, steps=20)
     for strategy, shards in (("replicate", 1), ("fsdp", processes)):
         accumulated = ACCUMULATED if processes == 2 else ()
-        found = launched(folder, tmp_path / "x.json", strategy, *ALL, *accumulated, processes=processes, steps=20)
+        found = shared(folder, tmp_path / "x.json", strategy, *ALL, *accumulated, processes=processes, steps=20)
         require_equal(found, expected, tolerance=1e-10, shards=shards)
 
 
@@ -91,12 +86,8 @@ def test_the_table_of_the_docs_says_equal_of_what_is_compared_and_of_nothing_els
 # -- whole runs -------------------------------------------------------------------------------------------------------
 
 
-def started(config: Path, processes: int = 2) -> str:
-    command = [*LAUNCH, str(processes), "-m", "distill", "run", "--config", str(config)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stderr
+def started(config: Path) -> str:
+    return launched("-m", "distill", "run", "--config", config).stderr
 
 
 def test_a_sharded_run_validates_saves_exports_and_goes_on_as_one_process(tmp_path):

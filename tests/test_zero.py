@@ -1,7 +1,6 @@
 """DeepSpeed's zero2 and zero3 take the steps of one process, and their checkpoints are those of one process."""
 
 import json
-import os
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -17,17 +16,11 @@ from distill.plugins.optimizers import AdamW, AdamWBF16, StableAdamW
 from distill.plugins.optimizers_adaptive import ScheduleFreeAdamW
 from support.small_run import execute, losses, write_run
 from support.tiny_sdxl import write_tiny_sdxl
+from support.torchrun import ENVIRONMENT, launched, launcher
 
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
 TESTS = Path(__file__).parent
-LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 FULL = ["lcm-full*2", "lcm-full-average", "dmd2-full", "pcm-full", "progressive-full", "kd-full", "meanflow-full"]
-
-
-def launched(*command: str) -> None:
-    done = subprocess.run([*LAUNCH, *command], cwd=TESTS, capture_output=True, text=True, timeout=900, env=ENVIRONMENT)
-    assert done.returncode == 0, done.stderr[-4000:]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +35,7 @@ def trial(tmp_path_factory):
     steps = [step(parts, one, number) for number in range(STEPS)]
     CheckpointStore(root / "one", limit=None).save(state_of(parts, one))
     steps.append(step(parts, one, STEPS))
-    launched("support/zero_steps.py", str(root), str(root))
+    launched("support/zero_steps.py", root, root, cwd=TESTS, timeout=900)
     return root, one, steps, json.loads((root / "found.json").read_text())
 
 
@@ -135,7 +128,7 @@ def test_a_part_of_a_weight_is_a_tensor_of_its_shape_without_values():
 def test_every_method_takes_the_steps_of_one_process(tmp_path, name):
     write_tiny_sdxl(tmp_path / "model")
     found = {}
-    for strategy, launch in (("replicate", [sys.executable]), (name, LAUNCH)):
+    for strategy, launch in (("replicate", [sys.executable]), (name, launcher())):
         out = tmp_path / f"{strategy}.json"
         command = ["support/strategies.py", str(out), str(tmp_path / "model"), strategy, "float32", "4", *FULL]
         subprocess.run([*launch, *command], cwd=TESTS, check=True, capture_output=True, timeout=900, env=ENVIRONMENT)
@@ -160,7 +153,7 @@ def test_a_run_ends_in_a_student_and_is_resumed_by_one_process(tmp_path, name, o
     config = write_run(
         tmp_path, output="two", gradient_accumulation_steps=1, parallel=name, parallel_offload=offload, **short
     )
-    launched("-m", "distill", "run", "--config", str(config))
+    launched("-m", "distill", "run", "--config", config, timeout=900)
     assert (tmp_path / "two" / "student" / "unet" / "diffusion_pytorch_model.safetensors").exists()
     one, two = (losses(tmp_path / output) for output in ("one", "two"))
     for (_, a, norm_a), (_, b, norm_b) in zip(one, two, strict=True):
