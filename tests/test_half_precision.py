@@ -473,7 +473,9 @@ def test_a_base_with_fp32_ends_counts_as_half():
     family, networks, _ = miniature(SD3, "bfloat16", [Role("teacher"), Role("student", trains="lora")])
     plugin = SimpleNamespace(state_bytes=8)
     run = SimpleNamespace(
-        settings=SimpleNamespace(use_ema=False, mixed_precision="bf16", gradient_checkpointing=False),
+        settings=SimpleNamespace(
+            use_ema=False, mixed_precision="bf16", gradient_checkpointing=False, checkpoint_async=False
+        ),
         networks=networks, resolution=(32, 32), family=family, optimizer_plugin=plugin,
         config=SimpleNamespace(largest_batch=1),
         method=SimpleNamespace(config=None, setup=None, requires=lambda *_: Requirements()),
