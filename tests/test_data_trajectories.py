@@ -27,6 +27,7 @@ from distill.model_families.sdxl import SDXL
 from support.config_files import PLUGIN, distill, link_model, said
 from support.data_helpers import entry, fill, prompts, take
 from support.small_run import execute, losses, write_run
+from support.torchrun import launched
 from support.trajectory_cache import TrajectoryFamily, cache_entry, trajectory_pipeline
 from test_data_prompts import lines_file
 from typer.testing import CliRunner
@@ -362,18 +363,11 @@ def test_regression_is_a_term_beside_distribution_matching(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_share_the_work_and_train_as_one(tmp_path):
-    import subprocess
-
-    from test_distributed_run import COMMAND, ENVIRONMENT
-
     write_run(tmp_path)
     add_pairs(tmp_path, write_batch_size=3)
     execute(write_run_kept(tmp_path, output="one", **{**KD, "train_batch_size": 4}))
     config = write_run_kept(tmp_path, output="two", **{**KD, "train_batch_size": 2, "device": "cpu"})
-    done = subprocess.run(
-        [*COMMAND, "run", "--config", str(config)], capture_output=True, text=True, timeout=400, env=ENVIRONMENT
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    launched("-m", "distill", "run", "--config", config, timeout=400)
     for (_, ours, _), (_, theirs, _) in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
     manifests = list((tmp_path / "two" / "cache" / "trajectories").rglob("*.jsonl"))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from support.small_run import write_run
-from support.torchrun import ENVIRONMENT, launcher
+from support.torchrun import environment, launcher
 
 DRIVER = Path(__file__).parent / "support" / "lost_process.py"
 SILENT = "process 1 (pid {pid} on {host}) hangs: it has given no sign of life for 3 s (process_timeout)"
@@ -31,7 +31,7 @@ LOST = {
 @pytest.mark.skipif(os.name != "posix", reason="needs SIGSTOP")
 def test_a_process_that_is_lost_is_named_and_the_other_ends():
     command = [sys.executable, str(DRIVER), *LOST]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=ENVIRONMENT)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment())
     assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert [each["how"] for each in found] == list(LOST)
@@ -51,7 +51,7 @@ def test_a_run_of_two_whose_second_process_is_stopped_says_so_and_can_be_resumed
     )  # fmt: skip
     process = subprocess.Popen(
         [*launcher(), "-m", "distill", "run", "--config", str(config)],
-        stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT,
+        stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(),
     )  # fmt: skip
     out, deadline = tmp_path / "out", time.monotonic() + 200
     while not list(out.glob("checkpoint-*")):

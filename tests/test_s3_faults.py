@@ -1,9 +1,7 @@
 """A whole run whose images, caches and checkpoints are in a bucket that goes away and comes back."""
 
 import json
-import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +12,7 @@ from safetensors.torch import load_file
 from support.faulty_proxy import Fault, FaultyProxy
 from support.s3_server import S3Server, s3, s3_server  # noqa: F401
 from support.small_run import execute, losses, write_images, write_run
-from test_distributed_run import COMMAND, ENVIRONMENT
+from support.torchrun import launched
 from test_mirror import check_whole
 
 pytestmark = pytest.mark.slow
@@ -171,9 +169,7 @@ def test_two_processes_share_a_bucket_and_train_as_one(tmp_path, s3):  # noqa: F
     file = configure(tmp_path, "two", s3, s3.endpoint, "two")
     settings = json.loads(file.read_text())
     file.write_text(json.dumps({**settings, "gradient_accumulation_steps": 1, "device": "cpu"}))
-    command = [*COMMAND, "run", "--config", str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env={**os.environ, **ENVIRONMENT})
-    assert done.returncode == 0, done.stderr[-4000:]
+    launched("-m", "distill", "run", "--config", file, timeout=400)
     for (_, ours, _), (_, theirs, _) in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
     assert check_whole(s3, bucket) > 0

@@ -16,7 +16,7 @@ from distill.plugins.optimizers import AdamW, AdamWBF16, StableAdamW
 from distill.plugins.optimizers_adaptive import ScheduleFreeAdamW
 from support.small_run import execute, losses, write_run
 from support.tiny_sdxl import write_tiny_sdxl
-from support.torchrun import ENVIRONMENT, launched, launcher
+from support.torchrun import environment, launched, launcher
 
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
 TESTS = Path(__file__).parent
@@ -131,7 +131,7 @@ def test_every_method_takes_the_steps_of_one_process(tmp_path, name):
     for strategy, launch in (("replicate", [sys.executable]), (name, launcher())):
         out = tmp_path / f"{strategy}.json"
         command = ["support/strategies.py", str(out), str(tmp_path / "model"), strategy, "float32", "4", *FULL]
-        subprocess.run([*launch, *command], cwd=TESTS, check=True, capture_output=True, timeout=900, env=ENVIRONMENT)
+        subprocess.run([*launch, *command], cwd=TESTS, check=True, capture_output=True, timeout=900, env=environment())
         found[strategy] = json.loads(out.read_text())
     for case, one in found["replicate"].items():
         rounding = 1e-4 if case in ("pcm-full", "progressive-full") else 1e-5  # as much between two of replicate

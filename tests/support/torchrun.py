@@ -7,7 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+def environment() -> dict[str, str]:
+    """This process's variables as they are now; each process computes in one thread."""
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def launcher(processes: int = 2) -> list[str]:
@@ -21,7 +24,7 @@ def launched(
     """What the processes said, which must have ended well."""
     done = subprocess.run(
         [*launcher(processes), *map(str, command)], cwd=cwd, capture_output=True, text=True, timeout=timeout,
-        env=ENVIRONMENT,
+        env=environment(),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     return done
