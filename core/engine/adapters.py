@@ -7,15 +7,23 @@ its recomputation under gradient checkpointing, so that one backward may cross s
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import UserError
 from ..utils.dropout import NetworkCall, current_call, within
+from ..utils.memory import free_memory_bytes, gigabytes
+from .lora_layers import MergedWeights
+
+logger = logging.getLogger(__name__)
+MERGING_SHARE = 0.5
+"""Share of the free memory that merged weights may take: activations come later."""
 
 
 def tuner_layers(network: nn.Module) -> list[tuple[str, Any]]:
@@ -49,16 +57,28 @@ class AdapterSwitch:
 
     Args:
         network: A network that adapters were injected into.
+        merging: Whether passes without a gradient run on merged weights, where memory has room for them.
     """
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, *, merging: bool = False) -> None:
         self._layers: list[Any] = [module for _, module in tuner_layers(network)]
         self.active: str | None = None
+        self._merged = MergedWeights(self._layers) if merging else None
+        self._in_use: str | None = None
         self.reset()
 
     def reset(self) -> None:
         """Switch all adapters off, whatever was on."""
         self._apply(None)
+
+    def changed(self, adapter: str | None = None) -> None:
+        """Tell that the weights of `adapter`, or of any, were changed."""
+        if self._merged is not None:
+            self._merged.forget(adapter)
+
+    def stop_merging(self) -> None:
+        """Run every pass from now on with the adapters as they are, and give the memory of merged weights back."""
+        self._merged = None
 
     def _apply(self, adapter: str | None) -> None:
         # peft's public switches clear requires_grad of the inactive adapters, hence its two fields directly
@@ -72,14 +92,58 @@ class AdapterSwitch:
     def use(self, adapter: str | None) -> Iterator[None]:
         """Switch on `adapter` (None: none) inside the block; restore what was on before, also on an error."""
         before = self.active
+        merges = adapter is not None and not torch.is_grad_enabled() and self._has_room(adapter)
+        with self._merged_as(adapter if merges else None):
+            if adapter == before:
+                yield
+                return
+            self._apply(adapter)
+            try:
+                yield
+            finally:
+                self._apply(before)
+
+    @contextmanager
+    def _merged_as(self, adapter: str | None) -> Iterator[None]:
+        """Run on the merged weights of `adapter` inside the block; None: on none."""
+        before = self._in_use
         if adapter == before:
             yield
             return
-        self._apply(adapter)
+        self._set_merged(adapter)
         try:
             yield
         finally:
-            self._apply(before)
+            self._set_merged(before)
+
+    def _set_merged(self, adapter: str | None) -> None:
+        assert self._merged is not None
+        if self._in_use is not None:
+            self._merged.leave(self._in_use)
+        if adapter is not None:
+            self._merged.use(adapter)
+        self._in_use = adapter
+
+    def _has_room(self, adapter: str) -> bool:
+        """Return True if passes of `adapter` run on merged weights; where memory is short, none do from then on."""
+        if self._merged is None:
+            return False
+        needed = self._merged.bytes_of(adapter)
+        if not needed:
+            return True
+        free = free_memory_bytes(self._device)
+        if needed <= free * MERGING_SHARE:
+            return True
+        logger.info(
+            f"passes without a gradient run with adapters that are not merged: copies of the weights take "
+            f"{gigabytes(needed)}, and {gigabytes(free)} are free"
+        )
+        self.stop_merging()
+        return False
+
+    @property
+    def _device(self) -> str:
+        return str(self._layers[0].base_layer.weight.device)
 
     def checkpoint(self, module: nn.Module, *args: Any) -> Any:
         """Run `module` under gradient checkpointing, its recomputation with the adapters and the dropout of the forward

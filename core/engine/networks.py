@@ -20,6 +20,7 @@ from ..utils.dropout import NamedDropout
 from ..utils.seeds import derive_seed
 from .adapters import AdapterSwitch, copy_adapter, tuner_layers
 from .ema import EMA
+from .lora_layers import make_direct
 from .modules import build_module, changing_buffers
 from .shards import part_of, sharded_as
 
@@ -39,6 +40,7 @@ class Networks:
         gradient_checkpointing: Recompute activations in the backward pass.
         parameter_dtype: Type of trained LoRA weights (bfloat16 only for optimizers that compensate the rounding).
         ema_decay: Decay of another average of the student, for ``use_ema``; None without.
+        merging: Whether passes of adapters without a gradient run on merged weights.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Networks:
         gradient_checkpointing: bool = False,
         parameter_dtype: torch.dtype = torch.float32,
         ema_decay: float | None = None,
+        merging: bool = False,
     ) -> None:
         self.roles = {role.name: role for role in roles}
         self._family, self._lora, self._seed, self._dtype = family, lora, seed, parameter_dtype
@@ -58,11 +61,12 @@ class Networks:
         self._modules: dict[str, nn.Module] = {}
         self._parts: dict[nn.Parameter, nn.Parameter] = {}
         self._listeners: list[Callable[[], None]] = []
+        self._switch: AdapterSwitch | None = None
         for role in sorted(roles, key=lambda role: role.trains != "full"):
             # copies of the base first, while no adapter is inside it: then any order of the roles will do
             self._modules[role.name] = self._build(role)
         adapters = [role.name for role in roles if self._is_adapter(role)]
-        self._switch = AdapterSwitch(self.base) if adapters else None
+        self._switch = AdapterSwitch(self.base, merging=merging) if adapters else None
         for role in roles:
             self._set_trainable(role)
             if role.source is not None:
@@ -98,6 +102,8 @@ class Networks:
 
     def changed(self) -> None:
         """Tell that weights were changed."""
+        if self._switch is not None:
+            self._switch.changed()
         for listener in self._listeners:
             listener()
 
@@ -162,6 +168,7 @@ class Networks:
                     f"leave the key out for the family's own list: {' '.join(self._family.lora_targets)}",
                 ) from error
             self._name_dropout(role)
+            make_direct(layer for _, layer in tuner_layers(self.base))
             if self._has_second_time(role):
                 self._family.add_second_time(self.base, name=role.name)
         for parameter in self._own(self.base, role.name).values():
@@ -297,6 +304,8 @@ class Networks:
 
     def update_averages(self, stepped: str) -> None:
         """Update every average of the role that was just stepped; once per optimizer step."""
+        if self._switch is not None:
+            self._switch.changed(stepped)
         for name, average in self._averages.items():
             if self.roles[name].ema_of == stepped:
                 average.update(self._all_parameters(stepped))

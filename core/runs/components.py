@@ -135,6 +135,7 @@ class RunComponents:
                 seed=settings.seed, gradient_checkpointing=settings.gradient_checkpointing,
                 parameter_dtype=getattr(torch, self.optimizer_plugin.parameter_dtype),
                 ema_decay=settings.ema_decay if self._averages_student() else None,
+                merging=settings.merge_for_inference == "auto" and not self.strategy.lockstep,
             )  # fmt: skip
             if settings.init_lora:
                 networks.start_from("student", str(settings.init_lora))

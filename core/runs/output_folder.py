@@ -58,6 +58,7 @@ MAY_CHANGE = frozenset(
         "dataloader_prefetch",
         "vae_batch_size",
         "gradient_checkpointing",
+        "merge_for_inference",
         "max_grad_norm",
         "max_bad_steps",
         "max_bad_share",

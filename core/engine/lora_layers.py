@@ -1,0 +1,171 @@
+"""Layers with LoRA, as training calls them: the products of an adapter are added by the matrix product itself, and
+passes without a gradient may run on merged weights.
+
+    y = W x + s B (A x)            with a gradient, and in half precision
+    y = (W + s B A) x              without one, in fp32 and above
+
+peft's own layers scale the product and add it in two more passes over the output, forward and backward, and take its
+second factor for a convolution of a 1x1 kernel. These subclasses are peft's layers in everything else.
+
+Merged weights are for fp32 alone. A weight of half precision keeps 8 or 11 bits, and a LoRA changes it by less than the
+last one for most of a training: the merged weight would be rounded to the teacher's, and the adapter would be lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from peft.tuners import lora
+from torch import Tensor, nn
+
+WIDE = (torch.float32, torch.float64)
+
+
+class _Direct:
+    """What both kinds share; mixed into a layer of peft, whose attributes it reads."""
+
+    merged_weight: Tensor | None = None
+    """The sum of the base's weight and of an adapter's product, while passes run on it."""
+
+    def _sole_adapter(self: Any, kwargs: dict[str, Any]) -> str | None:
+        """Return the adapter that is on; None where peft's own forward has to decide."""
+        if self._disable_adapters or kwargs or self.merged or len(self._active_adapter) != 1:
+            return None
+        (adapter,) = self._active_adapter
+        plain = adapter in self.lora_A and adapter not in self.lora_variant and self.lora_B[adapter].bias is None
+        return adapter if plain else None
+
+    def _input(self: Any, adapter: str, x: Tensor) -> Tensor:
+        """Return what the first factor reads, in its type, or as it is where autocast would only cast it back."""
+        dropout = self.lora_dropout[adapter]
+        if isinstance(dropout, nn.Identity) and torch.is_autocast_enabled(x.device.type):
+            return x
+        return dropout(self._cast_input_dtype(x, self.lora_A[adapter].weight.dtype))
+
+
+class DirectLinear(_Direct, lora.Linear):
+    """A linear layer with LoRA."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return (B, ..., D_out) of `x`, shape (B, ..., D_in)."""
+        if self.merged_weight is not None:
+            return nn.functional.linear(x, self.merged_weight, self.base_layer.bias)
+        adapter = self._sole_adapter(kwargs)
+        if adapter is None:
+            return super().forward(x, *args, **kwargs)
+        output, scale = self.base_layer(x), self.scaling[adapter]
+        up, inner = self.lora_B[adapter], self.lora_A[adapter](self._input(adapter, x))
+        if output.dtype != inner.dtype:
+            return (output + up(inner) * scale).to(output.dtype)
+        return torch.addmm(output.flatten(0, -2), inner.flatten(0, -2), up.weight.t(), alpha=scale).view(output.shape)
+
+
+class DirectConv2d(_Direct, lora.Conv2d):
+    """A convolution with LoRA, whose second factor has a 1x1 kernel."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return (B, C_out, h', w') of `x`, shape (B, C_in, h, w)."""
+        if self.merged_weight is not None:
+            return self.base_layer._conv_forward(x, self.merged_weight, self.base_layer.bias)
+        adapter = self._sole_adapter(kwargs)
+        if adapter is None:
+            return super().forward(x, *args, **kwargs)
+        output, scale = self.base_layer(x), self.scaling[adapter]
+        up, inner = self.lora_B[adapter], self.lora_A[adapter](self._input(adapter, x))
+        if output.dtype != inner.dtype:
+            return (output + up(inner) * scale).to(output.dtype)
+        if output.is_contiguous(memory_format=torch.channels_last):
+            rows, inner = (tensor.permute(0, 2, 3, 1) for tensor in (output, inner))
+            added = torch.addmm(rows.flatten(0, 2), inner.flatten(0, 2), up.weight.flatten(1).t(), alpha=scale)
+            return added.view(rows.shape).permute(0, 3, 1, 2)
+        factor = up.weight.flatten(1).expand(len(output), -1, -1)
+        return torch.baddbmm(output.flatten(2), factor, inner.flatten(2), alpha=scale).view(output.shape)
+
+
+DIRECT: dict[type, type] = {lora.Linear: DirectLinear, lora.Conv2d: DirectConv2d}
+PLAIN = (nn.Linear, nn.Conv2d)
+
+
+def make_direct(layers: Iterable[Any]) -> None:
+    """Turn peft's layers into those of this module; kinds that it has none for (quantised ones, say) stay."""
+    for layer in layers:
+        kind = DIRECT.get(type(layer))
+        if kind is not None:
+            layer.__class__ = kind
+
+
+class MergedWeights:
+    """Copies of the base's weights with an adapter's product added, one set for each adapter, made when first needed.
+
+    The base's own weights are never touched.
+
+    Args:
+        layers: Those that carry adapters.
+    """
+
+    def __init__(self, layers: Sequence[Any]) -> None:
+        self._layers = layers
+        self._sets: dict[str, list[tuple[Any, Tensor]]] = {}
+        self._fresh: dict[str, int] = {}
+
+    def forget(self, adapter: str | None = None) -> None:
+        """Make the set of `adapter`, or every set, again before it is used next: the adapter has changed."""
+        for name in [adapter] if adapter else list(self._fresh):
+            self._fresh.pop(name, None)
+
+    def bytes_of(self, adapter: str) -> int:
+        """Return the bytes that the set of `adapter` takes, beyond what it holds by now."""
+        return 0 if adapter in self._sets else sum(layer.base_layer.weight.nbytes for layer in self._merging(adapter))
+
+    def _merging(self, adapter: str) -> list[Any]:
+        """Return the layers that run on merged weights for `adapter`; the others run as ever."""
+        return [layer for layer in self._layers if adapter in layer.lora_A and _mergeable(layer, adapter)]
+
+    @torch.no_grad()
+    def use(self, adapter: str) -> None:
+        """Let the layers run on the merged weights of `adapter`, until :meth:`leave`."""
+        if adapter not in self._sets:
+            self._sets[adapter] = [
+                (layer, torch.empty_like(layer.base_layer.weight)) for layer in self._merging(adapter)
+            ]
+        version = sum(p._version for layer, _ in self._sets[adapter] for p in _factors(layer, adapter))
+        if self._fresh.get(adapter) != version:
+            for layer, merged in self._sets[adapter]:
+                _merge(layer, adapter, merged)
+            self._fresh[adapter] = version
+        for layer, merged in self._sets[adapter]:
+            layer.merged_weight = merged
+
+    def leave(self, adapter: str) -> None:
+        """Let the layers run on the base's weights again."""
+        for layer, _ in self._sets[adapter]:
+            layer.merged_weight = None
+
+
+def _factors(layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
+    return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+
+
+def _mergeable(layer: Any, adapter: str) -> bool:
+    """Return True if the sum of both weights gives what the layer does: no dropout between them, nothing packed."""
+    base = layer.base_layer
+    return (
+        isinstance(layer, _Direct)
+        and type(base) in PLAIN
+        and base.weight.dtype in WIDE
+        and isinstance(layer.lora_dropout[adapter], nn.Identity)
+        and adapter not in layer.lora_variant
+        and layer.lora_B[adapter].bias is None
+        and getattr(base, "groups", 1) == 1
+    )
+
+
+def _merge(layer: Any, adapter: str, merged: Tensor) -> None:
+    down, up = (factor.to(merged.dtype) for factor in _factors(layer, adapter))
+    base, scale = layer.base_layer.weight, layer.scaling[adapter]
+    if base.dim() == 2:
+        torch.addmm(base, up, down, alpha=scale, out=merged)
+    else:
+        merged.copy_(base).add_((up.flatten(1) @ down.flatten(1)).view(base.shape), alpha=scale)
