@@ -108,12 +108,14 @@ class MergedWeights:
     def __init__(self, layers: Sequence[Any]) -> None:
         self._layers = layers
         self._sets: dict[str, list[tuple[Any, Tensor]]] = {}
-        self._fresh: dict[str, int] = {}
+        self._fresh: set[str] = set()
 
     def forget(self, adapter: str | None = None) -> None:
-        """Make the set of `adapter`, or every set, again before it is used next: the adapter has changed."""
-        for name in [adapter] if adapter else list(self._fresh):
-            self._fresh.pop(name, None)
+        """Make the set of `adapter`, or every set, again before it is used next: the adapter has changed.
+
+        Everything that changes adapters has to say so; the counters of tensors do not tell of fused optimizers.
+        """
+        self._fresh -= self._sets.keys() if adapter is None else {adapter}
 
     def bytes_of(self, adapter: str) -> int:
         """Return the bytes that the set of `adapter` takes, beyond what it holds by now."""
@@ -130,11 +132,10 @@ class MergedWeights:
             self._sets[adapter] = [
                 (layer, torch.empty_like(layer.base_layer.weight)) for layer in self._merging(adapter)
             ]
-        version = sum(p._version for layer, _ in self._sets[adapter] for p in _factors(layer, adapter))
-        if self._fresh.get(adapter) != version:
+        if adapter not in self._fresh:
             for layer, merged in self._sets[adapter]:
                 _merge(layer, adapter, merged)
-            self._fresh[adapter] = version
+            self._fresh.add(adapter)
         for layer, merged in self._sets[adapter]:
             layer.merged_weight = merged
 
@@ -142,10 +143,6 @@ class MergedWeights:
         """Let the layers run on the base's weights again."""
         for layer, _ in self._sets[adapter]:
             layer.merged_weight = None
-
-
-def _factors(layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
-    return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
 
 
 def _mergeable(layer: Any, adapter: str) -> bool:
@@ -163,7 +160,7 @@ def _mergeable(layer: Any, adapter: str) -> bool:
 
 
 def _merge(layer: Any, adapter: str, merged: Tensor) -> None:
-    down, up = (factor.to(merged.dtype) for factor in _factors(layer, adapter))
+    down, up = (factors[adapter].weight.to(merged.dtype) for factors in (layer.lora_A, layer.lora_B))
     base, scale = layer.base_layer.weight, layer.scaling[adapter]
     if base.dim() == 2:
         torch.addmm(base, up, down, alpha=scale, out=merged)

@@ -145,8 +145,8 @@ class TrainingKeys(Settings):
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: less memory, about a third more time."""
     merge_for_inference: Literal["auto", "off"] = "auto"
-    """Run passes of a LoRA that need no gradient (targets, rollouts) on copies of the weights with the LoRA added: auto, in
-    fp32 where memory has room for the copies. In half precision rounding would lose the LoRA, so it is never done there."""
+    """Run passes of a LoRA that need no gradient (targets, rollouts) on copies of the weights with the LoRA added:
+    auto, in fp32 where memory has room. Never in half precision, whose rounding would lose the LoRA."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "bf16"
     """Type of the forward pass; first and last layers, targets and losses stay fp32. `fp16` is slow on a CPU."""
     lora_type: Literal["standard"] = "standard"
