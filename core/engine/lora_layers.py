@@ -26,7 +26,7 @@ WIDE = (torch.float32, torch.float64)
 class _Direct:
     """What both kinds share; mixed into a layer of peft, whose attributes it reads."""
 
-    merged_weight: Tensor | None = None
+    merged_weight: Tensor | None
     """The sum of the base's weight and of an adapter's product, while passes run on it."""
 
     def _sole_adapter(self: Any, kwargs: dict[str, Any]) -> str | None:
@@ -94,6 +94,7 @@ def make_direct(layers: Iterable[Any]) -> None:
         kind = DIRECT.get(type(layer))
         if kind is not None:
             layer.__class__ = kind
+            layer.merged_weight = None  # of its own from the start: a compiler looks where an attribute lies
 
 
 class MergedWeights:

@@ -292,6 +292,11 @@ class Networks:
         """Return the role's trainable parameters, in a fixed order; of sharded ones this process's parts."""
         return [p for p in self._all_parameters(role) if p.requires_grad]
 
+    def denoisers(self) -> list[nn.Module]:
+        """Return the base and every network of its own, each once."""
+        found = [self.base, *(self._modules[name] for name in self.roles if self.has_own_network(name))]
+        return list(dict.fromkeys(found))
+
     def has_own_network(self, role: str) -> bool:
         """Return True if the role's weights are a whole denoiser of its own."""
         return is_whole_network(self.roles, role)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..diffusion.guidance import guides
 from ..plugin_api.context import NetworksByRole
+from ..utils.eagerly import eagerly
 
 if TYPE_CHECKING:
     from ..diffusion.sampler import Sampler
@@ -62,7 +63,7 @@ def describe_guidance(guidance: float) -> str:
 @contextmanager
 def sampling(networks: NetworksByRole, role: str) -> Iterator[nn.Module]:
     """Yield the role's network in eval mode and without gradients; restore its mode and the global generators after."""
-    with networks.use(role) as network, torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with networks.use(role) as network, torch.no_grad(), eagerly(), torch.random.fork_rng(devices=[]):
         training = network.training
         network.eval()
         try:

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from ..diffusion.prediction import Prediction, classifier_free_guidance
 from ..utils.dropout import NetworkCall, within
+from ..utils.eagerly import eagerly
 from ..utils.full_precision import full_precision
 from ..utils.seeds import RngStreams
 from .family_parts import FIRST_HALF
@@ -234,7 +235,7 @@ class Context:
             precision: Arithmetic of the networks that `function` calls: fp32 whatever the run's, with weights of half
                 precision cast layer by layer; or ``mixed``, the run's own, whose rounding a difference divides by 2h.
         """
-        with torch.no_grad(), self._full_precision(precision == "float32"):
+        with torch.no_grad(), self._full_precision(precision == "float32"), eagerly():
             if step is not None:
                 ahead = function(*(p + step * v for p, v in zip(primals, tangents, strict=True)))
                 behind = function(*(p - step * v for p, v in zip(primals, tangents, strict=True)))
@@ -298,7 +299,7 @@ class Context:
             blocks: The blocks whose outputs they are (:meth:`.family.ModelFamily.features`).
         """
         runtime = self._runtime
-        with self._call(role) as network, self._autocast():
+        with self._call(role) as network, self._autocast(), eagerly(if_whole=True):
             return runtime.family.features(network, x_t, self.schedule.network_time(t), cond, blocks=blocks)
 
     def logits(self, role: str, features: Sequence[Tensor]) -> list[Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from ..data.pipeline import DataPipeline
     from ..diffusion.sampler import Sampler
     from ..engine.checkpoint import CheckpointStore
+    from ..engine.compilation import Compilation
     from ..engine.networks import Networks
     from ..engine.observer import TrainingObserver
     from ..engine.optimize import RoleOptimizer
@@ -78,6 +80,12 @@ class RunComponents:
             quantised=settings.base_model_precision != "no_change", mixed_precision=settings.mixed_precision,
         )  # fmt: skip
         return strategy
+
+    def kernels(self) -> AbstractContextManager[None]:
+        """Return a context that computes with the kernels of the settings."""
+        from ..engine.kernels import kernels
+
+        return kernels(self.processes.device, tf32=self.settings.tf32, attention=self.settings.attention_kernels)
 
     @cached_property
     def family(self) -> Any:
@@ -153,6 +161,19 @@ class RunComponents:
         from .planned_memory import planned_memory
 
         return planned_memory(self.config, self.registry, family=self.family)
+
+    @cached_property
+    def compilation(self) -> Compilation:
+        """What of the networks is compiled; raises UserError where what is asked for cannot be."""
+        from ..engine.compilation import Compilation, CompileSettings
+
+        settings = self.settings
+        asked = CompileSettings(
+            mode=settings.compile, gradient_checkpointing=settings.gradient_checkpointing,
+            dropout=settings.lora_dropout, quantised=settings.base_model_precision != "no_change",
+            lockstep=self.strategy.lockstep, memory_budget=settings.activation_memory_budget,
+        )  # fmt: skip
+        return Compilation(asked, self.processes.device)
 
     def _averages_student(self) -> bool:
         roles = {role.name: role for role in self.method.roles(self.method.config, self.method.setup)}
@@ -312,6 +333,7 @@ class RunComponents:
 
         settings, processes = self.settings, self.processes
         self._place()
+        self.compilation.apply(self.networks, self.family, num_steps=self.total_steps)
         autocast = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.mixed_precision]
         context = Context(
             Runtime(

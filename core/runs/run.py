@@ -96,7 +96,8 @@ class Run(TrainingObserver):
                 if self.parts.processes.heartbeats is not None:
                     self.parts.processes.heartbeats.on_stuck = self._stuck
                 self._open()
-                return self._execute()
+                with self.parts.kernels():
+                    return self._execute()
             except BaseException as error:
                 refused = explained(error, place=self.settings.output_dir, running=self._training)
                 self.parts.processes.fail(refused or error)
@@ -161,6 +162,7 @@ class Run(TrainingObserver):
 
     def _check_model(self) -> None:
         """Refuse what only the model's own config can tell, still before weights load."""
+        _ = self.parts.compilation  # refuses what cannot be compiled
         self.parts.sampler()  # refuses steps and guidance that the method cannot sample with
         check_method_sources(self.parts.config, self.parts.registry)
         method, family = self.parts.method, self.parts.family
@@ -285,6 +287,7 @@ class Run(TrainingObserver):
         if self._progress is None:
             return
         self._progress.advance(step)
+        self.parts.compilation.report(step)
         if metrics is not None:
             self._progress.log(step, metrics)
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from .types import HubOrPath, Integers, LocalPath, Names, Resolutions, Settings, Texts
+from .types import AttentionKernels, HubOrPath, Integers, LocalPath, Names, Resolutions, Settings, Texts
 
 LORA_RATE, FULL_RATE = 1e-4, 1e-6
 """Learning rates of AdamW where the user gives none."""
@@ -147,6 +147,15 @@ class TrainingKeys(Settings):
     merge_for_inference: Literal["auto", "off"] = "auto"
     """Run passes of a LoRA that need no gradient (targets, rollouts) on copies of the weights with the LoRA added:
     auto, in fp32 where memory has room. Never in half precision, whose rounding would lose the LoRA."""
+    compile: Literal["auto", "off", "regions", "whole"] = "auto"
+    """Compile the denoisers: `regions`, block by block; `whole`, as one; `auto`, by regions on CUDA in runs of 1,000
+    steps or more. The first step of each shape takes longer."""
+    activation_memory_budget: float = Field(default=1.0, ge=0, le=1)
+    """Share of the activations of what is compiled that the backward pass may keep; it recomputes the others."""
+    tf32: bool = False
+    """Let products in fp32 round to TensorFloat-32 on CUDA: faster, with 10 bits instead of 23."""
+    attention_kernels: AttentionKernels = ()
+    """PyTorch's attention kernels in order of preference, of flash, cudnn, efficient and math; empty: PyTorch's own."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "bf16"
     """Type of the forward pass; first and last layers, targets and losses stay fp32. `fp16` is slow on a CPU."""
     lora_type: Literal["standard"] = "standard"

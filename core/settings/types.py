@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -94,6 +94,7 @@ def parse_resolutions(value: Any) -> Any:
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(split_names)]
+AttentionKernels = Annotated[tuple[Literal["flash", "cudnn", "efficient", "math"], ...], BeforeValidator(split_names)]
 Integers = Annotated[
     tuple[Annotated[int, Field(ge=1, le=1000)], ...], Field(min_length=1), BeforeValidator(split_numbers)
 ]
