@@ -118,7 +118,7 @@ class LCM(Method):
         w = scale - 1 if self._takes_guidance else None
 
         with torch.no_grad():
-            x_prev = context.predict_guided(x_t, t, batch.cond, scale).ddim_step(t_prev)
+            x_prev = context.predict_guided(x_t, t, batch.cond, scale, guided=config.guided).ddim_step(t_prev)
             target = self._f(context.predict(self._target, x_prev, t_prev, batch.cond, guidance=w))
         output = self._f(context.predict("student", x_t, t, batch.cond, guidance=w))
 

@@ -166,7 +166,7 @@ class MeanFlow(Method):
             return context.predict("student", x, t, batch.cond, guidance=w, r=r).as_type("flow")
 
         with torch.no_grad():
-            guided = context.predict_guided(x_t, t, batch.cond, scale)
+            guided = context.predict_guided(x_t, t, batch.cond, scale, guided=config.guided)
             speed = flow_time_speed(schedule, t)
             tangents = (append_dims(speed, x_t) * guided.velocity, speed)
             derivative = context.jvp(

@@ -212,7 +212,7 @@ class PCM(Method):
         if self.config.cfg_free:
             return context.predict("teacher", x_t, t, cond).ddim_step(t_prev)
         scale = context.rng.uniform("w", *self.config.scales)
-        return context.predict_guided(x_t, t, cond, scale).ddim_step(t_prev)
+        return context.predict_guided(x_t, t, cond, scale, guided=self.config.guided).ddim_step(t_prev)
 
     def _prompts(self, context: Context, cond: Conditioning) -> Conditioning:
         """Return `cond` with a share of the samples unconditional."""

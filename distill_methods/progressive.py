@@ -311,9 +311,7 @@ class Progressive(Method):
         if self._phase(context).number > 0:
             w = scale - 1 if self.config.takes_guidance(self.setup.model_type) else None
             return context.predict("stage_teacher", x, t, cond, guidance=w)
-        if self.config.scales == (1.0, 1.0):
-            return context.predict("teacher", x, t, cond)
-        return context.predict_guided(x, t, cond, scale)
+        return context.predict_guided(x, t, cond, scale, guided=self.config.guided)
 
     def sampler(
         self, schedule: Schedule, *, num_inference_steps: int | None = None, guidance_scale: float | None = None

@@ -81,7 +81,7 @@ def test_regions_are_compiled_once_for_each_kind_of_call_and_shape_and_give_the_
     found = losses(run, edges, after=lambda: counts.append(made.num_graphs - begun))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
     # two kinds of blocks, each called as teacher, student, and target on merged weights; the first block of the second
-    # kind reads tensors laid out otherwise, and the student's first one reads some without a gradient. Nothing is compiled
+    # kind reads tensors laid out otherwise, the student's first one some without a gradient. Nothing is compiled
     # again for further blocks or steps, nor for merged weights that were made again.
     assert counts == [10, 10, 20]
     with caplog.at_level(logging.INFO):

@@ -271,3 +271,21 @@ def test_with_the_models_own_spacing_ddim_is_the_models_own_euler():
 def test_wrong_settings_are_refused(settings, words):
     with pytest.raises(ValidationError, match=words):
         Guidance.Config(**settings)
+
+
+def test_without_guidance_the_teacher_is_called_once_with_the_prompt_alone(tmp_path):
+    """w_min = w_max = 1: half of the teacher's work, and the same target up to rounding."""
+    from support.sdxl_setup import make_batch, make_setup
+    from support.tiny_sdxl import write_tiny_sdxl
+
+    model, rows = write_tiny_sdxl(tmp_path / "model"), []
+    family, method, networks, context = make_setup(model, w_min=1.0, w_max=1.0)
+    batch = make_batch(family)
+    networks.base.register_forward_pre_hook(
+        lambda module, args, given: rows.append(len(args[0] if args else given["sample"])), with_kwargs=True
+    )
+    (update,) = method.updates(context.at(0, batch.positions), batch, 0)
+    assert rows == [4, 4, 4]  # teacher, target, student
+    family, method, networks, context = make_setup(model, w_min=1.0, w_max=1.0 + 1e-12)
+    (both,) = method.updates(context.at(0, batch.positions), batch, 0)
+    torch.testing.assert_close(update.loss, both.loss, rtol=1e-9, atol=0)

@@ -43,6 +43,11 @@ class GuidanceRange(BaseModel):
         )
 
     @property
+    def guided(self) -> bool:
+        """True if there is a scale other than 1, at which the prompt is followed without guidance."""
+        return self.scales != (1.0, 1.0)
+
+    @property
     def is_range(self) -> bool:
         """True if there is more than one scale, so that a student needs to know which."""
         return self.w_min < self.w_max

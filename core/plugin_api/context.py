@@ -143,7 +143,14 @@ class Context:
         return self._runtime.family.uncond(cond)
 
     def predict_guided(
-        self, x_t: Tensor, t: Tensor, cond: Conditioning, scale: Tensor, *, role: str = "teacher"
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        cond: Conditioning,
+        scale: Tensor,
+        *,
+        role: str = "teacher",
+        guided: bool = True,
     ) -> Prediction:
         """Return the guided teacher's prediction.
 
@@ -156,9 +163,12 @@ class Context:
             cond: Conditioning, each tensor of shape (B, ...).
             scale: Guidance scale g of uncond + g (cond - uncond), shape (B,).
             role: The role whose network is guided.
+            guided: False where every scale is 1, which one call with the prompt alone gives.
         """
         if self._runtime.family.guided_by_input:
             return self.predict(role, x_t, t, cond, guidance=scale - 1)
+        if not guided:
+            return self.predict(role, x_t, t, cond)
         return classifier_free_guidance(*self.predict_cond_uncond(role, x_t, t, cond), scale)
 
     def predict_cond_uncond(
