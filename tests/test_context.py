@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -255,3 +256,28 @@ def test_second_times_reach_the_family_in_the_networks_units():
     context.predict("student", x, t, COND)
     assert torch.equal(told[0], context.schedule.network_time(r))
     assert told[1] is None
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+
+def test_activations_wait_on_the_host_only_where_a_gradient_needs_them(monkeypatch):
+    from distill.core.plugin_api import context as module
+
+    held, (context, _, networks, grid) = [], make()
+    x, t = noise(context), grid.times[:SIZE]
+    expected = torch.autograd.grad(context.predict("student", x, t, COND).output.sum(), networks.parameters("student"))
+
+    def offload(*, pin_memory):
+        assert not pin_memory  # for CUDA alone
+        return torch.autograd.graph.saved_tensors_hooks(lambda s: (held.append(s.nbytes), s)[1], lambda s: s)
+
+    monkeypatch.setattr(module, "save_on_cpu", offload)
+    context._runtime = replace(context._runtime, activation_offload=True)
+    with torch.no_grad():
+        context.predict("student", x, t, COND)
+    assert not held
+    output = context.predict("student", x, t, COND).output
+    found = torch.autograd.grad(output.sum(), networks.parameters("student"))
+    assert sum(held) > 0
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))

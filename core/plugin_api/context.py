@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from ..diffusion.prediction import Prediction, classifier_free_guidance
@@ -44,6 +45,8 @@ class Runtime:
     """Grids on the device by number of steps; kept, since a new grid would be copied to the device at every step."""
     stages: Sequence[Stage] = ()
     """The method's stages, in order."""
+    activation_offload: bool = False
+    """Whether what the backward pass needs waits for it in memory of the host."""
     average: Callable[[Sequence[Tensor]], None] | None = None
     """A function that averages tensors over processes, in place; None where there is one process."""
 
@@ -115,7 +118,7 @@ class Context:
         runtime = self._runtime
         time = self.schedule.network_time(t)
         second = None if r is None else self.schedule.network_time(r)
-        with self._call(role) as network, self._arithmetic(network):
+        with self._call(role) as network, self._arithmetic(network), self._saving():
             output = runtime.family.predict(network, x_t, time, cond, guidance=guidance, second_time=second)
         return Prediction(output, x_t, t, self.schedule, self.prediction_type)
 
@@ -133,6 +136,12 @@ class Context:
         if self._in_full_precision and self._runtime.autocast_dtype is not None:
             return full_precision(network, self.device)
         return self._autocast()
+
+    def _saving(self) -> AbstractContextManager[Any]:
+        """Return the context of a call whose activations are kept for the backward pass."""
+        if not self._runtime.activation_offload or not torch.is_grad_enabled():
+            return nullcontext()
+        return save_on_cpu(pin_memory=self.device.type == "cuda")
 
     def _autocast(self) -> torch.autocast:
         dtype = self._runtime.autocast_dtype

@@ -338,7 +338,7 @@ class RunComponents:
         context = Context(
             Runtime(
                 self.family, self.networks, settings.seed, processes.device, autocast, stages=self.stages,
-                average=processes.average,
+                average=processes.average, activation_offload=settings.activation_offload,
             )
         )  # fmt: skip
         optimizers = {role: self._optimizer(role) for role in self.networks.trained_roles()}

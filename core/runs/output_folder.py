@@ -58,6 +58,7 @@ MAY_CHANGE = frozenset(
         "dataloader_prefetch",
         "vae_batch_size",
         "gradient_checkpointing",
+        "activation_offload",
         "merge_for_inference",
         "compile",
         "activation_memory_budget",

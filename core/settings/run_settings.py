@@ -144,6 +144,8 @@ class TrainingKeys(Settings):
     """Micro-batches per optimizer step."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    activation_offload: bool = False
+    """Keep what the backward pass needs in (pinned) memory of the host: less memory of the device, more time."""
     merge_for_inference: Literal["auto", "off"] = "auto"
     """Run passes of a LoRA that need no gradient (targets, rollouts) on copies of the weights with the LoRA added:
     auto, in fp32 where memory has room. Never in half precision, whose rounding would lose the LoRA."""
