@@ -26,7 +26,7 @@ from .builders import check_method_sources
 from .components import RunComponents
 from .memory_plan import explain_memory
 from .opening import OpenFolder, check_resources, miniature_note, passed_over
-from .output_folder import ONLINE_FOLDER, REPORTS_FOLDER, RESOLVED, STUDENT_FOLDER, named_step
+from .output_folder import ONLINE_FOLDER, PROFILE_FOLDER, REPORTS_FOLDER, RESOLVED, STUDENT_FOLDER, named_step
 from .run_log import ENDS, ENDS_WELL, RunLog
 
 if TYPE_CHECKING:
@@ -135,6 +135,8 @@ class Run(TrainingObserver):
         self.parts.registry.hook.on_run_start(state=self.parts.trainer.state)
         with self._progress or self._make_progress():
             self._training = True
+            if self.settings.profile_steps and self.parts.processes.main:
+                self._folder.files.claim(PROFILE_FOLDER)
             self.parts.trainer.train(self.parts.data.steps(self.parts.trainer.step))
             if self.settings.validation_step_interval:
                 self.validate(self.parts.trainer.step)
@@ -348,7 +350,8 @@ class Run(TrainingObserver):
             if main:
                 publish_student(self.parts, student, evaluation)
                 self.parts.trackers.finish(evaluation.scalars() if evaluation else None)
-                self._folder.files.wrote(STUDENT_FOLDER, ONLINE_FOLDER, *self._folder.watched)
+                profile = [PROFILE_FOLDER] if self.settings.profile_steps else []
+                self._folder.files.wrote(STUDENT_FOLDER, ONLINE_FOLDER, *profile, *self._folder.watched)
         self._log.note(ENDS_WELL)
         self.parts.registry.hook.on_run_end(state=self.parts.trainer.state)
         self.parts.trainer.store.wait()
