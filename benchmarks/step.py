@@ -29,7 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -248,8 +248,13 @@ def measure_counts(workspace: Path, *, method: str, batch: int) -> dict[str, Any
 
     with counter.counting():
         run_with(workspace, Plugin(), method=method, batch=batch, steps=max(2, PERIODS.get(method, 1)))
-    counts = taken[-1]
-    return {"calls": counts.rows(), **{name: value for name, value in asdict(counts).items() if name != "calls"}}
+    last = taken[-1]
+    return {
+        "calls": last.rows(),
+        "reads": dict(last.reads),
+        "casts": dict(last.casts),
+        "copied_bytes": last.copied_bytes,
+    }
 
 
 # -- starting ---------------------------------------------------------------------------------------------------------
@@ -325,12 +330,8 @@ def measure(workspace: Path, given: argparse.Namespace) -> dict[str, Any]:
             if not given.steps:
                 continue
             one = {"method": method, "batch": batch}
-            runs = [
-                measure_steps(
-                    workspace, **one, steps=given.steps, reference=given.reference if method == "lcm" else None
-                )
-                for _ in range(given.runs)
-            ]
+            reference = given.reference if method == "lcm" else None
+            runs = [measure_steps(workspace, **one, steps=given.steps, reference=reference) for _ in range(given.runs)]
             found = {**compare(runs), **measure_counts(workspace, **one)}
             figures[f"{method}, batch {batch}"] = found
             report(found, title=f"{method}, batch {batch}", method=method)
