@@ -331,6 +331,7 @@ class Trainer:
             raise Interrupted(f"stopped at step {self.step}; the checkpoint is complete")
         with self._throughput.paused(), self.observer.pause():
             self.profile.end_after(self.step - 1)
+            self.observer.between_steps()
             if self._due(self.settings.validation_step_interval) and self.step < self.total_steps:
                 self.observer.validate(self.step)
             if self._due(self.settings.checkpoint_step_interval):
