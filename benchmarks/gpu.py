@@ -330,7 +330,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=10, help="time after which no row is begun or goes on")
     parser.add_argument("--steps", type=int, default=30, help=f"optimizer steps of a row; {WARM_UP} are not counted")
     parser.add_argument(
-        "--rows", help="comma-separated names of rows, or parts of names (`;` for a comma); absent: all"
+        "--rows", help="comma-separated names of rows, or parts (`;` for a comma); absent: all"
     )
     parser.add_argument("--list", action="store_true", help="print the names of the rows, and measure none")
     parser.add_argument("--device", default="cuda")
