@@ -84,10 +84,10 @@ def rows() -> list[Row]:
         {"method": "dmd2", "compiled": "regions"}, {"method": "dmd2", "kind": "full"},
         {"batch": 8, "compiled": "regions"}, {"kind": "full", "compiled": "regions"},
     ]  # fmt: skip
-    places = {"SDXL": 0, "SD3.5-medium": 3.5, "FLUX.1": 4.5}  # as if so many changes lay before a model's first row
+    offsets = {"SDXL": 0, "SD3.5-medium": 3.5, "FLUX.1": 4.5}  # as if so many changes lay before a model's first row
     found = [
-        (place + number, Row(model, **change))
-        for model, place in places.items()
+        (offset + number, Row(model, **change))
+        for model, offset in offsets.items()
         for number, change in enumerate(changes)
         if not (model == "FLUX.1" and change.get("kind") == "full")  # 190 GB of weights and moments: no card holds it
     ]
@@ -329,9 +329,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10, help="time after which no row is begun or goes on")
     parser.add_argument("--steps", type=int, default=30, help=f"optimizer steps of a row; {WARM_UP} are not counted")
-    parser.add_argument(
-        "--rows", help="comma-separated names of rows, or parts (`;` for a comma); absent: all"
-    )
+    parser.add_argument("--rows", help="comma-separated names of rows, or parts (`;` for a comma); absent: all")
     parser.add_argument("--list", action="store_true", help="print the names of the rows, and measure none")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="small networks at an eighth of the resolution")

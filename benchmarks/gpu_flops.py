@@ -204,10 +204,10 @@ def _call(network: Any, model: Published, config: dict[str, Any], *, edge: int) 
     if model.family == "sd3":
         sample = torch.zeros(1, model.channels, size, size)
         return network(sample, encoder_hidden_states=text, pooled_projections=pooled, timestep=t).sample
-    places = (size // 2) ** 2
+    positions = (size // 2) ** 2
     return network(
-        torch.zeros(1, places, config["in_channels"]), encoder_hidden_states=text, pooled_projections=pooled,
-        timestep=t, img_ids=torch.zeros(places, 3), txt_ids=torch.zeros(model.tokens, 3), guidance=torch.ones(1),
+        torch.zeros(1, positions, config["in_channels"]), encoder_hidden_states=text, pooled_projections=pooled,
+        timestep=t, img_ids=torch.zeros(positions, 3), txt_ids=torch.zeros(model.tokens, 3), guidance=torch.ones(1),
     ).sample  # fmt: skip
 
 
