@@ -232,8 +232,8 @@ class DiffusersModel(ModelFamily):
         networks = {"text": encoders, "denoiser": [BASE]}.get(part, [])
         return [self.settings.precision.identity(one) for one in networks if self.settings.precision.quantises(one)]
 
-    @property
-    def prediction_type(self) -> str:
+    @cached_property
+    def prediction_type(self) -> str:  # asked for at every step, and a table of noise is made for it
         return from_scheduler_config(self.scheduler_config)[1]
 
     @cached_property

@@ -7,7 +7,7 @@ import gc
 import inspect
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -43,6 +43,8 @@ PluginOption = Annotated[
 ]
 
 
+PROFILE_STEPS = 10
+"""Steps that ``--profile`` profiles where the configuration names no other number."""
 NO_COMPILER = "TORCHDYNAMO_DISABLE"
 """Environment variable that makes ``torch.compile`` return functions as they are."""
 BasePrecisionOption = Annotated[
@@ -70,7 +72,7 @@ class Given:
 
         return Registry.load(self.plugin or ())
 
-    def load(self, *, overwrite: bool = False) -> tuple[Configuration, Registry]:
+    def load(self, *, overwrite: bool = False, profile: bool = False) -> tuple[Configuration, Registry]:
         """Return the configuration of the options, and the registry with its plugins."""
         from ..config.load import load_configuration
 
@@ -86,6 +88,9 @@ class Given:
         configuration = load_configuration(
             registry, config_file=self.config, data_file=self.data, flags=flags, overrides=self.set_ or ()
         )
+        if profile and not configuration.run.profile_steps:
+            run = configuration.run.model_copy(update={"profile_steps": PROFILE_STEPS})
+            configuration = replace(configuration, run=run)
         return configuration, registry
 
 

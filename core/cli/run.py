@@ -18,6 +18,10 @@ def run(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace what an earlier run left in the output folder.")
     ] = False,
+    profile: Annotated[
+        bool,
+        typer.Option("--profile", help="Write a trace of ten steps and a table of their parts (profile_steps=10)."),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and print the plan, without loading weights.")
     ] = False,
@@ -26,7 +30,7 @@ def run(
 
     Without --model it uses the miniature that ships with the family, and its images.
     """
-    configuration, registry = given.load(overwrite=overwrite)
+    configuration, registry = given.load(overwrite=overwrite, profile=profile)
     if dry_run:
         from .plan import print_plan
 

@@ -18,6 +18,7 @@ from ..plugin_api.batch import Batch
 from ..plugin_api.context import Context
 from ..plugin_api.method import Method, Update
 from ..plugin_api.stage import Stage
+from ..utils.spans import AVERAGES, BACKWARD, OPTIMIZER, REDUCTION, span
 from .health import HealthMonitor
 from .networks import Networks
 from .optimize import RoleOptimizer
@@ -165,7 +166,8 @@ class Loop:
     def _accumulate(self, accumulated: _Accumulated, update: Update, batch: Batch, num_batches: int) -> None:
         assert update.role == accumulated.role, "micro-batches must yield the same updates"
         last = len(accumulated.updates) == num_batches - 1
-        self.optimizers[update.role].backward(update.loss / num_batches, last=last)
+        with span(BACKWARD, update.role):
+            self.optimizers[update.role].backward(update.loss / num_batches, last=last)
         detached = Update(
             update.role, update.loss.detach(), {k: v.detach() for k, v in update.metrics.items()},
             update.per_sample, update.t,
@@ -180,11 +182,14 @@ class Loop:
         metrics = {
             name: torch.stack([update.metrics[name] for update in updates]).mean() for name in updates[0].metrics
         }
-        self._reduce([loss, *metrics.values(), *optimizer.gradients_to_average()])
+        with span(REDUCTION):
+            self._reduce([loss, *metrics.values(), *optimizer.gradients_to_average()])
         finite = torch.isfinite(loss)
         self.before_change()
-        norm, taken = optimizer.step(step, healthy=finite)
-        self.networks.update_averages(role)
+        with span(OPTIMIZER, role):
+            norm, taken = optimizer.step(step, healthy=finite)
+        with span(AVERAGES):
+            self.networks.update_averages(role)
         bad = _bad_samples(updates, len(accumulated.keys), loss)
         self.health.record(role, step, taken, bad, accumulated.keys, finite_loss=finite)
 

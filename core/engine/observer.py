@@ -12,6 +12,9 @@ class TrainingObserver:
     def on_step(self, step: int, metrics: Mapping[str, float] | None) -> None:
         """Note that `step` was taken, with its metrics where they were read from the device."""
 
+    def between_steps(self) -> None:
+        """Do after a step what need not come before it; its time is not the training's."""
+
     def validate(self, step: int) -> object:
         """Make validation images with the weights of `step`."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .loop import NUM_TIME_BINS, StepResult
@@ -27,7 +28,7 @@ class TimeBins:
         """Return the mean loss of each bin that had samples, by the share of the noisiest time."""
         if self.sums is None or self.counts is None:
             return {}
-        sums, counts = self.sums.tolist(), self.counts.tolist()
+        sums, counts = torch.stack([self.sums, self.counts]).tolist()  # one wait for the device
         self.sums = self.counts = None
         width = 1 / NUM_TIME_BINS
         return {

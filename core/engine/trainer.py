@@ -16,10 +16,12 @@ from ..utils.disk import is_disk_full
 from ..utils.memory import peak_memory_bytes
 from ..utils.progress import working
 from ..utils.seeds import generator_states, set_generator_states
+from ..utils.spans import DATA, METRICS, span
 from .async_checkpoints import BackgroundSaves
 from .checkpoint import CheckpointState, CheckpointStore
 from .loop import Loop
 from .metrics import MetricBuffer, MetricsFile, Throughput
+from .profile import StepProfile
 from .sharded_checkpoint import ShardedTensors, parted, read_parts, with_wholes
 from .time_bins import TimeBins
 
@@ -86,6 +88,7 @@ class Trainer:
         observer: Shows progress and makes validation images.
         identity: What must be the same when a checkpoint is resumed, by name.
         total_steps: The last step.
+        profile: Profiles some of the steps.
     """
 
     settings: RunSettings
@@ -98,6 +101,7 @@ class Trainer:
     observer: TrainingObserver
     identity: Mapping[str, Any]
     total_steps: int
+    profile: StepProfile = field(default_factory=StepProfile)
     step: int = 0
     _buffer: MetricBuffer = field(default_factory=MetricBuffer)
     _bins: TimeBins = field(default_factory=TimeBins)
@@ -275,19 +279,27 @@ class Trainer:
         """
         self._throughput.restart()
         first = self.step
-        with self.stop.deferred(), self.processes.training():
-            while self.step < self.total_steps:
-                with working("the first step") if self.step == first else nullcontext():
-                    self._step([batch.to(str(self.processes.device)) for batch in self._next(steps)])
-                self._after_step()
+        self.profile.plan(first=first, last=self.total_steps)
+        try:
+            with self.stop.deferred(), self.processes.training():
+                while self.step < self.total_steps:
+                    with self.profile.step(self.step):
+                        with working("the first step") if self.step == first else nullcontext():
+                            self._step(self._next(steps))
+                        self._log()
+                    self._after_step()
+        finally:
+            self.profile.finish()
         self.loop.health.check()
         self.flush()
         self.loop.health.finish()
 
     def _next(self, steps: Iterator[list[Batch]]) -> list[Batch]:
         """Return the next step's micro-batches; the wait for them is counted by the host's clock alone."""
-        with self._throughput.waiting():
-            return next(steps)
+        with span(DATA):
+            with self._throughput.waiting():
+                batches = next(steps)
+            return [batch.to(str(self.processes.device)) for batch in batches]
 
     def _step(self, batches: list[Batch]) -> None:
         self.loop.health.check()  # of the step before, while nothing of this one has happened
@@ -296,16 +308,20 @@ class Trainer:
         self.step += 1
         self.state.step = self.step
         self._throughput.count(sum(map(len, batches)) * self.processes.world_size)
-        self._buffer.add(self.step, result.metrics)
-        self._bins.add(result)
+        with span(METRICS):
+            self._buffer.add(self.step, result.metrics)
+            self._bins.add(result)
         self._whole = True
         self.registry.hook.on_step_end(state=self.state, step=self.step)
 
-    def _after_step(self) -> None:
+    def _log(self) -> None:
         if self._due(self.settings.log_step_interval) or self.step == self.total_steps:
-            self.flush()
+            with span(METRICS):
+                self.flush()
         else:
             self.observer.on_step(self.step, None)
+
+    def _after_step(self) -> None:
         ended = self._pending or 0 if self.processes.main and self.saves.ended else 0
         stop, complete = self.processes.greatest_so_far(self.stop.requested, ended)
         if complete and complete == self._pending:  # all processes know, and none waits
@@ -314,6 +330,8 @@ class Trainer:
             self.save()
             raise Interrupted(f"stopped at step {self.step}; the checkpoint is complete")
         with self._throughput.paused(), self.observer.pause():
+            self.profile.end_after(self.step - 1)
+            self.observer.between_steps()
             if self._due(self.settings.validation_step_interval) and self.step < self.total_steps:
                 self.observer.validate(self.step)
             if self._due(self.settings.checkpoint_step_interval):

@@ -21,6 +21,7 @@ from ..utils.dropout import NetworkCall, within
 from ..utils.eagerly import eagerly
 from ..utils.full_precision import full_precision
 from ..utils.seeds import RngStreams
+from ..utils.spans import FEATURES, FORWARD, span
 from .family_parts import FIRST_HALF
 from .stage import StageProgress, stage_of
 
@@ -118,7 +119,7 @@ class Context:
         runtime = self._runtime
         time = self.schedule.network_time(t)
         second = None if r is None else self.schedule.network_time(r)
-        with self._call(role) as network, self._arithmetic(network), self._saving():
+        with span(FORWARD, role), self._call(role) as network, self._arithmetic(network), self._saving():
             output = runtime.family.predict(network, x_t, time, cond, guidance=guidance, second_time=second)
         return Prediction(output, x_t, t, self.schedule, self.prediction_type)
 
@@ -318,7 +319,7 @@ class Context:
             blocks: The blocks whose outputs they are (:meth:`.family.ModelFamily.features`).
         """
         runtime = self._runtime
-        with self._call(role) as network, self._autocast(), eagerly(if_whole=True):
+        with span(FEATURES, role), self._call(role) as network, self._autocast(), eagerly(if_whole=True):
             return runtime.family.features(network, x_t, self.schedule.network_time(t), cond, blocks=blocks)
 
     def logits(self, role: str, features: Sequence[Tensor]) -> list[Tensor]:
@@ -330,7 +331,7 @@ class Context:
             role: A role with heads (``trains="head"``).
             features: What :meth:`features` returned, each (B, C_k, h_k, w_k).
         """
-        with self._runtime.networks.use(role) as heads:
+        with span(FORWARD, role), self._runtime.networks.use(role) as heads:
             return heads(features)
 
     def call(self, role: str, *args: Any, **settings: Any) -> Any:
@@ -339,7 +340,7 @@ class Context:
         The gradient reaches the arguments and, for a trained module, its weights. A trained one runs as the networks
         do, under mixed precision; a frozen one in its own types.
         """
-        with self._runtime.networks.use(role) as module:
+        with span(FORWARD, role), self._runtime.networks.use(role) as module:
             trained = any(weight.requires_grad for weight in module.parameters())
             with self._autocast() if trained else nullcontext():
                 return module(*args, **settings)

@@ -12,7 +12,7 @@ from ..errors import UserError
 from ..utils.progress import working
 from .agreement import require_same_weights
 from .builders import adapter_shape, build_family, build_method, completed_configuration, method_needs
-from .output_folder import CACHE_FOLDER
+from .output_folder import CACHE_FOLDER, PROFILE_FOLDER
 
 if TYPE_CHECKING:
     from ..data.pipeline import DataPipeline
@@ -327,6 +327,7 @@ class RunComponents:
         from ..engine.health import HealthMonitor
         from ..engine.loop import Loop
         from ..engine.metrics import MetricsFile
+        from ..engine.profile import StepProfile
         from ..engine.trainer import Outputs, Trainer
         from ..plugin_api.context import Context, Runtime
         from ..plugin_api.run_state import RunState
@@ -361,4 +362,6 @@ class RunComponents:
                       "model": self.family.fingerprint("denoiser"), "data": self.data.fingerprint(),
                       "samples_of_steps": self.data.samples_of_steps},
             total_steps=self.total_steps,
+            profile=StepProfile(settings.profile_steps, folder=settings.output_dir / PROFILE_FOLDER,
+                                device=processes.device, rank=processes.rank),
         )  # fmt: skip

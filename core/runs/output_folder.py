@@ -23,10 +23,11 @@ STUDENT_FOLDER = "student"
 ONLINE_FOLDER = "student-online"
 CACHE_FOLDER = "cache"
 REPORTS_FOLDER = "data"
+PROFILE_FOLDER = "profile"
 EVALUATION = ("evaluation.json", "evaluation.png")
 NAMES = (
     "metrics.jsonl", "tensorboard", "validation", STUDENT_FOLDER, ONLINE_FOLDER, *EVALUATION, "run.log", RESOLVED,
-    "report.html",
+    "report.html", PROFILE_FOLDER,
 )  # fmt: skip
 """Names that every run uses in its folder, beside its checkpoints and its caches."""
 SIGNS = ("model_index.json", "pytorch_lora_weights.safetensors", "training_state.json")
@@ -71,6 +72,7 @@ MAY_CHANGE = frozenset(
         "evaluators",
         "report_to",
         "log_step_interval",
+        "profile_steps",
         "push_to_hub",
         "hub_model_id",
         "publish_to",

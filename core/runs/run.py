@@ -26,7 +26,7 @@ from .builders import check_method_sources
 from .components import RunComponents
 from .memory_plan import explain_memory
 from .opening import OpenFolder, check_resources, miniature_note, passed_over
-from .output_folder import ONLINE_FOLDER, REPORTS_FOLDER, RESOLVED, STUDENT_FOLDER, named_step
+from .output_folder import ONLINE_FOLDER, PROFILE_FOLDER, REPORTS_FOLDER, RESOLVED, STUDENT_FOLDER, named_step
 from .run_log import ENDS, ENDS_WELL, RunLog
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class Run(TrainingObserver):
         self._log = RunLog()
         self._folder = OpenFolder(self.settings.output_dir, self._log)
         self._progress: Progress | None = None
-        self._training = False
+        self._training = self._reported = False
 
     def execute(self) -> RunResult:
         """The whole run."""
@@ -119,7 +119,6 @@ class Run(TrainingObserver):
         with self.parts.processes.synchronized():
             check_resources(self.parts)
         self.parts.data.prepare()
-        self._report_data()
         for line in self.parts.data.never_trained(self.parts.total_steps):
             logger.warning(line)
         _ = self.parts.stages  # a method may refuse this number of steps, and does so before weights load
@@ -136,7 +135,10 @@ class Run(TrainingObserver):
         self.parts.registry.hook.on_run_start(state=self.parts.trainer.state)
         with self._progress or self._make_progress():
             self._training = True
+            if self.settings.profile_steps and self.parts.processes.main:
+                self._folder.files.claim(PROFILE_FOLDER)
             self.parts.trainer.train(self.parts.data.steps(self.parts.trainer.step))
+            self.between_steps()  # where there was no step to take
             if self.settings.validation_step_interval:
                 self.validate(self.parts.trainer.step)
             self.parts.trainer.save()
@@ -180,11 +182,17 @@ class Run(TrainingObserver):
                 "use the model's v_prediction version, or a scheduler config without rescale_betas_zero_snr",
             )
 
-    def _report_data(self) -> None:
+    def between_steps(self) -> None:
+        """Report on the data, once: after the first step, which would have to wait for the charts."""
+        if self._reported:
+            return
+        self._reported = True
         with self.parts.processes.synchronized(), self._folder.writing(REPORTS_FOLDER):
-            self._data_reports = self.parts.data.write_reports(self.settings.output_dir / REPORTS_FOLDER)
-        for report in self._data_reports:
+            reports = self.parts.data.write_reports(self.settings.output_dir / REPORTS_FOLDER)
+        for report in reports:
             logger.info(f"report on dataset {report.id!r}: {report.folder / 'report.md'}")
+            self.parts.trackers.text(f"training_data/{report.id}", report.text, self.parts.trainer.step)
+            self.parts.trackers.images(f"training_data/{report.id}", report.images, self.parts.trainer.step)
 
     def _prepare_validation(self) -> None:
         for notice in self.parts.method.notices():
@@ -266,9 +274,6 @@ class Run(TrainingObserver):
             self.parts.trackers.start(info)
         text = json.dumps(resolved, indent=2)
         self.parts.trackers.text("config", f"```json\n{text}\n```", self.parts.trainer.step)
-        for report in self._data_reports:
-            self.parts.trackers.text(f"training_data/{report.id}", report.text, self.parts.trainer.step)
-            self.parts.trackers.images(f"training_data/{report.id}", report.images, self.parts.trainer.step)
 
     def _make_progress(self) -> Progress:
         from ..utils.progress import make_progress
@@ -351,7 +356,8 @@ class Run(TrainingObserver):
             if main:
                 publish_student(self.parts, student, evaluation)
                 self.parts.trackers.finish(evaluation.scalars() if evaluation else None)
-                self._folder.files.wrote(STUDENT_FOLDER, ONLINE_FOLDER, *self._folder.watched)
+                profile = [PROFILE_FOLDER] if self.settings.profile_steps else []
+                self._folder.files.wrote(STUDENT_FOLDER, ONLINE_FOLDER, *profile, *self._folder.watched)
         self._log.note(ENDS_WELL)
         self.parts.registry.hook.on_run_end(state=self.parts.trainer.state)
         self.parts.trainer.store.wait()

@@ -264,6 +264,8 @@ class OutputKeys(Settings):
     """Name of the run in trackers; absent: output_dir's name."""
     log_step_interval: int = Field(default=10, ge=1)
     """Optimizer steps between reading metrics from the device."""
+    profile_steps: int = Field(default=0, ge=0, le=1000)
+    """Optimizer steps, after a warm-up, of which a trace and a table of times are written to `profile/`; 0 = off."""
     push_to_hub: bool = False
     """Publish the student on the Hugging Face hub at the end."""
     hub_model_id: str | None = None
