@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -20,9 +21,10 @@ from ..core.utils.progress import working
 from . import _export as exporting
 from ._empty import empty_denoiser, empty_network
 from ._files import quiet_libraries
+from ._fusing import fused_weights
 from ._images import build_pipeline, call_arguments, evaluating, sample_latents
 from ._kohya import export_kohya, no_form
-from ._lora import attach, fuse
+from ._lora import attach
 from ._lora_files import student_folder
 from ._model import DiffusersModel
 from ._schedulers import build_scheduler
@@ -82,14 +84,35 @@ class DiffusersFamily(DiffusersModel):
     # -- network ----------------------------------------------------------------------------------------------------
 
     def load_network(self) -> nn.Module:
-        loras = self.loras.teacher()
-        dtype = torch.float32 if loras else self._weight_dtype()  # fused in float32, rounded once
         with working("loading the teacher"):
-            network: Any = self._source.load_denoiser(dtype)
-            fuse(self.architecture, {self.architecture.denoiser: network}, loras)
+            network: Any = self._source.load_denoiser(self._weight_dtype())
+            ends = self._fuse_loras(network, self._wide_ends(network, self._source))
             with quiet_libraries():
-                network = self.on_device(network, ends=self._wide_ends(network, self._source))
+                network = self.on_device(network, ends=ends)
         return network.requires_grad_(False).eval()
+
+    def _fuse_loras(self, network: nn.Module, ends: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Fuse the teacher's LoRAs into `network`, each weight in float32 and rounded once; return its ends so fused.
+
+        Args:
+            network: In host memory, in the type of the frozen weights.
+            ends: Its ends in fp32, as :meth:`_wide_ends` returns them.
+        """
+        own = dict(network.named_parameters())
+        same = {name: ends.get(name, weight.data) for name, weight in own.items()}
+        for name, value in self._fused_weights(same if not self._half else None):
+            own[name].data.copy_(value)
+            ends = {**ends, name: value} if name in ends else ends
+        return dict(ends)
+
+    def _fused_weights(self, wide: Mapping[str, Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Yield the weights that the teacher's LoRAs change, in fp32; `wide` are the model's own, else its files'."""
+
+        def read(names: Sequence[str]) -> Iterable[tuple[str, Tensor]]:
+            return self._source.wide_weights(names) if wide is None else ((name, wide[name]) for name in names)
+
+        part, loras = self.architecture.denoiser, self.loras.teacher()
+        return fused_weights(self.architecture, part, self.empty_network(), loras, read=read)
 
     def on_device(self, network: nn.Module, *, ends: Mapping[str, Tensor]) -> nn.Module:
         """Move `network` to the device, in the type of the frozen weights, quantised where the run asks for it.
@@ -163,14 +186,9 @@ class DiffusersFamily(DiffusersModel):
         Args:
             names: Names of the result -> the denoiser's own; None: all, by their own names.
         """
-        device, loras = self.settings.device, self.loras.teacher()
+        device = self.settings.device
         wanted = None if names is None else set(names.values())
-        if loras:
-            network: Any = self._source.load_denoiser(torch.float32)
-            fuse(self.architecture, {self.architecture.denoiser: network}, loras)
-            found = network.state_dict().items()
-        else:
-            found = self._source.wide_weights(wanted)
+        found = chain(self._source.wide_weights(wanted), self._fused_weights())  # the latter in the former's place
         own = {name: value.to(device) for name, value in found if wanted is None or name in wanted}
         return own if names is None else {new: own[old] for new, old in names.items()}
 
