@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..core.diffusion.sampler import Sampler
 from ..core.diffusion.second_time import differentiable_forward, load_second_time, sampled_by
 from ..core.plugin_api.family import ExportInfo, ExtraLora, Precision
 from ..core.plugin_api.precision import BASE
 from ..core.plugin_api.quantizer import replace_module
+from ..core.utils.files import whole_folder
 from ..core.utils.full_precision import compute_in_fp32
 from ..core.utils.progress import working
 from . import _export as exporting
@@ -26,18 +28,17 @@ from ._images import build_pipeline, call_arguments, evaluating, sample_latents
 from ._kohya import export_kohya, no_form
 from ._lora import attach
 from ._lora_files import student_folder
-from ._model import DiffusersModel
+from ._lora_tools import LoraFiles, stored_precision
 from ._schedulers import build_scheduler
 from ._source import FolderSource
 from ._usage import usage_snippet
 
 if TYPE_CHECKING:
-    from ..core.diffusion.sampler import Sampler
     from ..core.plugin_api.batch import Conditioning
     from ._source import Source
 
 
-class DiffusersFamily(DiffusersModel):
+class DiffusersFamily(LoraFiles):
     """A model in diffusers layout with a plain text-to-image pipeline; subclasses define what differs."""
 
     ends: ClassVar[tuple[str, ...]] = ()
@@ -300,6 +301,20 @@ class DiffusersFamily(DiffusersModel):
                 arguments=self.pipeline_arguments(),
             )
         exporting.export_sampler(self.architecture, network, folder, scheduler, info)
+
+    def export_fused(self, folder: Path) -> None:
+        with working("fusing the denoiser"):
+            network: Any = self._source.load_denoiser(self._weight_dtype())
+            self._fuse_loras(network, {})
+        info = ExportInfo(Sampler("", {}, self.default_steps, self.usual_guidance), "full")
+        vae = self._autoencoder()
+        with quiet_libraries():
+            vae.to(getattr(torch, stored_precision(self._vae_source, "vae")))
+        with whole_folder(folder) as partial, working(f"writing {folder.name}/"):
+            exporting.export_pipeline(
+                self.architecture, network, partial, self.scheduler(None), self._text_encoders(), vae, info=info,
+                arguments=self.pipeline_arguments(),
+            )  # fmt: skip
 
     @classmethod
     def kohya_problem(cls) -> str | None:

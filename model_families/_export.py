@@ -34,7 +34,7 @@ def export_lora(architecture: Architecture, network: nn.Module, folder: Path, in
         from peft.utils import get_peft_model_state_dict
 
         denoiser: Any = network
-        config = _in_order(denoiser.peft_config[info.adapter].to_dict())
+        config = in_order(denoiser.peft_config[info.adapter].to_dict())
         layers: Any = get_peft_model_state_dict(denoiser, adapter_name=info.adapter)
         if config["lora_alpha"] != config["r"]:
             metadata[FOLDED_SCALE] = f"{config['lora_alpha'] / config['r']:.12g}"
@@ -42,10 +42,29 @@ def export_lora(architecture: Architecture, network: nn.Module, folder: Path, in
             config["lora_alpha"] = config["r"]
         # peft's own names throughout: diffusers' converter renames those of the attention only, and its loader, which
         # decides by the first name, then drops them in silence
-        written = {
-            f"{architecture.denoiser}_lora_layers": layers,
-            f"{architecture.denoiser}_lora_adapter_metadata": config,
-        }
+    part = architecture.denoiser
+    save_layers(architecture, folder, {part: layers}, {part: config}, metadata)
+
+
+def save_layers(
+    architecture: Architecture,
+    folder: Path,
+    layers: Mapping[str, Mapping[str, Tensor]],
+    configs: Mapping[str, Mapping[str, Any]],
+    metadata: dict[str, str],
+) -> None:
+    """Write a LoRA as the file of diffusers' format in `folder`.
+
+    Args:
+        architecture: The architecture whose pipeline reads it.
+        folder: Where it goes.
+        layers: Network -> its tensors, in peft's names.
+        configs: Network -> peft's settings of its adapter.
+        metadata: What is added to the header.
+    """
+    written: dict[str, Any] = {f"{part}_lora_layers": tensors for part, tensors in layers.items()}
+    written |= {f"{part}_lora_adapter_metadata": config for part, config in configs.items()}
+    with quiet_libraries():
         architecture.pipeline_class().save_lora_weights(folder, **written)
     if metadata:
         _add_metadata(folder / WEIGHTS, metadata)
@@ -59,7 +78,7 @@ def at_scale_one(layers: Mapping[str, Tensor], *, scale: float) -> dict[str, Ten
     }
 
 
-def _in_order(config: dict[str, Any]) -> dict[str, Any]:
+def in_order(config: dict[str, Any]) -> dict[str, Any]:
     """Turn sets into sorted lists, so that the same student is the same file."""
     return {key: sorted(value) if isinstance(value, set | frozenset) else value for key, value in config.items()}
 

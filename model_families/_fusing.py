@@ -42,14 +42,38 @@ def fused_weights(
         return
     network = _without_memory(empty)
     adapters = {f"teacher_lora_{n}": lora for n, lora in enumerate(loras) if isinstance(lora, Lora)}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are meant
-        attach(architecture, {part: network}, adapters)
+    _attach_quietly(architecture, part, network, adapters)
     layers = _Layers(network, part, {id(lora): adapter for adapter, lora in adapters.items()}, loras)
     groups = layers.groups()
     values = iter(read([name for group in groups for name in layers.names(group)]))
     for group in groups:
         yield from layers.fused(group, dict(next(values) for _ in layers.names(group))).items()
+
+
+def adapter_factors(
+    architecture: Architecture, part: str, empty: nn.Module, loras: Sequence[Lora]
+) -> dict[str, list[tuple[Tensor, Tensor]]]:
+    """Return the factors (up, down) of plain LoRAs by the paths of a network's modules, in float32.
+
+    Scales and weights are in the first of each pair; a module that several LoRAs change has a pair of each.
+    """
+    loras = [lora for lora in loras if lora.has(part)]
+    network = _without_memory(empty)
+    adapters = {f"lora_{n}": lora for n, lora in enumerate(loras)}
+    _attach_quietly(architecture, part, network, adapters)
+    found: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for path, module in network.named_modules():
+        for adapter in adapters if hasattr(module, "lora_A") else ():
+            if adapter in module.lora_A:
+                down, up = (each[adapter].weight.detach() for each in (module.lora_A, module.lora_B))
+                found.setdefault(path, []).append((up * module.scaling[adapter], down))
+    return found
+
+
+def _attach_quietly(architecture: Architecture, part: str, network: nn.Module, loras: Mapping[str, Lora]) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are meant
+        attach(architecture, {part: network}, loras)
 
 
 def _without_memory(empty: nn.Module) -> Any:

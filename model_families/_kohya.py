@@ -18,6 +18,7 @@ from torch import Tensor
 from ..core.errors import UserError
 from ..core.utils.files import whole_file
 from ..core.utils.safetensors_header import sort_metadata
+from ._adapter_file import stated_scale
 from ._architecture import KohyaFormat, Layer, Layers
 from ._files import quiet_libraries
 from ._lora_files import WEIGHTS
@@ -90,7 +91,7 @@ def read_layers(file: Path, prefix: str) -> tuple[Layers, dict[str, str]]:
     """Read the layers of an exported LoRA by module path, and the rest of its header.
 
     Raises:
-        UserError: The file is not there, or its layers have alphas of their own.
+        UserError: The file is not there.
     """
     from safetensors import safe_open
 
@@ -102,13 +103,12 @@ def read_layers(file: Path, prefix: str) -> tuple[Layers, dict[str, str]]:
     with safe_open(file, framework="pt") as opened:
         about = dict(opened.metadata() or {})
         state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
-    adapter = json.loads(about.pop("lora_adapter_metadata"))
-    if adapter.get(f"{prefix}.alpha_pattern") or adapter.get(f"{prefix}.rank_pattern"):
-        raise UserError(f"{file} has a rank or an alpha of its own for some layers", "train with one rank and alpha")
-    alpha, ending = float(adapter[f"{prefix}.lora_alpha"]), ".lora_A.weight"
+    adapter, ending = json.loads(about.pop("lora_adapter_metadata")), ".lora_A.weight"
     names = [name.removesuffix(ending) for name in state if name.endswith(ending)]
     layers = {
-        name.removeprefix(f"{prefix}."): Layer(state[f"{name}{ending}"], state[f"{name}.lora_B.weight"], alpha)
+        name.removeprefix(f"{prefix}."): Layer(
+            state[f"{name}{ending}"], state[f"{name}.lora_B.weight"], stated_scale(adapter, name)["alpha"]
+        )
         for name in names
     }
     about.pop("format", None)

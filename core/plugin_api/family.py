@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict
 
 from .family_parts import InnerActivations, PixelDecoding
+from .lora_tools import LoraTools
 from .precision import Precisions
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ class ExportInfo:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
 
-class ModelFamily(InnerActivations, PixelDecoding, ABC):
+class ModelFamily(InnerActivations, PixelDecoding, LoraTools, ABC):
     """A teacher architecture: load, encode, predict, decode, generate, export.
 
     Components load when they are first needed and can be released; :meth:`fingerprint` identifies them without loading.

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..plugin_api.family import ExportInfo
+from ..utils.files import whole_folder
 from ..utils.progress import working
 from ..utils.safetensors_header import sort_metadata
 from .builders import lora_settings
@@ -48,22 +48,11 @@ def export_student(run: RunComponents, student: Path, *, role: str | None = None
 
 
 def _write(run: RunComponents, network: nn.Module, student: Path, *, role: str | None) -> None:
-    temporary, replaced = (student.with_name(f".{student.name}.{state}") for state in ("partial", "replaced"))
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    with whole_folder(student) as temporary:
         with working(f"writing {student.name}/"):
             run.family.export(network, temporary, export_info(run, role=role))
         for file in temporary.rglob("*.safetensors"):
             sort_metadata(file)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)  # a full disk is not to be kept full by half a student
-        raise
-    if student.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        student.rename(replaced)
-    temporary.rename(student)
-    shutil.rmtree(replaced, ignore_errors=True)
     logger.info(f"student written to {student}")
 
 
