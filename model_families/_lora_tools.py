@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from ..core.errors import UserError
-from ..core.plugin_api.lora_tools import LoraReport, LoraTarget, LowRank
+from ..core.plugin_api.lora_tools import LoraFormat, LoraReport, LoraTarget, LowRank
 from ..core.utils.files import whole_file
 from ..core.utils.progress import working
 from ..core.utils.safetensors_header import sort_metadata
@@ -104,7 +104,7 @@ class LoraFiles(DiffusersModel):
         _refuse_magnitudes(read)
         sums = {part: _sums(self, part, read, low_rank) for part in self.loras.networks}
         sums = {part: layers for part, layers in sums.items() if layers}
-        if target.form == "kohya" and len(sums) > 1:
+        if target.form is LoraFormat.KOHYA and len(sums) > 1:
             raise UserError(
                 "kohya's format is written for the denoiser alone, and a LoRA here changes a text encoder too",
                 "write it with --format diffusers",
@@ -257,7 +257,7 @@ def _write(
     with tempfile.TemporaryDirectory() as folder, working(f"writing {target.file.name}"):
         student = Path(folder)
         _in_diffusers_names(family.architecture, student, parts, about, dtype)
-        if target.form == "kohya":
+        if target.form is LoraFormat.KOHYA:
             export_kohya(
                 family.architecture, family.denoiser_config, student, target.file, title=target.file.stem, dtype=dtype,
                 predicts_v=family.prediction_type == "v_prediction",

@@ -65,7 +65,9 @@ def products(file):
         part, _, path = name.partition(".")
         down, up = state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"]
         alpha = about.get(f"{part}.alpha_pattern", {}).get(path, about.get(f"{part}.lora_alpha", len(down)))
-        found[name.replace("text_model.", "")] = alpha / len(down) * (up.flatten(1) @ down.flatten(1)).reshape(len(up), *down.shape[1:])
+        found[name.replace("text_model.", "")] = (
+            alpha / len(down) * (up.flatten(1) @ down.flatten(1)).reshape(len(up), *down.shape[1:])
+        )
     return found
 
 

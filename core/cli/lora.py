@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import PluginOption
+from .options import FamilyOption, PluginOption
 
 if TYPE_CHECKING:
     from ..plugin_api.family import ModelFamily
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Extract, resize and merge LoRAs.", no_args_is_help=True)
 
-FamilyOption = Annotated[str, typer.Option("--family", help="Model family (`distill plugins list`).")]
 OutputOption = Annotated[Path, typer.Option("--output", "-o", help="File (.safetensors) or folder to write.")]
 EnergyOption = Annotated[
     float | None,
@@ -32,7 +31,7 @@ ConfigSourceOption = Annotated[
     Path | None, typer.Option(help="Folder with configs and tokenizers for single files, where there is no hub.")
 ]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what is at --output.")]
-DTYPES, FORMATS = ("float32", "float16", "bfloat16"), ("diffusers", "kohya")
+DTYPES = ("float32", "float16", "bfloat16")
 USUAL_RANK = 64
 
 
@@ -51,7 +50,7 @@ def extract(
     all_layers: Annotated[
         bool, typer.Option("--all-layers", help="Every linear layer and convolution, not the family's LoRA layers.")
     ] = False,
-    family: FamilyOption = "sdxl",
+    family: FamilyOption = None,
     device: DeviceOption = "auto",
     dtype: TypeOption = "float32",
     format_: FormatOption = "diffusers",
@@ -74,7 +73,7 @@ def resize(
     output: OutputOption,
     rank: Annotated[int | None, typer.Option(min=1, help="The new rank, smaller or larger.")] = None,
     energy: EnergyOption = None,
-    family: FamilyOption = "sdxl",
+    family: FamilyOption = None,
     device: DeviceOption = "auto",
     overwrite: OverwriteOption = False,
     plugin: PluginOption = None,
@@ -103,7 +102,7 @@ def merge(
     ] = False,
     rank: Annotated[int | None, typer.Option(min=1, help="With --as-lora: its rank; by default all of theirs.")] = None,
     energy: EnergyOption = None,
-    family: FamilyOption = "sdxl",
+    family: FamilyOption = None,
     device: DeviceOption = "auto",
     dtype: Annotated[
         str, typer.Option("--dtype", help="float32, float16, bfloat16, or auto: float32 for a LoRA, else the base's.")
@@ -119,7 +118,7 @@ def merge(
     named = list(zip(loras, _weights(loras, weight or []), strict=True))
     kind = _family(family, plugin)
     if not as_lora:
-        unused = {"--rank": rank, "--energy": energy, "--format": None if format_ == "diffusers" else format_}
+        unused = {"--rank": rank, "--energy": energy}
         _export_fused(
             kind, base, named, output, dtype=dtype, config_source=config_source, overwrite=overwrite, unused=unused
         )
@@ -162,11 +161,14 @@ def _export_fused(
 # -- what was given ---------------------------------------------------------------------------------------------------
 
 
-def _family(name: str, plugins: Sequence[Path] | None) -> type[ModelFamily]:
+def _family(name: str | None, plugins: Sequence[Path] | None) -> type[ModelFamily]:
+    """Return the family that is named, or else the one that a run has unless its settings name another."""
     from ..errors import UserError
     from ..registry.registry import Registry
+    from ..settings.run_settings import RunSettings
 
     registry = Registry.load(plugins or ())
+    name = name or RunSettings.model_fields["model_family"].default
     if name not in registry.names("family"):
         raise UserError(f"--family {name} is not a registered family", registry.remedy("family", name))
     return registry.get("family", name)
@@ -180,11 +182,10 @@ def _model(kind: type[ModelFamily], source: str, config_source: Path | None, **s
 
 
 def _target(output: Path, dtype: str, form: str, *, overwrite: bool) -> LoraTarget:
-    from ..plugin_api.lora_tools import LoraTarget
+    from ..plugin_api.lora_tools import LoraFormat, LoraTarget
 
-    _one_of("--dtype", dtype, DTYPES)
-    _one_of("--format", form, FORMATS)
-    return LoraTarget(_file(output, overwrite=overwrite), dtype, form)  # type: ignore[arg-type]
+    precision, chosen = _one_of("--dtype", dtype, DTYPES), LoraFormat(_one_of("--format", form, [*LoraFormat]))
+    return LoraTarget(_file(output, overwrite=overwrite), precision, chosen)
 
 
 def _file(output: Path, *, overwrite: bool) -> Path:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict
 
 from .family_parts import InnerActivations, PixelDecoding
-from .lora_tools import LoraTools
-from .precision import Precisions
+from .lora_tools import ExtraLora, LoraTools
+from .precision import Precision, Precisions
 
 if TYPE_CHECKING:
     import torch
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from ..diffusion.sampler import Sampler
     from ..diffusion.schedule import Schedule
     from .batch import Conditioning
-
-Precision = Literal["float32", "float16", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -96,14 +94,6 @@ class LoraSettings:
     alpha: float
     dropout: float = 0.0
     target_modules: tuple[str, ...] | None = None
-
-
-@dataclass(frozen=True)
-class ExtraLora:
-    """A further LoRA that is applied beside the student's when images are generated."""
-
-    path: str
-    weight: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import ClassVar, Self
 
 from ..errors import UserError
+from .precision import Precision
 
-if TYPE_CHECKING:
-    from .family import ExtraLora, Precision
 
-LoraFormat = Literal["diffusers", "kohya"]
+class LoraFormat(StrEnum):
+    """Names of a LoRA's tensors: diffusers', or those of kohya's sd-scripts (ComfyUI, AUTOMATIC1111)."""
+
+    DIFFUSERS = "diffusers"
+    KOHYA = "kohya"
+
+
+@dataclass(frozen=True)
+class ExtraLora:
+    """A further LoRA that is applied beside the student's when images are generated, or to files of LoRAs."""
+
+    path: str
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -38,12 +50,12 @@ class LoraTarget:
     Attributes:
         file: The file; it is there completely or not at all.
         dtype: Type of its tensors.
-        form: Names of its tensors: diffusers', or those of kohya's sd-scripts (ComfyUI, AUTOMATIC1111).
+        form: Names of its tensors.
     """
 
     file: Path
     dtype: Precision = "float32"
-    form: LoraFormat = "diffusers"
+    form: LoraFormat = LoraFormat.DIFFUSERS
 
 
 @dataclass(frozen=True)
@@ -127,5 +139,5 @@ class LoraTools:
     def _no_tools(cls) -> tuple[str, str]:
         return (
             f"the family {cls.name} has no tools for files of LoRAs",
-            "name a family made of diffusers' models: --family sdxl",
+            "name a family of diffusers' models with --family (`distill plugins list`)",
         )
