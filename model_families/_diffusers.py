@@ -320,14 +320,14 @@ class DiffusersFamily(LoraFiles):
     def kohya_problem(cls) -> str | None:
         return no_form(cls.architecture) if cls.architecture.kohya is None else None
 
-    def export_kohya(self, student: Path, file: Path, *, title: str, dtype: Precision = "float32") -> list[str]:
+    def export_kohya(self, student: Path, file: Path, *, title: str, dtype: Precision | None = None) -> list[str]:
         return export_kohya(
             self.architecture,
             self.denoiser_config,
             student,
             file,
             title=title,
-            dtype=getattr(torch, dtype),
+            dtype=None if dtype is None else getattr(torch, dtype),
             predicts_v=self.prediction_type == "v_prediction",
         )
 

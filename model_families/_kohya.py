@@ -38,7 +38,7 @@ def export_kohya(
     file: Path,
     *,
     title: str,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None = None,
     predicts_v: bool = False,
 ) -> list[str]:
     """Write the LoRA of a student's folder once more, as `file`, completely or not at all.
@@ -52,7 +52,7 @@ def export_kohya(
         student: The exported folder.
         file: The file to write.
         title: Name of the LoRA.
-        dtype: Type of the tensors.
+        dtype: Type of the tensors; None: that of the student's.
         predicts_v: Whether the model predicts v.
 
     Returns:
@@ -72,6 +72,7 @@ def export_kohya(
             "use the folder student/ with the pipeline that lies in it",
         )
     layers, about = read_layers(student / WEIGHTS, architecture.denoiser)
+    dtype = dtype or next(iter(layers.values())).down.dtype
     layers = {path: at_scale_one(layer) for path, layer in layers.items()}
     state = tensors(form.renamed(layers, config), dtype)
     with whole_file(file) as partial:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
+from ..plugin_api.precision import Precision
 from ..utils.disk import existing, free_bytes
 from ..utils.memory import MemorySettings, checkpoint_bytes, gigabytes
 from . import builders
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
     from ..registry.registry import Registry
     from ..settings.configuration import Configuration
     from ..settings.run_settings import RunSettings
+
+
+ITEM_BYTES: Mapping[Precision, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
+"""Bytes of a number of each type that students are exported in."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,9 @@ def disk_plan(run: RunSettings, memory: MemorySettings, *, steps: int | None = N
     if run.checkpoint_step_interval and steps is not None:
         saves = math.ceil(steps / run.checkpoint_step_interval)
     kept = min(saves, run.checkpoints_total_limit or math.inf)
-    student = (trained if exported is None else exported) * memory.trained_bytes
+    dtype = builders.export_dtype(run)
+    item = memory.trained_bytes if dtype is None else ITEM_BYTES[dtype]
+    student = (trained if exported is None else exported) * item
     return DiskPlan(checkpoint_bytes(memory), 1 if math.isinf(kept) else int(kept), round(student))
 
 
