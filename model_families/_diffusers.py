@@ -22,6 +22,7 @@ from ..core.utils.full_precision import compute_in_fp32
 from ..core.utils.progress import working
 from . import _export as exporting
 from ._empty import empty_denoiser, empty_network
+from ._encoder_memory import EncoderMemory
 from ._files import quiet_libraries
 from ._fusing import fused_weights
 from ._images import build_pipeline, call_arguments, evaluating, sample_latents
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from ._source import Source
 
 
-class DiffusersFamily(LoraFiles):
+class DiffusersFamily(EncoderMemory, LoraFiles):
     """A model in diffusers layout with a plain text-to-image pipeline; subclasses define what differs."""
 
     ends: ClassVar[tuple[str, ...]] = ()

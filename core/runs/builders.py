@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 _WEIGHT_DTYPES: dict[str, Precision] = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
 """mixed_precision -> type of the frozen weights."""
+ITEM_BYTES: dict[Precision, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
+"""Bytes of a number of each type."""
 
 
 def model_settings(configuration: Configuration, *, source: str | None = None) -> ModelSettings:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
-from ..plugin_api.precision import Precision
 from ..utils.disk import existing, free_bytes
 from ..utils.memory import MemorySettings, checkpoint_bytes, gigabytes
 from . import builders
@@ -21,10 +20,6 @@ if TYPE_CHECKING:
     from ..registry.registry import Registry
     from ..settings.configuration import Configuration
     from ..settings.run_settings import RunSettings
-
-
-ITEM_BYTES: Mapping[Precision, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
-"""Bytes of a number of each type that students are exported in."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +65,7 @@ def disk_plan(run: RunSettings, memory: MemorySettings, *, steps: int | None = N
         saves = math.ceil(steps / run.checkpoint_step_interval)
     kept = min(saves, run.checkpoints_total_limit or math.inf)
     dtype = builders.export_dtype(run)
-    item = memory.trained_bytes if dtype is None else ITEM_BYTES[dtype]
+    item = memory.trained_bytes if dtype is None else builders.ITEM_BYTES[dtype]
     student = (trained if exported is None else exported) * item
     return DiskPlan(checkpoint_bytes(memory), 1 if math.isinf(kept) else int(kept), round(student))
 
