@@ -47,6 +47,6 @@ class EncoderMemory(DiffusersModel):
             vae = copy.deepcopy(vae)
             if tiled:
                 vae.enable_tiling()
-            values = torch.empty(shape, device="meta")
-            _peaks[key] = peak_bytes(lambda: vae.decode(values) if decodes else vae.encode(values))
+            call = vae.decode if decodes else vae.encode
+            _peaks[key] = peak_bytes(lambda: call(torch.empty(shape, device="meta")))
         return _peaks[key] * self._vae_dtype().itemsize // torch.float32.itemsize

@@ -39,11 +39,11 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Found:
-    """Changes that fit.
+class Choice:
+    """Changes of a configuration, and what it takes with them.
 
     Attributes:
-        labels: The changes; none where it fits as it is.
+        labels: The changes; none where it stays as it is.
         num_bytes: What the run takes then.
     """
 
@@ -62,14 +62,14 @@ class Verdict:
 
     def __init__(self, configuration: Configuration, registry: Registry, settings: MemorySettings) -> None:
         self._settings = settings
-        self._starts = [(Found((), 0), settings, list(_changes(configuration, registry, settings)))]
+        self._starts = [(Choice((), 0), settings, list(_changes(configuration, registry, settings)))]
         adapter = _as_adapter(configuration, registry)
         if adapter is not None:
             changed, small = adapter
-            label = Found(("model_type=lora",), 0)
+            label = Choice(("model_type=lora",), 0)
             self._starts.append((label, small, list(_changes(changed, registry, small))))
 
-    def fitting(self, room: float) -> list[Found]:
+    def fitting(self, room: float) -> list[Choice]:
         """Return the fewest changes with which the run takes at most `room` bytes: of what is trained as it is, and of
         an adapter in its place; none where nothing does.
         """
@@ -77,14 +77,15 @@ class Verdict:
         fits = [one for one in found if one is not None]
         return fits if not fits or fits[0].labels else fits[:1]
 
-    def smallest(self) -> Found:
+    def smallest(self) -> Choice:
         """Return what the run takes with all changes at once that save something."""
         given, settings, changes = self._starts[-1]
         labels = list(given.labels)
         for change in changes:
             if peak(changed := change.apply(settings)) < peak(settings):
-                settings, labels = changed, [*labels, change.label]
-        return Found(labels, peak(settings))
+                labels = [*(label for label in labels if _key(label) != _key(change.label)), change.label]
+                settings = changed
+        return Choice(labels, peak(settings))
 
     def line(self, room: float) -> str:
         """Return the verdict on a memory of `room` bytes that is free."""
@@ -108,19 +109,25 @@ class Verdict:
         return f"nothing tried here would; {_joined(least.labels) or 'as it is'} takes {gigabytes(least.num_bytes)}"
 
 
+def _key(label: str) -> str:
+    return label.partition("=")[0]
+
+
 def _joined(labels: Sequence[str]) -> str:
     return " with ".join([", ".join(labels[:-1]), labels[-1]]) if len(labels) == 2 else ", ".join(labels)
 
 
-def _fewest(settings: MemorySettings, changes: Sequence[Change], room: float, given: Sequence[str]) -> Found | None:
+def _fewest(settings: MemorySettings, changes: Sequence[Change], room: float, given: Sequence[str]) -> Choice | None:
     """Return the fewest changes that fit, the first of the list before later ones."""
     for number in range(len(changes) + 1):
         for chosen in combinations(changes, number):
             changed = settings
+            if len({_key(change.label) for change in chosen}) < number:
+                continue
             for change in chosen:
                 changed = change.apply(changed)
             if (num_bytes := peak(changed)) <= room:
-                return Found((*given, *(change.label for change in chosen)), num_bytes)
+                return Choice((*given, *(change.label for change in chosen)), num_bytes)
     return None
 
 
@@ -173,11 +180,14 @@ def _quantizers(configuration: Configuration, registry: Registry, settings: Memo
     usable = [kind for kind in kinds if not missing(kind.packages) and kind.usable(family.settings.device) is None]
     if network is None or not family.capabilities.quantised_base or not usable:
         return
-    of_a_byte = [kind for kind in usable if 0.9 <= kind.bytes_per_weight <= 1.1][:1]
-    smallest = min(usable, key=lambda kind: kind.bytes_per_weight)
-    for kind in dict.fromkeys([*of_a_byte, smallest]):
+    sizes: dict[str, float] = {}
+    for kind in usable:
         changed = replace(configuration, run=configuration.run.model_copy(update={"base_model_precision": kind.name}))
-        yield Change(f"base_model_precision={kind.name}", partial(_packed, base_bytes(changed, registry, network)))
+        sizes[kind.name] = base_bytes(changed, registry, network)
+    of_a_byte = [kind.name for kind in usable if 0.9 <= kind.bytes_per_weight <= 1.1]
+    # the one of a byte that packs most, since it rounds least, and the smallest of all
+    for name in dict.fromkeys([*sorted(of_a_byte, key=sizes.__getitem__)[:1], min(sizes, key=sizes.__getitem__)]):
+        yield Change(f"base_model_precision={name}", partial(_packed, sizes[name]))
 
 
 def _packed(bytes_per_weight: float, settings: MemorySettings) -> MemorySettings:

@@ -38,8 +38,8 @@ def _measure(plugin: OptimizerPlugin) -> float:
 
     from ..utils.simulated_memory import tensor_bytes
 
-    weight = torch.nn.Parameter(torch.zeros(SHAPE, dtype=getattr(torch, plugin.parameter_dtype)))
-    pattern = torch.linspace(-1, 1, weight.numel()).view(SHAPE)  # no generator of the run is touched
+    pattern = torch.linspace(-1, 1, SHAPE[0] * SHAPE[1]).view(SHAPE)  # no generator of the run is touched
+    weight = torch.nn.Parameter(pattern.to(getattr(torch, plugin.parameter_dtype), copy=True))
     with torch.enable_grad(), torch.random.fork_rng(devices=[]), torch.compiler.set_stance("force_eager"):
         optimizer = plugin.build([weight], SETTINGS)
         for step in (1, 2):

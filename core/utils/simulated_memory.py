@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
@@ -38,13 +39,23 @@ class _Allocations(TorchDispatchMode):
         self._now -= self._live.pop(key)
 
 
+class _FusedAttention(TorchFunctionMode):
+    """Gives attention on the meta device the memory of the fused kernels that real devices have: no scores."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.scaled_dot_product_attention and args[0].is_meta:
+            query, _, value = args[:3]
+            return query.new_empty(*query.shape[:-1], value.shape[-1])
+        return func(*args, **(kwargs or {}))
+
+
 def peak_bytes(call: Callable[[], object]) -> int:
     """Return the most bytes that tensors made during `call` hold at a time; what kernels use inside is not seen.
 
     Args:
         call: Computes on tensors of the meta device, or of any other.
     """
-    with torch.no_grad(), _Allocations() as allocations:
+    with torch.no_grad(), _FusedAttention(), _Allocations() as allocations:
         call()
     return allocations.peak
 
