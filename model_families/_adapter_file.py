@@ -143,7 +143,7 @@ class AdapterFile:
         for stem in stems:
             leaves = self.layers[stem]
             read = self.file.read(leaves.values(), torch.float32)
-            yield AdapterLayer(stem, {leaf: read[name] for leaf, name in leaves.items()}, **_scale(adapter, stem))
+            yield AdapterLayer(stem, {leaf: read[name] for leaf, name in leaves.items()}, **stated_scale(adapter, stem))
 
     def _settings(self) -> Mapping[str, Any]:
         """Return peft's settings, which diffusers writes into the header. Raises UserError where they are none."""
@@ -217,7 +217,7 @@ def _module_of(key: str) -> str:
     return f"{component}.{without_text_model(inner)}"
 
 
-def _scale(adapter: Mapping[str, Any], stem: str) -> dict[str, Any]:
+def stated_scale(adapter: Mapping[str, Any], stem: str) -> dict[str, Any]:
     """Return alpha and kind of scale of a layer from peft's settings, which diffusers writes into the header."""
     prefix, _, path = stem.partition(".")
     if f"{prefix}.lora_alpha" not in adapter:

@@ -3,39 +3,43 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from ..core.diffusion.sampler import Sampler
 from ..core.diffusion.second_time import differentiable_forward, load_second_time, sampled_by
 from ..core.plugin_api.family import ExportInfo, ExtraLora, Precision
 from ..core.plugin_api.precision import BASE
 from ..core.plugin_api.quantizer import replace_module
+from ..core.utils.files import whole_folder
 from ..core.utils.full_precision import compute_in_fp32
 from ..core.utils.progress import working
 from . import _export as exporting
 from ._empty import empty_denoiser, empty_network
+from ._encoder_memory import EncoderMemory
 from ._files import quiet_libraries
+from ._fusing import fused_weights
 from ._images import build_pipeline, call_arguments, evaluating, sample_latents
 from ._kohya import export_kohya, no_form
-from ._lora import attach, fuse
+from ._lora import attach
 from ._lora_files import student_folder
-from ._model import DiffusersModel
+from ._lora_tools import LoraFiles, stored_precision
 from ._schedulers import build_scheduler
 from ._source import FolderSource
 from ._usage import usage_snippet
 
 if TYPE_CHECKING:
-    from ..core.diffusion.sampler import Sampler
     from ..core.plugin_api.batch import Conditioning
     from ._source import Source
 
 
-class DiffusersFamily(DiffusersModel):
+class DiffusersFamily(EncoderMemory, LoraFiles):
     """A model in diffusers layout with a plain text-to-image pipeline; subclasses define what differs."""
 
     ends: ClassVar[tuple[str, ...]] = ()
@@ -82,14 +86,35 @@ class DiffusersFamily(DiffusersModel):
     # -- network ----------------------------------------------------------------------------------------------------
 
     def load_network(self) -> nn.Module:
-        loras = self.loras.teacher()
-        dtype = torch.float32 if loras else self._weight_dtype()  # fused in float32, rounded once
         with working("loading the teacher"):
-            network: Any = self._source.load_denoiser(dtype)
-            fuse(self.architecture, {self.architecture.denoiser: network}, loras)
+            network: Any = self._source.load_denoiser(self._weight_dtype())
+            ends = self._fuse_loras(network, self._wide_ends(network, self._source))
             with quiet_libraries():
-                network = self.on_device(network, ends=self._wide_ends(network, self._source))
+                network = self.on_device(network, ends=ends)
         return network.requires_grad_(False).eval()
+
+    def _fuse_loras(self, network: nn.Module, ends: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Fuse the teacher's LoRAs into `network`, each weight in float32 and rounded once; return its ends so fused.
+
+        Args:
+            network: In host memory, in the type of the frozen weights.
+            ends: Its ends in fp32, as :meth:`_wide_ends` returns them.
+        """
+        own = dict(network.named_parameters())
+        same = {name: ends.get(name, weight.data) for name, weight in own.items()}
+        for name, value in self._fused_weights(same if not self._half else None):
+            own[name].data.copy_(value)
+            ends = {**ends, name: value} if name in ends else ends
+        return dict(ends)
+
+    def _fused_weights(self, wide: Mapping[str, Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Yield the weights that the teacher's LoRAs change, in fp32; `wide` are the model's own, else its files'."""
+
+        def read(names: Sequence[str]) -> Iterable[tuple[str, Tensor]]:
+            return self._source.wide_weights(names) if wide is None else ((name, wide[name]) for name in names)
+
+        part, loras = self.architecture.denoiser, self.loras.teacher()
+        return fused_weights(self.architecture, part, self.empty_network(), loras, read=read)
 
     def on_device(self, network: nn.Module, *, ends: Mapping[str, Tensor]) -> nn.Module:
         """Move `network` to the device, in the type of the frozen weights, quantised where the run asks for it.
@@ -163,14 +188,9 @@ class DiffusersFamily(DiffusersModel):
         Args:
             names: Names of the result -> the denoiser's own; None: all, by their own names.
         """
-        device, loras = self.settings.device, self.loras.teacher()
+        device = self.settings.device
         wanted = None if names is None else set(names.values())
-        if loras:
-            network: Any = self._source.load_denoiser(torch.float32)
-            fuse(self.architecture, {self.architecture.denoiser: network}, loras)
-            found = network.state_dict().items()
-        else:
-            found = self._source.wide_weights(wanted)
+        found = chain(self._source.wide_weights(wanted), self._fused_weights())  # the latter in the former's place
         own = {name: value.to(device) for name, value in found if wanted is None or name in wanted}
         return own if names is None else {new: own[old] for new, old in names.items()}
 
@@ -283,18 +303,32 @@ class DiffusersFamily(DiffusersModel):
             )
         exporting.export_sampler(self.architecture, network, folder, scheduler, info)
 
+    def export_fused(self, folder: Path) -> None:
+        with working("fusing the denoiser"):
+            network: Any = self._source.load_denoiser(self._weight_dtype())
+            self._fuse_loras(network, {})
+        info = ExportInfo(Sampler("", {}, self.default_steps, self.usual_guidance), "full")
+        vae = self._autoencoder()
+        with quiet_libraries():
+            vae.to(getattr(torch, stored_precision(self._vae_source, "vae")))
+        with whole_folder(folder) as partial, working(f"writing {folder.name}/"):
+            exporting.export_pipeline(
+                self.architecture, network, partial, self.scheduler(None), self._text_encoders(), vae, info=info,
+                arguments=self.pipeline_arguments(),
+            )  # fmt: skip
+
     @classmethod
     def kohya_problem(cls) -> str | None:
         return no_form(cls.architecture) if cls.architecture.kohya is None else None
 
-    def export_kohya(self, student: Path, file: Path, *, title: str, dtype: Precision = "float32") -> list[str]:
+    def export_kohya(self, student: Path, file: Path, *, title: str, dtype: Precision | None = None) -> list[str]:
         return export_kohya(
             self.architecture,
             self.denoiser_config,
             student,
             file,
             title=title,
-            dtype=getattr(torch, dtype),
+            dtype=None if dtype is None else getattr(torch, dtype),
             predicts_v=self.prediction_type == "v_prediction",
         )
 

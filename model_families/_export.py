@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from ..core.diffusion.second_time import SCHEDULER, active_second_time, detached_second_time, export_second_time
 from ..core.errors import UserError
+from ._empty import empty_denoiser
 from ._files import quiet_libraries
 from ._lora_files import WEIGHTS
 from ._plain_lora import scaled, scaled_dtype
@@ -34,18 +36,39 @@ def export_lora(architecture: Architecture, network: nn.Module, folder: Path, in
         from peft.utils import get_peft_model_state_dict
 
         denoiser: Any = network
-        config = _in_order(denoiser.peft_config[info.adapter].to_dict())
+        config = in_order(denoiser.peft_config[info.adapter].to_dict())
         layers: Any = get_peft_model_state_dict(denoiser, adapter_name=info.adapter)
         if config["lora_alpha"] != config["r"]:
             metadata[FOLDED_SCALE] = f"{config['lora_alpha'] / config['r']:.12g}"
             layers = at_scale_one(layers, scale=config["lora_alpha"] / config["r"])
             config["lora_alpha"] = config["r"]
+        if info.dtype is not None:  # after the scale: rounded once
+            layers = {name: weight.detach().to(getattr(torch, info.dtype)) for name, weight in layers.items()}
         # peft's own names throughout: diffusers' converter renames those of the attention only, and its loader, which
         # decides by the first name, then drops them in silence
-        written = {
-            f"{architecture.denoiser}_lora_layers": layers,
-            f"{architecture.denoiser}_lora_adapter_metadata": config,
-        }
+    part = architecture.denoiser
+    save_layers(architecture, folder, {part: layers}, {part: config}, metadata)
+
+
+def save_layers(
+    architecture: Architecture,
+    folder: Path,
+    layers: Mapping[str, Mapping[str, Tensor]],
+    configs: Mapping[str, Mapping[str, Any]],
+    metadata: dict[str, str],
+) -> None:
+    """Write a LoRA as the file of diffusers' format in `folder`.
+
+    Args:
+        architecture: The architecture whose pipeline reads it.
+        folder: Where it goes.
+        layers: Network -> its tensors, in peft's names.
+        configs: Network -> peft's settings of its adapter.
+        metadata: What is added to the header.
+    """
+    written: dict[str, Any] = {f"{part}_lora_layers": tensors for part, tensors in layers.items()}
+    written |= {f"{part}_lora_adapter_metadata": config for part, config in configs.items()}
+    with quiet_libraries():
         architecture.pipeline_class().save_lora_weights(folder, **written)
     if metadata:
         _add_metadata(folder / WEIGHTS, metadata)
@@ -59,7 +82,7 @@ def at_scale_one(layers: Mapping[str, Tensor], *, scale: float) -> dict[str, Ten
     }
 
 
-def _in_order(config: dict[str, Any]) -> dict[str, Any]:
+def in_order(config: dict[str, Any]) -> dict[str, Any]:
     """Turn sets into sorted lists, so that the same student is the same file."""
     return {key: sorted(value) if isinstance(value, set | frozenset) else value for key, value in config.items()}
 
@@ -103,9 +126,19 @@ def export_pipeline(
         parts: dict[str, Any] = {architecture.denoiser: network, "vae": vae, "scheduler": own}
         pipeline = architecture.shell(**parts, **text.tokenizers, **text.encoders, **arguments)
         with detached_second_time(network):
+            if info.dtype is not None:
+                pipeline.register_modules(**{architecture.denoiser: _as_type(architecture, network, info.dtype)})
             pipeline.save_pretrained(folder, safe_serialization=True)
     if info.metadata:
         (folder / "metadata.json").write_text(json.dumps(dict(info.metadata), indent=2) + "\n", encoding="utf-8")
+
+
+def _as_type(architecture: Architecture, network: Any, dtype: str) -> nn.Module:
+    """Return `network` with its weights rounded to `dtype`, in host memory; the network itself stays as it is."""
+    copied = empty_denoiser(architecture, dict(network.config))
+    rounded = {name: value.detach().to("cpu", getattr(torch, dtype)) for name, value in network.state_dict().items()}
+    copied.load_state_dict(rounded, assign=True)
+    return copied
 
 
 def export_sampler(
@@ -132,7 +165,7 @@ def student_lora(architecture: Architecture, folder: Path) -> list[tuple[str, fl
 
 
 def refill(architecture: Architecture, network: nn.Module, folder: Path, *, adapter: str) -> None:
-    """Give the weights of `adapter` the type that they were exported in.
+    """Give the weights of `adapter` the type that they were exported in, or that of the base where it is wider.
 
     Attaching it rounded them to the type of the base, which would give other images than the trained adapter.
     """
@@ -143,4 +176,4 @@ def refill(architecture: Architecture, network: nn.Module, folder: Path, *, adap
         if "lora_" in name and f".{adapter}." in name:
             own = exported[f"{architecture.denoiser}.{name.replace(f'.{adapter}.', '.')}"]
             # a copy: weights of a mapped file lie unaligned, for which kernels round otherwise
-            weight.data = own.to(weight.device, copy=True)
+            weight.data = own.to(weight.device, torch.promote_types(own.dtype, weight.dtype), copy=True)

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..core.errors import UserError
 from ..core.utils.files import whole_file
 from ..core.utils.safetensors_header import sort_metadata
+from ._adapter_file import stated_scale
 from ._architecture import KohyaFormat, Layer, Layers
 from ._files import quiet_libraries
 from ._lora_files import WEIGHTS
@@ -37,7 +38,7 @@ def export_kohya(
     file: Path,
     *,
     title: str,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None = None,
     predicts_v: bool = False,
 ) -> list[str]:
     """Write the LoRA of a student's folder once more, as `file`, completely or not at all.
@@ -51,7 +52,7 @@ def export_kohya(
         student: The exported folder.
         file: The file to write.
         title: Name of the LoRA.
-        dtype: Type of the tensors.
+        dtype: Type of the tensors; None: that of the student's.
         predicts_v: Whether the model predicts v.
 
     Returns:
@@ -71,6 +72,7 @@ def export_kohya(
             "use the folder student/ with the pipeline that lies in it",
         )
     layers, about = read_layers(student / WEIGHTS, architecture.denoiser)
+    dtype = dtype or next(iter(layers.values())).down.dtype
     layers = {path: at_scale_one(layer) for path, layer in layers.items()}
     state = tensors(form.renamed(layers, config), dtype)
     with whole_file(file) as partial:
@@ -90,7 +92,7 @@ def read_layers(file: Path, prefix: str) -> tuple[Layers, dict[str, str]]:
     """Read the layers of an exported LoRA by module path, and the rest of its header.
 
     Raises:
-        UserError: The file is not there, or its layers have alphas of their own.
+        UserError: The file is not there.
     """
     from safetensors import safe_open
 
@@ -102,13 +104,12 @@ def read_layers(file: Path, prefix: str) -> tuple[Layers, dict[str, str]]:
     with safe_open(file, framework="pt") as opened:
         about = dict(opened.metadata() or {})
         state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
-    adapter = json.loads(about.pop("lora_adapter_metadata"))
-    if adapter.get(f"{prefix}.alpha_pattern") or adapter.get(f"{prefix}.rank_pattern"):
-        raise UserError(f"{file} has a rank or an alpha of its own for some layers", "train with one rank and alpha")
-    alpha, ending = float(adapter[f"{prefix}.lora_alpha"]), ".lora_A.weight"
+    adapter, ending = json.loads(about.pop("lora_adapter_metadata")), ".lora_A.weight"
     names = [name.removesuffix(ending) for name in state if name.endswith(ending)]
     layers = {
-        name.removeprefix(f"{prefix}."): Layer(state[f"{name}{ending}"], state[f"{name}.lora_B.weight"], alpha)
+        name.removeprefix(f"{prefix}."): Layer(
+            state[f"{name}{ending}"], state[f"{name}.lora_B.weight"], stated_scale(adapter, name)["alpha"]
+        )
         for name in names
     }
     about.pop("format", None)

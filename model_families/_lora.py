@@ -1,13 +1,13 @@
-"""LoRAs: compared with the networks, fused into the teacher, attached beside a student's.
+"""LoRAs: compared with the networks, read for being fused into the teacher, attached beside a student's.
 
 What diffusers reads whole is left to it. Kinds that it cannot read (:mod:`._lora_kinds`), and LoRAs of which only a
-part is wanted, are fused here.
+part is wanted, are computed here. :mod:`._fusing` fuses either.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -46,17 +46,12 @@ class ExactLora:
         """Return True if it changes the component `prefix`."""
         return any(component == prefix for _, target in self.layers for component, _ in target)
 
-    def fuse(self, components: Mapping[str, nn.Module]) -> None:
-        """Change the weights of `components` by it, in float32, in place."""
-        for layer, target in self.layers:
-            if target[0][0] in components:
-                _fuse_layer(layer, [components[name].get_submodule(path) for name, path in target], self.weight)
-
 
 AnyLora = Lora | ExactLora
 
 
-def _fuse_layer(layer: AdapterLayer, modules: Sequence[Any], strength: float) -> None:
+def fuse_layer(layer: AdapterLayer, modules: Sequence[Any], strength: float) -> None:
+    """Change the weights of `modules`, which one layer of a file changes together, in float32, in place."""
     import torch
 
     with torch.no_grad():
@@ -139,28 +134,6 @@ def _in_peft_names(
             state[f"{component}.{path}.lora_A.weight"] = down.clone()
             state[f"{component}.{path}.lora_B.weight"] = piece.contiguous()
     return Lora(name, weight, state, None, None)
-
-
-def fuse(architecture: Architecture, components: Mapping[str, nn.Module], loras: Iterable[AnyLora]) -> None:
-    """Add every LoRA, at its weight, to the weights of `components`; no adapter is left behind.
-
-    Args:
-        architecture: The architecture whose pipeline reads them.
-        components: Networks by pipeline name: ``unet``, ``text_encoder``, ``text_encoder_2``.
-        loras: Applied one after the other; the order matters to DoRAs alone, and to rounding.
-    """
-    for lora in loras:
-        if isinstance(lora, ExactLora):
-            lora.fuse(components)
-            continue
-        touched = [name for name in components if lora.has(name)]
-        if not touched:
-            continue
-        pipeline = _shell(architecture, components)
-        _attach(pipeline, architecture, lora, "teacher_lora", touched)
-        pipeline.set_adapters(["teacher_lora"], [lora.weight])
-        pipeline.fuse_lora(components=touched)
-        pipeline.unload_lora_weights()
 
 
 def attach(architecture: Architecture, components: Mapping[str, nn.Module], loras: Mapping[str, Lora]) -> None:

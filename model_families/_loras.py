@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from ._adapter_file import AdapterFile, Fit
 from ._empty import empty_network
+from ._fusing import fused_weights
 from ._lora import AnyLora, check_lora, read_lora
 from ._plain_lora import Lora
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
     from ..core.plugin_api.family import ModelSettings
     from ._architecture import Architecture
     from ._source import Source
@@ -76,8 +79,24 @@ class Loras:
             for name, weight in self.settings.teacher_lora
         ]
 
+    def of_encoders(self) -> list[AnyLora]:
+        """Read those of the teacher's LoRAs that change a text encoder."""
+        return [lora for lora in self.teacher() if any(map(lora.has, self.architecture.lora_encoders))]
+
+    def fuse(self, networks: Mapping[str, nn.Module], loras: Sequence[AnyLora]) -> None:
+        """Add LoRAs to the weights of networks, by their names in the pipeline, that are in memory in float32."""
+        for part, network in networks.items():
+            own = {name: weight.data for name, weight in network.named_parameters()}
+            read = partial(_of, own)
+            for name, value in fused_weights(self.architecture, part, self.networks[part], loras, read=read):
+                own[name].copy_(value)
+
     def plain(self, name: str, weight: float = 1.0) -> Lora:
         """Read a LoRA that is attached beside others. Raises UserError unless it is a plain one that fits."""
         lora = read_lora(name, weight, self.architecture, self.networks, fused=False)
         assert isinstance(lora, Lora)
         return lora
+
+
+def _of(weights: Mapping[str, Tensor], names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+    return ((name, weights[name]) for name in names)

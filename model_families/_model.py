@@ -25,7 +25,7 @@ from ._encoders import decode, encode_by_pieces
 from ._file_signs import agreed
 from ._files import hash_files
 from ._finite import check_empty_prompt, check_network
-from ._lora import attach, fuse
+from ._lora import attach
 from ._lora_files import lora_file
 from ._loras import Loras
 from ._open_source import open_source
@@ -278,10 +278,10 @@ class DiffusersModel(ModelFamily):
         return self._text
 
     def _load_text(self) -> TextEncoders:
-        fused = self.loras.teacher()
+        fused = self.loras.of_encoders()
         text = self._source.load_text(torch.float32 if fused else self._text_dtype(), without=self.left_out)
         own = {name: text.encoders[name] for name in self.architecture.lora_encoders}
-        fuse(self.architecture, own, fused)
+        self.loras.fuse(own, fused)
         for number, name in enumerate(self.architecture.encoders, 1):
             if name in text.encoders:
                 self._place_encoder(text.encoders[name], number)

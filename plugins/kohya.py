@@ -27,8 +27,9 @@ class Kohya(Publisher):
 
         file: LocalPath | None = None
         """The file; absent: `<name of the run>-kohya.safetensors` beside `student/`."""
-        dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-        """Type of the tensors. `float32` is what was trained; the others are half as large, and rounded."""
+        dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+        """Type of the tensors. `auto`: that of the exported student (`export_dtype`); `float16` and `bfloat16` are half
+        as large as `float32`, and rounded."""
 
     def problems(self) -> list[str]:
         """Return problems: a fully trained student, a family without such a format, a file of another kind."""
@@ -48,7 +49,8 @@ class Kohya(Publisher):
             raise UserError("it is not known of which family the student is", "publish a run: distill publish")
         title = f"{self.setting.run_name}-kohya"
         file = self.config.file or student.absolute().with_name(f"{title}.safetensors")
-        notes = self.setting.load_family().export_kohya(student, file, title=title, dtype=self.config.dtype)
+        dtype = None if self.config.dtype == "auto" else self.config.dtype
+        notes = self.setting.load_family().export_kohya(student, file, title=title, dtype=dtype)
         return f"{file}{''.join(f' ({note})' for note in notes)}"
 
 

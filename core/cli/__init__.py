@@ -29,6 +29,7 @@ COMMANDS = {
     "config": "Check, show or start a configuration.",
     "plugins": "List, show, write and check plugins.",
     "recipes": "List and show published settings.",
+    "lora": "Extract, resize and merge LoRAs.",
     "data": "Report what the datasets contain.",
     "cache": "Build, verify or clear the text and latent caches.",
     "doctor": "Report what this machine has and lacks for a configuration.",

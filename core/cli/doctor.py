@@ -54,7 +54,7 @@ def doctor(
     _section("accounts", accounts(configuration, registry))
     settings = _planned(configuration, registry)
     if settings is None or processes is None:
-        _section("memory", memory(settings, configuration))
+        _section("memory", memory(settings, configuration, registry))
     else:
         chosen = divisions(configuration.run, parallel, processes=processes, shard_size=shard_size, offload=offload)
         _section(f"memory of {processes} processes", processes_rows(settings, chosen, configuration, registry))
@@ -134,27 +134,35 @@ def _planned(configuration: Configuration, registry: Registry) -> MemorySettings
     return planned_memory(configuration, registry)
 
 
-def memory(settings: MemorySettings | None, configuration: Configuration) -> Rows:
-    """Return the estimate by purpose, what is free, and how much each remedy would save.
+def memory(settings: MemorySettings | None, configuration: Configuration, registry: Registry) -> Rows:
+    """Return the estimate by purpose and by phase, what is free, whether it fits, and how much each remedy would save.
 
     Args:
         settings: Of the run; None where its family has no estimate.
         configuration: Of the run.
+        registry: The run's plugins.
     """
+    from ..runs.memory_verdict import CARDS, Verdict
     from ..utils.devices import resolve_device
-    from ..utils.memory import estimate, free_memory_bytes, gigabytes, savings
+    from ..utils.memory import OPTIONAL, estimate, free_memory_bytes, gigabytes, phases, savings
 
     device = resolve_device(configuration.run.device)
     if settings is None:
         yield "estimate", "not known for this family"
         return
-    expected, free = estimate(settings), free_memory_bytes(device)
+    expected, free, found = estimate(settings), free_memory_bytes(device), phases(settings)
     for name, num_bytes in expected.parts().items():
-        yield name, gigabytes(num_bytes)
-    yield "total", f"{gigabytes(expected.total)} (activations are rough)"
-    yield "free", f"{gigabytes(free)} on {device}{': too little' if free < expected.total else ''}"
-    quantizers = configuration.run.model_type == "lora"
-    for label, saved in savings(settings, quantizers=quantizers):
+        if num_bytes:
+            yield name, f"{gigabytes(num_bytes)}{' (only where there is room)' if name in OPTIONAL else ''}"
+    for phase, num_bytes in found.items():
+        yield f"to {phase}", f"{gigabytes(num_bytes)}{' (the sum; activations are rough)' * (phase == 'train')}"
+    largest, verdict = max(found, key=lambda phase: found[phase]), Verdict(configuration, registry, settings)
+    yield "total", f"{gigabytes(found[largest])}: to {largest} takes most"
+    yield "free", f"{gigabytes(free)} on {device}{': too little' if free < found[largest] else ''}"
+    yield "verdict", verdict.line(free)
+    for size in CARDS:
+        yield f"{size} GB card", verdict.card(size)
+    for label, saved in savings(settings, quantizers=configuration.run.model_type == "lora"):
         yield "saves", f"{label}: about {gigabytes(saved)}"
 
 

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from .family_parts import InnerActivations, PixelDecoding
-from .precision import Precisions
+from .family_parts import EncoderEstimates, InnerActivations, PixelDecoding
+from .lora_tools import ExtraLora, LoraTools
+from .precision import Precision, Precisions
 
 if TYPE_CHECKING:
     import torch
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     from ..diffusion.sampler import Sampler
     from ..diffusion.schedule import Schedule
     from .batch import Conditioning
-
-Precision = Literal["float32", "float16", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -98,25 +97,29 @@ class LoraSettings:
 
 
 @dataclass(frozen=True)
-class ExtraLora:
-    """A further LoRA that is applied beside the student's when images are generated."""
-
-    path: str
-    weight: float = 1.0
-
-
-@dataclass(frozen=True)
 class ExportInfo:
-    """Facts that are written beside an exported student."""
+    """How a student is exported, and facts that are written beside it.
+
+    Attributes:
+        sampler: The way in which it is run.
+        model_type: What was trained.
+        lora: Shape of the adapter; None for full training.
+        adapter: Name of the adapter.
+        metadata: Further facts, for the header of the file.
+        dtype: Type of the exported weights; None: the one that they were trained in.
+        rounding: Norm of what that type rounds away, over the norm of the trained weights; None where nothing is.
+    """
 
     sampler: Sampler
     model_type: Literal["lora", "full"]
     lora: LoraSettings | None = None
     adapter: str = "student"
     metadata: Mapping[str, str] = field(default_factory=dict)
+    dtype: Precision | None = None
+    rounding: float | None = None
 
 
-class ModelFamily(InnerActivations, PixelDecoding, ABC):
+class ModelFamily(InnerActivations, PixelDecoding, EncoderEstimates, LoraTools, ABC):
     """A teacher architecture: load, encode, predict, decode, generate, export.
 
     Components load when they are first needed and can be released; :meth:`fingerprint` identifies them without loading.
@@ -358,14 +361,14 @@ class ModelFamily(InnerActivations, PixelDecoding, ABC):
         """Return why a student's LoRA cannot be written in kohya's format (:meth:`export_kohya`); None where it can."""
         return f"the family {cls.name} has no export in kohya's format"
 
-    def export_kohya(self, student: Path, file: Path, *, title: str, dtype: Precision = "float32") -> Sequence[str]:
+    def export_kohya(self, student: Path, file: Path, *, title: str, dtype: Precision | None = None) -> Sequence[str]:
         """Write an exported LoRA once more, as one file in kohya's format (ComfyUI, AUTOMATIC1111, sd-scripts).
 
         Args:
             student: Folder that :meth:`export` wrote.
             file: The file to write, completely or not at all.
             title: Name of the LoRA.
-            dtype: Type of its tensors.
+            dtype: Type of its tensors; None: that of the exported LoRA.
 
         Returns:
             Notes for users of the file, a line each.

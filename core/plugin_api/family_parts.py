@@ -79,3 +79,33 @@ class PixelDecoding:
         weights, and activations with a gradient.
         """
         return 0
+
+
+class EncoderEstimates:
+    """The memory of text encoders and autoencoder, estimated from configs alone; 0 where a family does not know it."""
+
+    def text_bytes(self) -> int:
+        """Return the bytes of all text encoders, as they are loaded to encode prompts."""
+        return 0
+
+    def autoencoder_bytes(self) -> int:
+        """Return the bytes of the autoencoder's weights."""
+        return 0
+
+    def encoding_bytes(self, size: tuple[int, int], *, images: int) -> int:
+        """Return the bytes of what encoding makes beside the autoencoder's weights.
+
+        Args:
+            size: (width, height) of an image in pixels.
+            images: Number of images in a call of ``encode_images``.
+        """
+        return 0
+
+    def generating_bytes(self, size: tuple[int, int], *, images: int) -> int:
+        """Return the bytes of what decoding without a gradient makes beside the autoencoder's weights.
+
+        Args:
+            size: (width, height) of an image in pixels.
+            images: Number of images in a call of ``decode_latents``.
+        """
+        return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from ..errors import UserError
 from .quantizer import NO_CHANGE, Quantizer, stored_bytes
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 logger = logging.getLogger(__name__)
+Precision = Literal["float32", "float16", "bfloat16"]
+"""Types of weights, by torch's names."""
 BASE = "base_model"
 
 

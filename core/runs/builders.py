@@ -20,8 +20,12 @@ if TYPE_CHECKING:
     from ..data.pipeline import DataPipeline
     from ..registry.registry import Registry
     from ..settings.configuration import Configuration
+    from ..settings.run_settings import RunSettings
 
 _WEIGHT_DTYPES: dict[str, Precision] = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
+"""mixed_precision -> type of the frozen weights."""
+ITEM_BYTES: dict[Precision, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
+"""Bytes of a number of each type."""
 
 
 def model_settings(configuration: Configuration, *, source: str | None = None) -> ModelSettings:
@@ -54,6 +58,13 @@ def model_settings(configuration: Configuration, *, source: str | None = None) -
         config_source=str(run.model_config_source) if run.model_config_source else None,
         resolution=data_resolution(configuration) if configuration.datasets else None,
     )
+
+
+def export_dtype(settings: RunSettings) -> Precision | None:
+    """Return the type that a run's students are exported in; None for the one that is trained."""
+    if settings.export_dtype == "auto":
+        return None if settings.mixed_precision == "no" else _WEIGHT_DTYPES[settings.mixed_precision]
+    return settings.export_dtype
 
 
 def build_family(configuration: Configuration, registry: Registry, *, device: str | None = None) -> ModelFamily:

@@ -64,7 +64,9 @@ def disk_plan(run: RunSettings, memory: MemorySettings, *, steps: int | None = N
     if run.checkpoint_step_interval and steps is not None:
         saves = math.ceil(steps / run.checkpoint_step_interval)
     kept = min(saves, run.checkpoints_total_limit or math.inf)
-    student = (trained if exported is None else exported) * memory.trained_bytes
+    dtype = builders.export_dtype(run)
+    item = memory.trained_bytes if dtype is None else builders.ITEM_BYTES[dtype]
+    student = (trained if exported is None else exported) * item
     return DiskPlan(checkpoint_bytes(memory), 1 if math.isinf(kept) else int(kept), round(student))
 
 

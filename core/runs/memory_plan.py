@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 from ..plugin_api.precision import BASE
 from ..utils.memory import (
     MemorySettings,
-    estimate,
     free_memory_bytes,
     gigabytes,
     is_out_of_memory,
     out_of_memory_hint,
     savings_lines,
 )
-from ..utils.process_memory import process_total
+from ..utils.process_memory import process_peak, process_total
 from ..utils.strategies import Division
-from .planned_memory import decoding_bytes, of_whole_networks, stored_bytes, units
+from .optimizer_memory import state_bytes
+from .planned_memory import decoding_bytes, of_phases, of_whole_networks, stored_bytes, units
 
 if TYPE_CHECKING:
     from .components import RunComponents
@@ -34,10 +35,10 @@ def memory_warning(settings: MemorySettings, device: str, *, quantizers: bool, d
         division: The way in which its processes share the networks.
     """
     measure = partial(process_total, division=division)
-    expected, free = measure(settings), free_memory_bytes(device)
+    expected, free = process_peak(settings, division), free_memory_bytes(device)
     if expected <= free:
         return None
-    fixed = expected - estimate(settings).activations
+    fixed = process_peak(replace(settings, latent_pixels=0), division)
     sure = "it will not fit" if fixed > free else "it may not fit (activations are rough)"
     each = " on each process" if division.num_processes > 1 else ""
     return "\n".join(
@@ -87,7 +88,6 @@ def memory_settings(run: RunComponents) -> MemorySettings:
     if stored is not None:  # packed numbers are not parameters one by one
         num_frozen = stored[0] // (4 if settings.mixed_precision == "no" else 2)
         base_bytes = stored[1] / num_frozen
-    state_bytes = run.optimizer_plugin.state_bytes
     largest, outside = units(run.family, networks.base)
     return MemorySettings(
         base_parameters=num_frozen,
@@ -97,7 +97,7 @@ def memory_settings(run: RunComponents) -> MemorySettings:
         base_bytes=base_bytes,
         compute_bytes=4 if settings.mixed_precision == "no" else 2,
         trained_bytes=item,
-        optimizer_bytes=2 * item if state_bytes is None else state_bytes,
+        optimizer_bytes=state_bytes(run.optimizer_plugin),
         averaged_parameters=sum(own[name] for name in averages),
         student_parameters=own["student"],
         quantisable=all(role.trains != "full" for role in networks.roles.values()),
@@ -106,6 +106,7 @@ def memory_settings(run: RunComponents) -> MemorySettings:
         decoding_bytes=decoding_bytes(run.method, run.family, (width, height)),
         auxiliary_bytes=sum(stored_bytes(role) for role in networks.roles.values()),
         **of_whole_networks(networks.roles, own, averages),
+        **of_phases(run.config, run.family, run.family.empty_network(), student=own["student"]),
         largest_unit=largest,
         outside_units=outside,
     )

@@ -89,7 +89,7 @@ def _introduction(configuration: Configuration, info: ExportInfo) -> str:
         f"{kind} that makes images in {plural(sampler.num_inference_steps, 'step')} with "
         f"{describe_guidance(sampler.guidance_scale)}, distilled from {base} with the method "
         f"`{run.distillation_method}` by distill (`pip install distill-engine`). "
-        f"It runs with `{sampler.scheduler}`, whose settings lie in `scheduler/`.{_scale(info)}"
+        f"It runs with `{sampler.scheduler}`, whose settings lie in `scheduler/`.{_scale(info)}{_rounding(info)}"
     )
 
 
@@ -102,6 +102,13 @@ def _scale(info: ExportInfo) -> str:
         f" It was trained with alpha {lora.alpha:g} at rank {lora.rank}: this scale of {lora.alpha / lora.rank:.6g} is "
         "in its weights, so its strength is 1 wherever it is loaded, also where alpha is not heeded."
     )
+
+
+def _rounding(info: ExportInfo) -> str:
+    """Return the sentence about weights that were rounded when they were exported."""
+    if info.rounding is None:
+        return ""
+    return f" Its weights are rounded to {info.dtype}: the norm of the difference is {info.rounding:.2g} of theirs."
 
 
 def _images(has_grid: bool) -> str:

@@ -12,7 +12,8 @@ from ..plugin_api.quantizer import NO_CHANGE
 from ..settings.configuration import default_resolution
 from ..utils.devices import resolve_device
 from ..utils.memory import MemorySettings
-from .builders import build_family, build_method
+from .builders import ITEM_BYTES, build_family, build_method, export_dtype
+from .optimizer_memory import planned_state_bytes
 
 if TYPE_CHECKING:
     from torch import nn
@@ -58,7 +59,7 @@ def planned_memory(
         base_bytes=base_bytes(configuration, registry, network),
         compute_bytes=4 if run.mixed_precision == "no" else 2,
         trained_bytes=trained_bytes,
-        optimizer_bytes=2 * trained_bytes if optimizer.state_bytes is None else optimizer.state_bytes,
+        optimizer_bytes=planned_state_bytes(configuration, registry),
         averaged_parameters=sum(own[name] for name in averages),
         student_parameters=own["student"],
         quantisable=all(role.trains != "full" for role in roles.values()),
@@ -67,9 +68,43 @@ def planned_memory(
         decoding_bytes=decoding_bytes(method, family, (width, height)),
         auxiliary_bytes=sum(stored_bytes(role) for role in roles.values() if role.auxiliary),
         **of_whole_networks(roles, own, averages),
+        **of_phases(configuration, family, network, student=own["student"]),
         largest_unit=largest,
         outside_units=outside,
     )
+
+
+def of_phases(
+    configuration: Configuration, family: ModelFamily, network: nn.Module | None, *, student: int
+) -> dict[str, int]:
+    """Return the settings of the phases beside training, from configs alone.
+
+    Args:
+        configuration: The run's.
+        family: The run's.
+        network: The denoiser on the meta device; None where the family has none.
+        student: Number of trained weights that are exported.
+    """
+    run, size = configuration.run, default_resolution(configuration)
+    text, vae = family.text_bytes(), family.autoencoder_bytes()
+    images = any(entry.has_images for entry in configuration.datasets)
+    encoding = vae + family.encoding_bytes(size, images=run.vae_batch_size) if images else 0
+    validates = bool(run.validation_step_interval or run.evaluation_num_samples)
+    item = ITEM_BYTES[export_dtype(run) or "float32"]
+    full = run.model_type == "full"
+    copied = student * item if not full or export_dtype(run) is not None else 0  # fp32 is written from where it lies
+    return {
+        "encoding_bytes": max(text, encoding),
+        "loading_bytes": _fusing_bytes(network, run) if run.teacher_lora and network is not None else 0,
+        "validating_bytes": vae + family.generating_bytes(size, images=run.num_validation_images) if validates else 0,
+        "exporting_bytes": copied + (text + vae if full else 0),
+    }
+
+
+def _fusing_bytes(network: nn.Module, run: RunSettings) -> int:
+    """Return the bytes of the base, and of its largest weight in fp32: before, the change, after."""
+    sizes = [weight.numel() for weight in network.parameters()]
+    return sum(sizes) * (4 if run.mixed_precision == "no" else 2) + 3 * 4 * max(sizes)
 
 
 def of_whole_networks(roles: Mapping[str, Role], own: Mapping[str, int], averages: Sequence[str]) -> dict[str, int]:

@@ -341,20 +341,20 @@ class Run(TrainingObserver):
     def _finish(self) -> RunResult:
         from .export import evaluate_student, export_online, export_student, last_grid, publish_student
 
-        student, evaluation = self.settings.output_dir / STUDENT_FOLDER, None
+        student, evaluation, info = self.settings.output_dir / STUDENT_FOLDER, None, None
         with self._together():
             main = self.parts.processes.main
             if main:
                 self._folder.files.claim(STUDENT_FOLDER, ONLINE_FOLDER)
             if self._takes_part:
                 with self.parts.trainer.loop.evaluating(), self.parts.networks.averaged():
-                    export_student(self.parts, student)
+                    info = export_student(self.parts, student)
                     if self.settings.evaluation_num_samples:
                         evaluation = evaluate_student(self.parts)
                 if self.settings.export_online_weights:
                     export_online(self.parts, self.settings.output_dir / ONLINE_FOLDER)
-            if main:
-                publish_student(self.parts, student, evaluation)
+            if main and info is not None:
+                publish_student(self.parts, student, info, evaluation)
                 self.parts.trackers.finish(evaluation.scalars() if evaluation else None)
                 profile = [PROFILE_FOLDER] if self.settings.profile_steps else []
                 self._folder.files.wrote(STUDENT_FOLDER, ONLINE_FOLDER, *profile, *self._folder.watched)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import shutil
 import stat
 import time
 from collections.abc import Iterator
@@ -90,6 +91,27 @@ def whole_file(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Give the folder to write in place of `path`, whose parent is made; after the block it is moved there.
+
+    No reader sees a part of `path`, and a block that fails leaves it as it was, and no half of a folder beside it.
+    """
+    partial, replaced = (path.with_name(f".{path.name}.{state}") for state in ("partial", "replaced"))
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)  # a full disk is not to be kept full by half a folder
+        raise
+    if path.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        path.rename(replaced)
+    partial.rename(path)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def write_whole(path: Path, data: bytes | memoryview) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -111,7 +111,11 @@ class MemorySettings:
         averaged_full_parameters: Those of the averaged parameters that are averages or copies of whole networks.
         largest_unit: Parameters of the largest block of the denoiser that is gathered as one where weights are sharded.
         outside_units: Parameters of the denoiser that lie in no block.
-        staged: Whether checkpoints are copied into the same memory before they are written.
+        staged: Whether checkpoints are copied into the same memory before they are written, where there is room.
+        encoding_bytes: Bytes of the encoders and their activations while the caches are built, the larger of both.
+        loading_bytes: Bytes of the base while LoRAs are fused into it, not yet quantised; 0 where none are.
+        validating_bytes: Bytes of the autoencoder and its activations while images of a validation are decoded.
+        exporting_bytes: Bytes of what an export needs beside the networks.
     """
 
     base_parameters: int
@@ -134,11 +138,21 @@ class MemorySettings:
     largest_unit: int = 0
     outside_units: int = 0
     staged: bool = False
+    encoding_bytes: int = 0
+    loading_bytes: int = 0
+    validating_bytes: int = 0
+    exporting_bytes: int = 0
+
+
+OPTIONAL = ("checkpoint_copy",)
+"""Purposes that are done without where there is no room: checkpoints are then written while training waits."""
+OF_A_STEP = ("gradients", "activations", "decoding", "casts", "gathered")
+"""Purposes of memory that is free between steps."""
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes by purpose."""
+    """Bytes by purpose, while training."""
 
     weights: int
     trained: int
@@ -148,21 +162,64 @@ class MemoryEstimate:
     activations: int
     decoding: int = 0
     auxiliary: int = 0
+    casts: int = 0
     checkpoint_copy: int = 0
     overhead: int = OVERHEAD_BYTES
 
     @property
     def total(self) -> int:
-        """Sum of the bytes."""
-        return sum(self.parts().values())
+        """Sum of the bytes, without what is optional."""
+        return needed(self.parts())
 
     def parts(self) -> dict[str, int]:
         """Return purpose -> bytes, for tables."""
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
 
+def needed(parts: Mapping[str, int]) -> int:
+    """Return the sum of bytes by purpose, without what is optional."""
+    return sum(num_bytes for purpose, num_bytes in parts.items() if purpose not in OPTIONAL)
+
+
+def phases(settings: MemorySettings, parts: Mapping[str, int] | None = None) -> dict[str, int]:
+    """Return the peak of each phase of a run, in bytes; a phase that nothing is known of is left out.
+
+    Args:
+        settings: Of the run.
+        parts: Bytes by purpose while training, of one of several processes; those of one process alone unless given.
+    """
+    parts = estimate(settings).parts() if parts is None else parts
+    held = needed({purpose: num for purpose, num in parts.items() if purpose not in OF_A_STEP})
+    found = {
+        "encode": settings.encoding_bytes and settings.encoding_bytes + OVERHEAD_BYTES,
+        "load": settings.loading_bytes and settings.loading_bytes + OVERHEAD_BYTES,
+        "train": needed(parts),
+        "validate": settings.validating_bytes and held + settings.validating_bytes,
+        "export": settings.exporting_bytes and held + settings.exporting_bytes,
+    }
+    return {phase: num_bytes for phase, num_bytes in found.items() if num_bytes}
+
+
+def peak(settings: MemorySettings) -> int:
+    """Return the bytes of a run in one process, in the phase that takes most."""
+    return max(phases(settings).values())
+
+
+def cast_bytes(settings: MemorySettings) -> int:
+    """Return the bytes of the copies in half precision that autocast makes of trained weights of float32.
+
+    It keeps each until the end of its forward pass, and the graph until the backward pass: of an adapter, and of whole
+    networks two at a time, one with a graph and one that is called beside it.
+    """
+    if settings.compute_bytes >= settings.trained_bytes:
+        return 0
+    whole_networks = settings.full_parameters * min(settings.full_roles, 2) // max(settings.full_roles, 1)
+    adapters = settings.trained_parameters - settings.full_parameters
+    return round((whole_networks + adapters) * settings.compute_bytes)
+
+
 def estimate(settings: MemorySettings) -> MemoryEstimate:
-    """Estimate the peak memory of a run; activations are rough (a factor of two either way)."""
+    """Estimate the memory of a run while it trains; activations are rough (a factor of two either way)."""
     elements = ACTIVATIONS_PER_PIXEL * math.sqrt(settings.base_parameters) * settings.latent_pixels
     per_sample = elements * settings.compute_bytes
     share = CHECKPOINTED_SHARE if settings.gradient_checkpointing else 1.0
@@ -176,12 +233,13 @@ def estimate(settings: MemorySettings) -> MemoryEstimate:
         activations=round(per_sample * settings.batch * share),
         decoding=settings.decoding_bytes,
         auxiliary=settings.auxiliary_bytes,
+        casts=cast_bytes(settings),
         checkpoint_copy=checkpoint_bytes(settings) if settings.staged else 0,
     )
 
 
 def whole(settings: MemorySettings) -> int:
-    """Return the bytes of a run in one process."""
+    """Return the bytes of a run in one process while it trains."""
     return estimate(settings).total
 
 

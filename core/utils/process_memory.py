@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from .memory import MemoryEstimate, MemorySettings, estimate
+from .memory import MemoryEstimate, MemorySettings, cast_bytes, estimate, needed, phases
 from .strategies import Division, StrategyName
 
 SHARED = ("weights", "trained", "gradients", "optimizer", "averages")
@@ -52,8 +52,8 @@ class ProcessMemory:
 
     @property
     def total(self) -> int:
-        """Sum of the bytes on the device."""
-        return sum(self.parts.values())
+        """Sum of the bytes on the device, without what is optional."""
+        return needed(self.parts)
 
 
 def division_problem(settings: MemorySettings, division: Division) -> str | None:
@@ -83,8 +83,15 @@ def process_memory(settings: MemorySettings, division: Division) -> ProcessMemor
             if division.offload:
                 own, host = 0, host + own
         parts[purpose] += own
+    if "trained" not in divided:  # else whole weights are there, and are cast, a block at a time
+        parts["casts"] += cast_bytes(settings) - small.casts
     parts["gathered"] = _gathered_bytes(settings, division)
     return ProcessMemory(parts, host)
+
+
+def process_peak(settings: MemorySettings, division: Division) -> int:
+    """Return the bytes on the device of one process, in the phase of the run that takes most."""
+    return max(phases(settings, process_memory(settings, division).parts).values())
 
 
 def process_total(settings: MemorySettings, division: Division) -> int:
@@ -98,6 +105,8 @@ def _of_adapters(settings: MemorySettings) -> MemorySettings:
         settings,
         base_bytes=0,
         trained_parameters=settings.trained_parameters - settings.full_parameters,
+        full_parameters=0,
+        full_roles=0,
         averaged_parameters=settings.averaged_parameters - settings.averaged_full_parameters,
     )
 

@@ -1,0 +1,52 @@
+"""What text encoders and autoencoder take, from their configs alone: on the meta device."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+
+from ..core.utils.simulated_memory import peak_bytes
+from ._empty import empty_network
+from ._model import DiffusersModel
+
+_peaks: dict[tuple[str, bool, tuple[int, ...], bool], int] = {}
+
+
+class EncoderMemory(DiffusersModel):
+    """The estimates of a family whose models diffusers reads; a base of :class:`.DiffusersFamily`."""
+
+    def text_bytes(self) -> int:
+        source, parts = self._source, self.architecture.encoders
+        networks = (self._empty_part(part) for part in parts if part not in self.left_out and source.has(part))
+        return self._text_dtype().itemsize * sum(weight.numel() for one in networks for weight in one.parameters())
+
+    def autoencoder_bytes(self) -> int:
+        weights = sum(weight.numel() for weight in self._empty_part("vae").parameters())
+        return self._vae_dtype().itemsize * weights
+
+    def encoding_bytes(self, size: tuple[int, int], *, images: int) -> int:
+        at_once = min(images, max(1, self.config.encoded_pixels_at_once // (size[0] * size[1])))
+        return self._peak((at_once, 3, size[1], size[0]), decodes=False)
+
+    def generating_bytes(self, size: tuple[int, int], *, images: int) -> int:
+        at_once = min(images, max(1, self.config.decoded_pixels_at_once // (size[0] * size[1])))
+        height, width = size[1] // self.scale_factor, size[0] // self.scale_factor
+        return self._peak((at_once, self.latent_channels, height, width), decodes=True)
+
+    def _empty_part(self, part: str) -> Any:
+        source = self._vae_source if part == "vae" else self._source
+        return empty_network(self.architecture, part, source.config(f"{part}/config.json"))
+
+    def _peak(self, shape: tuple[int, ...], *, decodes: bool) -> int:
+        """Return the bytes of the autoencoder's input, output and activations for a batch (B, C, h, w)."""
+        vae, tiled = self._empty_part("vae"), self.config.vae_tiling
+        key = (repr(sorted(vae.config.items(), key=str)), decodes, shape, tiled)
+        if key not in _peaks:
+            vae = copy.deepcopy(vae)
+            if tiled:
+                vae.enable_tiling()
+            call = vae.decode if decodes else vae.encode
+            _peaks[key] = peak_bytes(lambda: call(torch.empty(shape, device="meta")))
+        return _peaks[key] * self._vae_dtype().itemsize // torch.float32.itemsize
