@@ -69,7 +69,9 @@ def test_every_method_and_kind_of_student_over_twenty_steps(folder, tmp_path, pr
     expected = alone(folder, *ALL, steps=20)
     for strategy, shards in (("replicate", 1), ("fsdp", processes)):
         accumulated = ACCUMULATED if processes == 2 else ()
-        found = shared(folder, tmp_path / "x.json", strategy, *ALL, *accumulated, processes=processes, steps=20)
+        found = shared(
+            folder, tmp_path / f"{strategy}.json", strategy, *ALL, *accumulated, processes=processes, steps=20
+        )
         require_equal(found, expected, tolerance=1e-10, shards=shards)
 
 

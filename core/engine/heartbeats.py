@@ -149,12 +149,29 @@ class Heartbeats:
         try:
             yield
         except RuntimeError as error:  # of gloo and NCCL
+            explained = self._explained(error)
+            self._noticed = True
+            raise explained from error
+
+    @contextmanager
+    def exchange_beside(self) -> Iterator[None]:
+        """Make an error of an exchange in the block, by a thread beside the main one, that of the process that is lost.
+
+        The main thread has yet to notice it.
+        """
+        try:
+            yield
+        except RuntimeError as error:
             raise self._explained(error) from error
 
-    def check(self) -> None:
-        """Raise DistillError if a process is lost."""
+    def check(self, *, beside: bool = False) -> None:
+        """Raise DistillError if a process is lost.
+
+        Args:
+            beside: Asked by a thread beside the main one, which has yet to notice it.
+        """
         if self.lost is not None:
-            self._noticed = True
+            self._noticed = self._noticed or not beside
             raise self.lost
 
     def end(self, error: BaseException | None = None) -> None:
@@ -244,7 +261,6 @@ class Heartbeats:
                     )
             time.sleep(0.1)
         self._lose(DistillError(f"the exchange with the other processes failed: {described(error)}"))
-        self._noticed = True
         assert self.lost is not None
         return self.lost
 

@@ -226,6 +226,8 @@ class ZeroOptimizer(RoleOptimizer):
         settings: Those of :class:`RoleOptimizer`.
     """
 
+    copies_state: ClassVar[bool] = True
+
     def __init__(
         self, engine: Any, parameters: Sequence[nn.Parameter], *, fragments: Fragments, strategy: Zero, **settings: Any
     ) -> None:
