@@ -59,7 +59,7 @@ def chaos(config: Path, *options: str, seconds: float = 500) -> dict[str, int]:
     return {kind: count for kind, count in counts.items() if kind != "seconds"}
 
 
-STRATEGIES: dict[str, dict[str, str]] = {"replicate": {}}
+STRATEGIES = {"replicate": {}, "fsdp": {"parallel": "fsdp", "model_type": "full", "learning_rate": 1e-5}}
 SHORT = {
     "max_train_steps": 6, "checkpoint_step_interval": 2, "validation_step_interval": 3, "report_to": "none",
     "evaluation_num_samples": 2, "evaluation_steps": [1], "use_ema": True, "device": "cpu", "process_timeout": 20,

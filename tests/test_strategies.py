@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from distill.core.engine.fsdp import FullyShard
-from distill.core.engine.strategy import ParallelSettings
 from distill.core.errors import UserError
 from distill.core.registry.registry import Registry
+from distill.core.utils.strategies import ParallelSettings
 from safetensors.torch import load_file
 from support import strategies
 from support.small_run import execute, losses, write_run

@@ -10,8 +10,9 @@ import pytest
 from distill.core.engine.checkpoint import CheckpointStore
 from distill.core.engine.processes import Processes
 from distill.core.engine.shards import FlatShard, is_sharded
-from distill.core.engine.strategy import ParallelSettings, Strategy
+from distill.core.engine.strategy import Strategy
 from distill.core.errors import UserError
+from distill.core.utils.strategies import ParallelSettings
 from distill.plugins.optimizers import AdamW, AdamWBF16, StableAdamW
 from distill.plugins.optimizers_adaptive import ScheduleFreeAdamW
 from support.small_run import execute, losses, write_run
@@ -97,7 +98,7 @@ def test_deepspeed_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setattr(zero, "find_spec", lambda name: None)
     strategy = zero.Zero(Processes("cpu"), ParallelSettings("zero2"))
     with pytest.raises(UserError, match=r'not installed[^"]*pip install "distill-engine\[deepspeed\]"'):
-        strategy.check(model_type="full", optimizer=AdamW, quantised=False, mixed_precision="no")
+        strategy.require_packages()
 
 
 def test_a_run_with_adapters_is_refused_before_weights_load(tmp_path):

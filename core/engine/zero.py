@@ -65,8 +65,14 @@ class Zero(Strategy):
         for wrong, problem, remedy in self._problems(model_type, optimizer, quantised, mixed_precision):
             if wrong:
                 raise UserError(f"{asked} with {problem}", remedy)
+
+    def require_packages(self) -> None:
+        """Refuse to begin without DeepSpeed."""
         if find_spec("deepspeed") is None:
-            raise UserError(f"{asked}: DeepSpeed is not installed", 'pip install "distill-engine[deepspeed]"')
+            raise UserError(
+                f"parallel = {self.settings.name}: DeepSpeed is not installed",
+                'pip install "distill-engine[deepspeed]"',
+            )
 
     def _problems(
         self, model_type: str, optimizer: type[OptimizerPlugin], quantised: bool, mixed_precision: str

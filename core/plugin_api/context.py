@@ -45,6 +45,8 @@ class Runtime:
     """The method's stages, in order."""
     average: Callable[[Sequence[Tensor]], None] | None = None
     """A function that averages tensors over processes, in place; None where there is one process."""
+    partial_pass: Callable[[nn.Module], AbstractContextManager[None]] = nullcontext
+    """The block around a pass that may stop inside of a network (:meth:`.strategy.Strategy.partial_pass`)."""
 
 
 class Context:
@@ -298,7 +300,7 @@ class Context:
             blocks: The blocks whose outputs they are (:meth:`.family.ModelFamily.features`).
         """
         runtime = self._runtime
-        with self._call(role) as network, self._autocast():
+        with self._call(role) as network, runtime.partial_pass(network), self._autocast():
             return runtime.family.features(network, x_t, self.schedule.network_time(t), cond, blocks=blocks)
 
     def logits(self, role: str, features: Sequence[Tensor]) -> list[Tensor]:

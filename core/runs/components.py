@@ -77,6 +77,7 @@ class RunComponents:
             model_type=settings.model_type, optimizer=self.registry.get("optimizer", settings.optimizer),
             quantised=settings.base_model_precision != "no_change", mixed_precision=settings.mixed_precision,
         )  # fmt: skip
+        strategy.require_packages()
         return strategy
 
     @cached_property
@@ -315,7 +316,7 @@ class RunComponents:
         context = Context(
             Runtime(
                 self.family, self.networks, settings.seed, processes.device, autocast, stages=self.stages,
-                average=processes.average,
+                average=processes.average, partial_pass=self.strategy.partial_pass,
             )
         )  # fmt: skip
         optimizers = {role: self._optimizer(role) for role in self.networks.trained_roles()}

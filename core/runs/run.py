@@ -165,12 +165,7 @@ class Run(TrainingObserver):
         check_method_sources(self.parts.config, self.parts.registry)
         method, family = self.parts.method, self.parts.family
         needs = method.requires(method.config, method.setup)
-        if needs.forward_ad and not self.parts.strategy.forward_ad:
-            raise UserError(
-                f"parallel = {self.parts.strategy.settings.name}: {self.settings.distillation_method} differentiates "
-                "its networks in forward mode, which does not pass what gathers their weights",
-                "use zero2, fsdp or replicate, or a derivative by differences where the method has one",
-            )
+        self.parts.strategy.check_method(self.settings.distillation_method, needs)
         if needs.finite_snr and family.prediction_type == "epsilon" and family.schedule.zero_terminal_snr:
             raise UserError(
                 f"{family.settings.source}: its scheduler has zero terminal SNR and predicts epsilon, from which "

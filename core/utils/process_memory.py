@@ -61,10 +61,10 @@ def division_problem(settings: MemorySettings, division: Division) -> str | None
     zero = division.strategy.startswith("zero")
     if zero and not settings.full_roles:
         return "it divides networks that are trained whole, and this run trains adapters: use replicate or fsdp"
-    if division.offload and division.strategy == "replicate":
+    if division.settings.offload and division.strategy == "replicate":
         return "it divides nothing that could be offloaded: use fsdp, or a zero strategy for full training"
     if division.num_processes % division.num_shards:
-        return f"{division.num_processes} processes are not a multiple of the {division.shard_size} that share one copy"
+        return f"{division.num_processes} processes are not a multiple of the {division.num_shards} that share one copy"
     if zero and division.num_shards != division.num_processes:
         return "it divides among all processes: leave the shard size out, or use fsdp"
     return None
@@ -80,7 +80,7 @@ def process_memory(settings: MemorySettings, division: Division) -> ProcessMemor
         own = full[purpose]
         if purpose in divided:
             own = -(-own // division.num_shards)
-            if division.offload:
+            if division.settings.offload:
                 own, host = 0, host + own
         parts[purpose] += own
     parts["gathered"] = _gathered_bytes(settings, division)

@@ -19,7 +19,7 @@ from distill.core.engine.parallel import build_strategy
 from distill.core.engine.processes import Processes
 from distill.core.engine.saved_state import saved_state
 from distill.core.engine.sharded_checkpoint import read_parts
-from distill.core.engine.strategy import ParallelSettings
+from distill.core.utils.strategies import ParallelSettings
 from support.sdxl_methods import Parts, make_parts
 from support.sdxl_setup import make_batch
 from support.strategies import CASES, digest, mine
