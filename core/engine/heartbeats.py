@@ -20,6 +20,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DistillError, Interrupted, UserError, described
+from ..utils.disk import chain
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -245,9 +246,16 @@ class Heartbeats:
             self.on_stuck(self.lost)
         os._exit(self.lost.exit_code)
 
+    def reason(self, error: BaseException) -> DistillError | None:
+        """Return why an exchange failed that a library made by itself; None where `error` is of another kind."""
+        if error is self.lost or not any(_is_of_exchange(each) for each in chain(error)):
+            return None
+        self._noticed = True
+        return self._explained(error)
+
     # -- the reason -------------------------------------------------------------------------------------------------
 
-    def _explained(self, error: RuntimeError) -> DistillError:
+    def _explained(self, error: BaseException) -> DistillError:
         """Return why an exchange failed, which a process that dies may take a moment to show."""
         end = time.monotonic() + DEAD_SECONDS
         while time.monotonic() < end and self.lost is None:
@@ -281,6 +289,13 @@ class Heartbeats:
             "beat": self._beat, "exchanges": self._exchanges, "training": self._training, "alone": bool(self._alone),
         }  # fmt: skip
         self._set("beat", said)
+
+
+def _is_of_exchange(error: BaseException) -> bool:
+    """Return True if `error` is of NCCL, or of gloo, whose errors have no kind of their own."""
+    import torch
+
+    return isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def connected(*, rank: int, world_size: int, timeout_seconds: float) -> Heartbeats | None:

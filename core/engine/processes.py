@@ -77,6 +77,10 @@ class Processes:
         if self.heartbeats is not None:
             self.heartbeats.end(error)
 
+    def reason(self, error: BaseException) -> DistillError | None:
+        """Return the loss of another process that `error` comes from, in an exchange of FSDP or DeepSpeed; else None."""
+        return None if self.heartbeats is None else self.heartbeats.reason(error)
+
     def close(self) -> None:
         """Leave the process group; otherwise a process that ends early aborts the others' exit."""
         if not in_group():

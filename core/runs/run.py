@@ -99,6 +99,7 @@ class Run(TrainingObserver):
                 return self._execute()
             except BaseException as error:
                 refused = explained(error, place=self.settings.output_dir, running=self._training)
+                refused = refused or self.parts.processes.reason(error)
                 self.parts.processes.fail(refused or error)
                 self._log.note(f"{ENDS}{described(refused or error)}")
                 with self._stop.deferred():  # a launcher stops all processes as soon as one has ended
