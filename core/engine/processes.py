@@ -78,7 +78,7 @@ class Processes:
             self.heartbeats.end(error)
 
     def reason(self, error: BaseException) -> DistillError | None:
-        """Return the loss of another process that `error` comes from, in an exchange of FSDP or DeepSpeed; else None."""
+        """Return the loss of a process that `error` comes from, in an exchange of FSDP or DeepSpeed; else None."""
         return None if self.heartbeats is None else self.heartbeats.reason(error)
 
     def close(self) -> None:
