@@ -24,7 +24,7 @@ SHARED = ("weights", "trained", "gradients", "optimizer", "averages")
 """Purposes of memory that processes can divide among each other."""
 DIVIDED: Mapping[StrategyName, tuple[str, ...]] = {
     "replicate": (),
-    "fsdp": SHARED,
+    "fsdp": (*SHARED, "checkpoint_copy"),
     "zero2": ("gradients", "optimizer"),
     "zero3": SHARED,
 }
@@ -76,8 +76,7 @@ def process_memory(settings: MemorySettings, division: Division) -> ProcessMemor
     full = _of_full_roles(settings, division)
     divided = DIVIDED[division.strategy]
     parts, host = small.parts(), 0
-    for purpose in SHARED:
-        own = full[purpose]
+    for purpose, own in full.items():
         if purpose in divided:
             own = -(-own // division.num_shards)
             if division.settings.offload:
@@ -111,7 +110,7 @@ def _of_full_roles(settings: MemorySettings, division: Division) -> dict[str, in
             averaged_parameters=settings.averaged_full_parameters,
         )
     )
-    parts = {purpose: whole.parts()[purpose] for purpose in SHARED}
+    parts = {purpose: whole.parts()[purpose] for purpose in (*SHARED, "checkpoint_copy")}
     if division.strategy.startswith("zero"):
         parts["optimizer"] += parts["trained"]  # DeepSpeed steps a copy of its own of the weights
     return parts
