@@ -84,8 +84,8 @@ def main() -> None:
     live = state(0, num_bytes=given.megabytes * 10**6, device=given.device, processes=processes)
     size = sum(tensor.nbytes for group in live.tensors.values() for tensor in group.values())
     size += live.sharded.num_bytes if live.sharded else 0
-    say = print if processes.main else lambda line: None
-    say(f"{size / 1e6:.0f} MB on {given.device}, {processes.described}, medians of {given.saves} saves")
+    emit = print if processes.main else lambda line: None
+    emit(f"{size / 1e6:.0f} MB on {given.device}, {processes.described}, medians of {given.saves} saves")
     for enabled in (False, True):
         folder = given.folder / f"async-{enabled}"
         store = CheckpointStore(folder, limit=2, read_only=not processes.main)
@@ -95,7 +95,7 @@ def main() -> None:
             shutil.rmtree(folder)
         stop, whole = statistics.median(stops), statistics.median(wholes)
         shares = statistics.median(a / b for a, b in zip(stops, wholes, strict=True))
-        say(f"checkpoint_async={enabled}: stops for {stop:.3f} s of {whole:.3f} s ({shares:.1%})")
+        emit(f"checkpoint_async={enabled}: stops for {stop:.3f} s of {whole:.3f} s ({shares:.1%})")
     processes.close()
 
 

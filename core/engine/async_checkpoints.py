@@ -190,11 +190,11 @@ def _pairs(
 ) -> tuple[Copies, Copies]:
     """Return what is copied before training goes on, and what is copied while it does."""
     now, later = Copies(), Copies()
-    for live, places in zip(_to_copy(state), _to_copy(staged), strict=True):
+    for live, targets in zip(_to_copy(state), _to_copy(staged), strict=True):
         for group, tensors in live.items():
             for name, tensor in tensors.items():
                 waits = stepped(group, name) and tensor.device.type in ("cpu", "cuda")
-                (later if waits else now).append((places[group][name], tensor.detach()))
+                (later if waits else now).append((targets[group][name], tensor.detach()))
     return now, later
 
 

@@ -100,16 +100,16 @@ class CheckpointStore:
         if step is not None and step != state.step:
             raise ValueError(f"step {step} is not the state's {state.step}")
         final, partial = self.output_dir / f"checkpoint-{state.step}", self._temporary(state.step, "partial")
-        together = nullcontext if state.sharded is None else state.sharded.exchange.synchronized
+        synchronized = nullcontext if state.sharded is None else state.sharded.exchange.synchronized
         try:
-            with together(), _naming_full_disk(final, state):
+            with synchronized(), _naming_full_disk(final, state):
                 if not self.read_only:
                     self._prepare(partial, state)
             if state.sharded is not None:
-                with together(), _naming_full_disk(final, state):
+                with synchronized(), _naming_full_disk(final, state):
                     entries = state.sharded.write(partial)
                 state.sharded.gather(entries)
-            with together(), _naming_full_disk(final, state):
+            with synchronized(), _naming_full_disk(final, state):
                 if not self.read_only:
                     _write(partial, state)
                     self._move_into_place(partial, final)

@@ -45,8 +45,8 @@ class Member:
 
     def state(self, step: int, *, copies: bool = False) -> CheckpointState:
         shape, names = ((2, 1), ("replicate", "shard")) if copies else ((2,), ("shard",))
-        mesh, places = init_device_mesh("cpu", shape, mesh_dim_names=names), [Replicate(), Shard(0)][-len(shape) :]
-        sharded = {"network": {n: distribute_tensor(t + step, mesh, places) for n, t in WEIGHTS.items()}}
+        mesh, placements = init_device_mesh("cpu", shape, mesh_dim_names=names), [Replicate(), Shard(0)][-len(shape) :]
+        sharded = {"network": {n: distribute_tensor(t + step, mesh, placements) for n, t in WEIGHTS.items()}}
         whole = {"adapter": {"weight": torch.full((3,), float(step))}} if self.rank == 0 else {}
         return CheckpointState(step, whole, {"step": step}, ShardedTensors(sharded, self.exchange))
 
