@@ -3,7 +3,9 @@
 import json
 import re
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,11 +13,13 @@ from distill.core.engine.fsdp import FullyShard
 from distill.core.errors import UserError
 from distill.core.registry.registry import Registry
 from distill.core.utils.strategies import ParallelSettings
+from distill.distill_methods.lcm import LCM
 from safetensors.torch import load_file
 from support import strategies
 from support.small_run import execute, losses, write_run
 from support.tiny_sdxl import write_tiny_sdxl
 from support.torchrun import launched
+from support.trial import make_trial
 
 SHORT = ("lcm-full-average", "dmd2-mixed", "pcm-lora*2")
 ALL = tuple(strategies.CASES)
@@ -131,6 +135,18 @@ def test_a_sharded_run_validates_saves_exports_and_goes_on_as_one_process(tmp_pa
     for name, weights in (("one", whole), ("two", sharded)):
         for key, weight in load_file(tmp_path / name / WEIGHTS).items():
             torch.testing.assert_close(weight, weights[key], rtol=0, atol=1e-6, msg=key)
+
+
+def test_of_adapters_under_fsdp_the_first_process_alone_writes(folder, tmp_path):
+    """Nothing that is saved is sharded: each process has it, and the others begin no save."""
+    parts = make_trial(folder, LCM, LCM.Config(), "lora", total_steps=1)
+    trainer = parts.trainer(tmp_path)
+    for main in (False, True):
+        processes = SimpleNamespace(main=main, synchronized=nullcontext)
+        trainer.strategy = FullyShard(processes, ParallelSettings("fsdp"))
+        trainer.step += 1
+        trainer.save()
+    assert [path.name for path in trainer.store.all()] == ["checkpoint-2"]
 
 
 # -- what cannot be ---------------------------------------------------------------------------------------------------

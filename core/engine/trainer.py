@@ -205,7 +205,7 @@ class Trainer:
         if main:
             self.outputs.metrics_file.sync()
             self.observer.on_saving(self.step)
-        if main or self.strategy.writes_parts:
+        if main or (state is not None and state.sharded is not None):
             self.loop.before_change = self.saves.wait_copied
             self.saves.begin(state or self._checkpoint(), stepped=changed_by_steps(self.loop.networks))
         self._pending = self.step

@@ -45,7 +45,7 @@ class Runtime:
     """The method's stages, in order."""
     average: Callable[[Sequence[Tensor]], None] | None = None
     """A function that averages tensors over processes, in place; None where there is one process."""
-    partial_pass: Callable[[nn.Module], AbstractContextManager[None]] = nullcontext
+    partial_pass: Callable[[nn.Module], AbstractContextManager[None]] = lambda network: nullcontext()
     """The block around a pass that may stop inside of a network (:meth:`.strategy.Strategy.partial_pass`)."""
 
 
