@@ -183,6 +183,7 @@ class Chaos:
         self.counts["rounds"] += 1
         assert losses(self.output) == losses(self.whole), "other losses"
         assert files(self.output / "student") == files(self.whole / "student"), "another student"
+        print(f"equal after {dict(self.counts)}", file=sys.stderr, flush=True)
 
     def _finish(self, config: Path) -> None:
         attempt = Attempt(config, self.root / "last.log", processes=self.processes)
