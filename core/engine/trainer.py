@@ -205,9 +205,10 @@ class Trainer:
         if main:
             self.outputs.metrics_file.sync()
             self.observer.on_saving(self.step)
+        stepped = changed_by_steps(self.loop.networks)  # in all processes: it drops what they have gathered
         if main or (state is not None and state.sharded is not None):
             self.loop.before_change = self.saves.wait_copied
-            self.saves.begin(state or self._checkpoint(), stepped=changed_by_steps(self.loop.networks))
+            self.saves.begin(state or self._checkpoint(), stepped=stepped)
         self._pending = self.step
 
     def _finish_write(self, step: int) -> None:
