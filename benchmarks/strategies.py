@@ -22,7 +22,7 @@ from distill.core.runs.builders import build_family
 from distill.core.runs.planned_memory import planned_memory
 from distill.core.utils.memory import MemorySettings
 from distill.core.utils.process_memory import division_problem, process_memory
-from distill.core.utils.strategies import STRATEGIES, Division
+from distill.core.utils.strategies import STRATEGIES, Division, ParallelSettings
 
 CARDS = (24, 48, 80)
 PROCESSES = (1, 2, 8)
@@ -104,7 +104,8 @@ def planned(workspace: Path, model: str, *, resolution: int = 1024) -> Iterator[
 
 def row(settings: MemorySettings, number: int) -> list[str]:
     """Return the cells of one number of processes: GB on each by strategy, then the first that fits each card."""
-    choices = [Division(strategy, number) for strategy in STRATEGIES] + [Division("fsdp", number, offload=True)]
+    ways = [*map(ParallelSettings, STRATEGIES), ParallelSettings("fsdp", offload=True)]
+    choices = [Division(way, number) for way in ways]
     found = {each: process_memory(settings, each) for each in choices if division_problem(settings, each) is None}
     cells = [f"{found[each].total / 1e9:.0f}" if each in found else "–" for each in choices]
     cells[-1] += f" + {found[choices[-1]].host / 1e9:.0f}"
@@ -115,7 +116,7 @@ def row(settings: MemorySettings, number: int) -> list[str]:
 
 def short(division: Division) -> str:
     """Return a strategy's name, with its offload."""
-    return f"{division.strategy}, offloaded" if division.offload else division.strategy
+    return f"{division.strategy}, offloaded" if division.settings.offload else division.strategy
 
 
 def table(rows: Mapping[str, Mapping[str, MemorySettings]]) -> str:

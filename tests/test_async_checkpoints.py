@@ -1,7 +1,10 @@
 """Checkpoints that are written while training goes on: what is written is the state that was saved, or an error."""
 
 import errno
+import json
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -189,3 +192,62 @@ def test_a_write_that_fails_while_training_goes_on_ends_the_run_within_a_step(tm
     found = sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*"))
     assert found in (["checkpoint-2", "checkpoint-5"], ["checkpoint-2", "checkpoint-6"]), "the step it ended at is kept"
     assert "To go on: distill run" in (tmp_path / "out" / "run.log").read_text()
+
+
+# -- of several processes ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory):
+    """What two processes saw that saved sharded tensors, one after the other in several ways."""
+    from support import sharded_saves
+    from support.torchrun import environment
+
+    folder = tmp_path_factory.mktemp("sharded")
+    subprocess.run([sys.executable, sharded_saves.__file__, folder], check=True, timeout=300, env=environment())
+    return [json.loads((folder / f"seen-{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def test_parts_are_written_as_they_were_saved_while_each_process_goes_on(seen):
+    for rank in (0, 1):
+        assert seen[rank]["ended before it was written"] is False
+        assert seen[rank]["before"] == [], "a checkpoint is complete or absent"
+        assert seen[rank]["complete where it returns"]
+        assert seen[rank]["right"]
+
+
+def test_a_process_that_cannot_write_its_parts_is_named_by_all_and_leaves_nothing(seen):
+    for rank in (0, 1):
+        assert "checkpoint-2 cannot be written: the disk is full" in seen[rank]["one cannot write"]
+        assert seen[rank]["left by it"] == ["checkpoint-1"]
+    assert seen[0]["the first has no room"] == "MemoryError: no room at all"
+    assert seen[1]["the first has no room"] == "DistillError: process 0 failed: MemoryError: no room at all"
+
+
+def test_copies_of_a_part_are_written_once(seen):
+    assert [found["copies are right"] for found in seen] == [True, True]
+    assert seen[0]["files of copies"] == 2
+
+
+def test_a_process_that_dies_in_a_save_ends_it_and_leaves_the_checkpoints_before(seen):
+    assert "process 1 (pid" in seen[0]["one is killed"]
+    assert "gone without a word" in seen[0]["one is killed"]
+    assert seen[0]["left in the end"] == ["checkpoint-1", "checkpoint-4"]
+
+
+def test_a_part_that_is_offloaded_stays_where_it_is(tmp_path):
+    """The mesh of offloaded weights is of the card: a part moved there would be a copy that nobody trains or saves."""
+    import torch.distributed as dist
+    from distill.core.engine.shards import part_of, sharded_as
+    from torch.distributed.tensor import DTensor, Shard
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = dist.init_device_mesh("meta", (1,))
+        like = DTensor.from_local(torch.empty(4, 2, device="meta"), mesh, [Shard(0)])
+        part = torch.zeros(4, 2, dtype=torch.bfloat16)
+        sharded = sharded_as(part, like)
+        assert part_of(sharded).data_ptr() == part.data_ptr()
+        assert (sharded.dtype, sharded.shape) == (torch.bfloat16, like.shape)
+    finally:
+        dist.destroy_process_group()

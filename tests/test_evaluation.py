@@ -11,6 +11,7 @@ import torch
 from distill.core.cli.evaluate import read_steps
 from distill.core.config.load import load_configuration
 from distill.core.errors import UserError
+from distill.core.evaluation import evaluate as evaluating
 from distill.core.evaluation.distances import frechet_distance, kernel_distance, relative_spread, root_mean_square
 from distill.core.evaluation.evaluate import evaluate
 from distill.core.evaluation.evaluate_run import num_real_images
@@ -248,6 +249,22 @@ def test_all_start_from_the_same_noise_and_the_teacher_has_one_guidance(tmp_path
     assert warmed == [*range(10, 74), *range(10, 80)]
     assert all(seeds == list(range(10, 80)) for seeds in made.values())
     assert max(len(call.seeds) for call in family.calls) == 64, "in batches"
+
+
+@pytest.mark.parametrize("limit", [0.0, 1e9])
+def test_processes_that_sample_together_make_as_many_images_whatever_their_clocks_say(monkeypatch, limit):
+    monkeypatch.setattr(evaluating, "LATENCY_SECONDS", limit)
+    family, answers = FakeFamily(), iter([True, True, False] * 100)
+    own: list[bool] = []
+
+    def any_process(flag: bool) -> bool:
+        own.append(flag)
+        return next(answers)
+
+    found = evaluate(family, FakeNetworks(), plan_for(family, num_samples=2), {}, any_process=any_process)
+    single = [call for call in family.calls if len(call.seeds) == 1]
+    assert len(single) == 2 * len(found.rows) + 2, "two of each way, and one to warm up each role"
+    assert own == [bool(limit)] * 3 * len(found.rows)
 
 
 def test_a_fast_solver_that_the_pipeline_does_not_take_is_left_out_and_nothing_else(said):

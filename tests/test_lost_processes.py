@@ -19,6 +19,8 @@ LOST = {
     "stopped": f"DistillError: {SILENT}",
     "killed": "DistillError: process 1 (pid {pid} on {host}) is gone without a word: it was killed, by somebody or by "
     "the system because memory ran out",
+    "another library": "DistillError: process 1 (pid {pid} on {host}) is gone without a word: it was killed, by "
+    "somebody or by the system because memory ran out",
     "failed": "DistillError: process 1 failed: MemoryError: no room for 3 GB",
     "stuck": "DistillError: process 1 (pid {pid} on {host}) hangs: the others have waited for it in a step for 3 s "
     "(process_timeout)",

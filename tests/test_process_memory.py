@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from distill.core.config.load import load_configuration
+from distill.core.engine import zero
+from distill.core.engine.fsdp import FullyShard
 from distill.core.plugin_api.family import ModelSettings
 from distill.core.registry.registry import Registry
 from distill.core.runs import memory_plan
 from distill.core.runs.planned_memory import planned_memory, units
 from distill.core.utils.memory import OVERHEAD_BYTES, MemorySettings, estimate
 from distill.core.utils.process_memory import ZERO_BUCKET, ZERO_LIVE, division_problem, process_memory
-from distill.core.utils.strategies import STRATEGIES, Division
+from distill.core.utils.strategies import STRATEGIES, Division, ParallelSettings
 from distill.model_families.sd3 import SD3
+from distill.model_families.sdxl import SDXL
 from support.quickstart import command
+from support.sdxl_setup import make_batch
 from support.small_run import write_run
+from support.tiny_sdxl import write_tiny_sdxl
 
 BILLION = 10**9
 FULL = MemorySettings(
@@ -47,21 +54,32 @@ def shared(settings: MemorySettings, division: Division) -> dict[str, int]:
     ],
 )
 def test_eight_processes_divide_whole_networks_and_hold_heads_each(strategy, expected):
-    found = shared(FULL, Division(strategy, 8))
+    found = shared(FULL, Division(ParallelSettings(strategy), 8))
     assert tuple(found.values()) == pytest.approx(expected, rel=0, abs=2)
     whole = estimate(FULL)
-    rest = process_memory(FULL, Division(strategy, 8)).total - sum(found.values())
+    rest = process_memory(FULL, Division(ParallelSettings(strategy), 8)).total - sum(found.values())
     casts = 2 * (FULL.full_parameters if strategy in ("replicate", "zero2") else 0) + 2 * 1000
     assert rest == whole.activations + OVERHEAD_BYTES + casts, "the same on each, but casts of weights that are whole"
 
 
 def test_replicate_is_what_one_process_takes():
-    assert process_memory(FULL, Division("replicate", 8)).total == estimate(FULL).total
-    assert process_memory(LORA, Division("replicate", 8)).total == estimate(LORA).total
+    assert process_memory(FULL, Division(ParallelSettings("replicate"), 8)).total == estimate(FULL).total
+    assert process_memory(LORA, Division(ParallelSettings("replicate"), 8)).total == estimate(LORA).total
+
+
+def test_each_process_copies_its_own_parts_for_a_checkpoint_under_fsdp_and_else_the_first_one_all():
+    staged = replace(FULL, staged=True)
+    whole = estimate(staged).checkpoint_copy
+    copies = {
+        name: process_memory(staged, Division(ParallelSettings(name), 8)).parts["checkpoint_copy"]
+        for name in STRATEGIES
+    }
+    heads = 12 * 1000  # which each process has
+    assert copies == {"replicate": whole, "fsdp": (whole - heads) // 8 + heads, "zero2": whole, "zero3": whole}
 
 
 def test_of_a_lora_fsdp_divides_the_base_alone():
-    found = shared(LORA, Division("fsdp", 8))
+    found = shared(LORA, Division(ParallelSettings("fsdp"), 8))
     assert found == {
         "weights": 500_000_000,
         "trained": 400_000_000,
@@ -73,7 +91,7 @@ def test_of_a_lora_fsdp_divides_the_base_alone():
 
 
 def test_two_copies_among_eight_processes_divide_by_four():
-    assert shared(FULL, Division("fsdp", 8, shard_size=4)) == shared(FULL, Division("fsdp", 4))
+    assert shared(FULL, Division(ParallelSettings("fsdp", 4), 8)) == shared(FULL, Division(ParallelSettings("fsdp"), 4))
 
 
 @pytest.mark.parametrize(
@@ -85,36 +103,36 @@ def test_two_copies_among_eight_processes_divide_by_four():
     ],
 )
 def test_what_is_divided_can_lie_on_the_host(strategy, host, left):
-    memory = process_memory(FULL, Division(strategy, 8, offload=True))
+    memory = process_memory(FULL, Division(ParallelSettings(strategy, offload=True), 8))
     assert memory.host == host
     assert {name: memory.parts[name] for name in left} == left
-    assert memory.parts["gathered"] == process_memory(FULL, Division(strategy, 8)).parts["gathered"]
+    assert memory.parts["gathered"] == process_memory(FULL, Division(ParallelSettings(strategy), 8)).parts["gathered"]
 
 
 @pytest.mark.parametrize(
     ("settings", "division", "words"),
     [
-        (LORA, Division("zero2", 8), "this run trains adapters: use replicate or fsdp"),
-        (LORA, Division("zero3", 8), "this run trains adapters: use replicate or fsdp"),
-        (FULL, Division("replicate", 8, offload=True), "nothing that could be offloaded"),
-        (FULL, Division("fsdp", 8, shard_size=3), "8 processes are not a multiple of the 3 that share one copy"),
-        (FULL, Division("zero3", 8, shard_size=4), "divides among all processes"),
+        (LORA, Division(ParallelSettings("zero2"), 8), "this run trains adapters: use replicate or fsdp"),
+        (LORA, Division(ParallelSettings("zero3"), 8), "this run trains adapters: use replicate or fsdp"),
+        (FULL, Division(ParallelSettings("replicate", offload=True), 8), "nothing that could be offloaded"),
+        (FULL, Division(ParallelSettings("fsdp", 3), 8), "8 processes are not a multiple of the 3 that share one copy"),
+        (FULL, Division(ParallelSettings("zero3", 4), 8), "divides among all processes"),
     ],
 )
 def test_what_cannot_be_is_said_with_the_reason(settings, division, words):
     assert words in (division_problem(settings, division) or "")
-    assert all(division_problem(FULL, Division(strategy, 8)) is None for strategy in STRATEGIES)
+    assert all(division_problem(FULL, Division(ParallelSettings(strategy), 8)) is None for strategy in STRATEGIES)
 
 
 def test_a_run_is_warned_of_what_its_own_processes_need(monkeypatch):
     """It was warned of what one process would need, and told of a quantised base, which fsdp refuses."""
     monkeypatch.setattr(memory_plan, "free_memory_bytes", lambda device: 20e9)
     warn = partial(memory_plan.memory_warning, FULL, "cuda:0", quantizers=False)
-    assert warn(division=Division("fsdp", 8)) is None
-    needed = process_memory(FULL, Division("fsdp", 2)).total
-    said = warn(division=Division("fsdp", 2)) or ""
+    assert warn(division=Division(ParallelSettings("fsdp"), 8)) is None
+    needed = process_memory(FULL, Division(ParallelSettings("fsdp"), 2)).total
+    said = warn(division=Division(ParallelSettings("fsdp"), 2)) or ""
     assert said.startswith(f"this run is estimated at {needed / 1e9:.1f} GB of memory on each process, and 20.0 GB are")
-    alone = warn(division=Division("replicate", 1)) or ""
+    alone = warn(division=Division(ParallelSettings("replicate"), 1)) or ""
     assert alone.startswith(f"this run is estimated at {estimate(FULL).total / 1e9:.1f} GB of memory, and 20.0 GB are")
 
 
@@ -160,12 +178,44 @@ def test_fsdp_leaves_on_each_process_what_was_estimated(four_processes, tmp_path
     settings = MemorySettings(
         base_parameters=whole, trained_parameters=whole, latent_pixels=1, full_roles=1, full_parameters=whole
     )
-    parts = process_memory(settings, Division("fsdp", 4)).parts
+    parts = process_memory(settings, Division(ParallelSettings("fsdp"), 4)).parts
     moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
     assert held(network.parameters()) == pytest.approx(parts["trained"], rel=0.01)
     assert held(weight.grad for weight in network.parameters()) == pytest.approx(parts["gradients"], rel=0.01)
     assert held(moments) == pytest.approx(parts["optimizer"], rel=0.01)
     assert parts["trained"] / (4 * whole) < 0.3
+
+
+def test_each_block_gathers_the_next_one_early_and_a_pass_that_stops_leaves_none(four_processes, tmp_path):
+    """Neither gathered nor on its way: it would be used in a later pass, although the weights have changed by then."""
+    family = SDXL(SDXL.Config(), ModelSettings(str(write_tiny_sdxl(tmp_path / "tiny"))))
+    network = family.load_network().requires_grad_(False)
+    placed = SimpleNamespace(base=network, roles={}, take_parts=lambda parts: None, on_change=lambda listener: None)
+    processes = SimpleNamespace(world_size=4, device=torch.device("cpu"), require_group=lambda: None)
+    strategy = FullyShard(processes, ParallelSettings("fsdp"))
+    strategy.place(placed, family)
+    blocks = [network.get_submodule(name) for name in family.shard_units(network)]
+    groups = [block._get_fsdp_state()._fsdp_param_groups[0] for block in blocks]
+
+    def gathered() -> list[int]:
+        return [n for n, group in enumerate(groups) if group.is_unsharded or group._all_gather_result is not None]
+
+    seen: list[tuple[int, list[int]]] = []
+    for number, block in enumerate(blocks):
+        block.register_forward_pre_hook(lambda *_, number=number: seen.append((number, gathered())))
+    batch, time = make_batch(family, 1, dtype=torch.float32), torch.tensor([500.0])
+    with torch.no_grad():
+        family.predict(network, batch.latents, time, batch.cond)
+    last = len(blocks) - 1
+    assert seen == [(n, [n, n + 1] if n < last else [n]) for n in range(last + 1)]
+    assert gathered() == []
+
+    with torch.no_grad(), strategy.partial_pass(network):
+        family.features(network, batch.latents, time, batch.cond)
+    assert gathered() == []
+    with torch.no_grad():  # as it would be without that block
+        family.features(network, batch.latents, time, batch.cond)
+    assert len(gathered()) == 1
 
 
 # -- doctor -----------------------------------------------------------------------------------------------------------
@@ -213,9 +263,12 @@ def test_doctor_compares_the_strategies_in_a_table(configs):
 
 def test_keys_of_the_run_count_where_no_option_is_given(configs):
     given = ("--set", "parallel=fsdp", "--set", "parallel_offload=true", "--set", "parallel_shard_size=2")
-    assert memory_of(configs["full"], "--processes", "4", *given) == memory_of(
-        configs["full"], "--processes", "4", "--parallel", "fsdp", "--offload", "--shard-size", "2"
+    options = ("--parallel", "fsdp", "--offload", "--shard-size", "2")
+    by_keys, by_options = (memory_of(configs["full"], "--processes", "4", *each) for each in (given, options))
+    assert by_keys.pop("free").split()[1:] == by_options.pop("free").split()[1:], (
+        "how much that is may change meanwhile"
     )
+    assert by_keys == by_options
     rows = memory_of(configs["full"], "--processes", "4", "--set", "optimizer=muon")
     assert rows["fsdp"].startswith("optimizer = muon with parallel = fsdp")
 
@@ -238,3 +291,22 @@ def test_doctor_refuses_what_cannot_be(configs, options, words):
     done = command("doctor", "--config", str(configs["lora"]), *options)
     assert done.code == 2
     assert words in done.err
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (("optimizer=muon",), "optimizer = muon: its step looks at whole matrices"),
+        (("optimizer=adamw_bf16",), "optimizer = adamw_bf16: DeepSpeed steps a float32 copy"),
+        (("model_type=lora", "distillation_config.dmd2.fake_score=full"), "model_type = lora: it divides networks"),
+        (("distillation_method=meanflow", "distillation_config.meanflow.derivative=exact"), "meanflow differentiates"),
+    ],
+)
+def test_doctor_says_what_zero_refuses_where_deepspeed_is_not_installed(configs, monkeypatch, given, words):
+    monkeypatch.setattr(zero, "find_spec", lambda name: None)
+    options = [part for each in given for part in ("--set", each)]
+    done = command("doctor", "--config", str(configs["full"]), "--processes", "2", "--parallel", "zero3", *options)
+    assert done.code == 2
+    assert "--parallel zero3: parallel = zero3" in done.err
+    assert words in done.err
+    assert "not installed" not in done.err

@@ -11,10 +11,10 @@ from distill.core.config.load import load_configuration
 from distill.core.engine.launch import check_launch
 from distill.core.engine.parallel import parallel_settings
 from distill.core.engine.processes import buckets_of
-from distill.core.engine.strategy import ParallelSettings
 from distill.core.errors import UserError
 from distill.core.registry.registry import Registry
 from distill.core.runs.agreement import require_same_configuration, require_same_start
+from distill.core.utils.strategies import ParallelSettings
 from support.config_files import Pair
 from support.torchrun import launched
 

@@ -15,10 +15,12 @@ from distill.core.errors import Interrupted, UserError
 from support.small_run import execute, losses, write_run
 
 CHAOS = Path(__file__).parent / "support" / "chaos.py"
+TWO = {"train_batch_size": 2, "gradient_accumulation_steps": 1, "device": "cpu", "process_timeout": 20}
+FSDP = {**TWO, "parallel": "fsdp", "model_type": "full", "use_ema": True, "learning_rate": 1e-5}
 VARIANTS = {
     "fp32-lora": {"evaluation_num_samples": 2, "evaluation_steps": [1]},
     "bf16-optimizer": {"optimizer": "adamw_bf16", "mixed_precision": "bf16"},
-    "full-ema": {"model_type": "full", "use_ema": True, "learning_rate": 1e-5},
+    "full-ema": FSDP,  # two processes, each of which saves its parts
 }
 
 GOLDEN = {
@@ -37,29 +39,42 @@ GOLDEN = {
 leaves them as they are. Processors round differently in the sixth digit."""
 
 
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """Each variant, killed in each of its parts: its folder, and what was counted."""
+    root = tmp_path_factory.mktemp("killed")
+    configs = {
+        name: write_run(root / name, output="whole", report_to="none", **settings)
+        for name, settings in VARIANTS.items()
+    }
+    runs = [f"{config}*2" if VARIANTS[name] is FSDP else str(config) for name, config in configs.items()]
+    return {name: (root / name, counts) for name, counts in zip(VARIANTS, chaos(*runs, "--kills", "4"), strict=True)}
+
+
+@pytest.mark.timeout(1800)  # one fixture for all, which takes a minute unless the machine is very busy
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_killed_and_resumed_is_byte_for_byte_the_same(tmp_path, variant):
+def test_killed_and_resumed_is_byte_for_byte_the_same(killed, variant):
     """Losses and every file of the student, of runs in two folders, one killed in each of its parts."""
-    config = write_run(tmp_path, output="whole", report_to="none", **VARIANTS[variant])
-    assert chaos(config, "--kills", "4") == {"caches": 1, "saves": 1, "validations": 1, "export": 1, "rounds": 1}
+    folder, counts = killed[variant]
+    assert counts == {"caches": 1, "saves": 1, "validations": 1, "export": 1, "rounds": 1}
     if variant in GOLDEN:
-        found = [figures for _, *figures in losses(tmp_path / "whole")]
+        found = [figures for _, *figures in losses(folder / "whole")]
         torch.testing.assert_close(torch.tensor(found), torch.tensor(GOLDEN[variant]), rtol=1e-4, atol=0)
 
 
-def chaos(config: Path, *options: str, seconds: float = 500) -> dict[str, int]:
-    """What tests/support/chaos.py counted; it fails where anything differs from the run that was left alone."""
+def chaos(*options: str, seconds: float = 1500) -> list[dict[str, int]]:
+    """What tests/support/chaos.py counted of each run; it fails where anything differs from the run left alone."""
     done = subprocess.run(
-        [sys.executable, str(CHAOS), str(config), *options],
+        [sys.executable, str(CHAOS), *options],
         capture_output=True, text=True, timeout=seconds, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr[-8000:]
-    counts = json.loads(done.stdout.splitlines()[-1])
-    print(counts)
-    return {kind: count for kind, count in counts.items() if kind != "seconds"}
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    print(found)
+    return [{kind: count for kind, count in counts.items() if kind != "seconds"} for counts in found]
 
 
-STRATEGIES: dict[str, dict[str, str]] = {"replicate": {}}
+STRATEGIES = {"replicate": TWO, "fsdp": FSDP}
 SHORT = {
     "max_train_steps": 6, "checkpoint_step_interval": 2, "validation_step_interval": 3, "report_to": "none",
     "evaluation_num_samples": 2, "evaluation_steps": [1], "use_ema": True, "device": "cpu", "process_timeout": 20,
@@ -70,82 +85,90 @@ SHORT = {
 @pytest.mark.parametrize(("kills", "options"), [(120, []), (80, ["--bucket", "--seed", "3"])], ids=["folder", "bucket"])
 def test_200_kills_with_full_disks_and_outages_change_no_byte(tmp_path, kills, options):
     config = write_run(tmp_path, output="whole", **SHORT)
-    counts = chaos(config, "--kills", str(kills), "--full-disks", "0.1", *options, seconds=7200)
+    (counts,) = chaos(str(config), "--kills", str(kills), "--full-disks", "0.1", *options, seconds=7200)
     assert sum(counts[kind] for kind in ("caches", "saves", "validations", "export", "anywhere")) == kills
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_30_kills_of_one_of_two_processes_change_no_byte(tmp_path, strategy):
-    two = {"train_batch_size": 2, "gradient_accumulation_steps": 1}
-    config = write_run(tmp_path, output="whole", **SHORT, **two, **STRATEGIES[strategy])
-    counts = chaos(config, "--kills", "30", "--processes", "2", seconds=7200)
+    config = write_run(tmp_path, output="whole", **{**SHORT, **STRATEGIES[strategy]})
+    (counts,) = chaos(f"{config}*2", "--kills", "30", seconds=7200)
     assert sum(counts[kind] for kind in ("caches", "saves", "validations", "export", "anywhere")) == 30
 
 
-def test_resume_after_the_end_of_a_shorter_run_continues_it(tmp_path):
-    execute(write_run(tmp_path, output="whole"))
-    execute(write_run(tmp_path, output="parts", max_train_steps=5))
-    result, lines = execute(write_run(tmp_path, output="parts", max_train_steps=10))
-    assert result.steps == 10
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder with a run of 10 steps (``whole``), and one of 5 that was continued to as many (``parts``)."""
+    root = tmp_path_factory.mktemp("runs")
+    execute(write_run(root, output="whole", seed=1))
+    execute(write_run(root, output="parts", seed=1, max_train_steps=5))
+    _, lines = execute(write_run(root, output="parts", seed=1))
     assert any("resumed" in line for line in lines)
-    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    return root
 
 
-def test_a_run_with_other_images_is_not_resumed(tmp_path):
-    config = write_run(tmp_path, max_train_steps=2, validation_step_interval=0)
-    execute(config)
-    shutil.copy(tmp_path / "images" / "00.png", tmp_path / "images" / "more.png")
-    (tmp_path / "images" / "more.txt").write_text("one more")
-    with pytest.raises(UserError, match="checkpoint-2 cannot be resumed: its samples are not those"):
-        execute(config)
+def test_resume_after_the_end_of_a_shorter_run_continues_it(runs):
+    assert [step for step, *_ in losses(runs / "parts")] == list(range(1, 11))
+    assert losses(runs / "parts") == losses(runs / "whole")
 
 
-def test_same_seed_same_run_and_another_seed_another(tmp_path):
+def test_same_seed_same_run_and_another_seed_another(runs):
     short = {"max_train_steps": 3, "validation_step_interval": 0}
-    for output, seed in [("a", 1), ("b", 1), ("c", 2)]:
-        execute(write_run(tmp_path, output=output, seed=seed, **short))
-    assert losses(tmp_path / "a") == losses(tmp_path / "b")
-    assert losses(tmp_path / "a") != losses(tmp_path / "c")
+    for output, seed in [("same", 1), ("other", 2)]:
+        execute(write_run(runs, output=output, seed=seed, **short))
+    assert losses(runs / "same") == losses(runs / "whole")[:3]
+    assert losses(runs / "other") != losses(runs / "whole")[:3]
 
 
-def test_accumulating_equals_one_batch_over_a_whole_run(tmp_path):
-    short = {"max_train_steps": 4, "validation_step_interval": 0}
+def test_accumulating_equals_one_batch_over_a_whole_run(runs):
+    short = {"max_train_steps": 4, "validation_step_interval": 0, "seed": 1}
     for output, size, parts in [("one", 4, 1), ("four", 1, 4)]:
-        execute(write_run(tmp_path, output=output, train_batch_size=size, gradient_accumulation_steps=parts, **short))
-    for (_, a, norm_a), (_, b, norm_b) in zip(losses(tmp_path / "one"), losses(tmp_path / "four"), strict=True):
+        execute(write_run(runs, output=output, train_batch_size=size, gradient_accumulation_steps=parts, **short))
+    for (_, a, norm_a), (_, b, norm_b) in zip(losses(runs / "one"), losses(runs / "four"), strict=True):
         assert a == pytest.approx(b, rel=1e-4)
         assert norm_a == pytest.approx(norm_b, rel=1e-3)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_finish_the_step_save_and_end_with_130(tmp_path, number):
-    config = write_run(tmp_path, max_train_steps=100000, validation_step_interval=0, checkpoint_step_interval=0)
-    command = [sys.executable, "-m", "distill", "run", "--config", str(config)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
-    metrics = tmp_path / "out" / "metrics.jsonl"
-    deadline = time.monotonic() + 200
-    while not (metrics.exists() and metrics.stat().st_size):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=100)
-    assert process.returncode == 130, err
-    (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
-    assert json.loads((checkpoint / "manifest.json").read_text())
-    assert "resume_from_checkpoint=latest" in err
-    assert "Traceback" not in err
-
-
-def test_resume_refuses_another_model_by_name(tmp_path):
+def test_a_run_with_other_images_or_another_model_is_not_resumed(runs, tmp_path):
     from support.tiny_sdxl import write_tiny_sdxl
 
-    execute(write_run(tmp_path, max_train_steps=3, validation_step_interval=0))
+    more = [runs / "images" / "more.png", runs / "images" / "more.txt"]
+    shutil.copy(runs / "images" / "00.png", more[0])
+    more[1].write_text("one more")
+    with pytest.raises(UserError, match="checkpoint-10 cannot be resumed: its samples are not those"):
+        execute(write_run(runs, output="whole", seed=1, max_train_steps=12))
+    for file in more:
+        file.unlink()
     other = write_tiny_sdxl(tmp_path / "other", seed=1)
     with pytest.raises(UserError, match="model"):
-        execute(write_run(tmp_path, model=other, max_train_steps=6, validation_step_interval=0))
+        execute(write_run(runs, output="whole", seed=1, model=other, max_train_steps=12))
+
+
+def test_signals_finish_the_step_save_and_end_with_130(tmp_path):
+    settings = {"max_train_steps": 100000, "validation_step_interval": 0, "checkpoint_step_interval": 0}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    started = {}
+    for number in (signal.SIGINT, signal.SIGTERM):  # both at the same time: most of it is the start of a process
+        config = write_run(tmp_path / number.name, **settings)
+        command = [sys.executable, "-m", "distill", "run", "--config", str(config)]
+        started[number] = subprocess.Popen(
+            command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+    for number, process in started.items():
+        metrics = tmp_path / number.name / "out" / "metrics.jsonl"
+        deadline = time.monotonic() + 200
+        while not (metrics.exists() and metrics.stat().st_size):
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=100)
+        assert process.returncode == 130, err
+        (checkpoint,) = (tmp_path / number.name / "out").glob("checkpoint-*")
+        assert json.loads((checkpoint / "manifest.json").read_text())
+        assert "resume_from_checkpoint=latest" in err
+        assert "Traceback" not in err
 
 
 def test_interrupted_is_130():

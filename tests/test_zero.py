@@ -10,17 +10,24 @@ import pytest
 from distill.core.engine.checkpoint import CheckpointStore
 from distill.core.engine.processes import Processes
 from distill.core.engine.shards import FlatShard, is_sharded
-from distill.core.engine.strategy import ParallelSettings, Strategy
+from distill.core.engine.strategy import Strategy
 from distill.core.errors import UserError
+from distill.core.utils.strategies import ParallelSettings
 from distill.plugins.optimizers import AdamW, AdamWBF16, StableAdamW
 from distill.plugins.optimizers_adaptive import ScheduleFreeAdamW
 from support.small_run import execute, losses, write_run
+from support.strategies import CASES
 from support.tiny_sdxl import write_tiny_sdxl
 from support.torchrun import environment, launched, launcher
 
 needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
 TESTS = Path(__file__).parent
-FULL = ["lcm-full*2", "lcm-full-average", "dmd2-full", "pcm-full", "progressive-full", "kd-full", "meanflow-full"]
+NUM_STEPS = 20
+FULL = [case for case in CASES if "full" in case]
+ACCUMULATED = "lcm-full*2"
+AMPLIFIED = {"pcm-full": 1e-2, "dmd2-full": 1e-4, "progressive-full": 1e-4}
+"""Rounding of fp32 that discriminators, the Huber loss and Adam's first steps magnify in twenty steps: as much between
+one process and two of replicate (2.4e-3, 2.6e-5, 1.4e-5)."""
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +104,7 @@ def test_deepspeed_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setattr(zero, "find_spec", lambda name: None)
     strategy = zero.Zero(Processes("cpu"), ParallelSettings("zero2"))
     with pytest.raises(UserError, match=r'not installed[^"]*pip install "distill-engine\[deepspeed\]"'):
-        strategy.check(model_type="full", optimizer=AdamW, quantised=False, mixed_precision="no")
+        strategy.require_packages()
 
 
 def test_a_run_with_adapters_is_refused_before_weights_load(tmp_path):
@@ -124,20 +131,31 @@ def test_a_part_of_a_weight_is_a_tensor_of_its_shape_without_values():
 
 @needs_deepspeed
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["zero2", "zero3"])
-def test_every_method_takes_the_steps_of_one_process(tmp_path, name):
+@pytest.mark.timeout(3600)
+def test_every_method_takes_the_steps_of_one_process(tmp_path):
+    """Twenty steps in fp32; the first four losses agree to 1e-6 in every method."""
     write_tiny_sdxl(tmp_path / "model")
     found = {}
-    for strategy, launch in (("replicate", [sys.executable]), (name, launcher())):
-        out = tmp_path / f"{strategy}.json"
-        command = ["support/strategies.py", str(out), str(tmp_path / "model"), strategy, "float32", "4", *FULL]
-        subprocess.run([*launch, *command], cwd=TESTS, check=True, capture_output=True, timeout=900, env=environment())
+    for strategy, launch in (("replicate", [sys.executable]), ("zero2", launcher()), ("zero3", launcher())):
+        out, cases = tmp_path / f"{strategy}.json", FULL if strategy == "replicate" else [*FULL, ACCUMULATED]
+        command = [
+            "support/strategies.py",
+            str(out),
+            str(tmp_path / "model"),
+            strategy,
+            "float32",
+            str(NUM_STEPS),
+            *cases,
+        ]
+        subprocess.run([*launch, *command], cwd=TESTS, check=True, capture_output=True, timeout=1800, env=environment())
         found[strategy] = json.loads(out.read_text())
-    for case, one in found["replicate"].items():
-        rounding = 1e-4 if case in ("pcm-full", "progressive-full") else 1e-5  # as much between two of replicate
-        assert found[name][case]["losses"] == pytest.approx(one["losses"], rel=rounding), case
-        assert found[name][case]["frozen"]
-        assert found[name][case]["held"] == one["held"] // (2 if name == "zero3" else 1)
+    for name in ("zero2", "zero3"):
+        for case, of_two in found[name].items():
+            one = found["replicate"][case.partition("*")[0]]
+            assert of_two["losses"][:4] == pytest.approx(one["losses"][:4], rel=2e-6), (name, case)
+            assert of_two["losses"] == pytest.approx(one["losses"], rel=AMPLIFIED.get(case, 1e-5)), (name, case)
+            assert of_two["frozen"]
+            assert of_two["held"] == one["held"] // (2 if name == "zero3" else 1)
 
 
 @needs_deepspeed

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import UserError
-from ..utils.strategies import STRATEGIES, Division, StrategyName
+from ..utils.strategies import STRATEGIES, Division, ParallelSettings, StrategyName
 
 if TYPE_CHECKING:
     from ..registry.registry import Registry
@@ -43,10 +43,8 @@ def divisions(
     """
     chosen = parallel or (None if run.parallel == "auto" else run.parallel)
     names: Sequence[StrategyName] = [chosen] if chosen else STRATEGIES
-    return [
-        Division(name, processes, shard_size or run.parallel_shard_size, offload or run.parallel_offload)
-        for name in names
-    ]
+    shard_size, offload = shard_size or run.parallel_shard_size, offload or run.parallel_offload
+    return [Division(ParallelSettings(name, shard_size, offload), processes) for name in names]
 
 
 def processes_rows(
@@ -63,7 +61,7 @@ def processes_rows(
     samples = f"{number} x {run.train_batch_size} x {run.gradient_accumulation_steps}"
     total = number * run.train_batch_size * run.gradient_accumulation_steps
     yield "step", f"{samples} = {total} samples (processes x train_batch_size x gradient_accumulation_steps)"
-    problems = {division: _problem(settings, division, run, registry) for division in chosen}
+    problems = {division: _problem(settings, division, configuration, registry) for division in chosen}
     if len(chosen) == 1 and (problem := problems[chosen[0]]):
         raise UserError(f"--parallel {chosen[0].strategy}: {problem}")
     found = {division: process_memory(settings, division) for division in chosen if problems[division] is None}
@@ -72,28 +70,32 @@ def processes_rows(
     else:
         yield from _table(found, {one.strategy: problem for one, problem in problems.items() if problem})
     yield from _fitting(found, run.device)
-    if not chosen[0].offload:
+    if not chosen[0].settings.offload:
         yield from _offloaded(settings, found)
 
 
-def _problem(settings: MemorySettings, division: Division, run: RunSettings, registry: Registry) -> str | None:
-    """Return why the run cannot be divided in this way; None where it can."""
+def _problem(
+    settings: MemorySettings, division: Division, configuration: Configuration, registry: Registry
+) -> str | None:
+    """Return why the run cannot be divided in this way; None where it can. Packages may be missing here."""
     from ..engine.parallel import build_strategy
-    from ..engine.strategy import ParallelSettings
+    from ..runs.builders import build_family, build_method
     from ..utils.process_memory import division_problem
 
     problem = division_problem(settings, division)
-    if problem is not None or division.strategy.startswith("zero"):
+    if problem is not None:
         return problem
-    asked = ParallelSettings(division.strategy, division.shard_size, division.offload)
-    processes: Any = SimpleNamespace(world_size=division.num_processes)
+    run, processes = configuration.run, SimpleNamespace(world_size=division.num_processes)
+    strategy = build_strategy(processes, division.settings)  # type: ignore[arg-type]
+    method = build_method(configuration, registry, build_family(configuration, registry))
     try:
-        build_strategy(processes, asked).check(
+        strategy.check(
             model_type=run.model_type,
             optimizer=registry.get("optimizer", run.optimizer),
             quantised=run.base_model_precision != "no_change",
             mixed_precision=run.mixed_precision,
         )
+        strategy.check_method(run.distillation_method, method.requires(method.config, method.setup))
     except UserError as error:
         return error.message
     return None
@@ -151,6 +153,6 @@ def _offloaded(settings: MemorySettings, found: dict[Division, ProcessMemory]) -
 
     for division in found:
         if division.strategy != "replicate":
-            memory = process_memory(settings, replace(division, offload=True))
+            memory = process_memory(settings, replace(division, settings=replace(division.settings, offload=True)))
             said = f"{gigabytes(memory.total)} on the card, {gigabytes(memory.host)} of the machine's memory"
             yield "--offload", f"{division.strategy}: {said}"

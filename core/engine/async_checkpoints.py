@@ -3,7 +3,8 @@
 A save begins with a copy of the state in memory of the host. What a forward pass may change is copied before training
 goes on; what optimizer steps alone change (weights, moments, averages) is copied by a thread while the next step makes
 its gradients, and that step waits for the copy before it changes anything. The thread then writes, syncs and hashes the
-copy. One save is under way at a time, so that one buffer serves them all.
+copy. One save is under way at a time, so that one buffer serves them all. Of sharded tensors each process copies and
+writes its own parts, and the threads agree among themselves.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import copy
 import logging
 import mmap
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -29,6 +30,8 @@ PORTABLE = 1
 """CUDA's flag for pinned memory that every device can use."""
 SPARE_BYTES = 1 << 30
 """Memory of the host that a new buffer leaves free."""
+Groups = dict[str, dict[str, Tensor]]
+"""Group name -> tensor name -> tensor."""
 
 
 class StagingBuffer:
@@ -37,25 +40,40 @@ class StagingBuffer:
     def __init__(self) -> None:
         self._memory: mmap.mmap | None = None
         self._pinned: int | None = None
+        self._used = 0
 
     def reserve(self, state: CheckpointState) -> CheckpointState | None:
         """Return a state of the same tensors with other values, in the place of the one returned before.
 
         Every tensor is a storage of its own, so that writing it needs no further copy. For tensors of CUDA the memory
-        is pinned.
+        is pinned. What is a copy already is in the returned state as it is.
 
         Returns:
             The places to copy to; None where the host has no room for them.
         """
-        if not self._grow(sum(map(_room, _tensors(state))), pinned=any(t.is_cuda for t in _tensors(state))):
+        copied = _copied(state)
+        if not self._grow(sum(map(_room, copied)), pinned=any(tensor.is_cuda for tensor in copied)):
             return None
-        offset, groups = 0, dict[str, dict[str, Tensor]]()
-        for group, tensors in state.tensors.items():
-            groups[group] = {}
+        self._used = 0
+        whole, parts = map(self._places, _to_copy(state))
+        groups = {
+            group: {
+                name: tensor if (group, name) in state.copies else whole[group][name] for name, tensor in own.items()
+            }
+            for group, own in state.tensors.items()
+        }
+        sharded = None if state.sharded is None else state.sharded.copied_to(parts)
+        return CheckpointState(state.step, groups, copy.deepcopy(state.meta), sharded, state.copies)
+
+    def _places(self, groups: Groups) -> Groups:
+        """Return a place for each tensor, behind those that were given before."""
+        found: Groups = {}
+        for group, tensors in groups.items():
+            found[group] = {}
             for name, tensor in tensors.items():
-                groups[group][name] = self._place(tensor, offset)
-                offset += _room(tensor)
-        return CheckpointState(state.step, groups, copy.deepcopy(state.meta))
+                found[group][name] = self._place(tensor, self._used)
+                self._used += _room(tensor)
+        return found
 
     def _place(self, tensor: Tensor, offset: int) -> Tensor:
         if tensor.numel() == 0:
@@ -149,7 +167,7 @@ class BackgroundSaves:
         self.store.save(staged)
 
     def _say_why(self, state: CheckpointState) -> None:
-        needed = gigabytes(sum(map(_room, _tensors(state))))
+        needed = gigabytes(sum(map(_room, _copied(state))))
         logger.info(
             f"checkpoint-{state.step} is written while training waits: a copy of it takes {needed} of memory, and "
             f"{gigabytes(free_memory_bytes())} are free"
@@ -172,10 +190,11 @@ def _pairs(
 ) -> tuple[Copies, Copies]:
     """Return what is copied before training goes on, and what is copied while it does."""
     now, later = Copies(), Copies()
-    for group, tensors in state.tensors.items():
-        for name, tensor in tensors.items():
-            waits = stepped(group, name) and tensor.device.type in ("cpu", "cuda")
-            (later if waits else now).append((staged.tensors[group][name], tensor.detach()))
+    for live, targets in zip(_to_copy(state), _to_copy(staged), strict=True):
+        for group, tensors in live.items():
+            for name, tensor in tensors.items():
+                waits = stepped(group, name) and tensor.device.type in ("cpu", "cuda")
+                (later if waits else now).append((targets[group][name], tensor.detach()))
     return now, later
 
 
@@ -205,10 +224,17 @@ def _synchronize(pairs: Copies) -> None:
         torch.cuda.current_stream(device).synchronize()
 
 
-def _tensors(state: CheckpointState) -> Iterator[Tensor]:
-    groups: Mapping[str, Mapping[str, Tensor]] = state.tensors
-    for tensors in groups.values():
-        yield from tensors.values()
+def _to_copy(state: CheckpointState) -> tuple[Groups, Groups]:
+    """Return the tensors that every process has, copies left out, and this process's parts of the sharded ones."""
+    whole: Groups = {
+        group: {name: tensor for name, tensor in tensors.items() if (group, name) not in state.copies}
+        for group, tensors in state.tensors.items()
+    }
+    return whole, {} if state.sharded is None else state.sharded.parts
+
+
+def _copied(state: CheckpointState) -> list[Tensor]:
+    return [tensor for groups in _to_copy(state) for group in groups.values() for tensor in group.values()]
 
 
 def _room(tensor: Tensor) -> int:

@@ -13,7 +13,8 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..utils.disk import DiskFull, free_bytes, is_disk_full
 from ..utils.files import sha256, sync_file, sync_folder
-from ..utils.tensor_tree import load_optimizer, optimizer_to_tensors, tensors_to_optimizer
+from ..utils.tensor_tree import load_optimizer, optimizer_to_tensors, storable, tensors_to_optimizer
 from .manifest import FORMAT, GROUP, MANIFEST, META, manifest_entries, read_manifest
 
 if TYPE_CHECKING:
@@ -47,12 +48,14 @@ class CheckpointState:
         tensors: Group name -> tensor name -> tensor; each group becomes ``<group>.safetensors``.
         meta: All other state, as JSON values (floats round-trip exactly).
         sharded: Tensors of which each process holds a part, if there are any; then all processes write.
+        copies: Group and name of tensors that nothing else holds, as those that were gathered for this state.
     """
 
     step: int
     tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
     sharded: ShardedTensors | None = None
+    copies: frozenset[tuple[str, str]] = frozenset()
 
 
 class CheckpointStore:
@@ -85,34 +88,44 @@ class CheckpointStore:
     def save(self, state: CheckpointState, *, step: int | None = None) -> Path:
         """Write `state` as ``checkpoint-<step>`` and remove the oldest ones beyond the limit.
 
-        A checkpoint of the same step is replaced.
+        A checkpoint of the same step is replaced. With sharded tensors every process calls it, those whose store is
+        read-only as well: they write their parts, and all return when it is complete.
 
         Args:
             state: The state to keep.
             step: Optimizer steps taken; ``state.step`` unless given, and never another number.
         """
-        if self.read_only:
+        if self.read_only and state.sharded is None:
             raise ValueError("this CheckpointStore was opened read-only")
         if step is not None and step != state.step:
             raise ValueError(f"step {step} is not the state's {state.step}")
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        final = self.output_dir / f"checkpoint-{state.step}"
-        partial = self._fresh(state.step)
-        self._make_room(_num_bytes(state))
+        final, partial = self.output_dir / f"checkpoint-{state.step}", self._temporary(state.step, "partial")
+        synchronized = nullcontext if state.sharded is None else state.sharded.exchange.synchronized
         try:
-            _write(partial, state)
-        except BaseException as error:
-            _remove(partial)  # a full disk is not to be kept full by what cannot be used
-            if is_disk_full(error):
-                raise DiskFull(final, "the disk is full", needed_bytes=_num_bytes(state)) from error
+            with synchronized(), _naming_full_disk(final, state):
+                if not self.read_only:
+                    self._prepare(partial, state)
+            if state.sharded is not None:
+                with synchronized(), _naming_full_disk(final, state):
+                    entries = state.sharded.write(partial)
+                state.sharded.gather(entries)
+            with synchronized(), _naming_full_disk(final, state):
+                if not self.read_only:
+                    _write(partial, state)
+                    self._move_into_place(partial, final)
+                    self._prune(keep=final)
+        except BaseException:
+            if not (self.read_only or _is_complete(partial)):  # a full disk is not to be kept full by what is no use
+                shutil.rmtree(partial, ignore_errors=True)
             raise
-        self._move_into_place(partial, final)
-        self._prune(keep=final)
         return final
 
-    def partial(self, step: int) -> Path:
-        """Return the folder that the checkpoint of a step is written to before it has its name."""
-        return self._temporary(step, "partial")
+    def _prepare(self, partial: Path, state: CheckpointState) -> None:
+        """Make the empty folder where a checkpoint is written before it is renamed, and room on its disk."""
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        _remove(partial)
+        self._make_room(_num_bytes(state))
+        partial.mkdir()
 
     def load(self, path: Path, *, whole: bool = True) -> CheckpointState:
         """Read a checkpoint after verifying every file's checksum; tensors lie on the CPU.
@@ -317,12 +330,11 @@ def _folder_bytes(path: Path) -> int:
 def _write(folder: Path, state: CheckpointState) -> None:
     from safetensors.torch import save_file
 
-    folder.mkdir()
-    shards = state.sharded.write(folder) if state.sharded else {}
+    shards = state.sharded.entries if state.sharded else {}
     for group, tensors in state.tensors.items():
         if not GROUP.fullmatch(group):
             raise ValueError(f"{group!r} cannot name a file: letters, digits, '_', '.' and '-' can")
-        save_file(_storable(tensors), folder / f"{group}.safetensors")
+        save_file(storable(tensors), folder / f"{group}.safetensors")
     (folder / META).write_text(json.dumps(state.meta), "utf-8")
     files = sorted(path for path in folder.iterdir() if path.name not in shards)
     for path in files:
@@ -341,18 +353,16 @@ def _write(folder: Path, state: CheckpointState) -> None:
     sync_folder(folder)
 
 
-def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return CPU copies that safetensors accepts: contiguous, and no two on one storage."""
-    seen: set[int] = set()
-    result: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        plain = tensor.detach().cpu().contiguous()
-        storage = plain.untyped_storage()
-        if storage.nbytes() != plain.nbytes or storage.data_ptr() in seen:
-            plain = plain.clone()
-        seen.add(plain.untyped_storage().data_ptr())
-        result[name] = plain
-    return result
+@contextmanager
+def _naming_full_disk(final: Path, state: CheckpointState) -> Iterator[None]:
+    try:
+        yield
+    except DiskFull:
+        raise
+    except BaseException as error:
+        if is_disk_full(error):
+            raise DiskFull(final, "the disk is full", needed_bytes=_num_bytes(state)) from error
+        raise
 
 
 def _remove(path: Path) -> None:

@@ -8,6 +8,7 @@ depends on that weight alone is the one of an unsharded run.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -79,6 +80,9 @@ class FullyShard(Strategy):
         self._networks = list({id(network): network for network in (networks.base, *own.values())}.values())
         for network in self._networks:
             _shard(network, family.shard_units(network), mesh, replicated=replicated, offload=self.settings.offload)
+        self._blocks = {id(network): _blocks_of(network, family.shard_units(network)) for network in self._networks}
+        for network in self._networks:
+            _prefetch(self._blocks[id(network)], True)
         networks.take_parts(parts_of(p for network in self._networks for p in network.parameters()))
         networks.on_change(self._gather_anew)
 
@@ -91,6 +95,19 @@ class FullyShard(Strategy):
         if shards == world:
             return init_device_mesh(device, (world,), mesh_dim_names=("shard",))
         return init_device_mesh(device, (world // shards, shards), mesh_dim_names=("replicate", "shard"))
+
+    @contextmanager
+    def partial_pass(self, network: nn.Module) -> Iterator[None]:
+        """Let no block of `network` gather the next one, which may never be computed.
+
+        What is gathered and not used would stay, and be used at a later step although the weights have changed.
+        """
+        blocks = self._blocks.get(id(network), [])
+        _prefetch(blocks, False)
+        try:
+            yield
+        finally:
+            _prefetch(blocks, True)
 
     def _gather_anew(self) -> None:
         """Drop gathered weights: those outside of the blocks stay gathered between passes, and have changed."""
@@ -212,10 +229,21 @@ def _shard(
         "ignored_params": replicated,
         "offload_policy": CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy(),
     }
-    for name in units:
-        fully_shard(network.get_submodule(name), reshard_after_forward=True, **shared)
+    for block in _blocks_of(network, units):
+        fully_shard(block, reshard_after_forward=True, **shared)
     # features stop a pass inside the network, whose backward then finds what lies outside of the blocks still there
     fully_shard(network, reshard_after_forward=False, **shared)
+
+
+def _blocks_of(network: nn.Module, units: Sequence[str]) -> list[Any]:
+    """Return the sharded blocks of `network` in the order in which a pass computes them."""
+    return [network.get_submodule(name) for name in units]
+
+
+def _prefetch(blocks: Sequence[Any], wanted: bool) -> None:
+    """Let each block gather the next one before it is computed, or not; a backward pass always does."""
+    for block, following in itertools.pairwise(blocks):
+        block.set_modules_to_forward_prefetch([following] if wanted else [])
 
 
 def _drop_gathered(network: Any) -> None:

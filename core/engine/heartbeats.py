@@ -20,6 +20,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DistillError, Interrupted, UserError, described
+from ..utils.disk import chain
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -149,12 +150,29 @@ class Heartbeats:
         try:
             yield
         except RuntimeError as error:  # of gloo and NCCL
+            explained = self._explained(error)
+            self._noticed = True
+            raise explained from error
+
+    @contextmanager
+    def exchange_beside(self) -> Iterator[None]:
+        """Make an error of an exchange in the block, by a thread beside the main one, that of the process that is lost.
+
+        The main thread has yet to notice it.
+        """
+        try:
+            yield
+        except RuntimeError as error:
             raise self._explained(error) from error
 
-    def check(self) -> None:
-        """Raise DistillError if a process is lost."""
+    def check(self, *, beside: bool = False) -> None:
+        """Raise DistillError if a process is lost.
+
+        Args:
+            beside: Asked by a thread beside the main one, which has yet to notice it.
+        """
         if self.lost is not None:
-            self._noticed = True
+            self._noticed = self._noticed or not beside
             raise self.lost
 
     def end(self, error: BaseException | None = None) -> None:
@@ -228,9 +246,16 @@ class Heartbeats:
             self.on_stuck(self.lost)
         os._exit(self.lost.exit_code)
 
+    def reason(self, error: BaseException) -> DistillError | None:
+        """Return why an exchange failed that a library made by itself; None where `error` is of another kind."""
+        if error is self.lost or not any(_is_of_exchange(each) for each in chain(error)):
+            return None
+        self._noticed = True
+        return self._explained(error)
+
     # -- the reason -------------------------------------------------------------------------------------------------
 
-    def _explained(self, error: RuntimeError) -> DistillError:
+    def _explained(self, error: BaseException) -> DistillError:
         """Return why an exchange failed, which a process that dies may take a moment to show."""
         end = time.monotonic() + DEAD_SECONDS
         while time.monotonic() < end and self.lost is None:
@@ -244,7 +269,6 @@ class Heartbeats:
                     )
             time.sleep(0.1)
         self._lose(DistillError(f"the exchange with the other processes failed: {described(error)}"))
-        self._noticed = True
         assert self.lost is not None
         return self.lost
 
@@ -265,6 +289,13 @@ class Heartbeats:
             "beat": self._beat, "exchanges": self._exchanges, "training": self._training, "alone": bool(self._alone),
         }  # fmt: skip
         self._set("beat", said)
+
+
+def _is_of_exchange(error: BaseException) -> bool:
+    """Return True if `error` is of NCCL, or of gloo, whose errors have no kind of their own."""
+    import torch
+
+    return isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def connected(*, rank: int, world_size: int, timeout_seconds: float) -> Heartbeats | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,9 @@ class RoleOptimizer:
         scaler: For fp16, else None.
         update_policy: How this optimizer is saved, restored and set aside for evaluation.
     """
+
+    copies_state: ClassVar[bool] = False
+    """Whether what :meth:`state_tensors` returns are copies, which later steps do not change."""
 
     def __init__(
         self,

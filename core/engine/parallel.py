@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
 from ..errors import UserError
-from .strategy import ParallelSettings, Strategy
+from ..utils.strategies import ParallelSettings
+from .strategy import Strategy
 
 if TYPE_CHECKING:
     from ..utils.strategies import StrategyName

@@ -9,7 +9,7 @@ from __future__ import annotations
 import atexit
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
@@ -76,6 +76,10 @@ class Processes:
         """Tell the other processes that this one ends, and with what: they end with it."""
         if self.heartbeats is not None:
             self.heartbeats.end(error)
+
+    def reason(self, error: BaseException) -> DistillError | None:
+        """Return the loss of a process that `error` comes from, in an exchange of FSDP or DeepSpeed; else None."""
+        return None if self.heartbeats is None else self.heartbeats.reason(error)
 
     def close(self) -> None:
         """Leave the process group; otherwise a process that ends early aborts the others' exit."""
@@ -181,13 +185,24 @@ def synchronized() -> Iterator[None]:
     Without it, a failure of one process leaves the others waiting for it at their next exchange. Inside the block no
     process may wait for another; every process must enter it.
     """
+    alone = nullcontext() if _heartbeats is None else _heartbeats.alone()
+    with left_together(lambda own: gathered(own) if in_group() else [own]), alone:
+        yield
+
+
+@contextmanager
+def left_together(gather: Callable[[Any], list[Any]]) -> Iterator[None]:
+    """Raise, when the block has ended in all processes, the error of one in all of them.
+
+    Args:
+        gather: Returns each process's value by rank, once all have called it.
+    """
     own: BaseException | None = None
     try:
-        with nullcontext() if _heartbeats is None else _heartbeats.alone():
-            yield
+        yield
     except BaseException as error:  # raised below, once the others know
         own = error
-    failures = [] if not in_group() else [each for each in gathered(None if own is None else _summary(own)) if each]
+    failures = [each for each in gather(None if own is None else _summary(own)) if each]
     if own is not None:
         raise own
     if failures:
@@ -195,7 +210,37 @@ def synchronized() -> Iterator[None]:
 
 
 def _summary(error: BaseException) -> tuple[int, str]:
-    return summary(error, rank=torch.distributed.get_rank())
+    return summary(error, rank=torch.distributed.get_rank() if in_group() else 0)
+
+
+class BesideTraining:
+    """Exchanges of a thread while training goes on: by connections of their own, over gloo, in no stream of a device.
+
+    Every process must make one, and take part in each of its exchanges.
+
+    Args:
+        processes: Those of the run.
+    """
+
+    def __init__(self, processes: Processes) -> None:
+        self._alone = processes.world_size == 1
+        with nullcontext() if self._alone else _exchange():
+            group = None if self._alone else torch.distributed.new_group(backend="gloo", timeout=timedelta(days=7))
+        self._group: Any = group
+
+    def gather(self, own: Any) -> list[Any]:
+        """Return each process's value, by rank."""
+        if self._alone:
+            return [own]
+        found: list[Any] = [None] * torch.distributed.get_world_size()
+        with nullcontext() if _heartbeats is None else _heartbeats.exchange_beside():
+            _poll(torch.distributed.barrier(group=self._group, async_op=True), beside=True)
+            torch.distributed.all_gather_object(found, own, group=self._group)
+        return found
+
+    def synchronized(self) -> AbstractContextManager[None]:
+        """Return a block that all processes leave together, or with the error of the one that failed in it."""
+        return left_together(self.gather)
 
 
 _heartbeats: Heartbeats | None = None
@@ -227,15 +272,20 @@ def _meet() -> None:
 
 def _wait(work: Any) -> None:
     """Wait for an exchange: over NCCL for its place in the stream, over gloo until it is done or a process is lost."""
-    if _heartbeats is None or torch.distributed.get_backend() != "gloo":
+    if torch.distributed.get_backend() != "gloo":
         work.wait()
-        return
-    while not work.is_completed():
+    else:
+        _poll(work)
+
+
+def _poll(work: Any, *, beside: bool = False) -> None:
+    """Wait for an exchange over gloo until it is done or a process is lost; `beside` the main thread or in it."""
+    while _heartbeats is not None and not work.is_completed():
         try:
             work.wait(timedelta(seconds=POLL_SECONDS))
         except RuntimeError:  # after that time; an error of the exchange itself completes it
             if not work.is_completed():
-                _heartbeats.check()
+                _heartbeats.check(beside=beside)
     work.wait()
 
 

@@ -1,17 +1,18 @@
 """The sharded tensors of a checkpoint: each process writes its parts, any number of them reads what it needs.
 
-torch's distributed checkpoint writes safetensors files (no pickle) whose headers say which part of which tensor they
-hold. A checkpoint may also hold all tensors whole: then each process takes its parts of them.
+They are files in the form of torch's distributed checkpoint: safetensors (no pickle), whose headers say which part of
+which tensor they hold. A checkpoint may also hold all tensors whole: then each process takes its parts of them.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +20,14 @@ import torch
 from torch import Tensor
 
 from ..utils.files import sync_file
+from ..utils.tensor_tree import storable
 from .manifest import manifest_entries
-from .shards import fill_from_whole, is_sharded, part_of, sharded_as, whole_on_host
+from .shards import fill_from_whole, is_sharded, offset_of, part_of, replica_of, sharded_as, whole_on_host
 
 if TYPE_CHECKING:
     from .networks import Networks
     from .optimize import RoleOptimizer
-    from .processes import Processes
+    from .processes import BesideTraining
 
 Groups = dict[str, dict[str, Tensor]]
 """Group name -> tensor name -> tensor."""
@@ -37,38 +39,58 @@ class ShardedTensors:
     """Tensors of which each process holds a part, to be written into a checkpoint's folder by all of them.
 
     Attributes:
-        groups: By group and name, sharded.
-        processes: Those of the run.
+        groups: By group and name, sharded; they say where in each tensor this process's part is.
+        exchange: With the other processes, from whatever thread that writes.
+        parts: What this process writes of them, the parts themselves unless copies of them are given.
+        entries: Size and checksum of the files of all processes, once they are written.
     """
 
     groups: Groups
-    processes: Processes
+    exchange: BesideTraining
+    parts: Groups = field(default_factory=dict)
+    entries: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Find the parts that are this process's to write: where there are several copies, each is written once."""
+        if self.parts:
+            return
+        for number, (name, tensor) in enumerate(flat(self.groups).items()):
+            replica, replicas = replica_of(tensor)
+            if number % replicas == replica and (part_of(tensor).numel() or not tensor.numel()):
+                group, _, own = name.partition("/")
+                self.parts.setdefault(group, {})[own] = part_of(tensor)
 
     @property
     def num_bytes(self) -> int:
         """The size of all parts on disk, over all processes."""
         return sum(tensor.numel() * tensor.element_size() for tensor in flat(self.groups).values())
 
+    def copied_to(self, parts: Groups) -> ShardedTensors:
+        """Return the same, with what is written in another place."""
+        return ShardedTensors(self.groups, self.exchange, parts)
+
     def write(self, folder: Path) -> dict[str, dict[str, Any]]:
-        """Write this process's parts; return size and checksum of the files of all. Every process must call it."""
-        import torch.distributed.checkpoint as dcp
+        """Write this process's parts; return size and checksum of their file. Takes part in no exchange.
 
-        self.processes.barrier()  # the first process has made the folder
-        with quiet_checkpoints():
-            writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
-            dcp.save(flat(self.groups), storage_writer=writer)
-        entries: dict[str, dict[str, Any]] = {}
-        with self.processes.synchronized():
-            own = [path for path in sorted(folder.iterdir()) if _rank_of(path) == self.processes.rank]
-            for path in own:
-                sync_file(path)
-            entries = manifest_entries(own)
-        return {name: entry for each in self.processes.gather(entries) for name, entry in each.items()}
+        The file is the one that torch's distributed checkpoint would write, and reads. Its own writer makes a second
+        copy of it in memory and holds Python's lock meanwhile, so that training would stand still.
+        """
+        from safetensors.torch import save_file
 
+        rank = torch.distributed.get_rank()
+        tensors, live = flat(self.parts), flat(self.groups)
+        offsets = {name: {"saved_offsets": list(offset_of(live[name]))} for name in tensors}
+        header = {"format": "pt", "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(offsets)}
+        path = folder / f"shard-{rank + 1:05}-model-00001-of-00001.safetensors"
+        if not tensors:
+            return {}
+        save_file(storable(tensors), path, metadata=header)
+        sync_file(path)
+        return manifest_entries([path])
 
-def _rank_of(path: Path) -> int | None:
-    match = _SHARD.fullmatch(path.name)
-    return None if match is None else int(match[1]) - 1
+    def gather(self, own: dict[str, dict[str, Any]]) -> None:
+        """Learn size and checksum of the files of all processes; every process must call it."""
+        self.entries = {name: entry for each in self.exchange.gather(own) for name, entry in each.items()}
 
 
 def parted(groups: Mapping[str, Mapping[str, Tensor]]) -> tuple[Groups, Groups]:

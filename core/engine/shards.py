@@ -89,13 +89,14 @@ def parts_of(parameters: Iterable[nn.Parameter]) -> dict[nn.Parameter, nn.Parame
 def sharded_as(part: Tensor, like: Tensor) -> Tensor:
     """Return `part`, on the same storage, as this process's part of a tensor sharded as `like`."""
     from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
     if _is_partitioned(like):
         return FlatShard(part, like.ds_shape)  # type: ignore[attr-defined]
     assert isinstance(like, DTensor)
-    return DTensor.from_local(
-        part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-    )
+    # the public way would move parts that are offloaded to the mesh's device, onto a storage of their own
+    meta = TensorMeta(like.shape, like.stride(), part.dtype)
+    return DTensor(part, DTensorSpec(like.device_mesh, like.placements, meta), requires_grad=False)
 
 
 @torch.no_grad()
@@ -136,11 +137,24 @@ def fill_from_whole(tensor: Tensor, saved: Tensor) -> None:
     if isinstance(tensor, FlatShard):
         tensor.fill(saved)
         return
+    shape = part_of(tensor).shape
+    slices = tuple(slice(start, start + size) for start, size in zip(offset_of(tensor), shape, strict=True))
+    part_of(tensor).copy_(saved[slices])
+
+
+def offset_of(tensor: Tensor) -> tuple[int, ...]:
+    """Return where in a sharded tensor this process's part begins, in each of its dimensions."""
+    from torch.distributed.tensor import DTensor
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)  # type: ignore[attr-defined]
-    slices = tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
-    part_of(tensor).copy_(saved[slices])
+    assert isinstance(tensor, DTensor)
+    return compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)[1]
+
+
+def replica_of(tensor: Tensor) -> tuple[int, int]:
+    """Return which of the copies of a sharded tensor this process has a part of, and how many copies there are."""
+    mesh = tensor.device_mesh  # type: ignore[attr-defined]
+    return (0, 1) if mesh.ndim == 1 else (mesh.get_local_rank(0), mesh.size(0))
 
 
 def on_meta(network: nn.Module) -> nn.Module:

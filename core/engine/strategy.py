@@ -3,39 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
 
+from ..errors import UserError
 from .buckets import AveragingOptimizer
 from .optimize import RoleOptimizer
 
 if TYPE_CHECKING:
     from ..plugin_api.family import ModelFamily
+    from ..plugin_api.method import Requirements
     from ..plugin_api.optimizer import OptimizerPlugin
-    from ..utils.strategies import StrategyName
+    from ..utils.strategies import ParallelSettings
     from .networks import Networks
     from .processes import Processes
 
 BuildOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
-
-
-@dataclass(frozen=True)
-class ParallelSettings:
-    """What was asked for.
-
-    Attributes:
-        name: ``replicate``, ``fsdp``, ``zero2`` or ``zero3``.
-        shard_size: Number of processes that share one copy of the weights; 0 for all.
-        offload: Keep in host memory what is sharded.
-    """
-
-    name: StrategyName = "replicate"
-    shard_size: int = 0
-    offload: bool = False
 
 
 class Strategy:
@@ -70,6 +56,18 @@ class Strategy:
     ) -> None:
         """Raise UserError where the strategy cannot be that of such a run, before weights load."""
 
+    def check_method(self, name: str, needs: Requirements) -> None:
+        """Raise UserError where the method `name` needs of its networks what the strategy does not let pass."""
+        if needs.forward_ad and not self.forward_ad:
+            raise UserError(
+                f"parallel = {self.settings.name}: {name} differentiates its networks in forward mode, which does not "
+                "pass what gathers their weights",
+                "use zero2, fsdp or replicate, or a derivative by differences where the method has one",
+            )
+
+    def require_packages(self) -> None:
+        """Raise UserError where a package is missing that the strategy needs."""
+
     def place(self, networks: Networks, family: ModelFamily) -> None:
         """Bring the networks, which are complete by now, into the form in which they are trained."""
 
@@ -90,6 +88,10 @@ class Strategy:
     def scaler(self, role: str, networks: Networks) -> torch.amp.GradScaler:
         """Return the scaler of a role's loss in a run of fp16."""
         return torch.amp.GradScaler(self.processes.device.type)
+
+    def partial_pass(self, network: nn.Module) -> AbstractContextManager[None]:
+        """Return the block around a pass that may stop inside of `network`, whose last blocks are then not computed."""
+        return nullcontext()
 
     @contextmanager
     def exported(self, networks: Networks, role: str) -> Iterator[nn.Module | None]:

@@ -15,14 +15,16 @@ from ..errors import Interrupted, UserError, described
 from ..utils.disk import is_disk_full
 from ..utils.memory import peak_memory_bytes
 from ..utils.progress import working
-from ..utils.seeds import generator_states, set_generator_states
+from ..utils.seeds import set_generator_states
 from ..utils.spans import DATA, METRICS, span
 from .async_checkpoints import BackgroundSaves
 from .checkpoint import CheckpointState, CheckpointStore
 from .loop import Loop
 from .metrics import MetricBuffer, MetricsFile, Throughput
+from .processes import BesideTraining
 from .profile import StepProfile
-from .sharded_checkpoint import ShardedTensors, parted, read_parts, with_wholes
+from .saved_state import changed_by_steps, saved_state
+from .sharded_checkpoint import read_parts
 from .time_bins import TimeBins
 
 if TYPE_CHECKING:
@@ -184,11 +186,9 @@ class Trainer:
         if self.step in (self._saved, self._pending):
             return
         self._complete_save()
-        if self.strategy.lockstep:
-            self._write_together()
-            return
+        state = self._checkpoint() if self.strategy.lockstep else None  # which all processes gather together
         with self.processes.synchronized():
-            self._write()
+            self._write(state)
 
     def _complete_save(self) -> None:
         """Wait for the checkpoint that is being written, and tell plugins of it. Every process must call it."""
@@ -203,70 +203,33 @@ class Trainer:
         folder = self.store.output_dir / f"checkpoint-{step}"
         self.registry.hook.on_checkpoint_saved(state=self.state, folder=folder, step=step)
 
-    def _write(self) -> None:
-        self._prepare_write()
-        if self.processes.main:
-            self.loop.before_change = self.saves.wait_copied
-            self.saves.begin(self._checkpoint(), stepped=self._stepped())
-        self._pending = self.step
-
-    def _prepare_write(self) -> None:
+    def _write(self, state: CheckpointState | None = None) -> None:
         self.flush()
-        if self.processes.main:
+        main = self.processes.main
+        if main:
             self.outputs.metrics_file.sync()
             self.observer.on_saving(self.step)
-
-    def _write_together(self) -> None:
-        """Write a checkpoint of which every process holds a part, while training waits."""
-        self._prepare_write()
-        state = self._checkpoint()
-        if self.processes.main:
-            with working(f"writing checkpoint-{self.step}"):
-                self.store.save(state)
-            self.observer.on_saved(self.step)
-        elif state.sharded:
-            state.sharded.write(self.store.partial(self.step))
-        self.processes.barrier()  # what is renamed is there for all
-        self._saved = self.step
-        self._tell_saved(self.step)
-
-    def _stepped(self) -> Callable[[str, str], bool]:
-        """Return a test for what steps alone change: a forward pass may change buffers and a method's state."""
-        networks = self.loop.networks
-        weights = {f"network-{role}": networks.named_parameters(role).keys() for role in networks.roles}
-
-        def changed_by_steps(group: str, name: str) -> bool:
-            return name in weights.get(group, ()) or group == "average" or group.startswith("optimizer-")
-
-        return changed_by_steps
+        stepped = changed_by_steps(self.loop.networks)  # in all processes: it drops what they have gathered
+        if main or (state is not None and state.sharded is not None):
+            self.loop.before_change = self.saves.wait_copied
+            self.saves.begin(state or self._checkpoint(), stepped=stepped)
+        self._pending = self.step
 
     def _finish_write(self, step: int) -> None:
+        with working(f"writing checkpoint-{step}") if self.processes.main else nullcontext():
+            self.saves.finish()
         if self.processes.main:
-            with working(f"writing checkpoint-{step}"):
-                self.saves.finish()
             self.observer.on_saved(step)
         self._saved = step
 
     def _checkpoint(self) -> CheckpointState:
-        tensors = dict(self.loop.networks.state())
-        optimizers: dict[str, Any] = {}
-        scalers: dict[str, Any] = {}
-        for role, optimizer in self.loop.optimizers.items():
-            tensors[f"optimizer-{role}"], optimizers[role] = optimizer.state_tensors()
-            scalers[role] = optimizer.scaler.state_dict() if optimizer.scaler else None
-        tensors["method"] = self.loop.method.state_dict()
-        tensors["generators"] = generator_states()
-        meta = {
-            "identity": dict(self.identity),
-            "optimizers": optimizers,
-            "scalers": scalers,
-            "bad_steps": self.loop.health.state_dict(),
-            "stages": self._begun(self.step),
-        }
-        plain, sharded = parted(tensors)
-        if not self.strategy.writes_parts:
-            plain, sharded = with_wholes(plain, sharded, keep=self.processes.main), {}
-        return CheckpointState(self.step, plain, meta, ShardedTensors(sharded, self.processes) if sharded else None)
+        meta = {"identity": dict(self.identity), "stages": self._begun(self.step)}
+        return saved_state(self.loop, self.strategy, step=self.step, meta=meta, exchange=lambda: self._exchange)
+
+    @cached_property
+    def _exchange(self) -> BesideTraining:
+        """The exchanges by which the processes write sharded tensors."""
+        return BesideTraining(self.processes)
 
     # -- training ---------------------------------------------------------------------------------------------------
 

@@ -65,8 +65,14 @@ class Zero(Strategy):
         for wrong, problem, remedy in self._problems(model_type, optimizer, quantised, mixed_precision):
             if wrong:
                 raise UserError(f"{asked} with {problem}", remedy)
+
+    def require_packages(self) -> None:
+        """Refuse to begin without DeepSpeed."""
         if find_spec("deepspeed") is None:
-            raise UserError(f"{asked}: DeepSpeed is not installed", 'pip install "distill-engine[deepspeed]"')
+            raise UserError(
+                f"parallel = {self.settings.name}: DeepSpeed is not installed",
+                'pip install "distill-engine[deepspeed]"',
+            )
 
     def _problems(
         self, model_type: str, optimizer: type[OptimizerPlugin], quantised: bool, mixed_precision: str
@@ -225,6 +231,8 @@ class ZeroOptimizer(RoleOptimizer):
         strategy: Released after each backward pass.
         settings: Those of :class:`RoleOptimizer`.
     """
+
+    copies_state: ClassVar[bool] = True
 
     def __init__(
         self, engine: Any, parameters: Sequence[nn.Parameter], *, fragments: Fragments, strategy: Zero, **settings: Any

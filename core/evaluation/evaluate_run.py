@@ -40,12 +40,14 @@ class Subject:
         method: Gives the student's sampler and the role that is scored.
         networks: Of the run, or :class:`..runs.finished.ExportedNetworks`.
         loras: LoRAs beside the student's with their weights, for the record.
+        any_process: Returns True if a flag is set in any of the processes that run the networks together.
     """
 
     family: ModelFamily
     method: Method
     networks: NetworksByRole
     loras: Mapping[str, float] = field(default_factory=dict)
+    any_process: Callable[[bool], bool] = bool
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,9 @@ def evaluate_run(
     real = _real(data.real_images, width, height, count)
     setting = evaluation_setting(family, num_data=0 if real is None else len(real))
     evaluators, left_out = build_evaluators(registry, configuration, setting)
-    found = evaluate(family, subject.networks, plan, evaluators, data=real, left_out=left_out)
+    found = evaluate(
+        family, subject.networks, plan, evaluators, data=real, left_out=left_out, any_process=subject.any_process
+    )
     found.loras = dict(subject.loras)
     return found
 

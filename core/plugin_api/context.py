@@ -50,6 +50,8 @@ class Runtime:
     """Whether what the backward pass needs waits for it in memory of the host."""
     average: Callable[[Sequence[Tensor]], None] | None = None
     """A function that averages tensors over processes, in place; None where there is one process."""
+    partial_pass: Callable[[nn.Module], AbstractContextManager[None]] = lambda network: nullcontext()
+    """The block around a pass that may stop inside of a network (:meth:`.strategy.Strategy.partial_pass`)."""
 
 
 class Context:
@@ -319,7 +321,14 @@ class Context:
             blocks: The blocks whose outputs they are (:meth:`.family.ModelFamily.features`).
         """
         runtime = self._runtime
-        with span(FEATURES, role), self._call(role) as network, self._autocast(), eagerly(if_whole=True):
+        inside = runtime.partial_pass
+        with (
+            span(FEATURES, role),
+            self._call(role) as network,
+            inside(network),
+            self._autocast(),
+            eagerly(if_whole=True),
+        ):
             return runtime.family.features(network, x_t, self.schedule.network_time(t), cond, blocks=blocks)
 
     def logits(self, role: str, features: Sequence[Tensor]) -> list[Tensor]:

@@ -79,6 +79,7 @@ class RunComponents:
             model_type=settings.model_type, optimizer=self.registry.get("optimizer", settings.optimizer),
             quantised=settings.base_model_precision != "no_change", mixed_precision=settings.mixed_precision,
         )  # fmt: skip
+        strategy.require_packages()
         return strategy
 
     def kernels(self) -> AbstractContextManager[None]:
@@ -340,6 +341,7 @@ class RunComponents:
             Runtime(
                 self.family, self.networks, settings.seed, processes.device, autocast, stages=self.stages,
                 average=processes.average, activation_offload=settings.activation_offload,
+                partial_pass=self.strategy.partial_pass,
             )
         )  # fmt: skip
         optimizers = {role: self._optimizer(role) for role in self.networks.trained_roles()}

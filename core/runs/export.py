@@ -128,9 +128,10 @@ def evaluate_student(run: RunComponents) -> Evaluation:
     from ..evaluation.evaluate_run import ComparisonData, EvaluationSize, Subject, evaluate_run
 
     prompts = run.data.captions(run.settings.evaluation_num_samples) or run.prompts
+    any_process = run.processes.any if run.strategy.lockstep else bool
     with working("scoring the student against its teacher"):
         evaluation = evaluate_run(
-            run.config, run.registry, Subject(run.family, run.method, run.networks),
+            run.config, run.registry, Subject(run.family, run.method, run.networks, any_process=any_process),
             ComparisonData(prompts, run.data.real_images), EvaluationSize(resolution=run.resolution),
         )  # fmt: skip
     if not run.processes.main:

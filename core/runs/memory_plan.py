@@ -63,8 +63,7 @@ def explain_memory(run: RunComponents, error: BaseException) -> Iterator[str]:
 
 def division_of(run: RunComponents) -> Division:
     """Return the way in which the run's processes share its networks."""
-    asked = run.strategy.settings
-    return Division(asked.name, run.processes.world_size, asked.shard_size, asked.offload)
+    return Division(run.strategy.settings, run.processes.world_size)
 
 
 def can_be_quantised(run: RunComponents) -> bool:

@@ -100,6 +100,7 @@ class Run(TrainingObserver):
                     return self._execute()
             except BaseException as error:
                 refused = explained(error, place=self.settings.output_dir, running=self._training)
+                refused = refused or self.parts.processes.reason(error)
                 self.parts.processes.fail(refused or error)
                 self._log.note(f"{ENDS}{described(refused or error)}")
                 with self._stop.deferred():  # a launcher stops all processes as soon as one has ended
@@ -169,12 +170,7 @@ class Run(TrainingObserver):
         check_method_sources(self.parts.config, self.parts.registry)
         method, family = self.parts.method, self.parts.family
         needs = method.requires(method.config, method.setup)
-        if needs.forward_ad and not self.parts.strategy.forward_ad:
-            raise UserError(
-                f"parallel = {self.parts.strategy.settings.name}: {self.settings.distillation_method} differentiates "
-                "its networks in forward mode, which does not pass what gathers their weights",
-                "use zero2, fsdp or replicate, or a derivative by differences where the method has one",
-            )
+        self.parts.strategy.check_method(self.settings.distillation_method, needs)
         if needs.finite_snr and family.prediction_type == "epsilon" and family.schedule.zero_terminal_snr:
             raise UserError(
                 f"{family.settings.source}: its scheduler has zero terminal SNR and predicts epsilon, from which "

@@ -21,13 +21,14 @@ from ..engine.metrics import MetricsFile
 from ..engine.networks import Networks
 from ..engine.observer import TrainingObserver
 from ..engine.optimize import RoleOptimizer
-from ..engine.strategy import ParallelSettings, Strategy
+from ..engine.strategy import Strategy
 from ..engine.trainer import Outputs, Trainer
 from ..plugin_api.batch import Batch, Trajectories
 from ..plugin_api.context import Context, Runtime
 from ..plugin_api.family import LoraSettings
 from ..plugin_api.method import MethodSetup, Requirements
 from ..registry.registry import Registry
+from ..utils.strategies import ParallelSettings
 
 
 @dataclass

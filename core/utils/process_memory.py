@@ -24,7 +24,7 @@ SHARED = ("weights", "trained", "gradients", "optimizer", "averages")
 """Purposes of memory that processes can divide among each other."""
 DIVIDED: Mapping[StrategyName, tuple[str, ...]] = {
     "replicate": (),
-    "fsdp": SHARED,
+    "fsdp": (*SHARED, "checkpoint_copy"),
     "zero2": ("gradients", "optimizer"),
     "zero3": SHARED,
 }
@@ -61,10 +61,10 @@ def division_problem(settings: MemorySettings, division: Division) -> str | None
     zero = division.strategy.startswith("zero")
     if zero and not settings.full_roles:
         return "it divides networks that are trained whole, and this run trains adapters: use replicate or fsdp"
-    if division.offload and division.strategy == "replicate":
+    if division.settings.offload and division.strategy == "replicate":
         return "it divides nothing that could be offloaded: use fsdp, or a zero strategy for full training"
     if division.num_processes % division.num_shards:
-        return f"{division.num_processes} processes are not a multiple of the {division.shard_size} that share one copy"
+        return f"{division.num_processes} processes are not a multiple of the {division.num_shards} that share one copy"
     if zero and division.num_shards != division.num_processes:
         return "it divides among all processes: leave the shard size out, or use fsdp"
     return None
@@ -76,11 +76,10 @@ def process_memory(settings: MemorySettings, division: Division) -> ProcessMemor
     full = _of_full_roles(settings, division)
     divided = DIVIDED[division.strategy]
     parts, host = small.parts(), 0
-    for purpose in SHARED:
-        own = full[purpose]
+    for purpose, own in full.items():
         if purpose in divided:
             own = -(-own // division.num_shards)
-            if division.offload:
+            if division.settings.offload:
                 own, host = 0, host + own
         parts[purpose] += own
     if "trained" not in divided:  # else whole weights are there, and are cast, a block at a time
@@ -120,7 +119,7 @@ def _of_full_roles(settings: MemorySettings, division: Division) -> dict[str, in
             averaged_parameters=settings.averaged_full_parameters,
         )
     )
-    parts = {purpose: whole.parts()[purpose] for purpose in SHARED}
+    parts = {purpose: whole.parts()[purpose] for purpose in (*SHARED, "checkpoint_copy")}
     if division.strategy.startswith("zero"):
         parts["optimizer"] += parts["trained"]  # DeepSpeed steps a copy of its own of the weights
     return parts

@@ -111,3 +111,17 @@ def _like(saved: Tensor, loaded: Tensor, parameter: Tensor) -> Tensor:
     if saved.shape != parameter.shape or saved.ndim == 0:
         return saved.to(device=loaded.device, copy=True)
     return torch.empty_like(parameter, dtype=saved.dtype, device=loaded.device).copy_(saved).detach()
+
+
+def storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors that safetensors accepts, copied where need be: on the CPU, contiguous, no two on one storage."""
+    seen: set[int] = set()
+    result: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        plain = tensor.detach().cpu().contiguous()
+        storage = plain.untyped_storage()
+        if storage.nbytes() != plain.nbytes or storage.data_ptr() in seen:
+            plain = plain.clone()
+        seen.add(plain.untyped_storage().data_ptr())
+        result[name] = plain
+    return result

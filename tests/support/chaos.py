@@ -1,14 +1,16 @@
 """Kills a run again and again at random moments, until it has come to its end, and compares it with one left alone.
 
-    python chaos.py CONFIG --kills 20 [--seed 1] [--processes 2] [--full-disks 0.1] [--bucket]
+    python chaos.py CONFIG [CONFIG*2 ...] --kills 20 [--seed 1] [--full-disks 0.1] [--bucket]
 
 CONFIG names the output folder `whole` beside it; the run that is killed has every other setting and lies in another
-folder, `chaos/killed`. Rounds follow each other until there were so many kills: in each, output and caches begin anew,
-the run is killed (SIGKILL) while it fills caches, saves, validates, exports or anywhere, and finished in the end. Then
-losses and every file of the student must be those of the run that was left alone.
+folder, `chaos/killed`. Behind it stands how many processes the run has. Rounds follow each other until there were so
+many kills: in each, output and caches begin anew, the run is killed (SIGKILL) while it fills caches, saves, validates,
+exports or anywhere, and finished in the end. Then losses and every file of the student must be those of the run that
+was left alone.
 
 Everything is imported once and each attempt is a fork (or one for each process), so that an attempt takes seconds.
-Prints a line of JSON: how many kills while what, how many attempts ended by themselves because of a fault, and rounds.
+Prints a line of JSON for each CONFIG: how many kills while what, how many attempts ended by themselves because of a
+fault, and rounds.
 """
 
 from __future__ import annotations
@@ -140,9 +142,11 @@ class Attempt:
 class Chaos:
     """The kills of one configuration."""
 
-    def __init__(self, given: argparse.Namespace) -> None:
+    def __init__(self, run: str, given: argparse.Namespace) -> None:
+        config, _, number = run.partition("*")
+        self.config, self.processes = Path(config), int(number or 1)
         self.given, self.rng = given, random.Random(given.seed)
-        self.root = given.config.parent
+        self.root = self.config.parent
         self.whole = self.root / "whole"
         self.output = self.root / "chaos" / "killed"
         self.counts: Counter[str] = Counter()
@@ -153,13 +157,13 @@ class Chaos:
 
     def main(self) -> None:
         began = time.monotonic()
-        self._finish(self.given.config)
+        self._finish(self.config)
         config = self.root / "killed.json"
-        config.write_text(json.dumps({**json.loads(self.given.config.read_text()), "output_dir": str(self.output)}))
+        config.write_text(json.dumps({**json.loads(self.config.read_text()), "output_dir": str(self.output)}))
         while sum(self.counts[kind] for kind in MOMENTS) < self.given.kills:
             self._round(config)
         self.counts["seconds"] = round(time.monotonic() - began)
-        print(json.dumps(self.counts))
+        print(json.dumps(self.counts), flush=True)
 
     def _round(self, config: Path) -> None:
         """Kill a run that starts with nothing, finish it, and compare it."""
@@ -179,9 +183,10 @@ class Chaos:
         self.counts["rounds"] += 1
         assert losses(self.output) == losses(self.whole), "other losses"
         assert files(self.output / "student") == files(self.whole / "student"), "another student"
+        print(f"equal after {dict(self.counts)}", file=sys.stderr, flush=True)
 
     def _finish(self, config: Path) -> None:
-        attempt = Attempt(config, self.root / "last.log", processes=self.given.processes)
+        attempt = Attempt(config, self.root / "last.log", processes=self.processes)
         deadline = time.monotonic() + 2 * LIMIT
         while not attempt.reap():
             if time.monotonic() > deadline:
@@ -196,7 +201,7 @@ class Chaos:
         """Start the run and kill it at a moment; returns whether it has come to its end before."""
         full = self.rng.random() < self.given.full_disks
         size = int(10 ** self.rng.uniform(3, 6)) if full else None
-        attempt = Attempt(config, self.root / "attempt.log", processes=self.given.processes, file_bytes=size)
+        attempt = Attempt(config, self.root / "attempt.log", processes=self.processes, file_bytes=size)
         for _ in self._until(attempt, "nothing" if full else moment):
             if attempt.reap():
                 return self._ended(attempt, full)
@@ -291,18 +296,19 @@ class Chaos:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", type=Path)
+    parser.add_argument("runs", nargs="+", metavar="CONFIG", help="a file, and behind it *2 for two processes")
     parser.add_argument("--kills", type=int, required=True)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--full-disks", type=float, default=0.0, help="share of attempts that find their disk full")
     parser.add_argument("--bucket", action="store_true", help="images, caches and checkpoints in a bucket with outages")
-    chaos = Chaos(parser.parse_args())
-    try:
-        chaos.main()
-    finally:
-        if chaos.server is not None:
-            chaos.server.close()
+    given = parser.parse_args()
+    for run in given.runs:
+        chaos = Chaos(run, given)
+        try:
+            chaos.main()
+        finally:
+            if chaos.server is not None:
+                chaos.server.close()
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def lose(how: str) -> None:
     match how:
         case "stopped" | "unwakeable":
             os.kill(os.getpid(), signal.SIGSTOP)
-        case "killed":
+        case "killed" | "another library":
             os.kill(os.getpid(), signal.SIGKILL)
         case "failed":
             raise MemoryError("no room for 3 GB")
@@ -47,6 +47,8 @@ def work(processes: Processes, how: str) -> None:
         print("trained", flush=True)
         if not processes.main:
             lose(how)
+        if how == "another library":
+            torch.distributed.all_reduce(torch.ones(3))
         if how == "unwakeable":  # as an exchange of another library
             heartbeats.STUCK_SECONDS = 0.5
             processes.heartbeats.on_stuck = lambda error: print("stuck:", error, flush=True)
@@ -63,7 +65,8 @@ def member(rank: int, port: int, how: str) -> None:
     processes = Processes("cpu", timeout_seconds=TIMEOUT)
     try:
         work(processes, how)
-    except (DistillError, MemoryError) as error:
+    except (DistillError, MemoryError, RuntimeError) as raised:
+        error = processes.reason(raised) or raised
         processes.fail(error)
         print(f"{type(error).__name__}: {error}", flush=True)
         processes.close()

@@ -12,10 +12,11 @@ from distill.core.engine.loop import Loop
 from distill.core.engine.lr import lr_lambda, staged
 from distill.core.engine.networks import Networks
 from distill.core.engine.processes import Processes
-from distill.core.engine.strategy import ParallelSettings, Strategy
+from distill.core.engine.strategy import Strategy
 from distill.core.plugin_api.context import Context, Runtime
 from distill.core.plugin_api.family import LoraSettings, ModelSettings
 from distill.core.plugin_api.method import MethodSetup
+from distill.core.utils.strategies import ParallelSettings
 from distill.model_families.sdxl import SDXL
 
 
@@ -56,7 +57,9 @@ def make_parts(
     strategy = strategy or Strategy(Processes("cpu"), ParallelSettings())
     strategy.place(networks, family)
     average = strategy.processes.average
-    context = Context(Runtime(family, networks, seed=0, device=torch.device("cpu"), stages=stages, average=average))
+    runtime = Runtime(family, networks, seed=0, device=torch.device("cpu"), stages=stages, average=average,
+                      partial_pass=strategy.partial_pass)  # fmt: skip
+    context = Context(runtime)
     optimizers = {
         role: strategy.optimizer(
             role, networks, lambda parameters: torch.optim.AdamW(parameters, lr=1e-3), learning_rate=1e-3,

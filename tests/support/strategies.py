@@ -21,8 +21,8 @@ import torch
 from distill.core.engine.parallel import build_strategy
 from distill.core.engine.processes import Processes
 from distill.core.engine.shards import part_of, whole
-from distill.core.engine.strategy import ParallelSettings
 from distill.core.plugin_api.batch import Batch, Trajectories
+from distill.core.utils.strategies import ParallelSettings
 from distill.distill_methods.dmd2 import DMD2
 from distill.distill_methods.guidance import Guidance
 from distill.distill_methods.kd import KD

@@ -17,8 +17,9 @@ import torch
 from distill.core.engine.checkpoint import CheckpointState, CheckpointStore
 from distill.core.engine.parallel import build_strategy
 from distill.core.engine.processes import Processes
-from distill.core.engine.sharded_checkpoint import parted, read_parts, with_wholes
-from distill.core.engine.strategy import ParallelSettings
+from distill.core.engine.saved_state import saved_state
+from distill.core.engine.sharded_checkpoint import read_parts
+from distill.core.utils.strategies import ParallelSettings
 from support.sdxl_methods import Parts, make_parts
 from support.sdxl_setup import make_batch
 from support.strategies import CASES, digest, mine
@@ -48,12 +49,7 @@ def step(parts: Parts, strategy: Any, number: int, *, bad: bool = False) -> tupl
 
 def state_of(parts: Parts, strategy: Any) -> CheckpointState:
     """As a trainer saves it."""
-    tensors, optimizers = dict(parts.networks.state()), {}
-    for role, optimizer in parts.loop.optimizers.items():
-        tensors[f"optimizer-{role}"], optimizers[role] = optimizer.state_tensors()
-    plain, sharded = parted(tensors)
-    whole = with_wholes(plain, sharded, keep=strategy.processes.main)
-    return CheckpointState(STEPS, whole, {"optimizers": optimizers})
+    return saved_state(parts.loop, strategy, step=STEPS, meta={}, exchange=lambda: None)
 
 
 def load(parts: Parts, path: Path) -> None:
