@@ -60,11 +60,10 @@ def evaluate(
     from .result import Evaluation
 
     scorers = _Scorers(evaluators, dict(left_out or {}))
-    ways = plural(len(plan.sampling_plans), "way")
-    logger.info(f"scoring {ways} of sampling, {plural(plan.num_samples, 'image')} each")
+    counts = plural(len(plan.sampling_plans), "way"), plural(plan.num_samples, "image")
+    logger.info("scoring {} of sampling, {} each".format(*counts))
     embeds = encode(family, plan.prompts)
-    rows: dict[int, Row] = {}
-    reference: Tensor | None = None
+    rows, reference = dict[int, Row](), None
     others = [sampling_plan for sampling_plan in plan.sampling_plans if sampling_plan is not plan.reference]
     # role by role, since changing the network can mean loading it
     others.sort(key=lambda sampling_plan: sampling_plan.role != plan.reference.role)
@@ -84,8 +83,8 @@ def evaluate(
                 beside = None if sampling_plan is plan.reference else reference
                 row.scores = scorers.score(Samples(images, plan.sample_prompts, beside, data))
                 rows[id(sampling_plan)] = row
-                steps = plural(sampling_plan.steps, "step")
-                logger.info(f"evaluated {sampling_plan.name} at {steps}: {row.seconds_per_image:.3g} s per image")
+                done = f"{sampling_plan.name} at {plural(sampling_plan.steps, 'step')}"
+                logger.info(f"evaluated {done}: {row.seconds_per_image:.3g} s per image")
     better = {name: up for evaluator in evaluators.values() for name, up in evaluator.higher_is_better.items()}
     return Evaluation(
         plan=plan,
