@@ -29,6 +29,19 @@ class _Direct:
     merged_weight: Tensor | None
     """The sum of the base's weight and of an adapter's product, while passes run on it."""
 
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return what peft's layer does, shape (B, ..., D_out) or (B, C_out, h', w')."""
+        if self.merged_weight is not None:
+            return self._base_output(x, self.merged_weight)
+        adapter = self._sole_adapter(kwargs)
+        if adapter is None:
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        output, scale = self.base_layer(x), self.scaling[adapter]
+        up, inner = self.lora_B[adapter], self.lora_A[adapter](self._input(adapter, x))
+        if output.dtype != inner.dtype:
+            return (output + up(inner) * scale).to(output.dtype)
+        return self._with_product(output, inner, up.weight, scale)
+
     def _sole_adapter(self: Any, kwargs: dict[str, Any]) -> str | None:
         """Return the adapter that is on; None where peft's own forward has to decide."""
         if self._disable_adapters or kwargs or self.merged or len(self._active_adapter) != 1:
@@ -48,39 +61,27 @@ class _Direct:
 class DirectLinear(_Direct, lora.Linear):
     """A linear layer with LoRA."""
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return (B, ..., D_out) of `x`, shape (B, ..., D_in)."""
-        if self.merged_weight is not None:
-            return nn.functional.linear(x, self.merged_weight, self.base_layer.bias)
-        adapter = self._sole_adapter(kwargs)
-        if adapter is None:
-            return super().forward(x, *args, **kwargs)
-        output, scale = self.base_layer(x), self.scaling[adapter]
-        up, inner = self.lora_B[adapter], self.lora_A[adapter](self._input(adapter, x))
-        if output.dtype != inner.dtype:
-            return (output + up(inner) * scale).to(output.dtype)
-        return torch.addmm(output.flatten(0, -2), inner.flatten(0, -2), up.weight.t(), alpha=scale).view(output.shape)
+    def _base_output(self, x: Tensor, weight: Tensor) -> Tensor:
+        return nn.functional.linear(x, weight, self.base_layer.bias)
+
+    @staticmethod
+    def _with_product(output: Tensor, inner: Tensor, up: Tensor, scale: float) -> Tensor:
+        return torch.addmm(output.flatten(0, -2), inner.flatten(0, -2), up.t(), alpha=scale).view(output.shape)
 
 
 class DirectConv2d(_Direct, lora.Conv2d):
     """A convolution with LoRA, whose second factor has a 1x1 kernel."""
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return (B, C_out, h', w') of `x`, shape (B, C_in, h, w)."""
-        if self.merged_weight is not None:
-            return self.base_layer._conv_forward(x, self.merged_weight, self.base_layer.bias)
-        adapter = self._sole_adapter(kwargs)
-        if adapter is None:
-            return super().forward(x, *args, **kwargs)
-        output, scale = self.base_layer(x), self.scaling[adapter]
-        up, inner = self.lora_B[adapter], self.lora_A[adapter](self._input(adapter, x))
-        if output.dtype != inner.dtype:
-            return (output + up(inner) * scale).to(output.dtype)
+    def _base_output(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self.base_layer._conv_forward(x, weight, self.base_layer.bias)
+
+    @staticmethod
+    def _with_product(output: Tensor, inner: Tensor, up: Tensor, scale: float) -> Tensor:
         if output.is_contiguous(memory_format=torch.channels_last):
             rows, inner = (tensor.permute(0, 2, 3, 1) for tensor in (output, inner))
-            added = torch.addmm(rows.flatten(0, 2), inner.flatten(0, 2), up.weight.flatten(1).t(), alpha=scale)
+            added = torch.addmm(rows.flatten(0, 2), inner.flatten(0, 2), up.flatten(1).t(), alpha=scale)
             return added.view(rows.shape).permute(0, 3, 1, 2)
-        factor = up.weight.flatten(1).expand(len(output), -1, -1)
+        factor = up.flatten(1).expand(len(output), -1, -1)
         return torch.baddbmm(output.flatten(2), factor, inner.flatten(2), alpha=scale).view(output.shape)
 
 
