@@ -113,7 +113,7 @@ class Compilation:
         settings.check(device)
         self._settings, self._device, self._backend = settings, device, backend
         self.mode: Chosen = "off"
-        self._told = 0
+        self._reported = 0
         self._forwards: dict[Any, FunctionType] = {}
 
     def apply(self, networks: Networks, family: ModelFamily, *, num_steps: int) -> None:
@@ -144,7 +144,7 @@ class Compilation:
         dynamo.suppress_errors = self._settings.mode == "auto"
         functorch: Any = torch._functorch.config
         functorch.activation_memory_budget = self._settings.memory_budget
-        self._told = self.num_graphs
+        self._reported = self.num_graphs
 
     def _regions(self, network: nn.Module, family: ModelFamily) -> Sequence[nn.Module]:
         if self.mode == "whole":
@@ -174,9 +174,9 @@ class Compilation:
 
     def report(self, step: int) -> None:
         """Log what was compiled since the last report, with the time that it took in all."""
-        if self.mode == "off" or self.num_graphs == self._told:
+        if self.mode == "off" or self.num_graphs == self._reported:
             return
-        more, self._told = self.num_graphs - self._told, self.num_graphs
+        more, self._reported = self.num_graphs - self._reported, self.num_graphs
         logger.info(f"step {step}: {more} graphs compiled, {compile_seconds():.0f} s in all so far")
 
 
