@@ -74,7 +74,10 @@ COMMON = [
 def write_configs(folder: Path, model: str) -> Path:
     """Write the configs that an estimate needs of a model, without weights."""
     _, denoiser, network, scheduler, channels = MODELS[model]
-    vae = {"_class_name": "AutoencoderKL", "block_out_channels": [128, 256, 512, 512], "latent_channels": channels}
+    vae = {
+        "_class_name": "AutoencoderKL", "block_out_channels": [128, 256, 512, 512], "latent_channels": channels,
+        "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
+    }  # fmt: skip
     for name, config in {denoiser: network, "vae": vae}.items():
         (folder / name).mkdir(parents=True)
         (folder / name / "config.json").write_text(json.dumps(config))
@@ -96,7 +99,9 @@ def planned(workspace: Path, model: str, *, resolution: int = 1024) -> Iterator[
         flags = {"model_family": MODELS[model][0], "pretrained_model_name_or_path": str(folder)}
         size = [f"resolution={resolution}", "resolution_type=pixel", f"output_dir={workspace / 'output'}"]
         configuration = load_configuration(registry, data_file=data, flags=flags, overrides=[*COMMON, *size, *keys])
-        family = family or build_family(configuration, registry)
+        if family is None:
+            family = build_family(configuration, registry)
+            family.text_bytes = lambda: 0  # their configs are not here, and they have left when training begins
         settings = planned_memory(configuration, registry, family=family)
         assert settings is not None
         yield run, replace(settings, staged=False)  # on cards a checkpoint is copied to the host

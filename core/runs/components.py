@@ -165,7 +165,7 @@ class RunComponents:
 
     @cached_property
     def compilation(self) -> Compilation:
-        """What of the networks is compiled; raises UserError where what is asked for cannot be."""
+        """The compiler of the networks; raises UserError where what is asked for cannot be compiled."""
         from ..engine.compilation import Compilation, CompileSettings
 
         settings = self.settings
