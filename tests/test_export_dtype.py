@@ -77,10 +77,11 @@ def test_kohyas_file_has_the_students_type_and_alpha_stays_exact(half):
     assert torch.equal(own, student[f"unet.{path}.lora_B.weight"])
 
 
-def test_a_full_student_is_exported_in_the_type_of_its_passes_and_checkpoints_stay_fp32(model, tmp_path):
+def test_a_full_student_is_exported_in_the_type_asked_for_and_checkpoints_stay_fp32(model, tmp_path):
     from diffusers import StableDiffusionXLPipeline
 
-    full = {**QUIET, "publish_to": [], "model_type": "full", "mixed_precision": "bf16", "max_train_steps": 1}
+    full = {**QUIET, "publish_to": [], "model_type": "full", "mixed_precision": "bf16", "max_train_steps": 1,
+            "export_dtype": "bfloat16"}  # fmt: skip
     execute(write_run(tmp_path, model=model, **full))
     student = load_file(next((tmp_path / "out" / "student" / "unet").glob("*.safetensors")))
     assert {value.dtype for value in student.values()} == {torch.bfloat16}

@@ -23,6 +23,7 @@ from distill.distill_methods.dmd2 import _x0
 from distill.distill_methods.meanflow import flow_time_speed, time_of_flow_time
 from distill.model_families.sd3 import SD3
 from distill.model_families.sdxl import SDXL
+from distill.plugins.optimizers import AdamW
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.cases import config_of, found_of
@@ -471,7 +472,7 @@ def test_fp16_on_a_cpu_is_said_to_be_slow_and_the_memory_plan_counts_half_the_ba
 
 def test_a_base_with_fp32_ends_counts_as_half():
     family, networks, _ = miniature(SD3, "bfloat16", [Role("teacher"), Role("student", trains="lora")])
-    plugin = SimpleNamespace(state_bytes=8)
+    plugin = AdamW(AdamW.Config())
     run = SimpleNamespace(
         settings=SimpleNamespace(
             use_ema=False, mixed_precision="bf16", gradient_checkpointing=False, checkpoint_async=False

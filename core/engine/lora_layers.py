@@ -40,7 +40,10 @@ class _Direct:
         up, inner = self.lora_B[adapter], self.lora_A[adapter](self._input(adapter, x))
         if output.dtype != inner.dtype:
             return (output + up(inner) * scale).to(output.dtype)
-        return self._with_product(output, inner, up.weight, scale)
+        factor = up.weight
+        if factor.dtype != inner.dtype and not torch.is_autocast_enabled(x.device.type):
+            factor = factor.to(inner.dtype)  # in fp32 throughout, weights are cast as their module is called
+        return self._with_product(output, inner, factor, scale)
 
     def _sole_adapter(self: Any, kwargs: dict[str, Any]) -> str | None:
         """Return the adapter that is on; None where peft's own forward has to decide."""
@@ -167,4 +170,4 @@ def _merge(layer: Any, adapter: str, merged: Tensor) -> None:
     if base.dim() == 2:
         torch.addmm(base, up, down, alpha=scale, out=merged)
     else:
-        merged.copy_(base).add_((up.flatten(1) @ down.flatten(1)).view(base.shape), alpha=scale)
+        torch.add(base, (up.flatten(1) @ down.flatten(1)).view(base.shape), alpha=scale, out=merged)

@@ -198,9 +198,9 @@ class TrainingKeys(Settings):
     export_online_weights: bool = False
     """Where an average is exported, also write the weights that the optimizer stepped, as `student-online/`."""
     export_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of the exported student's weights. `auto`: the type that the passes of training computed in
-    (`mixed_precision`), which rounds away nothing that they saw; with `no` the type that was trained. Checkpoints keep
-    the trained weights whole."""
+    """Type of the exported student's weights. `auto`: of a LoRA the type that the passes of training computed in
+    (`mixed_precision`), which rounds away nothing that they saw; of a full student, and with `no`, the type that was
+    trained. Checkpoints keep the trained weights whole."""
     seed: int = Field(default=42, ge=0, lt=2**63)
     """Fixes data order, noise, timesteps, guidance and dropout, each by a generator of its own."""
     device: str = "auto"
