@@ -63,15 +63,12 @@ def model_settings(configuration: Configuration, *, source: str | None = None) -
 def export_dtype(settings: RunSettings) -> Precision | None:
     """Return the type that a run's students are exported in; None for the one that is trained.
 
-    `auto` rounds a LoRA to the type that its passes computed in. A full student keeps its fp32 weights: one that has not
-    moved is the checkpoint, bit for bit.
+    `auto` rounds a LoRA to the type that its passes computed in. A full student keeps its fp32 weights: one that has
+    not moved is the checkpoint, bit for bit.
     """
     if settings.export_dtype == "auto":
-        return (
-            None
-            if settings.mixed_precision == "no" or settings.model_type == "full"
-            else _WEIGHT_DTYPES[settings.mixed_precision]
-        )
+        kept = settings.mixed_precision == "no" or settings.model_type == "full"
+        return None if kept else _WEIGHT_DTYPES[settings.mixed_precision]
     return settings.export_dtype
 
 
