@@ -34,10 +34,15 @@ def half(model, tmp_path_factory):
     return SimpleNamespace(root=root, out=root / "out", lines=lines, settings=settings)
 
 
-def test_auto_is_the_type_of_the_passes():
+def test_auto_is_the_type_of_the_passes_of_a_lora_and_a_full_student_keeps_its_own():
     for precision, expected in {"no": None, "bf16": "bfloat16", "fp16": "float16"}.items():
-        assert export_dtype(SimpleNamespace(export_dtype="auto", mixed_precision=precision)) == expected
-        assert export_dtype(SimpleNamespace(export_dtype="float32", mixed_precision=precision)) == "float32"
+        lora, full = (SimpleNamespace(model_type=kind, mixed_precision=precision) for kind in ("lora", "full"))
+        for settings in (lora, full):
+            settings.export_dtype = "float32"
+            assert export_dtype(settings) == "float32"
+            settings.export_dtype = "auto"
+        assert export_dtype(lora) == expected
+        assert export_dtype(full) is None
 
 
 def test_what_is_rounded_away_is_a_relative_norm():
