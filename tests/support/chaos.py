@@ -1,6 +1,6 @@
 """Kills a run again and again at random moments, until it has come to its end, and compares it with one left alone.
 
-    python chaos.py CONFIG [CONFIG*2 ...] --kills 20 [--seed 1] [--full-disks 0.1] [--bucket]
+    python chaos.py CONFIG [CONFIG*2 ...] --kills 20 [20 ...] [--seed 1] [--full-disks 0.1] [--bucket]
 
 CONFIG names the output folder `whole` beside it; the run that is killed has every other setting and lies in another
 folder, `chaos/killed`. Behind it stands how many processes the run has. Rounds follow each other until there were so
@@ -142,10 +142,10 @@ class Attempt:
 class Chaos:
     """The kills of one configuration."""
 
-    def __init__(self, run: str, given: argparse.Namespace) -> None:
+    def __init__(self, run: str, kills: int, given: argparse.Namespace) -> None:
         config, _, number = run.partition("*")
         self.config, self.processes = Path(config), int(number or 1)
-        self.given, self.rng = given, random.Random(given.seed)
+        self.given, self.kills, self.rng = given, kills, random.Random(given.seed)
         self.root = self.config.parent
         self.whole = self.root / "whole"
         self.output = self.root / "chaos" / "killed"
@@ -160,7 +160,7 @@ class Chaos:
         self._finish(self.config)
         config = self.root / "killed.json"
         config.write_text(json.dumps({**json.loads(self.config.read_text()), "output_dir": str(self.output)}))
-        while sum(self.counts[kind] for kind in MOMENTS) < self.given.kills:
+        while sum(self.counts[kind] for kind in MOMENTS) < self.kills:
             self._round(config)
         self.counts["seconds"] = round(time.monotonic() - began)
         print(json.dumps(self.counts), flush=True)
@@ -172,7 +172,7 @@ class Chaos:
         if self.server:
             self._clear_bucket()
         done = sum(self.counts[kind] for kind in MOMENTS)
-        count = min(KILLS_OF_A_ROUND, self.given.kills - done)
+        count = min(KILLS_OF_A_ROUND, self.kills - done)
         middle = ["saves", "validations", "anywhere", "saves"] * count
         early = max(1, count // 6)
         for moment in ["caches"] * early + middle[: max(count - 2 * early, 0)] + ["export"] * early:
@@ -297,13 +297,13 @@ class Chaos:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="CONFIG", help="a file, and behind it *2 for two processes")
-    parser.add_argument("--kills", type=int, required=True)
+    parser.add_argument("--kills", type=int, nargs="+", required=True, help="of each CONFIG")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--full-disks", type=float, default=0.0, help="share of attempts that find their disk full")
     parser.add_argument("--bucket", action="store_true", help="images, caches and checkpoints in a bucket with outages")
     given = parser.parse_args()
-    for run in given.runs:
-        chaos = Chaos(run, given)
+    for run, kills in zip(given.runs, given.kills, strict=True):
+        chaos = Chaos(run, kills, given)
         try:
             chaos.main()
         finally:
