@@ -156,7 +156,7 @@ class _Layers:
 
     def _merge(self, adapter: str, group: Sequence[str]) -> None:
         for path in group:
-            tuner = self._tuners.get(path)
+            tuner: Any = self._tuners.get(path)
             if tuner is not None and adapter in tuner.lora_A:
                 tuner.merge(adapter_names=[adapter])
                 tuner.merged_adapters.clear()  # the next LoRA finds a weight, not a weight with an adapter

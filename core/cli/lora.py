@@ -168,7 +168,7 @@ def _family(name: str | None, plugins: Sequence[Path] | None) -> type[ModelFamil
     from ..settings.run_settings import RunSettings
 
     registry = Registry.load(plugins or ())
-    name = name or RunSettings.model_fields["model_family"].default
+    name = str(name or RunSettings.model_fields["model_family"].default)
     if name not in registry.names("family"):
         raise UserError(f"--family {name} is not a registered family", registry.remedy("family", name))
     return registry.get("family", name)

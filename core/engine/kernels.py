@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -32,7 +33,8 @@ def kernels(device: torch.device, *, tf32: bool, attention: Sequence[str]) -> It
         attention: Names of attention kernels in order of preference; those that are left out are not used. Empty:
             PyTorch's order.
     """
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    matmul: Any = torch.backends.cuda.matmul
+    cudnn: Any = torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32
     with ExitStack() as stack:
         if attention:

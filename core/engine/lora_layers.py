@@ -64,7 +64,7 @@ class _Direct:
 class DirectLinear(_Direct, lora.Linear):
     """A linear layer with LoRA."""
 
-    def _base_output(self, x: Tensor, weight: Tensor) -> Tensor:
+    def _base_output(self: Any, x: Tensor, weight: Tensor) -> Tensor:
         return nn.functional.linear(x, weight, self.base_layer.bias)
 
     @staticmethod
@@ -75,7 +75,7 @@ class DirectLinear(_Direct, lora.Linear):
 class DirectConv2d(_Direct, lora.Conv2d):
     """A convolution with LoRA, whose second factor has a 1x1 kernel."""
 
-    def _base_output(self, x: Tensor, weight: Tensor) -> Tensor:
+    def _base_output(self: Any, x: Tensor, weight: Tensor) -> Tensor:
         return self.base_layer._conv_forward(x, weight, self.base_layer.bias)
 
     @staticmethod
@@ -154,7 +154,7 @@ def _mergeable(layer: Any, adapter: str) -> bool:
     """Return True if the sum of both weights gives what the layer does: no dropout between them, nothing packed."""
     base = layer.base_layer
     return (
-        isinstance(layer, _Direct)
+        type(layer) in DIRECT.values()
         and type(base) in PLAIN
         and base.weight.dtype in WIDE
         and isinstance(layer.lora_dropout[adapter], nn.Identity)

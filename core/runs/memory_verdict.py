@@ -166,8 +166,8 @@ def _optimizers(registry: Registry) -> Iterator[Change]:
     """Yield the first optimizer of 8 bits that is installed, with the learning rates of AdamW."""
     for name in registry.names("optimizer"):
         kind = registry.get("optimizer", name)
-        usual = kind.default_learning_rate is None and kind.relative_learning_rate == 1 and kind.state_bytes is not None
-        if usual and 1.5 < kind.state_bytes <= SMALL_STATE and not missing(kind.packages):
+        usual, declared = kind.default_learning_rate is None and kind.relative_learning_rate == 1, kind.state_bytes
+        if usual and declared is not None and 1.5 < declared <= SMALL_STATE and not missing(kind.packages):
             state = state_bytes(kind(kind.Config()))
             yield Change(f"optimizer={name}", partial(replace, optimizer_bytes=state, trained_bytes=4))
             return
