@@ -150,6 +150,9 @@ def test_without_room_the_adapters_run_as_they_are_and_the_log_says_so(monkeypat
     with caplog.at_level(logging.INFO):
         merged, expected = values(network, switch, x)
     assert torch.equal(merged, expected)
+    with torch.no_grad(), switch.use("student"), switch.use(None), switch.use("student"):
+        assert torch.equal(network(x), expected)  # nested, and asked once
+    assert caplog.text.count("copies of the weights") == 1
     assert f"copies of the weights take {needed / 1e6:.0f} MB" in caplog.text
 
 
@@ -160,3 +163,12 @@ def test_half_precision_would_lose_the_adapter():
     change = 1e-3 * 0.02 * torch.randn(512, 512)
     kept = (weight.float() + change).bfloat16().float() - weight.float()
     assert 0.7 < (kept - change).norm() / change.norm() < 0.9
+
+
+def test_an_adapter_without_room_inside_a_merged_pass_leaves_that_pass_merged(monkeypatch):
+    network, switch, x = merging(names=("student", "fake"))
+    with torch.no_grad(), switch.use("student"):
+        monkeypatch.setattr(adapters, "free_memory_bytes", lambda device: 0)
+        with switch.use("fake"):
+            assert all(layer.merged_weight is None for _, layer in tuner_layers(network))
+        assert all(layer.merged_weight is not None for _, layer in tuner_layers(network))

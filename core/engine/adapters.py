@@ -65,6 +65,7 @@ class AdapterSwitch:
         self.active: str | None = None
         self._merged = MergedWeights(self._layers) if merging else None
         self._in_use: str | None = None
+        self._without_room: set[str] = set()
         self.reset()
 
     def reset(self) -> None:
@@ -75,10 +76,6 @@ class AdapterSwitch:
         """Tell that the weights of `adapter`, or of any, were changed."""
         if self._merged is not None:
             self._merged.forget(adapter)
-
-    def stop_merging(self) -> None:
-        """Run every pass from now on with the adapters as they are, and give the memory of merged weights back."""
-        self._merged = None
 
     def _apply(self, adapter: str | None) -> None:
         # peft's public switches clear requires_grad of the inactive adapters, hence its two fields directly
@@ -125,8 +122,8 @@ class AdapterSwitch:
         self._in_use = adapter
 
     def _has_room(self, adapter: str) -> bool:
-        """Return True if passes of `adapter` run on merged weights; where memory is short, none do from then on."""
-        if self._merged is None:
+        """Return True if passes of `adapter` run on merged weights; one that found memory short does not ask again."""
+        if self._merged is None or adapter in self._without_room:
             return False
         needed = self._merged.bytes_of(adapter)
         if not needed:
@@ -135,10 +132,10 @@ class AdapterSwitch:
         if needed <= free * MERGING_SHARE:
             return True
         logger.info(
-            f"passes without a gradient run with adapters that are not merged: copies of the weights take "
+            f"passes of {adapter} without a gradient run with the adapter as it is: copies of the weights take "
             f"{gigabytes(needed)}, and {gigabytes(free)} are free"
         )
-        self.stop_merging()
+        self._without_room.add(adapter)
         return False
 
     @property

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..utils.memory import free_memory_bytes, gigabytes
 from .checkpoint import CheckpointState, CheckpointStore
+from .sharded_checkpoint import Groups
 
 logger = logging.getLogger(__name__)
 ALIGNMENT = 64
@@ -30,8 +31,6 @@ PORTABLE = 1
 """CUDA's flag for pinned memory that every device can use."""
 SPARE_BYTES = 1 << 30
 """Memory of the host that a new buffer leaves free."""
-Groups = dict[str, dict[str, Tensor]]
-"""Group name -> tensor name -> tensor."""
 
 
 class StagingBuffer:
