@@ -19,9 +19,12 @@ from support.config_files import Pair
 from support.torchrun import launched
 
 WORKER = """
+import threading
 import torch
+from distill.core.engine import heartbeats
 from distill.core.engine.processes import Processes
-processes = Processes("cpu")
+heartbeats.EVERY_SECONDS = 1e-4  # a sign of life is under way at any time, that of the end as well
+processes = Processes("cpu", timeout_seconds=0)
 assert processes.world_size == 2, processes.world_size
 tensors = [torch.full((3,), float(processes.rank)), torch.full((2, 2), 10.0 * processes.rank, dtype=torch.float64)]
 processes.average(tensors)
@@ -67,8 +70,10 @@ found = [p.grad for p in network.parameters()]
 expected = torch.autograd.grad(network(data.flatten(0, 2)).square().sum() / 2, list(network.parameters()))
 for one, other in zip(found, expected):
     torch.testing.assert_close(one, other)
-print("ok", processes.rank, flush=True)
+assert sum(thread.name == "heartbeats" for thread in threading.enumerate()) == 2
 processes.close()
+assert not any(thread.name == "heartbeats" for thread in threading.enumerate())
+print("ok", processes.rank, flush=True)
 """
 
 

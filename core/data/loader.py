@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from ..plugin_api.family import ModelFamily
 
 T = TypeVar("T")
+LAST_BATCH_SECONDS = 60.0
+"""Time in which the batch in the making is finished; files on a network that hang are not to keep the process."""
 
 
 @dataclass(frozen=True)
@@ -241,6 +244,7 @@ class Prefetch(Iterator[T]):
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, args=(first,), name="distill-data", daemon=True)
         self._thread.start()
+        atexit.register(self.close)
 
     def _work(self, number: int) -> None:
         while not self._stop.is_set():
@@ -271,8 +275,9 @@ class Prefetch(Iterator[T]):
         return result  # type: ignore[return-value]
 
     def close(self) -> None:
-        """Stop the thread."""
+        """Stop the thread: one that is inside torch when the interpreter ends would abort the process."""
+        atexit.unregister(self.close)
         self._stop.set()
         while not self._queue.empty():
             self._queue.get_nowait()
-        self._thread.join(timeout=5)
+        self._thread.join(LAST_BATCH_SECONDS)

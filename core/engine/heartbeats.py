@@ -8,6 +8,7 @@ while the others wait for it there, and one that says that it failed.
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import os
@@ -119,8 +120,12 @@ class Heartbeats:
         self._set("who", {"host": socket.gethostname(), "pid": os.getpid()})
         self._say()
         self.others = {other: Life(other, **self._get("who", other)) for other in range(world_size) if other != rank}
-        for target in (self._speak, self._watch):
-            threading.Thread(target=target, name="heartbeats", daemon=True).start()
+        self._threads = [
+            threading.Thread(target=target, name="heartbeats", daemon=True) for target in (self._speak, self._watch)
+        ]
+        for thread in self._threads:
+            thread.start()
+        atexit.register(self.close)
 
     # -- what the main thread says ----------------------------------------------------------------------------------
 
@@ -184,8 +189,12 @@ class Heartbeats:
             words.join(LAST_WORDS_SECONDS)  # a store that hangs is not to keep this process
 
     def close(self) -> None:
-        """End the threads."""
+        """End the threads: one that is inside the store when the interpreter ends would abort the process."""
+        atexit.unregister(self.close)
         self._stopped.set()
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join(LAST_WORDS_SECONDS)  # a store that hangs is not to keep this process
 
     # -- the threads ------------------------------------------------------------------------------------------------
 
