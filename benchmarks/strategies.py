@@ -1,6 +1,7 @@
 """Which strategy fits which model on which cards: the table of docs/scaling.md, from configs alone.
 
     python benchmarks/strategies.py [--resolution 1024]
+    python benchmarks/strategies.py --cards             # what small cards can do: the table of docs/low-memory.md
 
 Writes the published configs of SDXL, Stable Diffusion 3.5 large and FLUX.1 (no weights), and asks the same arithmetic
 as `distill doctor --processes N`: one image of 1024 px per process, bf16, gradient checkpointing, AdamW in fp32.
@@ -20,12 +21,13 @@ from distill.core.config.load import load_configuration
 from distill.core.registry.registry import Registry
 from distill.core.runs.builders import build_family
 from distill.core.runs.planned_memory import planned_memory
-from distill.core.utils.memory import MemorySettings
+from distill.core.utils.memory import MemorySettings, peak, phases
 from distill.core.utils.process_memory import division_problem, process_memory
 from distill.core.utils.strategies import STRATEGIES, Division, ParallelSettings
 
 CARDS = (24, 48, 80)
 PROCESSES = (1, 2, 8)
+PHASES = ("encode", "train", "validate", "export")
 UNET: dict[str, Any] = {
     "_class_name": "UNet2DConditionModel", "sample_size": 128, "in_channels": 4, "out_channels": 4,
     "block_out_channels": [320, 640, 1280], "layers_per_block": 2, "cross_attention_dim": 2048,
@@ -65,6 +67,13 @@ RUNS: dict[str, list[str]] = {
     ],
     "full DMD2, three networks": ["distillation_method=dmd2", "model_type=full"],
 }
+SMALL: dict[int, tuple[str, list[str]]] = {
+    16: ("SDXL", ["distillation_method=dmd2"]),
+    12: ("SDXL", ["distillation_method=lcm", "base_model_precision=int8-torchao"]),
+    8: ("SDXL", ["distillation_method=lcm", "base_model_precision=nf4-bnb", "optimizer=ao-adamw8bit"]),
+    24: ("FLUX.1 dev", ["distillation_method=lcm", "base_model_precision=nf4-bnb"]),
+}
+"""Size of a card in GB -> a model and a LoRA run of rank 64 for it."""
 COMMON = [
     "train_batch_size=1", "gradient_checkpointing=true", "mixed_precision=bf16", "max_train_steps=1000",
     "optimizer=adamw", "report_to=none", "device=cpu",
@@ -87,15 +96,17 @@ def write_configs(folder: Path, model: str) -> Path:
     return folder
 
 
-def planned(workspace: Path, model: str, *, resolution: int = 1024) -> Iterator[tuple[str, MemorySettings]]:
-    """Yield each kind of run of a model with what its memory depends on."""
+def planned(
+    workspace: Path, model: str, *, resolution: int = 1024, runs: Mapping[str, list[str]] = RUNS
+) -> Iterator[tuple[str, MemorySettings]]:
+    """Yield each of these runs of a model with what its memory depends on."""
     registry = Registry.load(installed=False)
     folder = write_configs(workspace / model.replace(" ", "-"), model)
     images, data = workspace / "images", workspace / "data.json"
-    images.mkdir(exist_ok=True)
+    images.mkdir(parents=True, exist_ok=True)
     data.write_text(json.dumps([{"id": "images", "instance_data_dir": str(images)}]))
     family = None
-    for run, keys in RUNS.items():
+    for run, keys in runs.items():
         flags = {"model_family": MODELS[model][0], "pretrained_model_name_or_path": str(folder)}
         size = [f"resolution={resolution}", "resolution_type=pixel", f"output_dir={workspace / 'output'}"]
         configuration = load_configuration(registry, data_file=data, flags=flags, overrides=[*COMMON, *size, *keys])
@@ -136,12 +147,32 @@ def table(rows: Mapping[str, Mapping[str, MemorySettings]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
+def small_cards(workspace: Path) -> Iterator[tuple[int, str, float, dict[str, int]]]:
+    """Yield each small card in GB, its run, the GB that the run takes, and those of each phase."""
+    for size, (model, keys) in SMALL.items():
+        runs = {"run": ["model_type=lora", "lora_rank=64", *keys]}
+        ((_, settings),) = planned(workspace / str(size), model, runs=runs)
+        yield size, f"{model}: {', '.join(keys)}", peak(settings) / 1e9, phases(settings)
+
+
+def cards_table(workspace: Path) -> str:
+    """Return the table of small cards in Markdown."""
+    lines = [["card", "LoRA of rank 64, 1024 px, one image, bf16", "GB", *PHASES], ["---"] * (3 + len(PHASES))]
+    for size, run, taken, by_phase in small_cards(workspace):
+        lines.append([f"{size} GB", run, f"{taken:.1f}", *(f"{by_phase[each] / 1e9:.1f}" for each in PHASES)])
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--resolution", type=int, default=1024, help="edge of the images in pixels")
+    parser.add_argument("--cards", action="store_true", help="print what small cards can do")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as workspace:
+        if given.cards:
+            print(cards_table(Path(workspace)))
+            return
         print(table({m: dict(planned(Path(workspace), m, resolution=given.resolution)) for m in MODELS}))
 
 

@@ -15,6 +15,9 @@ from pydantic import Field
 
 from ._unet import UNetFamily
 
+CLIP_POSITIONS = 77
+"""75 tokens with the marks of beginning and end."""
+
 
 class ClipFamily(UNetFamily):
     """A UNet that is conditioned on the states of CLIP text encoders."""
@@ -34,6 +37,10 @@ class ClipFamily(UNetFamily):
     def max_prompt_tokens(self) -> int | None:
         one = super().max_prompt_tokens
         return one and one * self.config.max_prompt_chunks
+
+    @property
+    def prompt_positions(self) -> int:
+        return CLIP_POSITIONS * self.config.max_prompt_chunks
 
     def long_prompts_remedy(self, num_tokens: int) -> str:
         needed = -(-num_tokens // ((self.max_prompt_tokens or num_tokens) // self.config.max_prompt_chunks))

@@ -1,9 +1,9 @@
-"""What text encoders and autoencoder take, from their configs alone: on the meta device."""
+"""What text encoders, autoencoder and the denoiser's activations take, from configs alone: on the meta device."""
 
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -11,11 +11,24 @@ from ..core.utils.simulated_memory import peak_bytes
 from ._empty import empty_network
 from ._model import DiffusersModel
 
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..core.plugin_api.batch import Conditioning
+
 _peaks: dict[tuple[str, bool, tuple[int, ...], bool], int] = {}
 
 
 class EncoderMemory(DiffusersModel):
     """The estimates of a family whose models diffusers reads; a base of :class:`.DiffusersFamily`."""
+
+    prompt_positions: int
+    """Length L of the states (B, L, D) that the denoiser is given of a prompt."""
+
+    def empty_conditioning(self, network: nn.Module) -> Conditioning | None:
+        positions = {name: [] if name.startswith("pooled") else [self.prompt_positions] for name in self.embed_keys}
+        widths = self.prompt_dimensions(network)
+        return {name: torch.empty(1, *positions[name], widths[name], device="meta") for name in self.embed_keys}
 
     def text_bytes(self) -> int:
         source, parts = self._source, self.architecture.encoders

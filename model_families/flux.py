@@ -127,6 +127,10 @@ class Flux(TransformerFamily):
     def long_prompts_remedy(self, num_tokens: int) -> str:
         return longer_t5(self.config.max_sequence_length, num_tokens) or super().long_prompts_remedy(num_tokens)
 
+    @property
+    def prompt_positions(self) -> int:
+        return self.config.max_sequence_length
+
     def text_settings(self) -> Sequence[str]:
         return (f"max_sequence_length={self.config.max_sequence_length}",)
 

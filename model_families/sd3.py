@@ -24,6 +24,7 @@ from ..core.plugin_api.hookspecs import hookimpl
 from ..core.utils.full_precision import input_type
 from ._architecture import MINIATURES, Architecture, ReadConfig
 from ._checks import check_channels
+from ._clip import CLIP_POSITIONS
 from ._encoders import last_states, penultimate
 from ._networks import check_guidance
 from ._transformer import TransformerFamily, check_flow, longer_t5
@@ -105,6 +106,10 @@ class SD3(TransformerFamily):
 
     def long_prompts_remedy(self, num_tokens: int) -> str:
         return longer_t5(self.config.max_sequence_length, num_tokens) or super().long_prompts_remedy(num_tokens)
+
+    @property
+    def prompt_positions(self) -> int:
+        return CLIP_POSITIONS + self.config.max_sequence_length
 
     def text_settings(self) -> Sequence[str]:
         return (f"t5={self.config.t5}", f"max_sequence_length={self.config.max_sequence_length}")

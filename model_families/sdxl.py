@@ -130,6 +130,9 @@ class SDXL(ClipFamily):
             return super().uncond(cond)
         return {**cond, **{key: torch.zeros_like(cond[key]) for key in self.embed_keys}}
 
+    def empty_conditioning(self, network: nn.Module) -> Conditioning:
+        return {**(super().empty_conditioning(network) or {}), "time_ids": torch.empty(1, 6, device="meta")}
+
     def prompt_dimensions(self, network: nn.Module) -> dict[str, int]:
         unet: Any = network
         pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim

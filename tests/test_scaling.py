@@ -27,6 +27,9 @@ def test_the_table_is_what_the_arithmetic_says(tmp_path):
     assert spec.loader
     strategies = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(strategies)
+    cards = strategies.cards_table(tmp_path / "cards")
+    assert cards in text("docs/low-memory.md")
+    assert all(taken <= size for size, _, taken, _ in strategies.small_cards(tmp_path / "again"))
     rows = {model: dict(strategies.planned(tmp_path, model)) for model in strategies.MODELS}
     page = text("docs/scaling.md")
     assert strategies.table(rows) in page

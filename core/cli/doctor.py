@@ -155,7 +155,7 @@ def memory(settings: MemorySettings | None, configuration: Configuration, regist
         if num_bytes:
             yield name, f"{gigabytes(num_bytes)}{' (only where there is room)' if name in OPTIONAL else ''}"
     for phase, num_bytes in found.items():
-        yield f"to {phase}", f"{gigabytes(num_bytes)}{' (the sum; activations are rough)' * (phase == 'train')}"
+        yield f"to {phase}", f"{gigabytes(num_bytes)}{' (the sum)' * (phase == 'train')}"
     largest, verdict = max(found, key=lambda phase: found[phase]), Verdict(configuration, registry, settings)
     yield "total", f"{gigabytes(found[largest])}: to {largest} takes most"
     yield "free", f"{gigabytes(free)} on {device}{': too little' if free < found[largest] else ''}"

@@ -81,8 +81,17 @@ class PixelDecoding:
         return 0
 
 
-class EncoderEstimates:
-    """The memory of text encoders and autoencoder, estimated from configs alone; 0 where a family does not know it."""
+class MemoryEstimates:
+    """What the memory of a run is estimated by, from configs alone; 0 or None where a family does not know it."""
+
+    def empty_conditioning(self, network: nn.Module) -> Conditioning | None:
+        """Return the conditioning of one sample on the meta device, as :meth:`predict` takes it; None: activations are
+        estimated by the size of the network.
+
+        Args:
+            network: The denoiser on the meta device.
+        """
+        return None
 
     def text_bytes(self) -> int:
         """Return the bytes of all text encoders, as they are loaded to encode prompts."""

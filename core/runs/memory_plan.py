@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -15,6 +14,7 @@ from ..utils.memory import (
     is_out_of_memory,
     out_of_memory_hint,
     savings_lines,
+    scaled,
 )
 from ..utils.process_memory import process_peak, process_total
 from ..utils.strategies import Division
@@ -38,8 +38,8 @@ def memory_warning(settings: MemorySettings, device: str, *, quantizers: bool, d
     expected, free = process_peak(settings, division), free_memory_bytes(device)
     if expected <= free:
         return None
-    fixed = process_peak(replace(settings, latent_pixels=0), division)
-    sure = "it will not fit" if fixed > free else "it may not fit (activations are rough)"
+    fixed = process_peak(scaled(settings, 0, latent_pixels=0), division)
+    sure = "it will not fit" if fixed > free else "it may not fit (activations are estimated)"
     each = " on each process" if division.num_processes > 1 else ""
     return "\n".join(
         [
@@ -102,6 +102,8 @@ def memory_settings(run: RunComponents) -> MemorySettings:
         quantisable=all(role.trains != "full" for role in networks.roles.values()),
         staged=settings.checkpoint_async and str(run.processes.device) == "cpu",
         gradient_checkpointing=settings.gradient_checkpointing,
+        activation_offload=settings.activation_offload,
+        kept=None if run.planned_memory is None else run.planned_memory.kept,
         decoding_bytes=decoding_bytes(run.method, run.family, (width, height)),
         auxiliary_bytes=sum(stored_bytes(role) for role in networks.roles.values()),
         **of_whole_networks(networks.roles, own, averages),

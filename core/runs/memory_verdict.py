@@ -9,8 +9,10 @@ from itertools import combinations
 from typing import TYPE_CHECKING
 
 from ..errors import DistillError
+from ..settings.configuration import default_resolution
 from ..utils.memory import MemorySettings, gigabytes, peak
 from ..utils.packages import missing
+from .activation_memory import planned_activations
 from .builders import build_family
 from .optimizer_memory import state_bytes
 from .planned_memory import base_bytes, planned_memory
@@ -18,6 +20,7 @@ from .planned_memory import base_bytes, planned_memory
 if TYPE_CHECKING:
     from ..registry.registry import Registry
     from ..settings.configuration import Configuration
+    from ..utils.simulated_training import KeptBytes
 
 CARDS = (24, 16, 12, 8)
 """Sizes of graphics cards, in GB."""
@@ -147,9 +150,7 @@ def _changes(configuration: Configuration, registry: Registry, settings: MemoryS
     """Yield what could be changed, the cheapest in time and quality first."""
     run = configuration.run
     if settings.compute_bytes > 2:
-        yield Change(
-            "mixed_precision=bf16", lambda one: replace(one, compute_bytes=2, base_bytes=min(one.base_bytes, 2))
-        )
+        yield Change("mixed_precision=bf16", partial(_halved, _kept(configuration, registry, mixed_precision="bf16")))
     if not settings.gradient_checkpointing:
         yield Change("gradient_checkpointing=true", lambda one: replace(one, gradient_checkpointing=True))
     if settings.batch > 1:
@@ -160,6 +161,20 @@ def _changes(configuration: Configuration, registry: Registry, settings: MemoryS
         yield from _optimizers(registry)
     if run.model_type == "lora" and settings.quantisable and run.base_model_precision == "no_change":
         yield from _quantizers(configuration, registry, settings)
+    if settings.kept is not None and not settings.activation_offload:
+        yield Change("activation_offload=true", lambda one: replace(one, activation_offload=True))
+
+
+def _kept(configuration: Configuration, registry: Registry, **changes: str) -> KeptBytes | None:
+    """Return what a sample of the run keeps with these changes of its settings."""
+    changed = replace(configuration, run=configuration.run.model_copy(update=changes))
+    family = build_family(changed, registry)
+    network = family.empty_network()
+    return network and planned_activations(changed, family, network, default_resolution(changed))
+
+
+def _halved(kept: KeptBytes | None, settings: MemorySettings) -> MemorySettings:
+    return replace(settings, compute_bytes=2, base_bytes=min(settings.base_bytes, 2), kept=kept)
 
 
 def _optimizers(registry: Registry) -> Iterator[Change]:

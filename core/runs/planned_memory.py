@@ -12,6 +12,7 @@ from ..plugin_api.quantizer import NO_CHANGE
 from ..settings.configuration import default_resolution
 from ..utils.devices import resolve_device
 from ..utils.memory import MemorySettings
+from .activation_memory import is_adapted, latent_size, planned_activations
 from .builders import ITEM_BYTES, build_family, build_method, export_dtype
 from .optimizer_memory import planned_state_bytes
 
@@ -54,7 +55,7 @@ def planned_memory(
     return MemorySettings(
         base_parameters=base,
         trained_parameters=sum(own[name] for name, role in roles.items() if role.trains != "none"),
-        latent_pixels=math.prod(edge // family.scale_factor for edge in (width, height)),
+        latent_pixels=math.prod(latent_size(family, (width, height))),
         batch=configuration.largest_batch,
         base_bytes=base_bytes(configuration, registry, network),
         compute_bytes=4 if run.mixed_precision == "no" else 2,
@@ -65,6 +66,8 @@ def planned_memory(
         quantisable=all(role.trains != "full" for role in roles.values()),
         staged=run.checkpoint_async and resolve_device(run.device) == "cpu",
         gradient_checkpointing=run.gradient_checkpointing,
+        activation_offload=run.activation_offload,
+        kept=planned_activations(configuration, family, network, (width, height)),
         decoding_bytes=decoding_bytes(method, family, (width, height)),
         auxiliary_bytes=sum(stored_bytes(role) for role in roles.values() if role.auxiliary),
         **of_whole_networks(roles, own, averages),
@@ -190,14 +193,9 @@ def base_bytes(configuration: Configuration, registry: Registry, network: nn.Mod
 
 def adapter_parameters(network: nn.Module, rank: int, targets: tuple[str, ...]) -> int:
     """Count the parameters of a LoRA of `rank` on the modules whose names end with one of `targets`."""
-    from torch import nn
-
     total = 0
     for name, module in network.named_modules():
-        if any(name == target or name.endswith(f".{target}") for target in targets):
-            if isinstance(module, nn.Linear):
-                total += rank * (module.in_features + module.out_features)
-            elif isinstance(module, nn.Conv2d):
-                kernel = module.kernel_size[0] * module.kernel_size[1]
-                total += rank * (module.in_channels * kernel + module.out_channels)
+        if is_adapted(name, module, targets):
+            weight = module.get_parameter("weight")
+            total += rank * (weight[0].numel() + weight.shape[0])
     return total

@@ -28,7 +28,7 @@ def input_type(weights: torch.dtype, device: torch.device) -> torch.dtype:
         weights: Type of the network's weights.
         device: Device of the network.
     """
-    wide = _everywhere.get() or torch.is_autocast_enabled(device.type)
+    wide = _everywhere.get() or _has_autocast(device)
     return torch.promote_types(weights, torch.float32) if wide else weights
 
 
@@ -39,9 +39,13 @@ def compute_type(weights: torch.dtype, device: torch.device) -> torch.dtype:
         weights: Type of the network's weights.
         device: Device of the network.
     """
-    if torch.is_autocast_enabled(device.type):
+    if _has_autocast(device):
         return torch.get_autocast_dtype(device.type)
     return torch.promote_types(weights, torch.float32) if _everywhere.get() else weights
+
+
+def _has_autocast(device: torch.device) -> bool:
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)  # the meta device knows no autocast
 
 
 def _widened(value: Any) -> Any:

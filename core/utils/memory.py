@@ -12,12 +12,13 @@ from pathlib import Path
 import torch
 
 from ..errors import described
+from .simulated_training import KeptBytes
 
-ACTIVATIONS_PER_PIXEL = 9.4
-"""Saved elements per latent pixel and per sqrt(parameters), LoRA. Measured on SDXL's UNet (rank 64) on the meta device;
-other networks differ by a small factor."""
-CHECKPOINTED_SHARE = 0.15
-"""Share of those that stays with gradient checkpointing on SDXL: the blocks' inputs (0.05), one block at once (0.1)."""
+ACTIVATIONS_PER_PIXEL = 5.5
+"""Saved elements per latent pixel and per sqrt(parameters), LoRA, for a network that cannot be simulated: those of
+SDXL's UNet (rank 64, autocast on CUDA); other networks differ by a small factor."""
+CHECKPOINTED_SHARE = 0.11
+"""Share of those that stays with gradient checkpointing on SDXL: the blocks' inputs, and one block at once."""
 TINY_DECODER = 4
 """How many times as much SDXL's autoencoder takes as a tiny one to decode with a gradient, measured at 512 pixels."""
 OVERHEAD_BYTES = 600 * 2**20
@@ -103,6 +104,8 @@ class MemorySettings:
         averaged_parameters: Parameters that averages hold, in fp32.
         student_parameters: Those of the trained parameters that are exported; None: all.
         gradient_checkpointing: Whether activations are recomputed in the backward pass.
+        activation_offload: Whether what is kept for the backward pass waits in the host's memory.
+        kept: Bytes that one sample keeps for the backward pass, in `compute_bytes`; None where they are not known.
         decoding_bytes: Bytes of the autoencoder and of its activations, where latents are decoded with a gradient.
         auxiliary_bytes: Bytes of the weights of frozen networks that a method brings, as of LPIPS or of a reward.
         quantisable: Whether the base may be quantised: no copy of it is trained.
@@ -129,6 +132,8 @@ class MemorySettings:
     averaged_parameters: int = 0
     student_parameters: int | None = None
     gradient_checkpointing: bool = False
+    activation_offload: bool = False
+    kept: KeptBytes | None = None
     decoding_bytes: int = 0
     auxiliary_bytes: int = 0
     quantisable: bool = True
@@ -219,10 +224,7 @@ def cast_bytes(settings: MemorySettings) -> int:
 
 
 def estimate(settings: MemorySettings) -> MemoryEstimate:
-    """Estimate the memory of a run while it trains; activations are rough (a factor of two either way)."""
-    elements = ACTIVATIONS_PER_PIXEL * math.sqrt(settings.base_parameters) * settings.latent_pixels
-    per_sample = elements * settings.compute_bytes
-    share = CHECKPOINTED_SHARE if settings.gradient_checkpointing else 1.0
+    """Estimate the memory of a run while it trains."""
     trained = settings.trained_parameters
     return MemoryEstimate(
         weights=round(settings.base_parameters * settings.base_bytes),
@@ -230,12 +232,24 @@ def estimate(settings: MemorySettings) -> MemoryEstimate:
         gradients=round(trained * settings.trained_bytes),
         optimizer=round(trained * settings.optimizer_bytes),
         averages=4 * settings.averaged_parameters,
-        activations=round(per_sample * settings.batch * share),
+        activations=round(_activations(settings) * settings.batch),
         decoding=settings.decoding_bytes,
         auxiliary=settings.auxiliary_bytes,
         casts=cast_bytes(settings),
         checkpoint_copy=checkpoint_bytes(settings) if settings.staged else 0,
     )
+
+
+def _activations(settings: MemorySettings) -> float:
+    """Return the bytes of one sample's activations; without `kept` they are rough (a factor of two either way)."""
+    kept = settings.kept
+    if kept is None:
+        elements = ACTIVATIONS_PER_PIXEL * math.sqrt(settings.base_parameters) * settings.latent_pixels
+        share = CHECKPOINTED_SHARE if settings.gradient_checkpointing else 1.0
+        return elements * settings.compute_bytes * share
+    if settings.activation_offload:
+        return kept.block
+    return kept.recomputed if settings.gradient_checkpointing else kept.whole
 
 
 def whole(settings: MemorySettings) -> int:
@@ -253,6 +267,14 @@ def checkpoint_bytes(settings: MemorySettings) -> int:
     return round(settings.trained_parameters * per_weight) + 4 * settings.averaged_parameters
 
 
+def scaled(settings: MemorySettings, factor: float, **changes: float) -> MemorySettings:
+    """Return the settings with these changes, by which each sample keeps `factor` times as much."""
+    kept = settings.kept
+    if kept is not None:
+        kept = KeptBytes(*(round(num_bytes * factor) for num_bytes in (kept.whole, kept.recomputed, kept.block)))
+    return replace(settings, kept=kept, **changes)
+
+
 def savings(settings: MemorySettings, *, quantizers: bool = False, measure: Measure = whole) -> list[tuple[str, int]]:
     """Return remedies with the bytes that each saves, the greatest first.
 
@@ -268,8 +290,10 @@ def savings(settings: MemorySettings, *, quantizers: bool = False, measure: Meas
         choices[f"train_batch_size={half} ({accumulation})"] = replace(settings, batch=half)
     if not settings.gradient_checkpointing:
         choices["gradient_checkpointing=true"] = replace(settings, gradient_checkpointing=True)
+    if settings.kept is not None and not settings.activation_offload:
+        choices["activation_offload=true"] = replace(settings, activation_offload=True)
     if settings.compute_bytes > 2:
-        choices["mixed_precision=bf16"] = replace(settings, compute_bytes=2, base_bytes=min(settings.base_bytes, 2))
+        choices["mixed_precision=bf16"] = scaled(settings, 0.5, compute_bytes=2, base_bytes=min(settings.base_bytes, 2))
     if settings.optimizer_bytes + 2 * settings.trained_bytes > 12:
         choices["optimizer=adamw_bf16"] = replace(settings, optimizer_bytes=8, trained_bytes=2)
     if quantizers and settings.quantisable and settings.base_bytes > 1:
@@ -277,8 +301,8 @@ def savings(settings: MemorySettings, *, quantizers: bool = False, measure: Meas
     if settings.decoding_bytes:
         tiny = settings.decoding_bytes // TINY_DECODER
         choices["pixel_decoder=NAME of a tiny autoencoder (TAESD)"] = replace(settings, decoding_bytes=tiny)
-    choices["half the resolution"] = replace(
-        settings, latent_pixels=settings.latent_pixels // 4, decoding_bytes=settings.decoding_bytes // 4
+    choices["half the resolution"] = scaled(
+        settings, 0.25, latent_pixels=settings.latent_pixels // 4, decoding_bytes=settings.decoding_bytes // 4
     )
     total = measure(settings)
     saved = [(label, total - measure(choice)) for label, choice in choices.items()]
