@@ -158,10 +158,10 @@ class RunComponents:
 
     @cached_property
     def planned_memory(self) -> MemorySettings | None:
-        """The sizes that the run's memory depends on, known before its networks are made."""
+        """The sizes that the run's memory depends on, known before its networks are made; activations are rough."""
         from .planned_memory import planned_memory
 
-        return planned_memory(self.config, self.registry, family=self.family)
+        return planned_memory(self.config, self.registry, family=self.family, activations=False)
 
     @cached_property
     def compilation(self) -> Compilation:

@@ -75,7 +75,7 @@ def planned_disk(
 ) -> DiskPlan | None:
     """Return the plan from the configuration and the model's config alone; None where the family has none."""
     family = family or builders.build_family(configuration, registry)
-    memory = planned_memory(configuration, registry, family=family)
+    memory = planned_memory(configuration, registry, family=family, activations=False)
     if memory is None:
         return None
     return disk_plan(configuration.run, memory)

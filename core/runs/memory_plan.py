@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 from ..plugin_api.precision import BASE
+from ..settings.configuration import default_resolution
 from ..utils.memory import (
     MemorySettings,
     free_memory_bytes,
@@ -18,10 +20,12 @@ from ..utils.memory import (
 )
 from ..utils.process_memory import process_peak, process_total
 from ..utils.strategies import Division
+from .activation_memory import planned_activations
 from .optimizer_memory import state_bytes
 from .planned_memory import decoding_bytes, of_phases, of_whole_networks, stored_bytes, units
 
 if TYPE_CHECKING:
+    from ..utils.simulated_training import KeptBytes
     from .components import RunComponents
 
 
@@ -55,10 +59,25 @@ def explain_memory(run: RunComponents, error: BaseException) -> Iterator[str]:
     if not is_out_of_memory(error):
         return
     loaded = "networks" in vars(run)
-    settings = memory_settings(run) if loaded else run.planned_memory
+    settings = memory_settings(run) if loaded else run.planned_memory and counted(run, run.planned_memory)
     if settings is not None:
         measure = partial(process_total, division=division_of(run))
         yield out_of_memory_hint(settings, quantizers=can_be_quantised(run), measure=measure)
+
+
+def counted(run: RunComponents, settings: MemorySettings) -> MemorySettings:
+    """Return the settings with activations counted, which takes a moment, where the rough ones leave it open whether
+    the run fits.
+    """
+    free = free_memory_bytes(str(run.processes.device))
+    if process_peak(replace(settings, batch=2 * settings.batch), division_of(run)) <= free:  # a factor of two
+        return settings
+    return replace(settings, kept=_kept(run))
+
+
+def _kept(run: RunComponents) -> KeptBytes | None:
+    network = run.family.empty_network()
+    return network and planned_activations(run.config, run.family, network, default_resolution(run.config))
 
 
 def division_of(run: RunComponents) -> Division:
@@ -103,7 +122,7 @@ def memory_settings(run: RunComponents) -> MemorySettings:
         staged=settings.checkpoint_async and str(run.processes.device) == "cpu",
         gradient_checkpointing=settings.gradient_checkpointing,
         activation_offload=settings.activation_offload,
-        kept=None if run.planned_memory is None else run.planned_memory.kept,
+        kept=_kept(run),
         decoding_bytes=decoding_bytes(run.method, run.family, (width, height)),
         auxiliary_bytes=sum(stored_bytes(role) for role in networks.roles.values()),
         **of_whole_networks(networks.roles, own, averages),

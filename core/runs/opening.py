@@ -14,7 +14,7 @@ from ..data.cache.cache_paths import CachePaths, dataset_folders
 from ..errors import UserError
 from ..utils.disk import require_writable
 from .disk_plan import disk_plan, require_room
-from .memory_plan import can_be_quantised, division_of, memory_warning
+from .memory_plan import can_be_quantised, counted, division_of, memory_warning
 from .output_folder import (
     CACHE_FOLDER,
     EVALUATION,
@@ -148,9 +148,11 @@ def check_resources(run: RunComponents, *, steps: int | None = None) -> None:
         return
     plan = disk_plan(run.settings, memory, steps=steps)
     require_room(plan, run.settings.output_dir)
+    if steps is not None:
+        return
     device, division = str(run.processes.device), division_of(run)
-    warning = memory_warning(memory, device, quantizers=can_be_quantised(run), division=division)
-    if warning is not None and steps is None:
+    warning = memory_warning(counted(run, memory), device, quantizers=can_be_quantised(run), division=division)
+    if warning is not None:
         logger.warning(warning)
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def planned_memory(
-    configuration: Configuration, registry: Registry, *, family: ModelFamily | None = None
+    configuration: Configuration, registry: Registry, *, family: ModelFamily | None = None, activations: bool = True
 ) -> MemorySettings | None:
     """Return what the memory of the run depends on, from the model's config alone; None where the family has none.
 
@@ -35,6 +35,7 @@ def planned_memory(
         configuration: The run's.
         registry: The run's plugins.
         family: The run's; built unless given.
+        activations: Count what is kept for the backward pass, which takes half a second for SDXL; else it is rough.
     """
     import torch
 
@@ -67,7 +68,7 @@ def planned_memory(
         staged=run.checkpoint_async and resolve_device(run.device) == "cpu",
         gradient_checkpointing=run.gradient_checkpointing,
         activation_offload=run.activation_offload,
-        kept=planned_activations(configuration, family, network, (width, height)),
+        kept=planned_activations(configuration, family, network, (width, height)) if activations else None,
         decoding_bytes=decoding_bytes(method, family, (width, height)),
         auxiliary_bytes=sum(stored_bytes(role) for role in roles.values() if role.auxiliary),
         **of_whole_networks(roles, own, averages),
