@@ -128,20 +128,28 @@ class BackgroundSaves:
         self._copied = threading.Event()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
 
-    def begin(self, state: CheckpointState, *, stepped: Callable[[str, str], bool] = lambda group, name: False) -> None:
+    def begin(
+        self,
+        state: CheckpointState,
+        *,
+        stepped: Callable[[str, str], bool] = lambda group, name: False,
+        waits: bool = False,
+    ) -> None:
         """Begin to save `state`; the save before must be finished.
 
-        Without room for a copy the checkpoint is written before this returns.
+        Without room for a copy, and where nobody trains meanwhile, the checkpoint is written before this returns.
 
         Args:
             state: What is saved.
             stepped: Tells of a group and a name whether that tensor stays as it is until :meth:`wait_copied` returns;
                 any other may change as soon as this returns.
+            waits: Training waits for this save in any case.
         """
         assert self._running is None, "the save before is not finished"
-        staged = self._buffer.reserve(state) if self.enabled else None
+        beside = self.enabled and not waits
+        staged = self._buffer.reserve(state) if beside else None
         if staged is None:
-            if self.enabled:
+            if beside:
                 self._say_why(state)
             self.store.save(state)
             return

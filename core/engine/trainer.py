@@ -178,17 +178,21 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint of the present step, unless there is one, and wait for it. Every process must call it."""
-        self._begin_save()
+        self._begin_save(waits=True)
         self._complete_save()
 
-    def _begin_save(self) -> None:
-        """Begin to write a checkpoint of the present step, after the one before is complete."""
+    def _begin_save(self, *, waits: bool = False) -> None:
+        """Begin to write a checkpoint of the present step, after the one before is complete.
+
+        Args:
+            waits: Training waits until it is written, which needs no copy then.
+        """
         if self.step in (self._saved, self._pending):
             return
         self._complete_save()
         state = self._checkpoint() if self.strategy.lockstep else None  # which all processes gather together
         with self.processes.synchronized():
-            self._write(state)
+            self._write(state, waits=waits)
 
     def _complete_save(self) -> None:
         """Wait for the checkpoint that is being written, and tell plugins of it. Every process must call it."""
@@ -203,7 +207,7 @@ class Trainer:
         folder = self.store.output_dir / f"checkpoint-{step}"
         self.registry.hook.on_checkpoint_saved(state=self.state, folder=folder, step=step)
 
-    def _write(self, state: CheckpointState | None = None) -> None:
+    def _write(self, state: CheckpointState | None = None, *, waits: bool) -> None:
         self.flush()
         main = self.processes.main
         if main:
@@ -212,7 +216,7 @@ class Trainer:
         stepped = changed_by_steps(self.loop.networks)  # in all processes: it drops what they have gathered
         if main or (state is not None and state.sharded is not None):
             self.loop.before_change = self.saves.wait_copied
-            self.saves.begin(state or self._checkpoint(), stepped=stepped)
+            self.saves.begin(state or self._checkpoint(), stepped=stepped, waits=waits)
         self._pending = self.step
 
     def _finish_write(self, step: int) -> None:
@@ -345,7 +349,7 @@ class Trainer:
             logger.warning(f"step {self.step} could not be saved: {reason}")
 
     def _save_alone(self) -> None:
-        self._write()
+        self._write(waits=True)
         step, self._pending = self.step, None
         self._finish_write(step)
 
