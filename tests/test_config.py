@@ -177,6 +177,22 @@ def test_aliases_are_read_and_said(alias, key, load):
     assert [line for line in found.notices if alias in line] == [f"{alias} is read as {key} = 17"]
 
 
+@pytest.mark.parametrize(
+    ("alias", "keys"),
+    [
+        ("base_offload", {"parallel": "fsdp", "parallel_offload": True}),
+        ("enable_group_offload", {"parallel": "fsdp", "parallel_offload": True}),
+        ("fsdp_enable", {"parallel": "fsdp", "parallel_offload": False}),
+    ],
+)
+def test_switches_are_read_as_the_keys_that_do_so(alias, keys, load):
+    found = load({alias: "true", "parallel": "auto"})
+    assert {key: getattr(found.run, key) for key in keys} == keys
+    (line,) = [line for line in found.notices if alias in line]
+    assert line.startswith(f"{alias} is read as parallel = fsdp")
+    assert load({alias: False}).run.parallel == "auto"
+
+
 def test_an_alias_on_the_command_line_beats_the_file(load):
     assert load({"validation_step_interval": 5}, overrides=["validation_steps=9"]).run.validation_step_interval == 9
 

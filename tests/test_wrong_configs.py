@@ -214,6 +214,8 @@ WRONG = [
     Wrong("caption without prompt", pets(caption_strategy="instanceprompt"), DATA, "data.pets.instance_prompt", "None", "a photo of"),
     Wrong("text cache id", pets(text_embeds="texts"), DATA, "data.pets.text_embeds", "'texts'", "text_embeds entries: none"),
     Wrong("alias and name", run(validation_steps=5, validation_step_interval=7), CONFIG, "validation_steps", "5", "keep validation_step_interval alone"),
+    Wrong("switch and key", run(base_offload=True, parallel="replicate"), CONFIG, "base_offload", "True", "keep one of both"),
+    Wrong("switch of another kind", run(base_offload="often"), CONFIG, "base_offload", "'often'", "set true, or leave it out"),
     Wrong("rounding and alignment", run(aspect_bucket_rounding=64, aspect_bucket_alignment=8), CONFIG, "aspect_bucket_rounding", "64", "keep aspect_bucket_alignment"),
     Wrong("no such device", run(device="gpu"), CONFIG, "device", "'gpu'", "cuda:0"),
     Wrong("adam without adam", run(optimizer="momentumless", adam_beta1=0.5), CONFIG, "adam_beta1", "0.5", "leave adam_beta1 out"),

@@ -7,7 +7,7 @@ import ast
 import inspect
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from ..settings.dataset_settings import COLUMN_KEYS, DatasetSettings
 from ..settings.run_settings import DataKeys, ModelKeys, OutputKeys, RunSettings, TrainingKeys
 from .findings import expectation
-from .normalise import NOT_YET, RUN_ALIASES
+from .normalise import NOT_YET, RUN_ALIASES, SWITCH_ALIASES
 from .published import as_words, told_only
 from .requirements import check_requirements
 
@@ -82,7 +82,12 @@ def config_page() -> str:
         "the name may be left out. What each takes: [built-in plugins](plugins/index.md).",
         "### Other names",
         "\n".join(
-            ["| alias | key |", "| --- | --- |", *(f"| `{alias}` | `{key}` |" for alias, key in RUN_ALIASES.items())]
+            [
+                "| alias | key |",
+                "| --- | --- |",
+                *(f"| `{alias}` | `{key}` |" for alias, key in RUN_ALIASES.items()),
+                *(f"| `{alias}: true` | {_assignments(keys)} |" for alias, keys in SWITCH_ALIASES.items()),
+            ]
         ),
         "### Known, and not in this version",
         "\n".join(
@@ -250,6 +255,11 @@ def pages() -> dict[str, str]:
         "plugins/index.md": plugins_index(registry),
         **{f"plugins/{plugin_file(kind)}": plugin_page(registry, kind) for kind in HOW_CHOSEN},
     }
+
+
+def _assignments(keys: Mapping[str, object]) -> str:
+    """Return keys with their values, as a configuration file has them."""
+    return ", ".join(f"`{name}: {str(value).lower()}`" for name, value in keys.items())
 
 
 def main(folder: str) -> None:

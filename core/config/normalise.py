@@ -13,6 +13,13 @@ RUN_ALIASES = {
     "checkpointing_steps": "checkpoint_step_interval",
     "save_total_limit": "checkpoints_total_limit",
 }
+STREAMED = {"parallel": "fsdp", "parallel_offload": True}
+SWITCH_ALIASES: dict[str, dict[str, Any]] = {
+    "base_offload": STREAMED,
+    "enable_group_offload": STREAMED,
+    "fsdp_enable": {"parallel": "fsdp"},
+}
+"""Keys that switch something on -> the keys that do so here."""
 DATASET_VALUES = {
     ("caption_strategy", "instance_prompt"): "instanceprompt",
     ("crop_style", "centre"): "center",
@@ -22,15 +29,13 @@ METADATA_OBJECTS = ("parquet", "huggingface")
 METADATA_KEYS = {"path": "metadata_file", "identifier_includes_extension": ""}
 """Its keys that have another name here, or are not needed: names match with and without their suffix."""
 NOT_YET = {
-    "deepspeed_config": "one process, or several with DDP through accelerate, are what this version has",
-    "fsdp_enable": "one process, or several with DDP through accelerate, are what this version has",
-    "fsdp_version": "one process, or several with DDP through accelerate, are what this version has",
+    "deepspeed_config": "set parallel to zero2 or zero3, or give the file to accelerate launch",
+    "fsdp_version": "leave it out: parallel = fsdp is torch's second version",
     "quantize_via": "leave it out: base_model_precision decides how and where weights are packed",
     "base_model_default_dtype": "leave it out: mixed_precision decides the type that a quantised base computes in",
     "lycoris_config": "only lora_type `standard` is there; leave it out",
     "controlnet": "an exported student works beside a ControlNet in diffusers; none is trained here",
     "offload_during_startup": "encoders are always unloaded once the caches are built; leave it out",
-    "enable_group_offload": "gradient_checkpointing, train_batch_size 1 and mixed_precision bf16 save memory",
     "tread_config": "leave it out",
     "webhook_config": "a plugin with observation hooks (`docs/hooks.md`) can call out; leave it out",
 }
@@ -55,7 +60,28 @@ def rename_run_keys(values: Mapping[str, Any], report: ConfigReport) -> dict[str
             report.refuse(alias, value, problem, f"keep {name} alone")
         result[name] = result.get(name, value)
         report.note(f"{alias} is read as {name} = {value}")
+    for alias in [alias for alias in SWITCH_ALIASES if alias in result]:
+        _unfold_switch(alias, result, report)
     return result
+
+
+def _unfold_switch(alias: str, values: dict[str, Any], report: ConfigReport) -> None:
+    """Replace a key that switches something on by those that do so, or by nothing where it is off."""
+    value, keys = values.pop(alias), SWITCH_ALIASES[alias]
+    switch = str(value).strip().lower()
+    if switch not in ("true", "false"):
+        report.refuse(alias, value, "is neither true nor false", "set true, or leave it out")
+    if switch != "true":
+        return
+    for name, wanted in keys.items():
+        given = values.setdefault(name, wanted)
+        if str(given).lower() not in (str(wanted).lower(), "auto"):
+            report.refuse(
+                alias, value, f"contradicts {name} = {given!r}: it means {name} = {wanted}", "keep one of both"
+            )
+            return
+    values.update(keys)
+    report.note(f"{alias} is read as {', '.join(f'{name} = {wanted}' for name, wanted in keys.items())}")
 
 
 def drop_zero_length(report: ConfigReport) -> None:

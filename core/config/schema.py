@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from ..settings.configuration import PARTS
 from ..settings.dataset_settings import DatasetSettings
 from ..settings.run_settings import RunSettings
-from .normalise import RUN_ALIASES
+from .normalise import RUN_ALIASES, SWITCH_ALIASES
 
 if TYPE_CHECKING:
     from ..registry.registry import Registry
@@ -23,6 +23,8 @@ def json_schema(registry: Registry) -> dict[str, Any]:
     properties["aspect_bucket_rounding"]["maximum"] = 1024  # above 9 it is an alignment
     for alias, name in RUN_ALIASES.items():
         properties[alias] = {**properties[name], "description": f"Alias of {name}."}
+    for alias, names in SWITCH_ALIASES.items():
+        properties[alias] = {"type": "boolean", "description": f"Sets {', '.join(names)}."}
     for key, kind in PARTS.items():
         parts = {
             name: _part(registry.get(kind, name).Config, f"{kind}.{name}", definitions) for name in registry.names(kind)
