@@ -1,5 +1,6 @@
 """Compiled denoisers: one graph for each kind of region, call and shape, equal losses, and what is refused."""
 
+import importlib.util
 import json
 import logging
 import subprocess
@@ -164,6 +165,29 @@ def test_attention_runs_on_the_kernels_that_are_named():
     names = {event.key for event in profile.key_averages()}
     assert "aten::_scaled_dot_product_attention_math" in names
     assert not any("flash" in name for name in names)
+
+
+@pytest.mark.parametrize(
+    ("card", "package", "refused"), [(9, True, None), (8, True, "no Hopper"), (9, False, "not inst")]
+)
+def test_flash_attention_3_takes_the_place_of_flash_where_it_is_there(monkeypatch, card, package, refused):
+    calls = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (card, 0))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: package or None)
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", calls.append)
+    monkeypatch.setattr(torch.nn.attention, "restore_flash_attention_impl", lambda: calls.append("restored"))
+    block = kernels(CUDA, tf32=False, attention=("flash3", "flash", "math"))
+    if refused:
+        with pytest.raises(UserError, match=f"attention_kernels = flash3: .*{refused}"), block:
+            pass
+        assert calls == []
+        return
+    with block:
+        assert calls == ["FA3"]
+        assert torch.nn.attention._cur_sdpa_kernel_backends(with_priority=True) == [
+            torch.nn.attention.SDPBackend.FLASH_ATTENTION, torch.nn.attention.SDPBackend.MATH,
+        ]  # fmt: skip
+    assert calls == ["FA3", "restored"]
 
 
 @pytest.mark.slow

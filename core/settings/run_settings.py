@@ -157,7 +157,8 @@ class TrainingKeys(Settings):
     tf32: bool = False
     """Let products in fp32 round to TensorFloat-32 on CUDA: faster, with 10 bits instead of 23."""
     attention_kernels: AttentionKernels = ()
-    """PyTorch's attention kernels in order of preference, of flash, cudnn, efficient and math; empty: PyTorch's own."""
+    """PyTorch's attention kernels in order of preference, of flash3 (FlashAttention 3 in the place of flash, on Hopper
+    cards where its package is installed), flash, cudnn, efficient and math; empty: PyTorch's own."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "bf16"
     """Type of the forward pass; first and last layers, targets and losses stay fp32. `fp16` is slow on a CPU."""
     lora_type: Literal["standard"] = "standard"

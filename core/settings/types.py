@@ -94,7 +94,9 @@ def parse_resolutions(value: Any) -> Any:
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(split_names)]
-AttentionKernels = Annotated[tuple[Literal["flash", "cudnn", "efficient", "math"], ...], BeforeValidator(split_names)]
+AttentionKernels = Annotated[
+    tuple[Literal["flash3", "flash", "cudnn", "efficient", "math"], ...], BeforeValidator(split_names)
+]
 Integers = Annotated[
     tuple[Annotated[int, Field(ge=1, le=1000)], ...], Field(min_length=1), BeforeValidator(split_numbers)
 ]
