@@ -52,12 +52,15 @@ class Row:
     edge: int = 1024
     precision: str = "bf16"
     compiled: str = "off"
+    channels_last: bool = True
 
     @property
     def name(self) -> str:
         """Its name in tables and files."""
         compiled = "" if self.compiled == "off" else f", compile {self.compiled}"
-        return f"{self.model}, {self.method} {self.kind}, {self.edge} px x {self.batch}, {self.precision}{compiled}"
+        layout = "" if self.channels_last else ", channels first"
+        size = f"{self.edge} px x {self.batch}"
+        return f"{self.model}, {self.method} {self.kind}, {size}, {self.precision}{compiled}{layout}"
 
     def settings(self, *, compiles: bool) -> list[str]:
         """Return what it changes of :data:`COMMON`.
@@ -70,6 +73,8 @@ class Row:
             found += ["mixed_precision=bf16", "base_model_precision=fp8-torchao"]
         else:
             found.append(f"mixed_precision={self.precision}")
+        if not self.channels_last:
+            found.append("family_config.channels_last=false")
         if self.method == "dmd2":
             found += [f"distillation_config.dmd2.{each}" for each in ADVERSARIAL]
         return [*found, *([f"compile={self.compiled}"] if compiles else [])]
@@ -83,6 +88,7 @@ def rows() -> list[Row]:
         {"precision": "fp8", "compiled": "regions"}, {"compiled": "whole"},
         {"method": "dmd2", "compiled": "regions"}, {"method": "dmd2", "kind": "full"},
         {"batch": 8, "compiled": "regions"}, {"kind": "full", "compiled": "regions"},
+        {"batch": 4, "channels_last": False}, {"batch": 4, "compiled": "regions", "channels_last": False},
     ]  # fmt: skip
     offsets = {"SDXL": 0, "SD3.5-medium": 3.5, "FLUX.1": 4.5}  # as if so many changes lay before a model's first row
     found = [
@@ -90,6 +96,7 @@ def rows() -> list[Row]:
         for model, offset in offsets.items()
         for number, change in enumerate(changes)
         if not (model == "FLUX.1" and change.get("kind") == "full")  # 190 GB of weights and moments: no card holds it
+        and (model == "SDXL" or change.get("channels_last", True))  # transformers have no convolutions
     ]
     return [row for _, row in sorted(found, key=lambda each: each[0])]
 

@@ -45,6 +45,9 @@ class UNetFamily(DiffusersFamily):
         """The network's prediction type, for models whose scheduler config does not state it."""
         rescale_betas_zero_snr: bool | None = None
         """Whether the model was trained with zero terminal SNR, for models whose scheduler config does not state it."""
+        channels_last: bool = True
+        """Lay out the UNet's weights channels last, as tensor cores read them. Which is faster depends on the card:
+        `benchmarks/gpu.py` measures both."""
         student_layers_per_block: Levels | None = None
         """Residual layers of the student in each level, one number or one per level (full training); absent: as many
         as the teacher's. The student begins with the weights of the layers it keeps."""
@@ -71,6 +74,8 @@ class UNetFamily(DiffusersFamily):
             )
 
     def laid_out(self, network: nn.Module) -> nn.Module:
+        if not self.config.channels_last:
+            return network
         return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @property
@@ -97,7 +102,7 @@ class UNetFamily(DiffusersFamily):
         student = copy_unet(self.architecture, config, self.wide_state(kept), guidance_embedding=guidance_embedding)
         if second_time:
             unet_second_time(student, name="student")
-        return self.with_wide_ends(student.to(memory_format=torch.channels_last))
+        return self.with_wide_ends(self.laid_out(student))
 
     def _shape(self, teacher: Any) -> tuple[dict[str, Any], dict[str, str]]:
         """Return the smaller student's config, and the names of its weights -> the teacher's that they begin with."""

@@ -32,7 +32,7 @@ def test_rows_are_in_the_order_of_their_importance_and_no_two_are_one(gpu):
         "SDXL, lcm lora, 1024 px x 1, bf16, compile regions",
         "SDXL, dmd2 lora, 1024 px x 1, bf16",
     ]
-    assert len(set(names)) == len(names) == 45
+    assert len(set(names)) == len(names) == 47
     first = [names.index(f"{model}, lcm lora, 1024 px x 1, bf16") for model in ("SDXL", "SD3.5-medium", "FLUX.1")]
     assert first == sorted(first)
     assert first[-1] < 10

@@ -448,3 +448,14 @@ def test_the_empty_network_has_every_weight_and_no_memory(family):
         key: value.shape for key, value in real.state_dict().items()
     }
     assert all(parameter.is_meta for parameter in empty.parameters())
+
+
+def test_the_unets_layout_is_channels_last_unless_asked_otherwise(tiny):
+    for asked in (True, False):
+        family = make(tiny, {"channels_last": asked})
+        networks = [family.load_network()]
+        networks.append(family.student_network(networks[0], guidance_embedding=False))
+        for network in networks:
+            weight = network.down_blocks[0].resnets[0].conv1.weight
+            assert weight.is_contiguous(memory_format=torch.channels_last) is asked
+            assert weight.is_contiguous() is not asked
