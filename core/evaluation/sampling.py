@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..diffusion.guidance import guides
+from ..engine.fp8_training import exact_products
 from ..plugin_api.context import NetworksByRole
 from ..utils.eagerly import eagerly
 
@@ -62,8 +63,12 @@ def describe_guidance(guidance: float) -> str:
 
 @contextmanager
 def sampling(networks: NetworksByRole, role: str) -> Iterator[nn.Module]:
-    """Yield the role's network in eval mode and without gradients; restore its mode and the global generators after."""
-    with networks.use(role) as network, torch.no_grad(), eagerly(), torch.random.fork_rng(devices=[]):
+    """Yield the role's network in eval mode and without gradients; restore its mode and the global generators after.
+
+    Nothing is compiled or rounded to fp8: it is the network as its users will run it.
+    """
+    seeds = torch.random.fork_rng(devices=[])
+    with networks.use(role) as network, torch.no_grad(), eagerly(), exact_products(), seeds:
         training = network.training
         network.eval()
         try:

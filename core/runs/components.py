@@ -176,6 +176,16 @@ class RunComponents:
         )  # fmt: skip
         return Compilation(asked, self.processes.device)
 
+    def check_products(self) -> None:
+        """Raise UserError where products are to be computed in fp8 and cannot be."""
+        from ..engine.fp8_training import check_fp8
+
+        if self.settings.fp8_training:
+            check_fp8(
+                self.processes.device, model_type=self.settings.model_type,
+                mixed_precision=self.settings.mixed_precision, lockstep=self.strategy.lockstep,
+            )  # fmt: skip
+
     def _averages_student(self) -> bool:
         roles = {role.name: role for role in self.method.roles(self.method.config, self.method.setup)}
         if self.settings.use_ema and roles[self.method.result_role()].ema_of is not None:
@@ -325,6 +335,7 @@ class RunComponents:
         """The loop with everything it needs."""
         import torch
 
+        from ..engine.fp8_training import train_in_fp8
         from ..engine.health import HealthMonitor
         from ..engine.loop import Loop
         from ..engine.metrics import MetricsFile
@@ -335,6 +346,8 @@ class RunComponents:
 
         settings, processes = self.settings, self.processes
         self._place()
+        if settings.fp8_training:
+            logger.info(f"{train_in_fp8(self.networks, self.family)} linear layers compute in fp8")
         self.compilation.apply(self.networks, self.family, num_steps=self.total_steps)
         autocast = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[settings.mixed_precision]
         context = Context(

@@ -166,6 +166,7 @@ class Run(TrainingObserver):
     def _check_model(self) -> None:
         """Refuse what only the model's own config can tell, still before weights load."""
         _ = self.parts.compilation  # refuses what cannot be compiled
+        self.parts.check_products()
         self.parts.sampler()  # refuses steps and guidance that the method cannot sample with
         check_method_sources(self.parts.config, self.parts.registry)
         method, family = self.parts.method, self.parts.family
