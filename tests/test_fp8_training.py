@@ -37,7 +37,7 @@ def test_losses_and_gradients_are_those_of_exact_products_but_for_rounding(model
     assert (none, count > 20) == (0, True)
     assert rounded_loss == pytest.approx(loss, rel=0.2)
     assert rounded_loss != loss
-    assert torch.cosine_similarity(gradient, rounded, dim=0) > 0.97
+    assert torch.cosine_similarity(gradient, rounded, dim=0) > 0.9
     kinds = {type(layer).__name__ for layer in networks.base.modules()}
     assert "Fp8Linear" not in kinds, "the teacher's products stay"
 
