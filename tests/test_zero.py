@@ -15,6 +15,7 @@ from distill.core.errors import UserError
 from distill.core.utils.strategies import ParallelSettings
 from distill.plugins.optimizers import AdamW, AdamWBF16, StableAdamW
 from distill.plugins.optimizers_adaptive import ScheduleFreeAdamW
+from support.forks import forked
 from support.small_run import execute, losses, write_run
 from support.strategies import CASES
 from support.tiny_sdxl import write_tiny_sdxl
@@ -42,7 +43,7 @@ def trial(tmp_path_factory):
     steps = [step(parts, one, number) for number in range(STEPS)]
     CheckpointStore(root / "one", limit=None).save(state_of(parts, one))
     steps.append(step(parts, one, STEPS))
-    launched("support/zero_steps.py", root, root, cwd=TESTS, timeout=900)
+    forked("support/zero_steps.py", root, root, cwd=TESTS, timeout=900)
     return root, one, steps, json.loads((root / "found.json").read_text())
 
 
