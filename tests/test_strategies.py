@@ -63,7 +63,8 @@ def require_equal(found: dict, expected: dict, *, tolerance: float, shards: int)
 # -- equal steps ------------------------------------------------------------------------------------------------------
 
 
-def test_two_processes_that_hold_half_of_the_weights_each_train_as_one(folder, tmp_path):
+def test_two_processes_that_hold_half_of_the_weights_each_train_as_one(tmp_path):
+    folder = write_tiny_sdxl(tmp_path / "tiny", seed=0, layers_per_block=1)
     expected = alone(folder, *(case.partition("*")[0] for case in SHORT), steps=3)
     found = shared(folder, tmp_path / "two.json", "fsdp", *SHORT, processes=2, steps=3)
     require_equal(found, expected, tolerance=1e-10, shards=2)

@@ -37,7 +37,7 @@ def trial(tmp_path_factory):
     from support.zero_steps import STEPS, parts_of, state_of, step
 
     root = tmp_path_factory.mktemp("zero")
-    write_tiny_sdxl(root / "model")
+    write_tiny_sdxl(root / "model", layers_per_block=1)
     one = Strategy(Processes("cpu"), ParallelSettings())
     parts = parts_of(root, one)
     steps = [step(parts, one, number) for number in range(STEPS)]
