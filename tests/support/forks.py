@@ -17,6 +17,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,34 +31,79 @@ def forked(
     """Return what the processes of `command` said, which must have ended well.
 
     Args:
-        command: A script with its arguments, or ``-m``, a module and its arguments.
-        processes: Number of processes.
+        command: A script with its arguments, or ``-m`` and a module, or ``-c`` and code.
+        processes: Number of processes; one has no place among others.
         timeout: Seconds after which they are killed.
         cwd: Folder that they work in; absent: this process's.
     """
-    done = _answer(list(map(str, command)), processes=processes, timeout=timeout, cwd=cwd)
-    assert done.returncode == 0, done.stderr[-4000:]
+    done = ended(*command, processes=processes, timeout=timeout, cwd=cwd)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-8000:]
     return done
 
 
-def _answer(
-    command: list[str], *, processes: int, timeout: float, cwd: Path | None
+def ended(
+    *command: object, processes: int = 1, timeout: float = 500, cwd: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
+    """Return what the processes said, however they ended; the arguments are those of `forked`."""
+    with begun(*command, processes=processes, timeout=timeout, cwd=cwd) as running:
+        return running.wait()
+
+
+@dataclass
+class Running:
+    """Processes at work; one command at a time.
+
+    Attributes:
+        pids: Of each process, in the order of their ranks.
+        out: What they print.
+        err: What they say.
+    """
+
+    pids: list[int]
+    out: Path
+    err: Path
+    done: subprocess.CompletedProcess[str] | None = None
+
+    def wait(self) -> subprocess.CompletedProcess[str]:
+        """Return what they said, with the first exit code that is not 0, once all have ended."""
+        if self.done is None:
+            code = next((code for code in _heard() if code), 0)
+            said = (file.read_text(errors="replace") for file in (self.out, self.err))
+            self.done = subprocess.CompletedProcess("", code, *said)
+        return self.done
+
+
+@contextmanager
+def begun(*command: object, processes: int = 1, timeout: float = 500, cwd: Path | None = None) -> Iterator[Running]:
+    """Start the processes; the arguments are those of `forked`. They have ended after the block."""
     server = _server()
     assert server.stdin
-    assert server.stdout
     with tempfile.TemporaryDirectory() as place:
         out, err = Path(place, "out"), Path(place, "err")
         asked = {
-            "command": command, "processes": processes, "timeout": timeout, "cwd": str(cwd or Path.cwd()),
-            "environment": {**os.environ, "OMP_NUM_THREADS": "1"}, "out": str(out), "err": str(err),
+            "command": list(map(str, command)), "processes": processes, "timeout": timeout,
+            "cwd": str(cwd or Path.cwd()), "environment": {**os.environ, "OMP_NUM_THREADS": "1"}, "out": str(out),
+            "err": str(err),
         }  # fmt: skip
         server.stdin.write(json.dumps(asked) + "\n")
         server.stdin.flush()
-        answer = server.stdout.readline()
-        assert answer, "the server that forks has ended"
-        code = next((code for code in json.loads(answer) if code), 0)
-        return subprocess.CompletedProcess(command, code, *(file.read_text(errors="replace") for file in (out, err)))
+        running = Running(_heard(), out, err)
+        try:
+            yield running
+        except BaseException:
+            for pid in running.pids if running.done is None else ():
+                os.kill(pid, signal.SIGKILL)
+            raise
+        finally:
+            running.wait()
+
+
+def _heard() -> list[int]:
+    server = _server()
+    assert server.stdout
+    answer = server.stdout.readline()
+    assert answer, "the server that forks has ended"
+    return json.loads(answer)
 
 
 @cache
@@ -106,6 +154,8 @@ def _serve() -> None:
     gc.freeze()  # else each process looks through the libraries' objects, and so copies their memory
     for line in sys.stdin:
         asked = json.loads(line)
+        for file in (asked["out"], asked["err"]):
+            Path(file).touch()
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -116,26 +166,30 @@ def _serve() -> None:
                 _become(asked, rank=rank, port=port)
                 return  # to the end of the interpreter, as any program
             pids.append(pid)
-        answers.write(json.dumps(_wait(pids, asked["timeout"])) + "\n")
-        answers.flush()
+        print(json.dumps(pids), file=answers, flush=True)
+        print(json.dumps(_wait(pids, asked["timeout"])), file=answers, flush=True)
 
 
 def _become(asked: dict[str, Any], *, rank: int, port: int) -> None:
     """Run the command as this process."""
     for number, file in ((1, asked["out"]), (2, asked["err"])):
-        os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT), number)
+        os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), number)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    count = str(asked["processes"])
     os.environ.clear()
-    os.environ.update(
-        asked["environment"], RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=count, LOCAL_WORLD_SIZE=count,
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-    )  # fmt: skip
+    os.environ.update(asked["environment"])
+    if (count := asked["processes"]) > 1:
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count),
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+        )  # fmt: skip
     os.chdir(asked["cwd"])
     first, *rest = asked["command"]
     if first == "-m":
         sys.argv = rest
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+    elif first == "-c":
+        sys.argv = [first, *rest[1:]]
+        exec(compile(rest[0], "<string>", "exec"), {"__name__": "__main__"})
     else:
         sys.argv = [first, *rest]
         sys.path[0] = str(Path(first).resolve().parent)
