@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import distill as distill_api
@@ -47,7 +48,7 @@ def shards(images, root):
 EXAMPLES = {
     "method recipe": lambda: {"terms": [term("pcm", 1.0, adversarial_weight=0.0)]},
     "method reward": lambda: {"network": network_file(MeanRed)},
-    "family sdxl": write_tiny_sdxl,
+    "family sdxl": partial(write_tiny_sdxl, layers_per_block=1),
     "family sd1x": MODELS["sd1x"].write,
     "family sd2x": MODELS["sd2x-v"].write,
     "family sd3": MODELS["sd3"].write,
@@ -244,7 +245,9 @@ def test_the_fault_of_each_broken_family_is_reported(fault, tmp_path):
 
 def test_a_family_without_a_model_and_a_backend_without_a_place_say_so(tmp_path):
     path = tmp_path / "bare.py"
-    path.write_text(BROKEN_FAMILY.replace("{fault}", "").replace("return write_tiny_sdxl(folder)", "return None"))
+    made = "return write_tiny_sdxl(folder, layers_per_block=1)"
+    assert made in BROKEN_FAMILY
+    path.write_text(BROKEN_FAMILY.replace("{fault}", "").replace(made, "return None"))
     report = check_plugin(str(path), only="predict gives")
     assert [outcome.result for outcome in report.outcomes] == ["not applicable"]
     assert "define `example(cls, folder)`" in report.outcomes[0].reason
