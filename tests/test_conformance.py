@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -309,20 +308,6 @@ def test_a_filter_that_matches_no_check_is_refused():
     assert "no check has 'no such check' in its name" in said(result.stderr)
     with pytest.raises(UserError):
         check_plugin("not/a/file.py")
-
-
-def test_the_test_that_the_page_shows_runs(tmp_path):
-    page = (Path(__file__).parents[1] / "docs" / "checking-plugins.md").read_text(encoding="utf-8")
-    content = re.search(r"```python conformance_test.py\n(.*?)```", page, re.DOTALL)
-    assert content is not None
-    (tmp_path / "conformance_test.py").write_text(content[1])
-    for command in (
-        ["distill", "plugins", "new", "tracker", "lines", "--single-file"],
-        ["pytest", "-q", "-p", "no:cacheprovider", "conformance_test.py"],
-    ):
-        done = subprocess.run([sys.executable, "-m", *command], cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"\d\d passed, 1 skipped", done.stdout), done.stdout
 
 
 def test_the_page_names_every_kind_and_every_example():

@@ -164,6 +164,7 @@ def run_tests(line: str, block: Block) -> None:
     given = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull, file]
     done = subprocess.run([sys.executable, *given], capture_output=True, text=True)
     assert done.returncode == 0, f"{block.where}: {done.stdout}"
+    Path("tested.txt").write_text(done.stdout)
 
 
 def check_pip(line: str, block: Block) -> None:
@@ -309,6 +310,9 @@ def check_results(page: str, workspace: Path) -> None:
         for image in (Image.open(workspace / f"harbour{name}.png") for name in names):
             assert image.size == (EDGE, EDGE)
             assert all(low < high for low, high in image.getextrema()), "neither black nor white"
+    if page == "docs/checking-plugins.md":
+        tested = (workspace / "tested.txt").read_text()
+        assert re.search(r"\d\d passed, 1 skipped", tested), tested
     if page == "CONTRIBUTING.md":
         lines = (output / "fixed-guidance" / "losses.txt").read_text().splitlines()
         assert [int(line.split()[0]) for line in lines] == [1, 2]

@@ -186,6 +186,7 @@ def test_a_run_trains_resumes_and_keeps_the_base_out_of_its_checkpoints(name, tm
         "validation_step_interval": 0,
         "report_to": "none",
     }
+    write_tiny_sdxl(tmp_path / "model", layers_per_block=1)
     _, lines = execute(write_run(tmp_path, output="whole", **settings))
     assert [line.split()[0] for line in lines if " quantised by " in line] == ["text_encoder_1", "base_model"]
     shutil.copytree(tmp_path / "whole", tmp_path / "parts")
