@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -25,27 +25,22 @@ from pathlib import Path
 from typing import Any
 
 
-def forked(
-    *command: object, processes: int = 2, timeout: float = 500, cwd: Path | None = None
-) -> subprocess.CompletedProcess[str]:
+def forked(*command: object, processes: int = 2, **given: Any) -> subprocess.CompletedProcess[str]:
     """Return what the processes of `command` said, which must have ended well.
 
     Args:
         command: A script with its arguments, or ``-m`` and a module, or ``-c`` and code.
         processes: Number of processes; one has no place among others.
-        timeout: Seconds after which they are killed.
-        cwd: Folder that they work in; absent: this process's.
+        given: Further arguments of `begun`.
     """
-    done = ended(*command, processes=processes, timeout=timeout, cwd=cwd)
+    done = ended(*command, processes=processes, **given)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-8000:]
     return done
 
 
-def ended(
-    *command: object, processes: int = 1, timeout: float = 500, cwd: Path | None = None
-) -> subprocess.CompletedProcess[str]:
-    """Return what the processes said, however they ended; the arguments are those of `forked`."""
-    with begun(*command, processes=processes, timeout=timeout, cwd=cwd) as running:
+def ended(*command: object, **given: Any) -> subprocess.CompletedProcess[str]:
+    """Return what the processes said, however they ended; the arguments are those of `begun`."""
+    with begun(*command, **given) as running:
         return running.wait()
 
 
@@ -74,16 +69,30 @@ class Running:
 
 
 @contextmanager
-def begun(*command: object, processes: int = 1, timeout: float = 500, cwd: Path | None = None) -> Iterator[Running]:
-    """Start the processes; the arguments are those of `forked`. They have ended after the block."""
+def begun(
+    *command: object,
+    processes: int = 1,
+    timeout: float = 500,
+    cwd: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[Running]:
+    """Start the processes, which have ended after the block.
+
+    Args:
+        command: As `forked` takes it.
+        processes: Number of processes.
+        timeout: Seconds after which they are killed.
+        cwd: Folder that they work in; absent: this process's.
+        environment: Variables beside this process's; what is first in ``PYTHONPATH`` comes first.
+    """
     server = _server()
     assert server.stdin
     with tempfile.TemporaryDirectory() as place:
         out, err = Path(place, "out"), Path(place, "err")
+        variables = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
         asked = {
             "command": list(map(str, command)), "processes": processes, "timeout": timeout,
-            "cwd": str(cwd or Path.cwd()), "environment": {**os.environ, "OMP_NUM_THREADS": "1"}, "out": str(out),
-            "err": str(err),
+            "cwd": str(cwd or Path.cwd()), "environment": variables, "out": str(out), "err": str(err),
         }  # fmt: skip
         server.stdin.write(json.dumps(asked) + "\n")
         server.stdin.flush()
@@ -177,12 +186,15 @@ def _become(asked: dict[str, Any], *, rank: int, port: int) -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.environ.clear()
     os.environ.update(asked["environment"])
+    paths = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    sys.path[1:1] = [path for path in paths if path not in sys.path]
     if (count := asked["processes"]) > 1:
         os.environ.update(
             RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count),
             MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
         )  # fmt: skip
     os.chdir(asked["cwd"])
+    sys.path[0] = asked["cwd"]
     first, *rest = asked["command"]
     if first == "-m":
         sys.argv = rest
