@@ -64,13 +64,15 @@ def _forwarded(library: Any, root: logging.Logger) -> Iterator[None]:
     handlers, forward = list(root.handlers), _Forward(logging.WARNING)
     propagates, root.propagate = root.propagate, False
     root.handlers = [forward]
-    library.set_verbosity_warning()
+    if level != logging.WARNING:  # each change of a level empties the caches of all loggers
+        library.set_verbosity_warning()
     library.disable_progress_bar()
     try:
         yield
     finally:
         root.handlers, root.propagate = handlers, propagates
-        library.set_verbosity(level)
+        if level != logging.WARNING:
+            library.set_verbosity(level)
         if bar:
             library.enable_progress_bar()
 

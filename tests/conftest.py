@@ -30,6 +30,13 @@ def _freeze_what_was_imported():
         _frozen_with = len(sys.modules)
         gc.collect()
         gc.freeze()
+        _count_once()
+
+
+def _count_once(count_frozen=gc.get_freeze_count):
+    """Python counts by walking through all of them, and a command asks each time: a third of its time."""
+    number = count_frozen()
+    gc.get_freeze_count = lambda: number
 
 
 @pytest.fixture
@@ -39,6 +46,25 @@ def said():
 
     with listening() as lines:
         yield lines
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _equal_charts_are_drawn_once():
+    """Of the reports of runs, most of which are on the same few images: drawing is a fifth of a short run."""
+    from distill.core.data.report import dataset_report
+    from support.drawn_once import drawn_once
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dataset_report, "draw", drawn_once(dataset_report.draw))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_waits_for_the_disk():
+    """A run asks 40 times that what it wrote reaches the disk, and waits; no power is cut here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", os.fstat)  # which refuses the same descriptors
+        yield
 
 
 @pytest.fixture(autouse=True)

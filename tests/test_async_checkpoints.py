@@ -3,8 +3,6 @@
 import errno
 import json
 import os
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from distill.core.engine.async_checkpoints import BackgroundSaves, StagingBuffer
 from distill.core.engine.checkpoint import CheckpointState, CheckpointStore
 from distill.core.errors import DistillError
 from distill.core.utils.disk import DiskFull
+from support.forks import forked
 from support.small_run import execute, losses, write_run
 
 QUIET = {"validation_step_interval": 0, "report_to": "none", "evaluation_num_samples": 0}
@@ -201,10 +200,9 @@ def test_a_write_that_fails_while_training_goes_on_ends_the_run_within_a_step(tm
 def seen(tmp_path_factory):
     """What two processes saw that saved sharded tensors, one after the other in several ways."""
     from support import sharded_saves
-    from support.torchrun import environment
 
     folder = tmp_path_factory.mktemp("sharded")
-    subprocess.run([sys.executable, sharded_saves.__file__, folder], check=True, timeout=300, env=environment())
+    forked(sharded_saves.__file__, folder, processes=1, timeout=300)
     return [json.loads((folder / f"seen-{rank}.json").read_text()) for rank in (0, 1)]
 
 

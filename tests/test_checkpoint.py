@@ -3,8 +3,6 @@
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +16,7 @@ from distill.core.engine.checkpoint import (
     tensors_to_optimizer,
 )
 from distill.core.errors import UserError
+from support.forks import forked
 
 KILLER = Path(__file__).parent / "support" / "killed_saves.py"
 
@@ -165,11 +164,7 @@ def test_every_byte_is_on_disk_before_the_rename(tmp_path: Path, monkeypatch: py
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize(("mode", "count"), [("random", 100), ("calls", 90)])
 def test_killed_while_saving_latest_is_complete_and_loads(tmp_path: Path, mode: str, count: int) -> None:
-    command = [sys.executable, str(KILLER), str(tmp_path), mode, str(count)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=500
-    )
-    assert done.returncode == 0, done.stderr
+    done = forked(KILLER, tmp_path, mode, count, processes=1)
     assert "child failed" not in done.stderr
     verdicts = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(verdicts) == count

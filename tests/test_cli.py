@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from distill.core.cli import COMMANDS, WAIT_VARIABLES, main
+from distill.core.cli import COMMANDS, WAIT_VARIABLES, main, wait_without_spinning
 from distill.core.errors import Interrupted, PluginError, UserError
 from support.config_files import PLUGIN, Pair, distill, said
 from support.small_run import write_run
@@ -254,8 +254,18 @@ def test_adapter_parameters_are_counted_as_peft_makes_them():
         ({"KMP_BLOCKTIME": "0"}, {"KMP_BLOCKTIME": "0"}),
     ],
 )
+def test_threads_wait_asleep_unless_the_environment_says_otherwise(given, seen, monkeypatch):
+    for name in WAIT_VARIABLES:
+        monkeypatch.setenv(name, "put back after the test")
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    wait_without_spinning()
+    assert {name: os.environ[name] for name in WAIT_VARIABLES if name in os.environ} == seen
+
+
 @pytest.mark.parametrize("program", [["-m", "distill"], ["-c", "from distill.core.cli import main; main()"]])
-def test_threads_wait_asleep_unless_the_environment_says_otherwise(program, given, seen, tmp_path):
+def test_threads_of_each_way_to_start_it_wait_asleep(program, tmp_path):
     """What a process that the command starts inherits is what its own PyTorch found, which loads after `main` begins:
     `test_help_imports_nothing_heavy`.
     """
@@ -267,6 +277,6 @@ def test_threads_wait_asleep_unless_the_environment_says_otherwise(program, give
     )
     clean = {name: value for name, value in os.environ.items() if name not in WAIT_VARIABLES}
     command = [sys.executable, *program, "plugins", "list", "--plugin", str(plugin)]
-    done = subprocess.run(command, capture_output=True, text=True, env=clean | given)
+    done = subprocess.run(command, capture_output=True, text=True, env=clean)
     found = json.loads(done.stdout)
-    assert {name: value for name, value in found.items() if name in WAIT_VARIABLES} == seen
+    assert {name: value for name, value in found.items() if name in WAIT_VARIABLES} == {"GOMP_SPINCOUNT": "30000"}

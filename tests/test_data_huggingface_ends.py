@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from support.config_files import Pair, distill, said
 from support.data_helpers import pipeline, take
+from support.forks import ended
 from support.hf_sets import FORMS, parquet, rows_of
 from test_data_huggingface import folder, hf, library  # noqa: F401 - fixtures
 from test_data_pipeline import MIXED, by_position
@@ -63,8 +64,7 @@ def test_killed_builds_of_a_stream_are_resumed(folder, tmp_path, form):
     FORMS[form](rows_of(folder), tmp_path / form)
 
     def run(stop: str, calls: int = 0) -> tuple[int, list[str]]:
-        command = [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(tmp_path), form, stop, str(calls)]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+        result = ended("-c", KILLED, Path(__file__).parent, tmp_path, form, stop, calls, timeout=240)
         assert result.returncode in (0, -signal.SIGKILL), result.stderr
         return result.returncode, result.stdout.splitlines()
 

@@ -2,8 +2,6 @@
 
 import hashlib
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +17,7 @@ from distill.core.plugin_api.backend import Entry, SampleChunk
 from distill.core.utils.progress import default_progress
 from distill.data_backends.local import LocalBackend
 from support.data_helpers import entry, fill
+from support.forks import ended
 from test_data_samples import Memory, load
 
 SIZES = [(8, 8), (16, 8), (8, 16)] * 40
@@ -143,7 +142,7 @@ t.build(root / "killed.arrow", settings, backend)
 def test_a_build_killed_at_nine_tenths_is_resumed(tmp_path):
     folder = fill(tmp_path / "set", SIZES)
     here = Path(__file__).parent
-    done = subprocess.run([sys.executable, "-c", KILLED, str(here), str(tmp_path)], capture_output=True, text=True)
+    done = ended("-c", KILLED, here, tmp_path)
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     settings, backend = files(folder)
     killed, builder = build(tmp_path / "killed.arrow", settings, backend)

@@ -4,8 +4,6 @@ import contextlib
 import itertools
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -16,6 +14,7 @@ import torch
 from distill.core.errors import DistillError, UserError
 from PIL import Image
 from support.data_helpers import FakeFamily, entry, fill, image, pipeline, take
+from support.forks import ended
 
 MIXED = [(32, 32)] * 5 + [(64, 32)] * 3 + [(32, 64)] * 2
 
@@ -302,7 +301,7 @@ def test_a_killed_build_is_resumed_at_the_first_missing_shard(tmp_path):
     broken = fill(tmp_path / "set", sizes) / "001.png"
     broken.write_bytes(broken.read_bytes()[:2000])
     settings = {"write_batch_size": 4, "vae_batch_size": 1, "resolution": 704}
-    result = subprocess.run([sys.executable, "-c", KILLED, str(Path(__file__).parent), str(tmp_path)], check=False)
+    result = ended("-c", KILLED, Path(__file__).parent, tmp_path)
     assert result.returncode == -signal.SIGKILL
     family = FakeFamily()
     data, _ = pipeline(entry(tmp_path / "set", **settings), root=tmp_path, family=family)

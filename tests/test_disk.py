@@ -5,10 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
-import resource
 import shutil
 import subprocess
-import sys
 import time
 from collections import namedtuple
 from pathlib import Path
@@ -29,6 +27,7 @@ from distill.core.utils.disk import DiskFull, error_number, explained, is_disk_f
 from distill.core.utils.memory import MemorySettings
 from distill.plugins.tensorboard import TensorBoard
 from safetensors.torch import save_file
+from support.forks import ended
 from support.quickstart import command
 from support.small_run import execute, losses, write_run
 
@@ -240,14 +239,18 @@ def test_a_disk_that_fills_up_costs_no_step_that_was_saved(tmp_path, monkeypatch
     assert losses(out) == losses(tmp_path / "whole")
 
 
+LIMITED = """
+import resource, sys
+from distill.core.cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+main(["run", "--config", sys.argv[1]])
+"""
+
+
 def test_a_limit_on_the_size_of_files_is_a_line_and_not_a_traceback(tmp_path):
     """What a quota or a small file system does, without the rights that mounting one needs."""
     config = write_run(tmp_path, max_train_steps=2, **QUIET)
-    done = subprocess.run(
-        [sys.executable, "-m", "distill", "run", "--config", str(config)],
-        capture_output=True, text=True, timeout=200,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)),
-    )  # fmt: skip
+    done = ended("-c", LIMITED, config, timeout=200)
     assert done.returncode == 1, done.stderr
     assert "cannot be written: File too large" in done.stderr
     assert "are free on the disk of" in done.stderr

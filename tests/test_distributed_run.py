@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 from distill.core.errors import UserError
+from support.forks import forked
 from support.small_run import execute, losses, write_run
 from support.torchrun import launched
 
@@ -52,7 +53,7 @@ def test_alternate_updates_shared_lengths_and_running_means_are_those_of_one_pro
     }
     execute(write_run(tmp_path, output="one", train_batch_size=2, gradient_accumulation_steps=2, **short))
     config = write_run(tmp_path, output="two", train_batch_size=2, gradient_accumulation_steps=1, **short)
-    launched("-m", "distill", "run", "--config", config, timeout=400)
+    forked("-m", "distill", "run", "--config", config, timeout=400)
     one, two = (
         [json.loads(line) for line in (tmp_path / output / "metrics.jsonl").read_text().splitlines()]
         for output in ("one", "two")

@@ -24,7 +24,7 @@ SDXL = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return write_tiny_sdxl(tmp_path_factory.mktemp("model") / "tiny", seed=0)
+    return write_tiny_sdxl(tmp_path_factory.mktemp("model") / "tiny", seed=0, layers_per_block=1)
 
 
 def trial_of(folder, model_type="lora", **config):

@@ -23,6 +23,7 @@ import pytest
 import yaml
 from support.pages import ROOT, Block, blocks, files_of, pages, text
 from support.quickstart import (
+    ONE_BATCH,
     TINY,
     TINY_DATA,
     command,
@@ -60,7 +61,7 @@ PROGRAMS = ("distill", "python", "pip", "pytest", "accelerate", "torchrun", "ten
 def original(tmp_path_factory) -> Path:
     """The quickstart's files, a fine-tune, a style, images of a domain and of edges: what the pages suppose."""
     root = write_workspace(tmp_path_factory.mktemp("docs") / "original")
-    write_tiny_sdxl(root / "fine-tune", seed=1)
+    write_tiny_sdxl(root / "fine-tune", seed=1, layers_per_block=1)
     write_tiny_sd3(root / "tiny-sd3")
     write_images(root / "domain-images", count=4, seed=1)
     shutil.copyfile(root / "images" / "00.png", root / "edges.png")
@@ -114,7 +115,7 @@ def arguments(line: str, more: str) -> list[str]:
     tiny = []
     if "--config" in whole:
         data = whole[whole.index("--data") + 1] if "--data" in whole else ""
-        tiny = ["--model", "model", *sets((*TINY, *TINY_ENTRIES[data]))]
+        tiny = ["--model", "model", *sets((*TINY, ONE_BATCH, *TINY_ENTRIES[data]))]
         tiny += [] if "--output-dir" in whole else sets((f"output_dir=output/run-{zlib.crc32(line.encode())}",))
     if {"progressive", "segments.json"} & {*given}:
         tiny += sets(("max_train_steps=4",))  # a step for each stage
@@ -163,6 +164,7 @@ def run_tests(line: str, block: Block) -> None:
     given = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull, file]
     done = subprocess.run([sys.executable, *given], capture_output=True, text=True)
     assert done.returncode == 0, f"{block.where}: {done.stdout}"
+    Path("tested.txt").write_text(done.stdout)
 
 
 def check_pip(line: str, block: Block) -> None:
@@ -308,6 +310,9 @@ def check_results(page: str, workspace: Path) -> None:
         for image in (Image.open(workspace / f"harbour{name}.png") for name in names):
             assert image.size == (EDGE, EDGE)
             assert all(low < high for low, high in image.getextrema()), "neither black nor white"
+    if page == "docs/checking-plugins.md":
+        tested = (workspace / "tested.txt").read_text()
+        assert re.search(r"\d\d passed, 1 skipped", tested), tested
     if page == "CONTRIBUTING.md":
         lines = (output / "fixed-guidance" / "losses.txt").read_text().splitlines()
         assert [int(line.split()[0]) for line in lines] == [1, 2]

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from support.forks import forked
 from support.pages import ROOT
 
 PACKAGES = ("distill-research", "distill-studio")
@@ -60,12 +61,7 @@ class Place:
     def python(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """In a process of its own, which sees the installed packages and this checkout."""
         path = os.pathsep.join([str(self.packages), *filter(None, [os.environ.get("PYTHONPATH"), *sys.path])])
-        environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(
-            [sys.executable, *arguments], cwd=self.work, env=environment, capture_output=True, text=True, timeout=300
-        )
-        assert done.returncode == 0, f"{arguments}\n{done.stdout}\n{done.stderr}"
-        return done
+        return forked(*arguments, processes=1, cwd=self.work, environment={"PYTHONPATH": path})
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,7 @@ optimizers = [
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return write_tiny_sdxl(tmp_path_factory.mktemp("sdxl"))
+    return write_tiny_sdxl(tmp_path_factory.mktemp("sdxl"), layers_per_block=1)
 
 
 def build(model, optimizer="adamw", quantizer=None):

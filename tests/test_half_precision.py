@@ -453,6 +453,7 @@ def test_runs_in_fp16_with_several_scalers_resume_bit_for_bit(tmp_path, high_sca
         "checkpoints_total_limit": 9, "gradient_accumulation_steps": 1, "validation_step_interval": 0,
         "distillation_config": {"dmd2": {"fake_updates_per_student_update": 1, "gan_weight": 0.1}},
     }  # fmt: skip
+    write_tiny_sdxl(tmp_path / "model")
     whole = resumed_equals_whole(tmp_path, [2], **settings)
     first, last = (json.loads((whole / f"checkpoint-{n}" / "state.json").read_text()) for n in (1, 4))
     scales = [{role: state["scale"] for role, state in each["scalers"].items()} for each in (first, last)]

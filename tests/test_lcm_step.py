@@ -12,7 +12,7 @@ from support.tiny_sdxl import write_tiny_sdxl
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return write_tiny_sdxl(tmp_path_factory.mktemp("model") / "tiny", seed=0)
+    return write_tiny_sdxl(tmp_path_factory.mktemp("model") / "tiny", seed=0, layers_per_block=1)
 
 
 def gradients(networks):

@@ -5,11 +5,11 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from support.forks import forked
 from support.small_run import write_run
 from support.torchrun import environment, launcher
 
@@ -32,9 +32,7 @@ LOST = {
 
 @pytest.mark.skipif(os.name != "posix", reason="needs SIGSTOP")
 def test_a_process_that_is_lost_is_named_and_the_other_ends():
-    command = [sys.executable, str(DRIVER), *LOST]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment())
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = forked(DRIVER, *LOST, processes=1, timeout=200)
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert [each["how"] for each in found] == list(LOST)
     for each in found:

@@ -347,7 +347,7 @@ def test_the_sampler_follows_the_exact_flow_map(path, num_steps):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return write_tiny_sdxl(tmp_path_factory.mktemp("model") / "tiny", seed=0)
+    return write_tiny_sdxl(tmp_path_factory.mktemp("model") / "tiny", seed=0, layers_per_block=1)
 
 
 def papers_loss(trial, batch, *, step):

@@ -31,7 +31,7 @@ CELLS = [cell for cell in EVERY if refusal(*cell) is None]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return write_tiny_sdxl(tmp_path_factory.mktemp("methods") / "tiny", seed=0)
+    return write_tiny_sdxl(tmp_path_factory.mktemp("methods") / "tiny", seed=0, layers_per_block=1)
 
 
 @pytest.fixture(scope="module", params=CELLS, ids="-".join)

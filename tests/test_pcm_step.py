@@ -22,7 +22,7 @@ ROLES = ("student", "discriminator")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return write_tiny_sdxl(tmp_path_factory.mktemp("model") / "tiny", seed=0)
+    return write_tiny_sdxl(tmp_path_factory.mktemp("model") / "tiny", seed=0, layers_per_block=1)
 
 
 def make_setup(folder, *, model_type="lora", checkpointing=False, **config):

@@ -66,7 +66,7 @@ OFF = {"report_to": "none", "validation_step_interval": 0, "checkpoint_step_inte
 @pytest.fixture(scope="module")
 def run_file(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("raising")
-    model = write_tiny_sdxl(root / "model")
+    model = write_tiny_sdxl(root / "model", layers_per_block=1)
     return write_run(root, model=model, **OFF, log_step_interval=1, distillation_config={})
 
 

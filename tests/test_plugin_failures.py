@@ -44,7 +44,7 @@ def method(folder: Path, signature: str, **changes: str) -> Path:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return write_tiny_sdxl(tmp_path_factory.mktemp("failures") / "model")
+    return write_tiny_sdxl(tmp_path_factory.mktemp("failures") / "model", layers_per_block=1)
 
 
 def quick(root: Path, model: Path, **settings) -> Path:

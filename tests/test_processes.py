@@ -1,6 +1,5 @@
 """Several processes for real (gloo on the CPU): the same gradients as one, and unsupported set-ups refused."""
 
-import os
 import re
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from distill.core.registry.registry import Registry
 from distill.core.runs.agreement import require_same_configuration, require_same_start
 from distill.core.utils.strategies import ParallelSettings
 from support.config_files import Pair
-from support.torchrun import launched
+from support.forks import ended, forked
 
 WORKER = """
 import threading
@@ -80,7 +79,7 @@ print("ok", processes.rank, flush=True)
 def test_two_processes_average(tmp_path):
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
-    done = launched(script, timeout=300)
+    done = forked(script, timeout=300)
     assert done.stdout.count("ok") == 2, "the processes write at once, so lines may mix"
 
 
@@ -123,11 +122,8 @@ def test_usual_launches_are_accepted():
     ],
 )
 def test_accelerate_launch_for_real_is_refused(options, words, tmp_path):
-    command = [sys.executable, "-m", "accelerate.commands.launch", *options, "-m", "distill", "run", "--output-dir"]
-    done = subprocess.run(
-        [*command, str(tmp_path / "out")], capture_output=True, text=True, timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    launcher = ("-m", "accelerate.commands.launch", *options)
+    done = ended(*launcher, "-m", "distill", "run", "--output-dir", tmp_path / "out", timeout=300)
     assert words in " ".join(done.stderr.split()), done.stderr[-2000:]
     assert done.returncode != 0
     assert not (tmp_path / "out").exists()

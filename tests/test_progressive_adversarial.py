@@ -24,7 +24,7 @@ JUDGES = ("discriminator_encoder", "pair_heads", "relaxed_heads")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return write_tiny_sdxl(tmp_path_factory.mktemp("model") / "tiny", seed=0)
+    return write_tiny_sdxl(tmp_path_factory.mktemp("model") / "tiny", seed=0, layers_per_block=1)
 
 
 def make(folder, model_type="lora", **more):

@@ -21,7 +21,7 @@ STEPS = (8, 4, 2)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return write_tiny_sdxl(tmp_path_factory.mktemp("model") / "tiny", seed=0)
+    return write_tiny_sdxl(tmp_path_factory.mktemp("model") / "tiny", seed=0, layers_per_block=1)
 
 
 def make(folder, model_type="lora", **more):

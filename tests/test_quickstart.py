@@ -12,6 +12,7 @@ from support.quickstart import (
     FILES,
     NOTICES,
     NUM_IMAGES,
+    ONE_BATCH,
     SIZES,
     TINY,
     TINY_DATA,
@@ -165,7 +166,7 @@ def test_a_second_run_calls_no_encoder_for_what_is_cached(finished):
     with no_services(finished.root) as patch:
         patch.setattr(SDXL, "encode_prompts", refuse)
         patch.setattr(SDXL, "encode_images", refuse)
-        said = command("run", *PATHS, "--output-dir", "second", *sets((*TINY, *TINY_DATA)))
+        said = command("run", *PATHS, "--output-dir", "second", *sets((*TINY, ONE_BATCH, *TINY_DATA)))
     assert said.code == 0, said.err
     assert "everything was cached" in said.err
 
@@ -180,7 +181,7 @@ def test_a_second_stage_starts_from_the_first_student(finished):
     }
     with no_services(finished.root):
         for output, overrides in stages.items():
-            said = command("run", *PATHS, "--output-dir", output, *sets((*TINY, *TINY_DATA, *overrides)))
+            said = command("run", *PATHS, "--output-dir", output, *sets((*TINY, ONE_BATCH, *TINY_DATA, *overrides)))
             assert said.code == 0, said.err
     first, second = (
         load_file(finished.root / output / "student" / "pytorch_lora_weights.safetensors") for output in stages

@@ -24,6 +24,7 @@ from support.closed_form import GuidedFamily
 from support.config_files import Pair, distill, said
 from support.recipes import PLUGIN, recipe, term
 from support.small_run import execute, losses, write_run
+from support.tiny_sdxl import write_tiny_sdxl
 
 SCHEDULE = FlowSchedule(shift=1.0, num_train_timesteps=8)
 FULL = MethodSetup("full")
@@ -416,6 +417,7 @@ def test_a_recipe_of_two_methods_trains_from_a_configuration_alone_and_resumes(t
         "train_batch_size": 2,
         "gradient_accumulation_steps": 1,
     }
+    write_tiny_sdxl(tmp_path / "model", layers_per_block=1)
     _, lines = execute(write_run(tmp_path, output="whole", max_train_steps=6, **settings))
     assert any("recipe: lcm weighs 1; guidance weighs 0 at step 0, 0.5 at step 2" in line for line in lines)
     rows = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]

@@ -4,14 +4,14 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from distill.core.errors import Interrupted, UserError
+from support.forks import begun, forked
+from support.resuming import resumed_equals_whole
 from support.small_run import execute, losses, write_run
 
 CHAOS = Path(__file__).parent / "support" / "chaos.py"
@@ -19,7 +19,6 @@ TWO = {"train_batch_size": 2, "gradient_accumulation_steps": 1, "device": "cpu",
 FSDP = {**TWO, "parallel": "fsdp", "model_type": "full", "use_ema": True, "learning_rate": 1e-5}
 VARIANTS = {
     "fp32-lora": {"evaluation_num_samples": 2, "evaluation_steps": [1]},
-    "bf16-optimizer": {"optimizer": "adamw_bf16", "mixed_precision": "bf16"},
     "full-ema": FSDP,  # two processes, each of which saves its parts
 }
 
@@ -64,13 +63,16 @@ def test_killed_and_resumed_is_byte_for_byte_the_same(killed, variant):
         torch.testing.assert_close(torch.tensor(found), torch.tensor(GOLDEN[variant]), rtol=1e-4, atol=0)
 
 
+def test_the_state_of_a_bf16_optimizer_is_resumed_bit_for_bit(tmp_path):
+    resumed_equals_whole(
+        tmp_path, [3], max_train_steps=6, checkpoint_step_interval=1, checkpoints_total_limit=6, report_to="none",
+        optimizer="adamw_bf16", mixed_precision="bf16", validation_step_interval=0,
+    )  # fmt: skip
+
+
 def chaos(*options: str, seconds: float = 1500) -> list[dict[str, int]]:
     """What tests/support/chaos.py counted of each run; it fails where anything differs from the run left alone."""
-    done = subprocess.run(
-        [sys.executable, str(CHAOS), *options],
-        capture_output=True, text=True, timeout=seconds, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr[-8000:]
+    done = forked(CHAOS, *options, processes=1, timeout=seconds)
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     print(found)
     return [{kind: count for kind, count in counts.items() if kind != "seconds"} for counts in found]
@@ -149,24 +151,18 @@ def test_a_run_with_other_images_or_another_model_is_not_resumed(runs, tmp_path)
 
 def test_signals_finish_the_step_save_and_end_with_130(tmp_path):
     settings = {"max_train_steps": 100000, "validation_step_interval": 0, "checkpoint_step_interval": 0}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    started = {}
-    for number in (signal.SIGINT, signal.SIGTERM):  # both at the same time: most of it is the start of a process
+    for number in (signal.SIGINT, signal.SIGTERM):
         config = write_run(tmp_path / number.name, **settings)
-        command = [sys.executable, "-m", "distill", "run", "--config", str(config)]
-        started[number] = subprocess.Popen(
-            command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-    for number, process in started.items():
         metrics = tmp_path / number.name / "out" / "metrics.jsonl"
-        deadline = time.monotonic() + 200
-        while not (metrics.exists() and metrics.stat().st_size):
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        process.send_signal(number)
-        _, err = process.communicate(timeout=100)
-        assert process.returncode == 130, err
+        with begun("-m", "distill", "run", "--config", config) as running:
+            deadline = time.monotonic() + 200
+            while not (metrics.exists() and metrics.stat().st_size):
+                assert time.monotonic() < deadline, running.err.read_text()
+                time.sleep(0.05)
+            os.kill(running.pids[0], number)
+            done = running.wait()
+        err = done.stderr
+        assert done.returncode == 130, err
         (checkpoint,) = (tmp_path / number.name / "out").glob("checkpoint-*")
         assert json.loads((checkpoint / "manifest.json").read_text())
         assert "resume_from_checkpoint=latest" in err

@@ -28,7 +28,7 @@ RED = network_file(MeanRed)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return write_tiny_sdxl(tmp_path_factory.mktemp("reward") / "model")
+    return write_tiny_sdxl(tmp_path_factory.mktemp("reward") / "model", layers_per_block=1)
 
 
 @pytest.fixture(scope="module")

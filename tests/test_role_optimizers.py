@@ -37,7 +37,7 @@ QUIET = {"validation_step_interval": 0, "report_to": "none", "evaluation_num_sam
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return write_tiny_sdxl(tmp_path_factory.mktemp("sdxl") / "model")
+    return write_tiny_sdxl(tmp_path_factory.mktemp("sdxl") / "model", layers_per_block=1)
 
 
 def configured(root, **settings):

@@ -14,6 +14,7 @@ import pytest
 from distill.core.cli.scaffold import Names
 from distill.core.registry.registry import KINDS, Registry
 from support.config_files import distill, said
+from support.forks import ended
 from support.small_run import losses, write_run
 
 SPOKEN = [kind.replace("_", "-") for kind in KINDS]
@@ -50,11 +51,10 @@ def site(made, tmp_path_factory) -> Path:
 
 
 def python(site: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A fresh Python in which the packages are installed."""
+    """A process in which the packages are installed."""
     root = Path(sys.modules["distill"].__file__).parent.parent
     path = os.pathsep.join([str(site), str(root), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, **environment, "PYTHONPATH": path}
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment)
+    return ended(*arguments, environment={**environment, "PYTHONPATH": path})
 
 
 def test_every_kind_installs_and_is_listed(site):

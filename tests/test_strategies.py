@@ -16,6 +16,7 @@ from distill.core.utils.strategies import ParallelSettings
 from distill.distill_methods.lcm import LCM
 from safetensors.torch import load_file
 from support import strategies
+from support.forks import forked
 from support.small_run import execute, losses, write_run
 from support.tiny_sdxl import write_tiny_sdxl
 from support.torchrun import launched
@@ -34,9 +35,9 @@ def folder(tmp_path_factory):
     return write_tiny_sdxl(tmp_path_factory.mktemp("model") / "tiny", seed=0)
 
 
-def shared(folder, out: Path, strategy: str, *cases: str, processes: int, steps: int) -> dict:
+def shared(folder, out: Path, strategy: str, *cases: str, processes: int, steps: int, start=forked) -> dict:
     script = [strategies.__file__, out, folder, strategy, "float64", steps, *cases]
-    launched(*script, processes=processes, timeout=3000)
+    start(*script, processes=processes, timeout=3000)
     return json.loads(out.read_text())
 
 
@@ -62,7 +63,8 @@ def require_equal(found: dict, expected: dict, *, tolerance: float, shards: int)
 # -- equal steps ------------------------------------------------------------------------------------------------------
 
 
-def test_two_processes_that_hold_half_of_the_weights_each_train_as_one(folder, tmp_path):
+def test_two_processes_that_hold_half_of_the_weights_each_train_as_one(tmp_path):
+    folder = write_tiny_sdxl(tmp_path / "tiny", seed=0, layers_per_block=1)
     expected = alone(folder, *(case.partition("*")[0] for case in SHORT), steps=3)
     found = shared(folder, tmp_path / "two.json", "fsdp", *SHORT, processes=2, steps=3)
     require_equal(found, expected, tolerance=1e-10, shards=2)
@@ -76,8 +78,9 @@ def test_every_method_and_kind_of_student_over_twenty_steps(folder, tmp_path, pr
     for strategy, shards in (("replicate", 1), ("fsdp", processes)):
         accumulated = ACCUMULATED if processes == 2 else ()
         found = shared(
-            folder, tmp_path / f"{strategy}.json", strategy, *ALL, *accumulated, processes=processes, steps=20
-        )
+            folder, tmp_path / f"{strategy}.json", strategy, *ALL, *accumulated, processes=processes, steps=20,
+            start=launched,
+        )  # fmt: skip
         require_equal(found, expected, tolerance=1e-10, shards=shards)
 
 
@@ -95,7 +98,7 @@ def test_the_table_of_the_docs_says_equal_of_what_is_compared_and_of_nothing_els
 
 
 def started(config: Path) -> str:
-    return launched("-m", "distill", "run", "--config", config).stderr
+    return forked("-m", "distill", "run", "--config", config).stderr
 
 
 def test_a_sharded_run_validates_saves_exports_and_goes_on_as_one_process(tmp_path):

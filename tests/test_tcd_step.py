@@ -30,7 +30,7 @@ SETTINGS = {"segments": [4, 2], "adversarial_weight": [0.0, 0.5], "w_min": 2.0, 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return write_tiny_sdxl(tmp_path_factory.mktemp("model") / "tiny", seed=0)
+    return write_tiny_sdxl(tmp_path_factory.mktemp("model") / "tiny", seed=0, layers_per_block=1)
 
 
 def setup(folder, model_type, **settings):

@@ -20,6 +20,7 @@ from distill.plugins.mlflow import MLflow, accepted, without_password
 from distill.plugins.trackio import Trackio
 from PIL import Image
 from support.listening import listening
+from support.mlflow_store import empty_store  # noqa: F401 - a fixture
 from support.tracker_readers import READERS, Written
 
 IMAGE = Image.linear_gradient("L").resize((40, 24)).convert("RGB")
@@ -44,19 +45,9 @@ def no_account(tmp_path, monkeypatch):
         monkeypatch.delitem(sys.modules, name)  # it takes its folder when it is imported
 
 
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory) -> Path:
-    """MLflow's tables, which take seconds to make."""
-    from mlflow import MlflowClient
-
-    file = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    MlflowClient(tracking_uri=f"sqlite:///{file}").search_experiments()
-    return file
-
-
 @pytest.fixture
-def folder(tmp_path, empty_store) -> Path:
-    """An output folder with them."""
+def folder(tmp_path, empty_store) -> Path:  # noqa: F811
+    """An output folder with MLflow's tables."""
     (tmp_path / "run" / "mlflow").mkdir(parents=True)
     shutil.copyfile(empty_store, tmp_path / "run" / "mlflow" / "mlflow.db")
     return tmp_path / "run"

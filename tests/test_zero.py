@@ -15,6 +15,7 @@ from distill.core.errors import UserError
 from distill.core.utils.strategies import ParallelSettings
 from distill.plugins.optimizers import AdamW, AdamWBF16, StableAdamW
 from distill.plugins.optimizers_adaptive import ScheduleFreeAdamW
+from support.forks import forked
 from support.small_run import execute, losses, write_run
 from support.strategies import CASES
 from support.tiny_sdxl import write_tiny_sdxl
@@ -36,13 +37,13 @@ def trial(tmp_path_factory):
     from support.zero_steps import STEPS, parts_of, state_of, step
 
     root = tmp_path_factory.mktemp("zero")
-    write_tiny_sdxl(root / "model")
+    write_tiny_sdxl(root / "model", layers_per_block=1)
     one = Strategy(Processes("cpu"), ParallelSettings())
     parts = parts_of(root, one)
     steps = [step(parts, one, number) for number in range(STEPS)]
     CheckpointStore(root / "one", limit=None).save(state_of(parts, one))
     steps.append(step(parts, one, STEPS))
-    launched("support/zero_steps.py", root, root, cwd=TESTS, timeout=900)
+    forked("support/zero_steps.py", root, root, cwd=TESTS, timeout=900)
     return root, one, steps, json.loads((root / "found.json").read_text())
 
 

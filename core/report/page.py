@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..drawing.curves import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, short
 from ..utils.files import write_text
 from ..utils.redaction import redacted
 from .run_contents import RunContents, find
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 FILE = "report.html"
 ASSETS = Path(__file__).parent / "assets"
@@ -28,6 +33,17 @@ def write_report(folder: Path) -> Path:
 
 def render(found: RunContents) -> str:
     """The page; it forbids itself to load or run anything but its own style and script."""
+    style, script = ((ASSETS / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
+    policy = (
+        f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    return _template().render(found=found, frame=FRAME, style=style, script=script, policy=policy)
+
+
+@cache
+def _template() -> Template:
+    """Return the page's template, which is compiled once in a process."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -38,13 +54,7 @@ def render(found: RunContents) -> str:
         lstrip_blocks=True,
     )
     environment.filters["short"] = short
-    style, script = ((ASSETS / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
-    policy = (
-        f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
-        "base-uri 'none'; form-action 'none'"
-    )
-    template = environment.get_template("report.html")
-    return template.render(found=found, frame=FRAME, style=style, script=script, policy=policy)
+    return environment.get_template("report.html")
 
 
 def _hash(text: str) -> str:

@@ -160,7 +160,7 @@ class Tiny(SDXL):
 
     @classmethod
     def example(cls, folder):
-        return write_tiny_sdxl(folder)
+        return write_tiny_sdxl(folder, layers_per_block=1)
 
     {fault}
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import faulthandler
+import gc
 import hashlib
 import json
 import os
@@ -302,6 +303,8 @@ def main() -> None:
     parser.add_argument("--full-disks", type=float, default=0.0, help="share of attempts that find their disk full")
     parser.add_argument("--bucket", action="store_true", help="images, caches and checkpoints in a bucket with outages")
     given = parser.parse_args()
+    gc.collect()
+    gc.freeze()  # else each attempt looks through the libraries' objects, and so copies their memory
     for run, kills in zip(given.runs, given.kills, strict=True):
         chaos = Chaos(run, kills, given)
         try:

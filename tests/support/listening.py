@@ -42,4 +42,5 @@ def stop_listening() -> None:
     """Leave the package's logger as an import makes it."""
     for handler in [handler for handler in PACKAGE.handlers if isinstance(handler, Listener)]:
         PACKAGE.removeHandler(handler)
-    PACKAGE.setLevel(logging.NOTSET)
+    if PACKAGE.level != logging.NOTSET:  # what every logger remembers of its level is forgotten with each change
+        PACKAGE.setLevel(logging.NOTSET)

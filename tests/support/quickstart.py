@@ -34,6 +34,8 @@ TINY_DATA = (
     "data.your-dataset-name.minimum_image_size=0",
 )
 """The same for its data file: a thousandth of a megapixel."""
+ONE_BATCH = "gradient_accumulation_steps=1"
+"""A quarter of its passes for a step, where another run makes them all."""
 
 
 NOTICES = (
@@ -91,7 +93,7 @@ def write_workspace(folder: Path) -> Path:
     for file in FILES.glob("*.json"):
         shutil.copyfile(file, folder / file.name)
     write_images(folder / "images")
-    write_tiny_sdxl(folder / "model")
+    write_tiny_sdxl(folder / "model", layers_per_block=1)
     return folder
 
 

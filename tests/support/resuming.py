@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from .small_run import execute, losses, write_run
+from .tiny_sdxl import write_tiny_sdxl
 
 
 def resumed_equals_whole(root: Path, cuts: Sequence[int], **settings: Any) -> Path:
@@ -18,6 +19,8 @@ def resumed_equals_whole(root: Path, cuts: Sequence[int], **settings: Any) -> Pa
 
     Needs ``checkpoint_step_interval`` 1 and no limit below max_train_steps. Returns the folder of the whole run.
     """
+    if "model" not in settings and not (root / "model").exists():
+        write_tiny_sdxl(root / "model", layers_per_block=1)
     execute(write_run(root, output="whole", **settings))
     whole = root / "whole"
     for cut in cuts:

@@ -23,6 +23,7 @@ def write_tiny_sdxl(
     zero_snr: bool = False,
     force_zeros: bool = True,
     text_std: float = 0.3,
+    layers_per_block: int = 2,
 ) -> Path:
     """Write a random tiny SDXL into `folder` and return it.
 
@@ -33,6 +34,7 @@ def write_tiny_sdxl(
         zero_snr: ``rescale_betas_zero_snr`` of the scheduler.
         force_zeros: ``force_zeros_for_empty_prompt`` of the pipeline.
         text_std: Spread of the token embeddings; large enough for prompts to differ.
+        layers_per_block: Layers of each of the UNet's blocks; with 1 a step takes two thirds of the time.
     """
     import torch
     from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
@@ -41,7 +43,8 @@ def write_tiny_sdxl(
     folder = Path(folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        unet, vae = UNet2DConditionModel(**unet_config()), AutoencoderKL(**vae_config())
+        unet = UNet2DConditionModel(**{**unet_config(), "layers_per_block": layers_per_block})
+        vae = AutoencoderKL(**vae_config())
         text_encoder = CLIPTextModel(text_config(WIDTHS[0], "quick_gelu"))
         text_encoder_2 = CLIPTextModelWithProjection(text_config(WIDTHS[1], "gelu"))
         for encoder in (text_encoder, text_encoder_2):
