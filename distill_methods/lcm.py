@@ -37,17 +37,19 @@ from torch import Tensor
 from ..core.diffusion import Prediction, Schedule
 from ..core.diffusion.consistency import EmaTarget, consistency_function, has_ema_target
 from ..core.diffusion.guidance import GuidanceRange, HighestGuidance, LowestGuidance, embedded_scale
+from ..core.diffusion.importance import TimestepSampling
 from ..core.diffusion.regression import HuberC, LossType, distance
 from ..core.diffusion.sampler import Sampler
 from ..core.diffusion.segments import GridSteps, above_grid, check_on_grid, even_times
 from ..core.plugin_api.batch import Batch
 from ..core.plugin_api.context import Context
+from ..core.plugin_api.grid_draws import DrawsGrid
 from ..core.plugin_api.hookspecs import hookimpl
 from ..core.plugin_api.method import Method, MethodSetup, Requirements, Role, Update
 from ..core.plugin_api.recommended import read_recommended
 
 
-class LCM(Method):
+class LCM(DrawsGrid):
     """Latent consistency distillation: 4 to 8 steps without guidance, as a LoRA or a full model."""
 
     name = "lcm"
@@ -63,6 +65,7 @@ class LCM(Method):
         ema_target: EmaTarget = None
         loss_type: LossType = "l2"
         huber_c: HuberC = 0.001
+        timestep_sampling: TimestepSampling = "uniform"
         timestep_scaling_factor: float = Field(10.0, gt=0)
         """m of the boundary scalings: how fast f turns from the identity to the network away from t = 0."""
         num_inference_steps: int = Field(4, ge=1, le=50)
@@ -110,7 +113,8 @@ class LCM(Method):
         assert batch.latents is not None
         config, schedule, rng, x_0 = self.config, context.schedule, context.rng, batch.latents
         grid = context.grid(config.num_ddim_timesteps)
-        i = rng.integers("index", len(grid))
+        draw = self.draw_step(context, len(grid))
+        i = draw.index
         t, t_prev = grid.times[i], grid.previous[i]
         eps = rng.randn("noise", x_0.shape[1:]).to(x_0.dtype)
         x_t = schedule.add_noise(x_0, eps, t)
@@ -123,7 +127,7 @@ class LCM(Method):
         output = self._f(context.predict("student", x_t, t, batch.cond, guidance=w))
 
         losses = distance(output, target, loss_type=config.loss_type, huber_c=config.huber_c)
-        yield Update("student", losses.mean(), per_sample=losses.detach(), t=t)
+        yield self.student_update(draw, losses, t=t)
 
     def _f(self, prediction: Prediction) -> Tensor:
         return consistency_function(prediction, timestep_scaling_factor=self.config.timestep_scaling_factor)

@@ -57,6 +57,7 @@ from ..core.diffusion import Schedule, append_dims
 from ..core.diffusion.adversarial import discriminator_loss, generator_loss
 from ..core.diffusion.consistency import EmaTarget, has_ema_target, trajectory_function
 from ..core.diffusion.guidance import GuidanceRange, HighestGuidance, LowestGuidance
+from ..core.diffusion.importance import TimestepSampling
 from ..core.diffusion.regression import HuberC, LossType, distance
 from ..core.diffusion.sampler import Sampler
 from ..core.diffusion.segments import (
@@ -72,6 +73,7 @@ from ..core.diffusion.weights import Weight, ever_positive, weight_at
 from ..core.plugin_api.batch import Batch, Conditioning
 from ..core.plugin_api.context import Context
 from ..core.plugin_api.discriminator import DiscriminatorSettings
+from ..core.plugin_api.grid_draws import DrawsGrid
 from ..core.plugin_api.hookspecs import hookimpl
 from ..core.plugin_api.method import Method, MethodSetup, Requirements, Role, Update
 from ..core.plugin_api.recommended import read_recommended
@@ -82,7 +84,7 @@ OWN_GUIDANCE = 7.5
 """Guidance scale that students of an unguided solver are sampled with, as in the authors' code."""
 
 
-class PCM(Method):
+class PCM(DrawsGrid):
     """Phased consistency: deterministic steps from edge to edge; keeps guidance and negative prompts if asked."""
 
     name = "pcm"
@@ -105,6 +107,7 @@ class PCM(Method):
         ema_target: EmaTarget = None
         loss_type: LossType = "huber"
         huber_c: HuberC = 0.001
+        timestep_sampling: TimestepSampling = "uniform"
         adversarial_weight: Weight = 0.1
         """lambda of the adversarial term, a number or {step: number}; 0: none, and no features are needed."""
         num_inference_steps: int | None = Field(None, ge=1, le=1000)
@@ -170,7 +173,8 @@ class PCM(Method):
         assert batch.latents is not None
         config, schedule, rng, x_0 = self.config, context.schedule, context.rng, batch.latents
         grid = context.grid(config.num_ddim_timesteps)
-        i = rng.integers("index", len(grid))
+        draw = self.draw_step(context, len(grid))
+        i = draw.index
         lower, upper = phase_of(i, num_steps=len(grid), num_phases=config.num_phases)
         t, t_prev, s = grid.times[i], grid.previous[i], grid.previous[lower]
         eps = rng.randn("noise", x_0.shape[1:]).to(x_0.dtype)
@@ -185,7 +189,7 @@ class PCM(Method):
         losses = distance(output, target, loss_type=config.loss_type, huber_c=config.huber_c)
         weight = weight_at(config.adversarial_weight, step)
         if weight == 0:
-            yield Update("student", losses.mean(), per_sample=losses.detach(), t=t)
+            yield self.student_update(draw, losses, t=t)
             return
 
         # truncated to a whole timestep where the schedule counts them
@@ -196,16 +200,16 @@ class PCM(Method):
         )
         features = context.features("teacher", fake, u, cond)
         adversarial = generator_loss(context.logits("discriminator", features), kind="hinge")
-        metrics = {"consistency": losses.detach().mean(), "adversarial": adversarial.detach().mean()}
+        metrics = {"consistency": draw.mean(losses.detach()), "adversarial": draw.mean(adversarial.detach())}
         losses = losses + weight * adversarial
-        yield Update("student", losses.mean(), metrics=metrics, per_sample=losses.detach(), t=t)
+        yield self.student_update(draw, losses, t=t, metrics=metrics)
 
         with torch.no_grad():
             told = context.features("teacher", real, u, cond)
         penalty, metrics = config.r1_term(context, told)
         judged = [context.logits("discriminator", seen) for seen in (told, [level.detach() for level in features])]
         losses = discriminator_loss(*judged, kind="hinge") + penalty
-        yield Update("discriminator", losses.mean(), metrics)
+        yield Update("discriminator", draw.mean(losses), metrics)
 
     def _solve(self, context: Context, x_t: Tensor, t: Tensor, t_prev: Tensor, cond: Conditioning) -> Tensor:
         """Return x' (B, ...), one step of the teacher's solver from `t` to `t_prev`."""

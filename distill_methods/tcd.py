@@ -63,6 +63,7 @@ from ..core.diffusion import Schedule
 from ..core.diffusion.adversarial import discriminator_loss, generator_loss
 from ..core.diffusion.consistency import EmaTarget, has_ema_target, trajectory_function
 from ..core.diffusion.guidance import GuidanceRange, HighestGuidance, LowestGuidance, embedded_scale
+from ..core.diffusion.importance import TimestepSampling
 from ..core.diffusion.regression import HuberC, LossType, distance
 from ..core.diffusion.sampler import Sampler
 from ..core.diffusion.segments import (
@@ -79,6 +80,7 @@ from ..core.errors import UserError
 from ..core.plugin_api.batch import Batch
 from ..core.plugin_api.context import Context
 from ..core.plugin_api.discriminator import DiscriminatorSettings
+from ..core.plugin_api.grid_draws import DrawsGrid
 from ..core.plugin_api.hookspecs import hookimpl
 from ..core.plugin_api.method import Method, MethodSetup, Requirements, Role, Update
 from ..core.plugin_api.stage import Stage
@@ -88,7 +90,7 @@ DEFAULT_ETA = 0.3
 T = TypeVar("T")
 
 
-class TCD(Method):
+class TCD(DrawsGrid):
     """Trajectory consistency: any number of steps, without guidance; in segments that merge by stages (TSCD)."""
 
     name = "tcd"
@@ -103,6 +105,7 @@ class TCD(Method):
         ema_target: EmaTarget = None
         loss_type: LossType = "l2"
         huber_c: HuberC = 0.001
+        timestep_sampling: TimestepSampling = "uniform"
         segments: Annotated[list[Annotated[int, Field(ge=1, le=1000)]], Field(min_length=1)] | None = None
         """Numbers of segments of the grid, one stage of the run each, falling (TSCD: 8, 4, 2, 1); null: no segments."""
         stage_shares: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)] | None = None
@@ -187,7 +190,8 @@ class TCD(Method):
         config, schedule, rng, x_0 = self.config, context.schedule, context.rng, batch.latents
         grid, num_steps = context.grid(config.num_ddim_timesteps), config.num_ddim_timesteps
         num_segments = _of_stage(config.stage_segments, context)
-        i = rng.integers("index", num_steps)
+        draw = self.draw_step(context, num_steps)
+        i = draw.index
         edge = segment_edge(i, num_steps=num_steps, num_segments=num_segments)
         j = edge + (rng.uniform("target") * (i - edge + 1)).long()
         t, t_prev, s = grid.times[i], grid.previous[i], grid.previous[j]
@@ -203,11 +207,11 @@ class TCD(Method):
         output = trajectory_function(context.predict("student", x_t, t, batch.cond, guidance=w), s)
 
         losses = distance(output, target, loss_type=config.loss_type, huber_c=config.huber_c)
-        metrics = {"consistency": losses.detach().mean()}
+        metrics = {"consistency": draw.mean(losses.detach())}
         losses = losses * self._weight(config.consistency_weight, context)
         weight = self._weight(config.adversarial_weight, context)
         if weight == 0:
-            yield Update("student", losses.mean(), metrics=metrics, per_sample=losses.detach(), t=t)
+            yield self.student_update(draw, losses, t=t, metrics=metrics)
             return
 
         reach = -(-num_steps // num_segments)
@@ -217,15 +221,15 @@ class TCD(Method):
         features = context.features("teacher", fake, u, batch.cond)
         adversarial = generator_loss(context.logits("discriminator", features), kind="hinge")
         losses = losses + weight * adversarial
-        metrics["adversarial"] = adversarial.detach().mean()
-        yield Update("student", losses.mean(), metrics=metrics, per_sample=losses.detach(), t=t)
+        metrics["adversarial"] = draw.mean(adversarial.detach())
+        yield self.student_update(draw, losses, t=t, metrics=metrics)
 
         with torch.no_grad():
             told = context.features("teacher", real, u, batch.cond)
         penalty, metrics = config.r1_term(context, told)
         judged = [context.logits("discriminator", seen) for seen in (told, [level.detach() for level in features])]
         losses = discriminator_loss(*judged, kind="hinge") + penalty
-        yield Update("discriminator", losses.mean(), metrics)
+        yield Update("discriminator", draw.mean(losses), metrics)
 
     @staticmethod
     def _weight(weight: float | dict[int, float] | list[float], context: Context) -> float:
