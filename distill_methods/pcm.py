@@ -24,6 +24,10 @@ acts as w w', and negative prompts are diluted. Without guidance in the solver, 
 without their prompt, the student keeps what its teacher had: a guidance scale and negative prompts at sampling. The
 paper does so with four phases or more: fewer leave the student on the poor unguided trajectory for too long.
 
+With ``cached_trajectories`` x_t and x' are neighbours on a trajectory of the teacher that was made before training
+(:mod:`..core.plugin_api.solver_pairs`), at one guidance scale, and no call of the teacher is left but for features. The
+student's own sampler walks such trajectories too, from edge to edge.
+
 **Adversarial consistency** (section 3.3). Heads D on features of the frozen teacher tell targets (real) from
 predictions (fake), both renoised from s to the same u ~ U[s, upper edge of the phase):
 
@@ -56,7 +60,7 @@ from torch import Tensor
 from ..core.diffusion import Schedule, append_dims
 from ..core.diffusion.adversarial import discriminator_loss, generator_loss
 from ..core.diffusion.consistency import EmaTarget, has_ema_target, trajectory_function
-from ..core.diffusion.guidance import GuidanceRange, HighestGuidance, LowestGuidance
+from ..core.diffusion.guidance import HighestGuidance, LowestGuidance
 from ..core.diffusion.importance import TimestepSampling
 from ..core.diffusion.regression import HuberC, LossType, distance
 from ..core.diffusion.sampler import Sampler
@@ -77,6 +81,7 @@ from ..core.plugin_api.grid_draws import DrawsGrid
 from ..core.plugin_api.hookspecs import hookimpl
 from ..core.plugin_api.method import Method, MethodSetup, Requirements, Role, Update
 from ..core.plugin_api.recommended import read_recommended
+from ..core.plugin_api.solver_pairs import SolverSettings, cached_pair
 
 EMPTY_PROMPTS = 0.1
 """Share of samples without their prompt where the solver is not guided, as in the authors' code."""
@@ -91,7 +96,7 @@ class PCM(DrawsGrid):
     guidance_keys = ("w_min", "w_max")
     recommended = read_recommended(__file__, name)
 
-    class Config(GuidanceRange, DiscriminatorSettings):
+    class Config(SolverSettings, DiscriminatorSettings):
         """Settings of phased consistency distillation."""
 
         num_ddim_timesteps: GridSteps = 40
@@ -123,6 +128,12 @@ class PCM(DrawsGrid):
                 )
             if problem := above_grid(self.default_steps, num_grid_steps=num_steps):
                 raise ValueError(problem)
+            if self.cached_trajectories and (self.cfg_free or self.share_without_prompt > 0):
+                key = "cfg_free" if self.cfg_free else "empty_prompt_share"
+                raise ValueError(
+                    f"{key} needs the teacher without its prompt, and cached_trajectories are those of prompts at one "
+                    f"guidance scale: leave out {key}, or cached_trajectories"
+                )
             return self
 
         @property
@@ -150,15 +161,10 @@ class PCM(DrawsGrid):
 
     @classmethod
     def requires(cls, config: Any, setup: MethodSetup) -> Requirements:
-        """Require images; equal passes of student and target; a finite x_0; features for an adversarial term."""
+        """Require images or trajectories; equal passes of student and target; features for an adversarial term."""
         if config.cfg_free:
             setup.require_unguided("distillation_config.pcm.cfg_free", "set it to false")
-        return Requirements(
-            features=ever_positive(config.adversarial_weight),
-            zero_dropout=True,
-            divides_timesteps=config.num_ddim_timesteps,
-            finite_snr=True,
-        )
+        return config.requirements(features=ever_positive(config.adversarial_weight))
 
     @property
     def _target(self) -> str:
@@ -170,19 +176,25 @@ class PCM(DrawsGrid):
 
     def updates(self, context: Context, batch: Batch, step: int) -> Iterator[Update]:
         """Yield the updates of one step of algorithm 1 of arXiv 2405.18407, with the terms of its equation 9."""
-        assert batch.latents is not None
-        config, schedule, rng, x_0 = self.config, context.schedule, context.rng, batch.latents
+        config, schedule, rng = self.config, context.schedule, context.rng
         grid = context.grid(config.num_ddim_timesteps)
         draw = self.draw_step(context, len(grid))
         i = draw.index
         lower, upper = phase_of(i, num_steps=len(grid), num_phases=config.num_phases)
         t, t_prev, s = grid.times[i], grid.previous[i], grid.previous[lower]
-        eps = rng.randn("noise", x_0.shape[1:]).to(x_0.dtype)
-        x_t = schedule.add_noise(x_0, eps, t)
-        cond = self._prompts(context, batch.cond)
+        if config.cached_trajectories:
+            assert batch.trajectories is not None
+            cond = batch.trajectories.cond
+            x_t, x_prev = cached_pair(batch.trajectories, i, grid=grid, schedule=schedule)
+        else:
+            assert batch.latents is not None
+            x_0, cond = batch.latents, self._prompts(context, batch.cond)
+            eps = rng.randn("noise", x_0.shape[1:]).to(x_0.dtype)
+            x_t = schedule.add_noise(x_0, eps, t)
+            with torch.no_grad():
+                x_prev = self._solve(context, x_t, t, t_prev, cond)
 
         with torch.no_grad():
-            x_prev = self._solve(context, x_t, t, t_prev, cond)
             target = trajectory_function(context.predict(self._target, x_prev, t_prev, cond), s)
         output = trajectory_function(context.predict("student", x_t, t, cond), s)
 
@@ -195,7 +207,7 @@ class PCM(DrawsGrid):
         # truncated to a whole timestep where the schedule counts them
         u = (s + rng.uniform("further") * (grid.times[upper] - s)).to(s.dtype)
         real, fake = (
-            renoise(schedule, x_s, s, u, rng.randn(f"further/{name}", x_0.shape[1:]).to(x_0.dtype))
+            renoise(schedule, x_s, s, u, rng.randn(f"further/{name}", x_t.shape[1:]).to(x_t.dtype))
             for name, x_s in (("real", target), ("fake", output))
         )
         features = context.features("teacher", fake, u, cond)
@@ -237,6 +249,7 @@ class PCM(DrawsGrid):
         is as asked; by default off, and 7.5 with ``cfg_free``.
         """
         steps, num_grid_steps = num_inference_steps or self.config.default_steps, self.config.num_ddim_timesteps
+        self.config.check_grid(self.name, schedule)
         check_on_grid(self.name, steps, num_grid_steps=num_grid_steps)
         default = OWN_GUIDANCE if self.config.cfg_free else 0.0
         guidance = default if guidance_scale is None else guidance_scale
