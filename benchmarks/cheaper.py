@@ -37,7 +37,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "cached": {"cached_trajectories": True},
 }
 """Row -> settings of the method beside the miniature's own recipe."""
-FULL: dict[str, dict[str, Any]] = {"full": {}, "teacher_int8": {"teacher_precision": "int8"}}
+FULL: dict[str, dict[str, Any]] = {"full": {}, "teacher_int8": {"teacher_precision": "int8-torchao"}}
 """Rows of full students -> keys of the run."""
 
 
