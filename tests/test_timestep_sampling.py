@@ -81,6 +81,17 @@ def test_the_average_over_processes_of_sums_is_the_step_of_one_process():
     assert torch.equal(divided.num_seen, history.num_seen)
 
 
+def test_no_draw_and_no_loss_waits_for_the_device():
+    """Tensors of the meta device have no values: whatever asks for one fails."""
+    history, device = filled(GRID), torch.device("meta")
+    history.to(device)
+    draw = history.draw(torch.rand(8, device=device, dtype=torch.float64))
+    losses = torch.rand(8, device=device)
+    assert draw.mean(losses).shape == ()
+    history.add(*sums_by_bin(draw.seen(losses), dtype=torch.float32))
+    assert (history.recent.device, draw.index.dtype, draw.index.shape) == (device, torch.int64, (8,))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return write_tiny_sdxl(tmp_path_factory.mktemp("model") / "tiny", seed=0)
