@@ -29,17 +29,19 @@ from pydantic import ConfigDict, Field
 
 from ..core.diffusion import Schedule
 from ..core.diffusion.guidance import GuidanceRange, embedded_scale
+from ..core.diffusion.importance import TimestepSampling
 from ..core.diffusion.regression import ErrorWeight, distance, error_weight
 from ..core.diffusion.sampler import Sampler
 from ..core.diffusion.solvers import deterministic_sampler
 from ..core.errors import UserError
 from ..core.plugin_api.batch import Batch
 from ..core.plugin_api.context import Context
+from ..core.plugin_api.grid_draws import DrawsGrid
 from ..core.plugin_api.hookspecs import hookimpl
 from ..core.plugin_api.method import Method, MethodSetup, Requirements, Role, Update
 
 
-class Guidance(Method):
+class Guidance(DrawsGrid):
     """Guidance distillation: guided images without the second call, at the teacher's number of steps."""
 
     name = "guidance"
@@ -54,6 +56,7 @@ class Guidance(Method):
         w_max: float = Field(10.0, ge=0, le=100)
         """Upper end of the range of guidance. A fully trained student takes w as an input; a LoRA learns the middle."""
         loss_weight: ErrorWeight = "truncated_snr"
+        timestep_sampling: TimestepSampling = "uniform"
         num_inference_steps: int = Field(25, ge=1, le=1000)
         """Steps that the student is validated and exported with unless the run says otherwise."""
 
@@ -81,7 +84,8 @@ class Guidance(Method):
         assert batch.latents is not None
         config, schedule, rng, x_0 = self.config, context.schedule, context.rng, batch.latents
         times = context.grid(schedule.num_train_timesteps).times
-        t = times[rng.integers("index", len(times))]
+        draw = self.draw_step(context, len(times))
+        t = times[draw.index]
         eps = rng.randn("noise", x_0.shape[1:]).to(x_0.dtype)
         x_t = schedule.add_noise(x_0, eps, t)
         told = config.takes_guidance(self.setup.model_type)
@@ -93,7 +97,7 @@ class Guidance(Method):
 
         weight = error_weight(schedule, t, kind=config.loss_weight, prediction_type=context.prediction_type)
         losses = weight.to(output.dtype) * distance(output, target, loss_type="l2", huber_c=0.0)
-        yield Update("student", losses.mean(), per_sample=losses.detach(), t=t)
+        yield self.student_update(draw, losses, t=t)
 
     @property
     def _middle(self) -> float:

@@ -16,6 +16,9 @@ with f(x, t) = c_skip(t) x + c_out(t) x0_theta(x, t) and the boundary f(x, 0) = 
 On a flow the clean end is reached exactly (sigma_0 = 0), so f = x - sigma v needs no c_skip. theta- is the student
 itself for LoRA, its exponential moving average for full training; never the teacher, for then nothing is bootstrapped.
 
+With ``cached_trajectories`` x_t and x' are neighbours on a trajectory of the teacher that was made before training
+(:mod:`..core.plugin_api.solver_pairs`), at one guidance scale, and no call of the teacher is left in a step.
+
 A LoRA has no guidance input: w only augments the teacher. Full training feeds w to the student, so that it can be run
 at any guidance of the range.
 
@@ -36,25 +39,28 @@ from torch import Tensor
 
 from ..core.diffusion import Prediction, Schedule
 from ..core.diffusion.consistency import EmaTarget, consistency_function, has_ema_target
-from ..core.diffusion.guidance import GuidanceRange, HighestGuidance, LowestGuidance, embedded_scale
+from ..core.diffusion.guidance import HighestGuidance, LowestGuidance, embedded_scale
+from ..core.diffusion.importance import TimestepSampling
 from ..core.diffusion.regression import HuberC, LossType, distance
 from ..core.diffusion.sampler import Sampler
 from ..core.diffusion.segments import GridSteps, above_grid, check_on_grid, even_times
 from ..core.plugin_api.batch import Batch
 from ..core.plugin_api.context import Context
+from ..core.plugin_api.grid_draws import DrawsGrid
 from ..core.plugin_api.hookspecs import hookimpl
 from ..core.plugin_api.method import Method, MethodSetup, Requirements, Role, Update
 from ..core.plugin_api.recommended import read_recommended
+from ..core.plugin_api.solver_pairs import SolverSettings, cached_pair
 
 
-class LCM(Method):
+class LCM(DrawsGrid):
     """Latent consistency distillation: 4 to 8 steps without guidance, as a LoRA or a full model."""
 
     name = "lcm"
     guidance_keys = ("w_min", "w_max")
     recommended = read_recommended(__file__, name)
 
-    class Config(GuidanceRange):
+    class Config(SolverSettings):
         """Settings of latent consistency distillation."""
 
         num_ddim_timesteps: GridSteps = 50
@@ -63,6 +69,7 @@ class LCM(Method):
         ema_target: EmaTarget = None
         loss_type: LossType = "l2"
         huber_c: HuberC = 0.001
+        timestep_sampling: TimestepSampling = "uniform"
         timestep_scaling_factor: float = Field(10.0, gt=0)
         """m of the boundary scalings: how fast f turns from the identity to the network away from t = 0."""
         num_inference_steps: int = Field(4, ge=1, le=50)
@@ -85,13 +92,8 @@ class LCM(Method):
 
     @classmethod
     def requires(cls, config: Any, setup: MethodSetup) -> Requirements:
-        """Require images; equal passes of student and target; a finite x_0; a guidance input if w is a range."""
-        return Requirements(
-            guidance_embedding=config.takes_guidance(setup.model_type),
-            zero_dropout=True,
-            divides_timesteps=config.num_ddim_timesteps,
-            finite_snr=True,
-        )
+        """Require images or trajectories; equal passes of student and target; a guidance input if w is a range."""
+        return config.requirements(guidance_embedding=config.takes_guidance(setup.model_type))
 
     @property
     def _target(self) -> str:
@@ -107,23 +109,30 @@ class LCM(Method):
 
     def updates(self, context: Context, batch: Batch, step: int) -> Iterator[Update]:
         """Yield the student's update, one step of algorithm 1 of arXiv 2310.04378."""
-        assert batch.latents is not None
-        config, schedule, rng, x_0 = self.config, context.schedule, context.rng, batch.latents
+        config, rng = self.config, context.rng
         grid = context.grid(config.num_ddim_timesteps)
-        i = rng.integers("index", len(grid))
-        t, t_prev = grid.times[i], grid.previous[i]
-        eps = rng.randn("noise", x_0.shape[1:]).to(x_0.dtype)
-        x_t = schedule.add_noise(x_0, eps, t)
+        draw = self.draw_step(context, len(grid))
+        t, t_prev = grid.times[draw.index], grid.previous[draw.index]
         scale = rng.uniform("w", *config.scales)
         w = scale - 1 if self._takes_guidance else None
+        if config.cached_trajectories:
+            assert batch.trajectories is not None
+            cond = batch.trajectories.cond
+            x_t, x_prev = cached_pair(batch.trajectories, draw.index, grid=grid, schedule=context.schedule)
+        else:
+            assert batch.latents is not None
+            x_0, cond = batch.latents, batch.cond
+            eps = rng.randn("noise", x_0.shape[1:]).to(x_0.dtype)
+            x_t = context.schedule.add_noise(x_0, eps, t)
+            with torch.no_grad():
+                x_prev = context.predict_guided(x_t, t, cond, scale, guided=config.guided).ddim_step(t_prev)
 
         with torch.no_grad():
-            x_prev = context.predict_guided(x_t, t, batch.cond, scale, guided=config.guided).ddim_step(t_prev)
-            target = self._f(context.predict(self._target, x_prev, t_prev, batch.cond, guidance=w))
-        output = self._f(context.predict("student", x_t, t, batch.cond, guidance=w))
+            target = self._f(context.predict(self._target, x_prev, t_prev, cond, guidance=w))
+        output = self._f(context.predict("student", x_t, t, cond, guidance=w))
 
         losses = distance(output, target, loss_type=config.loss_type, huber_c=config.huber_c)
-        yield Update("student", losses.mean(), per_sample=losses.detach(), t=t)
+        yield self.student_update(draw, losses, t=t)
 
     def _f(self, prediction: Prediction) -> Tensor:
         return consistency_function(prediction, timestep_scaling_factor=self.config.timestep_scaling_factor)
@@ -136,6 +145,7 @@ class LCM(Method):
         A student with a guidance embedding gets the middle of its range instead: 0 or 1 would feed it w <= 0.
         """
         steps = num_inference_steps or self.config.num_inference_steps
+        self.config.check_grid(self.name, schedule)
         check_on_grid(self.name, steps, num_grid_steps=self.config.num_ddim_timesteps)
         guidance = embedded_scale(guidance_scale, self.config.scales) if self._takes_guidance else guidance_scale or 0.0
         if schedule.clean_at_zero:
@@ -154,7 +164,7 @@ class LCM(Method):
     def notices(self) -> list[str]:
         """Both conventions of the guidance, and what a LoRA does with it."""
         line = self.config.notice(self.name)
-        if self.config.scales[0] < 1:
+        if self.config.scales[0] < 1 and not self.config.cached_trajectories:
             line += "; below a scale of 1 the prompt is weakened, not strengthened"
         return [line]
 

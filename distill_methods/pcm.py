@@ -24,6 +24,10 @@ acts as w w', and negative prompts are diluted. Without guidance in the solver, 
 without their prompt, the student keeps what its teacher had: a guidance scale and negative prompts at sampling. The
 paper does so with four phases or more: fewer leave the student on the poor unguided trajectory for too long.
 
+With ``cached_trajectories`` x_t and x' are neighbours on a trajectory of the teacher that was made before training
+(:mod:`..core.plugin_api.solver_pairs`), at one guidance scale, and no call of the teacher is left but for features. The
+student's own sampler walks such trajectories too, from edge to edge.
+
 **Adversarial consistency** (section 3.3). Heads D on features of the frozen teacher tell targets (real) from
 predictions (fake), both renoised from s to the same u ~ U[s, upper edge of the phase):
 
@@ -56,7 +60,8 @@ from torch import Tensor
 from ..core.diffusion import Schedule, append_dims
 from ..core.diffusion.adversarial import discriminator_loss, generator_loss
 from ..core.diffusion.consistency import EmaTarget, has_ema_target, trajectory_function
-from ..core.diffusion.guidance import GuidanceRange, HighestGuidance, LowestGuidance
+from ..core.diffusion.guidance import HighestGuidance, LowestGuidance
+from ..core.diffusion.importance import TimestepSampling
 from ..core.diffusion.regression import HuberC, LossType, distance
 from ..core.diffusion.sampler import Sampler
 from ..core.diffusion.segments import (
@@ -72,9 +77,11 @@ from ..core.diffusion.weights import Weight, ever_positive, weight_at
 from ..core.plugin_api.batch import Batch, Conditioning
 from ..core.plugin_api.context import Context
 from ..core.plugin_api.discriminator import DiscriminatorSettings
+from ..core.plugin_api.grid_draws import DrawsGrid
 from ..core.plugin_api.hookspecs import hookimpl
 from ..core.plugin_api.method import Method, MethodSetup, Requirements, Role, Update
 from ..core.plugin_api.recommended import read_recommended
+from ..core.plugin_api.solver_pairs import SolverSettings, cached_pair
 
 EMPTY_PROMPTS = 0.1
 """Share of samples without their prompt where the solver is not guided, as in the authors' code."""
@@ -82,14 +89,14 @@ OWN_GUIDANCE = 7.5
 """Guidance scale that students of an unguided solver are sampled with, as in the authors' code."""
 
 
-class PCM(Method):
+class PCM(DrawsGrid):
     """Phased consistency: deterministic steps from edge to edge; keeps guidance and negative prompts if asked."""
 
     name = "pcm"
     guidance_keys = ("w_min", "w_max")
     recommended = read_recommended(__file__, name)
 
-    class Config(GuidanceRange, DiscriminatorSettings):
+    class Config(SolverSettings, DiscriminatorSettings):
         """Settings of phased consistency distillation."""
 
         num_ddim_timesteps: GridSteps = 40
@@ -105,6 +112,7 @@ class PCM(Method):
         ema_target: EmaTarget = None
         loss_type: LossType = "huber"
         huber_c: HuberC = 0.001
+        timestep_sampling: TimestepSampling = "uniform"
         adversarial_weight: Weight = 0.1
         """lambda of the adversarial term, a number or {step: number}; 0: none, and no features are needed."""
         num_inference_steps: int | None = Field(None, ge=1, le=1000)
@@ -120,6 +128,12 @@ class PCM(Method):
                 )
             if problem := above_grid(self.default_steps, num_grid_steps=num_steps):
                 raise ValueError(problem)
+            if self.cached_trajectories and (self.cfg_free or self.share_without_prompt > 0):
+                key = "cfg_free" if self.cfg_free else "empty_prompt_share"
+                raise ValueError(
+                    f"{key} needs the teacher without its prompt, and cached_trajectories are those of prompts at one "
+                    f"guidance scale: leave out {key}, or cached_trajectories"
+                )
             return self
 
         @property
@@ -147,15 +161,10 @@ class PCM(Method):
 
     @classmethod
     def requires(cls, config: Any, setup: MethodSetup) -> Requirements:
-        """Require images; equal passes of student and target; a finite x_0; features for an adversarial term."""
+        """Require images or trajectories; equal passes of student and target; features for an adversarial term."""
         if config.cfg_free:
             setup.require_unguided("distillation_config.pcm.cfg_free", "set it to false")
-        return Requirements(
-            features=ever_positive(config.adversarial_weight),
-            zero_dropout=True,
-            divides_timesteps=config.num_ddim_timesteps,
-            finite_snr=True,
-        )
+        return config.requirements(features=ever_positive(config.adversarial_weight))
 
     @property
     def _target(self) -> str:
@@ -167,45 +176,52 @@ class PCM(Method):
 
     def updates(self, context: Context, batch: Batch, step: int) -> Iterator[Update]:
         """Yield the updates of one step of algorithm 1 of arXiv 2405.18407, with the terms of its equation 9."""
-        assert batch.latents is not None
-        config, schedule, rng, x_0 = self.config, context.schedule, context.rng, batch.latents
+        config, schedule, rng = self.config, context.schedule, context.rng
         grid = context.grid(config.num_ddim_timesteps)
-        i = rng.integers("index", len(grid))
+        draw = self.draw_step(context, len(grid))
+        i = draw.index
         lower, upper = phase_of(i, num_steps=len(grid), num_phases=config.num_phases)
         t, t_prev, s = grid.times[i], grid.previous[i], grid.previous[lower]
-        eps = rng.randn("noise", x_0.shape[1:]).to(x_0.dtype)
-        x_t = schedule.add_noise(x_0, eps, t)
-        cond = self._prompts(context, batch.cond)
+        if config.cached_trajectories:
+            assert batch.trajectories is not None
+            cond = batch.trajectories.cond
+            x_t, x_prev = cached_pair(batch.trajectories, i, grid=grid, schedule=schedule)
+        else:
+            assert batch.latents is not None
+            x_0, cond = batch.latents, self._prompts(context, batch.cond)
+            eps = rng.randn("noise", x_0.shape[1:]).to(x_0.dtype)
+            x_t = schedule.add_noise(x_0, eps, t)
+            with torch.no_grad():
+                x_prev = self._solve(context, x_t, t, t_prev, cond)
 
         with torch.no_grad():
-            x_prev = self._solve(context, x_t, t, t_prev, cond)
             target = trajectory_function(context.predict(self._target, x_prev, t_prev, cond), s)
         output = trajectory_function(context.predict("student", x_t, t, cond), s)
 
         losses = distance(output, target, loss_type=config.loss_type, huber_c=config.huber_c)
         weight = weight_at(config.adversarial_weight, step)
         if weight == 0:
-            yield Update("student", losses.mean(), per_sample=losses.detach(), t=t)
+            yield self.student_update(draw, losses, t=t)
             return
 
         # truncated to a whole timestep where the schedule counts them
         u = (s + rng.uniform("further") * (grid.times[upper] - s)).to(s.dtype)
         real, fake = (
-            renoise(schedule, x_s, s, u, rng.randn(f"further/{name}", x_0.shape[1:]).to(x_0.dtype))
+            renoise(schedule, x_s, s, u, rng.randn(f"further/{name}", x_t.shape[1:]).to(x_t.dtype))
             for name, x_s in (("real", target), ("fake", output))
         )
         features = context.features("teacher", fake, u, cond)
         adversarial = generator_loss(context.logits("discriminator", features), kind="hinge")
-        metrics = {"consistency": losses.detach().mean(), "adversarial": adversarial.detach().mean()}
+        metrics = {"consistency": draw.mean(losses.detach()), "adversarial": draw.mean(adversarial.detach())}
         losses = losses + weight * adversarial
-        yield Update("student", losses.mean(), metrics=metrics, per_sample=losses.detach(), t=t)
+        yield self.student_update(draw, losses, t=t, metrics=metrics)
 
         with torch.no_grad():
             told = context.features("teacher", real, u, cond)
         penalty, metrics = config.r1_term(context, told)
         judged = [context.logits("discriminator", seen) for seen in (told, [level.detach() for level in features])]
         losses = discriminator_loss(*judged, kind="hinge") + penalty
-        yield Update("discriminator", losses.mean(), metrics)
+        yield Update("discriminator", draw.mean(losses), metrics)
 
     def _solve(self, context: Context, x_t: Tensor, t: Tensor, t_prev: Tensor, cond: Conditioning) -> Tensor:
         """Return x' (B, ...), one step of the teacher's solver from `t` to `t_prev`."""
@@ -233,6 +249,7 @@ class PCM(Method):
         is as asked; by default off, and 7.5 with ``cfg_free``.
         """
         steps, num_grid_steps = num_inference_steps or self.config.default_steps, self.config.num_ddim_timesteps
+        self.config.check_grid(self.name, schedule)
         check_on_grid(self.name, steps, num_grid_steps=num_grid_steps)
         default = OWN_GUIDANCE if self.config.cfg_free else 0.0
         guidance = default if guidance_scale is None else guidance_scale

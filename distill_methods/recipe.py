@@ -289,6 +289,7 @@ def joint(weighteds: Sequence[WeightedUpdate]) -> Update:
         metrics=metrics,
         per_sample=torch.stack(each).sum(0) if len(each) == len(weighteds) else None,
         t=weighteds[0].update.t if len(weighteds) == 1 else None,
+        seen=[seen for weighted in weighteds for seen in weighted.update.seen],
     )
 
 

@@ -41,6 +41,9 @@ distillation terms are not part of this method.
 **Sampling** (strategic stochastic sampling, algorithm 4 of the paper). From t to the next time t_n: step to
 s = (1 - gamma) t_n, then add the noise that leads back up to t_n. gamma (``eta``) 0 is DDIM, 1 is LCM's sampling.
 
+With ``cached_trajectories`` x_t and x' are neighbours on a trajectory of the teacher that was made before training
+(:mod:`..core.plugin_api.solver_pairs`), at one guidance scale, and no call of the teacher is left but for features.
+
 The paper trains LoRAs, with the LCM paper's w in [2, 14]; its training code is not published, and this range is from
 second sources. Full training follows LCM: the student takes w as an input where it is a range.
 
@@ -62,7 +65,8 @@ from pydantic import Field, model_validator
 from ..core.diffusion import Schedule
 from ..core.diffusion.adversarial import discriminator_loss, generator_loss
 from ..core.diffusion.consistency import EmaTarget, has_ema_target, trajectory_function
-from ..core.diffusion.guidance import GuidanceRange, HighestGuidance, LowestGuidance, embedded_scale
+from ..core.diffusion.guidance import HighestGuidance, LowestGuidance, embedded_scale
+from ..core.diffusion.importance import TimestepSampling
 from ..core.diffusion.regression import HuberC, LossType, distance
 from ..core.diffusion.sampler import Sampler
 from ..core.diffusion.segments import (
@@ -79,8 +83,10 @@ from ..core.errors import UserError
 from ..core.plugin_api.batch import Batch
 from ..core.plugin_api.context import Context
 from ..core.plugin_api.discriminator import DiscriminatorSettings
+from ..core.plugin_api.grid_draws import DrawsGrid
 from ..core.plugin_api.hookspecs import hookimpl
 from ..core.plugin_api.method import Method, MethodSetup, Requirements, Role, Update
+from ..core.plugin_api.solver_pairs import SolverSettings, cached_pair
 from ..core.plugin_api.stage import Stage
 
 PerStage = Annotated[list[Number], Field(min_length=1)]
@@ -88,13 +94,13 @@ DEFAULT_ETA = 0.3
 T = TypeVar("T")
 
 
-class TCD(Method):
+class TCD(DrawsGrid):
     """Trajectory consistency: any number of steps, without guidance; in segments that merge by stages (TSCD)."""
 
     name = "tcd"
     guidance_keys = ("w_min", "w_max")
 
-    class Config(GuidanceRange, DiscriminatorSettings):
+    class Config(SolverSettings, DiscriminatorSettings):
         """Settings of trajectory consistency distillation."""
 
         num_ddim_timesteps: GridSteps = 50
@@ -103,6 +109,7 @@ class TCD(Method):
         ema_target: EmaTarget = None
         loss_type: LossType = "l2"
         huber_c: HuberC = 0.001
+        timestep_sampling: TimestepSampling = "uniform"
         segments: Annotated[list[Annotated[int, Field(ge=1, le=1000)]], Field(min_length=1)] | None = None
         """Numbers of segments of the grid, one stage of the run each, falling (TSCD: 8, 4, 2, 1); null: no segments."""
         stage_shares: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)] | None = None
@@ -148,14 +155,9 @@ class TCD(Method):
 
     @classmethod
     def requires(cls, config: Any, setup: MethodSetup) -> Requirements:
-        """Require images; equal passes of student and target; a finite x_0; features for an adversarial term."""
-        return Requirements(
-            guidance_embedding=config.takes_guidance(setup.model_type),
-            features=_ever(config.adversarial_weight),
-            zero_dropout=True,
-            divides_timesteps=config.num_ddim_timesteps,
-            finite_snr=True,
-        )
+        """Require images or trajectories; equal passes of student and target; features for an adversarial term."""
+        guided = config.takes_guidance(setup.model_type)
+        return config.requirements(guidance_embedding=guided, features=_ever(config.adversarial_weight))
 
     @classmethod
     def stages(cls, config: Any, *, total_steps: int) -> Sequence[Stage]:
@@ -183,49 +185,56 @@ class TCD(Method):
 
     def updates(self, context: Context, batch: Batch, step: int) -> Iterator[Update]:
         """Yield the updates of one step of algorithm 1 of arXiv 2402.19159, inside the segments of arXiv 2404.13686."""
-        assert batch.latents is not None
-        config, schedule, rng, x_0 = self.config, context.schedule, context.rng, batch.latents
+        config, schedule, rng = self.config, context.schedule, context.rng
         grid, num_steps = context.grid(config.num_ddim_timesteps), config.num_ddim_timesteps
         num_segments = _of_stage(config.stage_segments, context)
-        i = rng.integers("index", num_steps)
+        draw = self.draw_step(context, num_steps)
+        i = draw.index
         edge = segment_edge(i, num_steps=num_steps, num_segments=num_segments)
         j = edge + (rng.uniform("target") * (i - edge + 1)).long()
         t, t_prev, s = grid.times[i], grid.previous[i], grid.previous[j]
-        eps = rng.randn("noise", x_0.shape[1:]).to(x_0.dtype)
-        x_t = schedule.add_noise(x_0, eps, t)
-        low, high = config.scales
-        scale = rng.uniform("w", low, high)
+        scale = rng.uniform("w", *config.scales)
         w = scale - 1 if self._takes_guidance else None
+        if config.cached_trajectories:
+            assert batch.trajectories is not None
+            cond = batch.trajectories.cond
+            x_t, x_prev = cached_pair(batch.trajectories, i, grid=grid, schedule=schedule)
+        else:
+            assert batch.latents is not None
+            x_0, cond = batch.latents, batch.cond
+            eps = rng.randn("noise", x_0.shape[1:]).to(x_0.dtype)
+            x_t = schedule.add_noise(x_0, eps, t)
+            with torch.no_grad():
+                x_prev = context.predict_guided(x_t, t, cond, scale, guided=config.guided).ddim_step(t_prev)
 
         with torch.no_grad():
-            x_prev = context.predict_guided(x_t, t, batch.cond, scale, guided=config.guided).ddim_step(t_prev)
-            target = trajectory_function(context.predict(self._target, x_prev, t_prev, batch.cond, guidance=w), s)
-        output = trajectory_function(context.predict("student", x_t, t, batch.cond, guidance=w), s)
+            target = trajectory_function(context.predict(self._target, x_prev, t_prev, cond, guidance=w), s)
+        output = trajectory_function(context.predict("student", x_t, t, cond, guidance=w), s)
 
         losses = distance(output, target, loss_type=config.loss_type, huber_c=config.huber_c)
-        metrics = {"consistency": losses.detach().mean()}
+        metrics = {"consistency": draw.mean(losses.detach())}
         losses = losses * self._weight(config.consistency_weight, context)
         weight = self._weight(config.adversarial_weight, context)
         if weight == 0:
-            yield Update("student", losses.mean(), metrics=metrics, per_sample=losses.detach(), t=t)
+            yield self.student_update(draw, losses, t=t, metrics=metrics)
             return
 
         reach = -(-num_steps // num_segments)
         u = grid.previous[(j + rng.integers("further", reach)).clamp(max=num_steps - 1)]
-        noise = rng.randn("renoise", x_0.shape[1:]).to(x_0.dtype)
+        noise = rng.randn("renoise", x_t.shape[1:]).to(x_t.dtype)
         fake, real = (renoise(schedule, x_s, s, u, noise) for x_s in (output, target))
-        features = context.features("teacher", fake, u, batch.cond)
+        features = context.features("teacher", fake, u, cond)
         adversarial = generator_loss(context.logits("discriminator", features), kind="hinge")
         losses = losses + weight * adversarial
-        metrics["adversarial"] = adversarial.detach().mean()
-        yield Update("student", losses.mean(), metrics=metrics, per_sample=losses.detach(), t=t)
+        metrics["adversarial"] = draw.mean(adversarial.detach())
+        yield self.student_update(draw, losses, t=t, metrics=metrics)
 
         with torch.no_grad():
-            told = context.features("teacher", real, u, batch.cond)
+            told = context.features("teacher", real, u, cond)
         penalty, metrics = config.r1_term(context, told)
         judged = [context.logits("discriminator", seen) for seen in (told, [level.detach() for level in features])]
         losses = discriminator_loss(*judged, kind="hinge") + penalty
-        yield Update("discriminator", losses.mean(), metrics)
+        yield Update("discriminator", draw.mean(losses), metrics)
 
     @staticmethod
     def _weight(weight: float | dict[int, float] | list[float], context: Context) -> float:
@@ -241,6 +250,7 @@ class TCD(Method):
         A student with a guidance embedding gets the middle of its range instead: 0 or 1 would feed it w <= 0.
         """
         steps, num_grid_steps = num_inference_steps or self.config.num_inference_steps, self.config.num_ddim_timesteps
+        self.config.check_grid(self.name, schedule)
         check_on_grid(self.name, steps, num_grid_steps=num_grid_steps)
         guidance = embedded_scale(guidance_scale, self.config.scales) if self._takes_guidance else guidance_scale or 0.0
         eta = gamma(self.config.eta, flow=schedule.clean_at_zero)

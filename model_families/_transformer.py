@@ -87,7 +87,8 @@ class TransformerFamily(DiffusersFamily):
             names = kept_transformer_weights(names, {self.block_lists[key]: kept[key] for key in kept})
         student, state = empty_denoiser(self.architecture, config), self.wide_state(names)
         missing = {name: value for name, value in student.state_dict().items() if name not in state}
-        zeros = {name: teacher.proj_out.weight.new_zeros(value.shape).float() for name, value in missing.items()}
+        wide = next(iter(state.values()))  # not the teacher's weights, which may be packed
+        zeros = {name: wide.new_zeros(value.shape) for name, value in missing.items()}
         student.load_state_dict({**state, **zeros}, assign=True)
         return self.with_wide_ends(student.requires_grad_(True).eval())
 

@@ -11,11 +11,14 @@ import pytest
 import torch
 from distill.core.config.load import load_configuration
 from distill.core.engine.networks import Networks
+from distill.core.errors import ConfigError
 from distill.core.plugin_api.family import ExportInfo, LoraSettings, ModelSettings
 from distill.core.plugin_api.method import MethodSetup
 from distill.core.plugin_api.precision import BASE, Precisions
 from distill.core.plugin_api.quantizer import stored_bytes
 from distill.core.registry.registry import Registry
+from distill.core.runs.planned_memory import planned_memory
+from distill.core.utils.memory import savings
 from distill.distill_methods.lcm import LCM
 from distill.model_families.sdxl import SDXL
 from safetensors.torch import load_file
@@ -238,8 +241,6 @@ def test_a_network_without_quantisable_layers_is_refused(sdxl):
 
 
 def test_doctor_expects_what_the_run_then_holds(tmp_path):
-    from distill.core.runs.planned_memory import planned_memory
-
     found = {}
     for name in ("no_change", "int8-torchao"):
         config = write_run(tmp_path, output=name, base_model_precision=name)
@@ -251,3 +252,98 @@ def test_doctor_expects_what_the_run_then_holds(tmp_path):
     before, after = family.settings.precision.stored(BASE)
     assert found["no_change"] == before
     assert found["int8-torchao"] == pytest.approx(after, rel=0.05)
+
+
+# -- the teacher beside a full student -----------------------------------------------------------------------------
+
+
+def full_student_on(family):
+    """Networks of an LCM whose student and average have weights of their own."""
+    method = LCM(LCM.Config(w_min=3.0, w_max=3.0), MethodSetup("full"))
+    return Networks(family, method.roles(method.config, method.setup), lora=None, seed=0)
+
+
+@each
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_full_student_begins_with_the_unquantised_weights_beside_a_quantised_teacher(name, dtype, sdxl):
+    plain, packed = (full_student_on(family_on(sdxl, chosen, dtype)) for chosen in (None, name))
+    for role in ("student", "target"):
+        ours, theirs = packed.named_parameters(role), plain.named_parameters(role)
+        assert list(ours) == list(theirs)
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs), role
+    assert make(name).stored_bytes(packed.base) < 0.9 * stored_bytes(plain.base)
+    assert packed.module("teacher") is packed.base
+    assert not packed.named_parameters("teacher")
+
+
+def test_the_new_weights_of_a_transformers_student_do_not_come_from_a_packed_teacher(tmp_path):
+    from distill.model_families.flux import Flux
+    from support.tiny_families import write_tiny_flux
+
+    folder, students = write_tiny_flux(tmp_path / "flux", guidance=False), []
+    for name in (None, "nf4-bnb"):
+        precision = Precisions({BASE: make(name)} if name else {})
+        family = Flux(Flux.Config(), ModelSettings(str(folder), precision=precision))
+        teacher = family.load_network()
+        students.append(family.student_network(teacher, guidance_embedding=not family.takes_guidance(teacher)))
+    ours, theirs = (student.state_dict() for student in students)
+    assert all(torch.equal(ours[key], theirs[key]) and ours[key].dtype == torch.float32 for key in theirs)
+
+
+def test_a_run_of_a_full_student_beside_a_quantised_teacher_trains_and_resumes(tmp_path):
+    settings = {
+        "model_type": "full", "teacher_precision": "int8-torchao", "mixed_precision": "no", "max_train_steps": 4,
+        "checkpoint_step_interval": 2, "validation_step_interval": 0, "report_to": "none", "learning_rate": 1e-4,
+        "distillation_config": {"lcm": {"w_min": 3.0, "w_max": 3.0, "loss_type": "l2"}},
+    }  # fmt: skip
+    whole, lines = execute(write_run(tmp_path, output="whole", **settings))
+    assert [line.split(":")[0] for line in lines if " quantised by " in line] == ["teacher quantised by int8-torchao"]
+    execute(write_run(tmp_path, output="parts", **settings), max_train_steps=2)
+    execute(write_run(tmp_path, output="parts", **settings))
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    execute(write_run(tmp_path, output="plain", **{**settings, "teacher_precision": "no_change"}))
+    for (_, ours, _), (_, plain, _) in zip(losses(tmp_path / "whole"), losses(tmp_path / "plain"), strict=True):
+        assert 0 < abs(ours - plain) < 0.05 * plain, "the teacher alone is rounded"
+    assert (whole.student / "unet").is_dir()
+
+    found = {}
+    for output in ("whole", "plain"):
+        configuration = load_configuration(REGISTRY, config_file=tmp_path / f"{output}.json")
+        planned = planned_memory(configuration, REGISTRY)
+        found[output] = planned.base_parameters * planned.base_bytes
+    assert "teacher_precision=int8-quanto" in dict(savings(planned, quantizers=True))
+    family = family_on(tmp_path / "model", "int8-torchao")
+    family.load_network()
+    before, after = family.settings.precision.stored(BASE)
+    assert found["plain"] == before
+    assert found["whole"] == pytest.approx(after, rel=0.05), "doctor counts the packed teacher"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"teacher_precision": "int8-torchao"},
+            "(?s)teacher_precision = 'int8-torchao': the teacher of a LoRA is the LoRA's own base .*"
+            "set base_model_precision to it instead",
+        ),
+        (
+            {"base_model_precision": "int8-torchao", "model_type": "full"},
+            "(?s)this one is what model_type full trains.*teacher_precision quantises the teacher beside the student",
+        ),
+        (
+            {"teacher_precision": "int8-torcha", "model_type": "full"},
+            "(?s)teacher_precision = 'int8-torcha'.*did you mean 'int8-torchao'",
+        ),
+        (
+            {
+                "teacher_precision": "nf4-bnb", "model_type": "full", "distillation_method": "meanflow",
+                "distillation_config": {"meanflow": {"derivative": "exact"}},
+            },
+            "(?s)teacher_precision = 'nf4-bnb': the method 'meanflow' differentiates the network in forward mode",
+        ),
+    ],
+)  # fmt: skip
+def test_a_precision_of_the_wrong_network_is_refused_with_the_right_key(settings, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        load_configuration(REGISTRY, config_file=write_run(tmp_path, **settings))

@@ -162,7 +162,7 @@ def memory(settings: MemorySettings | None, configuration: Configuration, regist
     yield "verdict", verdict.line(free)
     for size in CARDS:
         yield f"{size} GB card", verdict.card(size)
-    for label, saved in savings(settings, quantizers=configuration.run.model_type == "lora"):
+    for label, saved in savings(settings, quantizers=True):
         yield "saves", f"{label}: about {gigabytes(saved)}"
 
 

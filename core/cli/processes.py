@@ -92,7 +92,7 @@ def _problem(
         strategy.check(
             model_type=run.model_type,
             optimizer=registry.get("optimizer", run.optimizer),
-            quantised=run.base_model_precision != "no_change",
+            quantised=run.frozen_base_precision != "no_change",
             mixed_precision=run.mixed_precision,
         )
         strategy.check_method(run.distillation_method, method.requires(method.config, method.setup))

@@ -32,7 +32,7 @@ HOW_CHOSEN = {
     "data_backend": "The key `type` of a dataset chooses one; its settings stand in the same entry of the data file. [Data](../data.md) shows an entry of each.",
     "tracker": "`report_to` names one or several; their settings stand under `tracker_config.NAME`. [Trackers](../trackers.md) says where each of them writes.",
     "optimizer": "`optimizer` names one; its settings stand under `optimizer_config.NAME`. [Optimizers](../optimizers.md) compares their memory and learning rates.",
-    "quantizer": "`base_model_precision` names one for the frozen base, `text_encoder_1_precision` to `text_encoder_4_precision` for the text encoders; their settings stand under `quantizer_config.NAME`. [Less memory](../low-memory.md) compares them.",
+    "quantizer": "`base_model_precision` names one for the frozen base of a LoRA, `teacher_precision` for the teacher of a full student, `text_encoder_1_precision` to `text_encoder_4_precision` for the text encoders; their settings stand under `quantizer_config.NAME`. [Less memory](../low-memory.md) compares them.",
     "evaluator": "`evaluators` names one or several; their settings stand under `evaluator_config.NAME`. [Evaluators](../evaluators.md) says what each of them needs.",
     "publisher": "`publish_to`, or `distill publish OUTPUT_DIR --to NAME`, names one or several; their settings stand under `publisher_config.NAME`. [Publishers](../publishers.md) shows how each of them is used.",
 }

@@ -11,13 +11,15 @@ from ..utils import packages
 from ..utils.devices import cuda_available
 
 if TYPE_CHECKING:
+    from ..plugin_api.method import MethodSetup
     from ..registry.registry import Registry
     from .reading import ConfigReport
 
 BASE = "base_model_precision"
+TEACHER = "teacher_precision"
 TEXT_ENCODERS = {f"text_encoder_{number}_precision": number for number in range(1, 5)}
 """Key -> number of the text encoder."""
-PRECISIONS = (BASE, *TEXT_ENCODERS)
+PRECISIONS = (BASE, TEACHER, *TEXT_ENCODERS)
 """Keys that name a quantizer, or ``no_change``."""
 
 
@@ -79,9 +81,9 @@ def _of_family(key: str, classes: dict[str, type[Any]]) -> Problems:
     if family is None:
         return
     able = family.capabilities
-    if key == BASE and not able.quantised_base:
+    if key in (BASE, TEACHER) and not able.quantised_base:
         yield f"the family {family.name!r} does not quantise its base", f"set it to {NO_CHANGE}"
-    elif key != BASE and TEXT_ENCODERS[key] > able.quantised_text_encoders:
+    elif key in TEXT_ENCODERS and TEXT_ENCODERS[key] > able.quantised_text_encoders:
         count = able.quantised_text_encoders
         yield f"the family {family.name!r} quantises {count or 'no'} text encoders", f"set it to {NO_CHANGE}"
 
@@ -89,20 +91,31 @@ def _of_family(key: str, classes: dict[str, type[Any]]) -> Problems:
 def _of_training(
     run: RunSettings, key: str, quantizer: type[Any], classes: dict[str, type[Any]], method_config: Any
 ) -> Problems:
-    from ..engine.returned import roles_of
     from ..plugin_api.method import MethodSetup
 
-    if run.model_type == "full":
+    full = run.model_type == "full"
+    if full and key != TEACHER:
         what = "is what model_type full trains" if key == BASE else "is exported whole with model_type full"
         problem = f"a quantised network only goes with a LoRA: this one {what}"
-        yield problem, f"set model_type to lora, or {key} to {NO_CHANGE}"
+        beside = f"; {TEACHER} quantises the teacher beside the student" if key == BASE else ""
+        yield problem, f"set model_type to lora, or {key} to {NO_CHANGE}{beside}"
+        return
+    if not full and key == TEACHER:
+        problem = "the teacher of a LoRA is the LoRA's own base with the adapter off, one network in memory"
+        yield problem, f"set {BASE} to it instead, which quantises both, and {TEACHER} to {NO_CHANGE}"
         return
     method, setup = classes.get("method"), MethodSetup(run.model_type, use_ema=run.use_ema)
-    if key != BASE or method is None or method_config is None:
+    if key in TEXT_ENCODERS or method is None or method_config is None:
         return
-    full = [role.name for role in roles_of(method, method_config, setup) if role.trains == "full"]
-    if full:
-        problem = f"the method {method.name!r} trains all weights of a copy of the base ({', '.join(full)})"
+    yield from _of_method(key, quantizer, method, method_config, setup)
+
+
+def _of_method(key: str, quantizer: type[Any], method: Any, method_config: Any, setup: MethodSetup) -> Problems:
+    from ..engine.returned import roles_of
+
+    whole = [role.name for role in roles_of(method, method_config, setup) if role.trains == "full"]
+    if whole and key == BASE:
+        problem = f"the method {method.name!r} trains all weights of a copy of the base ({', '.join(whole)})"
         yield problem, f"set it to {NO_CHANGE}"
     if method.requires(method_config, setup).forward_ad and not quantizer.forward_ad:
         problem = f"the method {method.name!r} differentiates the network in forward mode, which its layers cannot"

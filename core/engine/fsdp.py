@@ -60,9 +60,10 @@ class FullyShard(Strategy):
                 "set a divisor of the number of processes, or 0 for all",
             )
         if quantised:
+            key = "teacher_precision" if model_type == "full" else "base_model_precision"
             raise UserError(
                 "parallel = fsdp with a quantised base: the packed weights of a layer cannot be cut into equal parts",
-                "leave base_model_precision out: sharded over N processes, the base takes 1/N of its memory on each",
+                f"leave {key} out: sharded over N processes, the base takes 1/N of its memory on each",
             )
         if model_type == "full" and not optimizer.elementwise:
             raise UserError(

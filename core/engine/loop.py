@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..diffusion.importance import LossHistory, SeenLosses, sums_by_bin
 from ..errors import PluginError
 from ..plugin_api.batch import Batch
 from ..plugin_api.context import Context
@@ -170,7 +171,7 @@ class Loop:
             self.optimizers[update.role].backward(update.loss / num_batches, last=last)
         detached = Update(
             update.role, update.loss.detach(), {k: v.detach() for k, v in update.metrics.items()},
-            update.per_sample, update.t,
+            update.per_sample, update.t, update.seen,
         )  # fmt: skip
         accumulated.updates.append(detached)
         accumulated.keys.extend(batch.keys)
@@ -182,12 +183,15 @@ class Loop:
         metrics = {
             name: torch.stack([update.metrics[name] for update in updates]).mean() for name in updates[0].metrics
         }
+        seen = _losses_seen(updates)
         with span(REDUCTION):
-            self._reduce([loss, *metrics.values(), *optimizer.gradients_to_average()])
+            self._reduce([loss, *metrics.values(), *seen.values(), *optimizer.gradients_to_average()])
         finite = torch.isfinite(loss)
         self.before_change()
         with span(OPTIMIZER, role):
             norm, taken = optimizer.step(step, healthy=finite)
+        for history, (sums, counts) in seen.items():
+            history.add(sums, counts)
         with span(AVERAGES):
             self.networks.update_averages(role)
         bad = _bad_samples(updates, len(accumulated.keys), loss)
@@ -209,6 +213,15 @@ def _bad_samples(updates: Sequence[Update], num_samples: int, loss: Tensor) -> T
     if not losses:
         return torch.zeros(num_samples, dtype=torch.bool, device=loss.device)
     return ~torch.isfinite(torch.cat(losses))
+
+
+def _losses_seen(updates: Sequence[Update]) -> dict[LossHistory, Tensor]:
+    """Return, for each history that draws of times go by, the sums and counts of its bins over the micro-batches."""
+    parts: dict[LossHistory, list[SeenLosses]] = {}
+    for seen in (each for update in updates for each in update.seen):
+        parts.setdefault(seen.history, []).append(seen)
+    dtype = torch.promote_types(updates[0].loss.dtype, torch.float32)  # exchanged with the loss, in its bucket
+    return {history: sums_by_bin(each, dtype=dtype) for history, each in parts.items()}
 
 
 def _time_bins(updates: Sequence[Update], t_max: float) -> tuple[Tensor | None, Tensor | None]:

@@ -108,8 +108,8 @@ class Zero(Strategy):
             ),
             (
                 quantised and self.stage == 3,
-                "a quantised base: the packed weights of a layer cannot be cut into equal parts",
-                "leave base_model_precision out: divided over N processes, the base takes 1/N of its memory on each",
+                "a quantised teacher: the packed weights of a layer cannot be cut into equal parts",
+                "leave teacher_precision out: divided over N processes, the base takes 1/N of its memory on each",
             ),
         ]
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from ..diffusion.adversarial import HeadKind, HeadLevels
+    from ..diffusion.importance import SeenLosses
     from ..diffusion.schedule import Schedule
     from .batch import Batch
     from .context import Context
@@ -176,6 +177,7 @@ class Update:
         metrics: Scalars to log, as detached tensors (never ``.item()``: that would synchronise the device).
         per_sample: Detached loss of each sample, shape (B,), to name bad samples and fill the histogram by timestep.
         t: Times of the samples in the schedule's units, shape (B,).
+        seen: The losses that later draws of times go by (:class:`.grid_draws.DrawsGrid`).
     """
 
     role: str
@@ -183,6 +185,7 @@ class Update:
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
     per_sample: Tensor | None = None
     t: Tensor | None = None
+    seen: Sequence[SeenLosses] = ()
 
 
 @dataclass(frozen=True)

@@ -28,10 +28,14 @@ class Precisions:
 
     Args:
         quantizers: ``base_model`` and ``text_encoder_N`` -> the quantizer of that network.
+        names: The same parts -> what messages call them, whose keys are these with ``_precision``; themselves unless
+            given.
     """
 
-    def __init__(self, quantizers: Mapping[str, Quantizer] | None = None) -> None:
-        self._quantizers = dict(quantizers or {})
+    def __init__(
+        self, quantizers: Mapping[str, Quantizer] | None = None, *, names: Mapping[str, str] | None = None
+    ) -> None:
+        self._quantizers, self._names = dict(quantizers or {}), dict(names or {})
         self._stored: dict[str, tuple[int, int]] = {}
 
     def quantises(self, part: str) -> bool:
@@ -66,9 +70,10 @@ class Precisions:
         network = quantizer.quantize(network, device=device, keep=keep)
         after = quantizer.stored_bytes(network)
         if after >= before:
+            key = f"{self._names.get(part, part)}_precision"
             raise UserError(
-                f"{part}_precision = {quantizer.name!r} saves nothing: none of its layers can be packed",
-                f"set {part}_precision to {NO_CHANGE}",
+                f"{key} = {quantizer.name!r} saves nothing: none of its layers can be packed",
+                f"set {key} to {NO_CHANGE}",
             )
         if part not in self._stored:
             self._tell(part, quantizer, before, after)
@@ -79,7 +84,7 @@ class Precisions:
         from ..utils.memory import gigabytes
 
         saved = f"{gigabytes(before)} -> {gigabytes(after)}, {1 - after / before:.0%} saved"
-        logger.info(f"{part} quantised by {quantizer.name}: {saved}")
+        logger.info(f"{self._names.get(part, part)} quantised by {quantizer.name}: {saved}")
 
     def stored(self, part: str) -> tuple[int, int] | None:
         """Return the bytes of the network `part` before and after it was quantised; None where it was not."""

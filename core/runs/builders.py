@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ..config.quantisation import named_quantizers
+from ..config.quantisation import TEACHER, named_quantizers
 from ..config.requirements import with_parts
 from ..errors import UserError
 from ..plugin_api.family import LoraSettings, ModelFamily, ModelSettings, Precision
 from ..plugin_api.method import Method, MethodSetup, Requirements, completed
-from ..plugin_api.precision import Precisions
+from ..plugin_api.precision import BASE, Precisions
 from ..plugin_api.quantizer import NO_CHANGE, Quantizer
 from ..settings.configuration import data_resolution
 from ..utils.devices import resolve_device
@@ -87,19 +87,21 @@ def build_family(configuration: Configuration, registry: Registry, *, device: st
     source = str(family.miniature) if family.miniature else None
     settings = model_settings(configuration, source=source)
     settings = replace(settings, device=device) if device else settings
-    precision = Precisions(_quantizers(configuration, registry, settings.device))
+    names = {BASE: "teacher"} if configuration.run.model_type == "full" else {}
+    precision = Precisions(_quantizers(configuration, registry, settings.device), names=names)
     return family(configuration.family, replace(settings, precision=precision))
 
 
 def _quantizers(configuration: Configuration, registry: Registry, device: str) -> dict[str, Quantizer]:
-    """Network -> its quantizer."""
+    """Network -> its quantizer; a full student's teacher is the base that its family loads."""
     found: dict[str, Quantizer] = {}
     for key, name in named_quantizers(configuration.run).items():
         quantizer = registry.get("quantizer", name)
         reason = quantizer.usable(device)
         if reason is not None:
             raise UserError(f"{key} = {name!r} cannot be used on {device}: {reason}", f"set {key} to {NO_CHANGE}")
-        found[key.removesuffix("_precision")] = quantizer(configuration.quantizers[quantizer.name])
+        part = BASE if key == TEACHER else key.removesuffix("_precision")
+        found[part] = quantizer(configuration.quantizers[quantizer.name])
     return found
 
 

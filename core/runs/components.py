@@ -77,7 +77,7 @@ class RunComponents:
         strategy = build_strategy(self.processes, asked)
         strategy.check(
             model_type=settings.model_type, optimizer=self.registry.get("optimizer", settings.optimizer),
-            quantised=settings.base_model_precision != "no_change", mixed_precision=settings.mixed_precision,
+            quantised=settings.frozen_base_precision != "no_change", mixed_precision=settings.mixed_precision,
         )  # fmt: skip
         strategy.require_packages()
         return strategy
@@ -171,7 +171,7 @@ class RunComponents:
         settings = self.settings
         asked = CompileSettings(
             mode=settings.compile, gradient_checkpointing=settings.gradient_checkpointing,
-            dropout=settings.lora_dropout, quantised=settings.base_model_precision != "no_change",
+            dropout=settings.lora_dropout, quantised=settings.frozen_base_precision != "no_change",
             lockstep=self.strategy.lockstep, memory_budget=settings.activation_memory_budget,
         )  # fmt: skip
         return Compilation(asked, self.processes.device)

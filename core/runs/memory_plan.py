@@ -87,7 +87,7 @@ def division_of(run: RunComponents) -> Division:
 
 def can_be_quantised(run: RunComponents) -> bool:
     """Return True if a quantised base goes with this run."""
-    return run.settings.model_type == "lora" and run.strategy.name == "replicate"
+    return run.strategy.name == "replicate"
 
 
 def memory_settings(run: RunComponents) -> MemorySettings:
@@ -119,6 +119,7 @@ def memory_settings(run: RunComponents) -> MemorySettings:
         averaged_parameters=sum(own[name] for name in averages),
         student_parameters=own["student"],
         quantisable=all(role.trains != "full" for role in networks.roles.values()),
+        full_student=settings.model_type == "full",
         staged=settings.checkpoint_async and str(run.processes.device) == "cpu",
         gradient_checkpointing=settings.gradient_checkpointing,
         activation_offload=settings.activation_offload,

@@ -8,6 +8,7 @@ from functools import partial
 from itertools import combinations
 from typing import TYPE_CHECKING
 
+from ..config.quantisation import BASE, TEACHER
 from ..errors import DistillError
 from ..settings.configuration import default_resolution
 from ..utils.memory import MemorySettings, gigabytes, peak
@@ -159,8 +160,9 @@ def _changes(configuration: Configuration, registry: Registry, settings: MemoryS
         yield Change(label, lambda one: replace(one, batch=1))
     if settings.optimizer_bytes > SMALL_STATE:
         yield from _optimizers(registry)
-    if run.model_type == "lora" and settings.quantisable and run.base_model_precision == "no_change":
-        yield from _quantizers(configuration, registry, settings)
+    shared = run.model_type == "lora" and settings.quantisable
+    if (shared or run.model_type == "full") and run.frozen_base_precision == "no_change":
+        yield from _quantizers(configuration, registry, settings, key=BASE if shared else TEACHER)
     if settings.kept is not None and not settings.activation_offload:
         yield Change("activation_offload=true", lambda one: replace(one, activation_offload=True))
 
@@ -188,7 +190,9 @@ def _optimizers(registry: Registry) -> Iterator[Change]:
             return
 
 
-def _quantizers(configuration: Configuration, registry: Registry, settings: MemorySettings) -> Iterator[Change]:
+def _quantizers(
+    configuration: Configuration, registry: Registry, settings: MemorySettings, *, key: str
+) -> Iterator[Change]:
     """Yield the first quantizer of about a byte per weight, and the smallest one, that this machine can use."""
     family = build_family(configuration, registry)
     network, kinds = family.empty_network(), [registry.get("quantizer", name) for name in registry.names("quantizer")]
@@ -197,12 +201,12 @@ def _quantizers(configuration: Configuration, registry: Registry, settings: Memo
         return
     sizes: dict[str, float] = {}
     for kind in usable:
-        changed = replace(configuration, run=configuration.run.model_copy(update={"base_model_precision": kind.name}))
+        changed = replace(configuration, run=configuration.run.model_copy(update={key: kind.name}))
         sizes[kind.name] = base_bytes(changed, registry, network)
     of_a_byte = [kind.name for kind in usable if 0.9 <= kind.bytes_per_weight <= 1.1]
     # the one of a byte that packs most, since it rounds least, and the smallest of all
     for name in dict.fromkeys([*sorted(of_a_byte, key=sizes.__getitem__)[:1], min(sizes, key=sizes.__getitem__)]):
-        yield Change(f"base_model_precision={name}", partial(_packed, sizes[name]))
+        yield Change(f"{key}={name}", partial(_packed, sizes[name]))
 
 
 def _packed(bytes_per_weight: float, settings: MemorySettings) -> MemorySettings:

@@ -65,6 +65,7 @@ def planned_memory(
         averaged_parameters=sum(own[name] for name in averages),
         student_parameters=own["student"],
         quantisable=all(role.trains != "full" for role in roles.values()),
+        full_student=run.model_type == "full",
         staged=run.checkpoint_async and resolve_device(run.device) == "cpu",
         gradient_checkpointing=run.gradient_checkpointing,
         activation_offload=run.activation_offload,
@@ -182,9 +183,9 @@ def base_bytes(configuration: Configuration, registry: Registry, network: nn.Mod
 
     run = configuration.run
     item = 4 if run.mixed_precision == "no" else 2
-    if run.base_model_precision == NO_CHANGE:
+    if run.frozen_base_precision == NO_CHANGE:
         return item
-    quantizer = registry.get("quantizer", run.base_model_precision)
+    quantizer = registry.get("quantizer", run.frozen_base_precision)
     kinds = tuple(getattr(nn, name) for name in quantizer.layers)
     total = sum(weight.numel() for weight in network.parameters())
     layers = [layer for layer in network.modules() if type(layer) in kinds]

@@ -69,7 +69,9 @@ class ModelKeys(Settings):
     distillation_method: str = "lcm"
     """A registered method (`distill plugins list`)."""
     base_model_precision: str = "no_change"
-    """Quantizer of the frozen base, with LoRA only (`distill plugins list`); `no_change`: none."""
+    """Quantizer of the frozen base that a LoRA shares with its teacher (`distill plugins list`); `no_change`: none."""
+    teacher_precision: str = "no_change"
+    """Quantizer of the teacher that is held beside a fully trained student, as base_model_precision for a LoRA."""
     text_encoder_1_precision: str = "no_change"
     """Quantizer of the first text encoder, as base_model_precision."""
     text_encoder_2_precision: str = "no_change"
@@ -289,6 +291,11 @@ DEFAULT_OUTPUT = Path("output")
 
 class RunSettings(ModelKeys, DataKeys, TrainingKeys, OutputKeys):
     """Every key of the run; the parts of method, family, optimizer and plugins are checked by their owners."""
+
+    @property
+    def frozen_base_precision(self) -> str:
+        """The quantizer of the frozen base, which is a LoRA's own base or a full student's teacher; ``no_change``."""
+        return self.teacher_precision if self.model_type == "full" else self.base_model_precision
 
     @model_validator(mode="before")
     @classmethod

@@ -109,6 +109,7 @@ class MemorySettings:
         decoding_bytes: Bytes of the autoencoder and of its activations, where latents are decoded with a gradient.
         auxiliary_bytes: Bytes of the weights of frozen networks that a method brings, as of LPIPS or of a reward.
         quantisable: Whether the base may be quantised: no copy of it is trained.
+        full_student: Whether the student has all weights of its own, so that the base is its teacher alone.
         full_roles: Number of the roles that train a whole network.
         full_parameters: Those of the trained parameters that belong to them; the rest are of adapters and heads.
         averaged_full_parameters: Those of the averaged parameters that are averages or copies of whole networks.
@@ -137,6 +138,7 @@ class MemorySettings:
     decoding_bytes: int = 0
     auxiliary_bytes: int = 0
     quantisable: bool = True
+    full_student: bool = False
     full_roles: int = 0
     full_parameters: int = 0
     averaged_full_parameters: int = 0
@@ -296,8 +298,9 @@ def savings(settings: MemorySettings, *, quantizers: bool = False, measure: Meas
         choices["mixed_precision=bf16"] = scaled(settings, 0.5, compute_bytes=2, base_bytes=min(settings.base_bytes, 2))
     if settings.optimizer_bytes + 2 * settings.trained_bytes > 12:
         choices["optimizer=adamw_bf16"] = replace(settings, optimizer_bytes=8, trained_bytes=2)
-    if quantizers and settings.quantisable and settings.base_bytes > 1:
-        choices["base_model_precision=int8-quanto (LoRA only)"] = replace(settings, base_bytes=1)
+    if quantizers and (settings.quantisable or settings.full_student) and settings.base_bytes > 1:
+        key = "teacher_precision=int8-quanto" if settings.full_student else "base_model_precision=int8-quanto"
+        choices[key] = replace(settings, base_bytes=1)
     if settings.decoding_bytes:
         tiny = settings.decoding_bytes // TINY_DECODER
         choices["pixel_decoder=NAME of a tiny autoencoder (TAESD)"] = replace(settings, decoding_bytes=tiny)
