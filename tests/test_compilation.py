@@ -144,6 +144,13 @@ def test_auto_compiles_long_runs_on_cuda(monkeypatch, settings, device, steps, c
     assert CompileSettings("auto", **settings).chosen(device, num_steps=steps) == chosen
 
 
+def test_no_compiler_is_looked_for_where_nothing_would_be_compiled(monkeypatch):
+    """Looking for one imports it, a quarter of a second of every run's start."""
+    monkeypatch.setattr(compilation, "compiler_problem", lambda device: pytest.fail("it was looked for"))
+    assert CompileSettings("auto").chosen(CPU, num_steps=10**6) == "off"
+    assert CompileSettings("auto").chosen(CUDA, num_steps=10) == "off"
+
+
 # -- kernels ----------------------------------------------------------------------------------------------------------
 
 

@@ -77,8 +77,10 @@ class CompileSettings:
         """
         if self.mode != "auto":
             return self.mode
+        if device.type != "cuda" or num_steps < LONG_ENOUGH:  # asked first: looking for a compiler loads it
+            return "off"
         hindered = self.lockstep or self.quantised or self.dropout > 0 or compiler_problem(device) is not None
-        return "regions" if device.type == "cuda" and num_steps >= LONG_ENOUGH and not hindered else "off"
+        return "off" if hindered else "regions"
 
 
 def compiler_problem(device: torch.device) -> str | None:
