@@ -6,7 +6,7 @@ autocast gives each kernel, and with attention as the fused kernels keep it (que
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 IN_FP32 = (functional.layer_norm, functional.group_norm)
 """Kernels that autocast runs in fp32 on CUDA, and keeps such inputs of."""
@@ -60,8 +60,8 @@ def kept_bytes(
         adapted: Names of the modules that a LoRA adapts; empty: all weights are trained.
         rank: Of the LoRA.
     """
-    counter = _Kept(network)
     factors = {network.get_submodule(name).weight: rank for name in adapted}
+    counter = _Kept(network, factors)
     kernels = _Kernels(factors, half=half, wide_norms=wide_norms, exclude=counter.exclude)
     hooks = torch.autograd.graph.saved_tensors_hooks(counter.keep, _never)
     with (
@@ -80,9 +80,13 @@ def kept_bytes(
 
 @dataclass
 class _Kept:
-    """Counts storages once each, by where they are first kept."""
+    """Counts storages once each, by where they are first kept.
+
+    Of blocks that are alike, with inputs that are alike, one is computed.
+    """
 
     network: nn.Module
+    adapted: Collection[Tensor]
     outside: int = 0
     inputs: int = 0
     largest: int = 0
@@ -91,6 +95,7 @@ class _Kept:
     def __post_init__(self) -> None:
         self._seen: dict[int, torch.UntypedStorage] = {}  # held, so that no other comes to lie at its address
         self._unit: list[int] | None = None
+        self._known: dict[Hashable, tuple[list[int], Any]] = {}
         for weight in (*self.network.parameters(), *self.network.buffers()):
             self.exclude(weight)
 
@@ -117,12 +122,25 @@ class _Kept:
     def unit(self, module: Callable[..., Any], *args: Any) -> Any:
         """A block that checkpointing recomputes: what enters it is kept, what it keeps is not."""
         self.inputs += sum(self._new_bytes(leaf) for leaf in tree_leaves(args) if isinstance(leaf, Tensor))
-        self._unit = []
-        self.units.append(self._unit)
-        try:
-            return module(*args)
-        finally:
+        key = self._kind(module, args)
+        if key not in self._known:
+            self._unit = []
+            self._known[key] = self._unit, module(*args)
             self._unit = None
+        kept, output = self._known[key]
+        self.units.append(kept)
+        return tree_map(_another, output)
+
+    def _kind(self, module: Any, args: Any) -> Hashable:
+        """Return what the bytes of a block depend on: its weights, which of them are adapted, and its inputs."""
+        weights = [(name, weight.shape, weight in self.adapted) for name, weight in module.named_parameters()]
+        inputs = [(each.shape, each.dtype) if isinstance(each, Tensor) else repr(each) for each in tree_leaves(args)]
+        return type(module), tuple(weights), tuple(inputs)
+
+
+def _another(value: Any) -> Any:
+    """Return a tensor like this one of another block of the same kind; other values as they are."""
+    return torch.empty_like(value, requires_grad=True).clone() if isinstance(value, Tensor) else value
 
 
 class _Attention(torch.autograd.Function):
