@@ -210,6 +210,9 @@ def test_doctor_says_what_is_there_and_what_is_missing():
     assert "missing; the tracker far-tracker needs it" in result.stdout
     assert "Hugging Face" in result.stdout
     assert "--config FILE adds" in result.stdout
+    recipe = distill("doctor", "--recipe", "lcm-lora-sdxl")
+    assert recipe.exit_code == 2, "a recipe alone is a configuration, which lacks its data"
+    assert "name the data file" in recipe.stderr
 
 
 @pytest.mark.parametrize("given", [["doctor"], ["config", "check"]])

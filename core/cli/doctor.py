@@ -42,9 +42,10 @@ def doctor(
     """Report what this machine has and lacks for a configuration: device, memory, optional packages, credentials."""
     require_number(processes, asked=bool(parallel or shard_size or offload))
     _section("machine", machine(given.output_dir or Path.cwd()))
-    _section("packages", packages(given.registry()))
+    _section("packages", packages(given.registry))
     _section("credentials", credentials())
-    if not any((given.method, given.family, given.config, given.data, given.model, given.set_)):
+    named = (given.method, given.family, given.recipe, given.config, given.data, given.model, given.set_)
+    if not any(named):
         typer.echo("\nno configuration given: --config FILE adds its checks and an estimate of its memory")
         return
     configuration, registry = given.load()

@@ -66,8 +66,9 @@ class Given:
     set_: SetOption = None
     plugin: PluginOption = None
 
+    @functools.cached_property
     def registry(self) -> Registry:
-        """Return what is there by name, with the plugin files given."""
+        """What is there by name, with the plugin files given."""
         from ..registry.registry import Registry
 
         return Registry.load(self.plugin or ())
@@ -76,7 +77,7 @@ class Given:
         """Return the configuration of the options, and the registry with its plugins."""
         from ..config.load import load_configuration
 
-        registry = self.registry()
+        registry = self.registry
         flags = {
             "recipe": self.recipe,
             "distillation_method": self.method,
