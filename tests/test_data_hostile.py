@@ -1,8 +1,10 @@
 """A folder full of hostile files: the run goes on, the broken ones are named with reasons, odd ones come out right."""
 
+import codecs
 import os
 import re
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -143,8 +145,9 @@ class as_somebody:
 
     def __enter__(self) -> None:
         if self.root:
+            codecs.lookup("utf-8-sig")  # Python's own files may lie where only root reads
             for path in (self.folder, *self.folder.parents):
-                if path.stat().st_uid == 0 and path.name.startswith(("pytest-", "popen-", self.folder.name)):
+                if path.stat().st_uid == 0 and Path(tempfile.gettempdir()) in path.parents:
                     path.chmod(0o755)
             os.chown(self.folder, 65534, -1)
             os.seteuid(65534)

@@ -87,7 +87,7 @@ def test_a_loss_of_one_process_that_is_not_finite_is_withheld_by_all(trial, name
         ("zero2", {"optimizer": ScheduleFreeAdamW}, "sets its weights aside for evaluation"),
         ("zero3", {"optimizer": AdamWBF16}, "optimizer = adamw_bf16: DeepSpeed steps a float32 copy"),
         ("zero3", {"mixed_precision": "fp16"}, "mixed_precision = fp16: DeepSpeed scales and skips by itself"),
-        ("zero3", {"quantised": True}, "a quantised base"),
+        ("zero3", {"quantised": True}, "a quantised teacher"),
     ],
 )
 def test_what_cannot_be_divided_is_refused(name, given, text):

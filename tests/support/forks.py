@@ -187,7 +187,7 @@ def _become(asked: dict[str, Any], *, rank: int, port: int) -> None:
     os.environ.clear()
     os.environ.update(asked["environment"])
     paths = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
-    sys.path[1:1] = [path for path in paths if path not in sys.path]
+    sys.path[1:] = dict.fromkeys([*paths, *sys.path[1:]])
     if (count := asked["processes"]) > 1:
         os.environ.update(
             RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count),
