@@ -22,10 +22,12 @@ _peaks: dict[tuple[str, bool, tuple[int, ...], bool], int] = {}
 class EncoderMemory(DiffusersModel):
     """The estimates of a family whose models diffusers reads; a base of :class:`.DiffusersFamily`."""
 
-    prompt_positions: int
-    """Length L of the states (B, L, D) that the denoiser is given of a prompt."""
+    prompt_positions: int | None = None
+    """Length L of the states (B, L, D) that the denoiser is given of a prompt; None where it is not known."""
 
     def empty_conditioning(self, network: nn.Module) -> Conditioning | None:
+        if self.prompt_positions is None:
+            return None
         positions = {name: [] if name.startswith("pooled") else [self.prompt_positions] for name in self.embed_keys}
         widths = self.prompt_dimensions(network)
         return {name: torch.empty(1, *positions[name], widths[name], device="meta") for name in self.embed_keys}

@@ -130,8 +130,9 @@ class SDXL(ClipFamily):
             return super().uncond(cond)
         return {**cond, **{key: torch.zeros_like(cond[key]) for key in self.embed_keys}}
 
-    def empty_conditioning(self, network: nn.Module) -> Conditioning:
-        return {**(super().empty_conditioning(network) or {}), "time_ids": torch.empty(1, 6, device="meta")}
+    def empty_conditioning(self, network: nn.Module) -> Conditioning | None:
+        embeds = super().empty_conditioning(network)
+        return embeds and {**embeds, "time_ids": torch.empty(1, 6, device="meta")}
 
     def prompt_dimensions(self, network: nn.Module) -> dict[str, int]:
         unet: Any = network

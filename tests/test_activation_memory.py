@@ -101,3 +101,13 @@ def test_what_is_kept_decides_what_a_step_takes():
     assert saved["mixed_precision=bf16"] == 1500 + 20 - 2, (
         "half of the activations and of the base, less a copy of the weight that is trained"
     )
+
+
+@pytest.mark.parametrize("family", [SDXL, Flux])
+def test_a_family_that_does_not_know_the_length_of_prompts_is_estimated_roughly(models, family):
+    class Unknown(family):
+        prompt_positions = None
+
+    model = Unknown(family.Config(), ModelSettings(str(models[family])))
+    asked = configuration(half=True, lora=True)
+    assert planned_activations(asked, model, model.empty_network(), (64, 64)) is None
