@@ -68,7 +68,7 @@ class Given:
 
     @functools.cached_property
     def registry(self) -> Registry:
-        """What is there by name, with the plugin files given."""
+        """Everything that has a name, with the plugin files given."""
         from ..registry.registry import Registry
 
         return Registry.load(self.plugin or ())
