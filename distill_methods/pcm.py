@@ -81,7 +81,7 @@ from ..core.plugin_api.grid_draws import DrawsGrid
 from ..core.plugin_api.hookspecs import hookimpl
 from ..core.plugin_api.method import Method, MethodSetup, Requirements, Role, Update
 from ..core.plugin_api.recommended import read_recommended
-from ..core.plugin_api.solver_pairs import SolverSettings, cached_pair
+from ..core.plugin_api.solver_pairs import SolverSettings, solver_pair
 
 EMPTY_PROMPTS = 0.1
 """Share of samples without their prompt where the solver is not guided, as in the authors' code."""
@@ -182,17 +182,11 @@ class PCM(DrawsGrid):
         i = draw.index
         lower, upper = phase_of(i, num_steps=len(grid), num_phases=config.num_phases)
         t, t_prev, s = grid.times[i], grid.previous[i], grid.previous[lower]
-        if config.cached_trajectories:
-            assert batch.trajectories is not None
-            cond = batch.trajectories.cond
-            x_t, x_prev = cached_pair(batch.trajectories, i, grid=grid, schedule=schedule)
-        else:
-            assert batch.latents is not None
-            x_0, cond = batch.latents, self._prompts(context, batch.cond)
-            eps = rng.randn("noise", x_0.shape[1:]).to(x_0.dtype)
-            x_t = schedule.add_noise(x_0, eps, t)
-            with torch.no_grad():
-                x_prev = self._solve(context, x_t, t, t_prev, cond)
+        x_t, x_prev, cond = solver_pair(
+            context, batch, i, grid=grid, cached=config.cached_trajectories,
+            prompts=lambda cond: self._prompts(context, cond),
+            solve=lambda x, cond: self._solve(context, x, t, t_prev, cond),
+        )  # fmt: skip
 
         with torch.no_grad():
             target = trajectory_function(context.predict(self._target, x_prev, t_prev, cond), s)

@@ -86,7 +86,7 @@ from ..core.plugin_api.discriminator import DiscriminatorSettings
 from ..core.plugin_api.grid_draws import DrawsGrid
 from ..core.plugin_api.hookspecs import hookimpl
 from ..core.plugin_api.method import Method, MethodSetup, Requirements, Role, Update
-from ..core.plugin_api.solver_pairs import SolverSettings, cached_pair
+from ..core.plugin_api.solver_pairs import SolverSettings, solver_pair
 from ..core.plugin_api.stage import Stage
 
 PerStage = Annotated[list[Number], Field(min_length=1)]
@@ -195,17 +195,10 @@ class TCD(DrawsGrid):
         t, t_prev, s = grid.times[i], grid.previous[i], grid.previous[j]
         scale = rng.uniform("w", *config.scales)
         w = scale - 1 if self._takes_guidance else None
-        if config.cached_trajectories:
-            assert batch.trajectories is not None
-            cond = batch.trajectories.cond
-            x_t, x_prev = cached_pair(batch.trajectories, i, grid=grid, schedule=schedule)
-        else:
-            assert batch.latents is not None
-            x_0, cond = batch.latents, batch.cond
-            eps = rng.randn("noise", x_0.shape[1:]).to(x_0.dtype)
-            x_t = schedule.add_noise(x_0, eps, t)
-            with torch.no_grad():
-                x_prev = context.predict_guided(x_t, t, cond, scale, guided=config.guided).ddim_step(t_prev)
+        x_t, x_prev, cond = solver_pair(
+            context, batch, i, grid=grid, cached=config.cached_trajectories,
+            solve=lambda x, cond: context.predict_guided(x, t, cond, scale, guided=config.guided).ddim_step(t_prev),
+        )  # fmt: skip
 
         with torch.no_grad():
             target = trajectory_function(context.predict(self._target, x_prev, t_prev, cond, guidance=w), s)

@@ -473,7 +473,7 @@ def test_fp16_on_a_cpu_is_said_to_be_slow_and_the_memory_plan_counts_half_the_ba
 
 def test_a_base_with_fp32_ends_counts_as_half(monkeypatch):
     monkeypatch.setattr("distill.core.runs.memory_plan.of_phases", lambda *given, **more: {})  # beside training
-    monkeypatch.setattr("distill.core.runs.memory_plan._kept", lambda run: None)
+    monkeypatch.setattr("distill.core.runs.memory_plan.run_activations", lambda *run: None)
     family, networks, _ = miniature(SD3, "bfloat16", [Role("teacher"), Role("student", trains="lora")])
     plugin = AdamW(AdamW.Config())
     run = SimpleNamespace(

@@ -20,6 +20,7 @@ References:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,7 +35,8 @@ from .method import Requirements
 
 if TYPE_CHECKING:
     from ..diffusion.schedule import SolverGrid
-    from .batch import Trajectories
+    from .batch import Batch, Conditioning, Trajectories
+    from .context import Context
 
 
 class SolverSettings(GuidanceRange):
@@ -92,6 +94,38 @@ class SolverSettings(GuidanceRange):
                 f"timestep {int(grid[-1])}, and trajectories of {num_steps} points begin at {int(visited[-1])}",
                 f"set num_ddim_timesteps to a divisor of {schedule.num_train_timesteps}",
             )
+
+
+def solver_pair(
+    context: Context,
+    batch: Batch,
+    index: Tensor,
+    *,
+    grid: SolverGrid,
+    cached: bool,
+    prompts: Callable[[Conditioning], Conditioning] = lambda cond: cond,
+    solve: Callable[[Tensor, Conditioning], Tensor],
+) -> tuple[Tensor, Tensor, Conditioning]:
+    """Return x_t and x' of steps of the grid, each of shape (B, C, h, w), and the conditioning of both.
+
+    Args:
+        context: The micro-batch's; the noise of noised data is its draw named ``noise``.
+        batch: With trajectories if they are used, else with latents.
+        index: Steps i of the grid in 0 .. N-1, int64, shape (B,).
+        grid: The solver's grid of N steps.
+        cached: Whether both points come from the batch's trajectories.
+        prompts: Makes the conditioning of noised data from the batch's.
+        solve: Takes x_t and the conditioning to x', by one step of the teacher's solver; without a gradient.
+    """
+    if cached:
+        assert batch.trajectories is not None
+        return *cached_pair(batch.trajectories, index, grid=grid, schedule=context.schedule), batch.trajectories.cond
+    assert batch.latents is not None
+    x_0, cond = batch.latents, prompts(batch.cond)
+    eps = context.rng.randn("noise", x_0.shape[1:]).to(x_0.dtype)
+    x_t = context.schedule.add_noise(x_0, eps, grid.times[index])
+    with torch.no_grad():
+        return x_t, solve(x_t, cond), cond
 
 
 def cached_pair(

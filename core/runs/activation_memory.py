@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..settings.configuration import default_resolution
 from ..utils.simulated_training import KeptBytes, kept_bytes
 
 if TYPE_CHECKING:
@@ -52,6 +53,12 @@ def planned_activations(
         rank=run.lora_rank,
     )  # fmt: skip
     return _known[key]
+
+
+def run_activations(configuration: Configuration, family: ModelFamily) -> KeptBytes | None:
+    """Return :func:`planned_activations` of the run's own resolution."""
+    network = family.empty_network()
+    return network and planned_activations(configuration, family, network, default_resolution(configuration))
 
 
 def latent_size(family: ModelFamily, size: tuple[int, int]) -> tuple[int, int]:

@@ -8,7 +8,6 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from ..plugin_api.precision import BASE
-from ..settings.configuration import default_resolution
 from ..utils.memory import (
     MemorySettings,
     free_memory_bytes,
@@ -20,12 +19,11 @@ from ..utils.memory import (
 )
 from ..utils.process_memory import process_peak, process_total
 from ..utils.strategies import Division
-from .activation_memory import planned_activations
+from .activation_memory import run_activations
 from .optimizer_memory import state_bytes
 from .planned_memory import decoding_bytes, of_phases, of_whole_networks, stored_bytes, units
 
 if TYPE_CHECKING:
-    from ..utils.simulated_training import KeptBytes
     from .components import RunComponents
 
 
@@ -72,12 +70,7 @@ def counted(run: RunComponents, settings: MemorySettings) -> MemorySettings:
     free = free_memory_bytes(str(run.processes.device))
     if process_peak(replace(settings, batch=2 * settings.batch), division_of(run)) <= free:  # a factor of two
         return settings
-    return replace(settings, kept=_kept(run))
-
-
-def _kept(run: RunComponents) -> KeptBytes | None:
-    network = run.family.empty_network()
-    return network and planned_activations(run.config, run.family, network, default_resolution(run.config))
+    return replace(settings, kept=run_activations(run.config, run.family))
 
 
 def division_of(run: RunComponents) -> Division:
@@ -123,7 +116,7 @@ def memory_settings(run: RunComponents) -> MemorySettings:
         staged=settings.checkpoint_async and str(run.processes.device) == "cpu",
         gradient_checkpointing=settings.gradient_checkpointing,
         activation_offload=settings.activation_offload,
-        kept=_kept(run),
+        kept=run_activations(run.config, run.family),
         decoding_bytes=decoding_bytes(run.method, run.family, (width, height)),
         auxiliary_bytes=sum(stored_bytes(role) for role in networks.roles.values()),
         **of_whole_networks(networks.roles, own, averages),

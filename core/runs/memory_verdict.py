@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING
 
 from ..config.quantisation import BASE, TEACHER
 from ..errors import DistillError
-from ..settings.configuration import default_resolution
 from ..utils.memory import MemorySettings, gigabytes, peak
 from ..utils.packages import missing
-from .activation_memory import planned_activations
+from .activation_memory import run_activations
 from .builders import build_family
 from .optimizer_memory import state_bytes
 from .planned_memory import base_bytes, planned_memory
@@ -170,9 +169,7 @@ def _changes(configuration: Configuration, registry: Registry, settings: MemoryS
 def _kept(configuration: Configuration, registry: Registry, **changes: str) -> KeptBytes | None:
     """Return what a sample of the run keeps with these changes of its settings."""
     changed = replace(configuration, run=configuration.run.model_copy(update=changes))
-    family = build_family(changed, registry)
-    network = family.empty_network()
-    return network and planned_activations(changed, family, network, default_resolution(changed))
+    return run_activations(changed, build_family(changed, registry))
 
 
 def _halved(kept: KeptBytes | None, settings: MemorySettings) -> MemorySettings:
