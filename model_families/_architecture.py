@@ -68,6 +68,7 @@ class Architecture:
         kohya: Its LoRAs in kohya's format; None where that has no form that diffusers reads.
         original_path: Returns the original code's path of a module of the denoiser, given its config, and all modules
             that are one layer there. Raises UserError for a module that has none.
+        autoencoder: Class of its autoencoder in diffusers.
     """
 
     title: str
@@ -85,6 +86,7 @@ class Architecture:
     single_file: SingleFile | None = None
     kohya: KohyaFormat | None = None
     original_path: Callable[[str, Mapping[str, Any]], tuple[str, Sequence[str]]] | None = None
+    autoencoder: str = "AutoencoderKL"
 
     @property
     def name(self) -> str:
@@ -117,6 +119,23 @@ class Architecture:
         import diffusers
 
         return getattr(diffusers, self.denoiser_class)
+
+    def autoencoder_class(self) -> Any:
+        """Return the autoencoder's class in diffusers."""
+        import diffusers
+
+        return getattr(diffusers, self.autoencoder)
+
+    def text_class(self, part: str) -> Any:
+        """Return the class of a tokenizer or text encoder, in transformers or, where that has none, in diffusers."""
+        import transformers
+
+        name = {**self.tokenizers, **self.encoders}[part]
+        if hasattr(transformers, name):
+            return getattr(transformers, name)
+        from diffusers import pipelines
+
+        return getattr(pipelines.kolors, name)
 
     def shell(self, **parts: Any) -> Any:
         """Return a pipeline of these parts alone; the others are absent."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import UserError
+from ._autoencoders import kind_named
 
 if TYPE_CHECKING:
     from ._architecture import Architecture
@@ -48,7 +49,7 @@ def check_local_folder(folder: Path, *, key: str = "model") -> None:
 
 def check_channels(name: str, part: str, channels: Any, vae: Mapping[str, Any]) -> None:
     """Raise UserError unless the denoiser `part` takes as many `channels` as the model's own autoencoder makes."""
-    made = vae.get("latent_channels", 4)
+    made = kind_named(vae.get("_class_name", "AutoencoderKL")).channels(vae)
     if channels != made:
         raise UserError(
             f"model {name!r} takes {channels} channels, its autoencoder makes {made} ({part}/config.json: in_channels)",
@@ -70,7 +71,7 @@ def check_unet(name: str, unet: Mapping[str, Any], vae: Mapping[str, Any]) -> No
 
 def check_kind(name: str, part: str, config: Mapping[str, Any], architecture: Architecture) -> None:
     """Raise UserError where the config of a network names another class, or weights that are quantised."""
-    expected = {"vae": "AutoencoderKL", architecture.denoiser: architecture.denoiser_class}.get(part)
+    expected = {"vae": architecture.autoencoder, architecture.denoiser: architecture.denoiser_class}.get(part)
     kind = config.get("_class_name", expected)
     if expected is not None and kind != expected:
         raise UserError(

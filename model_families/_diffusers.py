@@ -70,6 +70,15 @@ class DiffusersFamily(EncoderMemory, LoraFiles):
         """Return arguments of the pipeline's call that guide `network` by `scale` (0 and 1: off)."""
         return {"guidance_scale": scale}
 
+    def pipeline_prompts(self, embeds: Conditioning, prefix: str = "") -> dict[str, Any]:
+        """Return the arguments of the pipeline's call for encoded prompts: tensors (B, ...), or lists of B tensors.
+
+        Args:
+            embeds: The :attr:`embed_keys` of what :meth:`encode_prompts` returned.
+            prefix: What their names begin with: ``negative_`` for the unconditional.
+        """
+        return {f"{prefix}{key}": value for key, value in embeds.items()}
+
     def to_network(self, latents: Tensor) -> Tensor:
         """Return latents (B, C, h, w) in the form in which the pipeline gives them to the network."""
         return latents
@@ -272,8 +281,7 @@ class DiffusersFamily(EncoderMemory, LoraFiles):
         noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators])
         latents = sample_latents(
             pipeline,
-            embeds,
-            negative,
+            {**self.pipeline_prompts(embeds), **(self.pipeline_prompts(negative, "negative_") if negative else {})},
             noise=self.to_network(noise.to(self.input_weight(network).device, self.weight_type(network))),
             generators=generators,
             size=size,

@@ -46,12 +46,8 @@ def _build(architecture: Architecture, part: str, config: Mapping[str, Any]) -> 
         return empty_denoiser(architecture, config)
     with quiet_libraries(), torch.device("meta"):
         if part == "vae":
-            from diffusers import AutoencoderKL
-
-            return AutoencoderKL.from_config(dict(config))
-        import transformers
-
-        kind = getattr(transformers, architecture.encoders[part])
+            return architecture.autoencoder_class().from_config(dict(config))
+        kind = architecture.text_class(part)
         return kind(kind.config_class.from_dict(dict(config)))
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..core.utils.simulated_memory import peak_bytes
+from ._autoencoders import kind_of
 from ._empty import empty_network
 from ._model import DiffusersModel
 
@@ -30,7 +31,10 @@ class EncoderMemory(DiffusersModel):
             return None
         positions = {name: [] if name.startswith("pooled") else [self.prompt_positions] for name in self.embed_keys}
         widths = self.prompt_dimensions(network)
-        return {name: torch.empty(1, *positions[name], widths[name], device="meta") for name in self.embed_keys}
+        return {  # a mask of positions has no width
+            name: torch.empty(1, *positions[name], *([widths[name]] if name in widths else []), device="meta")
+            for name in self.embed_keys
+        }
 
     def text_bytes(self) -> int:
         source, parts = self._source, self.architecture.encoders
@@ -62,6 +66,8 @@ class EncoderMemory(DiffusersModel):
             vae = copy.deepcopy(vae)
             if tiled:
                 vae.enable_tiling()
-            call = vae.decode if decodes else vae.encode
-            _peaks[key] = peak_bytes(lambda: call(torch.empty(shape, device="meta")))
+            kind = kind_of(vae)
+            own = kind.unscaled(vae, torch.empty(shape, device="meta")).shape if decodes else shape
+            call: Any = kind.decode if decodes else kind.distribution
+            _peaks[key] = peak_bytes(lambda: call(vae, torch.empty(own, device="meta")))
         return _peaks[key] * self._vae_dtype().itemsize // torch.float32.itemsize

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.utils.memory import is_out_of_memory
+from ._autoencoders import kind_of
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +24,32 @@ def token_ids(tokenizer: Any, prompts: Sequence[str], *, length: int | None = No
         truncation=True,
         return_tensors="pt",
     )
+
+
+def as_chat(tokenizer: Any, prompts: Sequence[str], **arguments: Any) -> list[str]:
+    """Return prompts as the user's words in a conversation, which the encoder's own template writes.
+
+    Args:
+        tokenizer: Has the template.
+        prompts: The prompts.
+        arguments: Of the template, as ``enable_thinking``.
+    """
+    turns = ([{"role": "user", "content": prompt}] for prompt in prompts)
+    return [
+        tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True, **arguments) for turn in turns
+    ]
+
+
+def ragged(states: Tensor, mask: Tensor) -> list[Tensor]:
+    """Return the states (T_i, D) of each prompt without its padding, which follows them.
+
+    Args:
+        states: Padded states (B, T, D).
+        mask: 1 where a token is, (B, T); on the meta device every prompt has all T.
+    """
+    if mask.is_meta:
+        return list(states)
+    return [one[:length] for one, length in zip(states, mask.bool().sum(dim=1).tolist(), strict=True)]
 
 
 def chunked_ids(tokenizer: Any, prompts: Sequence[str], chunks: int) -> Any:
@@ -90,36 +117,26 @@ def encode_by_pieces(vae: Any, pixels: Tensor, generator: Sequence[torch.Generat
 
 @torch.no_grad()
 def encode_pixels(vae: Any, pixels: Tensor, generator: Sequence[torch.Generator] | None) -> Tensor:
-    """Return scaled latents (B, C, h, w) of `pixels` (B, 3, H, W) in [-1, 1]: (z - shift) scaling_factor / std."""
-    posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
-    latents = posterior.mode()
-    if generator is not None:
+    """Return scaled latents (B, C, h, w) of `pixels` (B, 3, H, W) in [-1, 1]."""
+    kind = kind_of(vae)
+    latents, deviation = kind.distribution(vae, pixels.to(vae.device, vae.dtype))
+    if generator is not None and deviation is not None:
         noise = [
             torch.randn(mean.shape, generator=one, device=one.device).to(mean)
             for mean, one in zip(latents, generator, strict=True)
         ]
-        latents = latents + posterior.std * torch.stack(noise)
-    shift, std = _statistics(vae.config, latents)
-    return (latents - shift) * vae.config.scaling_factor / std
+        latents = latents + deviation * torch.stack(noise)
+    return kind.scaled(vae, latents)
 
 
 @torch.no_grad()
 def decode(vae: Any, latents: Tensor) -> Tensor:
     """Return images (B, 3, H, W) in [0, 1], float32, decoded from scaled `latents` (B, C, h, w)."""
-    pixels = vae.decode(unscaled(vae, latents), return_dict=False)[0]
+    pixels = decoded_pixels(vae, latents)
     return (pixels.float() * 0.5 + 0.5).clamp(0, 1)
 
 
-def unscaled(vae: Any, latents: Tensor) -> Tensor:
-    """Return the autoencoder's own latents (B, C, h, w), in its type, from scaled ones."""
-    latents = latents.to(vae.device, vae.dtype)
-    shift, std = _statistics(vae.config, latents)
-    return latents * std / vae.config.scaling_factor + shift
-
-
-def _statistics(config: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and deviation of the latents from the autoencoder's config, else 0 and 1; shape (1, C or 1, 1, 1)."""
-    mean, std = config.get("latents_mean"), config.get("latents_std")
-    if mean is None or std is None:
-        mean, std = [config.get("shift_factor") or 0.0], [1.0]
-    return latents.new_tensor(mean).view(1, -1, 1, 1), latents.new_tensor(std).view(1, -1, 1, 1)
+def decoded_pixels(vae: Any, latents: Tensor) -> Tensor:
+    """Return images (B, 3, H, W), about in [-1, 1], decoded from scaled `latents` (B, C, h, w), with their gradient."""
+    kind = kind_of(vae)
+    return kind.decode(vae, kind.unscaled(vae, latents.to(vae.device, vae.dtype)))

@@ -38,6 +38,9 @@ def export_lora(architecture: Architecture, network: nn.Module, folder: Path, in
         denoiser: Any = network
         config = in_order(denoiser.peft_config[info.adapter].to_dict())
         layers: Any = get_peft_model_state_dict(denoiser, adapter_name=info.adapter)
+        if config["exclude_modules"]:  # readers warn of a layer that is meant by the targets and not in the file
+            stems = {name.partition(".lora_")[0] for name in layers}
+            config |= {"exclude_modules": None, "target_modules": sorted(stems)}
         if config["lora_alpha"] != config["r"]:
             metadata[FOLDED_SCALE] = f"{config['lora_alpha'] / config['r']:.12g}"
             layers = at_scale_one(layers, scale=config["lora_alpha"] / config["r"])

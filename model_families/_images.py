@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from ._files import quiet_libraries
 
 if TYPE_CHECKING:
     from ..core.diffusion.sampler import Sampler
-    from ..core.plugin_api.batch import Conditioning
     from ._architecture import Architecture
 
 
@@ -76,8 +76,7 @@ def call_arguments(
 @torch.no_grad()
 def sample_latents(
     pipeline: Any,
-    embeds: Conditioning,
-    negative: Conditioning | None,
+    prompts: Mapping[str, Any],
     *,
     noise: Tensor,
     generators: Sequence[torch.Generator],
@@ -88,20 +87,19 @@ def sample_latents(
 
     Args:
         pipeline: What :func:`build_pipeline` returned.
-        embeds: Embeddings for the pipeline's call, each of shape (B, ...).
-        negative: Embeddings of the negative prompts, or None without guidance.
+        prompts: Arguments of the pipeline's call that say what the images show; tensors (B, ...), or lists of B.
         noise: As the pipeline takes it, of the network's type, on its device.
         generators: B generators, for the noise that schedulers draw between steps.
         size: (width, height) in pixels.
         call: Steps, guidance and the call's other arguments.
     """
-    given = {**embeds, **{f"negative_{key}": value for key, value in (negative or {}).items()}}
-    # masks of whole numbers stay what they are: some pipelines count with them
-    prompts = {
-        key: value.to(noise.device, noise.dtype if value.is_floating_point() else None) for key, value in given.items()
-    }
+
+    def moved(value: Tensor) -> Tensor:
+        # masks of whole numbers stay what they are: some pipelines count with them
+        return value.to(noise.device, noise.dtype if value.is_floating_point() else None)
+
     return pipeline(
-        **prompts,
+        **tree_map_only(Tensor, moved, dict(prompts)),
         latents=noise,
         generator=list(generators),
         width=size[0],

@@ -21,6 +21,7 @@ from ..core.plugin_api.family import ExtraLora, MicroConditioning, ModelFamily, 
 from ..core.plugin_api.precision import BASE, text_encoder
 from ..core.utils.memory import is_out_of_memory
 from ..core.utils.progress import working
+from ._autoencoders import kind_named
 from ._encoders import decode, encode_by_pieces
 from ._file_signs import agreed
 from ._files import hash_files
@@ -32,7 +33,7 @@ from ._open_source import open_source
 from ._pixels import OtherDecoder, decoded, decoding_bytes
 from ._schedulers import check_table, noise_defaults, with_fixed_shift
 from ._source import Source, TextEncoders
-from ._tokenizers import load_tokenizer
+from ._tokenizers import PromptTokens
 from ._vae import with_vae
 
 if TYPE_CHECKING:
@@ -41,13 +42,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-UNLIMITED = 10**6
-"""Lengths above this are what tokenizers without a limit say."""
 PROMPTS_AT_ONCE = 32
 """Number of prompts in one pass of the text encoders."""
 
 
-class DiffusersModel(ModelFamily):
+class DiffusersModel(PromptTokens):
     """The part of a family that handles files, text encoders, autoencoder and noise; abstract."""
 
     architecture: ClassVar[Architecture]
@@ -112,13 +111,6 @@ class DiffusersModel(ModelFamily):
     def left_out(self) -> Collection[str]:
         """Text encoders and tokenizers that the user leaves out, of those that the model may lack."""
         return ()
-
-    @property
-    def longest_reader(self) -> tuple[str, int | None]:
-        """The tokenizer of the text encoder that reads most of a prompt, and its number of tokens, marks of beginning
-        and end included (None: the tokenizer's own).
-        """
-        return next(iter(self.architecture.tokenizers)), None
 
     def text_settings(self) -> Sequence[str]:
         """Return the settings that decide the encoding of prompts, for the fingerprint."""
@@ -242,11 +234,11 @@ class DiffusersModel(ModelFamily):
 
     @property
     def latent_channels(self) -> int:
-        return int(self._vae_config.get("latent_channels", 4))
+        return kind_named(self.architecture.autoencoder).channels(self._vae_config)
 
     @property
     def scale_factor(self) -> int:
-        return 2 ** (len(self._vae_config["block_out_channels"]) - 1)
+        return kind_named(self.architecture.autoencoder).factor(self._vae_config)
 
     # -- encoders ---------------------------------------------------------------------------------------------------
 
@@ -254,22 +246,6 @@ class DiffusersModel(ModelFamily):
         text, at_once = self._text_encoders(), PROMPTS_AT_ONCE
         pieces = [self.encode(text, prompts[at : at + at_once]) for at in range(0, len(prompts), at_once)]
         return {key: torch.cat([piece[key] for piece in pieces]).cpu() for key in pieces[0]}
-
-    @cached_property
-    def _tokenizer(self) -> Any:
-        return load_tokenizer(self._source, self.longest_reader[0])
-
-    @property
-    def max_prompt_tokens(self) -> int | None:
-        length = self.longest_reader[1] or self._tokenizer.model_max_length
-        return None if length > UNLIMITED else length - self._tokenizer.num_special_tokens_to_add()
-
-    def count_tokens(self, prompts: Sequence[str]) -> list[int]:
-        if not prompts:
-            return []
-        # not verbose: what is too long is ours to say
-        found = self._tokenizer(list(prompts), add_special_tokens=False, truncation=False, verbose=False)
-        return [len(ids) for ids in found.input_ids]
 
     def _text_encoders(self) -> TextEncoders:
         if self._text is None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..core.errors import UserError
-from ._encoders import unscaled
+from ._encoders import decoded_pixels
 from ._files import quiet_libraries
 from ._hub import hub_errors, hub_file, hub_folder
 from ._open_source import open_hub
@@ -36,7 +36,7 @@ def decoded(vae: Any, latents: Tensor) -> Tensor:
     gradient; the decoder's layers are computed again in the backward pass.
     """
     with recomputed(vae.decoder):
-        pixels = vae.decode(unscaled(vae, latents), return_dict=False)[0]
+        pixels = decoded_pixels(vae, latents)
     return pixels.to(torch.promote_types(pixels.dtype, torch.float32)) * 0.5 + 0.5
 
 

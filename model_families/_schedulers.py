@@ -19,6 +19,7 @@ Where samplers begin and end, for T training timesteps and N steps (a method cho
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from collections.abc import Mapping
@@ -68,7 +69,8 @@ def build_scheduler(model_config: Mapping[str, Any], sampler: Sampler | None) ->
         base |= {key: value for key, value in ENDS.items() if key in accepted}
         if sampler.scheduler == SCHEDULER:
             base["prediction_type"] = from_scheduler_config(model_config)[1]  # flow schedulers have no such key
-        return _for_unets(kind.from_config({**base, **sampler.config}))
+        scheduler = _for_unets(kind.from_config({**base, **sampler.config}))
+        return _ignoring_mu(scheduler) if is_flow(model_config) else scheduler
 
 
 def noise_defaults(model: str, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -161,6 +163,20 @@ def _for_unets(scheduler: Any) -> Any:
         scheduler.init_noise_sigma = 1.0
     if not hasattr(scheduler, "scale_model_input"):
         scheduler.scale_model_input = lambda sample, timestep=None: sample
+    return scheduler
+
+
+def _ignoring_mu(scheduler: Any) -> Any:
+    """Let ``set_timesteps`` take and ignore the shift mu that pipelines of flows give to every scheduler: a sampler has
+    the shift of its run.
+    """
+    set_timesteps = scheduler.set_timesteps
+
+    @functools.wraps(set_timesteps)
+    def called(*args: Any, mu: float | None = None, **kwargs: Any) -> None:
+        set_timesteps(*args, **kwargs)
+
+    scheduler.set_timesteps = called
     return scheduler
 
 

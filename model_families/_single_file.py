@@ -25,7 +25,6 @@ from ._weights import WeightFile
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import AutoencoderKL
     from torch import Tensor
 
     from ._architecture import Architecture
@@ -158,10 +157,8 @@ class FileSource(Source):
     def load_denoiser(self, dtype: torch.dtype) -> Any:
         return self._load(self.architecture.network_class(), self.architecture.denoiser, dtype)
 
-    def load_vae(self, dtype: torch.dtype) -> AutoencoderKL:
-        from diffusers import AutoencoderKL
-
-        return self._load(AutoencoderKL, "vae", dtype)
+    def load_vae(self, dtype: torch.dtype) -> Any:
+        return self._load(self.architecture.autoencoder_class(), "vae", dtype)
 
     def _load(self, kind: Any, part: str, dtype: torch.dtype) -> Any:
         self.check_part(part)

@@ -23,14 +23,15 @@ from ._weights import WeightFile
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import AutoencoderKL
     from torch import Tensor
 
     from ._architecture import Architecture
     from ._file_signs import Sign
 
-SETTINGS = ("*.json", "*.txt", "*.model")
-"""Files beside the weights that change a part's output: configs, vocabularies, sentencepiece models."""
+SETTINGS = ("*.json", "*.txt", "*.model", "*.jinja")
+"""Files beside the weights that change a part's output: configs, vocabularies, sentencepiece models, chat
+templates.
+"""
 INDEX = ".index.json"
 """What the name of a list of shards ends with."""
 LOADED = re.compile(r"(diffusion_pytorch_)?model[.-]")
@@ -180,7 +181,7 @@ class Source(ABC):
         """Load the denoiser on the CPU."""
 
     @abstractmethod
-    def load_vae(self, dtype: torch.dtype) -> AutoencoderKL:
+    def load_vae(self, dtype: torch.dtype) -> Any:
         """Load the autoencoder on the CPU."""
 
     @abstractmethod
@@ -291,29 +292,23 @@ class FolderSource(Source):
     def load_denoiser(self, dtype: torch.dtype) -> Any:
         return self._load(self.architecture.network_class(), self.architecture.denoiser, torch_dtype=dtype)
 
-    def load_vae(self, dtype: torch.dtype) -> AutoencoderKL:
-        from diffusers import AutoencoderKL
-
-        return self._load(AutoencoderKL, "vae", torch_dtype=dtype)
+    def load_vae(self, dtype: torch.dtype) -> Any:
+        return self._load(self.architecture.autoencoder_class(), "vae", torch_dtype=dtype)
 
     def load_text(self, dtype: torch.dtype, *, without: Collection[str] = ()) -> TextEncoders:
-        import transformers
-
         encoders = {
-            part: self._load(getattr(transformers, kind), part).to(dtype)
-            for part, kind in self.architecture.encoders.items()
+            part: self._load(self.architecture.text_class(part), part).to(dtype)
+            for part in self.architecture.encoders
             if part not in without and self.has(part)
         }
         return TextEncoders(self.load_tokenizers(without=without), encoders)
 
     def load_tokenizers(self, *, without: Collection[str] = ()) -> dict[str, Any]:
         """Load the tokenizers by their names in the pipeline."""
-        import transformers
-
         with quiet_libraries():
             return {
-                part: getattr(transformers, kind).from_pretrained(self.component(part), local_files_only=True)
-                for part, kind in self.architecture.tokenizers.items()
+                part: self.architecture.text_class(part).from_pretrained(self.component(part), local_files_only=True)
+                for part in self.architecture.tokenizers
                 if part not in without and self.has(part)
             }
 

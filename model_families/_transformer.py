@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from pydantic import Field
@@ -31,8 +31,6 @@ LONGEST_T5 = 512
 """Tokens that T5 was trained with."""
 NUM_FEATURES = 4
 """Largest number of activations that are features."""
-SINGLE_STREAM = "single_transformer_blocks"
-"""Name of the blocks that come after those with two streams, in networks that have them."""
 
 
 def longer_t5(length: int, num_tokens: int) -> str:
@@ -57,6 +55,19 @@ class TransformerFamily(DiffusersFamily):
         """Number of blocks of two streams that the student has (full training): evenly spaced ones of the teacher's,
         with their weights. Absent: all.
         """
+
+    def takes_guidance(self, network: nn.Module) -> bool:
+        return False
+
+    def student_network(
+        self, teacher: nn.Module, *, guidance_embedding: bool, second_time: bool = False, smaller: bool = False
+    ) -> nn.Module:
+        if guidance_embedding:
+            raise ValueError("no pipeline of this family tells its network the guidance scale")
+        student = self.copy_network(teacher, smaller=smaller)
+        if second_time:
+            self.add_second_time(student)
+        return student
 
     block_lists: ClassVar[Mapping[str, str]] = {"num_layers": "transformer_blocks"}
     """Key of the network's config that counts blocks -> the list of them; ``student_<key>`` is the family's setting."""
@@ -92,11 +103,13 @@ class TransformerFamily(DiffusersFamily):
         student.load_state_dict({**state, **zeros}, assign=True)
         return self.with_wide_ends(student.requires_grad_(True).eval())
 
+    time_embedder: ClassVar[str] = "time_text_embed.timestep_embedder"
+    """The module whose output (B, D) tells all blocks the time."""
+
     def add_second_time(self, network: nn.Module, *, name: str = "student") -> nn.Module:
-        transformer: Any = network
-        embedder = transformer.time_text_embed.timestep_embedder
-        width = embedder.linear_2.out_features
-        return add_second_time(network, name=name, path="time_text_embed.timestep_embedder", width=width)
+        embedder = network.get_submodule(self.time_embedder)
+        last = [module for module in embedder.modules() if isinstance(module, nn.Linear)][-1]
+        return add_second_time(network, name=name, path=self.time_embedder, width=last.out_features)
 
     def features(
         self, network: nn.Module, x_t: Tensor, time: Tensor, cond: Conditioning, *, blocks: Blocks = FIRST_HALF
@@ -108,53 +121,74 @@ class TransformerFamily(DiffusersFamily):
         chosen = self._chosen_blocks(transformer, blocks)
         grid = [edge // self.position_edge for edge in x_t.shape[-2:]]
         modules = [transformer.get_submodule(name) for name in chosen]
-        with only_first_blocks(transformer, self.block_names(transformer).index(chosen[-1]) + 1):
+        count = self.block_names(transformer).index(chosen[-1]) + 1
+        with only_first_blocks(transformer, self.lists_of_blocks(transformer), count):
             return outputs_inside(
                 modules,
                 lambda: self.predict(transformer, x_t, time, cond),
-                pick=lambda output: output[1].transpose(1, 2).unflatten(2, grid),  # (text's states, image's)
+                pick=lambda output: self.image_states(output, grid).transpose(1, 2).unflatten(2, grid),
                 stop=False,
             )
 
-    def feature_channels(self, network: nn.Module, *, blocks: Blocks = FIRST_HALF) -> list[int]:
+    def image_states(self, output: Any, grid: Sequence[int]) -> Tensor:
+        """Return the states (B, rows * columns, D) of the image's positions from the output of a block.
+
+        Args:
+            output: What the block returned: by default (the text's states, the image's).
+            grid: Its rows and columns.
+        """
+        return output[1]
+
+    def inner_width(self, network: nn.Module) -> int:
+        """Return the width D of the states between blocks."""
         transformer: Any = network
-        return [transformer.inner_dim] * len(self._chosen_blocks(transformer, blocks))
+        return transformer.inner_dim
+
+    def feature_channels(self, network: nn.Module, *, blocks: Blocks = FIRST_HALF) -> list[int]:
+        return [self.inner_width(network)] * len(self._chosen_blocks(network, blocks))
 
     def block_names(self, network: nn.Module) -> list[str]:
-        transformer: Any = network
-        return [f"{name}.{i}" for name, blocks in lists_of_blocks(transformer).items() for i in range(len(blocks))]
+        lists = self.lists_of_blocks(network)
+        return [f"{name}.{i}" for name, blocks in lists.items() for i in range(len(blocks))]
+
+    def lists_of_blocks(self, network: nn.Module) -> dict[str, Any]:
+        """Return the lists of blocks by name, in the order in which they are computed."""
+        return {name: getattr(network, name) for name in self.block_lists.values()}
 
     def shard_units(self, network: nn.Module) -> list[str]:
         return self.block_names(network)
 
+    text_widths: ClassVar[Mapping[str, str]] = {
+        "prompt_embeds": "joint_attention_dim",
+        "pooled_prompt_embeds": "pooled_projection_dim",
+    }
+    """Name of an embedding (B, ..., D) -> key of the network's config that is D."""
+
     def prompt_dimensions(self, network: nn.Module) -> dict[str, int]:
         transformer: Any = network
-        config = transformer.config
-        return {"prompt_embeds": config.joint_attention_dim, "pooled_prompt_embeds": config.pooled_projection_dim}
+        return {name: transformer.config[key] for name, key in self.text_widths.items()}
 
     def _chosen_blocks(self, transformer: Any, blocks: Blocks) -> list[str]:
         names = self.block_names(transformer)
-        return chosen_blocks(names, blocks, first_half=[names[index] for index in feature_blocks(transformer)])
+        return chosen_blocks(names, blocks, first_half=[names[index] for index in self._feature_blocks(transformer)])
 
-
-def lists_of_blocks(transformer: Any) -> dict[str, Any]:
-    """Return the lists of blocks by name, in the order in which they are computed."""
-    names = ("transformer_blocks", SINGLE_STREAM)
-    return {name: getattr(transformer, name) for name in names if hasattr(transformer, name)}
-
-
-def feature_blocks(transformer: Any) -> list[int]:
-    """Return the indices of the blocks with two streams whose states are features of the first half."""
-    two_streams, one_stream = len(transformer.transformer_blocks), len(getattr(transformer, SINGLE_STREAM, ()))
-    half = min(two_streams, max(1, (two_streams + one_stream) // 2))
-    count = min(NUM_FEATURES, half)
-    return [half * (number + 1) // count - 1 for number in range(count)]
+    def _feature_blocks(self, transformer: Any) -> list[int]:
+        """Return the indices of the blocks of the first list whose states are features of the first half."""
+        first, *others = (len(blocks) for blocks in self.lists_of_blocks(transformer).values())
+        half = min(first, max(1, (first + sum(others)) // 2))
+        count = min(NUM_FEATURES, half)
+        return [half * (number + 1) // count - 1 for number in range(count)]
 
 
 @contextlib.contextmanager
-def only_first_blocks(transformer: Any, count: int) -> Iterator[None]:
-    """Run only the first `count` blocks of `transformer` inside the block; its ends stay."""
-    whole = lists_of_blocks(transformer)
+def only_first_blocks(transformer: Any, whole: Mapping[str, Any], count: int) -> Iterator[None]:
+    """Run only the first `count` blocks of `transformer` inside the block; its ends stay.
+
+    Args:
+        transformer: The network.
+        whole: Its lists of blocks by name.
+        count: Number of blocks that run.
+    """
     for name, blocks in whole.items():
         setattr(transformer, name, blocks[:count])
         count = max(count - len(blocks), 0)

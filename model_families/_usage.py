@@ -39,7 +39,7 @@ def usage_snippet(
     schedulers = {info.sampler.scheduler} if lora and not flow_map else set()
     imports = sorted({architecture.pipeline, *schedulers})
     if lora and settings.vae:
-        imports.insert(0, "AutoencoderKL")
+        imports.insert(0, architecture.autoencoder)
     lines = ["from runpy import run_path", ""] if flow_map else []
     lines += ["import torch", f"from diffusers import {', '.join(imports)}", ""]
     lines += ['device = "cuda" if torch.cuda.is_available() else "cpu"']
@@ -76,7 +76,7 @@ def _load_lora(
     extra += f", config={settings.config_source!r}" if settings.config_source else ""
     lines = []
     if settings.vae:
-        lines += [f"vae = AutoencoderKL.from_pretrained({settings.vae!r}, torch_dtype=dtype)"]
+        lines += [f"vae = {architecture.autoencoder}.from_pretrained({settings.vae!r}, torch_dtype=dtype)"]
         extra += ", vae=vae"
     load = "from_single_file" if settings.source.endswith(".safetensors") else "from_pretrained"
     lines += [f"pipe = {architecture.pipeline}.{load}({settings.source!r}, torch_dtype=dtype{extra}).to(device)"]

@@ -19,7 +19,6 @@ References:
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -39,7 +38,6 @@ from ._networks import check_guidance
 from ._transformer import LORA_TARGETS, TransformerFamily, check_flow, longer_t5
 
 if TYPE_CHECKING:
-    from ..core.diffusion.sampler import Sampler
     from ..core.plugin_api.batch import Conditioning
     from ._source import TextEncoders
 
@@ -215,13 +213,6 @@ class Flux(TransformerFamily):
     def from_network(self, latents: Tensor, *, size: tuple[int, int]) -> Tensor:
         return unpack(latents, size[1] // self.scale_factor, size[0] // self.scale_factor)
 
-    def scheduler(self, sampler: Sampler | None) -> Any:
-        """Return the base's scheduler; a sampler's ignores mu, which this pipeline passes to every scheduler."""
-        scheduler = super().scheduler(sampler)
-        if sampler is not None:
-            scheduler.set_timesteps = _without_mu(scheduler.set_timesteps)
-        return scheduler
-
     def snippet_call(self, info: ExportInfo) -> dict[str, Any]:
         scale, length = info.sampler.guidance_scale, self.config.max_sequence_length
         told = self.guided_by_input or (scale > 1 and info.model_type == "full")
@@ -251,14 +242,6 @@ def patch_ids(height: int, width: int, *, like: Tensor) -> Tensor:
     """Return (0, row, column) of each patch of latents of `height` and `width`, shape (h/2 w/2, 3)."""
     axes = (torch.arange(edge, device=like.device) for edge in (1, height // 2, width // 2))
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, 3).to(like)
-
-
-def _without_mu(set_timesteps: Any) -> Any:
-    @functools.wraps(set_timesteps)
-    def called(*args: Any, mu: float | None = None, **kwargs: Any) -> None:
-        set_timesteps(*args, **kwargs)
-
-    return called
 
 
 @hookimpl

@@ -138,19 +138,6 @@ class SD3(TransformerFamily):
         transformer: Any = network
         return transformer.pos_embed.proj.weight
 
-    def takes_guidance(self, network: nn.Module) -> bool:
-        return False
-
-    def student_network(
-        self, teacher: nn.Module, *, guidance_embedding: bool, second_time: bool = False, smaller: bool = False
-    ) -> nn.Module:
-        if guidance_embedding:
-            raise ValueError("no pipeline of this family tells its network the guidance scale")
-        student = self.copy_network(teacher, smaller=smaller)
-        if second_time:
-            self.add_second_time(student)
-        return student
-
     def predict(
         self,
         network: nn.Module,

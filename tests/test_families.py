@@ -13,12 +13,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from distill.core.diffusion.sampler import Sampler
+from distill.core.engine.lora_layers import without_weights
 from distill.core.errors import UserError
 from distill.core.plugin_api.family import ExportInfo, LoraSettings, MicroConditioning
 from distill.model_families._images import sample_latents
 from support.config_files import distill, said
 from support.original_sdxl import write_single_file
-from support.tiny_families import EDGE, MODELS, SCALE_FACTOR, SHORT
+from support.tiny_families import EDGE, MODELS, NEWER, SCALE_FACTOR
+from support.tiny_parts import SHORT
 
 PROMPTS = ["a red fox", "two blue boats on a lake in the evening sun"]
 SEEDS = [3, 8]
@@ -27,10 +29,13 @@ MICRO = MicroConditioning([(64, 48)] * 2, [(0, 0)] * 2, [(EDGE, EDGE)] * 2)
 STEPS = 3
 
 
-@pytest.fixture(scope="module", params=MODELS)
+TINY = {**MODELS, **NEWER}
+
+
+@pytest.fixture(scope="module", params=TINY)
 def model(request, tmp_path_factory):
     """A model, its family and its plain pipeline."""
-    tiny = MODELS[request.param]
+    tiny = TINY[request.param]
     folder = tiny.write(tmp_path_factory.mktemp("families") / "model")
     return SimpleNamespace(
         name=request.param, tiny=tiny, folder=folder, family=tiny.make(folder), pipeline=plain(folder, tiny)
@@ -55,7 +60,7 @@ def images(pipeline, *, prompts=PROMPTS, **arguments):
     """A plain call with a generator for each image."""
     generators = [torch.Generator().manual_seed(seed) for seed in SEEDS[: len(prompts)]]
     settings = {"num_inference_steps": STEPS, "output_type": "pt", **SIZE, **arguments}
-    return pipeline(prompts, generator=generators, **settings).images
+    return pipeline(list(prompts), generator=generators, **settings).images  # a copy: some write into it
 
 
 def generate(family, network, **arguments):
@@ -85,7 +90,10 @@ def with_adapter(family, name="student", *, seed=0, std=0.05):
     from peft import LoraConfig
 
     network = family.load_network()
-    config = LoraConfig(r=4, lora_alpha=12.0, target_modules=list(family.lora_targets))
+    targets = list(family.lora_targets)
+    config = LoraConfig(
+        r=4, lora_alpha=12.0, target_modules=targets, exclude_modules=without_weights(network, targets) or None
+    )
     network.add_adapter(config, adapter_name=name)
     generator = torch.Generator().manual_seed(seed)
     for key, parameter in network.named_parameters():
@@ -169,7 +177,7 @@ def test_prompts_and_the_empty_prompt_are_encoded_as_the_pipeline_does(model):
     family = model.tiny.make(model.folder)
     ours = family.encode_prompts(PROMPTS)
     assert set(ours) == set(family.embed_keys)
-    expected = encoded(model.pipeline, PROMPTS)
+    expected = encoded(model, PROMPTS)
     for key in family.embed_keys:
         assert torch.equal(ours[key], expected[key]), key
         assert ours[key].device.type == "cpu"
@@ -178,17 +186,20 @@ def test_prompts_and_the_empty_prompt_are_encoded_as_the_pipeline_does(model):
     family.release_encoders()
     cond = family.condition(ours, MICRO)
     uncond = family.uncond({key: value.double() for key, value in cond.items()})
-    empty = encoded(model.pipeline, [""])
+    empty = encoded(model, [""])
     for key in family.embed_keys:
         torch.testing.assert_close(uncond[key], empty[key].double().expand_as(uncond[key]), rtol=0, atol=1e-6)
     assert family._text is None, "the empty prompt is encoded once, and the encoders are let go"
 
 
 @torch.no_grad()
-def encoded(pipeline, prompts):
+def encoded(model, prompts, pipeline=None):
     """The pipeline's own encoding, by the names of its arguments."""
     import inspect
 
+    pipeline = model.pipeline if pipeline is None else pipeline
+    if model.tiny.encoded is not None:
+        return model.tiny.encoded(pipeline, prompts)
     asked = inspect.signature(pipeline.encode_prompt).parameters
     further = {key: prompts for key in ("prompt_2", "prompt_3") if key in asked}
     further |= {"do_classifier_free_guidance": False} if "do_classifier_free_guidance" in asked else {}
@@ -241,14 +252,15 @@ def test_predict_equals_the_pipelines_denoising_loop(model, guided):
     family, pipeline = model.family, plain(model.folder, model.tiny).to(torch.float64)
     network, arguments = family.load_network().double(), model.tiny.guided if guided else model.tiny.unguided
     noise, _, cond = inputs(family)
-    cond |= {key: value.double() for key, value in encoded(pipeline, PROMPTS).items()}
-    empty = {key: value.double().expand_as(cond[key]) for key, value in encoded(pipeline, [""]).items()}
+    cond |= {key: value.double() for key, value in encoded(model, PROMPTS, pipeline).items()}
+    empty = {key: value.double().expand_as(cond[key]) for key, value in encoded(model, [""], pipeline).items()}
     calls = trace(pipeline, family.to_network(noise), **arguments)
     told = model.tiny.told(arguments)
     assert calls
+    times = pipeline.scheduler.timesteps
     for number, (args, kwargs, expected) in enumerate(calls):
-        x_t = args[0] if args else kwargs["hidden_states"]
-        time = args[1] if args else kwargs["timestep"] * model.tiny.time_unit
+        x_t, expected = model.tiny.read(args, kwargs), model.tiny.written(expected)
+        time = times[number * len(times) // len(calls)]
         parts = model.tiny.parts(number, cond, {**cond, **empty}, guided=guided)
         x_t, expected = (family.from_network(each, size=(EDGE, EDGE)) for each in (x_t, expected))
         for x, part, output in zip(x_t.split(2), parts, expected.split(2), strict=True):
@@ -337,8 +349,8 @@ def test_features_of_any_block_are_its_outputs_in_the_networks_order(model):
     def keep(name):
         def hook(module, args, output):
             parts = output if isinstance(output, tuple) else (output,)
-            first = parts[0]  # of a UNet's block; of a transformer's it is that of the text, or None
-            outputs[name] = first if first is not None and first.ndim == 4 else parts[1]
+            first = parts[0]  # of a UNet's block or of one stream; of two it is that of the text, or None
+            outputs[name] = first if len(parts) == 1 or (first is not None and first.ndim == 4) else parts[1]
 
         return hook
 
@@ -355,7 +367,8 @@ def test_features_of_any_block_are_its_outputs_in_the_networks_order(model):
     assert [level.shape[1] for level in found] == family.feature_channels(network, blocks="all")
     assert [level.shape[1] for level in chosen] == family.feature_channels(network, blocks=[names[-1], names[0]])
     for level, output in zip(found, outputs.values(), strict=True):
-        theirs = output if output.ndim == 4 else output.transpose(1, 2).unflatten(2, level.shape[2:])
+        positions = level.shape[2] * level.shape[3]  # of the image, before those of the text in one stream
+        theirs = output if output.ndim == 4 else output[:, :positions].transpose(1, 2).unflatten(2, level.shape[2:])
         assert torch.equal(level, theirs)
     assert torch.equal(chosen[0], found[0])
     assert torch.equal(chosen[1], found[-1])
@@ -383,7 +396,7 @@ def test_a_block_that_is_not_there_is_refused_with_those_that_are(model):
 def test_the_dimensions_of_prompts_are_known_from_the_network(model):
     network, cond = model.family.load_network(), conditioned(model.family)
     known = model.family.prompt_dimensions(network)
-    assert known == {name: cond[name].shape[-1] for name in model.family.embed_keys}
+    assert known == {name: cond[name].shape[-1] for name in model.family.embed_keys if not name.endswith("mask")}
 
 
 def test_checkpointed_features_have_the_same_gradients(model):
@@ -566,8 +579,9 @@ def test_masks_of_whole_numbers_reach_the_pipeline_as_they_are_and_states_in_its
         return (arguments["latents"],)
 
     embeds = {"states": torch.ones(1, 2, dtype=torch.float64), "mask": torch.ones(1, 2, dtype=torch.int64)}
+    embeds |= {"list": [torch.ones(2, dtype=torch.float64)]}
     noise, generators = torch.zeros(1, 4, 2, 2, dtype=torch.bfloat16), [torch.Generator()]
-    sample_latents(pipeline, embeds, embeds, noise=noise, generators=generators, size=(4, 4), call={})
-    kinds = {name: given[name].dtype for name in ("states", "mask", "negative_states", "negative_mask")}
+    sample_latents(pipeline, embeds, noise=noise, generators=generators, size=(4, 4), call={})
+    kinds = {"states": given["states"].dtype, "mask": given["mask"].dtype, "list": given["list"][0].dtype}
     whole, real = torch.int64, torch.bfloat16
-    assert kinds == {"states": real, "mask": whole, "negative_states": real, "negative_mask": whole}
+    assert kinds == {"states": real, "mask": whole, "list": real}

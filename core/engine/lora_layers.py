@@ -171,3 +171,11 @@ def _merge(layer: Any, adapter: str, merged: Tensor) -> None:
         torch.addmm(base, up, down, alpha=scale, out=merged)
     else:
         torch.add(base, (up.flatten(1) @ down.flatten(1)).view(base.shape), alpha=scale, out=merged)
+
+
+def without_weights(network: nn.Module, targets: Sequence[str]) -> list[str]:
+    """Return the names of modules that `targets`, suffixes of names, mean and that have no weights of their own, as an
+    activation that is numbered like a layer elsewhere: no adapter can lie on them.
+    """
+    named = ((name, one) for name, one in network.named_modules() if name.endswith(tuple(f".{t}" for t in targets)))
+    return [name for name, one in named if next(one.parameters(), None) is None]

@@ -20,7 +20,7 @@ from ..utils.dropout import NamedDropout
 from ..utils.seeds import derive_seed
 from .adapters import AdapterSwitch, copy_adapter, tuner_layers
 from .ema import EMA
-from .lora_layers import make_direct
+from .lora_layers import make_direct, without_weights
 from .modules import build_module, changing_buffers
 from .shards import part_of, sharded_as
 
@@ -155,6 +155,7 @@ class Networks:
             lora_alpha=self._lora.alpha,  # type: ignore[arg-type]  # peft takes floats
             lora_dropout=self._lora.dropout if role.trains == "lora" else 0.0,
             target_modules=targets,
+            exclude_modules=without_weights(self.base, targets) or None,
             init_lora_weights=True,
         )
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():

@@ -1,0 +1,139 @@
+"""What random tiny models of every family are made of, and what tests must know of their pipelines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from support import tiny_sdxl
+from support.tiny_sdxl import EDGE, TOKENS, WIDTHS, text_config
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """One model of one family.
+
+    Attributes:
+        family: Name of the family.
+        write: Writes the model into a folder.
+        settings: Of the family's configuration.
+        guided: Arguments of the plain pipeline's call that guide it.
+        unguided: Arguments that do not.
+        scale_key: Which of them is the guidance scale.
+        embedded: Whether the network takes the scale as an input.
+        read: Takes the noised latents, as the pipeline has them, from the arguments of a call of the network.
+        written: Takes our prediction, as the pipeline has its latents, from what the network returned.
+        halves: How a guided call is made: both halves in one batch, the unconditional first or last, or one call after
+            the other.
+        off_by: What is added to the pipeline's guidance scale to make it ours.
+        encoded: The pipeline's own encoding, where its parts are no tensors.
+    """
+
+    family: str
+    write: Callable[[Path], Path]
+    settings: dict[str, Any] = field(default_factory=dict)
+    guided: dict[str, Any] = field(default_factory=lambda: {"guidance_scale": 4.0})
+    unguided: dict[str, Any] = field(default_factory=lambda: {"guidance_scale": 1.0})
+    scale_key: str = "guidance_scale"
+    embedded: bool = False
+    read: Callable[[Any, Any], Any] = lambda args, kwargs: args[0] if args else kwargs["hidden_states"]
+    written: Callable[[Any], Any] = lambda output: output
+    halves: Literal["batched", "batched, conditional first", "in turn"] = "batched"
+    off_by: float = 0.0
+    encoded: Callable[[Any, list[str]], dict[str, Any]] | None = None
+
+    def scale(self, arguments: dict[str, Any]) -> float:
+        """The guidance scale of a plain call with these arguments."""
+        return arguments[self.scale_key] + self.off_by
+
+    def told(self, arguments: dict[str, Any]) -> float | None:
+        """The paper's w that the network is told in such a call, if it is."""
+        return self.scale(arguments) - 1 if self.embedded else None
+
+    def parts(self, number: int, cond: Any, uncond: Any, *, guided: bool) -> list[Any]:
+        """What the rows of the `number`-th call of the network in the pipeline's loop are conditioned on, in halves."""
+        if not guided or self.embedded:
+            return [cond]
+        if self.halves == "batched":
+            return [uncond, cond]
+        if self.halves == "batched, conditional first":
+            return [cond, uncond]
+        return [uncond if number % 2 else cond]
+
+    def make(self, folder: Path, config: dict[str, Any] | None = None, **settings: Any) -> Any:
+        """The family on the model in `folder`."""
+        from distill.core.plugin_api.family import ModelSettings
+        from distill.core.registry.registry import Registry
+
+        kind = Registry.load(installed=False).get("family", self.family)
+        own = kind.Config(**{**self.settings, **(config or {})})
+        return kind(own, ModelSettings(source=str(folder), resolution=(EDGE, EDGE), **settings))
+
+
+def seeded(build: Callable[[], Any], *, seed: int = 0) -> Any:
+    """What `build` makes from a seed, the global generator left as it was; all of it differs from its start.
+
+    Networks of these families begin with layers of zeros, which would hide what comes after them.
+    """
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = build()
+        with torch.no_grad():
+            for parameter in module.parameters():
+                if not parameter.any() or parameter.ndim < 2:
+                    parameter.add_(0.2 * torch.randn(parameter.shape))
+    return module
+
+
+def clip_encoder(kind: str, width: int, activation: str) -> Any:
+    import torch
+    import transformers
+
+    encoder = seeded(lambda: getattr(transformers, kind)(text_config(width, activation)), seed=width)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(width)
+        torch.nn.init.normal_(encoder.get_input_embeddings().weight, std=0.3)
+    return encoder
+
+
+CHANNELS = 8
+"""Of the latents of models on a flow."""
+T5_WIDTH = sum(WIDTHS) + 16
+"""More than both CLIP encoders together, so that their states are padded."""
+
+
+def flow_vae() -> Any:
+    from diffusers import AutoencoderKL
+
+    own = {"latent_channels": CHANNELS, "scaling_factor": 1.5305, "shift_factor": 0.0609}
+    config = {**tiny_sdxl.vae_config(), **own, "use_quant_conv": False, "use_post_quant_conv": False}
+    return seeded(lambda: AutoencoderKL(**config))
+
+
+def t5_parts(folder: Path, width: int) -> tuple[Any, Any]:
+    """(tokenizer, encoder): a token per letter, two layers."""
+    from transformers import T5Config, T5EncoderModel, T5TokenizerFast
+
+    letters = [chr(code) for code in range(ord("!"), ord("~") + 1)]
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0), *((each, -3.0) for each in letters)]
+    T5TokenizerFast(vocab=vocabulary, extra_ids=0, model_max_length=512).save_pretrained(folder)
+    config = T5Config(
+        vocab_size=len(vocabulary), d_model=width, d_kv=8, d_ff=32, num_layers=2, num_heads=2,
+        feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False,
+    )  # fmt: skip
+    return T5TokenizerFast.from_pretrained(folder), seeded(lambda: T5EncoderModel(config))
+
+
+SHORT: dict[str, Any] = {"max_sequence_length": TOKENS}
+"""As few tokens for T5 as for CLIP."""
+
+
+def flow(family: str, write: Callable[[Path], Path], **changes: Any) -> Tiny:
+    calls = {"guided": {"guidance_scale": 4.0}, "unguided": {"guidance_scale": 1.0}, **changes}
+    for name in ("guided", "unguided"):
+        calls[name] = {**calls[name], **SHORT}
+    return Tiny(family, write, settings=SHORT, **calls)
