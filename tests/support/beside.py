@@ -1,0 +1,214 @@
+"""Random tiny ControlNets and IP-Adapters, and students in the pipelines that take them or an image to begin with."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .tiny_clip import write_tiny_clip
+from .tiny_families import MODELS
+from .tiny_sdxl import EDGE, write_tiny_sdxl
+
+TOKENS = 4
+"""Number of tokens that an IP-Adapter makes of an image, as the libraries' loaders take it to be."""
+IP_ADAPTER = "ip-adapter.safetensors"
+CLASSES = {"sdxl": "StableDiffusionXL", "sd1x": "StableDiffusion", "flux": "Flux"}
+"""Family -> how the names of its pipelines begin."""
+
+
+def make_controlnet(denoiser: Any, *, seed: int = 0) -> Any:
+    """A ControlNet of a tiny UNet or FLUX.1 transformer whose last layers, zero at first, are random."""
+    from diffusers import ControlNetModel, FluxControlNetModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if hasattr(denoiser, "transformer_blocks"):
+            size = {key: denoiser.config[key] for key in ("attention_head_dim", "num_attention_heads")}
+            made = FluxControlNetModel.from_transformer(denoiser, num_layers=1, num_single_layers=1, **size)
+            ends = [*made.controlnet_blocks, *made.controlnet_single_blocks, made.controlnet_x_embedder]
+        else:
+            made = ControlNetModel.from_unet(denoiser)
+            hint = made.controlnet_cond_embedding
+            ends = [*made.controlnet_down_blocks, made.controlnet_mid_block, hint.conv_in, *hint.blocks, hint.conv_out]
+            # the control image is scaled down by 8 inside; the tiny autoencoder scales by 2
+            for block in hint.blocks:
+                block.stride = (1, 1)
+            hint.conv_in.stride = (2, 2)
+        for end in ends:
+            torch.nn.init.normal_(end.weight, std=0.2)
+    return made.eval()
+
+
+def write_ip_adapter(denoiser: Any, folder: Path, *, seed: int = 0) -> Path:
+    """Write an IP-Adapter for a UNet or FLUX.1 transformer in its own layout, its image encoder beside it."""
+    from safetensors.torch import save_file
+    from transformers import CLIPModel, CLIPVisionModelWithProjection
+
+    clip = CLIPModel.from_pretrained(write_tiny_clip(folder / "image_encoder"))
+    clip.config.vision_config.projection_dim = clip.config.projection_dim
+    encoder = CLIPVisionModelWithProjection(clip.config.vision_config)
+    encoder.vision_model.load_state_dict(clip.vision_model.state_dict())
+    encoder.visual_projection.load_state_dict(clip.visual_projection.state_dict())
+    encoder.save_pretrained(folder / "image_encoder")
+    generator = torch.Generator().manual_seed(seed)
+    shapes = _shapes(denoiser, clip.config.projection_dim)
+    weights = {key: 0.3 * torch.randn(shape, generator=generator) for key, shape in shapes.items()}
+    save_file(weights, folder / IP_ADAPTER)
+    return folder
+
+
+def _shapes(denoiser: Any, projection: int) -> dict[str, tuple[int, ...]]:
+    flux = hasattr(denoiser, "transformer_blocks")
+    width = denoiser.config.joint_attention_dim if flux else denoiser.config.cross_attention_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "image_proj.proj.weight": (TOKENS * width, projection),
+        "image_proj.proj.bias": (TOKENS * width,),
+        "image_proj.norm.weight": (width,),
+        "image_proj.norm.bias": (width,),
+    }
+    for number, hidden in enumerate(_hidden(denoiser, flux=flux)):
+        # each second processor of a UNet is of cross-attention; the layout counts them all
+        place = f"ip_adapter.{number}" if flux else f"ip_adapter.{2 * number + 1}"
+        for name in ("to_k_ip", "to_v_ip"):
+            shapes[f"{place}.{name}.weight"] = (hidden, width)
+            shapes |= {f"{place}.{name}.bias": (hidden,)} if flux else {}
+    return shapes
+
+
+def _hidden(denoiser: Any, *, flux: bool) -> list[int]:
+    if flux:
+        return [denoiser.inner_dim] * len(denoiser.transformer_blocks)
+    processors = [name for name in denoiser.attn_processors if name.endswith("attn2.processor")]
+    return [denoiser.get_submodule(name.removesuffix(".processor")).to_k.out_features for name in processors]
+
+
+def smooth_image(seed: int) -> Any:
+    """A random image of smooth colours."""
+    from PIL import Image
+
+    values = torch.rand(4, 4, 3, generator=torch.Generator().manual_seed(seed)) * 255
+    return Image.fromarray(values.byte().numpy()).resize((EDGE, EDGE), Image.Resampling.BICUBIC)
+
+
+def right_half() -> Any:
+    """A mask: the right half is painted anew."""
+    from PIL import Image
+
+    mask = Image.new("L", (EDGE, EDGE), 0)
+    mask.paste(255, (EDGE // 2, 0, EDGE, EDGE))
+    return mask
+
+
+INPUTS: dict[str, dict[str, Any]] = {
+    "": {},
+    "Img2Img": {"image": smooth_image(3), "strength": 0.5},
+    "Inpaint": {"image": smooth_image(3), "mask_image": right_half(), "strength": 0.5},
+}
+"""What a pipeline begins with -> its inputs."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """A tiny model with what stands beside it.
+
+    Attributes:
+        family: Name of the family.
+        folder: Where the model is.
+    """
+
+    family: str
+    folder: Path
+
+    @classmethod
+    def write(cls, family: str, folder: Path) -> Base:
+        if family == "sdxl":
+            write_tiny_sdxl(folder / "model", layers_per_block=1)
+        else:
+            MODELS["flux-dev" if family == "flux" else family].write(folder / "model")
+        return cls(family, folder / "model")
+
+    @property
+    def part(self) -> str:
+        return "transformer" if self.family == "flux" else "unet"
+
+    def make(self) -> Any:
+        """The family on it."""
+        from distill.core.plugin_api.family import ModelSettings
+        from distill.core.registry.registry import Registry
+
+        kind = Registry.load(installed=False).get("family", self.family)
+        config = kind.Config(**({"max_sequence_length": 16} if self.family == "flux" else {}))
+        return kind(config, ModelSettings(source=str(self.folder), resolution=(EDGE, EDGE)))
+
+    @cached_property
+    def teacher(self) -> Any:
+        """Its denoiser."""
+        return getattr(self.load(""), self.part)
+
+    @cached_property
+    def controlnet(self) -> Any:
+        return make_controlnet(self.teacher)
+
+    @cached_property
+    def ip_adapter(self) -> Path:
+        return write_ip_adapter(self.teacher, self.folder.parent / "ip-adapter")
+
+    def load(self, kind: str, folder: Path | None = None, **parts: Any) -> Any:
+        """The pipeline of a `kind`, as "ControlNetInpaint", from this model or another folder."""
+        import diffusers
+
+        parts |= {"controlnet": self.controlnet} if "ControlNet" in kind else {}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            pipe = getattr(diffusers, f"{CLASSES[self.family]}{kind}Pipeline").from_pretrained(
+                folder or self.folder, **parts
+            )
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def call(self, pipe: Any, *, control: int | None = None, **given: Any) -> torch.Tensor:
+        """Images (1, 3, H, W) of a pipeline on its inputs, those it does not take left out.
+
+        Args:
+            pipe: The pipeline.
+            control: Seed of a control image.
+            given: Other inputs than the usual ones.
+        """
+        takes = inspect.signature(type(pipe).__call__).parameters
+        if control is not None:
+            given["control_image" if "control_image" in takes else "image"] = smooth_image(control)
+        begins = next((begin for begin in ("Img2Img", "Inpaint") if begin in type(pipe).__name__), "")
+        usual = {"num_inference_steps": 4, "guidance_scale": 3.5 if self.family == "flux" else 1.0, "width": EDGE,
+                 "height": EDGE, "max_sequence_length": 16, "output_type": "pt"}  # fmt: skip
+        arguments = {key: value for key, value in (usual | INPUTS[begins]).items() if key in takes} | given
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(3)  # FLUX.1's pipelines draw the noise between steps from the global generator
+            return pipe("a red fox", generator=torch.Generator().manual_seed(3), **arguments).images
+
+    def start(self, *, seed: int = 0) -> dict[str, torch.Tensor]:
+        """The noise to begin with as an input: FLUX.1's pipelines draw it after what encoding a control image draws."""
+        if self.family != "flux":
+            return {}
+        shape = 1, (EDGE // 4) ** 2, self.teacher.config.in_channels
+        return {"latents": torch.randn(shape, generator=torch.Generator().manual_seed(seed))}
+
+    def calls_at(self, pipe: Any, **given: Any) -> tuple[torch.Tensor, list[tuple[float, ...]]]:
+        """(images, the time of each call of the denoiser, with the second time where the sampler has one)."""
+        seen: list[tuple[float, ...]] = []
+
+        def note(module: Any, args: Any, kwargs: Any) -> None:
+            time = kwargs["timestep"] * 1000 if self.family == "flux" else args[1]
+            second = getattr(pipe.scheduler, "pair", (0.0,))[1:]
+            seen.append((round(float(time.flatten()[0]), 2), *(round(r, 2) for r in second)))
+
+        handle = getattr(pipe, self.part).register_forward_pre_hook(note, with_kwargs=True)
+        try:
+            return self.call(pipe, **given), seen
+        finally:
+            handle.remove()
