@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from runpy import run_path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from distill.core.diffusion import Prediction
 from distill.core.diffusion.flow_map import FlowMapScheduler
 from distill.core.diffusion.sampler import Sampler
-from distill.core.plugin_api.family import ExportInfo, LoraSettings
+from distill.core.plugin_api.family import ExportInfo, LoraSettings, MicroConditioning
 from support.beside import IP_ADAPTER, Base, smooth_image
 from support.second_time import trained
 from support.tiny_sdxl import EDGE
@@ -31,9 +34,8 @@ SAMPLERS = {
     "flow-lcm": Sampler("FlowMatchLCMScheduler", FIXED, 4, 0.0, {"sigmas": SIGMAS}),
 }
 """What methods export; `told` is a full student that takes its guidance scale as an input."""
-SHIFT = 1.6487
-"""exp(mu), of the tiny FLUX.1 dev at its 64 positions: mu = 0.5 at 16, 2 at 4096."""
-UNSHIFTED = [1.0, 0.75, 0.5, 0.25]
+SHIFT = math.exp(0.5 + 1.5 * (64 - 16) / (4096 - 16))
+"""Of the tiny FLUX.1 dev at its 64 positions: mu = 0.5 at 16 and 2 at 4096."""
 TIMES: dict[str, list[tuple[float, ...]]] = {
     "lcm": [(999,), (759,), (499,), (259,)],
     "tcd": [(999,), (759,), (499,), (259,)],
@@ -42,8 +44,9 @@ TIMES: dict[str, list[tuple[float, ...]]] = {
     "flow-map": [(999, 749), (749, 499), (499, 249), (249, 0)],
     "euler": [(1000,), (900,), (750,), (500,)],
     "flow-lcm": [(1000,), (900,), (750,), (500,)],
+    "flux flow-map": list(pairwise(1000 * SHIFT * s / (1 + (SHIFT - 1) * s) for s in (1.0, 0.75, 0.5, 0.25, 0.0))),
 }
-"""Sampler -> the times at which the network is called in four steps, with the second time where there is one."""
+"""Sampler, or family and sampler -> the times at which the network is called in four steps, with the second time where there is one."""
 
 
 @dataclass(frozen=True)
@@ -96,14 +99,10 @@ class Student:
     def text_to_image(self) -> torch.Tensor:
         return self.call(self.load(""), **self.base.start())
 
-    @cached_property
-    def times(self) -> list[tuple[float, ...]]:
-        """Of four steps: on the tiny FLUX.1 dev a flow map's are shifted by the resolution."""
-        if self.base.family != "flux" or not self.flow_map:
-            return TIMES[self.name]
-        shift = self.base.make().scheduler(self.sampler).config.shift
-        grid = [round(1000 * shift * s / (1 + (shift - 1) * s), 2) for s in UNSHIFTED]
-        return list(zip(grid, [*grid[1:], 0.0], strict=True))
+    @property
+    def times(self) -> torch.Tensor:
+        """Of four steps, (4, 1), or (4, 2) with the second times."""
+        return torch.tensor(TIMES.get(f"{self.base.family} {self.name}", TIMES[self.name]), dtype=torch.float64)
 
 
 @pytest.fixture(scope="module")
@@ -125,8 +124,8 @@ def students(bases, tmp_path_factory):
     return find
 
 
-def export(base: Base, folder: Path, kind: str, name: str) -> Student:
-    """A student whose trained weights are random: an adapter, or all of them."""
+def export(base: Base, folder: Path, kind: str, name: str, *, told: bool = False) -> Student:
+    """A student whose trained weights are random: an adapter, or all of them; `told` takes its guidance scale."""
     from peft import LoraConfig
 
     family = base.make()
@@ -138,7 +137,7 @@ def export(base: Base, folder: Path, kind: str, name: str) -> Student:
             if ".student." in key:
                 parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.05
     else:
-        network = family.student_network(network, guidance_embedding=name == "told")
+        network = family.student_network(network, guidance_embedding=told or name == "told")
         generator = torch.Generator().manual_seed(1)
         for parameter in network.parameters():
             parameter.data.add_(0.05 * torch.randn(parameter.shape, generator=generator))
@@ -173,6 +172,20 @@ def far(one: torch.Tensor, other: torch.Tensor) -> bool:
     return float((one - other).abs().max()) > 1e-3
 
 
+def load_ip_adapter(student: Student, pipe: Any) -> Any:
+    """The pipeline with the IP-Adapter, loaded by the library's own loader."""
+    from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+
+    folder = student.base.ip_adapter
+    encoder = CLIPVisionModelWithProjection.from_pretrained(folder / "image_encoder")
+    processor = CLIPImageProcessor.from_pretrained(folder / "image_encoder")
+    pipe.register_modules(image_encoder=encoder, feature_extractor=processor)
+    flux = student.base.family == "flux"
+    there = {"image_encoder_pretrained_model_name_or_path" if flux else "image_encoder_folder": None}
+    pipe.load_ip_adapter(str(folder), subfolder="", weight_name=IP_ADAPTER, **there)
+    return pipe
+
+
 @every_student
 def test_a_controlnet_steers_a_student(students, family, kind, name):
     """By its image; not at scale 0; and the student is not its teacher there."""
@@ -191,17 +204,8 @@ def test_a_controlnet_steers_a_student(students, family, kind, name):
 @every_student
 def test_an_ip_adapter_steers_a_student(students, family, kind, name):
     """By its image; not at scale 0; and the student is not its teacher there."""
-    from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
-
     student = students(family, kind, name)
-    encoder = student.base.ip_adapter / "image_encoder"
-    pipe = student.load(
-        "",
-        image_encoder=CLIPVisionModelWithProjection.from_pretrained(encoder),
-        feature_extractor=CLIPImageProcessor.from_pretrained(encoder),
-    )
-    own = {"image_encoder_pretrained_model_name_or_path": None} if family == "flux" else {"image_encoder_folder": None}
-    pipe.load_ip_adapter(str(student.base.ip_adapter), subfolder="", weight_name=IP_ADAPTER, **own)
+    pipe = load_ip_adapter(student, student.load(""))
     start = student.base.start()
     one, other = (student.call(pipe, ip_adapter_image=smooth_image(seed), **start) for seed in (5, 6))
     assert far(one, other)
@@ -221,9 +225,9 @@ def test_strength_leaves_a_student_the_last_of_its_times(students, family, kind,
     student = students(family, kind, name)
     pipe = student.load(pipeline)
     half, seen = student.base.calls_at(pipe, **student.arguments)
-    assert seen == student.times[2:]
+    torch.testing.assert_close(seen, student.times[2:], rtol=0, atol=1e-2)
     whole, seen = student.base.calls_at(pipe, strength=1.0, **student.arguments)
-    assert seen == student.times
+    torch.testing.assert_close(seen, student.times, rtol=0, atol=1e-2)
     assert far(half, whole)
     setattr(pipe, student.base.part, student.base.teacher)
     assert far(half, student.call(pipe))
@@ -252,7 +256,7 @@ def test_a_controlnet_steers_a_student_that_begins_with_an_image(students, famil
     student = students(family, kind, name)
     pipe = student.load(pipeline)
     one, seen = student.base.calls_at(pipe, control=5, **student.arguments)
-    assert seen == student.times[2:]
+    torch.testing.assert_close(seen, student.times[2:], rtol=0, atol=1e-2)
     assert far(one, student.call(pipe, control=6))
     off = student.call(pipe, control=5, controlnet_conditioning_scale=0.0)
     if family == "flux":  # encoding a control image draws numbers first: no pipeline without one has this noise
@@ -261,3 +265,122 @@ def test_a_controlnet_steers_a_student_that_begins_with_an_image(students, famil
         without = student.call(student.load(pipeline.removeprefix("ControlNet")))
     torch.testing.assert_close(off, without, rtol=0, atol=2e-5)
     assert far(one, off)
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "name"),
+    [
+        ("sdxl", "lora", "ddim"), ("sdxl", "lora", "tcd"), ("sdxl", "lora", "flow-map"), ("sd1x", "full", "flow-map"),
+        ("flux", "lora", "euler"), ("flux", "lora", "flow-map"),
+    ],
+)  # fmt: skip
+def test_image_to_image_is_the_noised_image_and_the_students_last_steps(students, family, kind, name):
+    student = students(family, kind, name)
+    pipe = student.load("Img2Img")
+    expected = pipe.image_processor.postprocess(by_hand(student, pipe), output_type="pt")
+    torch.testing.assert_close(student.call(pipe), expected, rtol=0, atol=1e-4)
+
+
+def by_hand(student: Student, pipe: Any) -> torch.Tensor:
+    """Images (1, 3, H, W) in [-1, 1] by the family's predictions: from alpha_t x_0 + sigma_t eps to the next times."""
+    family = student.base.make()
+    network, generator = family.load_student(student.folder), torch.Generator().manual_seed(3)
+    micro = MicroConditioning([(EDGE, EDGE)], [(0, 0)], [(EDGE, EDGE)])
+    cond = family.condition(family.encode_prompts(["a red fox"]), micro)
+    unit = 1000 if student.base.family == "flux" else 1
+    last = [0.0] if student.name == "tcd" else [None]  # else it ends at the data
+    times = [float(row[0]) for row in student.times[2:]]
+    with torch.no_grad():
+        pixels = pipe.image_processor.preprocess(smooth_image(3), height=EDGE, width=EDGE)
+        config = pipe.vae.config
+        x = pipe.vae.encode(pixels).latent_dist.sample(generator) - (config.shift_factor or 0.0)
+        x = x * config.scaling_factor
+        noise = torch.randn(x.shape, generator=generator)
+        x = family.schedule.add_noise(x, noise, torch.tensor([times[0] / unit]))
+        for t, u in zip(times, [*times[1:], *last], strict=True):
+            time, second = torch.tensor([t]), torch.tensor([u or 0.0]) if student.flow_map else None
+            output = family.predict(network, x, time, cond, second_time=second)
+            prediction = Prediction(output, x, time / unit, family.schedule, family.prediction_type)
+            x = prediction.x0 if u is None else prediction.ddim_step(torch.tensor([u / unit]))
+        return 2 * family.decode_latents(x) - 1
+
+
+# -- times ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "named", "expected"),
+    [
+        ("sdxl", "lcm", {"timesteps": [999, 499, 259]}, [[259]]),
+        ("sdxl", "flow-map", {"timesteps": [900, 600, 200.5]}, [[200.5, 0]]),
+        ("flux", "euler", {"sigmas": [0.8, 0.6, 0.2]}, [[600], [200]]),
+        ("flux", "flow-map", {"sigmas": [0.8, 0.6, 0.2]}, [[600, 200], [200, 0]]),
+    ],
+)
+def test_strength_cuts_named_times_too(students, family, name, named, expected):
+    """Of three at strength 0.5 the pipelines of UNets leave one, and FLUX.1's, which round up, two."""
+    student = students(family, "lora", name)
+    _, seen = student.base.calls_at(student.load("Img2Img"), **{**student.arguments, **named})
+    torch.testing.assert_close(seen, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-2)
+
+
+def test_the_even_sigmas_that_pipelines_pass_are_a_number_of_steps():
+    """FLUX.1's pipelines with a ControlNet or an image pass them to every scheduler, for it to shift."""
+    asked, passed = (FlowMapScheduler(prediction_type="flow", shift=3.0) for _ in range(2))
+    for steps in (1, 2, 4, 7):
+        asked.set_timesteps(steps)
+        passed.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=1.15)
+        assert passed.timesteps.tolist() == asked.timesteps.tolist()
+        assert passed.pair == asked.pair
+    assert asked.timesteps[1] == pytest.approx(1000 * 3 * (6 / 7) / (1 + 2 * 6 / 7), abs=1e-3)
+    passed.set_timesteps(sigmas=[1.0, 0.9, 0.5])
+    assert passed.timesteps.tolist() == [1000.0, 900.0, 500.0]
+
+
+def test_a_flow_map_says_that_strength_leaves_no_step(students):
+    """One step cannot be halved: other schedulers fail there without a word on why, or return the image as it was."""
+    student = students("sdxl", "lora", "flow-map")
+    for pipeline in ("Img2Img", "Inpaint"):
+        with pytest.raises(ValueError, match=r"none of the 1 steps is left .* strength \(to 1 at least\)"):
+            student.call(student.load(pipeline), num_inference_steps=1)
+    with pytest.raises(ValueError, match=r"none of the 4 steps is left .* \(to 0.25 at least\).* \(timesteps\)"):
+        student.call(student.load("Img2Img"), strength=0.2)
+
+
+def test_pipelines_made_of_a_flow_maps_parts_share_its_scheduler(students):
+    """And one that has another is told so, in place of images at the times of the first."""
+    from diffusers import StableDiffusionXLImg2ImgPipeline
+
+    student = students("sdxl", "lora", "flow-map")
+    pipe = student.load("")
+    other = StableDiffusionXLImg2ImgPipeline.from_pipe(pipe)
+    other.set_progress_bar_config(disable=True)
+    expected = student.call(student.load("Img2Img"))
+    torch.testing.assert_close(student.call(other), expected, rtol=0, atol=2e-5)
+    torch.testing.assert_close(student.call(pipe), student.text_to_image, rtol=0, atol=2e-5)
+    other.scheduler = FlowMapScheduler.from_pretrained(student.folder, subfolder="scheduler")
+    with pytest.raises(ValueError, match="attach belongs to the pipeline that is called"):
+        student.call(other)
+
+
+# -- what a pipeline does not tell ------------------------------------------------------------------------------------
+
+
+def test_a_flow_map_says_that_a_pipeline_does_not_tell_its_scale(bases, tmp_path):
+    student = export(bases["sdxl"], tmp_path, "full", "flow-map", told=True)
+    told = student.call(student.load("Img2Img"), guidance_scale=8.0)
+    assert far(told, student.call(student.load("Img2Img"), guidance_scale=4.0))
+    with pytest.raises(ValueError, match="this pipeline does not tell it"):
+        student.call(student.load("ControlNetImg2Img"), control=5, guidance_scale=8.0)
+
+
+@pytest.mark.parametrize("family", ["sdxl", "sd1x"])
+def test_an_ip_adapter_may_be_loaded_before_the_student(students, family):
+    student = students(family, "lora", "tcd")
+    first, then = student.base.load(""), student.load("")
+    for pipe in (first, then):
+        load_ip_adapter(student, pipe)
+    first.load_lora_weights(student.folder)
+    first.scheduler = then.scheduler
+    one, other = (student.call(pipe, ip_adapter_image=smooth_image(5)) for pipe in (first, then))
+    torch.testing.assert_close(one, other, rtol=0, atol=2e-5)

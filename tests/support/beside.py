@@ -198,17 +198,17 @@ class Base:
         shape = 1, (EDGE // 4) ** 2, self.teacher.config.in_channels
         return {"latents": torch.randn(shape, generator=torch.Generator().manual_seed(seed))}
 
-    def calls_at(self, pipe: Any, **given: Any) -> tuple[torch.Tensor, list[tuple[float, ...]]]:
-        """(images, the time of each call of the denoiser, with the second time where the sampler has one)."""
+    def calls_at(self, pipe: Any, **given: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """(images, the time of each call of the denoiser, with the second time where the sampler has one: (N, 1 or 2))."""
         seen: list[tuple[float, ...]] = []
 
         def note(module: Any, args: Any, kwargs: Any) -> None:
             time = kwargs["timestep"] * 1000 if self.family == "flux" else args[1]
             second = getattr(pipe.scheduler, "pair", (0.0,))[1:]
-            seen.append((round(float(time.flatten()[0]), 2), *(round(r, 2) for r in second)))
+            seen.append((float(time.flatten()[0]), *second))
 
         handle = getattr(pipe, self.part).register_forward_pre_hook(note, with_kwargs=True)
         try:
-            return self.call(pipe, **given), seen
+            return self.call(pipe, **given), torch.tensor(seen, dtype=torch.float64)
         finally:
             handle.remove()
