@@ -17,10 +17,12 @@ from distill.core.diffusion import Prediction
 from distill.core.diffusion.flow_map import FlowMapScheduler
 from distill.core.diffusion.sampler import Sampler
 from distill.core.plugin_api.family import ExportInfo, LoraSettings, MicroConditioning
-from support.beside import IP_ADAPTER, Base, smooth_image
+from support.beside import IP_ADAPTERS, Base, right_half, smooth_image
+from support.pages import blocks
 from support.second_time import trained
 from support.tiny_sdxl import EDGE
 
+PAGE = "docs/beside.md"
 FIXED = {"shift": 1.0, "use_dynamic_shifting": False}
 SIGMAS = [1.0, 0.9, 0.75, 0.5]
 LCM = Sampler("LCMScheduler", {"original_inference_steps": 50}, 4, 0.0)
@@ -46,7 +48,7 @@ TIMES: dict[str, list[tuple[float, ...]]] = {
     "flow-lcm": [(1000,), (900,), (750,), (500,)],
     "flux flow-map": list(pairwise(1000 * SHIFT * s / (1 + (SHIFT - 1) * s) for s in (1.0, 0.75, 0.5, 0.25, 0.0))),
 }
-"""Sampler, or family and sampler -> the times at which the network is called in four steps, with the second time where there is one."""
+"""Sampler, or family and sampler -> the times of the network in four steps, beside the second times, if any."""
 
 
 @dataclass(frozen=True)
@@ -131,11 +133,11 @@ def export(base: Base, folder: Path, kind: str, name: str, *, told: bool = False
     family = base.make()
     network = family.load_network()
     if kind == "lora":
-        lora = LoraConfig(r=4, lora_alpha=8.0, target_modules=list(family.lora_targets), init_lora_weights=False)
+        lora = LoraConfig(r=4, lora_alpha=8.0, target_modules=["to_q", "to_k", "to_v", "conv1", "linear_1"])
         network.add_adapter(lora, adapter_name="student")
         for key, parameter in network.named_parameters():
             if ".student." in key:
-                parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.05
+                parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.2
     else:
         network = family.student_network(network, guidance_embedding=told or name == "told")
         generator = torch.Generator().manual_seed(1)
@@ -153,19 +155,25 @@ CELLS = [
     ("sdxl", "full", "told"), ("sd1x", "full", "lcm"), ("sd1x", "lora", "tcd"), ("sd1x", "full", "flow-map"),
     ("flux", "lora", "euler"), ("flux", "full", "flow-lcm"), ("flux", "lora", "flow-map"),
 ]  # fmt: skip
-"""Every sampler, and every family with both kinds; `slow` runs the rest."""
-REST = [
+"""Every sampler, and every family with both kinds."""
+FEWER = [CELLS[number] for number in (0, 4, 7, 8, 10)]
+SAMPLERS_OF = {
+    "sdxl": ("lcm", "told", "ddim", "tcd", "flow-map"), "sd1x": ("lcm", "told", "ddim", "tcd", "flow-map"),
+    "flux": ("euler", "flow-lcm", "flow-map"),
+}  # fmt: skip
+ALL = [
     (family, kind, name)
-    for family, names in (
-        ("sdxl", ("lcm", "told", "ddim", "tcd", "flow-map")), ("sd1x", ("lcm", "told", "ddim", "tcd", "flow-map")),
-        ("flux", ("euler", "flow-lcm", "flow-map")),
-    )
-    for kind in ("lora", "full")
+    for family, names in SAMPLERS_OF.items()
     for name in names
-    if (family, kind, name) not in CELLS and (kind, name) != ("lora", "told")
-]  # fmt: skip
-ALL = [*CELLS, *(pytest.param(*cell, marks=pytest.mark.slow) for cell in REST)]
-every_student = pytest.mark.parametrize(("family", "kind", "name"), ALL)
+    for kind in ("lora", "full")
+    if (kind, name) != ("lora", "told")
+]
+
+
+def students_of(cells: list[tuple[str, str, str]]) -> Any:
+    """Parametrize a test by these students; `slow` runs the rest of them."""
+    rest = [pytest.param(*cell, marks=pytest.mark.slow) for cell in ALL if cell not in cells]
+    return pytest.mark.parametrize(("family", "kind", "name"), [*cells, *rest])
 
 
 def far(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -174,19 +182,14 @@ def far(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 def load_ip_adapter(student: Student, pipe: Any) -> Any:
     """The pipeline with the IP-Adapter, loaded by the library's own loader."""
-    from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
-
-    folder = student.base.ip_adapter
-    encoder = CLIPVisionModelWithProjection.from_pretrained(folder / "image_encoder")
-    processor = CLIPImageProcessor.from_pretrained(folder / "image_encoder")
-    pipe.register_modules(image_encoder=encoder, feature_extractor=processor)
-    flux = student.base.family == "flux"
-    there = {"image_encoder_pretrained_model_name_or_path" if flux else "image_encoder_folder": None}
-    pipe.load_ip_adapter(str(folder), subfolder="", weight_name=IP_ADAPTER, **there)
+    folder, flux = student.base.ip_adapter, student.base.family == "flux"
+    encoder = {"image_encoder_pretrained_model_name_or_path": str(folder / "image_encoder")} if flux else {}
+    encoder |= {"image_encoder_dtype": torch.float32} if flux else {}
+    pipe.load_ip_adapter(str(folder), **IP_ADAPTERS[flux], **encoder)
     return pipe
 
 
-@every_student
+@students_of(CELLS)
 def test_a_controlnet_steers_a_student(students, family, kind, name):
     """By its image; not at scale 0; and the student is not its teacher there."""
     student = students(family, kind, name)
@@ -201,7 +204,7 @@ def test_a_controlnet_steers_a_student(students, family, kind, name):
     assert far(one, student.call(pipe, control=5, **start))
 
 
-@every_student
+@students_of(FEWER)
 def test_an_ip_adapter_steers_a_student(students, family, kind, name):
     """By its image; not at scale 0; and the student is not its teacher there."""
     student = students(family, kind, name)
@@ -218,12 +221,11 @@ def test_an_ip_adapter_steers_a_student(students, family, kind, name):
 # -- images to begin with ---------------------------------------------------------------------------------------------
 
 
-@every_student
-@pytest.mark.parametrize("pipeline", ["Img2Img", "Inpaint"])
-def test_strength_leaves_a_student_the_last_of_its_times(students, family, kind, name, pipeline):
+@students_of(CELLS)
+def test_strength_leaves_a_student_the_last_of_its_times(students, family, kind, name):
     """Half of four steps: the last two of the four, none made for the occasion; and all of them at strength 1."""
     student = students(family, kind, name)
-    pipe = student.load(pipeline)
+    pipe = student.load("Img2Img")
     half, seen = student.base.calls_at(pipe, **student.arguments)
     torch.testing.assert_close(seen, student.times[2:], rtol=0, atol=1e-2)
     whole, seen = student.base.calls_at(pipe, strength=1.0, **student.arguments)
@@ -233,26 +235,30 @@ def test_strength_leaves_a_student_the_last_of_its_times(students, family, kind,
     assert far(half, student.call(pipe))
 
 
-@every_student
+@students_of(CELLS)
 def test_inpainting_keeps_what_the_mask_leaves(students, family, kind, name):
-    """The left half is the image's own latents, bit for bit, and the right half is not."""
+    """The left half is the image's own latents, bit for bit, and the right half is the student's, of its last times."""
     student = students(family, kind, name)
     pipe = student.load("Inpaint")
     encode, encoded = pipe._encode_vae_image, []
     pipe._encode_vae_image = lambda *args, **kwargs: encoded.append(encode(*args, **kwargs)) or encoded[-1]
-    made, own = student.call(pipe, output_type="latent"), encoded[0]
+    made, seen = student.base.calls_at(pipe, output_type="latent", **student.arguments)
+    torch.testing.assert_close(seen, student.times[2:], rtol=0, atol=1e-2)
+    setattr(pipe, student.base.part, student.base.teacher)
+    teachers = student.call(pipe, output_type="latent")
     if family == "flux":  # (B, 16 x 16 / 4, 4 C) -> (B, C, h, w)
-        made = pipe._unpack_latents(made, EDGE, EDGE, pipe.vae_scale_factor)
+        made, teachers = (pipe._unpack_latents(each, EDGE, EDGE, pipe.vae_scale_factor) for each in (made, teachers))
     half = made.shape[-1] // 2
-    assert torch.equal(made[..., :half], own[..., :half])
-    assert far(made[..., half:], own[..., half:])
+    assert torch.equal(made[..., :half], encoded[0][..., :half])
+    assert far(made[..., half:], encoded[0][..., half:])
+    assert far(made[..., half:], teachers[..., half:])
 
 
-@every_student
+@students_of([cell for cell in FEWER if cell[2] != "told"])
 @pytest.mark.parametrize("pipeline", ["ControlNetImg2Img", "ControlNetInpaint"])
 def test_a_controlnet_steers_a_student_that_begins_with_an_image(students, family, kind, name, pipeline):
-    if name == "told":
-        pytest.skip("these pipelines do not tell the scale: test_a_scale_that_a_pipeline_does_not_tell_...")
+    if name == "told":  # among the slow ones
+        pytest.skip("these pipelines do not tell the scale: test_a_scale_may_be_told_by_hand")
     student = students(family, kind, name)
     pipe = student.load(pipeline)
     one, seen = student.base.calls_at(pipe, control=5, **student.arguments)
@@ -384,3 +390,59 @@ def test_an_ip_adapter_may_be_loaded_before_the_student(students, family):
     first.scheduler = then.scheduler
     one, other = (student.call(pipe, ip_adapter_image=smooth_image(5)) for pipe in (first, then))
     torch.testing.assert_close(one, other, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "named"),
+    [("sdxl", "tcd", {"timesteps": [499, 259]}), ("sdxl", "flow-map", {"timesteps": [499, 249]}),
+     ("flux", "euler", {"sigmas": SIGMAS[2:]})],
+)  # fmt: skip
+def test_times_may_be_named_in_place_of_a_strength(students, family, name, named):
+    student = students(family, "lora", name)
+    pipe = student.load("Img2Img")
+    made = student.base.call(pipe, **{**student.arguments, **named, "strength": 1.0, "num_inference_steps": 2})
+    torch.testing.assert_close(made, student.call(pipe), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("pipeline", ["ControlNetImg2Img", "ControlNetInpaint"])
+def test_a_scale_may_be_told_by_hand(students, pipeline):
+    """Without it these pipelines run the student untold, twice in each step, and say nothing."""
+    student = students("sdxl", "full", "told")
+    expected = student.call(student.load(pipeline.removeprefix("ControlNet")))
+    names = {"pipe": student.load(pipeline), "scale": 8.0, "torch": torch}
+    off = {"control": 5, "controlnet_conditioning_scale": 0.0}
+    assert far(student.call(names["pipe"], **off), expected)
+    exec(next(block.content for block in blocks(PAGE) if "register_forward_pre_hook" in block.content), names)
+    told, seen = student.base.calls_at(names["pipe"], guidance_scale=1.0, **off)
+    torch.testing.assert_close(told, expected, rtol=0, atol=2e-5)
+    assert len(seen) == 2
+
+
+def test_the_lines_of_the_page_run(bases, students, tmp_path, monkeypatch):
+    """In their order, on the tiny models in place of the real ones; what each makes is neither black nor white."""
+    sdxl, flux = bases["sdxl"], bases["flux"]
+    instead = {
+        "stabilityai/stable-diffusion-xl-base-1.0": sdxl.folder, "black-forest-labs/FLUX.1-dev": flux.folder,
+        "output/sdxl-lcm/student": students("sdxl", "lora", "lcm").folder,
+        "output/flux-lcm/student": students("flux", "lora", "flow-lcm").folder,
+        "output/sdxl-meanflow/student": students("sdxl", "lora", "flow-map").folder,
+        "h94/IP-Adapter": sdxl.ip_adapter, ".float16": ".float32", ".bfloat16": ".float32", '"cuda"': '"cpu"',
+        "1024": EDGE,
+    }  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("diffusers.ControlNetModel.from_pretrained", lambda *args, **kwargs: sdxl.controlnet)
+    monkeypatch.setattr("diffusers.FluxControlNetModel.from_pretrained", lambda *args, **kwargs: flux.controlnet)
+    for name, drawn in {"photo": smooth_image(3), "edges": smooth_image(5), "mask": right_half()}.items():
+        drawn.save(f"{name}.png")
+    names: dict[str, Any] = {}
+    run = [block for block in blocks(PAGE) if block.comments["held by"].endswith("test_the_lines_of_the_page_run")]
+    assert len(run) == 7
+    for block in run:
+        content = block.content
+        for real, substitute in instead.items():
+            content = content.replace(real, str(substitute))
+        exec(compile(content, block.where, "exec"), names)
+        if "image" in names:
+            image = names.pop("image")
+            assert image.size == (EDGE, EDGE)
+            assert all(low < high for low, high in image.getextrema())

@@ -264,8 +264,8 @@ class FlowMapScheduler(SchedulerMixin, ConfigMixin):
         count = len(self.timesteps)
         if begin_index and begin_index >= count:
             raise ValueError(
-                f"none of the {count} steps is left to begin with: raise strength (to {1 / count:.3g} at least), take "
-                f"more steps, or name the times that are left ({'sigmas' if self._flow else 'timesteps'}) and strength 1"
+                f"none of the {count} steps is left to begin with: raise strength (to {1 / count:.3g} at least), take more "
+                f"steps, or name the times that are left ({'sigmas' if self._flow else 'timesteps'}) and set strength to 1"
             )
         self._begin = begin_index
 

@@ -17,7 +17,11 @@ from .tiny_sdxl import EDGE, write_tiny_sdxl
 
 TOKENS = 4
 """Number of tokens that an IP-Adapter makes of an image, as the libraries' loaders take it to be."""
-IP_ADAPTER = "ip-adapter.safetensors"
+IP_ADAPTERS: dict[bool, dict[str, str]] = {
+    False: {"subfolder": "sdxl_models", "weight_name": "ip-adapter_sdxl.safetensors"},
+    True: {"weight_name": "ip_adapter.safetensors"},
+}
+"""Whether it is for FLUX.1 -> where the weights lie in its repository."""
 CLASSES = {"sdxl": "StableDiffusionXL", "sd1x": "StableDiffusion", "flux": "Flux"}
 """Family -> how the names of its pipelines begin."""
 
@@ -35,13 +39,15 @@ def make_controlnet(denoiser: Any, *, seed: int = 0) -> Any:
         else:
             made = ControlNetModel.from_unet(denoiser)
             hint = made.controlnet_cond_embedding
-            ends = [*made.controlnet_down_blocks, made.controlnet_mid_block, hint.conv_in, *hint.blocks, hint.conv_out]
+            ends = [*made.controlnet_down_blocks, made.controlnet_mid_block]
+            for layer in (hint.conv_in, *hint.blocks, hint.conv_out):
+                torch.nn.init.normal_(layer.weight, std=0.2)
             # the control image is scaled down by 8 inside; the tiny autoencoder scales by 2
             for block in hint.blocks:
                 block.stride = (1, 1)
             hint.conv_in.stride = (2, 2)
         for end in ends:
-            torch.nn.init.normal_(end.weight, std=0.2)
+            torch.nn.init.normal_(end.weight, std=0.05)
     return made.eval()
 
 
@@ -50,42 +56,46 @@ def write_ip_adapter(denoiser: Any, folder: Path, *, seed: int = 0) -> Path:
     from safetensors.torch import save_file
     from transformers import CLIPModel, CLIPVisionModelWithProjection
 
-    clip = CLIPModel.from_pretrained(write_tiny_clip(folder / "image_encoder"))
+    flux = hasattr(denoiser, "transformer_blocks")
+    place = folder / IP_ADAPTERS[flux].get("subfolder", "")
+    clip = CLIPModel.from_pretrained(write_tiny_clip(place / "image_encoder"))
     clip.config.vision_config.projection_dim = clip.config.projection_dim
     encoder = CLIPVisionModelWithProjection(clip.config.vision_config)
     encoder.vision_model.load_state_dict(clip.vision_model.state_dict())
     encoder.visual_projection.load_state_dict(clip.visual_projection.state_dict())
-    encoder.save_pretrained(folder / "image_encoder")
+    encoder.save_pretrained(place / "image_encoder")
     generator = torch.Generator().manual_seed(seed)
-    shapes = _shapes(denoiser, clip.config.projection_dim)
+    shapes = (_flux_shapes if flux else _unet_shapes)(denoiser, clip.config.projection_dim)
     weights = {key: 0.3 * torch.randn(shape, generator=generator) for key, shape in shapes.items()}
-    save_file(weights, folder / IP_ADAPTER)
+    save_file(weights, place / IP_ADAPTERS[flux]["weight_name"])
     return folder
 
 
-def _shapes(denoiser: Any, projection: int) -> dict[str, tuple[int, ...]]:
-    flux = hasattr(denoiser, "transformer_blocks")
-    width = denoiser.config.joint_attention_dim if flux else denoiser.config.cross_attention_dim
-    shapes: dict[str, tuple[int, ...]] = {
-        "image_proj.proj.weight": (TOKENS * width, projection),
-        "image_proj.proj.bias": (TOKENS * width,),
-        "image_proj.norm.weight": (width,),
-        "image_proj.norm.bias": (width,),
-    }
-    for number, hidden in enumerate(_hidden(denoiser, flux=flux)):
-        # each second processor of a UNet is of cross-attention; the layout counts them all
-        place = f"ip_adapter.{number}" if flux else f"ip_adapter.{2 * number + 1}"
-        for name in ("to_k_ip", "to_v_ip"):
-            shapes[f"{place}.{name}.weight"] = (hidden, width)
-            shapes |= {f"{place}.{name}.bias": (hidden,)} if flux else {}
+def _projection(prefix: str, width: int, projection: int) -> dict[str, tuple[int, ...]]:
+    linear = {f"{prefix}.proj.weight": (TOKENS * width, projection), f"{prefix}.proj.bias": (TOKENS * width,)}
+    return {**linear, f"{prefix}.norm.weight": (width,), f"{prefix}.norm.bias": (width,)}
+
+
+def _unet_shapes(unet: Any, projection: int) -> dict[str, tuple[int, ...]]:
+    """Tencent's layout, which counts all attentions; each second is a cross-attention."""
+    width = unet.config.cross_attention_dim
+    shapes = _projection("image_proj", width, projection)
+    names = [name for name in unet.attn_processors if name.endswith("attn2.processor")]
+    for number, name in enumerate(names):
+        hidden = unet.get_submodule(name.removesuffix(".processor")).to_k.out_features
+        shapes |= {f"ip_adapter.{2 * number + 1}.to_{part}_ip.weight": (hidden, width) for part in "kv"}
     return shapes
 
 
-def _hidden(denoiser: Any, *, flux: bool) -> list[int]:
-    if flux:
-        return [denoiser.inner_dim] * len(denoiser.transformer_blocks)
-    processors = [name for name in denoiser.attn_processors if name.endswith("attn2.processor")]
-    return [denoiser.get_submodule(name.removesuffix(".processor")).to_k.out_features for name in processors]
+def _flux_shapes(transformer: Any, projection: int) -> dict[str, tuple[int, ...]]:
+    """XLabs' layout, of the blocks of two streams."""
+    width, hidden = transformer.config.joint_attention_dim, transformer.inner_dim
+    shapes = _projection("ip_adapter_proj_model", width, projection)
+    for number in range(len(transformer.transformer_blocks)):
+        for part in "kv":
+            name = f"double_blocks.{number}.processor.ip_adapter_double_stream_{part}_proj"
+            shapes |= {f"{name}.weight": (hidden, width), f"{name}.bias": (hidden,)}
+    return shapes
 
 
 def smooth_image(seed: int) -> Any:
@@ -149,7 +159,20 @@ class Base:
     @cached_property
     def teacher(self) -> Any:
         """Its denoiser."""
-        return getattr(self.load(""), self.part)
+        return self._parts.pop(self.part)
+
+    @cached_property
+    def _parts(self) -> dict[str, Any]:
+        """Its other parts, loaded once: every pipeline of it and of its students has them."""
+        from diffusers import DiffusionPipeline
+
+        parts = DiffusionPipeline.from_pretrained(self.folder).components
+        return {name: part for name, part in parts.items() if part is not None and name != "scheduler"}
+
+    @property
+    def around(self) -> dict[str, Any]:
+        """Everything but denoiser and scheduler."""
+        return {name: part for name, part in self._parts.items() if name != self.part}
 
     @cached_property
     def controlnet(self) -> Any:
@@ -163,7 +186,7 @@ class Base:
         """The pipeline of a `kind`, as "ControlNetInpaint", from this model or another folder."""
         import diffusers
 
-        parts |= {"controlnet": self.controlnet} if "ControlNet" in kind else {}
+        parts = {**self.around, **parts, **({"controlnet": self.controlnet} if "ControlNet" in kind else {})}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             pipe = getattr(diffusers, f"{CLASSES[self.family]}{kind}Pipeline").from_pretrained(
@@ -199,7 +222,7 @@ class Base:
         return {"latents": torch.randn(shape, generator=torch.Generator().manual_seed(seed))}
 
     def calls_at(self, pipe: Any, **given: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """(images, the time of each call of the denoiser, with the second time where the sampler has one: (N, 1 or 2))."""
+        """(images, the time of each call of the denoiser beside the second time, if any: (N, 1 or 2))."""
         seen: list[tuple[float, ...]] = []
 
         def note(module: Any, args: Any, kwargs: Any) -> None:
