@@ -163,7 +163,8 @@ def _check_told(module: nn.Module, args: Any, output: Tensor) -> None:
     if len(args) < 2 or args[1] is None:
         raise ValueError(
             "this student takes its guidance scale as an input, and this pipeline does not tell it (those of a "
-            "ControlNet with an image to begin from do not): tell it by hand as docs/beside.md shows, or use a LoRA"
+            "ControlNet with an image to begin from do not): tell it by hand, as distill's docs/beside.md shows, or "
+            "use a LoRA"
         )
 
 
@@ -263,9 +264,10 @@ class FlowMapScheduler(SchedulerMixin, ConfigMixin):
         """Set the step that a pipeline begins with (image to image begins late); raise ValueError past the last."""
         count = len(self.timesteps)
         if begin_index and begin_index >= count:
+            named = "sigmas" if self._flow else "timesteps"
             raise ValueError(
-                f"none of the {count} steps is left to begin with: raise strength (to {1 / count:.3g} at least), take more "
-                f"steps, or name the times that are left ({'sigmas' if self._flow else 'timesteps'}) and set strength to 1"
+                f"none of the {count} steps is left to begin with: raise strength (to {1 / count:.3g} at least), take "
+                f"more steps, or name the times that are left ({named}) and set strength to 1"
             )
         self._begin = begin_index
 
