@@ -70,6 +70,10 @@ class DiffusersFamily(EncoderMemory, LoraFiles):
         """Return arguments of the pipeline's call that guide `network` by `scale` (0 and 1: off)."""
         return {"guidance_scale": scale}
 
+    def sampler_call(self, call: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a sampler's arguments of the pipeline's call, its steps among them, as this pipeline takes them."""
+        return dict(call)
+
     def pipeline_prompts(self, embeds: Conditioning, prefix: str = "") -> dict[str, Any]:
         """Return the arguments of the pipeline's call for encoded prompts: tensors (B, ...), or lists of B tensors.
 
@@ -241,7 +245,7 @@ class DiffusersFamily(EncoderMemory, LoraFiles):
             guidance_embedding=embedded,
         )
         scale = call.pop("guidance_scale")
-        call |= self.guidance_call(network, scale)
+        call = {**self.sampler_call(call), **self.guidance_call(network, scale)}
         embeds = {key: embeds[key] for key in self.embed_keys}
         negative = None
         if scale > 1 and not embedded:
@@ -376,7 +380,8 @@ class DiffusersFamily(EncoderMemory, LoraFiles):
 
     def usage_snippet(self, info: ExportInfo) -> str:
         sampler = info.sampler
-        call = {"num_inference_steps": sampler.num_inference_steps, **self.snippet_call(info), **sampler.call}
+        call = {"num_inference_steps": sampler.num_inference_steps, **self.snippet_call(info)}
+        call |= self.sampler_call(sampler.call)
         return usage_snippet(
             self.architecture,
             self.settings,

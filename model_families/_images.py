@@ -39,7 +39,11 @@ def build_pipeline(architecture: Architecture, network: nn.Module, scheduler: An
     """Build the plain pipeline without text encoders and autoencoder: embeddings in, latents out."""
     with quiet_libraries():
         pipeline = architecture.shell(**{architecture.denoiser: network, "scheduler": scheduler})
-    pipeline.vae_scale_factor = scale_factor
+    if isinstance(getattr(type(pipeline), "vae_scale_factor", None), property):  # it asks the absent autoencoder
+        kind = type(pipeline)
+        pipeline.__class__ = type(kind.__name__, (kind,), {"vae_scale_factor": scale_factor})
+    else:
+        pipeline.vae_scale_factor = scale_factor
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
