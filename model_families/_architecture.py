@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,10 @@ class Architecture:
         import diffusers
 
         return getattr(diffusers, self.pipeline)
+
+    def call_arguments(self) -> Collection[str]:
+        """Return the names of the arguments of the pipeline's call."""
+        return inspect.signature(self.pipeline_class().__call__).parameters
 
     def network_class(self) -> Any:
         """Return the denoiser's class in diffusers."""

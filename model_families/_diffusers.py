@@ -25,7 +25,7 @@ from ._empty import empty_denoiser, empty_network
 from ._encoder_memory import EncoderMemory
 from ._files import quiet_libraries
 from ._fusing import fused_weights
-from ._images import build_pipeline, call_arguments, evaluating, sample_latents
+from ._images import build_pipeline, call_arguments, evaluating, named_times, sample_latents
 from ._kohya import export_kohya, no_form
 from ._lora import attach
 from ._lora_files import student_folder
@@ -72,7 +72,7 @@ class DiffusersFamily(EncoderMemory, LoraFiles):
 
     def sampler_call(self, call: Mapping[str, Any]) -> dict[str, Any]:
         """Return a sampler's arguments of the pipeline's call, its steps among them, as this pipeline takes them."""
-        return dict(call)
+        return named_times(self.architecture, call)
 
     def pipeline_prompts(self, embeds: Conditioning, prefix: str = "") -> dict[str, Any]:
         """Return the arguments of the pipeline's call for encoded prompts: tensors (B, ...), or lists of B tensors.

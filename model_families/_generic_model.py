@@ -37,32 +37,49 @@ def described_architecture(settings: ModelSettings, config: Any) -> Architecture
     """
     source = open_source(settings.source, ANY, revision=settings.revision, variant=config.variant)
     index = source.config("model_index.json")
+    return architecture_of(settings.source, index, denoiser=config.denoiser, packing=config.packing)
+
+
+def architecture_of(
+    model: str, index: Mapping[str, Any], *, denoiser: str | None = None, packing: str = "none"
+) -> Architecture:
+    """Return the architecture that a ``model_index.json`` names.
+
+    Args:
+        model: The model, for messages.
+        index: The file's content.
+        denoiser: Component that is distilled; None: ``transformer`` or ``unet``.
+        packing: Form of the latents in the network's call.
+
+    Raises:
+        UserError: As :func:`described_architecture` does.
+    """
     parts = {name: value for name, value in index.items() if isinstance(value, list) and value[0] is not None}
-    wanted = (config.denoiser,) if config.denoiser else DENOISERS
+    wanted = (denoiser,) if denoiser else DENOISERS
     denoiser = next((name for name in wanted if name in parts), None)
     if denoiser is None or not {"vae", "scheduler"} <= set(parts):
         raise UserError(
-            f"model {settings.source!r} has {', '.join(parts)} (model_index.json), and a denoiser "
+            f"model {model!r} has {', '.join(parts)} (model_index.json), and a denoiser "
             f"({' or '.join(wanted)}), a vae and a scheduler are needed",
             "name the denoiser: family_config.generic.denoiser",
         )
     kinds = {name: value[1] for name, value in parts.items()}
     own = {denoiser, "vae", "scheduler"}
     text = {name: kind for name, kind in kinds.items() if name.startswith(("tokenizer", "text_encoder"))}
-    pipeline = _known(settings.source, index.get("_class_name"))
+    pipeline = _known(model, index.get("_class_name"))
     return Architecture(
         title=f"a {pipeline}",
         pipeline=pipeline,
         accepted=(pipeline,),
         denoiser=denoiser,
-        denoiser_class=_known(settings.source, kinds[denoiser]),
+        denoiser_class=_known(model, kinds[denoiser]),
         tokenizers={name: kind for name, kind in text.items() if name.startswith("tokenizer")},
         encoders={name: kind for name, kind in text.items() if name.startswith("text_encoder")},
-        check=partial(_check_latents, denoiser, config.packing),
+        check=partial(_check_latents, denoiser, packing),
         made_of=f"it is described as one of {', '.join(sorted(own | set(text)))}",
         lora_encoders=(),
         arguments={name: None for name in kinds if name not in {*own, *text}} | _scalars(index),
-        autoencoder=_known(settings.source, kinds["vae"]),
+        autoencoder=_known(model, kinds["vae"]),
     )
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from ..core.errors import UserError
 from ._files import quiet_libraries
 
 if TYPE_CHECKING:
@@ -75,6 +76,22 @@ def call_arguments(
         )
         guidance = default_guidance
     return {"num_inference_steps": steps, "guidance_scale": guidance, **call}
+
+
+def named_times(architecture: Architecture, call: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a sampler's arguments of the call, its times by the name that the pipeline has for them.
+
+    Raises UserError where the sampler names times on a flow and the pipeline takes none.
+    """
+    found, taken = dict(call), architecture.call_arguments()
+    if "sigmas" not in found or "sigmas" in taken:
+        return found
+    if "timesteps" not in taken:
+        raise UserError(
+            f"{architecture.pipeline} takes neither sigmas nor timesteps, by which a few-step student on a flow is run",
+            "use a method whose sampler needs no times of its own",
+        )
+    return {"timesteps": [1000 * sigma for sigma in found.pop("sigmas")], **found}
 
 
 @torch.no_grad()

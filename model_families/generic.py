@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -97,6 +97,16 @@ class Generic(DiffusersFamily):
         self.embed_keys = tuple(key for key in config.embeddings if key != "-")
         self._checked = False
 
+    @classmethod
+    def sketch(cls, model: str) -> Mapping[str, str]:
+        """Return the pieces of code of a family for the pipeline of `model`, read from its own calls without weights.
+
+        Raises UserError where they cannot be read.
+        """
+        from ._generic_sketch import sketch
+
+        return sketch(cls, model)
+
     # -- what the description says ------------------------------------------------------------------------------------
 
     @property
@@ -166,27 +176,12 @@ class Generic(DiffusersFamily):
             return {key: torch.zeros_like(value) for key, value in cond.items()}
         return super().uncond(cond)
 
-    @cached_property
-    def _taken(self) -> Collection[str]:
-        """The arguments of the pipeline's call."""
-        return inspect.signature(self.architecture.pipeline_class().__call__).parameters
-
-    def sampler_call(self, call: Mapping[str, Any]) -> dict[str, Any]:
-        found = dict(call)
-        if "sigmas" in found and "sigmas" not in self._taken:
-            if "timesteps" not in self._taken:
-                raise UserError(
-                    f"{self.architecture.pipeline} takes neither sigmas nor timesteps, by which a few-step student on "
-                    "a flow is run",
-                    "write a family of its own (distill plugins new family NAME), or use a method whose sampler needs "
-                    "no times of its own",
-                )
-            found["timesteps"] = [1000 * sigma for sigma in found.pop("sigmas")]
-        return found
-
     def pipeline_prompts(self, embeds: Conditioning, prefix: str = "") -> dict[str, Any]:
         given = super().pipeline_prompts(embeds, prefix)
-        return {**({"negative_prompt": None} if prefix and "negative_prompt" in self._taken else {}), **given}
+        return {
+            **({"negative_prompt": None} if prefix and "negative_prompt" in self.architecture.call_arguments() else {}),
+            **given,
+        }
 
     # -- network ------------------------------------------------------------------------------------------------------
 
