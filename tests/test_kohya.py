@@ -11,7 +11,7 @@ from distill.core.errors import UserError
 from distill.core.plugin_api.family import ExportInfo, LoraSettings, ModelSettings
 from distill.core.plugin_api.publisher import PublishSetting
 from distill.model_families import _kohya as kohya
-from distill.model_families._kohya_flux import original_flux
+from distill.model_families._kohya_flux import NAMES
 from distill.model_families.flux import Flux
 from distill.model_families.sd3 import SD3
 from distill.model_families.sdxl import SDXL
@@ -155,7 +155,7 @@ def test_every_layer_of_a_real_sized_flux_comes_back_from_diffusers_reader(tmp_p
         inner = {"transformer_blocks.0.ff.net.2": 4 * width, "single_transformer_blocks.0.proj_out": 5 * width}
         down, up = torch.randn(2, inner.get(path, width), generator=g), torch.randn(size, 2, generator=g)
         layers[path] = kohya.Layer(down, up, alpha)
-    state = kohya.tensors(original_flux(layers, {}), torch.float32)
+    state = kohya.tensors(NAMES.renamed(layers, {}), torch.float32)
     assert state["lora_unet_single_blocks_0_linear1.lora_down.weight"].shape == (8, width)
     assert state["lora_unet_single_blocks_0_linear1.alpha"] == 4 * alpha
     save_file(state, tmp_path / "real.safetensors")
