@@ -116,7 +116,7 @@ class AdapterFile:
             else:
                 applied[layer.stem] = target
         if foreign and not unlike and not self.needs_exact and self.by_diffusers(1.0, architecture, networks):
-            applied, foreign = dict.fromkeys(self.layers, ()), []
+            applied, foreign = dict.fromkeys(self.layers, Target()), []
         left_out = [*foreign, *unlike, *self.unknown, *self.tokens]
         return Fit(applied, left_out, list(unlike.values()))
 
@@ -201,7 +201,7 @@ def _misfit(layer: AdapterLayer, target: Target, networks: Mapping[str, Any]) ->
     """Return why a layer on the meta device cannot change its modules; None where it can."""
     import torch
 
-    modules = [networks[component].get_submodule(path) for component, path in target]
+    modules = [networks[component].get_submodule(path) for component, path in target.modules]
     try:
         changed_weight(layer, torch.cat([module.weight for module in modules]), strength=1.0)
         if layer.get("diff_b", "b_norm") is not None:

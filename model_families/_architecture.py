@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,11 @@ MINIATURES = Path(__file__).parent / "assets"
 """Folder of the trained miniatures that ship with the package."""
 ReadConfig = Callable[[str], dict[str, Any]]
 """Reads a JSON file of a model, as ``vae/config.json``."""
+
+
+def none_swapped(config: Mapping[str, Any]) -> Collection[str]:
+    """Return no path: all modules have the original's order of rows."""
+    return ()
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,8 @@ class Architecture:
             ComfyUI has no such model.
         original_path: Returns the original code's path of a module of the denoiser, given its config, and all modules
             that are one layer there. Raises UserError for a module that has none.
+        swapped: Returns the paths of modules whose rows have their two halves the other way round in the original
+            code, given the denoiser's config.
     """
 
     title: str
@@ -86,6 +93,7 @@ class Architecture:
     single_file: SingleFile | None = None
     kohya: KohyaFormat | None = None
     original_path: Callable[[str, Mapping[str, Any]], tuple[str, Sequence[str]]] | None = None
+    swapped: Callable[[Mapping[str, Any]], Collection[str]] = none_swapped
 
     @property
     def name(self) -> str:

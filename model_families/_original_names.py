@@ -13,16 +13,11 @@ from typing import Any
 import torch
 
 from ..core.errors import UserError
-from ._architecture import Layer, Layers
+from ._architecture import Layer, Layers, none_swapped
 from ._kohya import REMEDY, fused
 
 Members = tuple[str, ...]
 """diffusers' names of the modules that are one layer in the original, in the order of its rows."""
-
-
-def none_swapped(config: Mapping[str, Any]) -> Collection[str]:
-    """Return no path: all modules have the original's order of rows."""
-    return ()
 
 
 @dataclass(frozen=True)
@@ -44,18 +39,24 @@ class OriginalNames:
         """Return the original's path, and diffusers' paths of all modules that are one layer there.
 
         Raises:
-            UserError: The original has no such module, or has its rows in another order.
+            UserError: The original has no such module.
         """
-        if path in self.swapped(config):
-            raise UserError(f"{path} has its rows in another order in the original code", REMEDY)
-        return self._place(path)
+        if path in self.ends:
+            return self.ends[path], (path,)
+        match = re.fullmatch(r"([\w.]+?)\.(\d+)\.(.+)", path)
+        original, table = self.blocks.get(match[1], ("", {})) if match else ("", {})
+        for name, members in table.items():
+            if match and match[3] in members:
+                stem = f"{match[1]}.{match[2]}"
+                return f"{original}.{match[2]}.{name}", [f"{stem}.{member}" for member in members]
+        raise UserError(f"{path} has no name in kohya's format", REMEDY)
 
     def renamed(self, layers: Layers, config: Mapping[str, Any]) -> Layers:
         """Return layers by the original's paths. Raises UserError where one is adapted in part only, or has none."""
         found: Layers = {}
         swapped = self.swapped(config)
         for path in layers:
-            name, members = self._place(path)
+            name, members = self.place(path, config)
             if name in found:
                 continue
             missing = [member for member in members if member not in layers]
@@ -67,17 +68,6 @@ class OriginalNames:
             layer = fused([layers[member] for member in members])
             found[name] = halves_swapped(layer) if path in swapped else layer
         return found
-
-    def _place(self, path: str) -> tuple[str, Sequence[str]]:
-        if path in self.ends:
-            return self.ends[path], (path,)
-        match = re.fullmatch(r"([\w.]+?)\.(\d+)\.(.+)", path)
-        original, table = self.blocks.get(match[1], ("", {})) if match else ("", {})
-        for name, members in table.items():
-            if match and match[3] in members:
-                stem = f"{match[1]}.{match[2]}"
-                return f"{original}.{match[2]}.{name}", [f"{stem}.{member}" for member in members]
-        raise UserError(f"{path} has no name in kohya's format", REMEDY)
 
 
 @dataclass(frozen=True)

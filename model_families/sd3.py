@@ -81,6 +81,7 @@ class SD3(TransformerFamily):
         lora_encoders=("text_encoder", "text_encoder_2"),
         kohya=KOHYA,
         original_path=NAMES.place,
+        swapped=NAMES.swapped,
     )
 
     class Config(TransformerFamily.Config):
