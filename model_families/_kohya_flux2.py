@@ -51,6 +51,4 @@ NAMES = OriginalNames(
     ends={**READ_ENDS, **UNREAD_ENDS},
     swapped=swapped,
 )
-KOHYA = KohyaFormat(
-    "flux_2", "Flux.2", NAMES.renamed, module="networks.lora_flux_2", unread=tuple(sorted(UNREAD_ENDS))
-)
+KOHYA = KohyaFormat("flux_2", "Flux.2", NAMES.renamed, module="networks.lora_flux_2", unread=tuple(sorted(UNREAD_ENDS)))

@@ -1,4 +1,4 @@
-"""PixArt's modules as ComfyUI knows them: by diffusers' paths, after ``transformer.``. No pipeline of it reads LoRAs."""
+"""PixArt's modules as ComfyUI knows them: by diffusers' paths, after ``transformer.``. Its pipelines load no LoRAs."""
 
 from __future__ import annotations
 

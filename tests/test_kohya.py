@@ -254,6 +254,7 @@ def test_what_the_format_cannot_hold_is_refused_and_nothing_is_written(tmp_path)
 def test_students_without_such_a_file_are_refused_at_the_start_of_a_run():
     full = Kohya(Kohya.Config(), PublishSetting("fox", "full", SDXL))
     assert "fully trained" in full.problems()[0]
+
     class Unknown(SD3):
         architecture = replace(SD3.architecture, title="a Stable Diffusion 9", kohya=None)
 

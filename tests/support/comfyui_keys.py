@@ -42,7 +42,7 @@ class Client:
     Attributes:
         layers: Its layers.
         blocks: First part of a layer's path -> how many blocks there are, as a size.
-        diffusers: diffusers' path -> layer, or (layer, first row, rows). ``halves`` for rows are all of them, with their
+        diffusers: diffusers' path -> layer, or (layer, first row, rows). ``halves`` for rows: all of them, the
             halves exchanged; ``halves of the last``: in the last block alone.
         dotted: What may stand before diffusers' path.
         flat: What may stand before diffusers' path with underscores for dots.
