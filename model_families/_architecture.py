@@ -72,10 +72,10 @@ class Architecture:
         single_file: Its layout in a single file; None where such files are not read.
         kohya: Its LoRAs in one file for ComfyUI and its kin, in kohya's format where that has names for it; None where
             ComfyUI has no such model.
-        original_path: Returns the original code's path of a module of the denoiser, given its config, and all modules
-            that are one layer there. Raises UserError for a module that has none.
         swapped: Returns the paths of modules whose rows have their two halves the other way round in the original
             code, given the denoiser's config.
+        original_path: Returns the original code's path of a module of the denoiser, given its config, and all modules
+            that are one layer there. Raises UserError for a module that has none.
     """
 
     title: str
@@ -92,8 +92,8 @@ class Architecture:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     single_file: SingleFile | None = None
     kohya: KohyaFormat | None = None
-    original_path: Callable[[str, Mapping[str, Any]], tuple[str, Sequence[str]]] | None = None
     swapped: Callable[[Mapping[str, Any]], Collection[str]] = none_swapped
+    original_path: Callable[[str, Mapping[str, Any]], tuple[str, Sequence[str]]] | None = None
 
     @property
     def name(self) -> str:
