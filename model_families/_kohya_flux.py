@@ -27,4 +27,5 @@ NAMES = OriginalNames(
     blocks={"transformer_blocks": ("double_blocks", DOUBLE), "single_transformer_blocks": ("single_blocks", SINGLE)},
     ends={FINAL: "final_layer.linear"},
 )
+flux_place = NAMES.place
 KOHYA = KohyaFormat("flux1", "flux-1-dev", NAMES.renamed, module="networks.lora_flux", unread=(FINAL,))

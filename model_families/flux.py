@@ -34,7 +34,7 @@ from ..core.utils.full_precision import compute_type, input_type
 from ._architecture import Architecture, ReadConfig
 from ._checks import check_channels
 from ._encoders import last_states
-from ._kohya_flux import KOHYA, NAMES
+from ._kohya_flux import KOHYA, flux_place
 from ._networks import check_guidance
 from ._transformer import LORA_TARGETS, TransformerFamily, check_flow, longer_t5
 
@@ -89,7 +89,7 @@ class Flux(TransformerFamily):
         check=check_configs,
         made_of="a FLUX.1 has CLIP and T5 as text encoders",
         kohya=KOHYA,
-        original_path=NAMES.place,
+        original_path=flux_place,
     )
 
     class Config(TransformerFamily.Config):
