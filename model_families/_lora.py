@@ -114,7 +114,7 @@ def read_lora(
     """Read the LoRA `name` for the networks that :func:`check_lora` compares it with. Raises UserError as that does."""
     file, fit = check_lora(name, architecture, networks, fused=fused, strict=strict)
     if fit.whole and not file.needs_exact:
-        lora = file.by_diffusers(weight, architecture, networks)
+        lora = file.by_diffusers(weight, architecture, networks, whole=fit.modules)
         if lora is not None:
             check_lora_finite(name, lora.state)
             return lora

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ from distill.core.errors import UserError
 from distill.model_families import _kohya as kohya
 from distill.model_families import _kohya_kolors
 from distill.model_families._architecture import DIFFUSERS, Layer
+from distill.model_families._plain_lora import Lora, read_by_diffusers
 from safetensors.torch import save_file
 from support.comfyui_keys import placed
 from support.published import PUBLISHED, linear_layers
@@ -293,8 +295,6 @@ def exported_in_half(model, layers, config):
 
 @pytest.mark.parametrize("name", ANY_WIDTH)
 def test_diffusers_reads_what_was_trained(name, tmp_path):
-    from distill.model_families._plain_lora import read_by_diffusers
-
     model, (config, _) = PUBLISHED[name], TINY[name]
     network = empty_network(model, **config)
     layers = held(model, random_layers(network, ".+"))
@@ -304,6 +304,30 @@ def test_diffusers_reads_what_was_trained(name, tmp_path):
     for path in layers.keys() - set(model.kohya.unread):
         up, down = (read.state[f"transformer.{path}.lora_{part}.weight"].flatten(1) for part in "BA")
         torch.testing.assert_close(up @ down, change(layers[path]))
+
+
+@pytest.mark.parametrize("name", ["flux.2-dev", "sd3.5-medium", "lumina-image-2.0"])
+def test_our_file_comes_back_whole(name, tmp_path):
+    """Also what diffusers leaves out of it: of FLUX.2's, which have fewer layers than modules, the modulations."""
+    from distill.model_families._lora import read_lora
+    from distill.model_families._original_names import OriginalNames
+    from distill.model_families.flux import Flux
+
+    model, (config, _) = PUBLISHED[name], TINY[name]
+    network = empty_network(model, **config)
+    layers = held(model, random_layers(network, WIDE.get(name, ".+")))
+    save_file(exported(model, layers, network.config), tmp_path / "lora.safetensors")
+    table = model.kohya.renamed.__self__  # type: ignore[attr-defined]
+    assert isinstance(table, OriginalNames)
+    other = replace(
+        Flux.architecture, pipeline=PIPELINES.get(name, "StableDiffusion3Pipeline"), kohya=model.kohya,
+        original_path=table.place, swapped=table.swapped,
+    )  # fmt: skip
+    lora = read_lora(str(tmp_path / "lora.safetensors"), 1.0, other, {"transformer": network}, fused=False)
+    assert isinstance(lora, Lora)
+    for path, layer in layers.items():
+        up, down = (lora.state[f"transformer.{path}.lora_{part}.weight"].flatten(1) for part in "BA")
+        torch.testing.assert_close(up @ down, change(layer))
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------
