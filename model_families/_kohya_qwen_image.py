@@ -6,6 +6,10 @@ ComfyUI makes one layer of two of Qwen-Image 2.1's feed-forward, and knows their
 from __future__ import annotations
 
 from ._architecture import DIFFUSERS, KohyaFormat
+from ._original_names import OriginalNames
 
 KOHYA = KohyaFormat("qwen_image", "Qwen-Image", module="networks.lora_qwen_image")
 KOHYA_21 = KohyaFormat("qwen_image_2.1", "Qwen-Image-2.1", names=DIFFUSERS)
+GATED = {"img_mlp.gate_up": ("img_mlp.gate_layer", "img_mlp.proj")}
+ORIGINAL_21 = OriginalNames(blocks={"transformer_blocks": ("transformer_blocks", GATED)})
+"""ComfyUI's own layers of 2.1 where their names are others, for LoRAs that were trained on these."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 from distill.core.errors import UserError
 from distill.model_families import _kohya as kohya
-from distill.model_families import _kohya_kolors
+from distill.model_families import _kohya_kolors, _kohya_qwen_image, _kohya_z_image
 from distill.model_families._architecture import DIFFUSERS, Layer
 from distill.model_families._plain_lora import Lora, read_by_diffusers
 from safetensors.torch import save_file
@@ -323,6 +323,33 @@ def test_our_file_comes_back_whole(name, tmp_path):
         Flux.architecture, pipeline=PIPELINES.get(name, "StableDiffusion3Pipeline"), kohya=model.kohya,
         original_path=table.place, swapped=table.swapped,
     )  # fmt: skip
+    lora = read_lora(str(tmp_path / "lora.safetensors"), 1.0, other, {"transformer": network}, fused=False)
+    assert isinstance(lora, Lora)
+    for path, layer in layers.items():
+        up, down = (lora.state[f"transformer.{path}.lora_{part}.weight"].flatten(1) for part in "BA")
+        torch.testing.assert_close(up @ down, change(layer))
+
+
+@pytest.mark.parametrize(
+    ("name", "table", "pattern"),
+    [
+        ("z-image", _kohya_z_image.ORIGINAL, r".+\.attention\.to_.+|all_.+"),
+        ("qwen-image-2.1", _kohya_qwen_image.ORIGINAL_21, r".+\.img_mlp\.(gate_layer|proj)"),
+    ],
+)
+def test_a_lora_on_comfyuis_own_layers_is_read(name, table, pattern, tmp_path):
+    """As people train them: under the names that ComfyUI has for its layers, not under diffusers'."""
+    from distill.model_families._lora import read_lora
+    from distill.model_families.flux import Flux
+
+    model, (config, sizes) = PUBLISHED[name], TINY[name]
+    network = empty_network(model, **config)
+    layers = random_layers(network, pattern)
+    state = kohya.tensors(table.renamed(layers, network.config), torch.float32)
+    names = model.client.names(sizes)
+    assert all(placed(names, key)[0] for key in state)
+    save_file(state, tmp_path / "lora.safetensors")
+    other = replace(Flux.architecture, pipeline=PIPELINES[name], original_path=table.place)
     lora = read_lora(str(tmp_path / "lora.safetensors"), 1.0, other, {"transformer": network}, fused=False)
     assert isinstance(lora, Lora)
     for path, layer in layers.items():
