@@ -48,7 +48,7 @@ class Fit:
 
     @property
     def modules(self) -> set[str]:
-        """What is changed, as ``text_encoder.encoder.layers.0.mlp.fc1``."""
+        """Return all that is changed, as ``text_encoder.encoder.layers.0.mlp.fc1``."""
         targets = self.applied.values()
         return {f"{part}.{without_text_model(path)}" for target in targets for part, path in target.modules}
 
