@@ -193,6 +193,16 @@ WIDE = {"lumina-image-2.0": r"layers\.0\.attn\..+"}
 """What is adapted where the width is the real one."""
 
 
+GUIDANCE = "distilled_guidance_layer"
+UNMAPPED = {
+    f"{GUIDANCE}.in_proj": f"{GUIDANCE}.in_proj",
+    f"{GUIDANCE}.out_proj": f"{GUIDANCE}.out_proj",
+    f"{GUIDANCE}.layers.0.linear_1": f"{GUIDANCE}.layers.0.in_layer",
+    f"{GUIDANCE}.layers.0.linear_2": f"{GUIDANCE}.layers.0.out_layer",
+}
+"""Chroma's layers for which ComfyUI has no map, as diffusers' converter has them (it is right at one width alone)."""
+
+
 class Checkpoint(dict):
     """A checkpoint of weights alone; the tensors that a reader asks for besides are zero."""
 
@@ -252,6 +262,9 @@ def test_comfyui_changes_the_weights_as_the_lora_does(name):
         for path, layer in layers.items():
             torch.testing.assert_close(weights[f"{path}.weight"].flatten(1), change(layer))
             compared.add(path)
+    for path in UNMAPPED.keys() & layers.keys():
+        torch.testing.assert_close(added[UNMAPPED[path]], change(layers[path]))
+        compared.add(path)
     assert compared == layers.keys()
 
 
@@ -259,7 +272,6 @@ def test_comfyui_changes_the_weights_as_the_lora_does(name):
 
 PIPELINES = {
     "flux.1-dev": "FluxPipeline",
-    "chroma1-hd": "ChromaPipeline",
     "flux.2-dev": "Flux2Pipeline",
     "flux.2-klein-4b": "Flux2KleinPipeline",
     "z-image": "ZImagePipeline",
@@ -267,7 +279,7 @@ PIPELINES = {
     "qwen-image": "QwenImagePipeline",
     "qwen-image-2.1": "QwenImage21Pipeline",
 }
-ANY_WIDTH = sorted(PIPELINES.keys() & TINY.keys() - {"flux.1-dev", "chroma1-hd"})
+ANY_WIDTH = sorted(PIPELINES.keys() & TINY.keys() - {"flux.1-dev"})
 """FLUX.1's reader takes fused layers apart at the real width alone (test_kohya.py)."""
 
 
@@ -306,7 +318,7 @@ def test_diffusers_reads_what_was_trained(name, tmp_path):
         torch.testing.assert_close(up @ down, change(layers[path]))
 
 
-@pytest.mark.parametrize("name", ["flux.2-dev", "sd3.5-medium", "lumina-image-2.0"])
+@pytest.mark.parametrize("name", ["flux.2-dev", "sd3.5-medium", "lumina-image-2.0", "chroma1-hd"])
 def test_our_file_comes_back_whole(name, tmp_path):
     """Also what diffusers leaves out of it: of FLUX.2's, which have fewer layers than modules, the modulations."""
     from distill.model_families._lora import read_lora
@@ -366,7 +378,7 @@ def test_a_lora_on_comfyuis_own_layers_is_read(name, table, pattern, tmp_path):
         ("sd3.5-medium", "transformer_blocks.0.attn.to_k", "holds .*to_q, .*to_k, .*to_v as one layer, and .*to_q is"),
         ("flux.2-dev", "transformer_blocks.0.attn.add_q_proj", "one layer, and .*attn.add_k_proj is not adapted"),
         ("lumina-image-2.0", "layers.0.attn.to_v", "one layer, and layers.0.attn.to_q is not adapted"),
-        ("chroma1-hd", "distilled_guidance_layer.in_proj", "in_proj has no name in kohya's format"),
+        ("chroma1-hd", "transformer_blocks.0.norm1.linear", "norm1.linear has no name in kohya's format"),
         ("z-image", "layers.0.attention.norm_q", "ComfyUI has no name for layers.0.attention.norm_q"),
         ("auraflow-0.3", "pos_embed.other", "ComfyUI has no name for pos_embed.other"),
         ("pixart-sigma-1024", "transformer_blocks.0.ff.net.1", "ComfyUI has no name"),

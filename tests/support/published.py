@@ -69,7 +69,7 @@ def sd3_sizes(depth: int, **sizes: Any) -> dict[str, Any]:
 
 
 FLUX2 = {"attention_head_dim": 128, "in_channels": 128}
-EMBEDDERS = r"x_embedder|context_embedder|time_text_embed\..+|norm_out\.linear|distilled_guidance_layer\..+"
+EMBEDDERS = r"x_embedder|context_embedder|time_text_embed\..+|norm_out\.linear"
 SD3_SOURCE = "stabilityai/stable-diffusion-3%s: transformer/config.json (its table of positions has no LoRA)"
 PUBLISHED = {
     "sd3-medium": Published(
@@ -92,7 +92,7 @@ PUBLISHED = {
     "chroma1-hd": Published(
         _kohya_chroma.KOHYA, keys.CHROMA, "ChromaTransformer2DModel", {},
         {"d": 3072, "latent": 64, "text": 4096, "guide": 5120, "depth": 19, "singles": 38, "approximator": 5},
-        "lodestones/Chroma1-HD: transformer/config.json", 419, 421, EMBEDDERS,
+        "lodestones/Chroma1-HD: transformer/config.json", 433, 421,
     ),
     "flux.2-dev": Published(
         _kohya_flux2.KOHYA, keys.FLUX2, "Flux2Transformer2DModel", {},
