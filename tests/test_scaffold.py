@@ -227,17 +227,15 @@ def test_a_family_is_read_from_a_models_configs(tmp_path):
     code = (package / "distill_made_ovis.py").read_text()
     assert 'txt_ids=text_ids(cond["prompt_embeds"].shape[1], like=x_t.to(dtype), counted=True)' in code
     assert "timestep=time / 1000," in code
+
+
+@pytest.mark.slow
+def test_a_family_that_was_read_passes_its_own_tests(tmp_path):
+    model = published(write_tiny_ovis(tmp_path / "model"))
+    assert new("family", "made-ovis", "--model", str(model), "--output", str(tmp_path)).exit_code == 0
+    package = tmp_path / "distill-made-ovis"
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
-    options = [
-        "-p",
-        "no:cacheprovider",
-        "-c",
-        str(tmp_path / "pytest.ini"),
-        "-v",
-        "-k",
-        "images_are_those",
-        str(package),
-    ]
+    options = ["-p", "no:cacheprovider", "-c", str(tmp_path / "pytest.ini"), "-v", str(package)]
     done = python(package, "-m", "pytest", *options)
     assert done.returncode == 0, done.stdout[-6000:]
     assert done.stdout.count("test_images_are_those_of_the_pipeline[") == 2
