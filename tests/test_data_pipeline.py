@@ -455,7 +455,9 @@ def test_a_dataset_without_usable_images_names_the_filter(tmp_path):
 def test_limits_are_counted(tmp_path):
     folder = fill(tmp_path / "set", MIXED)
     data, lines = pipeline(entry(folder, max_num_samples=4, maximum_aspect_ratio=1.5), root=tmp_path)
-    counts = data.prepare().datasets["set"]
+    report = data.prepare()
+    counts = report.datasets["set"]
+    assert report.captions_encoded == 4, "those of images in use alone"
     assert counts.left_out == {"wider than maximum_aspect_ratio": 3, "beyond max_num_samples": 3}
     assert counts.used == data.num_samples == 4
     assert any("fewer than the 10,000" in line for line in lines)

@@ -73,11 +73,13 @@ def ahead(pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterator[
 
 
 def missing_captions(cache: TensorCache, datasets: Sequence[Dataset]) -> list[tuple[Dataset, Int64s]]:
-    """For each dataset, return the positions of captions that must be encoded; each text once over all datasets."""
+    """For each dataset, return the positions of the captions in use that must be encoded; each text once over all
+    datasets.
+    """
     todo, seen = [], np.zeros((0, 2), np.uint64)
     for dataset in datasets:
-        digests = dataset.index.caption_digests
-        missing = np.flatnonzero((cache.locate(digests) < 0) & ~cache.failed(digests))
+        digests, used = dataset.index.caption_digests, dataset.caption_positions()
+        missing = used[(cache.locate(digests[used]) < 0) & ~cache.failed(digests[used])]
         _, first = np.unique(as_void(digests[missing]), return_index=True)
         first = missing[np.sort(first)]  # in the order of the images, which survives a restart
         first = first[~np.isin(as_void(digests[first]), as_void(seen))]
