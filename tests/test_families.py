@@ -16,6 +16,8 @@ from distill.core.diffusion.sampler import Sampler
 from distill.core.engine.lora_layers import without_weights
 from distill.core.errors import UserError
 from distill.core.plugin_api.family import ExportInfo, LoraSettings, MicroConditioning
+from distill.core.plugin_api.precision import BASE, Precisions, text_encoder
+from distill.core.registry.registry import Registry
 from distill.model_families._images import sample_latents
 from support.config_files import distill, said
 from support.original_sdxl import write_single_file
@@ -85,11 +87,11 @@ def random_(module, *, seed=0, std=0.05):
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
 
 
-def with_adapter(family, name="student", *, seed=0, std=0.05):
+def with_adapter(family, name="student", *, seed=0, std=0.05, network=None):
     """The teacher's base with an adapter that does something, on everything that the family adapts."""
     from peft import LoraConfig
 
-    network = family.load_network()
+    network = family.load_network() if network is None else network
     targets = list(family.lora_targets)
     config = LoraConfig(
         r=4, lora_alpha=12.0, target_modules=targets, exclude_modules=without_weights(network, targets) or None
@@ -269,6 +271,28 @@ def test_predict_equals_the_pipelines_denoising_loop(model, guided):
                 ours = family.predict(network, x, time.expand(len(x_t))[:2], part, guidance=guidance)
             assert ours.dtype == torch.float64
             torch.testing.assert_close(ours, output, rtol=0, atol=1e-11 * float(output.abs().max()))
+
+
+def test_a_quantised_base_and_quantised_text_encoders_say_about_the_same(model):
+    """And a LoRA on such a base gets a gradient."""
+    able, kind = model.family.capabilities, Registry.load(installed=False).get("quantizer", "int8-quanto")
+    assert able.quantised_base
+    parts = [BASE, *(text_encoder(number) for number in range(1, able.quantised_text_encoders + 1))]
+    family = model.tiny.make(model.folder, precision=Precisions({part: kind(kind.Config()) for part in parts}))
+    network, (x_t, time, cond) = family.load_network(), inputs(model.family, torch.float32)
+    before, after = family.settings.precision.stored(BASE)
+    assert after < 0.8 * before
+    with torch.no_grad():
+        expected = model.family.predict(model.family.load_network(), x_t, time, cond)
+        quantised = family.predict(network, x_t, time, cond)
+    assert 0 < (quantised - expected).norm() < 0.1 * expected.norm()
+    ours, theirs = family.encode_prompts(PROMPTS), model.family.encode_prompts(PROMPTS)
+    assert all((ours[key].float() - theirs[key].float()).norm() < 0.2 * theirs[key].float().norm() for key in theirs)
+    adapted = with_adapter(family, network=network)
+    family.predict(adapted, x_t, time, cond).square().mean().backward()
+    gradients = [weight.grad for name, weight in adapted.named_parameters() if "lora_A" in name]
+    reached = [gradient is not None and bool(gradient.abs().sum() > 0) for gradient in gradients]
+    assert sum(reached) > 0.8 * len(reached), "all but the text's layers of a last block"
 
 
 def test_samples_of_a_batch_do_not_affect_each_other(model):
