@@ -181,12 +181,14 @@ def _ignoring_mu(scheduler: Any) -> Any:
 
 
 def with_fixed_shift(config: Mapping[str, Any], *, num_positions: int) -> dict[str, Any]:
-    """Return a scheduler config whose shift is fixed to that of images of `num_positions`.
+    """Return a scheduler config whose shift is fixed to that of images of `num_positions`, for grids of any times.
 
     Pipelines shift s to m s / (1 + (m - 1) s) with m = exp(mu), or mu itself (``time_shift_type`` linear), where mu is
     linear in the number of positions that the transformer sees: base_shift at base_image_seq_len, max_shift at
-    max_image_seq_len (arXiv 2403.03206). Configs without ``use_dynamic_shifting`` come back as they are.
+    max_image_seq_len (arXiv 2403.03206). ``shift_terminal``, to which a pipeline stretches the last of its own times, is
+    left out: it would move those that a method names. Other configs come back as they are.
     """
+    config = {key: value for key, value in config.items() if key != "shift_terminal"}
     if not config.get("use_dynamic_shifting"):
         return dict(config)
     low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)

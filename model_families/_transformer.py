@@ -15,7 +15,7 @@ from ..core.plugin_api.batch import Conditioning
 from ..core.plugin_api.family_parts import FIRST_HALF, Blocks
 from ._architecture import ReadConfig
 from ._diffusers import DiffusersFamily
-from ._empty import empty_denoiser
+from ._empty import empty_denoiser, fill_constants
 from ._networks import chosen_blocks, outputs_inside
 from ._smaller import evenly, kept_transformer_weights, not_more, smaller_transformer_config
 
@@ -101,6 +101,7 @@ class TransformerFamily(DiffusersFamily):
         wide = next(iter(state.values()))  # not the teacher's weights, which may be packed
         zeros = {name: wide.new_zeros(value.shape) for name, value in missing.items()}
         student.load_state_dict({**state, **zeros}, assign=True)
+        fill_constants(student, teacher)
         return self.with_wide_ends(student.requires_grad_(True).eval())
 
     time_embedder: ClassVar[str] = "time_text_embed.timestep_embedder"
