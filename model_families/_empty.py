@@ -42,8 +42,8 @@ def empty_network(architecture: Architecture, part: str, config: Mapping[str, An
 
 
 def fill_constants(network: Any, like: Any) -> None:
-    """Give `network`, whose weights are loaded, copies of what the modules of `like` hold beside weights: tables that no
-    file has, and that stayed on the meta device.
+    """Give `network`, whose weights are loaded, copies of what the modules of `like` hold beside weights: tables that
+    no file has, and that stayed on the meta device.
 
     Args:
         network: Built on the meta device.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from torch.overrides import TorchFunctionMode
 
 from ..core.plugin_api.family import ExportInfo
 from ._one_encoder import OneEncoderFamily
@@ -38,6 +39,11 @@ class QwenFamily(OneEncoderFamily):
     @abstractmethod
     def states(self, encoder: Any, tokens: Any) -> Tensor:
         """Return the text encoder's states (B, T, D) that the network is given."""
+
+    @property
+    def max_prompt_tokens(self) -> int | None:
+        read = super().max_prompt_tokens
+        return None if read is None else read + self.dropped(self._tokenizer)
 
     def written(self, tokenizer: Any, prompts: Sequence[str]) -> list[str]:
         return [self.template.format(prompt) for prompt in prompts]
@@ -69,3 +75,22 @@ class QwenFamily(OneEncoderFamily):
         scale = info.sampler.guidance_scale
         call = {key: value for key, value in super().snippet_call(info).items() if key != "guidance_scale"}
         return {**call, "true_cfg_scale": max(scale, 1.0), **({"negative_prompt": ""} if scale > 1 else {})}
+
+
+class MasksOnMeta(TorchFunctionMode):
+    """Lets masks that keep their values, on the CPU, choose between tensors of the meta device."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.where and isinstance(args[1], Tensor) and args[1].is_meta:
+            args = (args[0].to("meta"), *args[1:])
+        return func(*args, **(kwargs or {}))
+
+
+class WithoutPrompts:
+    """Stands in for the processor of a pipeline that is given encoded prompts: its constructor counts tokens by it."""
+
+    tokenizer = type("NoTokens", (), {"encode": staticmethod(lambda text: [0])})
+
+    def apply_chat_template(self, conversation: Any, **arguments: Any) -> list[list[int]]:
+        """Return no tokens."""
+        return [[]]

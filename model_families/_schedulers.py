@@ -185,7 +185,7 @@ def with_fixed_shift(config: Mapping[str, Any], *, num_positions: int) -> dict[s
 
     Pipelines shift s to m s / (1 + (m - 1) s) with m = exp(mu), or mu itself (``time_shift_type`` linear), where mu is
     linear in the number of positions that the transformer sees: base_shift at base_image_seq_len, max_shift at
-    max_image_seq_len (arXiv 2403.03206). ``shift_terminal``, to which a pipeline stretches the last of its own times, is
+    max_image_seq_len (arXiv 2403.03206). ``shift_terminal``, to which a scheduler stretches the last of its times, is
     left out: it would move those that a method names. Other configs come back as they are.
     """
     config = {key: value for key, value in config.items() if key != "shift_terminal"}

@@ -110,7 +110,12 @@ class TransformerFamily(DiffusersFamily):
     def add_second_time(self, network: nn.Module, *, name: str = "student") -> nn.Module:
         embedder = network.get_submodule(self.time_embedder)
         last = [module for module in embedder.modules() if isinstance(module, nn.Linear)][-1]
-        return add_second_time(network, name=name, path=self.time_embedder, width=last.out_features)
+        untimed = self.untimed_rows(network)
+        return add_second_time(network, name=name, path=self.time_embedder, width=last.out_features, untimed=untimed)
+
+    def untimed_rows(self, network: nn.Module) -> int:
+        """Return the number of the last rows of that output that are of no sample."""
+        return 0
 
     def features(
         self, network: nn.Module, x_t: Tensor, time: Tensor, cond: Conditioning, *, blocks: Blocks = FIRST_HALF

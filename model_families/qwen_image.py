@@ -94,10 +94,6 @@ class QwenImage(QwenFamily):
 
     # -- text ---------------------------------------------------------------------------------------------------------
 
-    @property
-    def longest_reader(self) -> tuple[str, int | None]:
-        return "tokenizer", self.num_tokens + DROPPED
-
     def dropped(self, tokenizer: Any) -> int:
         return DROPPED
 
