@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from torch.overrides import TorchFunctionMode
 
 from ..core.plugin_api.family import ExportInfo
 from ._one_encoder import OneEncoderFamily
@@ -75,15 +74,6 @@ class QwenFamily(OneEncoderFamily):
         scale = info.sampler.guidance_scale
         call = {key: value for key, value in super().snippet_call(info).items() if key != "guidance_scale"}
         return {**call, "true_cfg_scale": max(scale, 1.0), **({"negative_prompt": ""} if scale > 1 else {})}
-
-
-class MasksOnMeta(TorchFunctionMode):
-    """Lets masks that keep their values, on the CPU, choose between tensors of the meta device."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.where and isinstance(args[1], Tensor) and args[1].is_meta:
-            args = (args[0].to("meta"), *args[1:])
-        return func(*args, **(kwargs or {}))
 
 
 class WithoutPrompts:

@@ -17,22 +17,19 @@ References:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..core.diffusion.second_time import second_time_input
 from ..core.plugin_api.family import Capabilities, ExportInfo, ModelFamily
-from ..core.plugin_api.family_parts import FIRST_HALF, Blocks
 from ..core.plugin_api.hookspecs import hookimpl
-from ..core.utils.full_precision import compute_type, input_type
 from ._architecture import Architecture, ReadConfig
 from ._checks import check_channels
 from ._encoders import ragged
-from ._networks import check_guidance, outputs_inside
-from ._qwen import CONVERSATION, MasksOnMeta, QwenFamily, WithoutPrompts
+from ._networks import outputs_inside
+from ._one_by_one import OneByOneFamily
+from ._qwen import CONVERSATION, QwenFamily, WithoutPrompts
 from ._transformer import check_flow
 
 if TYPE_CHECKING:
@@ -51,7 +48,7 @@ def check_configs(name: str, config: ReadConfig) -> None:
     check_flow(name, config)
 
 
-class QwenImage2(QwenFamily):
+class QwenImage2(OneByOneFamily, QwenFamily):
     """Qwen-Image 2.1 and its fine-tunes for text to image."""
 
     name: ClassVar[str] = "qwen-image-2"
@@ -67,7 +64,6 @@ class QwenImage2(QwenFamily):
     default_guidance: ClassVar[float] = 1.0
     pixel_multiple: ClassVar[int] = 32
     position_edge: ClassVar[int] = 1
-    one_by_one: ClassVar[bool] = True
     text_widths: ClassVar[Mapping[str, str]] = {"prompt_embeds": "context_in_dim"}
     template: ClassVar[str] = CONVERSATION.format(COMPREHEND)
     architecture: ClassVar[Architecture] = Architecture(
@@ -123,41 +119,21 @@ class QwenImage2(QwenFamily):
         transformer: Any = network
         return int(transformer.config.causal_condition)
 
-    def predict(
-        self,
-        network: nn.Module,
-        x_t: Tensor,
-        time: Tensor,
-        cond: Conditioning,
-        *,
-        guidance: Tensor | None = None,
-        second_time: Tensor | None = None,
-    ) -> Tensor:
-        check_guidance(guidance, taken=False)
-        transformer: Any = network
-        dtype = self.weight_type(transformer)
-        latents = self.to_network(x_t.to(input_type(dtype, x_t.device)))
-        # rounded as in a pipeline of that type, also for a student whose own weights are fp32
-        told = time.to(compute_type(dtype, x_t.device)) / 1000
-        prompts = ragged(cond["prompt_embeds"].to(dtype), cond["prompt_embeds_mask"])
-        outputs = []
-        for one, states in enumerate(prompts):
-            own = slice(one, one + 1)
-            masks = MasksOnMeta() if x_t.is_meta else nullcontext()
-            with masks, second_time_input(transformer, time[own], None if second_time is None else second_time[own]):
-                sample = joint_sequence(latents[own], states[None], x_t.shape[-2:])
-                outputs.append(transformer(timestep=told[own], **sample, return_dict=False)[0][:, -latents.shape[1] :])
-        return torch.cat(outputs).transpose(1, 2).reshape(x_t.shape)
-
-    def features(
-        self, network: nn.Module, x_t: Tensor, time: Tensor, cond: Conditioning, *, blocks: Blocks = FIRST_HALF
-    ) -> list[Tensor]:
-        found = []
-        for one in range(len(x_t)):
-            own = slice(one, one + 1)
-            alone = {name: value[own] for name, value in cond.items()}
-            found.append(super().features(network, x_t[own], time[own], alone, blocks=blocks))
-        return [torch.cat(level) for level in zip(*found, strict=True)]
+    def predict_one(self, network: Any, x_t: Tensor, told: Tensor, cond: Conditioning) -> Tensor:
+        (states,) = ragged(cond["prompt_embeds"], cond["prompt_embeds_mask"])
+        latents, (height, width) = self.to_network(x_t), x_t.shape[-2:]
+        text, image = len(states), height * width
+        # on the meta device the mask is a real one, on whose values shapes depend
+        device = "cpu" if x_t.is_meta else x_t.device
+        output = network(
+            hidden_states=latents,
+            timestep=told / 1000,
+            encoder_hidden_states=states[None],
+            img_mask=torch.arange(text + image // SLOT, device=device)[None] >= text,
+            img_shapes=[[(1, height, width)]],
+            return_dict=False,
+        )[0]
+        return output[:, -image:].transpose(1, 2).unflatten(2, (height, width))
 
     def image_states(self, output: Any, grid: Sequence[int]) -> Tensor:
         return output[:, -grid[0] * grid[1] :]  # after the text's
@@ -174,22 +150,6 @@ class QwenImage2(QwenFamily):
         call = super().snippet_call(info)
         call.pop("max_sequence_length", None)  # which this pipeline does not know
         return call
-
-
-def joint_sequence(latents: Tensor, states: Tensor, size: Sequence[int]) -> dict[str, Any]:
-    """Return the network's inputs for one sample: its text, then its image.
-
-    Args:
-        latents: As positions, (1, h w, C).
-        states: Those of its prompt, (1, T, D).
-        size: (h, w).
-    """
-    # on the meta device the mask is a real one, on whose values the shapes depend
-    device = "cpu" if latents.is_meta else latents.device
-    text, image = states.shape[1], latents.shape[1] // SLOT
-    mask = torch.arange(text + image, device=device)[None] >= text
-    shapes = [[(1, size[0], size[1])]]
-    return {"hidden_states": latents, "encoder_hidden_states": states, "img_mask": mask, "img_shapes": shapes}
 
 
 @hookimpl
