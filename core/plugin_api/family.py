@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from .family_parts import InnerActivations, MemoryEstimates, PixelDecoding
+from .family_parts import Guided, InnerActivations, MemoryEstimates, PixelDecoding
 from .lora_tools import ExtraLora, LoraTools
 from .precision import Precision, Precisions
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from ..diffusion.prediction import Prediction
     from ..diffusion.sampler import Sampler
     from ..diffusion.schedule import Schedule
     from .batch import Conditioning
@@ -120,7 +119,7 @@ class ExportInfo:
     rounding: float | None = None
 
 
-class ModelFamily(InnerActivations, PixelDecoding, MemoryEstimates, LoraTools, ABC):
+class ModelFamily(Guided, InnerActivations, PixelDecoding, MemoryEstimates, LoraTools, ABC):
     """A teacher architecture: load, encode, predict, decode, generate, export.
 
     Components load when they are first needed and can be released; :meth:`fingerprint` identifies them without loading.
@@ -318,12 +317,6 @@ class ModelFamily(InnerActivations, PixelDecoding, MemoryEstimates, LoraTools, A
             second_time: The network's input for r, shape (B,) (:meth:`Schedule.network_time`), only for networks with
                 a second time (:meth:`add_second_time`). None: no embedding of it is applied.
         """
-
-    def guide(self, cond: Prediction, uncond: Prediction, scale: Tensor) -> Prediction:
-        """Return the guided prediction, as the pipeline makes it of these two; `scale` g has shape (B,)."""
-        from ..diffusion.prediction import classifier_free_guidance
-
-        return classifier_free_guidance(cond, uncond, scale)
 
     def forward_ad(self) -> AbstractContextManager[None]:
         """Return a context manager inside which :meth:`predict` can be differentiated in forward mode."""

@@ -29,6 +29,7 @@ class Tiny:
             the other.
         off_by: What is added to the pipeline's guidance scale to make it ours.
         encoded: The pipeline's own encoding, where its parts are no tensors.
+        kinks: Whether the network is not differentiable everywhere.
         alone: Whether the pipeline makes another image of a prompt beside a longer one.
         image_states: Takes the image's positions, of this number, from what a block returned.
         autoencoded: What the autoencoder makes of images (B, 3, H, W), as :func:`plain_latents` does.
@@ -46,6 +47,7 @@ class Tiny:
     halves: Literal["batched", "batched, conditional first", "in turn"] = "batched"
     off_by: float = 0.0
     encoded: Callable[[Any, list[str]], dict[str, Any]] | None = None
+    kinks: bool = False
     alone: bool = False
     image_states: Callable[[Any, int], Any] = lambda output, positions: output[:, :positions]
     autoencoded: Callable[[Any, Any], tuple[Any, Any, Any]] = lambda vae, pixels: plain_latents(vae, pixels)
