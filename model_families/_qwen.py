@@ -41,8 +41,9 @@ class QwenFamily(OneEncoderFamily):
 
     @property
     def max_prompt_tokens(self) -> int | None:
-        read = super().max_prompt_tokens
-        return None if read is None else read + self.dropped(self._tokenizer)
+        tokenizer = self._tokenizer
+        around = len(tokenizer(self.template.format("")).input_ids) - self.dropped(tokenizer)
+        return self.num_tokens - around
 
     def written(self, tokenizer: Any, prompts: Sequence[str]) -> list[str]:
         return [self.template.format(prompt) for prompt in prompts]

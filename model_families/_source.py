@@ -315,8 +315,9 @@ class FolderSource(Source):
             with quiet_libraries():
                 return kind.from_pretrained(self.component(part), local_files_only=True)
         except ImportError as error:
-            said = " ".join(str(error).split())
-            raise UserError(f"model {self.name!r}: its {part} cannot be loaded: {said}", "install it") from error
+            said = " ".join(str(error).split()).partition(". ")[0]
+            remedy = "install what it names with pip, of the build that goes with your torch"
+            raise UserError(f"model {self.name!r}: its {part} cannot be loaded: {said}", remedy) from error
 
     def _load(self, kind: Any, part: str, **arguments: Any) -> Any:
         self.check_part(part)
