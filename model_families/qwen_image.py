@@ -16,6 +16,7 @@ References:
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
@@ -26,11 +27,10 @@ from ..core.diffusion.second_time import second_time_input
 from ..core.plugin_api.family import Capabilities, ModelFamily
 from ..core.plugin_api.hookspecs import hookimpl
 from ..core.utils.full_precision import compute_type, input_type
-from ._architecture import Architecture, ReadConfig
-from ._checks import check_channels
+from ._architecture import Architecture
 from ._networks import check_guidance
-from ._qwen import CONVERSATION, QwenFamily
-from ._transformer import LORA_TARGETS, check_flow
+from ._qwen import CONVERSATION, QwenFamily, check_latents
+from ._transformer import LORA_TARGETS
 from .flux import PATCH, pack, unpack
 
 if TYPE_CHECKING:
@@ -42,13 +42,6 @@ DESCRIBE = (
 )
 DROPPED = 34
 """Tokens of the system's words and their marks, as the pipeline counts them."""
-
-
-def check_configs(name: str, config: ReadConfig) -> None:
-    """Raise UserError unless the transformer takes the packed latents of the model's autoencoder, on a flow."""
-    channels = config("transformer/config.json").get("in_channels", 64)
-    check_channels(name, "transformer", channels / PATCH, config("vae/config.json"))
-    check_flow(name, config)
 
 
 class QwenImage(QwenFamily):
@@ -74,7 +67,7 @@ class QwenImage(QwenFamily):
         denoiser_class="QwenImageTransformer2DModel",
         tokenizers={"tokenizer": "AutoTokenizer"},
         encoders={"text_encoder": "Qwen2_5_VLForConditionalGeneration"},
-        check=check_configs,
+        check=partial(check_latents, packed=PATCH),
         made_of="a Qwen-Image has Qwen2.5-VL as its text encoder",
         lora_encoders=(),
         autoencoder="AutoencoderKLQwenImage",
@@ -136,7 +129,7 @@ class QwenImage(QwenFamily):
             )[0]
         return unpack(packed, height, width)
 
-    def guide(self, cond: Prediction, uncond: Prediction, scale: Tensor) -> Prediction:
+    def with_guidance(self, cond: Prediction, uncond: Prediction, scale: Tensor) -> Prediction:
         guided, (height, width) = classifier_free_guidance(cond, uncond, scale), cond.x_t.shape[-2:]
         velocity, kept = (pack(each.as_type("flow")) for each in (guided, cond))
         velocity = velocity * (kept.norm(dim=-1, keepdim=True) / velocity.norm(dim=-1, keepdim=True))

@@ -17,6 +17,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -24,13 +25,11 @@ from torch import Tensor, nn
 
 from ..core.plugin_api.family import Capabilities, ExportInfo, ModelFamily
 from ..core.plugin_api.hookspecs import hookimpl
-from ._architecture import Architecture, ReadConfig
-from ._checks import check_channels
+from ._architecture import Architecture
 from ._encoders import ragged
 from ._networks import outputs_inside
 from ._one_by_one import OneByOneFamily
-from ._qwen import CONVERSATION, QwenFamily, WithoutPrompts
-from ._transformer import check_flow
+from ._qwen import CONVERSATION, QwenFamily, WithoutPrompts, check_latents
 
 if TYPE_CHECKING:
     from ..core.plugin_api.batch import Conditioning
@@ -39,13 +38,6 @@ COMPREHEND = "Comprehend and analyze the provided prompt."
 USER = "<|im_start|>user"
 SLOT = 4
 """Positions of the image for which the pipeline's mask of a sequence has one place."""
-
-
-def check_configs(name: str, config: ReadConfig) -> None:
-    """Raise UserError unless the transformer takes the latents of the model's autoencoder, on a flow."""
-    channels = config("transformer/config.json").get("in_channels", 64)
-    check_channels(name, "transformer", channels, config("vae/config.json"))
-    check_flow(name, config)
 
 
 class QwenImage2(OneByOneFamily, QwenFamily):
@@ -74,7 +66,7 @@ class QwenImage2(OneByOneFamily, QwenFamily):
         denoiser_class="QwenImage21Transformer2DModel",
         tokenizers={"processor": "Qwen3VLProcessor"},
         encoders={"text_encoder": "Qwen3VLForConditionalGeneration"},
-        check=check_configs,
+        check=partial(check_latents, packed=1),
         made_of="a Qwen-Image 2.1 has Qwen3-VL as its text encoder",
         lora_encoders=(),
         autoencoder="AutoencoderKLQwenImage21",

@@ -15,13 +15,11 @@ References:
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import inspect
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from ..core.diffusion.schedule import is_solver_of_flow
@@ -32,7 +30,7 @@ from ..core.plugin_api.hookspecs import hookimpl
 from ..core.utils.full_precision import input_type
 from ._architecture import Architecture, ReadConfig
 from ._checks import check_channels
-from ._encoders import token_ids
+from ._instruction import instructed, instruction
 from ._networks import check_guidance
 from ._one_encoder import OneEncoderFamily
 from ._transformer import check_flow
@@ -54,14 +52,6 @@ def check_configs(name: str, config: ReadConfig) -> None:
             "Sprint does: it is a student of few steps already, in other noise, and cannot teach",
             "name the model that it was made from, as Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers",
         )
-
-
-@functools.cache
-def instruction() -> str:
-    """Return what the pipeline writes before a prompt."""
-    from diffusers import SanaPipeline
-
-    return "\n".join(inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default)
 
 
 class Sana(OneEncoderFamily):
@@ -109,22 +99,10 @@ class Sana(OneEncoderFamily):
         return (*super().text_settings(), hashlib.sha256(instruction().encode()).hexdigest())
 
     def encode(self, text: TextEncoders, prompts: Sequence[str]) -> Conditioning:
-        return self._kept(text, prompts, before=instruction())
+        return instructed(text, prompts, before=instruction(), count=self.num_tokens)
 
     def encode_negative(self, prompts: Sequence[str]) -> Conditioning:
-        return self.in_pieces(prompts, functools.partial(self._kept, before=""))
-
-    @torch.no_grad()
-    def _kept(self, text: TextEncoders, prompts: Sequence[str], *, before: str) -> Conditioning:
-        """Return the first state of each prompt and the last ones, with their mask; `before` stands before it."""
-        tokenizer, encoder = text.pairs()[0]
-        tokenizer.padding_side = "right"
-        written = [before + prompt.lower().strip() for prompt in prompts]
-        length = self.num_tokens + (len(tokenizer.encode(before)) - 2 if before else 0)
-        tokens = token_ids(tokenizer, written, length=length).to(encoder.device)
-        states = encoder(tokens.input_ids, attention_mask=tokens.attention_mask)[0]
-        kept = [0, *range(1 - self.num_tokens, 0)]
-        return {"prompt_embeds": states[:, kept], "prompt_attention_mask": tokens.attention_mask[:, kept]}
+        return self.in_pieces(prompts, partial(instructed, before="", count=self.num_tokens))
 
     def pipeline_prompts(self, embeds: Conditioning, prefix: str = "") -> dict[str, Any]:
         given = super().pipeline_prompts(embeds, prefix)

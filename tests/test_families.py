@@ -72,7 +72,7 @@ def images(pipeline, *, prompts=PROMPTS, **arguments):
 
 
 def groups(count, *, alone):
-    """The samples that a pipeline is called with together."""
+    """The samples of each call of a pipeline."""
     return [slice(one, one + 1) for one in range(count)] if alone else [slice(0, count)]
 
 
@@ -269,12 +269,12 @@ def test_predict_equals_the_pipelines_denoising_loop(model, guided):
     empty = {key: value.double().expand_as(cond[key]) for key, value in encoded(model, [""], pipeline).items()}
     told = model.tiny.told(arguments)
     calls = trace(pipeline, family.to_network(noise), **arguments)
-    together = groups(len(noise), alone=model.tiny.alone)
+    in_one_call = groups(len(noise), alone=model.tiny.alone)
     times = pipeline.scheduler.timesteps
-    per_call = len(calls) // len(together)
+    per_call = len(calls) // len(in_one_call)
     assert per_call
     for number, (args, kwargs, expected) in enumerate(calls):
-        group, number = together[number // per_call], number % per_call
+        group, number = in_one_call[number // per_call], number % per_call
         size = group.stop - group.start
         x_t, expected = model.tiny.read(args, kwargs), model.tiny.written(expected)
         time = times[number * len(times) // per_call]

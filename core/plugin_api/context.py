@@ -181,13 +181,13 @@ class Context:
             return self.predict(role, x_t, t, cond, guidance=scale - 1)
         if not guided:
             return self.predict(role, x_t, t, cond)
-        return self.guide(*self.predict_cond_uncond(role, x_t, t, cond), scale)
+        return self.with_guidance(*self.predict_cond_uncond(role, x_t, t, cond), scale)
 
-    def guide(self, cond: Prediction, uncond: Prediction, scale: Tensor) -> Prediction:
+    def with_guidance(self, cond: Prediction, uncond: Prediction, scale: Tensor) -> Prediction:
         """Return the guided prediction from those with and without the prompt: uncond + g (cond - uncond), or what the
         family's pipeline makes of them; `scale` g has shape (B,).
         """
-        return self._runtime.family.guide(cond, uncond, scale)
+        return self._runtime.family.with_guidance(cond, uncond, scale)
 
     def predict_cond_uncond(
         self, role: str, x_t: Tensor, t: Tensor, cond: Conditioning

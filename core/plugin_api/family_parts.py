@@ -25,7 +25,7 @@ class Guided:
         """Return the embeddings of prompts to stay away from, around which some pipelines write other words."""
         return self.encode_prompts(prompts)
 
-    def guide(self, cond: Prediction, uncond: Prediction, scale: Tensor) -> Prediction:
+    def with_guidance(self, cond: Prediction, uncond: Prediction, scale: Tensor) -> Prediction:
         """Return the guided prediction of two at one point: uncond + g (cond - uncond), or what the pipeline makes.
 
         Args:
