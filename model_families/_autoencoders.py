@@ -58,8 +58,6 @@ class DeepCompression(PlainAutoencoder):
         Chen et al., Deep Compression Autoencoder for Efficient High-Resolution Diffusion Models, arXiv 2410.10733.
     """
 
-    has_gradient = False
-
     def channels(self, config: Mapping[str, Any]) -> int:
         return int(config.get("latent_channels", 32))
 

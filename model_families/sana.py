@@ -59,8 +59,9 @@ class Sana(OneEncoderFamily):
 
     name: ClassVar[str] = "sana"
     capabilities: ClassVar[Capabilities] = Capabilities(
-        lora=True, full=True, second_time=True, features=True, quantised_base=True, quantised_text_encoders=1
-    )
+        lora=True, full=True, second_time=True, features=True, pixels=True, quantised_base=True,
+        quantised_text_encoders=1,
+    )  # fmt: skip
     lora_targets: ClassVar[tuple[str, ...]] = (
         *("to_q", "to_k", "to_v", "to_out.0", "ff.conv_inverted", "ff.conv_point", "time_embed.linear"),
     )
