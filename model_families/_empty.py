@@ -47,16 +47,15 @@ def fill_constants(network: Any, like: Any) -> None:
 
     Args:
         network: Built on the meta device.
-        like: A network with memory that has every module of it, by the same names.
+        like: A network with memory that has every module with such tables, by the same names.
     """
     for name, module in network.named_modules():
-        other = like.get_submodule(name)
         for key, buffer in module._buffers.items():
             if buffer is not None and buffer.is_meta:
-                module._buffers[key] = other._buffers[key].clone()
+                module._buffers[key] = like.get_submodule(name)._buffers[key].clone()
         for key, value in vars(module).items():
             if any(getattr(leaf, "is_meta", False) for leaf in (value if isinstance(value, list) else [value])):
-                setattr(module, key, copy.deepcopy(vars(other)[key]))
+                setattr(module, key, copy.deepcopy(vars(like.get_submodule(name))[key]))
 
 
 def _build(architecture: Architecture, part: str, config: Mapping[str, Any]) -> Any:
