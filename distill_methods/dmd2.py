@@ -50,7 +50,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ..core.diffusion import Prediction, Schedule, append_dims, classifier_free_guidance
+from ..core.diffusion import Prediction, Schedule, append_dims
 from ..core.diffusion.adversarial import HeadKind, HeadLevels, discriminator_loss, generator_loss, level_mean
 from ..core.diffusion.distribution_matching import (
     Divergence,
@@ -242,7 +242,7 @@ class DMD2(Method):
         if scale == 1:
             return _x0(context.predict("teacher", x_t, t, batch.cond))
         cond, uncond = (_exact(half) for half in context.predict_cond_uncond("teacher", x_t, t, batch.cond))
-        return classifier_free_guidance(cond, uncond, torch.full_like(t, scale, dtype=torch.float64)).x0
+        return context.with_guidance(cond, uncond, torch.full_like(t, scale, dtype=torch.float64)).x0
 
     def _augmentation(self, context: Context, batch: Batch, x: Tensor, *, highest: float) -> Tensor:
         """Return the guidance augmentation (B, ...) at noise below that of the student's last call.

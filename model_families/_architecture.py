@@ -78,6 +78,7 @@ class Architecture:
         original_path: Returns the original code's path of a module of the denoiser, given its config, and all modules
             that are one layer there. Raises UserError for a module that has none.
         autoencoder: Class of its autoencoder in diffusers.
+        stand_ins: What a pipeline of some parts alone has in place of parts that its constructor asks something.
     """
 
     title: str
@@ -97,6 +98,7 @@ class Architecture:
     swapped: Callable[[Mapping[str, Any]], Collection[str]] = none_swapped
     original_path: Callable[[str, Mapping[str, Any]], tuple[str, Sequence[str]]] | None = None
     autoencoder: str = "AutoencoderKL"
+    stand_ins: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -153,7 +155,7 @@ class Architecture:
 
     def shell(self, **parts: Any) -> Any:
         """Return a pipeline of these parts alone; the others are absent."""
-        return self.pipeline_class()(**{**dict.fromkeys(self.components), **parts}, **self.arguments)
+        return self.pipeline_class()(**{**dict.fromkeys(self.components), **self.stand_ins, **parts}, **self.arguments)
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ Scaled latents are what the denoiser sees, (B, C, h, w), C and h of the family's
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from ..core.errors import UserError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class PlainAutoencoder:
@@ -57,8 +57,6 @@ class DeepCompression(PlainAutoencoder):
     References:
         Chen et al., Deep Compression Autoencoder for Efficient High-Resolution Diffusion Models, arXiv 2410.10733.
     """
-
-    has_gradient = False
 
     def channels(self, config: Mapping[str, Any]) -> int:
         return int(config.get("latent_channels", 32))
@@ -132,12 +130,24 @@ class FrameAutoencoder(PlainAutoencoder):
         return super().decode(vae, latents).squeeze(2)
 
 
+class TransparentAutoencoder(FrameAutoencoder):
+    """``AutoencoderKLQwenImage21``: the same with opacity as fourth channel: 1 for images, which are shown on white."""
+
+    def distribution(self, vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+        return super().distribution(vae, torch.cat([pixels, torch.ones_like(pixels[:, :1])], dim=1))
+
+    def decode(self, vae: Any, latents: Tensor) -> Tensor:
+        colours, opacity = super().decode(vae, latents).split([3, 1], dim=1)
+        return 1 + (colours - 1) * (opacity + 1) / 2
+
+
 AUTOENCODERS: Mapping[str, PlainAutoencoder] = {
     "AutoencoderKL": PlainAutoencoder(),
     "AutoencoderTiny": PlainAutoencoder(),
     "AutoencoderDC": DeepCompression(),
     "AutoencoderKLFlux2": PatchedAutoencoder(),
     "AutoencoderKLQwenImage": FrameAutoencoder(),
+    "AutoencoderKLQwenImage21": TransparentAutoencoder(),
 }
 """Class in diffusers -> its kind."""
 

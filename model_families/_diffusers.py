@@ -47,6 +47,9 @@ class DiffusersFamily(EncoderMemory, LoraFiles):
     :meth:`predict` of a family that names them takes the types of the network's inputs from :meth:`weight_type` and
     :func:`.full_precision.input_type`."""
 
+    one_by_one: ClassVar[bool] = False
+    """Whether the pipeline makes another image of a prompt beside longer ones, so that each has a call of its own."""
+
     # -- for families to define ---------------------------------------------------------------------------------------
 
     @property
@@ -252,7 +255,8 @@ class DiffusersFamily(EncoderMemory, LoraFiles):
             negative = self.uncond(embeds) if negative_embeds is None else negative_embeds
         scheduler = self.scheduler(sampler)
         pipeline = build_pipeline(self.architecture, network, scheduler, scale_factor=self.scale_factor)
-        at_once = max(1, self.config.latents_at_once * self.scale_factor**2 // (width * height))
+        fitting = max(1, self.config.latents_at_once * self.scale_factor**2 // (width * height))
+        at_once = 1 if self.one_by_one else fitting
         images = []
         with evaluating(network), sampled_by(network, scheduler):
             for at in range(0, len(seeds), at_once):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ._files import quiet_libraries
@@ -41,6 +43,23 @@ def empty_network(architecture: Architecture, part: str, config: Mapping[str, An
     return _built[key]
 
 
+def fill_constants(network: Any, like: Any) -> None:
+    """Give `network`, whose weights are loaded, copies of what the modules of `like` hold beside weights: tables that
+    no file has, and that stayed on the meta device.
+
+    Args:
+        network: Built on the meta device.
+        like: A network with memory that has every module with such tables, by the same names.
+    """
+    for name, module in network.named_modules():
+        for key, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                module._buffers[key] = like.get_submodule(name)._buffers[key].clone()
+        for key, value in vars(module).items():
+            if any(getattr(leaf, "is_meta", False) for leaf in (value if isinstance(value, list) else [value])):
+                setattr(module, key, copy.deepcopy(vars(like.get_submodule(name))[key]))
+
+
 def _build(architecture: Architecture, part: str, config: Mapping[str, Any]) -> Any:
     import torch
 
@@ -60,15 +79,33 @@ def by_name_of(network: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]
         network._fix_state_dict_keys_on_load(found)
         return found
     own = network.state_dict()
-    return {_text_name(name, own): tensor for name, tensor in found.items()}
+    renamed = _renaming(network, own)
+    return {_text_name(name, own, renamed): tensor for name, tensor in found.items()}
 
 
-def _text_name(name: str, own: Mapping[str, Any]) -> str:
-    """Return the name of a text encoder's tensor with one ``text_model.`` more or less, where that is its own."""
+def _text_name(name: str, own: Mapping[str, Any], renamed: Callable[[str], str]) -> str:
+    """Return the name of a text encoder's tensor with one ``text_model.`` more or less, or as its library renames it,
+    where that is its own.
+    """
     for other in (name, TEXT_MODEL + name, name.removeprefix(TEXT_MODEL)):
         if other in own:
             return other
-    return name
+    return other if (other := renamed(name)) in own else name
+
+
+def _renaming(network: Any, own: dict[str, Any]) -> Callable[[str], str]:
+    """Return how transformers renames a file's tensor for `network`: layouts of its older versions, and models with a
+    head or inside a larger one.
+    """
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, rename_source_key
+    except ImportError:  # before version 5
+        patterns = getattr(network, "_checkpoint_conversion_mapping", None) or {}
+        return lambda name: functools.reduce(lambda found, each: re.sub(*each, found), patterns.items(), name)
+    known = get_model_conversion_mapping(network, add_legacy=False)
+    names = [each for each in known if isinstance(each, WeightRenaming)]
+    return lambda name: rename_source_key(name, names, [], network.base_model_prefix, own)[0]
 
 
 def without_text_model(name: str) -> str:

@@ -7,7 +7,7 @@ import hashlib
 import logging
 import math
 from abc import abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -39,6 +39,8 @@ from ._vae import with_vae
 if TYPE_CHECKING:
     from ..core.plugin_api.batch import Conditioning
     from ._architecture import Architecture
+
+    Encode = Callable[[TextEncoders, Sequence[str]], Conditioning]
 
 logger = logging.getLogger(__name__)
 
@@ -243,8 +245,12 @@ class DiffusersModel(PromptTokens):
     # -- encoders ---------------------------------------------------------------------------------------------------
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        return self.in_pieces(prompts, self.encode)
+
+    def in_pieces(self, prompts: Sequence[str], encode: Encode) -> Conditioning:
+        """Return what `encode` makes of all prompts, 32 at a time, on the CPU."""
         text, at_once = self._text_encoders(), PROMPTS_AT_ONCE
-        pieces = [self.encode(text, prompts[at : at + at_once]) for at in range(0, len(prompts), at_once)]
+        pieces = [encode(text, prompts[at : at + at_once]) for at in range(0, len(prompts), at_once)]
         return {key: torch.cat([piece[key] for piece in pieces]).cpu() for key in pieces[0]}
 
     def _text_encoders(self) -> TextEncoders:
@@ -296,7 +302,7 @@ class DiffusersModel(PromptTokens):
         """Return the encoded empty prompt."""
         if self._empty is None:
             loaded = self._text is not None
-            self._empty = self.encode_prompts([""])
+            self._empty = self.encode_negative([""])
             check_empty_prompt(self._empty, self.overflow_remedies["text"])
             self._text = self._text if loaded else None
         return {**cond, **{key: value.to(cond[key]).expand_as(cond[key]) for key, value in self._empty.items()}}

@@ -26,9 +26,12 @@ from ._open_source import open_hub
 if TYPE_CHECKING:
     from ._architecture import Architecture
 
-ELEMENTS_PER_PIXEL = {"AutoencoderTiny": 10.2, "AutoencoderKL": 19.3}
+ELEMENTS_PER_PIXEL = {"AutoencoderTiny": 10.2, "AutoencoderKL": 19.3, "AutoencoderDC": 18.4}
 """Elements of activations per pixel and channel of the finest level while one image is decoded with its gradient, a
-layer recomputed at a time. Measured on TAESD and on SDXL's autoencoder in fp32, 512 x 512 pixels, on a CPU."""
+layer recomputed at a time. Measured on TAESD and on SDXL's and Sana's autoencoders in fp32, 512 x 512 pixels, on a CPU.
+"""
+OTHERS = ("AutoencoderTiny", "AutoencoderKL")
+"""Classes of autoencoders that may decode in place of the model's own."""
 
 
 def decoded(vae: Any, latents: Tensor) -> Tensor:
@@ -59,11 +62,12 @@ def recomputed(decoder: nn.Module) -> Iterator[None]:
 
 def _layers(decoder: nn.Module) -> Iterator[nn.Module]:
     from diffusers.models.attention_processor import Attention
+    from diffusers.models.autoencoders.autoencoder_dc import DCUpBlock2d, EfficientViTBlock, ResBlock
     from diffusers.models.autoencoders.vae import AutoencoderTinyBlock
     from diffusers.models.resnet import ResnetBlock2D
     from diffusers.models.upsampling import Upsample2D
 
-    kinds = (Attention, AutoencoderTinyBlock, ResnetBlock2D, Upsample2D)
+    kinds = (Attention, AutoencoderTinyBlock, ResnetBlock2D, Upsample2D, DCUpBlock2d, EfficientViTBlock, ResBlock)
     return (module for module in decoder.modules() if isinstance(module, kinds))
 
 
@@ -100,8 +104,8 @@ class OtherDecoder:
     def check(self, *, channels: int, factor: int) -> None:
         """Raise UserError unless it decodes latents of `channels` to images `factor` times as large per edge."""
         kind = self.config.get("_class_name")
-        if kind not in ELEMENTS_PER_PIXEL:
-            known = " or ".join(ELEMENTS_PER_PIXEL)
+        if kind not in OTHERS:
+            known = " or ".join(OTHERS)
             raise UserError(f"pixel_decoder = {self.name!r} is of the class {kind}", f"name one of the class {known}")
         made = (self.config.get("latent_channels", 4), 2 ** (len(widths(self.config)) - 1))
         if made != (channels, factor):
@@ -138,8 +142,9 @@ class OtherDecoder:
 
 def widths(config: Mapping[str, Any]) -> list[int]:
     """Return the channels of a decoder's levels, the finest first, from the autoencoder's config."""
-    if "decoder_block_out_channels" in config:  # a tiny one
-        return list(reversed(config["decoder_block_out_channels"]))
+    if "decoder_block_out_channels" in config:
+        found = list(config["decoder_block_out_channels"])
+        return found if config.get("_class_name") == "AutoencoderDC" else found[::-1]
     return list(config["block_out_channels"])
 
 

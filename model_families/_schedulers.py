@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..core.diffusion.schedule import Schedule, from_scheduler_config, is_flow
+from ..core.diffusion.schedule import Schedule, from_scheduler_config, is_flow, is_solver_of_flow
 from ..core.diffusion.second_time import SCHEDULER
 from ..core.errors import UserError
 from ._files import quiet_libraries
@@ -104,7 +104,8 @@ def noise_defaults(model: str, config: Mapping[str, Any]) -> dict[str, Any]:
             "name a model that was trained on one of these; EDM's (Playground v2.5, CosXL) and consistency models "
             "cannot be distilled by this family",
         )
-    if config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction":
+    half = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
+    if half and not is_flow(config):
         raise UserError(
             f"model {model!r} is trained on a flow, but its scheduler {name} has a table of betas "
             "(scheduler/scheduler_config.json: use_flow_sigmas, prediction_type)",
@@ -181,12 +182,18 @@ def _ignoring_mu(scheduler: Any) -> Any:
 
 
 def with_fixed_shift(config: Mapping[str, Any], *, num_positions: int) -> dict[str, Any]:
-    """Return a scheduler config whose shift is fixed to that of images of `num_positions`.
+    """Return a scheduler config whose shift is fixed to that of images of `num_positions`, for grids of any times.
 
     Pipelines shift s to m s / (1 + (m - 1) s) with m = exp(mu), or mu itself (``time_shift_type`` linear), where mu is
     linear in the number of positions that the transformer sees: base_shift at base_image_seq_len, max_shift at
-    max_image_seq_len (arXiv 2403.03206). Configs without ``use_dynamic_shifting`` come back as they are.
+    max_image_seq_len (arXiv 2403.03206). ``shift_terminal``, to which a scheduler stretches the last of its times, is
+    left out: it would move those that a method names. Solvers that are set to a flow become the flow that they solve.
+    Other configs come back as they are.
     """
+    if is_solver_of_flow(config):
+        kept = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": config.get("flow_shift", 1.0)}
+        return {**kept, "num_train_timesteps": config.get("num_train_timesteps", 1000)}
+    config = {key: value for key, value in config.items() if key != "shift_terminal"}
     if not config.get("use_dynamic_shifting"):
         return dict(config)
     low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)

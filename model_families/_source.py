@@ -305,12 +305,19 @@ class FolderSource(Source):
 
     def load_tokenizers(self, *, without: Collection[str] = ()) -> dict[str, Any]:
         """Load the tokenizers by their names in the pipeline."""
-        with quiet_libraries():
-            return {
-                part: self.architecture.text_class(part).from_pretrained(self.component(part), local_files_only=True)
-                for part in self.architecture.tokenizers
-                if part not in without and self.has(part)
-            }
+        parts = (part for part in self.architecture.tokenizers if part not in without and self.has(part))
+        return {part: self.load_tokenizer(part) for part in parts}
+
+    def load_tokenizer(self, part: str) -> Any:
+        """Load one tokenizer, or the processor that has it. Raises UserError where a package is missing for it."""
+        kind = self.architecture.text_class(part)
+        try:
+            with quiet_libraries():
+                return kind.from_pretrained(self.component(part), local_files_only=True)
+        except ImportError as error:
+            said = " ".join(str(error).split()).partition(". ")[0]
+            remedy = "install what it names with pip, of the build that goes with your torch"
+            raise UserError(f"model {self.name!r}: its {part} cannot be loaded: {said}", remedy) from error
 
     def _load(self, kind: Any, part: str, **arguments: Any) -> Any:
         self.check_part(part)

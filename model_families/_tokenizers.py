@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 from ..core.plugin_api.family import ModelFamily
 from ._architecture import Architecture
-from ._files import quiet_libraries
 from ._single_file import FileSource
 from ._source import FolderSource, Source
 
@@ -20,9 +19,8 @@ def load_tokenizer(source: Source, part: str) -> Any:
     """Load one tokenizer of a model, as ``tokenizer_2``; that of a single file comes from where its configs do."""
     folders = source.configs if isinstance(source, FileSource) else source
     assert isinstance(folders, FolderSource)
-    with quiet_libraries():
-        kind = source.architecture.text_class(part)
-        return kind.from_pretrained(folders.component(part), local_files_only=True)
+    loaded = folders.load_tokenizer(part)
+    return getattr(loaded, "tokenizer", loaded)  # that of a processor
 
 
 class PromptTokens(ModelFamily):

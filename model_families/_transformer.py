@@ -15,7 +15,7 @@ from ..core.plugin_api.batch import Conditioning
 from ..core.plugin_api.family_parts import FIRST_HALF, Blocks
 from ._architecture import ReadConfig
 from ._diffusers import DiffusersFamily
-from ._empty import empty_denoiser
+from ._empty import empty_denoiser, fill_constants
 from ._networks import chosen_blocks, outputs_inside
 from ._smaller import evenly, kept_transformer_weights, not_more, smaller_transformer_config
 
@@ -101,6 +101,7 @@ class TransformerFamily(DiffusersFamily):
         wide = next(iter(state.values()))  # not the teacher's weights, which may be packed
         zeros = {name: wide.new_zeros(value.shape) for name, value in missing.items()}
         student.load_state_dict({**state, **zeros}, assign=True)
+        fill_constants(student, teacher)
         return self.with_wide_ends(student.requires_grad_(True).eval())
 
     time_embedder: ClassVar[str] = "time_text_embed.timestep_embedder"
@@ -109,7 +110,12 @@ class TransformerFamily(DiffusersFamily):
     def add_second_time(self, network: nn.Module, *, name: str = "student") -> nn.Module:
         embedder = network.get_submodule(self.time_embedder)
         last = [module for module in embedder.modules() if isinstance(module, nn.Linear)][-1]
-        return add_second_time(network, name=name, path=self.time_embedder, width=last.out_features)
+        untimed = self.untimed_rows(network)
+        return add_second_time(network, name=name, path=self.time_embedder, width=last.out_features, untimed=untimed)
+
+    def untimed_rows(self, network: nn.Module) -> int:
+        """Return the number of the last rows of that output that are of no sample."""
+        return 0
 
     def features(
         self, network: nn.Module, x_t: Tensor, time: Tensor, cond: Conditioning, *, blocks: Blocks = FIRST_HALF

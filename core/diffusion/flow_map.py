@@ -68,11 +68,12 @@ class SecondTimes(nn.ModuleDict):
 
     Args:
         path: Name of the time embedding inside the network.
+        untimed: Number of its last rows that are of no sample, as of text at a time that is always 0.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, untimed: int = 0) -> None:
         super().__init__()
-        self.path = path
+        self.path, self.untimed = path, untimed
         self._given: tuple[str, Callable[[], Sequence[Any]]] | None = None
 
     def follow(self, name: str, times: Callable[[], Sequence[Any]]) -> None:
@@ -100,14 +101,16 @@ class SecondTimes(nn.ModuleDict):
             return None
         name, times = self._given
         t, r = (_one_axis(time, output.device) for time in times())
-        return output + self[name](t, r).to(output.dtype)
+        timed, rest = output.tensor_split([len(output) - self.untimed])
+        timed = timed + self[name](t, r).to(output.dtype)
+        return torch.cat([timed, rest]) if self.untimed else timed
 
 
 def _one_axis(time: Any, device: torch.device) -> Tensor:
     return time if isinstance(time, Tensor) else torch.full((1,), time, dtype=torch.float32, device=device)
 
 
-def install(network: nn.Module, *, name: str, path: str, width: int) -> SecondTime:
+def install(network: nn.Module, *, name: str, path: str, width: int, untimed: int = 0) -> SecondTime:
     """Give `network` the second time `name` in place, at ``network.second_time.<name>``, in fp32.
 
     Args:
@@ -116,10 +119,11 @@ def install(network: nn.Module, *, name: str, path: str, width: int) -> SecondTi
         path: The module to whose output (B, width) it is added. It must not be recomputed in a backward pass
             (gradient checkpointing of later blocks is fine).
         width: Output width of the module at `path`.
+        untimed: Number of the last rows of its output that keep what they are.
     """
     times: Any = getattr(network, "second_time", None)
     if times is None:
-        times = SecondTimes(path)
+        times = SecondTimes(path, untimed)
         network.add_module("second_time", times)
         network.get_submodule(path).register_forward_hook(times.add)
     if name not in times:
@@ -137,7 +141,7 @@ def load_second_time(network: nn.Module, folder: str | Path, *, name: str) -> bo
         place = json.loads(file.metadata()[PLACE])
         weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
     width = len(weights["output.bias"])
-    module = install(network, name=name, path=place["module"], width=width)
+    module = install(network, name=name, path=place["module"], width=width, untimed=place.get("untimed", 0))
     module.load_state_dict(weights)
     module.requires_grad_(False)
     return True

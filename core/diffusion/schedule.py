@@ -222,8 +222,9 @@ class FlowSchedule(Schedule):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> FlowSchedule:
-        """Build the schedule that a diffusers FlowMatch scheduler config describes."""
-        return cls(float(config.get("shift", 1.0)), int(config.get("num_train_timesteps", 1000)))
+        """Build the schedule that a diffusers scheduler config of flow matching describes."""
+        shift = config.get("flow_shift" if is_solver_of_flow(config) else "shift", 1.0)
+        return cls(float(shift), int(config.get("num_train_timesteps", 1000)))
 
     @property
     def zero_terminal_snr(self) -> bool:
@@ -283,8 +284,13 @@ def rescale_to_zero_snr(alphas_cumprod: Tensor) -> Tensor:
 
 
 def is_flow(config: Mapping[str, Any]) -> bool:
-    """Return True for a scheduler config of diffusers' flow matching."""
-    return "FlowMatch" in str(config.get("_class_name", ""))
+    """Return True for a scheduler config of diffusers' flow matching, or of a solver of other noise set to it."""
+    return "FlowMatch" in str(config.get("_class_name", "")) or is_solver_of_flow(config)
+
+
+def is_solver_of_flow(config: Mapping[str, Any]) -> bool:
+    """Return True for a scheduler config of a solver, as DPM-Solver, that is set to flow matching."""
+    return bool(config.get("use_flow_sigmas")) and config.get("prediction_type") == "flow_prediction"
 
 
 def from_scheduler_config(config: Mapping[str, Any]) -> tuple[Schedule, str]:

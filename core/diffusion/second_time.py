@@ -59,11 +59,11 @@ def differentiable_forward() -> Iterator[None]:
         yield
 
 
-def add_second_time(network: nn.Module, *, name: str, path: str, width: int) -> SecondTime:
+def add_second_time(network: nn.Module, *, name: str, path: str, width: int, untimed: int = 0) -> SecondTime:
     """Give `network` in place an embedding of r that starts at zero, trainable, fp32; see :func:`.flow_map.install`."""
     from .flow_map import install
 
-    return install(network, name=name, path=path, width=width)
+    return install(network, name=name, path=path, width=width, untimed=untimed)
 
 
 def active_second_time(network: nn.Module) -> str | None:
@@ -145,7 +145,7 @@ def export_second_time(network: nn.Module, folder: Path, *, component: str, name
     if chosen is None:
         return
     state = {key: value.detach().float().cpu().contiguous() for key, value in times[chosen].state_dict().items()}
-    place = json.dumps({"component": component, "module": times.path})
+    place = json.dumps({"component": component, "module": times.path, "untimed": times.untimed})
     save_file(state, folder / flow_map.WEIGHTS, metadata={flow_map.PLACE: place})
 
 

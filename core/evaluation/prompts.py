@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from ..plugin_api.family import ModelFamily
 
 
-def encoded(family: ModelFamily, prompts: Sequence[str]) -> Conditioning:
+def encoded(family: ModelFamily, prompts: Sequence[str], *, negative: bool = False) -> Conditioning:
     """Return the embeddings of prompts. Raises UserError if some are not finite: their images would be black."""
-    embeds = family.encode_prompts(prompts)
+    embeds = family.encode_negative(prompts) if negative else family.encode_prompts(prompts)
     bad = [prompt for prompt, good in zip(prompts, finite_rows(embeds).tolist(), strict=True) if not good]
     if bad:
         raise UserError(

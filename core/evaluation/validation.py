@@ -149,7 +149,7 @@ class Validator:
         """Encode the prompts, which stay in memory; call before the encoders are released."""
         self._embeds = encoded(self._family, self.plan.prompts)
         if self.plan.negative_prompt:
-            self._negative = encoded(self._family, [self.plan.negative_prompt])
+            self._negative = encoded(self._family, [self.plan.negative_prompt], negative=True)
 
     def folders(self, step: int) -> tuple[str, str]:
         """Return the folders that the images of `step` go to, relative to the run's: the step's own, the teacher's."""

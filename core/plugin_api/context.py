@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from ..diffusion.prediction import Prediction, classifier_free_guidance
+from ..diffusion.prediction import Prediction
 from ..utils.dropout import NetworkCall, within
 from ..utils.eagerly import eagerly
 from ..utils.full_precision import full_precision
@@ -181,7 +181,13 @@ class Context:
             return self.predict(role, x_t, t, cond, guidance=scale - 1)
         if not guided:
             return self.predict(role, x_t, t, cond)
-        return classifier_free_guidance(*self.predict_cond_uncond(role, x_t, t, cond), scale)
+        return self.with_guidance(*self.predict_cond_uncond(role, x_t, t, cond), scale)
+
+    def with_guidance(self, cond: Prediction, uncond: Prediction, scale: Tensor) -> Prediction:
+        """Return the guided prediction from those with and without the prompt: uncond + g (cond - uncond), or what the
+        family's pipeline makes of them; `scale` g has shape (B,).
+        """
+        return self._runtime.family.with_guidance(cond, uncond, scale)
 
     def predict_cond_uncond(
         self, role: str, x_t: Tensor, t: Tensor, cond: Conditioning

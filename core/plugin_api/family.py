@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from .family_parts import InnerActivations, MemoryEstimates, PixelDecoding
+from .family_parts import Guided, InnerActivations, MemoryEstimates, PixelDecoding
 from .lora_tools import ExtraLora, LoraTools
 from .precision import Precision, Precisions
 
@@ -119,7 +119,7 @@ class ExportInfo:
     rounding: float | None = None
 
 
-class ModelFamily(InnerActivations, PixelDecoding, MemoryEstimates, LoraTools, ABC):
+class ModelFamily(Guided, InnerActivations, PixelDecoding, MemoryEstimates, LoraTools, ABC):
     """A teacher architecture: load, encode, predict, decode, generate, export.
 
     Components load when they are first needed and can be released; :meth:`fingerprint` identifies them without loading.

@@ -2,17 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from ..diffusion.prediction import Prediction
     from .batch import Conditioning
 
 FIRST_HALF: Literal["first_half"] = "first_half"
 Blocks = Literal["first_half", "all"] | Sequence[str]
 """Blocks of a network: those of the first half that discriminators read, all, or some by name."""
+
+
+class Guided:
+    """What a pipeline does about guidance besides the usual."""
+
+    encode_prompts: Callable[[Sequence[str]], Conditioning]
+
+    def encode_negative(self, prompts: Sequence[str]) -> Conditioning:
+        """Return the embeddings of prompts to stay away from, around which some pipelines write other words."""
+        return self.encode_prompts(prompts)
+
+    def with_guidance(self, cond: Prediction, uncond: Prediction, scale: Tensor) -> Prediction:
+        """Return the guided prediction of two at one point: uncond + g (cond - uncond), or what the pipeline makes.
+
+        Args:
+            cond: Prediction with the prompt.
+            uncond: Prediction without it.
+            scale: Guidance scale g, shape (B,).
+        """
+        from ..diffusion.prediction import classifier_free_guidance
+
+        return classifier_free_guidance(cond, uncond, scale)
 
 
 class InnerActivations:

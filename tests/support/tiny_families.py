@@ -7,6 +7,8 @@ from typing import Any
 
 from support import tiny_sdxl
 from support.tiny_parts import CHANNELS, T5_WIDTH, Tiny, clip_encoder, flow, flow_vae, seeded, t5_parts
+from support.tiny_qwen import QWEN_IMAGE, QWEN_IMAGE_2
+from support.tiny_sana import SANA, SANA_1_5
 from support.tiny_sdxl import EDGE, SCALE_FACTOR, WIDTHS, write_tokenizer
 from support.tiny_z_image import Z_IMAGE
 
@@ -117,5 +119,5 @@ MODELS = {
     ),
 }
 """Name of a variant -> model, of the families that most tests look at."""
-NEWER = {"z-image": Z_IMAGE}
+NEWER = {"z-image": Z_IMAGE, "qwen-image": QWEN_IMAGE, "qwen-image-2": QWEN_IMAGE_2, "sana": SANA, "sana-1.5": SANA_1_5}
 """The same for families whose tests are those of every family alone."""

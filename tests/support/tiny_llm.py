@@ -18,14 +18,18 @@ TEMPLATE = (
 """In the shape of Qwen3's."""
 
 
-def write_llm_tokenizer(folder: Path, *, length: int = 512) -> Any:
+def write_llm_tokenizer(folder: Path, *, length: int = 512, special: tuple[str, ...] = ()) -> Any:
     """A byte-level tokenizer without merges (a token per letter), as Qwen's."""
     from transformers import Qwen2Tokenizer
 
     letters = [token for token in vocabulary() if not token.endswith("</w>") and not token.startswith("<|")]
-    vocab = {token: number for number, token in enumerate((*letters, *SPECIALS))}
+    vocab = {token: number for number, token in enumerate((*letters, *SPECIALS, *special))}
     tokenizer = Qwen2Tokenizer(
-        vocab=vocab, merges=[], model_max_length=length, chat_template=TEMPLATE, additional_special_tokens=[START, END]
+        vocab=vocab,
+        merges=[],
+        model_max_length=length,
+        chat_template=TEMPLATE,
+        additional_special_tokens=[START, END, *special],
     )
     tokenizer.save_pretrained(folder)
     return Qwen2Tokenizer.from_pretrained(folder)

@@ -29,6 +29,10 @@ class Tiny:
             the other.
         off_by: What is added to the pipeline's guidance scale to make it ours.
         encoded: The pipeline's own encoding, where its parts are no tensors.
+        kinks: Whether the network is not differentiable everywhere.
+        alone: Whether the pipeline makes another image of a prompt beside a longer one.
+        image_states: Takes the image's positions, of this number, from what a block returned.
+        autoencoded: What the autoencoder makes of images (B, 3, H, W), as :func:`plain_latents` does.
     """
 
     family: str
@@ -43,6 +47,10 @@ class Tiny:
     halves: Literal["batched", "batched, conditional first", "in turn"] = "batched"
     off_by: float = 0.0
     encoded: Callable[[Any, list[str]], dict[str, Any]] | None = None
+    kinks: bool = False
+    alone: bool = False
+    image_states: Callable[[Any, int], Any] = lambda output, positions: output[:, :positions]
+    autoencoded: Callable[[Any, Any], tuple[Any, Any, Any]] = lambda vae, pixels: plain_latents(vae, pixels)
 
     def scale(self, arguments: dict[str, Any]) -> float:
         """The guidance scale of a plain call with these arguments."""
@@ -70,6 +78,22 @@ class Tiny:
         kind = Registry.load(installed=False).get("family", self.family)
         own = kind.Config(**{**self.settings, **(config or {})})
         return kind(own, ModelSettings(source=str(folder), resolution=(EDGE, EDGE), **settings))
+
+
+def plain_latents(vae: Any, pixels: Any) -> tuple[Any, Any, Any]:
+    """Scaled latents of images: their mode, a sample of seed 5; and what the mode is decoded to, in [-1, 1]."""
+    import torch
+
+    shift = vae.config.shift_factor or 0.0
+    posterior = vae.encode(pixels).latent_dist
+    mode, sample = posterior.mode(), posterior.sample(generator=torch.Generator().manual_seed(5))
+    scaled = [(each - shift) * vae.config.scaling_factor for each in (mode, sample)]
+    return scaled[0], scaled[1], vae.decode(mode).sample
+
+
+def on_white(images: Any) -> Any:
+    """Images (B, 3, H, W) in [0, 1], from such with a channel of opacity or without."""
+    return images if images.shape[1] == 3 else 1 - images[:, 3:] + images[:, :3] * images[:, 3:]
 
 
 def seeded(build: Callable[[], Any], *, seed: int = 0) -> Any:
