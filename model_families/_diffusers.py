@@ -39,6 +39,10 @@ if TYPE_CHECKING:
     from ._source import Source
 
 
+LATENT_EDGE = 8
+"""Pixels along an edge of a position of ``latents_at_once``, of latents that hold more as well."""
+
+
 class DiffusersFamily(EncoderMemory, LoraFiles):
     """A model in diffusers layout with a plain text-to-image pipeline; subclasses define what differs."""
 
@@ -91,6 +95,10 @@ class DiffusersFamily(EncoderMemory, LoraFiles):
             size: (width, height) of the images in pixels.
         """
         return latents
+
+    def pipeline_around(self, network: nn.Module, scheduler: Any) -> Any:
+        """Return the plain pipeline without text encoders and autoencoder: embeddings in, latents out."""
+        return build_pipeline(self.architecture, network, scheduler, scale_factor=self.scale_factor)
 
     # -- network ----------------------------------------------------------------------------------------------------
 
@@ -247,8 +255,8 @@ class DiffusersFamily(EncoderMemory, LoraFiles):
         if scale > 1 and not embedded:
             negative = self.uncond(embeds) if negative_embeds is None else negative_embeds
         scheduler = self.scheduler(sampler)
-        pipeline = build_pipeline(self.architecture, network, scheduler, scale_factor=self.scale_factor)
-        at_once = max(1, self.config.latents_at_once * self.scale_factor**2 // (width * height))
+        pipeline = self.pipeline_around(network, scheduler)
+        at_once = max(1, self.config.latents_at_once * min(self.scale_factor, LATENT_EDGE) ** 2 // (width * height))
         images = []
         with evaluating(network), sampled_by(network, scheduler):
             for at in range(0, len(seeds), at_once):

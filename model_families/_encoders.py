@@ -11,8 +11,11 @@ from torch import Tensor
 
 from ..core.utils.memory import is_out_of_memory
 from ._autoencoders import kind_of
+from ._networks import outputs_inside
 
 logger = logging.getLogger(__name__)
+READ = ("input_ids", "attention_mask")
+"""What language models read of a tokenizer's result."""
 
 
 def token_ids(tokenizer: Any, prompts: Sequence[str], *, length: int | None = None) -> Any:
@@ -94,6 +97,26 @@ def last_states(
     tokens = token_ids(tokenizer, prompts, length=length) if chunks == 1 else chunked_ids(tokenizer, prompts, chunks)
     mask = tokens.attention_mask.to(encoder.device) if masked else None
     return encoder(tokens.input_ids.to(encoder.device), attention_mask=mask)
+
+
+@torch.no_grad()
+def inner_states(encoder: Any, tokens: Any, *, layers: Sequence[int]) -> Tensor:
+    """Return the states of several layers of a language model side by side, (B, T, len(layers) D); the layers after the
+    last of them are not computed.
+
+    Args:
+        encoder: A language model, with or without a head, alone or as the decoder of a model that sees images.
+        tokens: Its ``input_ids`` and ``attention_mask`` (B, T).
+        layers: Their numbers from 1, ascending.
+    """
+    decoder, moved = encoder.get_decoder(), {name: tokens[name].to(encoder.device) for name in READ}
+    found = outputs_inside(
+        [decoder.layers[number - 1] for number in layers],
+        lambda: decoder(**moved, use_cache=False),
+        pick=lambda output: output[0] if isinstance(output, tuple) else output,
+        stop=True,
+    )
+    return torch.cat(found, dim=-1)
 
 
 def encode_by_pieces(vae: Any, pixels: Tensor, generator: Sequence[torch.Generator] | None, *, at_once: int) -> Tensor:

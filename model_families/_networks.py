@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..core.errors import UserError
@@ -75,3 +76,25 @@ def check_guidance(guidance: Tensor | None, *, taken: bool) -> None:
         if taken
         else "this network has no guidance embedding"
     )
+
+
+def told_scale(guidance: Tensor | None, *, usual: float, like: Tensor) -> Tensor:
+    """Return the guidance scale (B,) that a network takes as an input, from the paper's w; `usual` where none is asked
+    for.
+
+    Args:
+        guidance: Guidance scale minus one, shape (B,).
+        usual: The scale, then.
+        like: A tensor (B,) on the network's device.
+    """
+    if guidance is not None:
+        return guidance + 1
+    return torch.full(like.shape, usual, dtype=torch.float32, device=like.device)
+
+
+def as_multiplied(value: Tensor, given: torch.dtype) -> Tensor:
+    """Return an input in the type `given`, such that 1000 times it is what a pipeline in `value`'s type multiplies.
+
+    Some networks multiply in the type of their latents, which are given in fp32 to networks of half precision.
+    """
+    return value if value.dtype == given else (value * 1000).to(given) / 1000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +57,7 @@ def usage_snippet(
     elif neutral:
         lines += ["pipe.scheduler.init_noise_sigma = 1.0  # this pipeline asks a flow scheduler for these two"]
         lines += ["pipe.scheduler.scale_model_input = lambda sample, timestep: sample"]
-    return "\n".join([*lines, *_call(call)]) + "\n"
+    return "\n".join([*lines, *_call(architecture, call)]) + "\n"
 
 
 def _load_full(architecture: Architecture, flow_map: bool, without: str) -> list[str]:
@@ -96,10 +97,11 @@ def _load_lora(
     return [*lines, f'pipe.scheduler = {scheduler}.from_pretrained(student, subfolder="scheduler")']
 
 
-def _call(call: Mapping[str, Any]) -> list[str]:
+def _call(architecture: Architecture, call: Mapping[str, Any]) -> list[str]:
+    first = list(inspect.signature(architecture.pipeline_class().__call__).parameters)[1]  # of some, an image
     arguments = ", ".join(f"{key}={value!r}" for key, value in call.items())
     return [
         'prompt = "a photo of a fox in the snow"',
-        f"image = pipe(prompt, {arguments}).images[0]",
+        f"image = pipe({'prompt' if first == 'prompt' else 'prompt=prompt'}, {arguments}).images[0]",
         'image.save("fox.png")',
     ]

@@ -34,7 +34,7 @@ from ._architecture import Architecture, ReadConfig
 from ._checks import check_channels
 from ._encoders import last_states
 from ._kohya_flux import KOHYA, flux_place
-from ._networks import check_guidance
+from ._networks import check_guidance, told_scale
 from ._transformer import LORA_TARGETS, TransformerFamily, check_flow, longer_t5
 
 if TYPE_CHECKING:
@@ -196,9 +196,7 @@ class Flux(TransformerFamily):
         if not self.takes_guidance(network):
             check_guidance(guidance, taken=False)
             return None
-        if guidance is not None:
-            return guidance + 1
-        return torch.full(like.shape, self.config.embedded_guidance, dtype=torch.float32, device=like.device)
+        return told_scale(guidance, usual=self.config.embedded_guidance, like=like)
 
     # -- images -----------------------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ that is added to ``tiny_families.MODELS`` is here by itself.
 from __future__ import annotations
 
 import json
+import re
 import types
 from types import SimpleNamespace
 
@@ -60,7 +61,7 @@ def images(pipeline, *, prompts=PROMPTS, **arguments):
     """A plain call with a generator for each image."""
     generators = [torch.Generator().manual_seed(seed) for seed in SEEDS[: len(prompts)]]
     settings = {"num_inference_steps": STEPS, "output_type": "pt", **SIZE, **arguments}
-    return pipeline(list(prompts), generator=generators, **settings).images  # a copy: some write into it
+    return pipeline(prompt=list(prompts), generator=generators, **settings).images  # a copy: some write into it
 
 
 def generate(family, network, **arguments):
@@ -364,8 +365,9 @@ def test_features_of_any_block_are_its_outputs_in_the_networks_order(model):
     assert [level.shape[1] for level in found] == family.feature_channels(network, blocks="all")
     assert [level.shape[1] for level in chosen] == family.feature_channels(network, blocks=[names[-1], names[0]])
     for level, output in zip(found, outputs.values(), strict=True):
-        positions = level.shape[2] * level.shape[3]  # of the image, before those of the text in one stream
-        theirs = output if output.ndim == 4 else output[:, :positions].transpose(1, 2).unflatten(2, level.shape[2:])
+        positions = level.shape[2] * level.shape[3]  # of the image, before or after those of the text in one stream
+        image = slice(-positions, None) if model.tiny.text_first else slice(positions)
+        theirs = output if output.ndim == 4 else output[:, image].transpose(1, 2).unflatten(2, level.shape[2:])
         assert torch.equal(level, theirs)
     assert torch.equal(chosen[0], found[0])
     assert torch.equal(chosen[1], found[-1])
@@ -532,8 +534,8 @@ def test_the_usage_snippet_runs(model, tmp_path, monkeypatch, kind):
     exported(family, tmp_path / "student", kind, sampler)
     monkeypatch.chdir(tmp_path)
     snippet = family.usage_snippet(ExportInfo(sampler, kind))
-    assert "image = pipe(prompt, " in snippet
-    small = snippet.replace("pipe(prompt, ", f"pipe(prompt, width={EDGE}, height={EDGE}, ")
+    small, calls = re.subn(r"pipe\((prompt|prompt=prompt), ", rf"pipe(\1, width={EDGE}, height={EDGE}, ", snippet)
+    assert calls == 1
     exec(compile(small, "snippet", "exec"), {})
     assert (tmp_path / "fox.png").is_file()
 

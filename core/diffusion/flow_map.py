@@ -95,12 +95,13 @@ class SecondTimes(nn.ModuleDict):
             self._given = before
 
     def add(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        """Add the embedding to the output (B, width) of the time embedding, as its forward hook."""
+        """Add the embedding to the output (B, ..., width) of the time embedding, as its forward hook."""
         if self._given is None:
             return None
         name, times = self._given
         t, r = (_one_axis(time, output.device) for time in times())
-        return output + self[name](t, r).to(output.dtype)
+        added = self[name](t, r).to(output.dtype)
+        return output + added.unflatten(0, (-1, *[1] * (output.ndim - 2)))
 
 
 def _one_axis(time: Any, device: torch.device) -> Tensor:
@@ -113,7 +114,7 @@ def install(network: nn.Module, *, name: str, path: str, width: int) -> SecondTi
     Args:
         network: Keeps its own weights as they are.
         name: Name of the role that it belongs to; made once, and returned by later calls.
-        path: The module to whose output (B, width) it is added. It must not be recomputed in a backward pass
+        path: The module to whose output (B, ..., width) it is added. It must not be recomputed in a backward pass
             (gradient checkpointing of later blocks is fine).
         width: Output width of the module at `path`.
     """

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from support import tiny_sdxl
+from support.tiny_flux2 import DEV, KLEIN
 from support.tiny_parts import CHANNELS, T5_WIDTH, Tiny, clip_encoder, flow, flow_vae, seeded, t5_parts
 from support.tiny_qwen import QWEN_IMAGE
 from support.tiny_sdxl import EDGE, SCALE_FACTOR, WIDTHS, write_tokenizer
@@ -118,5 +119,10 @@ MODELS = {
     ),
 }
 """Name of a variant -> model, of the families that most tests look at."""
-NEWER = {"z-image": Z_IMAGE, "qwen-image": QWEN_IMAGE}
+NEWER = {
+    "z-image": Z_IMAGE,
+    "qwen-image": QWEN_IMAGE,
+    "flux2-klein": KLEIN,
+    "flux2-dev": DEV,
+}
 """The same for families whose tests are those of every family alone."""

@@ -30,6 +30,7 @@ class Tiny:
         off_by: What is added to the pipeline's guidance scale to make it ours.
         encoded: The pipeline's own encoding, where its parts are no tensors.
         autoencoded: What the autoencoder makes of images (B, 3, H, W), as :func:`plain_latents` does.
+        text_first: Whether the text's positions come before the image's where both are in one stream.
     """
 
     family: str
@@ -45,6 +46,7 @@ class Tiny:
     off_by: float = 0.0
     encoded: Callable[[Any, list[str]], dict[str, Any]] | None = None
     autoencoded: Callable[[Any, Any], tuple[Any, Any, Any]] = lambda vae, pixels: plain_latents(vae, pixels)
+    text_first: bool = False
 
     def scale(self, arguments: dict[str, Any]) -> float:
         """The guidance scale of a plain call with these arguments."""
