@@ -1,12 +1,11 @@
-r"""FLUX.2: a transformer over text and latents, trained by flow matching, that a language model tells the prompt.
+r"""FLUX.2 klein: a transformer over text and latents, trained by flow matching, that a language model tells the prompt.
 
 Latents are patches of 2 x 2, (B, 128, h, w), normed by the autoencoder's running statistics. The network takes them as
 (B, h w, 128), each with its row and column as an id, and inner states of the language model, three layers side by side:
 (B, 512, 3 D), those of the padding too, which no mask hides.
 
-*klein* (4B, 9B; Qwen3): guidance is two calls, against the encoded empty prompt. Its distilled models (``is_distilled``
-in ``model_index.json``) are not guided at all. *dev* (32B; Mistral Small, a system prompt around each prompt) takes the
-guidance scale as an input, and has no unconditional.
+Guidance is two calls, against the encoded empty prompt. Distilled models (``is_distilled`` in ``model_index.json``) are
+not guided at all. FLUX.2 dev is :mod:`.flux2_dev`.
 
 The grid of times is shifted by the resolution and by the number of steps N: mu is linear in N, between two lines in the
 number of patches. The teacher's own scheduler does so for every image. A run has one schedule for students of any
@@ -19,7 +18,6 @@ References:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -28,31 +26,19 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..core.diffusion.second_time import second_time_input
-from ..core.errors import UserError
-from ..core.plugin_api.family import Capabilities, ExportInfo, ModelFamily
+from ..core.plugin_api.family import Capabilities, ModelFamily
 from ..core.plugin_api.hookspecs import hookimpl
 from ..core.utils.full_precision import compute_type, input_type
-from ._architecture import Architecture, ReadConfig
+from ._architecture import Architecture
 from ._autoencoders import patched
 from ._encoders import as_chat, inner_states, token_ids
-from ._networks import as_multiplied, check_guidance, told_scale
+from ._networks import as_multiplied, check_guidance
 from ._one_encoder import OneEncoderFamily
 from ._transformer import LORA_TARGETS, TransformerFamily, check_latents
 
 if TYPE_CHECKING:
     from ..core.plugin_api.batch import Conditioning
     from ._source import TextEncoders
-
-
-def check_dev(name: str, config: ReadConfig) -> None:
-    """Raise UserError unless it is a model on a flow, for its autoencoder, that takes the guidance scale."""
-    check_latents(name, config)
-    if not config("transformer/config.json").get("guidance_embeds", True):
-        raise UserError(
-            f"model {name!r} takes no guidance scale (transformer/config.json: guidance_embeds), and the pipeline of "
-            "FLUX.2 dev guides in no other way",
-            "name FLUX.2 dev, or a klein (model_family flux2)",
-        )
 
 
 class Flux2(OneEncoderFamily):
@@ -188,88 +174,6 @@ class Flux2(OneEncoderFamily):
         return patched(latents)
 
 
-class Flux2Dev(Flux2):
-    """FLUX.2 dev and its fine-tunes."""
-
-    name: ClassVar[str] = "flux2-dev"
-    aliases: ClassVar[tuple[str, ...]] = ()
-    capabilities: ClassVar[Capabilities] = replace(Flux2.capabilities, guidance_embedding=True)
-    text_layers: ClassVar[tuple[int, ...]] = (10, 20, 30)
-    architecture: ClassVar[Architecture] = replace(
-        Flux2.architecture,
-        title="a FLUX.2 dev",
-        pipeline="Flux2Pipeline",
-        accepted=("Flux2Pipeline",),
-        encoders={"text_encoder": "Mistral3ForConditionalGeneration"},
-        check=check_dev,
-        made_of="a FLUX.2 dev has Mistral as its text encoder (that of klein, with Qwen3, is the family flux2)",
-    )
-
-    class Config(Flux2.Config):
-        """Settings of the family flux2-dev, under ``family_config``."""
-
-        embedded_guidance: float = Field(default=4.0, ge=0, le=100)
-        """Guidance scale that the network is told where none is asked for."""
-
-    @property
-    def guided_by_input(self) -> bool:
-        return True
-
-    @property
-    def usual_guidance(self) -> float:
-        return self.config.embedded_guidance
-
-    # -- text ---------------------------------------------------------------------------------------------------------
-
-    def text_settings(self) -> Sequence[str]:
-        return (*super().text_settings(), str(conversations([""])))
-
-    def written(self, tokenizer: Any, prompts: Sequence[str]) -> list[str]:
-        texts = tokenizer.apply_chat_template(conversations(prompts), tokenize=False)
-        return [text.removeprefix(tokenizer.bos_token or "") for text in texts]  # a tokenizer writes it itself
-
-    def tokens(self, tokenizer: Any, prompts: Sequence[str]) -> Any:
-        return tokenizer.apply_chat_template(
-            conversations(prompts), add_generation_prompt=False, tokenize=True, return_dict=True, return_tensors="pt",
-            padding="max_length", truncation=True, max_length=self.num_tokens,
-        )  # fmt: skip
-
-    # -- network ------------------------------------------------------------------------------------------------------
-
-    def takes_guidance(self, network: nn.Module) -> bool:
-        return True
-
-    def student_network(
-        self, teacher: nn.Module, *, guidance_embedding: bool, second_time: bool = False, smaller: bool = False
-    ) -> nn.Module:
-        return super().student_network(teacher, guidance_embedding=False, second_time=second_time, smaller=smaller)
-
-    def guidance_input(self, guidance: Tensor | None, *, like: Tensor) -> Tensor | None:
-        return told_scale(guidance, usual=self.config.embedded_guidance, like=like)
-
-    # -- images -------------------------------------------------------------------------------------------------------
-
-    def guidance_call(self, network: nn.Module, scale: float) -> dict[str, Any]:
-        return {"guidance_scale": scale if scale > 1 else self.config.embedded_guidance}
-
-    def snippet_call(self, info: ExportInfo) -> dict[str, Any]:
-        return {**super().snippet_call(info), **self.guidance_call(None, info.sampler.guidance_scale)}
-
-    def pipeline_arguments(self) -> Mapping[str, Any]:
-        return {}
-
-    def from_network(self, latents: Tensor, *, size: tuple[int, int]) -> Tensor:
-        edges = size[1] // self.scale_factor, size[0] // self.scale_factor
-        return latents.transpose(1, 2).unflatten(2, edges)
-
-
-def conversations(prompts: Sequence[str]) -> list[Any]:
-    """Return prompts as dev's pipeline hands them to the language model, after its system prompt."""
-    from diffusers.pipelines.flux2.pipeline_flux2 import format_input
-
-    return format_input(list(prompts))
-
-
 def position_ids(height: int, width: int, length: int, *, device: torch.device) -> Tensor:
     """Return (0, row, column, place) of each position, shape (height width length, 4)."""
     axes = (torch.arange(edge, device=device) for edge in (1, height, width, length))
@@ -278,5 +182,5 @@ def position_ids(height: int, width: int, length: int, *, device: torch.device) 
 
 @hookimpl
 def register_families() -> list[type[ModelFamily]]:
-    """Return the families of this file."""
-    return [Flux2, Flux2Dev]
+    """Return the family of this file."""
+    return [Flux2]
