@@ -42,4 +42,17 @@ PUBLISHED: dict[str, dict[str, Any]] = {
             "num_single_layers": 20, "guidance_embeds": False,
         },
     },
+    # https://huggingface.co/lodestones/Chroma1-HD: the defaults of its class in diffusers
+    "chroma": {"family": "chroma", "billions": 8.9, "vae": KL16, "denoiser": {"in_channels": 64}},
+    # https://huggingface.co/fal/AuraFlow/blob/main/transformer/config.json; v0.3 has 9216 positions
+    "auraflow": {
+        "family": "auraflow",
+        "billions": 6.8,
+        "vae": KL8,
+        "denoiser": {
+            "in_channels": 4, "num_mmdit_layers": 4, "num_single_dit_layers": 32, "attention_head_dim": 256,
+            "num_attention_heads": 12, "joint_attention_dim": 2048, "caption_projection_dim": 3072,
+            "pos_embed_max_size": 9216,
+        },
+    },
 }  # fmt: skip

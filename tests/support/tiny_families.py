@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from support import tiny_sdxl
+from support.tiny_chroma import CHROMA
 from support.tiny_flux2 import DEV, KLEIN
 from support.tiny_parts import CHANNELS, T5_WIDTH, Tiny, clip_encoder, flow, flow_vae, seeded, t5_parts
 from support.tiny_qwen import QWEN_IMAGE
@@ -124,5 +125,6 @@ NEWER = {
     "qwen-image": QWEN_IMAGE,
     "flux2-klein": KLEIN,
     "flux2-dev": DEV,
+    "chroma": CHROMA,
 }
 """The same for families whose tests are those of every family alone."""
