@@ -1,4 +1,4 @@
-r"""Chroma: a smaller FLUX.1 schnell, without CLIP and a guidance input, and with a mask over the padding of T5's states.
+r"""Chroma: a smaller FLUX.1 schnell, without CLIP and a guidance input, with a mask over the padding of T5's states.
 
 Latents are packed as in :mod:`.flux`. All modulations come from one small network (``distilled_guidance_layer``), which
 is given the time beside a number for each of them, (B, N, 64), and returns (B, N, D). A second time is added to the

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from support import tiny_sdxl
+from support.tiny_auraflow import AURAFLOW
 from support.tiny_chroma import CHROMA
 from support.tiny_flux2 import DEV, KLEIN
 from support.tiny_parts import CHANNELS, T5_WIDTH, Tiny, clip_encoder, flow, flow_vae, seeded, t5_parts
@@ -126,5 +127,6 @@ NEWER = {
     "flux2-klein": KLEIN,
     "flux2-dev": DEV,
     "chroma": CHROMA,
+    "auraflow": AURAFLOW,
 }
 """The same for families whose tests are those of every family alone."""
