@@ -18,15 +18,16 @@ TEMPLATE = (
 """In the shape of Qwen3's."""
 
 
-def write_llm_tokenizer(folder: Path, *, length: int = 512) -> Any:
+def write_llm_tokenizer(folder: Path, *, length: int = 512, **further: Any) -> Any:
     """A byte-level tokenizer without merges (a token per letter), as Qwen's."""
     from transformers import Qwen2Tokenizer
 
     letters = [token for token in vocabulary() if not token.endswith("</w>") and not token.startswith("<|")]
     vocab = {token: number for number, token in enumerate((*letters, *SPECIALS))}
     tokenizer = Qwen2Tokenizer(
-        vocab=vocab, merges=[], model_max_length=length, chat_template=TEMPLATE, additional_special_tokens=[START, END]
-    )
+        vocab=vocab, merges=[], model_max_length=length, chat_template=TEMPLATE,
+        additional_special_tokens=[START, END], **further,
+    )  # fmt: skip
     tokenizer.save_pretrained(folder)
     return Qwen2Tokenizer.from_pretrained(folder)
 

@@ -29,6 +29,8 @@ class Tiny:
             the other.
         off_by: What is added to the pipeline's guidance scale to make it ours.
         encoded: The pipeline's own encoding, where its parts are no tensors.
+        states: Takes the image's states (B, positions, D) from the output (B, T, D) of a block, the conditioning and
+            the number of positions.
     """
 
     family: str
@@ -43,6 +45,7 @@ class Tiny:
     halves: Literal["batched", "batched, conditional first", "in turn"] = "batched"
     off_by: float = 0.0
     encoded: Callable[[Any, list[str]], dict[str, Any]] | None = None
+    states: Callable[[Any, dict[str, Any], int], Any] = lambda output, cond, positions: output[:, :positions]
 
     def scale(self, arguments: dict[str, Any]) -> float:
         """The guidance scale of a plain call with these arguments."""

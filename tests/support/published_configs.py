@@ -1,0 +1,26 @@
+"""Configs of published denoisers, as data: numbers alone, to count weights and memory of the real sizes.
+
+Each entry: the family, the number of parameters in billions, as published, the denoiser's config where it differs from
+the defaults of its class, and that of the autoencoder.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+KL8 = {"block_out_channels": [128, 256, 512, 512], "latent_channels": 4}
+KL16 = {**KL8, "latent_channels": 16}
+
+PUBLISHED: dict[str, dict[str, Any]] = {
+    # https://huggingface.co/Alpha-VLLM/Lumina-Image-2.0/blob/main/transformer/config.json
+    "lumina2": {
+        "family": "lumina2",
+        "billions": 2.6,
+        "vae": KL16,
+        "denoiser": {
+            "in_channels": 16, "hidden_size": 2304, "num_layers": 26, "num_refiner_layers": 2,
+            "num_attention_heads": 24, "num_kv_heads": 8, "multiple_of": 256, "axes_dim_rope": [32, 32, 32],
+            "axes_lens": [300, 512, 512], "cap_feat_dim": 2304, "norm_eps": 1e-5,
+        },
+    },
+}  # fmt: skip
