@@ -82,6 +82,7 @@ class Lumina2(OneEncoderFamily):
         check=check_configs,
         made_of="a Lumina-Image 2 has Gemma 2 as its text encoder",
         lora_encoders=(),
+        half="bfloat16",
     )
 
     class Config(OneEncoderFamily.Config):

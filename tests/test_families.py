@@ -64,6 +64,22 @@ def images(pipeline, *, prompts=PROMPTS, **arguments):
     return pipeline(list(prompts), generator=generators, **settings).images  # a copy: some write into it
 
 
+def load_lora(pipeline, folder, *, weight=1.0):
+    """A LoRA by plain diffusers, or by plain peft where the pipeline loads none."""
+    if hasattr(pipeline, "load_lora_weights"):
+        pipeline.load_lora_weights(folder, adapter_name="plain")
+        pipeline.set_adapters(["plain"], [weight])
+        return
+    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    file = load_file(folder / "pytorch_lora_weights.safetensors")
+    layers = {name.removeprefix("transformer."): value for name, value in file.items()}
+    targets = sorted({name.partition(".lora_")[0] for name in layers})
+    inject_adapter_in_model(LoraConfig(r=4, lora_alpha=4 * weight, target_modules=targets), pipeline.transformer)
+    set_peft_model_state_dict(pipeline.transformer, layers)
+
+
 def generate(family, network, **arguments):
     settings = {"sampler": None, "seeds": SEEDS, "num_inference_steps": STEPS, **SIZE, **arguments}
     return family.generate(network, family.encode_prompts(PROMPTS), **settings)
@@ -500,7 +516,7 @@ def test_an_exported_student_makes_the_engines_images_in_the_plain_pipeline(mode
     pipeline = plain(model.folder if kind == "lora" else tmp_path, model.tiny)
     if kind == "lora":
         without = images(pipeline, **model.tiny.unguided)
-        pipeline.load_lora_weights(tmp_path)
+        load_lora(pipeline, tmp_path)
         pipeline.scheduler = getattr(diffusers, sampler.scheduler).from_pretrained(tmp_path, subfolder="scheduler")
         assert (without - ours).abs().max() > 1e-3
         trained = {key.partition(".lora_")[0] for key, _ in denoiser(pipeline).named_parameters() if "lora_" in key}
@@ -523,7 +539,7 @@ def test_a_student_with_a_second_time_runs_in_the_plain_pipeline(model, tmp_path
     ours = exported(family, tmp_path, kind, sampler, second_time=True)
     if kind == "lora":
         pipeline = plain(model.folder, model.tiny)
-        pipeline.load_lora_weights(tmp_path)
+        load_lora(pipeline, tmp_path)
     else:
         pipeline = plain(tmp_path, model.tiny, scheduler=None)
     run_path(str(tmp_path / "flow_map.py"))["attach"](pipeline, tmp_path)
@@ -551,8 +567,7 @@ def test_a_teacher_lora_is_part_of_the_teacher(model, tmp_path):
     network = family.load_network()
     assert not any("lora" in key for key, _ in network.named_parameters())
     pipeline = plain(model.folder, model.tiny)
-    pipeline.load_lora_weights(tmp_path / "style", adapter_name="style")
-    pipeline.set_adapters(["style"], [0.7])
+    load_lora(pipeline, tmp_path / "style", weight=0.7)
     ours = generate(family, network, guidance_scale=model.tiny.scale(model.tiny.unguided))
     torch.testing.assert_close(ours, images(pipeline, **model.tiny.unguided), rtol=0, atol=5e-5)
     assert family.fingerprint("denoiser") != model.family.fingerprint("denoiser")

@@ -23,4 +23,15 @@ PUBLISHED: dict[str, dict[str, Any]] = {
             "axes_lens": [300, 512, 512], "cap_feat_dim": 2304, "norm_eps": 1e-5,
         },
     },
+    # https://huggingface.co/PixArt-alpha/PixArt-Sigma-XL-2-1024-MS/blob/main/transformer/config.json
+    "pixart-sigma": {
+        "family": "pixart-sigma",
+        "billions": 0.61,
+        "vae": KL8,
+        "denoiser": {
+            "num_layers": 28, "num_attention_heads": 16, "attention_head_dim": 72, "in_channels": 4, "out_channels": 8,
+            "cross_attention_dim": 1152, "caption_channels": 4096, "sample_size": 128, "interpolation_scale": 2,
+            "use_additional_conditions": False,
+        },
+    },
 }  # fmt: skip

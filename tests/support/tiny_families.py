@@ -8,6 +8,7 @@ from typing import Any
 from support import tiny_sdxl
 from support.tiny_lumina2 import LUMINA2
 from support.tiny_parts import CHANNELS, T5_WIDTH, Tiny, clip_encoder, flow, flow_vae, seeded, t5_parts
+from support.tiny_pixart import PIXART
 from support.tiny_sdxl import EDGE, SCALE_FACTOR, WIDTHS, write_tokenizer
 from support.tiny_z_image import Z_IMAGE
 
@@ -118,5 +119,5 @@ MODELS = {
     ),
 }
 """Name of a variant -> model, of the families that most tests look at."""
-NEWER = {"z-image": Z_IMAGE, "lumina2": LUMINA2}
+NEWER = {"z-image": Z_IMAGE, "lumina2": LUMINA2, "pixart-sigma": PIXART}
 """The same for families whose tests are those of every family alone."""
