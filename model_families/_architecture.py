@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ._lora_loading import loads_loras, with_adapters, with_lora_files
+
 MINIATURES = Path(__file__).parent / "assets"
 """Folder of the trained miniatures that ship with the package."""
 ReadConfig = Callable[[str], dict[str, Any]]
@@ -57,6 +59,8 @@ class Architecture:
         accepted: Classes that ``model_index.json`` may name.
         denoiser: Name of the network that is distilled.
         denoiser_class: Its class in diffusers.
+        half: The half precision that its pipeline is published in; some text encoders overflow in float16.
+        denoiser_aliases: Older names of this class, in the configs of published models.
         tokenizers: Name -> class in transformers.
         encoders: Name of a text encoder -> class in transformers; as many as tokenizers, in the same order.
         check: Raises UserError unless the configs are this architecture's; takes the model's name and a reader.
@@ -87,6 +91,8 @@ class Architecture:
     kohya: KohyaFormat | None = None
     original_path: Callable[[str, Mapping[str, Any]], tuple[str, Sequence[str]]] | None = None
     autoencoder: str = "AutoencoderKL"
+    half: str = "float16"
+    denoiser_aliases: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -109,16 +115,22 @@ class Architecture:
         return own[part]
 
     def pipeline_class(self) -> Any:
-        """Return the pipeline's class in diffusers."""
+        """Return the pipeline's class in diffusers; one that loads no LoRAs learns it."""
         import diffusers
 
-        return getattr(diffusers, self.pipeline)
+        return with_lora_files(getattr(diffusers, self.pipeline))
+
+    def loads_loras(self) -> bool:
+        """Return True if the pipeline of plain diffusers loads LoRAs."""
+        import diffusers
+
+        return loads_loras(getattr(diffusers, self.pipeline))
 
     def network_class(self) -> Any:
-        """Return the denoiser's class in diffusers."""
+        """Return the denoiser's class in diffusers; one that takes no adapters learns it."""
         import diffusers
 
-        return getattr(diffusers, self.denoiser_class)
+        return with_adapters(getattr(diffusers, self.denoiser_class))
 
     def autoencoder_class(self) -> Any:
         """Return the autoencoder's class in diffusers."""

@@ -73,7 +73,8 @@ def check_kind(name: str, part: str, config: Mapping[str, Any], architecture: Ar
     """Raise UserError where the config of a network names another class, or weights that are quantised."""
     expected = {"vae": architecture.autoencoder, architecture.denoiser: architecture.denoiser_class}.get(part)
     kind = config.get("_class_name", expected)
-    if expected is not None and kind != expected:
+    older = architecture.denoiser_aliases if part == architecture.denoiser else ()
+    if expected is not None and kind not in (expected, *older):
         raise UserError(
             f"model {name!r}: its {part} is a {kind}, not a {expected} ({part}/config.json: _class_name)",
             f"name {architecture.title} whose {part} is a {expected}",

@@ -21,7 +21,7 @@ from ..core.utils.files import whole_folder
 from ..core.utils.full_precision import compute_in_fp32
 from ..core.utils.progress import working
 from . import _export as exporting
-from ._empty import empty_denoiser, empty_network
+from ._empty import empty_denoiser, empty_network, fill_tables
 from ._encoder_memory import EncoderMemory
 from ._files import quiet_libraries
 from ._fusing import fused_weights
@@ -195,6 +195,7 @@ class DiffusersFamily(EncoderMemory, LoraFiles):
         """Return a trainable fp32 copy of `teacher`, its weights read from the files."""
         student = empty_denoiser(self.architecture, dict(teacher.config))
         student.load_state_dict(self.wide_state(), assign=True)
+        fill_tables(student, self.architecture, student.config, device=self.settings.device)
         return self.with_wide_ends(student.requires_grad_(True).eval())
 
     def wide_state(self, names: Mapping[str, str] | None = None) -> dict[str, Tensor]:

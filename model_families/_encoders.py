@@ -18,11 +18,21 @@ READ = ("input_ids", "attention_mask")
 """What language models read of a tokenizer's result."""
 
 
-def token_ids(tokenizer: Any, prompts: Sequence[str], *, length: int | None = None) -> Any:
-    """Return tokens (B, length), padded and cut to `length` (None: the tokenizer's own), with their attention mask."""
+def token_ids(
+    tokenizer: Any, prompts: Sequence[str], *, length: int | None = None, padding_side: str | None = None
+) -> Any:
+    """Return tokens (B, length), padded and cut to `length` (None: the tokenizer's own), with their attention mask.
+
+    Args:
+        tokenizer: Of the text encoder.
+        prompts: B prompts.
+        length: Number of tokens.
+        padding_side: ``left`` or ``right``; None: the tokenizer's own.
+    """
     return tokenizer(
         list(prompts),
         padding="max_length",
+        padding_side=padding_side,
         max_length=length or tokenizer.model_max_length,
         truncation=True,
         return_tensors="pt",
@@ -53,6 +63,17 @@ def ragged(states: Tensor, mask: Tensor) -> list[Tensor]:
     if mask.is_meta:
         return list(states)
     return [one[:length] for one, length in zip(states, mask.bool().sum(dim=1).tolist(), strict=True)]
+
+
+def turned(states: Tensor, mask: Tensor) -> Tensor:
+    """Return states (B, S, D) with those of each prompt, which come first, behind all others.
+
+    Args:
+        states: Of positions of prompts and of what follows them.
+        mask: 1 where a token of the prompt is, (B, T).
+    """
+    positions = mask.bool().sum(dim=1)[:, None] + torch.arange(states.shape[1], device=states.device)
+    return states.take_along_dim((positions % states.shape[1])[..., None], dim=1)
 
 
 def chunked_ids(tokenizer: Any, prompts: Sequence[str], chunks: int) -> Any:

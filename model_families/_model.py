@@ -164,8 +164,14 @@ class DiffusersModel(PromptTokens):
     def noise_config(self) -> dict[str, Any]:
         """The scheduler config of the run: a shift that depends on the resolution is fixed to the run's resolution."""
         width, height = self.settings.resolution or (self.native_edge, self.native_edge)
+        return with_fixed_shift(self.scheduler_config, mu=self.shift_of(self.shift_positions((width, height))))
+
+    def shift_positions(self, size: tuple[int, int]) -> int:
+        """Return the number of positions by which the pipeline shifts the times of images of `size`, (width, height) in
+        pixels, where its scheduler's shift depends on it.
+        """
         edge = self.scale_factor * self.position_edge
-        return with_fixed_shift(self.scheduler_config, mu=self.shift_of((width // edge) * (height // edge)))
+        return (size[0] // edge) * (size[1] // edge)
 
     def shift_of(self, num_positions: int) -> float:
         """Return the mu by which the pipeline shifts the times of images of `num_positions`."""

@@ -16,7 +16,7 @@ from ..core.plugin_api.family_parts import FIRST_HALF, Blocks
 from ._architecture import ReadConfig
 from ._checks import check_channels
 from ._diffusers import DiffusersFamily
-from ._empty import empty_denoiser, fill_constants
+from ._empty import empty_denoiser, fill_tables
 from ._networks import chosen_blocks, outputs_inside
 from ._smaller import evenly, kept_transformer_weights, not_more, smaller_transformer_config
 
@@ -119,7 +119,7 @@ class TransformerFamily(DiffusersFamily):
         wide = next(iter(state.values()))  # not the teacher's weights, which may be packed
         zeros = {name: wide.new_zeros(value.shape) for name, value in missing.items()}
         student.load_state_dict({**state, **zeros}, assign=True)
-        fill_constants(student, teacher)
+        fill_tables(student, self.architecture, config, device=self.settings.device)
         return self.with_wide_ends(student.requires_grad_(True).eval())
 
     time_embedder: ClassVar[str] = "time_text_embed.timestep_embedder"
@@ -145,19 +145,35 @@ class TransformerFamily(DiffusersFamily):
             return outputs_inside(
                 modules,
                 lambda: self.predict(transformer, x_t, time, cond),
-                pick=lambda output: self.image_states(output, grid).transpose(1, 2).unflatten(2, grid),
+                pick=lambda output: (
+                    self.image_states(self.image_first(output, cond), grid).transpose(1, 2).unflatten(2, grid)
+                ),
                 stop=False,
             )
+
+    def image_first(self, output: Any, cond: Conditioning) -> Any:
+        """Return the output of a block with the image's states before those of prompts, whose lengths differ.
+
+        Args:
+            output: What the block returned.
+            cond: What the network was called with.
+        """
+        return output
 
     def image_states(self, output: Any, grid: Sequence[int]) -> Tensor:
         """Return the states (B, rows * columns, D) of the image's positions from the output of a block.
 
         Args:
-            output: What the block returned: by default (the text's states, the image's), or both in one stream, the
-                image's last.
+            output: What the block returned: by default (the text's states, the image's), or one stream of both.
             grid: Its rows and columns.
         """
-        return output[1] if isinstance(output, tuple) else output[:, -grid[0] * grid[1] :]
+        if isinstance(output, tuple):
+            return output[1]
+        positions = grid[0] * grid[1]
+        return output[:, -positions:] if self.text_first else output[:, :positions]
+
+    text_first: ClassVar[bool] = False
+    """Whether the text's positions come before the image's in one stream."""
 
     def inner_width(self, network: nn.Module) -> int:
         """Return the width D of the states between blocks."""

@@ -53,6 +53,7 @@ class AuraFlow(OneEncoderFamily):
         "num_mmdit_layers": "joint_transformer_blocks",
         "num_single_dit_layers": "single_transformer_blocks",
     }
+    text_first: ClassVar[bool] = True
     time_embedder = "time_step_proj"
     pipeline_tokens: ClassVar[int] = 256
     architecture: ClassVar[Architecture] = Architecture(

@@ -58,6 +58,7 @@ class Chroma(OneEncoderFamily):
         "num_single_layers": "single_transformer_blocks",
     }
     smaller_students: ClassVar[bool] = False
+    text_first: ClassVar[bool] = True
     time_embedder = "distilled_guidance_layer.in_proj"
     architecture: ClassVar[Architecture] = Architecture(
         title="a Chroma",

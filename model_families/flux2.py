@@ -64,6 +64,7 @@ class Flux2(OneEncoderFamily):
         **TransformerFamily.block_lists,
         "num_single_layers": "single_transformer_blocks",
     }
+    text_first: ClassVar[bool] = True
     time_embedder = "time_guidance_embed.timestep_embedder"
     text_layers: ClassVar[tuple[int, ...]] = (9, 18, 27)
     """Numbers, from 1, of the language model's layers whose states the network takes."""

@@ -50,6 +50,8 @@ def plain(folder, tiny, **arguments):
     absent = {part: None for part in ("text_encoder_3", "tokenizer_3") if index.get(part) == [None, None]}
     pipeline = getattr(diffusers, index["_class_name"]).from_pretrained(folder, **absent, **arguments)
     pipeline.set_progress_bar_config(disable=True)
+    if pipeline.vae_scale_factor > SCALE_FACTOR:  # some have 8 whatever their autoencoder
+        pipeline.vae_scale_factor = SCALE_FACTOR
     return pipeline
 
 
@@ -62,6 +64,22 @@ def images(pipeline, *, prompts=PROMPTS, **arguments):
     generators = [torch.Generator().manual_seed(seed) for seed in SEEDS[: len(prompts)]]
     settings = {"num_inference_steps": STEPS, "output_type": "pt", **SIZE, **arguments}
     return pipeline(prompt=list(prompts), generator=generators, **settings).images  # a copy: some write into it
+
+
+def load_lora(pipeline, folder, *, weight=1.0):
+    """A LoRA by plain diffusers, or by plain peft where the pipeline loads none."""
+    if hasattr(pipeline, "load_lora_weights"):
+        pipeline.load_lora_weights(folder, adapter_name="plain")
+        pipeline.set_adapters(["plain"], [weight])
+        return
+    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    file = load_file(folder / "pytorch_lora_weights.safetensors")
+    layers = {name.removeprefix("transformer."): value for name, value in file.items()}
+    targets = sorted({name.partition(".lora_")[0] for name in layers})
+    inject_adapter_in_model(LoraConfig(r=4, lora_alpha=4 * weight, target_modules=targets), pipeline.transformer)
+    set_peft_model_state_dict(pipeline.transformer, layers)
 
 
 def generate(family, network, **arguments):
@@ -365,9 +383,9 @@ def test_features_of_any_block_are_its_outputs_in_the_networks_order(model):
     assert [level.shape[1] for level in found] == family.feature_channels(network, blocks="all")
     assert [level.shape[1] for level in chosen] == family.feature_channels(network, blocks=[names[-1], names[0]])
     for level, output in zip(found, outputs.values(), strict=True):
-        positions = level.shape[2] * level.shape[3]  # of the image, before or after those of the text in one stream
-        image = slice(-positions, None) if model.tiny.text_first else slice(positions)
-        theirs = output if output.ndim == 4 else output[:, image].transpose(1, 2).unflatten(2, level.shape[2:])
+        positions = level.shape[2] * level.shape[3]
+        states = output if output.ndim == 4 else model.tiny.states(output, cond, positions)
+        theirs = output if output.ndim == 4 else states.transpose(1, 2).unflatten(2, level.shape[2:])
         assert torch.equal(level, theirs)
     assert torch.equal(chosen[0], found[0])
     assert torch.equal(chosen[1], found[-1])
@@ -497,7 +515,7 @@ def test_an_exported_student_makes_the_engines_images_in_the_plain_pipeline(mode
     pipeline = plain(model.folder if kind == "lora" else tmp_path, model.tiny)
     if kind == "lora":
         without = images(pipeline, **model.tiny.unguided)
-        pipeline.load_lora_weights(tmp_path)
+        load_lora(pipeline, tmp_path)
         pipeline.scheduler = getattr(diffusers, sampler.scheduler).from_pretrained(tmp_path, subfolder="scheduler")
         assert (without - ours).abs().max() > 1e-3
         trained = {key.partition(".lora_")[0] for key, _ in denoiser(pipeline).named_parameters() if "lora_" in key}
@@ -520,7 +538,7 @@ def test_a_student_with_a_second_time_runs_in_the_plain_pipeline(model, tmp_path
     ours = exported(family, tmp_path, kind, sampler, second_time=True)
     if kind == "lora":
         pipeline = plain(model.folder, model.tiny)
-        pipeline.load_lora_weights(tmp_path)
+        load_lora(pipeline, tmp_path)
     else:
         pipeline = plain(tmp_path, model.tiny, scheduler=None)
     run_path(str(tmp_path / "flow_map.py"))["attach"](pipeline, tmp_path)
@@ -548,8 +566,7 @@ def test_a_teacher_lora_is_part_of_the_teacher(model, tmp_path):
     network = family.load_network()
     assert not any("lora" in key for key, _ in network.named_parameters())
     pipeline = plain(model.folder, model.tiny)
-    pipeline.load_lora_weights(tmp_path / "style", adapter_name="style")
-    pipeline.set_adapters(["style"], [0.7])
+    load_lora(pipeline, tmp_path / "style", weight=0.7)
     ours = generate(family, network, guidance_scale=model.tiny.scale(model.tiny.unguided))
     torch.testing.assert_close(ours, images(pipeline, **model.tiny.unguided), rtol=0, atol=5e-5)
     assert family.fingerprint("denoiser") != model.family.fingerprint("denoiser")

@@ -55,4 +55,26 @@ PUBLISHED: dict[str, dict[str, Any]] = {
             "pos_embed_max_size": 9216,
         },
     },
+    # https://huggingface.co/Alpha-VLLM/Lumina-Image-2.0/blob/main/transformer/config.json
+    "lumina2": {
+        "family": "lumina2",
+        "billions": 2.6,
+        "vae": KL16,
+        "denoiser": {
+            "in_channels": 16, "hidden_size": 2304, "num_layers": 26, "num_refiner_layers": 2,
+            "num_attention_heads": 24, "num_kv_heads": 8, "multiple_of": 256, "axes_dim_rope": [32, 32, 32],
+            "axes_lens": [300, 512, 512], "cap_feat_dim": 2304, "norm_eps": 1e-5,
+        },
+    },
+    # https://huggingface.co/PixArt-alpha/PixArt-Sigma-XL-2-1024-MS/blob/main/transformer/config.json
+    "pixart-sigma": {
+        "family": "pixart-sigma",
+        "billions": 0.61,
+        "vae": KL8,
+        "denoiser": {
+            "num_layers": 28, "num_attention_heads": 16, "attention_head_dim": 72, "in_channels": 4, "out_channels": 8,
+            "cross_attention_dim": 1152, "caption_channels": 4096, "sample_size": 128, "interpolation_scale": 2,
+            "use_additional_conditions": False,
+        },
+    },
 }  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from support.tiny_parts import SHORT, Tiny, flow, seeded, t5_parts
+from support.tiny_parts import SHORT, Tiny, flow, last, seeded, t5_parts
 from support.tiny_sdxl import EDGE, SCALE_FACTOR, vae_config
 
 WIDTH = 32
@@ -42,4 +42,4 @@ def encoded(pipeline: Any, prompts: list[str]) -> dict[str, Any]:
     return {"prompt_embeds": states, "prompt_attention_mask": mask}
 
 
-AURAFLOW: Tiny = flow("auraflow", write_tiny_auraflow, encoded=encoded, text_first=True)
+AURAFLOW: Tiny = flow("auraflow", write_tiny_auraflow, encoded=encoded, states=last)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from support.tiny_parts import CHANNELS, SHORT, Tiny, flow, flow_vae, seeded, t5_parts
+from support.tiny_parts import CHANNELS, SHORT, Tiny, flow, flow_vae, last, seeded, t5_parts
 
 WIDTH = 32
 """Of T5's states."""
@@ -36,4 +36,4 @@ def encoded(pipeline: Any, prompts: list[str]) -> dict[str, Any]:
     return {"prompt_embeds": states, "prompt_attention_mask": mask}
 
 
-CHROMA: Tiny = flow("chroma", write_tiny_chroma, halves="in turn", encoded=encoded, text_first=True)
+CHROMA: Tiny = flow("chroma", write_tiny_chroma, halves="in turn", encoded=encoded, states=last)

@@ -9,7 +9,9 @@ from support import tiny_sdxl
 from support.tiny_auraflow import AURAFLOW
 from support.tiny_chroma import CHROMA
 from support.tiny_flux2 import DEV, KLEIN
+from support.tiny_lumina2 import LUMINA2
 from support.tiny_parts import CHANNELS, T5_WIDTH, Tiny, clip_encoder, flow, flow_vae, seeded, t5_parts
+from support.tiny_pixart import PIXART
 from support.tiny_qwen import QWEN_IMAGE
 from support.tiny_sdxl import EDGE, SCALE_FACTOR, WIDTHS, write_tokenizer
 from support.tiny_z_image import Z_IMAGE
@@ -128,5 +130,7 @@ NEWER = {
     "flux2-dev": DEV,
     "chroma": CHROMA,
     "auraflow": AURAFLOW,
+    "lumina2": LUMINA2,
+    "pixart-sigma": PIXART,
 }
 """The same for families whose tests are those of every family alone."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from support.tiny_llm import llm, write_llm_tokenizer
-from support.tiny_parts import CHANNELS, Tiny, seeded
+from support.tiny_parts import CHANNELS, Tiny, last, seeded
 from support.tiny_sdxl import EDGE, vae_config
 
 WIDTH = 16
@@ -140,7 +140,7 @@ def calls(length: int, *, guided: float, unguided: float) -> dict[str, Any]:
     return {
         "settings": short, "guided": {"guidance_scale": guided, **short},
         "unguided": {"guidance_scale": unguided, **short}, "encoded": encoder(length),
-        "autoencoded": autoencoded, "text_first": True,
+        "autoencoded": autoencoded, "states": last,
     }  # fmt: skip
 
 

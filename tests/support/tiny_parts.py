@@ -30,7 +30,8 @@ class Tiny:
         off_by: What is added to the pipeline's guidance scale to make it ours.
         encoded: The pipeline's own encoding, where its parts are no tensors.
         autoencoded: What the autoencoder makes of images (B, 3, H, W), as :func:`plain_latents` does.
-        text_first: Whether the text's positions come before the image's where both are in one stream.
+        states: Takes the image's states (B, positions, D) from the output (B, T, D) of a block, the conditioning and
+            the number of positions.
     """
 
     family: str
@@ -46,7 +47,7 @@ class Tiny:
     off_by: float = 0.0
     encoded: Callable[[Any, list[str]], dict[str, Any]] | None = None
     autoencoded: Callable[[Any, Any], tuple[Any, Any, Any]] = lambda vae, pixels: plain_latents(vae, pixels)
-    text_first: bool = False
+    states: Callable[[Any, dict[str, Any], int], Any] = lambda output, cond, positions: output[:, :positions]
 
     def scale(self, arguments: dict[str, Any]) -> float:
         """The guidance scale of a plain call with these arguments."""
@@ -76,8 +77,13 @@ class Tiny:
         return kind(own, ModelSettings(source=str(folder), resolution=(EDGE, EDGE), **settings))
 
 
+def last(output: Any, cond: Any, positions: int) -> Any:
+    """The image's states where they come after the text's in one stream."""
+    return output[:, -positions:]
+
+
 def plain_latents(vae: Any, pixels: Any) -> tuple[Any, Any, Any]:
-    """Scaled latents of images, their mode and a sample of seed 5 (equal where there is but one), and the mode decoded."""
+    """Scaled latents of images, their mode and a sample of seed 5 (equal where there is but one); the mode decoded."""
     import torch
 
     shift = vae.config.shift_factor or 0.0
