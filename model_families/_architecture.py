@@ -57,6 +57,7 @@ class Architecture:
         title: Name in messages, with its article: ``an SDXL``.
         pipeline: Class of its diffusers pipeline.
         accepted: Classes that ``model_index.json`` may name.
+        siblings: Classes that other families take, and people name here -> the family.
         denoiser: Name of the network that is distilled.
         denoiser_class: Its class in diffusers.
         half: The half precision that its pipeline is published in; some text encoders overflow in float16.
@@ -84,6 +85,7 @@ class Architecture:
     encoders: Mapping[str, str]
     check: Callable[[str, ReadConfig], None]
     made_of: str
+    siblings: Mapping[str, str] = field(default_factory=dict)
     optional: tuple[str, ...] = ()
     lora_encoders: tuple[str, ...] = ("text_encoder",)
     arguments: Mapping[str, Any] = field(default_factory=dict)

@@ -17,9 +17,11 @@ def check_index(name: str, index: Mapping[str, Any], architecture: Architecture)
     """Raise UserError unless ``model_index.json`` names a pipeline of this architecture with every component."""
     kind = index.get("_class_name")
     if kind not in architecture.accepted:
+        fits = architecture.siblings.get(str(kind))
         raise UserError(
             f"model {name!r} is a {kind}, not {architecture.title} (model_index.json: _class_name)",
-            f"this family takes {', '.join(architecture.accepted)}; choose the model_family that fits",
+            f"this family takes {', '.join(architecture.accepted)}; "
+            + (f"set model_family to {fits}" if fits else "choose the model_family that fits"),
         )
     needed = [part for part in architecture.components if part not in architecture.optional]
     missing = [part for part in needed if not has_part(index, part)]

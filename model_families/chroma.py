@@ -15,6 +15,7 @@ References:
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -38,6 +39,9 @@ from .flux import PATCH, pack, patch_ids, unpack
 if TYPE_CHECKING:
     from ..core.plugin_api.batch import Conditioning
     from ._source import TextEncoders
+
+
+warnings.filterwarnings("ignore", message="`FluxPosEmbed` is deprecated")  # diffusers tells itself
 
 
 class Chroma(OneEncoderFamily):

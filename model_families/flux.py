@@ -80,6 +80,7 @@ class Flux(TransformerFamily):
         title="a FLUX.1",
         pipeline="FluxPipeline",
         accepted=("FluxPipeline", "FluxImg2ImgPipeline"),
+        siblings={"Flux2KleinPipeline": "flux2", "Flux2Pipeline": "flux2-dev", "ChromaPipeline": "chroma"},
         denoiser="transformer",
         denoiser_class="FluxTransformer2DModel",
         tokenizers={"tokenizer": "CLIPTokenizer", "tokenizer_2": "T5TokenizerFast"},

@@ -72,6 +72,7 @@ class Flux2(OneEncoderFamily):
         title="a FLUX.2 klein",
         pipeline="Flux2KleinPipeline",
         accepted=("Flux2KleinPipeline", "Flux2KleinInpaintPipeline"),
+        siblings={"Flux2Pipeline": "flux2-dev", "FluxPipeline": "flux"},
         denoiser="transformer",
         denoiser_class="Flux2Transformer2DModel",
         tokenizers={"tokenizer": "AutoTokenizer"},

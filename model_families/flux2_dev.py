@@ -51,6 +51,7 @@ class Flux2Dev(Flux2):
         title="a FLUX.2 dev",
         pipeline="Flux2Pipeline",
         accepted=("Flux2Pipeline",),
+        siblings={"Flux2KleinPipeline": "flux2", "FluxPipeline": "flux"},
         encoders={"text_encoder": "Mistral3ForConditionalGeneration"},
         check=check_configs,
         made_of="a FLUX.2 dev has Mistral as its text encoder (that of klein, with Qwen3, is the family flux2)",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from distill.core.errors import UserError
@@ -66,3 +68,9 @@ def test_recomputed_blocks_see_the_mask_too(folder, hidden):
 def test_a_student_with_fewer_blocks_is_refused(folder):
     with pytest.raises(UserError, match=r"family_config.chroma.student_num_layers = 1, but a student has all blocks"):
         CHROMA.make(folder, {"student_num_layers": 1}).check_source()
+
+
+def test_a_chroma_named_as_flux_is_refused_with_its_own_family(folder):
+    flux = replace(CHROMA, family="flux", settings={}).make(folder)
+    with pytest.raises(UserError, match=r"a ChromaPipeline, not a FLUX\.1(?s:.)*set model_family to chroma$"):
+        flux.check_source()
