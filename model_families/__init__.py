@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ._architecture import Architecture, FilePart, SingleFile
     from ._checks import check_channels, check_unet
     from ._diffusers import DiffusersFamily
-    from ._encoders import last_states, penultimate, token_ids
+    from ._encoders import as_chat, last_states, penultimate, ragged, token_ids
     from ._transformer import TransformerFamily, check_flow
     from ._unet import UNetFamily
 
@@ -24,11 +24,13 @@ __all__ = [
     "SingleFile",
     "TransformerFamily",
     "UNetFamily",
+    "as_chat",
     "check_channels",
     "check_flow",
     "check_unet",
     "last_states",
     "penultimate",
+    "ragged",
     "token_ids",
 ]
 
@@ -36,7 +38,7 @@ _HOMES = {
     "_architecture": "Architecture FilePart SingleFile",
     "_checks": "check_channels check_unet",
     "_diffusers": "DiffusersFamily",
-    "_encoders": "last_states penultimate token_ids",
+    "_encoders": "as_chat last_states penultimate ragged token_ids",
     "_transformer": "TransformerFamily check_flow",
     "_unet": "UNetFamily",
 }

@@ -128,6 +128,12 @@ class Architecture:
 
         return loads_loras(getattr(diffusers, self.pipeline))
 
+    def network_loads_loras(self) -> bool:
+        """Return True if the denoiser of plain diffusers loads LoRAs."""
+        import diffusers
+
+        return hasattr(getattr(diffusers, self.denoiser_class), "load_lora_adapter")
+
     def network_class(self) -> Any:
         """Return the denoiser's class in diffusers; one that takes no adapters learns it."""
         import diffusers

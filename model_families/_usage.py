@@ -50,7 +50,7 @@ def usage_snippet(
         imports.insert(0, architecture.autoencoder)
     lines = ["from runpy import run_path", ""] if flow_map else []
     lines += ["import torch", f"from diffusers import {', '.join(imports)}"]
-    by_peft = lora and not architecture.loads_loras()
+    by_peft = lora and not architecture.loads_loras() and not architecture.network_loads_loras()
     lines += [*(PEFT if by_peft else []), ""]
     lines += ['device = "cuda" if torch.cuda.is_available() else "cpu"']
     lines += [f'dtype = torch.{architecture.half} if device == "cuda" else torch.float32']
@@ -97,11 +97,20 @@ def _load_lora(
             continue
         lines += [f"pipe.load_lora_weights({path!r})  # part of the teacher", f"pipe.fuse_lora(lora_scale={weight})"]
         lines += ["pipe.unload_lora_weights()"]
-    lines += ["pipe.load_lora_weights(student)"] if architecture.loads_loras() else _by_peft(architecture.denoiser)
+    lines += _load_adapter(architecture)
     scheduler = info.sampler.scheduler
     if scheduler == SCHEDULER:
         return lines
     return [*lines, f'pipe.scheduler = {scheduler}.from_pretrained(student, subfolder="scheduler")']
+
+
+def _load_adapter(architecture: Architecture) -> list[str]:
+    if architecture.loads_loras():
+        return ["pipe.load_lora_weights(student)"]
+    if architecture.network_loads_loras():
+        network = f"pipe.{architecture.denoiser}"
+        return [f'{network}.load_lora_adapter(student, weight_name="{WEIGHTS}")  # this pipeline loads no LoRAs itself']
+    return _by_peft(architecture.denoiser)
 
 
 def _by_peft(part: str) -> list[str]:
