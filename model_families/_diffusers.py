@@ -39,10 +39,6 @@ if TYPE_CHECKING:
     from ._source import Source
 
 
-LATENT_EDGE = 8
-"""Pixels along an edge of a position of ``latents_at_once``, of latents that hold more as well."""
-
-
 class DiffusersFamily(EncoderMemory, LoraFiles):
     """A model in diffusers layout with a plain text-to-image pipeline; subclasses define what differs."""
 
@@ -257,7 +253,8 @@ class DiffusersFamily(EncoderMemory, LoraFiles):
             negative = self.uncond(embeds) if negative_embeds is None else negative_embeds
         scheduler = self.scheduler(sampler)
         pipeline = self.pipeline_around(network, scheduler)
-        at_once = max(1, self.config.latents_at_once * min(self.scale_factor, LATENT_EDGE) ** 2 // (width * height))
+        edge = min(self.scale_factor, 8)  # a latent of more pixels is several
+        at_once = max(1, self.config.latents_at_once * edge**2 // (width * height))
         images = []
         with evaluating(network), sampled_by(network, scheduler):
             for at in range(0, len(seeds), at_once):

@@ -107,8 +107,8 @@ class Chroma(OneEncoderFamily):
         tokenizer, encoder = text.pairs()[0]
         tokens = token_ids(tokenizer, prompts, length=self.num_tokens).to(encoder.device)
         states = encoder(tokens.input_ids, attention_mask=tokens.attention_mask)[0]
-        places = torch.arange(self.num_tokens, device=states.device)
-        mask = places <= tokens.attention_mask.sum(dim=1, keepdim=True)  # one position of padding is kept
+        positions = torch.arange(self.num_tokens, device=states.device)
+        mask = positions <= tokens.attention_mask.sum(dim=1, keepdim=True)  # one position of padding is kept
         return {"prompt_embeds": states, "prompt_attention_mask": mask.to(self._mask_type(states.dtype))}
 
     def _mask_type(self, states: torch.dtype) -> torch.dtype:

@@ -102,12 +102,12 @@ class Flux2Dev(Flux2):
     # -- images -------------------------------------------------------------------------------------------------------
 
     def guidance_call(self, network: nn.Module, scale: float) -> dict[str, Any]:
-        return {"guidance_scale": self._told(scale)}
+        return {"guidance_scale": self._input_scale(scale)}
 
     def snippet_call(self, info: ExportInfo) -> dict[str, Any]:
-        return {**super().snippet_call(info), "guidance_scale": self._told(info.sampler.guidance_scale)}
+        return {**super().snippet_call(info), "guidance_scale": self._input_scale(info.sampler.guidance_scale)}
 
-    def _told(self, scale: float) -> float:
+    def _input_scale(self, scale: float) -> float:
         return scale if scale > 1 else self.config.embedded_guidance
 
     def pipeline_arguments(self) -> Mapping[str, Any]:

@@ -100,12 +100,12 @@ class OvisImage(TransformerFamily):
     def predict(self, network, x_t, time, cond, *, guidance=None, second_time=None):
         dtype, (height, width) = self.input_weight(network).dtype, x_t.shape[-2:]
         states = cond["prompt_embeds"].to(dtype)  # (B, T, D)
-        places = torch.arange(states.shape[1], device=states.device)
+        positions = torch.arange(states.shape[1], device=states.device)
         packed = network(
             hidden_states=pack(x_t.to(dtype)),  # (B, h/2 w/2, 4 C)
             timestep=time.to(dtype) / 1000,
             encoder_hidden_states=states,
-            txt_ids=torch.stack([torch.zeros_like(places), places, places], dim=1).to(dtype),
+            txt_ids=torch.stack([torch.zeros_like(positions), positions, positions], dim=1).to(dtype),
             img_ids=patch_ids(height, width, like=states),
             return_dict=False,
         )[0]
