@@ -292,6 +292,7 @@ def fit(
     peak: float,
     seed: int,
     batch_size: int = 64,
+    resume: Path | None = None,
 ) -> None:
     """The first `steps` of a learning rate that decays over `horizon` steps; the EMA of the weights is saved.
 
@@ -304,6 +305,7 @@ def fit(
         peak: Learning rate after the warm-up.
         seed: Of the order of samples; noise comes from the global generator.
         batch_size: Samples of a step.
+        resume: File that holds the state after every 100 steps, from which an interrupted training goes on.
     """
     average = deepcopy(teacher).requires_grad_(False)
     progress(f"teacher: {sum(p.numel() for p in teacher.parameters()) / 1e6:.2f}M parameters")
@@ -311,7 +313,15 @@ def fit(
     optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: decayed(s, horizon, warmup=200, decay_from=0.3))
     losses: list[Tensor] = []
+    parts, done = (teacher, average, optimizer, schedule), 0
+    if resume is not None and resume.is_file():
+        done, generator, states = torch.load(resume, weights_only=True)
+        torch.set_rng_state(generator)
+        for part, state in zip(parts, states, strict=True):
+            part.load_state_dict(state)
     for step, index in enumerate(index_batches(POOL_SIZE, batch_size, steps, seed=seed), start=1):
+        if step <= done:
+            continue
         loss = loss_of(index)
         optimizer.zero_grad()
         loss.backward()
@@ -323,6 +333,11 @@ def fit(
         losses.append(loss.detach())
         if step % 100 == 0:
             progress(f"step {step} loss {torch.stack(losses[-100:]).mean().item():.4f}")
+            if resume is not None:
+                torch.save(
+                    (step, torch.get_rng_state(), [part.state_dict() for part in parts]), resume.with_suffix(".new")
+                )
+                resume.with_suffix(".new").replace(resume)
         if step % 500 == 0 or step == steps:
             save(average)
 

@@ -1,11 +1,12 @@
-"""Train the miniature teachers of sd2x and sd3, on the scenes, the autoencoder and the judge of the miniature SDXL.
+"""Train the miniature teachers of sd2x, sd3 and z-image: scenes, autoencoder and judge are those of the miniature SDXL.
 
     python benchmarks/miniature.py data --assets build/scratch   # the training pool, if it is not there
     python benchmarks/miniature_families.py sd2x                 # a UNet that predicts v, begun from SDXL's UNet
     python benchmarks/miniature_families.py sd3                  # a transformer on a flow, from scratch
+    python benchmarks/miniature_families.py z-image              # one stream on a flow, a language model, from scratch
     python benchmarks/miniature_families.py report --family sd3  # the figures and image grids of the model card
 
-Seeds are fixed. Needs what `miniature.py` needs.
+Seeds are fixed; a training that was interrupted goes on from `<work>/<family>.pt`. Needs what `miniature.py` needs.
 """
 
 from __future__ import annotations
@@ -13,10 +14,8 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
-from abc import abstractmethod
 from collections import Counter
 from collections.abc import Sequence
-from copy import deepcopy
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -38,64 +37,12 @@ sys.path[:0] = [str(ROOT / "benchmarks")]
 
 import miniature  # noqa: E402
 import miniature_networks as networks  # noqa: E402
+from miniature_teachers import Scenes, ShiftedTeacher, Teacher  # noqa: E402
+from miniature_z_image import ZImageTeacher  # noqa: E402
 
 T5_TOKENS, T5_WIDTH = 16, 160
 CLIP_WIDTH = 64
 FLOW_SHIFT = 3.0
-
-
-class Scenes:
-    """The pool as training sees it: latents, and the number of each sample's caption; the last caption is empty."""
-
-    def __init__(self, work: Path, device: str) -> None:
-        self.device = device
-        pool, stored = miniature.load_pool(work, "pool"), work / "latents.npy"
-        if not stored.is_file():
-            vae = miniature.load_vae()
-            np.save(stored, (miniature.encode_pool(vae, pool["pixels"]) * vae.config.scaling_factor).half().numpy())
-        self.latents = torch.from_numpy(np.load(stored)).to(device)
-        captions, self.caption_of = np.unique(pool["captions"], return_inverse=True)
-        self.counts = Counter(pool["captions"].tolist())
-        self.captions = [*captions.tolist(), ""]
-
-    def tokens(self, tokenizer: Any, length: int) -> Tensor:
-        """(captions, length) of every caption, padded as the pipelines do."""
-        kinds = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
-        return tokenizer(self.captions, max_length=length, **kinds).input_ids.to(self.device)
-
-    def batch(self, index: Tensor, dropout: float) -> tuple[Tensor, Tensor]:
-        """Latents (B, 4, S/2, S/2), and the numbers (B,) of their captions, some replaced by the empty one."""
-        chosen = torch.from_numpy(self.caption_of[index.numpy()])
-        dropped = torch.rand(len(index)) < dropout
-        chosen = chosen.where(~dropped, len(self.captions) - 1)
-        return self.latents[index.to(self.device)].float(), chosen.to(self.device)
-
-
-class Teacher(nn.Module):
-    """A text-to-image model that is trained as a whole, but for its autoencoder."""
-
-    folder: Path
-    call: ClassVar[dict[str, Any]] = {}
-    guidance: ClassVar[float] = 3.0
-
-    @abstractmethod
-    def loss(self, x_0: Tensor, captions: Tensor) -> Tensor:
-        """The mean loss of latents (B, C, h, w) with captions of these numbers (B,)."""
-
-    @abstractmethod
-    def pipeline(self, vae: Any) -> Any:
-        """The diffusers pipeline of these weights."""
-
-    def save(self) -> None:
-        """Write the pipeline in half precision, beside the judge and the prompts of the miniature SDXL."""
-        halved = deepcopy(self).cpu().half().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-        networks.save_pipeline(halved.pipeline(self.autoencoder().half()), self.folder)
-        shutil.copytree(miniature.TEACHER / "judge", self.folder / "judge", dirs_exist_ok=True)
-        shutil.copy(miniature.TEACHER / "prompts.txt", self.folder / "prompts.txt")
-
-    def autoencoder(self) -> Any:
-        """The miniature SDXL's."""
-        return miniature.load_vae()
 
 
 class SD2Teacher(Teacher):
@@ -164,7 +111,7 @@ def new_t5_tokenizer(counts: Counter[str]) -> T5TokenizerFast:
     return T5TokenizerFast(vocab=vocabulary, extra_ids=0, model_max_length=512)
 
 
-class SD3Teacher(Teacher):
+class SD3Teacher(ShiftedTeacher):
     """Stable Diffusion 3.5 in small: joint attention with normed queries, two CLIP encoders and T5, a shifted flow."""
 
     folder = miniature.ASSETS / "sd3_miniature"
@@ -201,7 +148,7 @@ class SD3Teacher(Teacher):
         for name, module in self.transformer.named_modules():  # as in the papers on such transformers: begin as nothing
             if name.endswith((".norm1.linear", ".norm1_context.linear", "norm_out.linear")) or name == "proj_out":
                 nn.init.zeros_(module.weight), nn.init.zeros_(module.bias)
-        self.shift = (scenes.latents.float().mean() / self.autoencoder().config.scaling_factor).item()
+        self.shift = self.shift_of(scenes)
         tokenizers = (self.tokenizer, self.tokenizer_2, self.tokenizer_3)
         lengths = (networks.MAX_TOKENS, networks.MAX_TOKENS, T5_TOKENS)
         self.tokens = [scenes.tokens(each, length) for each, length in zip(tokenizers, lengths, strict=True)]
@@ -223,28 +170,13 @@ class SD3Teacher(Teacher):
 
     def loss(self, x_0: Tensor, captions: Tensor) -> Tensor:
         """|u_hat - (eps - x_0)|^2 at x_t = (1 - t) x_0 + t eps, logit(t) ~ N(0.4, 1.2) (arXiv 2403.03206)."""
-        scale = self.autoencoder_scale
-        x_0 = x_0 - self.shift * scale
+        x_0 = self.shifted(x_0)
         states, pooled = self.embeds(captions)
         noise = torch.randn(x_0.shape, device=x_0.device)
         t = torch.sigmoid(0.4 + 1.2 * torch.randn(len(x_0), device=x_0.device))
         mixed = t[:, None, None, None]
         u = self.transformer((1 - mixed) * x_0 + mixed * noise, states, pooled, 1000 * t).sample
         return (u - (noise - x_0)).square().mean()
-
-    @property
-    def autoencoder_scale(self) -> float:
-        """Of the miniature SDXL's latents."""
-        if not hasattr(self, "_scale"):
-            self._scale = float(super().autoencoder().config.scaling_factor)
-        return self._scale
-
-    def autoencoder(self) -> Any:
-        """The miniature SDXL's, with a shift by the latents' mean as Stable Diffusion 3 has it."""
-        vae = super().autoencoder()
-        if hasattr(self, "shift"):
-            vae.register_to_config(shift_factor=round(self.shift, 5))
-        return vae
 
     def pipeline(self, vae: Any) -> Any:
         """The diffusers pipeline of these weights."""
@@ -260,6 +192,7 @@ class SD3Teacher(Teacher):
 TEACHERS: dict[str, tuple[type[Teacher], dict[str, Any]]] = {
     "sd2x": (SD2Teacher, {"steps": 2200, "peak": 8e-4, "seed": 11, "batch_size": 64}),
     "sd3": (SD3Teacher, {"steps": 3700, "peak": 1e-3, "seed": 12, "batch_size": 256}),
+    "z-image": (ZImageTeacher, {"steps": 12000, "peak": 1e-3, "seed": 13, "batch_size": 64}),
 }
 """Family -> its teacher, and how it is trained."""
 
@@ -276,7 +209,8 @@ def train(family: str, work: Path, *, steps: int | None, device: str) -> None:
     def loss(index: Tensor) -> Tensor:
         return teacher.loss(*scenes.batch(index, 0.12))
 
-    miniature.fit(teacher, loss, lambda average: average.save(), horizon=settings["steps"], **settings)
+    settings |= {"horizon": settings["steps"], "resume": work / f"{family}.pt"}
+    miniature.fit(teacher, loss, lambda average: average.save(), **settings)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from ._checks import check_channels, check_unet
     from ._diffusers import DiffusersFamily
     from ._encoders import as_chat, last_states, penultimate, ragged, token_ids
+    from ._one_encoder import OneEncoderFamily
+    from ._packing import pack, patch_ids, text_ids, unpack
+    from ._small_copy import write_small_copy
     from ._transformer import TransformerFamily, check_flow
     from ._unet import UNetFamily
 
@@ -21,6 +24,7 @@ __all__ = [
     "Architecture",
     "DiffusersFamily",
     "FilePart",
+    "OneEncoderFamily",
     "SingleFile",
     "TransformerFamily",
     "UNetFamily",
@@ -29,9 +33,14 @@ __all__ = [
     "check_flow",
     "check_unet",
     "last_states",
+    "pack",
+    "patch_ids",
     "penultimate",
     "ragged",
+    "text_ids",
     "token_ids",
+    "unpack",
+    "write_small_copy",
 ]
 
 _HOMES = {
@@ -39,6 +48,9 @@ _HOMES = {
     "_checks": "check_channels check_unet",
     "_diffusers": "DiffusersFamily",
     "_encoders": "as_chat last_states penultimate ragged token_ids",
+    "_one_encoder": "OneEncoderFamily",
+    "_packing": "pack patch_ids text_ids unpack",
+    "_small_copy": "write_small_copy",
     "_transformer": "TransformerFamily check_flow",
     "_unet": "UNetFamily",
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -45,6 +45,12 @@ class Fit:
     def whole(self) -> bool:
         """True if nothing is left out."""
         return not self.left_out
+
+    @property
+    def modules(self) -> set[str]:
+        """Return all that is changed, as ``text_encoder.encoder.layers.0.mlp.fc1``."""
+        targets = self.applied.values()
+        return {f"{part}.{without_text_model(path)}" for target in targets for part, path in target.modules}
 
 
 @dataclass(frozen=True)
@@ -116,7 +122,7 @@ class AdapterFile:
             else:
                 applied[layer.stem] = target
         if foreign and not unlike and not self.needs_exact and self.by_diffusers(1.0, architecture, networks):
-            applied, foreign = dict.fromkeys(self.layers, ()), []
+            applied, foreign = dict.fromkeys(self.layers, Target()), []
         left_out = [*foreign, *unlike, *self.unknown, *self.tokens]
         return Fit(applied, left_out, list(unlike.values()))
 
@@ -124,8 +130,12 @@ class AdapterFile:
         for stem, leaves in self.layers.items():
             yield AdapterLayer(stem, {leaf: self.file.shape(name) for leaf, name in leaves.items()})
 
-    def by_diffusers(self, weight: float, architecture: Architecture, networks: Mapping[str, Any]) -> Lora | None:
-        """Return the LoRA as diffusers reads it; None unless it finds a module of the networks for every layer."""
+    def by_diffusers(
+        self, weight: float, architecture: Architecture, networks: Mapping[str, Any], *, whole: Collection[str] = ()
+    ) -> Lora | None:
+        """Return the LoRA as diffusers reads it; None unless it finds a module of the networks for every layer, and
+        all modules that make the LoRA `whole`.
+        """
         try:
             lora = read_by_diffusers(self.name, weight, architecture, networks[architecture.denoiser].config)
         except NOT_READ:
@@ -133,7 +143,7 @@ class AdapterFile:
         found = {_module_of(key) for key in lora.state if not key.endswith(".alpha")}
         modules = ((part, path) for part, network in networks.items() for path, _ in network.named_modules())
         known = {f"{part}.{without_text_model(path)}" for part, path in modules}
-        return lora if len(found) >= len(self.layers) and found <= known else None
+        return lora if len(found) >= len(self.layers) and found <= known and found.issuperset(whole) else None
 
     def read(self, stems: Iterable[str]) -> Iterator[AdapterLayer]:
         """Read the tensors of these layers."""
@@ -201,7 +211,7 @@ def _misfit(layer: AdapterLayer, target: Target, networks: Mapping[str, Any]) ->
     """Return why a layer on the meta device cannot change its modules; None where it can."""
     import torch
 
-    modules = [networks[component].get_submodule(path) for component, path in target]
+    modules = [networks[component].get_submodule(path) for component, path in target.modules]
     try:
         changed_weight(layer, torch.cat([module.weight for module in modules]), strength=1.0)
         if layer.get("diff_b", "b_norm") is not None:

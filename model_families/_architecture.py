@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,11 @@ MINIATURES = Path(__file__).parent / "assets"
 """Folder of the trained miniatures that ship with the package."""
 ReadConfig = Callable[[str], dict[str, Any]]
 """Reads a JSON file of a model, as ``vae/config.json``."""
+
+
+def none_swapped(config: Mapping[str, Any]) -> Collection[str]:
+    """Return no path: all modules have the original's order of rows."""
+    return ()
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,10 @@ class Architecture:
         lora_encoders: Text encoders that a LoRA may change.
         arguments: Further arguments of the pipeline's constructor.
         single_file: Its layout in a single file; None where such files are not read.
-        kohya: Its LoRAs in kohya's format; None where that has no form that diffusers reads.
+        kohya: Its LoRAs in one file for ComfyUI and its kin, in kohya's format where that has names for it; None where
+            ComfyUI has no such model.
+        swapped: Returns the paths of modules whose rows have their two halves the other way round in the original
+            code, given the denoiser's config.
         original_path: Returns the original code's path of a module of the denoiser, given its config, and all modules
             that are one layer there. Raises UserError for a module that has none.
         autoencoder: Class of its autoencoder in diffusers.
@@ -91,6 +100,7 @@ class Architecture:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     single_file: SingleFile | None = None
     kohya: KohyaFormat | None = None
+    swapped: Callable[[Mapping[str, Any]], Collection[str]] = none_swapped
     original_path: Callable[[str, Mapping[str, Any]], tuple[str, Sequence[str]]] | None = None
     autoencoder: str = "AutoencoderKL"
     half: str = "float16"
@@ -133,6 +143,10 @@ class Architecture:
         import diffusers
 
         return hasattr(getattr(diffusers, self.denoiser_class), "load_lora_adapter")
+
+    def call_arguments(self) -> Collection[str]:
+        """Return the names of the arguments of the pipeline's call."""
+        return inspect.signature(self.pipeline_class().__call__).parameters
 
     def network_class(self) -> Any:
         """Return the denoiser's class in diffusers; one that takes no adapters learns it."""
@@ -181,18 +195,47 @@ Layers = dict[str, Layer]
 
 
 @dataclass(frozen=True)
+class LayerNames:
+    """How the tensors of a layer are named in a file.
+
+    Attributes:
+        prefix: What stands before the module's path.
+        separator: What stands for the dots of the path.
+        down: Name of the first matrix.
+        up: Name of the second.
+        alpha: Whether there is a third tensor, ``alpha``. Without, the change of the weight is up @ down.
+    """
+
+    prefix: str = "lora_unet_"
+    separator: str = "_"
+    down: str = "lora_down"
+    up: str = "lora_up"
+    alpha: bool = True
+
+
+SD_SCRIPTS = LayerNames()
+"""kohya's."""
+DIFFUSERS = LayerNames("transformer.", ".", "lora_A", "lora_B", alpha=False)
+"""diffusers' own, which ComfyUI reads where it has a map of the modules."""
+AI_TOOLKIT = LayerNames("diffusion_model.", ".", "lora_A", "lora_B", alpha=False)
+"""Those of ostris' trainer; ComfyUI's for any module of its own networks."""
+
+
+@dataclass(frozen=True)
 class KohyaFormat:
-    """Names that kohya's format uses for one architecture.
+    """Names that a file for ComfyUI and its kin has for one architecture.
 
     Attributes:
         base_model: ``ss_base_model_version``.
         architecture: ``modelspec.architecture``.
-        renamed: Renames layers from diffusers' module paths to sd-scripts' paths, given the denoiser's config. Raises
+        renamed: Renames layers from diffusers' module paths to those of the file, given the denoiser's config. Raises
             UserError for a layer that has none.
         of_v: The first two of models that predict v, where they differ.
         module: ``ss_network_module``.
         second_generation: ``ss_v2``.
         unread: diffusers' paths of modules that its own reader of the format leaves out.
+        names: How the tensors of a layer are named.
+        beside_diffusers: Programs that read the file where diffusers does not; empty where it does.
     """
 
     base_model: str
@@ -202,3 +245,5 @@ class KohyaFormat:
     module: str = "networks.lora"
     second_generation: bool = False
     unread: tuple[str, ...] = ()
+    names: LayerNames = SD_SCRIPTS
+    beside_diffusers: str = ""

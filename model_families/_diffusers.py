@@ -25,7 +25,7 @@ from ._empty import empty_denoiser, empty_network, fill_tables
 from ._encoder_memory import EncoderMemory
 from ._files import quiet_libraries
 from ._fusing import fused_weights
-from ._images import build_pipeline, call_arguments, evaluating, sample_latents
+from ._images import build_pipeline, call_arguments, evaluating, named_times, sample_latents
 from ._kohya import export_kohya, no_form
 from ._lora import attach
 from ._lora_files import student_folder
@@ -69,6 +69,10 @@ class DiffusersFamily(EncoderMemory, LoraFiles):
     def guidance_call(self, network: nn.Module, scale: float) -> dict[str, Any]:
         """Return arguments of the pipeline's call that guide `network` by `scale` (0 and 1: off)."""
         return {"guidance_scale": scale}
+
+    def sampler_call(self, call: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a sampler's arguments of the pipeline's call, its steps among them, as this pipeline takes them."""
+        return named_times(self.architecture, call)
 
     def pipeline_prompts(self, embeds: Conditioning, prefix: str = "") -> dict[str, Any]:
         """Return the arguments of the pipeline's call for encoded prompts: tensors (B, ...), or lists of B tensors.
@@ -246,7 +250,7 @@ class DiffusersFamily(EncoderMemory, LoraFiles):
             guidance_embedding=embedded,
         )
         scale = call.pop("guidance_scale")
-        call |= self.guidance_call(network, scale)
+        call = {**self.sampler_call(call), **self.guidance_call(network, scale)}
         embeds = {key: embeds[key] for key in self.embed_keys}
         negative = None
         if scale > 1 and not embedded:
@@ -382,7 +386,8 @@ class DiffusersFamily(EncoderMemory, LoraFiles):
 
     def usage_snippet(self, info: ExportInfo) -> str:
         sampler = info.sampler
-        call = {"num_inference_steps": sampler.num_inference_steps, **self.snippet_call(info), **sampler.call}
+        call = {"num_inference_steps": sampler.num_inference_steps, **self.snippet_call(info)}
+        call |= self.sampler_call(sampler.call)
         return usage_snippet(
             self.architecture,
             self.settings,

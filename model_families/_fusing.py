@@ -108,13 +108,14 @@ class _Layers:
 
         self._loras, self._adapters = loras, adapters
         self._exact = {
-            id(lora): [(layer, [path for _, path in target]) for layer, target in lora.layers if target[0][0] == part]
+            id(lora): [(layer, target) for layer, target in lora.layers if target.modules[0][0] == part]
             for lora in loras
             if isinstance(lora, ExactLora)
         }
         found: dict[str, Any] = dict(network.named_modules())
         self._tuners = {path: module for path, module in found.items() if isinstance(module, BaseTunerLayer)}
-        touched = {*self._tuners, *(path for layers in self._exact.values() for _, paths in layers for path in paths)}
+        exact = (path for layers in self._exact.values() for _, target in layers for _, path in target.modules)
+        touched = {*self._tuners, *exact}
         # in the network's order, which is that of its files
         self._modules = {path: _base(module) for path, module in found.items() if path in touched}
 
@@ -122,7 +123,8 @@ class _Layers:
         """Return the paths of the modules that are changed, those together that one layer of a file changes."""
         group_of = {path: [path] for path in self._modules}
         for layers in self._exact.values():
-            for _, paths in layers:
+            for _, target in layers:
+                paths = [path for _, path in target.modules]
                 joined = list(dict.fromkeys(member for path in paths for member in group_of[path]))
                 group_of.update(dict.fromkeys(joined, joined))
         return list({id(group): group for group in group_of.values()}.values())
@@ -140,9 +142,10 @@ class _Layers:
             self._parameter(name).data = value
         for lora in self._loras:
             if isinstance(lora, ExactLora):
-                for layer, paths in self._exact[id(lora)]:
-                    if paths[0] in group:
-                        fuse_layer(layer, [self._modules[path] for path in paths], lora.weight)
+                for layer, target in self._exact[id(lora)]:
+                    if target.modules[0][1] in group:
+                        modules = [self._modules[path] for _, path in target.modules]
+                        fuse_layer(layer, modules, lora.weight, swapped=target.swapped)
             else:
                 self._merge(self._adapters[id(lora)], group)
         result = {name: self._parameter(name).data for name in weights}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from ..core.errors import UserError
 from ._files import quiet_libraries
 
 if TYPE_CHECKING:
@@ -39,7 +40,11 @@ def build_pipeline(architecture: Architecture, network: nn.Module, scheduler: An
     """Build the plain pipeline without text encoders and autoencoder: embeddings in, latents out."""
     with quiet_libraries():
         pipeline = architecture.shell(**{architecture.denoiser: network, "scheduler": scheduler})
-    pipeline.vae_scale_factor = scale_factor
+    if isinstance(getattr(type(pipeline), "vae_scale_factor", None), property):  # it asks the absent autoencoder
+        kind = type(pipeline)
+        pipeline.__class__ = type(kind.__name__, (kind,), {"vae_scale_factor": scale_factor})
+    else:
+        pipeline.vae_scale_factor = scale_factor
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -71,6 +76,22 @@ def call_arguments(
         )
         guidance = default_guidance
     return {"num_inference_steps": steps, "guidance_scale": guidance, **call}
+
+
+def named_times(architecture: Architecture, call: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a sampler's arguments of the call, its times by the name that the pipeline has for them.
+
+    Raises UserError where the sampler names times on a flow and the pipeline takes none.
+    """
+    found, taken = dict(call), architecture.call_arguments()
+    if "sigmas" not in found or "sigmas" in taken:
+        return found
+    if "timesteps" not in taken:
+        raise UserError(
+            f"{architecture.pipeline} takes neither sigmas nor timesteps, by which a few-step student on a flow is run",
+            "use a method whose sampler needs no times of its own",
+        )
+    return {"timesteps": [1000 * sigma for sigma in found.pop("sigmas")], **found}
 
 
 @torch.no_grad()

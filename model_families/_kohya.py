@@ -2,7 +2,8 @@
 
 A layer is three tensors, ``<name>.lora_down.weight`` (rank, in, ...), ``<name>.lora_up.weight`` (out, rank, ...) and
 ``<name>.alpha``; its weight changes by alpha / rank * up @ down. `name` is ``lora_unet_`` and the module's path in the
-network that sd-scripts trains, with underscores for dots.
+network that sd-scripts trains, with underscores for dots. Architectures that ComfyUI knows by other names have those:
+:attr:`.KohyaFormat.names`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from ..core.errors import UserError
 from ..core.utils.files import whole_file
 from ..core.utils.safetensors_header import sort_metadata
 from ._adapter_file import stated_scale
-from ._architecture import KohyaFormat, Layer, Layers
+from ._architecture import SD_SCRIPTS, KohyaFormat, Layer, LayerNames, Layers
 from ._files import quiet_libraries
 from ._lora_files import WEIGHTS
 from ._plain_lora import read_by_diffusers, scaled, scaled_dtype
@@ -44,7 +45,7 @@ def export_kohya(
     """Write the LoRA of a student's folder once more, as `file`, completely or not at all.
 
     Alpha is the rank, and the scale in the weights, since not every reader heeds alpha. The result is read with
-    diffusers' own reader before it is moved into place.
+    diffusers' own reader before it is moved into place, where that reads such files.
 
     Args:
         architecture: The student's architecture.
@@ -74,9 +75,11 @@ def export_kohya(
     layers, about = read_layers(student / WEIGHTS, architecture.denoiser)
     dtype = dtype or next(iter(layers.values())).down.dtype
     layers = {path: at_scale_one(layer) for path, layer in layers.items()}
-    state = tensors(form.renamed(layers, config), dtype)
+    state = tensors(form.renamed(layers, config), dtype, form.names)
     with whole_file(file) as partial:
         write_file(partial, state, {**about, **header(form, layers, title=title, predicts_v=predicts_v)})
+        if form.beside_diffusers:
+            return [f"for {form.beside_diffusers}; in diffusers use student/, as its README.md says"]
         lost = sorted(layers.keys() - readable(partial, architecture, config))
         if set(lost) - set(form.unread):
             raise UserError(f"diffusers would not read {len(lost)} layers of the file, as {lost[0]}", REMEDY)
@@ -85,7 +88,7 @@ def export_kohya(
 
 def no_form(architecture: Architecture) -> str:
     """Return the sentence for an architecture without :attr:`Architecture.kohya`."""
-    return f"{architecture.title} has no form in kohya's format that diffusers reads"
+    return f"{architecture.title} has no form in kohya's format that ComfyUI reads"
 
 
 def read_layers(file: Path, prefix: str) -> tuple[Layers, dict[str, str]]:
@@ -116,14 +119,15 @@ def read_layers(file: Path, prefix: str) -> tuple[Layers, dict[str, str]]:
     return layers, about
 
 
-def tensors(layers: Layers, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return the file's tensors, from layers by sd-scripts' paths."""
+def tensors(layers: Layers, dtype: torch.dtype, names: LayerNames = SD_SCRIPTS) -> dict[str, Tensor]:
+    """Return the file's tensors, from layers by the file's paths, whose alpha is their rank where it has no alphas."""
     found = {}
     for path, layer in layers.items():
-        name = f"lora_unet_{path.replace('.', '_')}"
-        found[f"{name}.lora_down.weight"] = layer.down.to(dtype).contiguous()
-        found[f"{name}.lora_up.weight"] = layer.up.to(dtype).contiguous()
-        found[f"{name}.alpha"] = torch.tensor(layer.alpha, dtype=torch.float32)  # half precision rounds 301 to 300
+        name = f"{names.prefix}{path.replace('.', names.separator)}"
+        found[f"{name}.{names.down}.weight"] = layer.down.to(dtype).contiguous()
+        found[f"{name}.{names.up}.weight"] = layer.up.to(dtype).contiguous()
+        if names.alpha:
+            found[f"{name}.alpha"] = torch.tensor(layer.alpha, dtype=torch.float32)  # half precision rounds 301 to 300
     return found
 
 
@@ -246,6 +250,8 @@ def fused(layers: Sequence[Layer]) -> Layer:
 
     The downs are stacked, the ups form a block diagonal. Alpha grows with the rank, so that the scale stays.
     """
+    if len(layers) == 1:
+        return layers[0]
     return Layer(
         torch.cat([layer.down for layer in layers]),
         torch.block_diag(*(layer.up for layer in layers)),

@@ -44,25 +44,37 @@ class ExactLora:
 
     def has(self, prefix: str) -> bool:
         """Return True if it changes the component `prefix`."""
-        return any(component == prefix for _, target in self.layers for component, _ in target)
+        return any(component == prefix for _, target in self.layers for component, _ in target.modules)
 
 
 AnyLora = Lora | ExactLora
 
 
-def fuse_layer(layer: AdapterLayer, modules: Sequence[Any], strength: float) -> None:
-    """Change the weights of `modules`, which one layer of a file changes together, in float32, in place."""
+def fuse_layer(layer: AdapterLayer, modules: Sequence[Any], strength: float, *, swapped: bool = False) -> None:
+    """Change the weights of `modules`, which one layer of a file changes together, in float32, in place.
+
+    `swapped`: the first half of the layer's rows is the second of the modules'.
+    """
     import torch
 
     with torch.no_grad():
         rows = [len(module.weight) for module in modules]
-        weight = changed_weight(layer, torch.cat([module.weight for module in modules]), strength=strength)
+        weight = _halves(torch.cat([module.weight for module in modules]), swapped=swapped)
+        weight = _halves(changed_weight(layer, weight, strength=strength), swapped=swapped)
         for module, piece in zip(modules, weight.split(rows), strict=True):
             module.weight.data.copy_(piece)
         if layer.get("diff_b", "b_norm") is not None:
-            bias = changed_bias(layer, torch.cat([module.bias for module in modules]), strength=strength)
+            bias = _halves(torch.cat([module.bias for module in modules]), swapped=swapped)
+            bias = _halves(changed_bias(layer, bias, strength=strength), swapped=swapped)
             for module, piece in zip(modules, bias.split(rows), strict=True):
                 module.bias.data.copy_(piece)
+
+
+def _halves(rows: Tensor, *, swapped: bool) -> Tensor:
+    """Return rows with the second half first where they are `swapped`."""
+    import torch
+
+    return torch.cat(rows.chunk(2)[::-1]) if swapped else rows
 
 
 def check_lora(
@@ -102,7 +114,7 @@ def read_lora(
     """Read the LoRA `name` for the networks that :func:`check_lora` compares it with. Raises UserError as that does."""
     file, fit = check_lora(name, architecture, networks, fused=fused, strict=strict)
     if fit.whole and not file.needs_exact:
-        lora = file.by_diffusers(weight, architecture, networks)
+        lora = file.by_diffusers(weight, architecture, networks, whole=fit.modules)
         if lora is not None:
             check_lora_finite(name, lora.state)
             return lora
@@ -129,8 +141,9 @@ def _in_peft_names(
     state: dict[str, Tensor] = {}
     for layer, target in layers:
         down, up = layer.factors()
-        rows = [len(networks[component].get_submodule(path).weight) for component, path in target]
-        for (component, path), piece in zip(target, (up * layer.scale(len(down))).split(rows), strict=True):
+        rows = [len(networks[component].get_submodule(path).weight) for component, path in target.modules]
+        up = _halves(up * layer.scale(len(down)), swapped=target.swapped)
+        for (component, path), piece in zip(target.modules, up.split(rows), strict=True):
             state[f"{component}.{path}.lora_A.weight"] = down.clone()
             state[f"{component}.{path}.lora_B.weight"] = piece.contiguous()
     return Lora(name, weight, state, None, None)

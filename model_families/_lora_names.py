@@ -11,6 +11,7 @@ Where the original code has one layer for several modules, a name stands for all
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import UserError
@@ -19,8 +20,18 @@ from ._empty import without_text_model
 if TYPE_CHECKING:
     from ._architecture import Architecture
 
-Target = tuple[tuple[str, str], ...]
-"""(component, module path) of each module that a layer of a file changes, in the order of its rows."""
+
+@dataclass(frozen=True)
+class Target:
+    """What a layer of a file changes.
+
+    Attributes:
+        modules: (component, module path) of each module, in the order of the layer's rows.
+        swapped: Whether the first half of the layer's rows is the second of the module's.
+    """
+
+    modules: tuple[tuple[str, str], ...] = ()
+    swapped: bool = False
 
 
 def targets(architecture: Architecture, networks: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Target]:
@@ -35,11 +46,11 @@ def targets(architecture: Architecture, networks: Mapping[str, Any], config: Map
     for component, network in networks.items():
         for path in _weighted(network):
             if component == architecture.denoiser:
-                found |= dict.fromkeys(_of_denoiser(component, path), ((component, path),))
+                found |= dict.fromkeys(_of_denoiser(component, path), Target(((component, path),)))
                 found |= _of_original(architecture, component, path, config)
             else:
                 number = list(architecture.encoders).index(component) + 1
-                found |= dict.fromkeys(_of_encoder(component, path, number), ((component, path),))
+                found |= dict.fromkeys(_of_encoder(component, path, number), Target(((component, path),)))
     return found
 
 
@@ -63,7 +74,7 @@ def _of_original(architecture: Architecture, component: str, path: str, config: 
         original, members = architecture.original_path(path, config)
     except (UserError, KeyError, IndexError):
         return {}
-    target = tuple((component, member) for member in members)
+    target = Target(tuple((component, member) for member in members), path in architecture.swapped(config))
     flat = original.replace(".", "_")
     names = (f"lora_unet_{flat}", f"lycoris_{flat}", f"diffusion_model.{original}", f"model.diffusion_model.{original}")
     return dict.fromkeys(names, target)

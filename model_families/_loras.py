@@ -69,8 +69,9 @@ class Loras:
     def read_by_diffusers(self, name: str) -> bool:
         """Return True if plain diffusers fuses this LoRA of the teacher as it is fused here."""
         file, fit = self._check_teacher(name)
-        exact = file.needs_exact or not fit.whole
-        return not exact and file.by_diffusers(1.0, self.architecture, self.networks) is not None
+        if file.needs_exact or not fit.whole:
+            return False
+        return file.by_diffusers(1.0, self.architecture, self.networks, whole=fit.modules) is not None
 
     def teacher(self) -> list[AnyLora]:
         """Read the LoRAs that are fused into the teacher. Raises UserError for one that does not fit."""

@@ -207,8 +207,8 @@ class DiffusersModel(PromptTokens):
     def _check_vae(self) -> None:
         if self.taken_channels != self.latent_channels:
             raise UserError(
-                f"vae {self.settings.vae!r} makes {self.latent_channels} channels, the model takes "
-                f"{self.taken_channels}",
+                f"vae {self.settings.vae or self.settings.source!r} makes {self.latent_channels} channels, the model "
+                f"takes {self.taken_channels}",
                 f"name an autoencoder that was made for {self.architecture.name}",
             )
         self._vae_dtype()

@@ -33,8 +33,8 @@ from ._architecture import Architecture
 from ._encoders import token_ids
 from ._networks import check_guidance
 from ._one_encoder import OneEncoderFamily
+from ._packing import PATCH, pack, patch_ids, text_ids, unpack
 from ._transformer import LORA_TARGETS, TransformerFamily, check_latents, longer_t5
-from .flux import PATCH, pack, patch_ids, unpack
 
 if TYPE_CHECKING:
     from ..core.plugin_api.batch import Conditioning
@@ -141,7 +141,7 @@ class Chroma(OneEncoderFamily):
                 hidden_states=packed,
                 timestep=time.to(inner) / 1000,
                 encoder_hidden_states=states,
-                txt_ids=states.new_zeros(states.shape[1], 3),
+                txt_ids=text_ids(states.shape[1], like=states),
                 img_ids=patch_ids(height, width, like=states),
                 attention_mask=mask,
                 return_dict=False,

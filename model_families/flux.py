@@ -22,7 +22,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -35,6 +34,7 @@ from ._checks import check_channels
 from ._encoders import last_states
 from ._kohya_flux import KOHYA, flux_place
 from ._networks import check_guidance, told_scale
+from ._packing import PATCH, pack, patch_ids, unpack
 from ._transformer import LORA_TARGETS, TransformerFamily, check_flow, longer_t5
 
 if TYPE_CHECKING:
@@ -43,8 +43,6 @@ if TYPE_CHECKING:
 
 PIPELINE_TOKENS = 512
 """``max_sequence_length`` of a plain call."""
-PATCH = 4
-"""Number of latents that are packed into one position."""
 GUIDANCE_EMBEDDER = "time_text_embed.guidance_embedder"
 
 
@@ -221,26 +219,6 @@ class Flux(TransformerFamily):
         elif scale > 1:
             call |= {"negative_prompt": "", "true_cfg_scale": scale}
         return call if length == PIPELINE_TOKENS else {**call, "max_sequence_length": length}
-
-
-def pack(latents: Tensor) -> Tensor:
-    """Pack latents (B, C, h, w) into (B, h/2 w/2, 4 C), patches row by row."""
-    batch, channels, height, width = latents.shape
-    patches = latents.reshape(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
-    return patches.reshape(batch, (height // 2) * (width // 2), PATCH * channels)
-
-
-def unpack(packed: Tensor, height: int, width: int) -> Tensor:
-    """Unpack (B, h/2 w/2, 4 C) into latents (B, C, h, w)."""
-    batch, _, channels = packed.shape
-    patches = packed.reshape(batch, height // 2, width // 2, channels // PATCH, 2, 2).permute(0, 3, 1, 4, 2, 5)
-    return patches.reshape(batch, channels // PATCH, height, width)
-
-
-def patch_ids(height: int, width: int, *, like: Tensor) -> Tensor:
-    """Return (0, row, column) of each patch of latents of `height` and `width`, shape (h/2 w/2, 3)."""
-    axes = (torch.arange(edge, device=like.device) for edge in (1, height // 2, width // 2))
-    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, 3).to(like)
 
 
 @hookimpl

@@ -26,6 +26,7 @@ from ._architecture import MINIATURES, Architecture, ReadConfig
 from ._checks import check_channels
 from ._clip import CLIP_POSITIONS
 from ._encoders import last_states, penultimate
+from ._kohya_sd3 import KOHYA, NAMES
 from ._networks import check_guidance
 from ._transformer import TransformerFamily, check_flow, longer_t5
 
@@ -78,6 +79,9 @@ class SD3(TransformerFamily):
         made_of="a Stable Diffusion 3 has two CLIP text encoders, with or without T5 as a third",
         optional=T5,
         lora_encoders=("text_encoder", "text_encoder_2"),
+        kohya=KOHYA,
+        original_path=NAMES.place,
+        swapped=NAMES.swapped,
     )
 
     class Config(TransformerFamily.Config):

@@ -27,6 +27,7 @@ from ..core.utils.full_precision import input_type
 from ._architecture import Architecture, ReadConfig
 from ._checks import check_channels
 from ._encoders import as_chat, ragged, token_ids
+from ._kohya_z_image import KOHYA, ORIGINAL
 from ._networks import check_guidance
 from ._one_encoder import OneEncoderFamily
 from ._transformer import check_flow
@@ -72,6 +73,8 @@ class ZImage(OneEncoderFamily):
         check=check_configs,
         made_of="a Z-Image has Qwen3 as its text encoder",
         lora_encoders=(),
+        kohya=KOHYA,
+        original_path=ORIGINAL.place,
     )
 
     class Config(OneEncoderFamily.Config):

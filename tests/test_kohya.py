@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from distill.core.errors import UserError
 from distill.core.plugin_api.family import ExportInfo, LoraSettings, ModelSettings
 from distill.core.plugin_api.publisher import PublishSetting
 from distill.model_families import _kohya as kohya
-from distill.model_families._kohya_flux import original_flux
+from distill.model_families._kohya_flux import NAMES
+from distill.model_families._kohya_kolors import KOHYA as KOLORS
 from distill.model_families.flux import Flux
 from distill.model_families.sd3 import SD3
 from distill.model_families.sdxl import SDXL
@@ -155,7 +157,7 @@ def test_every_layer_of_a_real_sized_flux_comes_back_from_diffusers_reader(tmp_p
         inner = {"transformer_blocks.0.ff.net.2": 4 * width, "single_transformer_blocks.0.proj_out": 5 * width}
         down, up = torch.randn(2, inner.get(path, width), generator=g), torch.randn(size, 2, generator=g)
         layers[path] = kohya.Layer(down, up, alpha)
-    state = kohya.tensors(original_flux(layers, {}), torch.float32)
+    state = kohya.tensors(NAMES.renamed(layers, {}), torch.float32)
     assert state["lora_unet_single_blocks_0_linear1.lora_down.weight"].shape == (8, width)
     assert state["lora_unet_single_blocks_0_linear1.alpha"] == 4 * alpha
     save_file(state, tmp_path / "real.safetensors")
@@ -165,6 +167,45 @@ def test_every_layer_of_a_real_sized_flux_comes_back_from_diffusers_reader(tmp_p
         change = layer.alpha / layer.rank * layer.up[:16] @ layer.down
         up, down = (read[f"transformer.{path}.lora_{part}.weight"] for part in "BA")
         torch.testing.assert_close(up[:16] @ down, change)
+
+
+def test_an_sd3_file_is_for_comfyui_and_comes_back_whole(tmp_path):
+    """All that the family adapts, of which one modulation has its halves the other way round in the original code."""
+    tiny = MODELS["sd3"]
+    model = tiny.write(tmp_path / "model")
+    family = tiny.make(model)
+    student = write_student(family, tmp_path / "out" / "student", sampler=FLOW)
+    place = publish(family, student)
+    file = tmp_path / "out" / "fox-kohya.safetensors"
+    assert place == f"{file} (for ComfyUI and sd-scripts; in diffusers use student/, as its README.md says)"
+    with safe_open(file, framework="pt") as opened:
+        about, names = opened.metadata(), set(opened.keys())
+    assert (about["ss_base_model_version"], about["ss_network_module"]) == ("sd3", "networks.lora_sd3")
+    last = family.denoiser_config["num_layers"] - 1
+    assert f"lora_unet_joint_blocks_{last}_context_block_adaLN_modulation_1.lora_up.weight" in names
+    assert "lora_unet_joint_blocks_0_x_block_attn_qkv.alpha" in names
+    without = family.load_network().state_dict()
+    fused, ours = (tiny.make(model, teacher_lora=((str(lora), 1.0),)).load_network().state_dict()
+                   for lora in (student, file))  # fmt: skip
+    changed = [name for name, weight in fused.items() if not torch.equal(weight, without[name])]
+    assert len(changed) == sum(name.endswith(".lora_A.weight") for name in load_file(student / WEIGHTS))
+    for name in fused:
+        torch.testing.assert_close(ours[name], fused[name], rtol=0, atol=1e-6)
+    beside, ours = (family.loras.plain(str(lora), 1.0).state for lora in (student, file))
+    for name in [name for name in beside if name.endswith(".lora_A.weight")]:
+        up = name.replace("lora_A", "lora_B")
+        torch.testing.assert_close(ours[up] @ ours[name], beside[up] @ beside[name], rtol=1e-5, atol=1e-6)
+
+
+def test_kolors_file_comes_back_from_diffusers_reader(tmp_path):
+    """From that of the first generation's pipeline, which Kolors' has as well."""
+    network = TINY_SDXL.make(write_tiny_sdxl(tmp_path / "model")).load_network()
+    paths = [path for path, module in network.named_modules() if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)]
+    layers = {path: kohya.Layer(torch.ones(1, 2), torch.ones(2, 1), 1.0) for path in paths if "attentions" in path}
+    file = tmp_path / "kolors.safetensors"
+    kohya.write_file(file, kohya.tensors(KOLORS.renamed(layers, network.config), torch.float32), {})
+    architecture = replace(SDXL.architecture, pipeline="StableDiffusionPipeline")
+    assert kohya.readable(file, architecture, network.config) == layers.keys()
 
 
 def test_a_flux_whose_last_layer_is_adapted_says_what_diffusers_leaves_out(tmp_path):
@@ -213,10 +254,14 @@ def test_what_the_format_cannot_hold_is_refused_and_nothing_is_written(tmp_path)
 def test_students_without_such_a_file_are_refused_at_the_start_of_a_run():
     full = Kohya(Kohya.Config(), PublishSetting("fox", "full", SDXL))
     assert "fully trained" in full.problems()[0]
-    (problem,) = Kohya(Kohya.Config(), PublishSetting("fox", "lora", SD3)).problems()
-    assert "Stable Diffusion 3" in problem
-    assert "no form" in problem
-    assert Kohya(Kohya.Config(), PublishSetting("fox", "lora", Flux)).problems() == []
+
+    class Unknown(SD3):
+        architecture = replace(SD3.architecture, title="a Stable Diffusion 9", kohya=None)
+
+    (problem,) = Kohya(Kohya.Config(), PublishSetting("fox", "lora", Unknown)).problems()
+    assert problem == "a Stable Diffusion 9 has no form in kohya's format that ComfyUI reads"
+    for family in (Flux, SD3):
+        assert Kohya(Kohya.Config(), PublishSetting("fox", "lora", family)).problems() == []
 
 
 def test_half_precision_is_the_rounded_file(tmp_path):

@@ -16,6 +16,8 @@ from distill.core.registry.registry import KINDS, Registry
 from support.config_files import distill, said
 from support.forks import ended
 from support.small_run import losses, write_run
+from support.tiny_undescribed import write_tiny_ovis
+from support.tiny_z_image import write_tiny_z_image
 
 SPOKEN = [kind.replace("_", "-") for kind in KINDS]
 
@@ -214,3 +216,51 @@ def test_there_is_a_template_for_every_kind(made):
         names = Names(kind, name_of(kind))
         assert 'DISTILL_API = "1"' in (made / names.package / f"{names.module}.py").read_text()
         assert names.name in (made / names.package / "README.md").read_text()
+
+
+def test_a_family_is_read_from_a_models_configs(tmp_path):
+    """Of published size, without weights."""
+    model = published(write_tiny_ovis(tmp_path / "model"))
+    result = new("family", "made-ovis", "--model", str(model), "--output", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    package = tmp_path / "distill-made-ovis"
+    code = (package / "distill_made_ovis.py").read_text()
+    assert 'txt_ids=text_ids(cond["prompt_embeds"].shape[1], like=x_t.to(dtype), counted=True)' in code
+    assert "timestep=time / 1000," in code
+
+
+@pytest.mark.slow
+def test_a_family_that_was_read_passes_its_own_tests(tmp_path):
+    model = published(write_tiny_ovis(tmp_path / "model"))
+    assert new("family", "made-ovis", "--model", str(model), "--output", str(tmp_path)).exit_code == 0
+    package = tmp_path / "distill-made-ovis"
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    options = ["-p", "no:cacheprovider", "-c", str(tmp_path / "pytest.ini"), "-v", str(package)]
+    done = python(package, "-m", "pytest", *options)
+    assert done.returncode == 0, done.stdout[-6000:]
+    assert done.stdout.count("test_images_are_those_of_the_pipeline[") == 2
+
+
+def published(folder: Path) -> Path:
+    """The model with the sizes of Ovis-Image's network and of its text encoder, and without weights."""
+    transformer = {"attention_head_dim": 128, "num_attention_heads": 24, "num_layers": 6, "num_single_layers": 27}
+    transformer |= {"joint_attention_dim": 2048, "axes_dims_rope": [16, 56, 56]}
+    text = {"hidden_size": 2048, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8}
+    text |= {"head_dim": 128, "intermediate_size": 6144}
+    for part, sizes in (("transformer", transformer), ("text_encoder", text)):
+        path = folder / part / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **sizes}))
+    for weights in folder.glob("*/*.safetensors"):
+        weights.unlink()
+    return folder
+
+
+def test_what_cannot_be_read_from_a_model_is_said(tmp_path):
+    result = new("tracker", "made-here", "--model", "x", "--output", str(tmp_path))
+    assert result.exit_code == 2
+    assert "--model is for a family" in said(result.stderr)
+    model = write_tiny_z_image(tmp_path / "model")
+    result = new("family", "made-z", "--model", str(model), "--output", str(tmp_path))
+    assert result.exit_code == 2
+    assert "encode_prompt returns no tensor for prompt_embeds" in said(result.stderr)
+    assert not (tmp_path / "distill-made-z").exists()

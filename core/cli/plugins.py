@@ -63,15 +63,22 @@ def new(
         bool, typer.Option("--single-file", help="Write one file for --plugin instead of a package.")
     ] = False,
     output: Annotated[Path, typer.Option(metavar="DIR", help="Folder that it is written to.")] = Path(),
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH_OR_ID", help="For a family: read its pipeline from this model's configs, without weights."
+        ),
+    ] = None,
 ) -> None:
     """Write a working plugin as a package: the code, a test and a README."""
     from ..registry.registry import KINDS, Registry
     from .plugin_table import chosen_kind
-    from .scaffold import Names, check_name, write_plugin
+    from .scaffold import Names, check_name, read_model, write_plugin
 
-    names = Names(chosen_kind(kind, KINDS), name)
-    check_name(names.kind, name, Registry.load(refused=[]))
-    target = write_plugin(names, output, single_file=single_file)
+    names, registry = Names(chosen_kind(kind, KINDS), name), Registry.load(refused=[])
+    check_name(names.kind, name, registry)
+    read = None if model is None else read_model(names, model, registry)
+    target = write_plugin(names, output, single_file=single_file, read=read)
     typer.echo(f"wrote {target} (class {names.class_name}). Next:")
     steps = [f"distill plugins show {name} --plugin {target}", f"distill plugins check {target}"]
     if not single_file:

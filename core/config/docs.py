@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 import inspect
 import json
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -209,30 +210,46 @@ def hooks_page() -> str:
 
 def matrix_page(registry: Registry) -> str:
     """Return ``docs/matrix.md``: which method runs on which family, with the reason for every gap."""
-    families, reasons = registry.names("family"), list[str]()
-    lines = [f"| method | trains | {' | '.join(families)} |", "| --- | --- |" + " --- |" * len(families)]
-    made_of_others = []
-    for method in registry.names("method"):
-        if any(info.is_required() for info in registry.get("method", method).Config.model_fields.values()):
-            made_of_others.append(f"`{method}`")
-            continue
-        for model_type in ("lora", "full"):
-            cells = [hole(registry, method, family, model_type) for family in families]
-            reasons += [reason for reason in dict.fromkeys(cells) if reason and reason not in reasons]
-            entries = ["yes" if reason is None else f"no ({reasons.index(reason) + 1})" for reason in cells]
-            lines.append(f"| {method} | {model_type} | {' | '.join(entries)} |")
+    methods = [name for name in registry.names("method") if not made_of_others(registry, name)]
+    others = [f"`{name}`" for name in registry.names("method") if name not in methods]
+    reasons = list[str]()
+    lines = [f"| family | {' | '.join(methods)} |", "| --- |" + " --- |" * len(methods)]
+    for family in registry.names("family"):
+        cells = [_matrix_cell(registry, method, family, reasons) for method in methods]
+        lines.append(f"| {family} | {' | '.join(cells)} |")
     parts = [
         GENERATED,
         "# Which method on which family",
-        "This table is for the methods' default settings. A combination that cannot work is refused before weights load; the numbers lead to the reasons below. A family that lacks an input for "
-        "the guidance scale trains in full with one scale (`w_min` equal to `w_max`).",
+        "This table is for the methods' default settings: `yes` where a LoRA and a full student can be trained. A combination that cannot work is refused before weights load; the numbers lead to the "
+        "reasons below. A family that lacks an input for the guidance scale trains in full with one scale (`w_min` equal to `w_max`); without features `dmd2` and `pcm` train without their adversarial terms.",
         "\n".join(lines),
         "\n".join(f"{number}. {reason}" for number, reason in enumerate(reasons, 1)),
-        f"{', '.join(made_of_others)}: runs wherever all of its methods run.",
+        f"{', '.join(others)}: runs wherever all of its methods run.",
         "`pytest -m slow tests/test_family_matrix.py` trains each cell on a random tiny model: the student moves, the "
         "teacher stays bitwise, a checkpoint resumes, images are sampled.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def made_of_others(registry: Registry, method: str) -> bool:
+    """Return True for a method that has no defaults of its own, as one that is made of others."""
+    return any(info.is_required() for info in registry.get("method", method).Config.model_fields.values())
+
+
+def _matrix_cell(registry: Registry, method: str, family: str, reasons: list[str]) -> str:
+    """Return what of a LoRA and a full student can be trained; a new reason for what cannot be is added to `reasons`."""
+    found = {kind: hole(registry, method, family, kind) for kind in ("lora", "full")}
+    told = [
+        re.sub(r" \(model_type \w+\)", "", reason.replace(f" {method!r}", "").replace(f" {family!r}", ""))
+        for reason in found.values()
+        if reason
+    ]
+    reasons += [reason for reason in dict.fromkeys(told) if reason not in reasons]
+    numbers = ", ".join(str(number) for number in sorted({reasons.index(reason) + 1 for reason in told}))
+    able = [{"lora": "LoRA", "full": "full"}[kind] for kind, reason in found.items() if reason is None]
+    if len(able) == 2:
+        return "yes"
+    return f"{able[0]} ({numbers})" if able else f"no ({numbers})"
 
 
 def hole(registry: Registry, method: str, family: str, model_type: Literal["lora", "full"]) -> str | None:

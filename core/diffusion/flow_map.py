@@ -150,10 +150,23 @@ def attach(pipe: Any, folder: str | Path) -> Any:
     path = Path(folder) / WEIGHTS
     if path.is_file():
         with safe_open(path, framework="pt") as file:
-            network = getattr(pipe, json.loads(file.metadata()[PLACE])["component"])
+            place = json.loads(file.metadata()[PLACE])
+        network = getattr(pipe, place["component"])
         load_second_time(network, folder, name="student")
         network.second_time.follow("student", lambda: pipe.scheduler.pair)
+        if getattr(network.config, "time_cond_proj_dim", None) is not None:
+            network.get_submodule(place["module"]).register_forward_hook(_check_told)
     return pipe
+
+
+def _check_told(module: nn.Module, args: Any, output: Tensor) -> None:
+    """Raise ValueError in a call of the time embedding without the guidance scale, which pipelines leave out unsaid."""
+    if len(args) < 2 or args[1] is None:
+        raise ValueError(
+            "this student takes its guidance scale as an input, and this pipeline does not tell it (those of a "
+            "ControlNet with an image to begin from do not): tell it by hand, as distill's docs/beside.md shows, or "
+            "use a LoRA"
+        )
 
 
 class FlowMapScheduler(SchedulerMixin, ConfigMixin):
@@ -217,12 +230,17 @@ class FlowMapScheduler(SchedulerMixin, ConfigMixin):
     ) -> None:
         """Set the times: a number of steps, or falling times of the network, or (on a flow) falling sigmas.
 
-        `mu`, a resolution shift that some pipelines pass to every scheduler, has no effect: ``shift`` is used.
+        Sigmas are the network's own, already shifted, except 1, (N - 1)/N, ... 1/N: many pipelines pass these where
+        none are named, for the scheduler to shift, so that they mean N steps. `mu`, a resolution shift that some
+        pipelines pass to every scheduler, has no effect: ``shift`` is used.
         """
         if sigmas is not None:
             if not self._flow:
                 raise ValueError("sigmas are for flow models; give timesteps")
-            timesteps = [float(sigma) * self._T for sigma in sigmas]
+            if _are_even(sigmas):
+                num_inference_steps = len(sigmas)
+            else:
+                timesteps = [float(sigma) * self._T for sigma in sigmas]
         if timesteps is None:
             timesteps = self._even(num_inference_steps or 0)
         times = [float(time) for time in timesteps]
@@ -244,7 +262,14 @@ class FlowMapScheduler(SchedulerMixin, ConfigMixin):
         return [self._T * self._shift * s / (1 + (self._shift - 1) * s) for s in edges]
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Set the step that a pipeline begins with (image to image begins late)."""
+        """Set the step that a pipeline begins with (image to image begins late); raise ValueError past the last."""
+        count = len(self.timesteps)
+        if begin_index and begin_index >= count:
+            named = "sigmas" if self._flow else "timesteps"
+            raise ValueError(
+                f"none of the {count} steps is left to begin with: raise strength (to {1 / count:.3g} at least), take "
+                f"more steps, or name the times that are left ({named}) and set strength to 1"
+            )
         self._begin = begin_index
 
     def _index(self, timestep: Any = None) -> int:
@@ -257,8 +282,13 @@ class FlowMapScheduler(SchedulerMixin, ConfigMixin):
 
     @property
     def pair(self) -> tuple[float, float]:
-        """(t, r) of the step that comes next, in the network's time units."""
+        """(t, r) of the step that comes next, in the network's time units; ValueError where none comes next."""
         index = self._index()
+        if index >= len(self.timesteps):
+            raise ValueError(
+                "the network asks for its second time, but this scheduler has no step under way: attach belongs to the "
+                "pipeline that is called (pipelines made of its parts by from_pipe share its scheduler, others do not)"
+            )
         return self._times[index], self._times[index + 1]
 
     # -- the map -----------------------------------------------------------------------------------------------------
@@ -311,8 +341,17 @@ class FlowMapScheduler(SchedulerMixin, ConfigMixin):
         alpha, sigma = (part.reshape(-1, *[1] * (original_samples.ndim - 1)) for part in both.T)
         return alpha * original_samples + sigma * noise
 
+    def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
+        """Return x_t as :meth:`add_noise` does, under the name and in the order that pipelines of flows call it."""
+        return self.add_noise(sample, noise, timestep)
+
     def __len__(self) -> int:
         return self._T
+
+
+def _are_even(sigmas: Sequence[float]) -> bool:
+    count = len(sigmas)
+    return all(abs(float(sigma) - (1 - i / count)) < 1e-6 for i, sigma in enumerate(sigmas))
 
 
 def _betas(num: int, start: float, end: float, kind: str, trained: list[float] | None) -> Tensor:

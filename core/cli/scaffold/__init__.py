@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from string import Template
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ...errors import UserError
 from ...plugin_api.version import API_VERSION
@@ -86,16 +86,23 @@ def check_name(kind: str, name: str, registry: Registry) -> None:
         )
 
 
-def new_files(names: Names, *, single_file: bool) -> Mapping[str, str]:
-    """Path, relative to where the plugin goes -> text."""
-    values = names.values()
-    code = _filled(f"{names.kind}.py", values)
+def new_files(names: Names, *, single_file: bool, read: Mapping[str, str] | None = None) -> Mapping[str, str]:
+    """Path, relative to where the plugin goes -> text.
+
+    Args:
+        names: What it is called.
+        single_file: Whether it is one file, not a package.
+        read: What was read from a model (:func:`read_model`); None: the template that needs none.
+    """
+    values = {**names.values(), **(read or {})}
+    kind = names.kind if read is None else f"{names.kind}_of"
+    code = _filled(f"{kind}.py", values)
     if single_file:
         return {f"{names.module}.py": code}
-    usage = _filled(f"usage_{names.kind}.md", values)
+    usage = _filled(f"usage_{kind}.md", values)
     return {
         f"{names.package}/{names.module}.py": code,
-        f"{names.package}/tests/test_{names.module}.py": _filled(f"test_{names.kind}.py", values),
+        f"{names.package}/tests/test_{names.module}.py": _filled(f"test_{kind}.py", values),
         f"{names.package}/pyproject.toml": _filled("pyproject.toml", values),
         f"{names.package}/README.md": _filled("README.md", {**values, "usage": usage.strip()}),
     }
@@ -106,7 +113,20 @@ def _filled(template: str, values: Mapping[str, str]) -> str:
     return Template(text).substitute(values)
 
 
-def write_plugin(names: Names, folder: Path, *, single_file: bool) -> Path:
+def read_model(names: Names, model: str, registry: Registry) -> Mapping[str, str]:
+    """Return what a model's configs and its pipeline's own calls say of a family: placeholder -> code.
+
+    Raises:
+        UserError: The plugin is no family, or the pipeline's calls cannot be read.
+    """
+    if names.kind != "family":
+        raise UserError("--model is for a family, whose pipeline is read from it.", "leave it out.")
+    families = (registry.get("family", name) for name in registry.names("family"))
+    reader: Any = next(found for found in families if hasattr(found, "sketch"))  # the one that describes pipelines
+    return reader.sketch(model)
+
+
+def write_plugin(names: Names, folder: Path, *, single_file: bool, read: Mapping[str, str] | None = None) -> Path:
     """Write a plugin below `folder`; returns the package's folder, or the file.
 
     Raises:
@@ -118,7 +138,7 @@ def write_plugin(names: Names, folder: Path, *, single_file: bool) -> Path:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output {folder} is a file.", "give a folder.")
     try:
-        for path, text in new_files(names, single_file=single_file).items():
+        for path, text in new_files(names, single_file=single_file, read=read).items():
             write_text(folder / path, text)
     except OSError as error:
         raise UserError(f"{target} cannot be written: {error}.", "choose a folder of yours: --output DIR.") from error

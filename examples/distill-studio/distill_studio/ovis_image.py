@@ -12,8 +12,18 @@ from pathlib import Path
 
 import distill
 import torch
-from distill.model_families import Architecture, TransformerFamily, as_chat, check_channels, check_flow, token_ids
-from distill.model_families.flux import PATCH, pack, patch_ids, unpack
+from distill.model_families import (
+    Architecture,
+    TransformerFamily,
+    as_chat,
+    check_channels,
+    check_flow,
+    pack,
+    patch_ids,
+    text_ids,
+    token_ids,
+    unpack,
+)
 from pydantic import Field
 
 PIPELINE_TOKENS = 256
@@ -23,6 +33,8 @@ SYSTEM = (
 )
 BEFORE = 28
 """Tokens of the conversation before the prompt, which the pipeline leaves out of the states."""
+PATCH = 4
+"""Number of latents that are one position of the network."""
 EDGE = 32
 """Pixels along an edge of the images of the random model; 16 latents."""
 
@@ -100,12 +112,11 @@ class OvisImage(TransformerFamily):
     def predict(self, network, x_t, time, cond, *, guidance=None, second_time=None):
         dtype, (height, width) = self.input_weight(network).dtype, x_t.shape[-2:]
         states = cond["prompt_embeds"].to(dtype)  # (B, T, D)
-        positions = torch.arange(states.shape[1], device=states.device)
         packed = network(
             hidden_states=pack(x_t.to(dtype)),  # (B, h/2 w/2, 4 C)
             timestep=time.to(dtype) / 1000,
             encoder_hidden_states=states,
-            txt_ids=torch.stack([torch.zeros_like(positions), positions, positions], dim=1).to(dtype),
+            txt_ids=text_ids(states.shape[1], like=states, counted=True),  # (0, i, i)
             img_ids=patch_ids(height, width, like=states),
             return_dict=False,
         )[0]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import OvisImagePipeline
 from distill import ModelSettings
-from distill.model_families.flux import pack
+from distill.model_families import pack
 from distill_studio.ovis_image import EDGE, OvisImage
 
 PROMPTS = ["a fox in the snow", "a harbour"]

@@ -1,0 +1,91 @@
+"""What the miniature teachers of all families share: the scenes as training sees them, and the teacher on disk."""
+
+from __future__ import annotations
+
+import shutil
+from abc import abstractmethod
+from collections import Counter
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, ClassVar
+
+import miniature
+import miniature_networks as networks
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+class Scenes:
+    """The pool as training sees it: latents, and the number of each sample's caption; the last caption is empty."""
+
+    def __init__(self, work: Path, device: str) -> None:
+        self.device = device
+        pool, stored = miniature.load_pool(work, "pool"), work / "latents.npy"
+        if not stored.is_file():
+            vae = miniature.load_vae()
+            np.save(stored, (miniature.encode_pool(vae, pool["pixels"]) * vae.config.scaling_factor).half().numpy())
+        self.latents = torch.from_numpy(np.load(stored)).to(device)
+        captions, self.caption_of = np.unique(pool["captions"], return_inverse=True)
+        self.counts = Counter(pool["captions"].tolist())
+        self.captions = [*captions.tolist(), ""]
+
+    def tokens(self, tokenizer: Any, length: int) -> Tensor:
+        """(captions, length) of every caption, padded as the pipelines do."""
+        kinds = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+        return tokenizer(self.captions, max_length=length, **kinds).input_ids.to(self.device)
+
+    def batch(self, index: Tensor, dropout: float) -> tuple[Tensor, Tensor]:
+        """Latents (B, 4, S/2, S/2), and the numbers (B,) of their captions, some replaced by the empty one."""
+        chosen = torch.from_numpy(self.caption_of[index.numpy()])
+        dropped = torch.rand(len(index)) < dropout
+        chosen = chosen.where(~dropped, len(self.captions) - 1)
+        return self.latents[index.to(self.device)].float(), chosen.to(self.device)
+
+
+class Teacher(nn.Module):
+    """A text-to-image model that is trained as a whole, but for its autoencoder."""
+
+    folder: Path
+    call: ClassVar[dict[str, Any]] = {}
+    guidance: ClassVar[float] = 3.0
+
+    @abstractmethod
+    def loss(self, x_0: Tensor, captions: Tensor) -> Tensor:
+        """The mean loss of latents (B, C, h, w) with captions of these numbers (B,)."""
+
+    @abstractmethod
+    def pipeline(self, vae: Any) -> Any:
+        """The diffusers pipeline of these weights."""
+
+    def save(self) -> None:
+        """Write the pipeline in half precision, beside the judge and the prompts of the miniature SDXL."""
+        halved = deepcopy(self).cpu().half().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        networks.save_pipeline(halved.pipeline(self.autoencoder().half()), self.folder)
+        shutil.copytree(miniature.TEACHER / "judge", self.folder / "judge", dirs_exist_ok=True)
+        shutil.copy(miniature.TEACHER / "prompts.txt", self.folder / "prompts.txt")
+
+    def autoencoder(self) -> Any:
+        """The miniature SDXL's."""
+        return miniature.load_vae()
+
+
+class ShiftedTeacher(Teacher):
+    """A teacher on a flow, whose autoencoder's latents are shifted by their mean as those of Stable Diffusion 3 are."""
+
+    shift: float
+
+    def shift_of(self, scenes: Scenes) -> float:
+        """The mean of the autoencoder's own latents."""
+        self._scale = float(miniature.load_vae().config.scaling_factor)
+        return (scenes.latents.float().mean() / self._scale).item()
+
+    def shifted(self, x_0: Tensor) -> Tensor:
+        """Latents of the miniature SDXL (B, 4, h, w) as this teacher's autoencoder has them."""
+        return x_0 - self.shift * self._scale
+
+    def autoencoder(self) -> Any:
+        """The miniature SDXL's, with the shift."""
+        vae = super().autoencoder()
+        vae.register_to_config(shift_factor=round(self.shift, 5))
+        return vae

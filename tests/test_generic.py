@@ -1,0 +1,183 @@
+"""The family for pipelines that have none: descriptions are compared with the pipeline, and students are its own."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from distill.core.diffusion.sampler import Sampler
+from distill.core.engine.lora_layers import without_weights
+from distill.core.errors import UserError
+from distill.core.plugin_api.family import ExportInfo, ModelSettings
+from distill.core.registry.registry import Registry
+from support.tiny_families import EDGE, MODELS
+from support.tiny_parts import SHORT
+from support.tiny_undescribed import OVIS, UNDESCRIBED, write_tiny_ovis
+
+PROMPTS = ["a red fox", "two blue boats on a lake"]
+KNOWN = {
+    "sd1x": {
+        "denoiser_call": {"sample": "latents", "timestep": "time", "encoder_hidden_states": "prompt_embeds"},
+    },
+    "sd3": {
+        "denoiser_call": {
+            "hidden_states": "latents", "timestep": "time", "encoder_hidden_states": "prompt_embeds",
+            "pooled_projections": "pooled_prompt_embeds",
+        },
+        "embeddings": ["prompt_embeds", "-", "pooled_prompt_embeds"], "encode_call": SHORT,
+    },
+    "flux-schnell": {
+        "denoiser_call": {
+            "hidden_states": "latents", "timestep": "time", "encoder_hidden_states": "prompt_embeds",
+            "pooled_projections": "pooled_prompt_embeds", "txt_ids": "text_ids", "img_ids": "image_ids",
+        },
+        "embeddings": ["prompt_embeds", "pooled_prompt_embeds"], "encode_call": SHORT, "packing": "patches",
+        "time_input": "fraction", "guidance_argument": "true_cfg_scale",
+    },
+}  # fmt: skip
+"""Models that have a family of their own -> their description."""
+
+
+def described(folder, description, **settings):
+    kind = Registry.load(installed=False).get("family", "generic")
+    return kind(kind.Config(**description), ModelSettings(source=str(folder), resolution=(EDGE, EDGE), **settings))
+
+
+def used(family):
+    family.check_source()
+    family.encode_prompts(["a fox"])
+
+
+@pytest.fixture(scope="module", params=KNOWN)
+def known(request, tmp_path_factory):
+    """(a model, its own family, the family of its description)."""
+    tiny = MODELS[request.param]
+    folder = tiny.write(tmp_path_factory.mktemp("known") / "model")
+    return folder, tiny.make(folder), described(folder, KNOWN[request.param])
+
+
+@pytest.fixture(scope="module", params=UNDESCRIBED)
+def unknown(request, tmp_path_factory):
+    """(a model without a family, its description)."""
+    write, description = UNDESCRIBED[request.param]
+    return write(tmp_path_factory.mktemp("unknown") / "model"), description
+
+
+@pytest.fixture(scope="module")
+def ovis(tmp_path_factory):
+    return write_tiny_ovis(tmp_path_factory.mktemp("ovis") / "model")
+
+
+def test_a_description_gives_what_the_models_own_family_gives(known):
+    _, own, generic = known
+    generic.check_source()
+    embeds, ours = own.encode_prompts(PROMPTS), generic.encode_prompts(PROMPTS)
+    assert ours.keys() == embeds.keys()
+    for key, expected in embeds.items():
+        torch.testing.assert_close(ours[key], expected)
+    network, x_t = own.load_network(), torch.randn(2, own.latent_channels, 16, 16)
+    times = torch.tensor([312.5, 987.0])
+    with torch.no_grad():
+        expected = own.predict(network, x_t, times, embeds)
+        torch.testing.assert_close(generic.predict(network, x_t, times, embeds), expected)
+    call = {"sampler": None, "seeds": [3, 8], "width": EDGE, "height": EDGE, "num_inference_steps": 3}
+    for scale in (1.0, 4.0):
+        theirs = own.generate(network, embeds, guidance_scale=scale, **call)
+        torch.testing.assert_close(generic.generate(network, embeds, guidance_scale=scale, **call), theirs)
+
+
+def test_a_pipeline_without_a_family_makes_its_own_images(unknown):
+    import diffusers
+
+    folder, description = unknown
+    family = described(folder, description)
+    family.check_source()
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    further = {**description.get("pipeline_call", {}), **description["encode_call"]}
+    sizes = {"width": EDGE, "height": EDGE, "num_inference_steps": 3}
+    for scale in (1.0, 4.0):
+        ours = family.generate(
+            family.load_network(), family.encode_prompts(PROMPTS), sampler=None, seeds=[3, 8], guidance_scale=scale,
+            **sizes,
+        )  # fmt: skip
+        for prompt, seed, image in zip(PROMPTS, (3, 8), ours, strict=True):
+            generator = torch.Generator().manual_seed(seed)
+            call = {**sizes, **further, "guidance_scale": scale, "generator": generator, "output_type": "pt"}
+            expected = pipeline(prompt, negative_prompt="", **call).images[0]
+            torch.testing.assert_close(image, expected, rtol=0, atol=2e-5)
+
+
+def test_without_a_description_the_pipelines_own_calls_are_proposed(unknown):
+    folder, description = unknown
+    kept = {key: description[key] for key in ("embeddings", "encode_call", "pipeline_call") if key in description}
+    kept["latents_at_once"] = description.get("latents_at_once", 1000)
+    with pytest.raises(UserError, match="denoiser_call is not given") as refused:
+        described(folder, {**kept, "packing": description.get("packing", "none")}).encode_prompts(["a fox"])
+    proposal = json.loads(str(refused.value)[str(refused.value).index("{") :])
+    assert proposal["denoiser_call"] == description["denoiser_call"]
+    described(folder, {**kept, **proposal}).encode_prompts(["a fox"])  # which is right
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"time_input": "timesteps"}, r"timestep is 1\.0, not 1000\.0"),
+        ({"time_input": "reversed"}, r"timestep is 1\.0, not 0\.0"),
+        ({"output": "negated"}, r"the negative of the one described \(output\)"),
+        ({"guidance_offset": 1.0}, r"it guides otherwise than uncond \+ s \(cond - uncond\)"),
+        ({"uncond": "zeros"}, None),
+        ({"embeddings": ["-", "prompt_embeds"]}, r"returns no tensor for prompt_embeds"),
+        ({"guidance_argument": "true_cfg_scale"}, r"OvisImagePipeline takes no true_cfg_scale"),
+        ({"denoiser_call": {**OVIS["denoiser_call"], "txt_ids": "text_ids"}}, r"txt_ids is a tensor \(200, 3\), not"),
+        ({"denoiser_call": {**OVIS["denoiser_call"], "guidance": [3.5]}}, r"it does not give the network guidance"),
+        ({"denoiser_call": {"hidden_states": "latents"}}, r"it gives the network encoder_hidden_states = a tensor"),
+        ({"denoiser_call": {**OVIS["denoiser_call"], "timestep": "clock"}}, r"'clock' is nothing that the network can"),
+        ({"encode_call": {"max_sequence_length": 200, "prompt_embeds": True}}, r"encode_prompt cannot be called as it"),
+        ({"packing": "none"}, r"takes 32 channels, and its autoencoder's latents have 8(?s:.*)packing to patches"),
+        ({"denoiser": "unet"}, r"a denoiser \(unet\), a vae and a scheduler are needed"),
+    ],
+)  # fmt: skip
+def test_a_description_that_is_not_the_pipelines_is_refused(ovis, wrong, said):
+    if said is None:  # the model's own choice, for which the pipeline has no word: it is given zeros
+        used(described(ovis, {**OVIS, **wrong}))
+        return
+    with pytest.raises(UserError, match=said):
+        used(described(ovis, {**OVIS, **wrong}))
+
+
+def test_layers_inside_the_blocks_are_adapted_unless_some_are_named(ovis):
+    family = described(ovis, OVIS)
+    network = family.load_network()
+    names = {name for name, _ in network.named_modules()}
+    assert set(family.lora_targets) <= names
+    assert all(name.startswith(("transformer_blocks.", "single_transformer_blocks.")) for name in family.lora_targets)
+    assert "single_transformer_blocks.1.proj_out" in family.lora_targets
+    assert not without_weights(network, family.lora_targets)
+    assert described(ovis, {**OVIS, "lora_layers": ["to_q"]}).lora_targets == ("to_q",)
+
+
+def test_a_full_student_is_a_model_of_its_pipeline(unknown, tmp_path):
+    import diffusers
+
+    folder, description = unknown
+    family = described(folder, description)
+    student = family.student_network(family.load_network(), guidance_embedding=False)
+    with torch.no_grad():
+        for weight in student.parameters():
+            weight.mul_(1.01)
+    sampler = Sampler(
+        "FlowMatchEulerDiscreteScheduler", {"shift": 1.0, "use_dynamic_shifting": False}, 2, 0.0, {"sigmas": [1.0, 0.6]}
+    )
+    embeds = family.encode_prompts(PROMPTS[:1])
+    ours = family.generate(student, embeds, sampler=sampler, seeds=[3], width=EDGE, height=EDGE)
+    family.export(student, tmp_path, ExportInfo(sampler, "full"))
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
+    snippet = family.usage_snippet(ExportInfo(sampler, "full"))
+    times = {"timesteps": [1000.0, 600.0]} if "timesteps=[1000.0, 600.0]" in snippet else {"sigmas": [1.0, 0.6]}
+    further = {**description.get("pipeline_call", {}), **description["encode_call"]}
+    call = {"width": EDGE, "height": EDGE, "num_inference_steps": 2, "guidance_scale": 1.0, **times, **further}
+    generator = torch.Generator().manual_seed(3)
+    expected = pipeline(PROMPTS[0], generator=generator, output_type="pt", **call).images
+    torch.testing.assert_close(ours, expected, rtol=0, atol=2e-5)
