@@ -310,15 +310,9 @@ class DiffusersFamily(EncoderMemory, LoraFiles):
             exporting.export_lora(self.architecture, network, folder, info)
         else:
             exporting.export_pipeline(
-                self.architecture,
-                network,
-                folder,
-                scheduler,
-                self._text_encoders(),
-                self._autoencoder(),
-                info=info,
+                self.architecture, network, folder, scheduler, self._text_encoders(), self._autoencoder(), info=info,
                 arguments=self.pipeline_arguments(),
-            )
+            )  # fmt: skip
         exporting.export_sampler(self.architecture, network, folder, scheduler, info)
 
     def export_fused(self, folder: Path) -> None:
