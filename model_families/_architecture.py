@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ._lora_loading import loads_loras, with_adapters, with_lora_files
+
 MINIATURES = Path(__file__).parent / "assets"
 """Folder of the trained miniatures that ship with the package."""
 ReadConfig = Callable[[str], dict[str, Any]]
@@ -61,8 +63,11 @@ class Architecture:
         title: Name in messages, with its article: ``an SDXL``.
         pipeline: Class of its diffusers pipeline.
         accepted: Classes that ``model_index.json`` may name.
+        siblings: Classes that other families take, and people name here -> the family.
         denoiser: Name of the network that is distilled.
         denoiser_class: Its class in diffusers.
+        half: The half precision that its pipeline is published in; some text encoders overflow in float16.
+        denoiser_aliases: Older names of this class, in the configs of published models.
         tokenizers: Name -> class in transformers.
         encoders: Name of a text encoder -> class in transformers; as many as tokenizers, in the same order.
         check: Raises UserError unless the configs are this architecture's; takes the model's name and a reader.
@@ -90,6 +95,7 @@ class Architecture:
     encoders: Mapping[str, str]
     check: Callable[[str, ReadConfig], None]
     made_of: str
+    siblings: Mapping[str, str] = field(default_factory=dict)
     optional: tuple[str, ...] = ()
     lora_encoders: tuple[str, ...] = ("text_encoder",)
     arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -99,6 +105,8 @@ class Architecture:
     original_path: Callable[[str, Mapping[str, Any]], tuple[str, Sequence[str]]] | None = None
     autoencoder: str = "AutoencoderKL"
     stand_ins: Mapping[str, Any] = field(default_factory=dict)
+    half: str = "float16"
+    denoiser_aliases: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -121,20 +129,32 @@ class Architecture:
         return own[part]
 
     def pipeline_class(self) -> Any:
-        """Return the pipeline's class in diffusers."""
+        """Return the pipeline's class in diffusers; one that loads no LoRAs learns it."""
         import diffusers
 
-        return getattr(diffusers, self.pipeline)
+        return with_lora_files(getattr(diffusers, self.pipeline))
+
+    def loads_loras(self) -> bool:
+        """Return True if the pipeline of plain diffusers loads LoRAs."""
+        import diffusers
+
+        return loads_loras(getattr(diffusers, self.pipeline))
+
+    def network_loads_loras(self) -> bool:
+        """Return True if the denoiser of plain diffusers loads LoRAs."""
+        import diffusers
+
+        return hasattr(getattr(diffusers, self.denoiser_class), "load_lora_adapter")
 
     def call_arguments(self) -> Collection[str]:
         """Return the names of the arguments of the pipeline's call."""
         return inspect.signature(self.pipeline_class().__call__).parameters
 
     def network_class(self) -> Any:
-        """Return the denoiser's class in diffusers."""
+        """Return the denoiser's class in diffusers; one that takes no adapters learns it."""
         import diffusers
 
-        return getattr(diffusers, self.denoiser_class)
+        return with_adapters(getattr(diffusers, self.denoiser_class))
 
     def autoencoder_class(self) -> Any:
         """Return the autoencoder's class in diffusers."""

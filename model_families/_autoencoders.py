@@ -86,16 +86,12 @@ class PatchedAutoencoder(PlainAutoencoder):
         return 2 * super().factor(config)
 
     def scaled(self, vae: Any, latents: Tensor) -> Tensor:
-        batch, channels, height, width = latents.shape
-        patches = latents.reshape(batch, channels, height // 2, 2, width // 2, 2).permute(0, 1, 3, 5, 2, 4)
         mean, std = self._running(vae, latents)
-        return (patches.reshape(batch, 4 * channels, height // 2, width // 2) - mean) / std
+        return (patched(latents) - mean) / std
 
     def unscaled(self, vae: Any, latents: Tensor) -> Tensor:
         mean, std = self._running(vae, latents)
-        batch, channels, height, width = latents.shape
-        patches = (latents * std + mean).reshape(batch, channels // 4, 2, 2, height, width).permute(0, 1, 4, 2, 5, 3)
-        return patches.reshape(batch, channels // 4, 2 * height, 2 * width)
+        return unpatched(latents * std + mean)
 
     def _running(self, vae: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
         mean, variance = (value.view(1, -1, 1, 1) for value in (vae.bn.running_mean, vae.bn.running_var))
@@ -150,6 +146,20 @@ AUTOENCODERS: Mapping[str, PlainAutoencoder] = {
     "AutoencoderKLQwenImage21": TransparentAutoencoder(),
 }
 """Class in diffusers -> its kind."""
+
+
+def patched(latents: Tensor) -> Tensor:
+    """Return latents (B, 4 C, h/2, w/2) whose channels are patches of 2 x 2 of `latents` (B, C, h, w)."""
+    batch, channels, height, width = latents.shape
+    patches = latents.reshape(batch, channels, height // 2, 2, width // 2, 2).permute(0, 1, 3, 5, 2, 4)
+    return patches.reshape(batch, 4 * channels, height // 2, width // 2)
+
+
+def unpatched(latents: Tensor) -> Tensor:
+    """Return latents (B, C, h, w) from their patches; the inverse of :func:`patched`."""
+    batch, channels, height, width = latents.shape
+    patches = latents.reshape(batch, channels // 4, 2, 2, height, width).permute(0, 1, 4, 2, 5, 3)
+    return patches.reshape(batch, channels // 4, 2 * height, 2 * width)
 
 
 def kind_of(vae: Any) -> PlainAutoencoder:

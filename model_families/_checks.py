@@ -17,9 +17,11 @@ def check_index(name: str, index: Mapping[str, Any], architecture: Architecture)
     """Raise UserError unless ``model_index.json`` names a pipeline of this architecture with every component."""
     kind = index.get("_class_name")
     if kind not in architecture.accepted:
+        fits = architecture.siblings.get(str(kind))
         raise UserError(
             f"model {name!r} is a {kind}, not {architecture.title} (model_index.json: _class_name)",
-            f"this family takes {', '.join(architecture.accepted)}; choose the model_family that fits",
+            f"this family takes {', '.join(architecture.accepted)}; "
+            + (f"set model_family to {fits}" if fits else "choose the model_family that fits"),
         )
     needed = [part for part in architecture.components if part not in architecture.optional]
     missing = [part for part in needed if not has_part(index, part)]
@@ -73,7 +75,8 @@ def check_kind(name: str, part: str, config: Mapping[str, Any], architecture: Ar
     """Raise UserError where the config of a network names another class, or weights that are quantised."""
     expected = {"vae": architecture.autoencoder, architecture.denoiser: architecture.denoiser_class}.get(part)
     kind = config.get("_class_name", expected)
-    if expected is not None and kind != expected:
+    older = architecture.denoiser_aliases if part == architecture.denoiser else ()
+    if expected is not None and kind not in (expected, *older):
         raise UserError(
             f"model {name!r}: its {part} is a {kind}, not a {expected} ({part}/config.json: _class_name)",
             f"name {architecture.title} whose {part} is a {expected}",

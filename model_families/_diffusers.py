@@ -21,7 +21,7 @@ from ..core.utils.files import whole_folder
 from ..core.utils.full_precision import compute_in_fp32
 from ..core.utils.progress import working
 from . import _export as exporting
-from ._empty import empty_denoiser, empty_network
+from ._empty import empty_denoiser, empty_network, fill_tables
 from ._encoder_memory import EncoderMemory
 from ._files import quiet_libraries
 from ._fusing import fused_weights
@@ -98,6 +98,10 @@ class DiffusersFamily(EncoderMemory, LoraFiles):
             size: (width, height) of the images in pixels.
         """
         return latents
+
+    def pipeline_around(self, network: nn.Module, scheduler: Any) -> Any:
+        """Return the plain pipeline without text encoders and autoencoder: embeddings in, latents out."""
+        return build_pipeline(self.architecture, network, scheduler, scale_factor=self.scale_factor)
 
     # -- network ----------------------------------------------------------------------------------------------------
 
@@ -194,6 +198,7 @@ class DiffusersFamily(EncoderMemory, LoraFiles):
         """Return a trainable fp32 copy of `teacher`, its weights read from the files."""
         student = empty_denoiser(self.architecture, dict(teacher.config))
         student.load_state_dict(self.wide_state(), assign=True)
+        fill_tables(student, self.architecture, student.config, device=self.settings.device)
         return self.with_wide_ends(student.requires_grad_(True).eval())
 
     def wide_state(self, names: Mapping[str, str] | None = None) -> dict[str, Tensor]:
@@ -254,8 +259,9 @@ class DiffusersFamily(EncoderMemory, LoraFiles):
         if scale > 1 and not embedded:
             negative = self.uncond(embeds) if negative_embeds is None else negative_embeds
         scheduler = self.scheduler(sampler)
-        pipeline = build_pipeline(self.architecture, network, scheduler, scale_factor=self.scale_factor)
-        fitting = max(1, self.config.latents_at_once * self.scale_factor**2 // (width * height))
+        pipeline = self.pipeline_around(network, scheduler)
+        edge = min(self.scale_factor, 8)  # a latent of more pixels is several
+        fitting = max(1, self.config.latents_at_once * edge**2 // (width * height))
         at_once = 1 if self.one_by_one else fitting
         images = []
         with evaluating(network), sampled_by(network, scheduler):
@@ -308,15 +314,9 @@ class DiffusersFamily(EncoderMemory, LoraFiles):
             exporting.export_lora(self.architecture, network, folder, info)
         else:
             exporting.export_pipeline(
-                self.architecture,
-                network,
-                folder,
-                scheduler,
-                self._text_encoders(),
-                self._autoencoder(),
-                info=info,
+                self.architecture, network, folder, scheduler, self._text_encoders(), self._autoencoder(), info=info,
                 arguments=self.pipeline_arguments(),
-            )
+            )  # fmt: skip
         exporting.export_sampler(self.architecture, network, folder, scheduler, info)
 
     def export_fused(self, folder: Path) -> None:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import json
 import re
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
 from ._files import quiet_libraries
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from ._architecture import Architecture
 
 KEPT = 8
@@ -33,6 +33,36 @@ def empty_denoiser(architecture: Architecture, config: Mapping[str, Any]) -> Any
     return network
 
 
+def fill_tables(network: nn.Module, architecture: Architecture, config: Mapping[str, Any], *, device: str) -> None:
+    """Give a denoiser of the meta device, whose weights are there, what files lack: tables of positions, made from the
+    config. They are buffers that are not saved, or attributes.
+
+    Args:
+        network: The denoiser.
+        architecture: Its architecture.
+        config: Its config.
+        device: Where its weights are.
+    """
+    empty = {path: _empty_tables(module) for path, module in network.named_modules()}
+    if not any(empty.values()):
+        return
+    from accelerate import init_empty_weights
+
+    with quiet_libraries(), init_empty_weights(include_buffers=False):
+        whole = architecture.network_class().from_config(dict(config))
+    for path, names in empty.items():
+        for name in names:
+            table = getattr(whole.get_submodule(path), name)
+            setattr(network.get_submodule(path), name, tree_map_only(Tensor, lambda each: each.to(device), table))
+
+
+def _empty_tables(module: nn.Module) -> list[str]:
+    """Return the names of the tables of a module, its own alone, that are on the meta device."""
+    attributes = {name: value for name, value in vars(module).items() if name[0] != "_"}
+    leaves = {name: tree_leaves(value) for name, value in {**module._buffers, **attributes}.items()}
+    return [name for name, own in leaves.items() if any(isinstance(each, Tensor) and each.is_meta for each in own)]
+
+
 def empty_network(architecture: Architecture, part: str, config: Mapping[str, Any]) -> Any:
     """Return any network of an architecture on the meta device, to be looked at and not changed: it is built once."""
     key = (architecture.denoiser_class, architecture.encoders.get(part, part), json.dumps(config, sort_keys=True))
@@ -41,23 +71,6 @@ def empty_network(architecture: Architecture, part: str, config: Mapping[str, An
             _built.pop(next(iter(_built)))
         _built[key] = _build(architecture, part, config)
     return _built[key]
-
-
-def fill_constants(network: Any, like: Any) -> None:
-    """Give `network`, whose weights are loaded, copies of what the modules of `like` hold beside weights: tables that
-    no file has, and that stayed on the meta device.
-
-    Args:
-        network: Built on the meta device.
-        like: A network with memory that has every module with such tables, by the same names.
-    """
-    for name, module in network.named_modules():
-        for key, buffer in module._buffers.items():
-            if buffer is not None and buffer.is_meta:
-                module._buffers[key] = like.get_submodule(name)._buffers[key].clone()
-        for key, value in vars(module).items():
-            if any(getattr(leaf, "is_meta", False) for leaf in (value if isinstance(value, list) else [value])):
-                setattr(module, key, copy.deepcopy(vars(like.get_submodule(name))[key]))
 
 
 def _build(architecture: Architecture, part: str, config: Mapping[str, Any]) -> Any:

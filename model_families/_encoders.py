@@ -11,15 +11,28 @@ from torch import Tensor
 
 from ..core.utils.memory import is_out_of_memory
 from ._autoencoders import kind_of
+from ._networks import outputs_inside
 
 logger = logging.getLogger(__name__)
+READ = ("input_ids", "attention_mask")
+"""What language models read of a tokenizer's result."""
 
 
-def token_ids(tokenizer: Any, prompts: Sequence[str], *, length: int | None = None) -> Any:
-    """Return tokens (B, length), padded and cut to `length` (None: the tokenizer's own), with their attention mask."""
+def token_ids(
+    tokenizer: Any, prompts: Sequence[str], *, length: int | None = None, padding_side: str | None = None
+) -> Any:
+    """Return tokens (B, length), padded and cut to `length` (None: the tokenizer's own), with their attention mask.
+
+    Args:
+        tokenizer: Of the text encoder.
+        prompts: B prompts.
+        length: Number of tokens.
+        padding_side: ``left`` or ``right``; None: the tokenizer's own.
+    """
     return tokenizer(
         list(prompts),
         padding="max_length",
+        padding_side=padding_side,
         max_length=length or tokenizer.model_max_length,
         truncation=True,
         return_tensors="pt",
@@ -50,6 +63,17 @@ def ragged(states: Tensor, mask: Tensor) -> list[Tensor]:
     if mask.is_meta:
         return list(states)
     return [one[:length] for one, length in zip(states, mask.bool().sum(dim=1).tolist(), strict=True)]
+
+
+def turned(states: Tensor, mask: Tensor) -> Tensor:
+    """Return states (B, S, D) with those of each prompt, which come first, behind all others.
+
+    Args:
+        states: Of positions of prompts and of what follows them.
+        mask: 1 where a token of the prompt is, (B, T).
+    """
+    positions = mask.bool().sum(dim=1)[:, None] + torch.arange(states.shape[1], device=states.device)
+    return states.take_along_dim((positions % states.shape[1])[..., None], dim=1)
 
 
 def chunked_ids(tokenizer: Any, prompts: Sequence[str], chunks: int) -> Any:
@@ -94,6 +118,26 @@ def last_states(
     tokens = token_ids(tokenizer, prompts, length=length) if chunks == 1 else chunked_ids(tokenizer, prompts, chunks)
     mask = tokens.attention_mask.to(encoder.device) if masked else None
     return encoder(tokens.input_ids.to(encoder.device), attention_mask=mask)
+
+
+@torch.no_grad()
+def inner_states(encoder: Any, tokens: Any, *, layers: Sequence[int]) -> Tensor:
+    """Return the states of several layers of a language model side by side, (B, T, len(layers) D); the layers after the
+    last of them are not computed.
+
+    Args:
+        encoder: A language model, with or without a head, alone or as the decoder of a model that sees images.
+        tokens: Its ``input_ids`` and ``attention_mask`` (B, T).
+        layers: Their numbers from 1, ascending.
+    """
+    decoder, moved = encoder.get_decoder(), {name: tokens[name].to(encoder.device) for name in READ}
+    found = outputs_inside(
+        [decoder.layers[number - 1] for number in layers],
+        lambda: decoder(**moved, use_cache=False),
+        pick=lambda output: output[0] if isinstance(output, tuple) else output,
+        stop=True,
+    )
+    return torch.cat(found, dim=-1)
 
 
 def encode_by_pieces(vae: Any, pixels: Tensor, generator: Sequence[torch.Generator] | None, *, at_once: int) -> Tensor:

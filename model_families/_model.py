@@ -31,7 +31,7 @@ from ._lora_files import lora_file
 from ._loras import Loras
 from ._open_source import open_source
 from ._pixels import OtherDecoder, decoded, decoding_bytes
-from ._schedulers import check_table, noise_defaults, with_fixed_shift
+from ._schedulers import check_table, linear_mu, noise_defaults, with_fixed_shift
 from ._source import Source, TextEncoders
 from ._tokenizers import PromptTokens
 from ._vae import with_vae
@@ -166,8 +166,18 @@ class DiffusersModel(PromptTokens):
     def noise_config(self) -> dict[str, Any]:
         """The scheduler config of the run: a shift that depends on the resolution is fixed to the run's resolution."""
         width, height = self.settings.resolution or (self.native_edge, self.native_edge)
+        return with_fixed_shift(self.scheduler_config, mu=self.shift_of(self.shift_positions((width, height))))
+
+    def shift_positions(self, size: tuple[int, int]) -> int:
+        """Return the number of positions by which the pipeline shifts the times of images of `size`, (width, height) in
+        pixels, where its scheduler's shift depends on it.
+        """
         edge = self.scale_factor * self.position_edge
-        return with_fixed_shift(self.scheduler_config, num_positions=(width // edge) * (height // edge))
+        return (size[0] // edge) * (size[1] // edge)
+
+    def shift_of(self, num_positions: int) -> float:
+        """Return the mu by which the pipeline shifts the times of images of `num_positions`."""
+        return linear_mu(self.scheduler_config, num_positions)
 
     def check_source(self) -> None:
         elsewhere = {*self.left_out, *(["vae"] if self.settings.vae is not None else [])}

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..core.errors import UserError
+from ._autoencoders import kind_named
 from ._encoders import decoded_pixels
 from ._files import quiet_libraries
 from ._hub import hub_errors, hub_file, hub_folder
@@ -26,7 +27,7 @@ from ._open_source import open_hub
 if TYPE_CHECKING:
     from ._architecture import Architecture
 
-ELEMENTS_PER_PIXEL = {"AutoencoderTiny": 10.2, "AutoencoderKL": 19.3, "AutoencoderDC": 18.4}
+ELEMENTS_PER_PIXEL = {"AutoencoderTiny": 10.2, "AutoencoderKL": 19.3, "AutoencoderKLFlux2": 19.3, "AutoencoderDC": 18.4}
 """Elements of activations per pixel and channel of the finest level while one image is decoded with its gradient, a
 layer recomputed at a time. Measured on TAESD and on SDXL's and Sana's autoencoders in fp32, 512 x 512 pixels, on a CPU.
 """
@@ -103,11 +104,12 @@ class OtherDecoder:
 
     def check(self, *, channels: int, factor: int) -> None:
         """Raise UserError unless it decodes latents of `channels` to images `factor` times as large per edge."""
-        kind = self.config.get("_class_name")
-        if kind not in OTHERS:
+        name = str(self.config.get("_class_name"))
+        if name not in OTHERS:
             known = " or ".join(OTHERS)
-            raise UserError(f"pixel_decoder = {self.name!r} is of the class {kind}", f"name one of the class {known}")
-        made = (self.config.get("latent_channels", 4), 2 ** (len(widths(self.config)) - 1))
+            raise UserError(f"pixel_decoder = {self.name!r} is of the class {name}", f"name one of the class {known}")
+        kind = kind_named(name)
+        made = (kind.channels(self.config), kind.factor({"block_out_channels": widths(self.config)}))
         if made != (channels, factor):
             raise UserError(
                 f"pixel_decoder = {self.name!r} decodes {made[0]} channels to {made[1]} pixels per latent, and this "
@@ -142,10 +144,10 @@ class OtherDecoder:
 
 def widths(config: Mapping[str, Any]) -> list[int]:
     """Return the channels of a decoder's levels, the finest first, from the autoencoder's config."""
-    if "decoder_block_out_channels" in config:
-        found = list(config["decoder_block_out_channels"])
-        return found if config.get("_class_name") == "AutoencoderDC" else found[::-1]
-    return list(config["block_out_channels"])
+    own = config.get("decoder_block_out_channels")
+    if own and config.get("_class_name") == "AutoencoderTiny":
+        return list(reversed(own))
+    return list(own or config["block_out_channels"])
 
 
 def decoding_bytes(config: Mapping[str, Any], num_pixels: int, *, item: int) -> int:

@@ -181,14 +181,24 @@ def _ignoring_mu(scheduler: Any) -> Any:
     return scheduler
 
 
-def with_fixed_shift(config: Mapping[str, Any], *, num_positions: int) -> dict[str, Any]:
-    """Return a scheduler config whose shift is fixed to that of images of `num_positions`, for grids of any times.
+def linear_mu(config: Mapping[str, Any], num_positions: int) -> float:
+    """Return the mu of images of `num_positions`, as most pipelines of flows do.
 
-    Pipelines shift s to m s / (1 + (m - 1) s) with m = exp(mu), or mu itself (``time_shift_type`` linear), where mu is
-    linear in the number of positions that the transformer sees: base_shift at base_image_seq_len, max_shift at
-    max_image_seq_len (arXiv 2403.03206). ``shift_terminal``, to which a scheduler stretches the last of its times, is
-    left out: it would move those that a method names. Solvers that are set to a flow become the flow that they solve.
-    Other configs come back as they are.
+    It is linear in the number of positions that the transformer sees: base_shift at base_image_seq_len, max_shift at
+    max_image_seq_len (arXiv 2403.03206).
+    """
+    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    base, top = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    return base + (top - base) * (num_positions - low) / (high - low)
+
+
+def with_fixed_shift(config: Mapping[str, Any], *, mu: float) -> dict[str, Any]:
+    """Return a scheduler config whose shift is fixed to that of `mu`.
+
+    Pipelines shift s to m s / (1 + (m - 1) s) with m = exp(mu), or mu itself (``time_shift_type`` linear). Configs
+    without ``use_dynamic_shifting`` keep theirs. ``shift_terminal``, to which a pipeline stretches the last of its own
+    times, is left out: it would move those that a method names. Solvers that are set to a flow become the flow that they
+    solve.
     """
     if is_solver_of_flow(config):
         kept = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": config.get("flow_shift", 1.0)}
@@ -196,8 +206,5 @@ def with_fixed_shift(config: Mapping[str, Any], *, num_positions: int) -> dict[s
     config = {key: value for key, value in config.items() if key != "shift_terminal"}
     if not config.get("use_dynamic_shifting"):
         return dict(config)
-    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-    base, top = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-    mu = base + (top - base) * (num_positions - low) / (high - low)
     shift = mu if config.get("time_shift_type", "exponential") == "linear" else math.exp(mu)
     return {**config, "use_dynamic_shifting": False, "shift": shift}

@@ -14,8 +14,9 @@ from ..core.errors import UserError
 from ..core.plugin_api.batch import Conditioning
 from ..core.plugin_api.family_parts import FIRST_HALF, Blocks
 from ._architecture import ReadConfig
+from ._checks import check_channels
 from ._diffusers import DiffusersFamily
-from ._empty import empty_denoiser, fill_constants
+from ._empty import empty_denoiser, fill_tables
 from ._networks import chosen_blocks, outputs_inside
 from ._smaller import evenly, kept_transformer_weights, not_more, smaller_transformer_config
 
@@ -71,11 +72,28 @@ class TransformerFamily(DiffusersFamily):
 
     block_lists: ClassVar[Mapping[str, str]] = {"num_layers": "transformer_blocks"}
     """Key of the network's config that counts blocks -> the list of them; ``student_<key>`` is the family's setting."""
+    smaller_students: ClassVar[bool] = True
+    """Whether a student may have fewer blocks than its teacher."""
 
     @classmethod
     def smaller_keys(cls, config: Any) -> list[str]:
-        keys = [f"student_{key}" for key in cls.block_lists]
+        keys = [f"student_{key}" for key in cls.block_lists if cls.smaller_students]
         return [key for key in keys if getattr(config, key) is not None]
+
+    def check_source(self) -> None:
+        self._check_smaller_keys()
+        super().check_source()
+
+    def _check_smaller_keys(self) -> None:
+        keys = [f"student_{key}" for key in self.block_lists if self.smaller_students]
+        for key in type(self.config).model_fields:  # the base's key is in the settings of every family
+            asked = getattr(self.config, key)
+            if key.startswith("student_") and key not in keys and asked is not None:
+                raise UserError(
+                    f"family_config.{self.name}.{key} = {asked}, but "
+                    + ("the network has no list of blocks of this name" if keys else "a student has all blocks here"),
+                    f"set {' or '.join(keys)}" if keys else "leave the key out",
+                )
 
     def kept_blocks(self, teacher: Any) -> dict[str, list[int]]:
         """Return key of the network's config -> indices of the teacher's blocks that a smaller student has."""
@@ -101,7 +119,7 @@ class TransformerFamily(DiffusersFamily):
         wide = next(iter(state.values()))  # not the teacher's weights, which may be packed
         zeros = {name: wide.new_zeros(value.shape) for name, value in missing.items()}
         student.load_state_dict({**state, **zeros}, assign=True)
-        fill_constants(student, teacher)
+        fill_tables(student, self.architecture, config, device=self.settings.device)
         return self.with_wide_ends(student.requires_grad_(True).eval())
 
     time_embedder: ClassVar[str] = "time_text_embed.timestep_embedder"
@@ -132,18 +150,35 @@ class TransformerFamily(DiffusersFamily):
             return outputs_inside(
                 modules,
                 lambda: self.predict(transformer, x_t, time, cond),
-                pick=lambda output: self.image_states(output, grid).transpose(1, 2).unflatten(2, grid),
+                pick=lambda output: (
+                    self.image_states(self.image_first(output, cond), grid).transpose(1, 2).unflatten(2, grid)
+                ),
                 stop=False,
             )
+
+    def image_first(self, output: Any, cond: Conditioning) -> Any:
+        """Return the output of a block with the image's states before those of prompts, whose lengths differ.
+
+        Args:
+            output: What the block returned.
+            cond: What the network was called with.
+        """
+        return output
 
     def image_states(self, output: Any, grid: Sequence[int]) -> Tensor:
         """Return the states (B, rows * columns, D) of the image's positions from the output of a block.
 
         Args:
-            output: What the block returned: by default (the text's states, the image's).
+            output: What the block returned: by default (the text's states, the image's), or one stream of both.
             grid: Its rows and columns.
         """
-        return output[1]
+        if isinstance(output, tuple):
+            return output[1]
+        positions = grid[0] * grid[1]
+        return output[:, -positions:] if self.text_first else output[:, :positions]
+
+    text_first: ClassVar[bool] = False
+    """Whether the text's positions come before the image's in one stream."""
 
     def inner_width(self, network: nn.Module) -> int:
         """Return the width D of the states between blocks."""
@@ -186,6 +221,23 @@ class TransformerFamily(DiffusersFamily):
         return [half * (number + 1) // count - 1 for number in range(count)]
 
 
+class FirstOf(nn.ModuleList):
+    """The first `count` of a list of blocks, of the length of all: some networks count with it.
+
+    Args:
+        blocks: All of them.
+        count: Number of those that it goes through.
+    """
+
+    def __init__(self, blocks: nn.ModuleList, count: int) -> None:
+        self._length = 0  # as the list is filled
+        super().__init__(blocks[:count])
+        self._length = len(blocks)
+
+    def __len__(self) -> int:
+        return self._length or len(self._modules)
+
+
 @contextlib.contextmanager
 def only_first_blocks(transformer: Any, whole: Mapping[str, Any], count: int) -> Iterator[None]:
     """Run only the first `count` blocks of `transformer` inside the block; its ends stay.
@@ -196,13 +248,26 @@ def only_first_blocks(transformer: Any, whole: Mapping[str, Any], count: int) ->
         count: Number of blocks that run.
     """
     for name, blocks in whole.items():
-        setattr(transformer, name, blocks[:count])
+        setattr(transformer, name, FirstOf(blocks, count))
         count = max(count - len(blocks), 0)
     try:
         yield
     finally:
         for name, blocks in whole.items():
             setattr(transformer, name, blocks)
+
+
+def check_latents(name: str, config: ReadConfig, *, packed: int = 1) -> None:
+    """Raise UserError unless the transformer takes the latents of the model's own autoencoder, on a flow.
+
+    Args:
+        name: Name of the model.
+        config: Reads its configs.
+        packed: Number of latents that are one position of the transformer.
+    """
+    channels = config("transformer/config.json").get("in_channels", 0)
+    check_channels(name, "transformer", channels / packed, config("vae/config.json"))
+    check_flow(name, config)
 
 
 def check_flow(name: str, config: ReadConfig) -> None:

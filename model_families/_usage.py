@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..core.diffusion.second_time import SCHEDULER
+from ._lora_files import WEIGHTS
 
 if TYPE_CHECKING:
     from ..core.plugin_api.family import ExportInfo, ModelSettings
     from ._architecture import Architecture
+
+PEFT = [
+    "from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict",
+    "from safetensors.torch import load_file",
+]
+"""Imports of the lines that load an adapter without diffusers."""
 
 
 def usage_snippet(
@@ -41,9 +49,11 @@ def usage_snippet(
     if lora and settings.vae:
         imports.insert(0, architecture.autoencoder)
     lines = ["from runpy import run_path", ""] if flow_map else []
-    lines += ["import torch", f"from diffusers import {', '.join(imports)}", ""]
+    lines += ["import torch", f"from diffusers import {', '.join(imports)}"]
+    by_peft = lora and not architecture.loads_loras() and not architecture.network_loads_loras()
+    lines += [*(PEFT if by_peft else []), ""]
     lines += ['device = "cuda" if torch.cuda.is_available() else "cpu"']
-    lines += ['dtype = torch.float16 if device == "cuda" else torch.float32']
+    lines += [f'dtype = torch.{architecture.half} if device == "cuda" else torch.float32']
     hub = "from the hub: huggingface_hub.snapshot_download(id)" if flow_map else "or its hub id"
     lines += [f'student = "student"  # the folder of this file, {hub}']
     without = "".join(f", {part}=None" for part in absent)
@@ -56,7 +66,7 @@ def usage_snippet(
     elif neutral:
         lines += ["pipe.scheduler.init_noise_sigma = 1.0  # this pipeline asks a flow scheduler for these two"]
         lines += ["pipe.scheduler.scale_model_input = lambda sample, timestep: sample"]
-    return "\n".join([*lines, *_call(call)]) + "\n"
+    return "\n".join([*lines, *_call(architecture, call)]) + "\n"
 
 
 def _load_full(architecture: Architecture, flow_map: bool, without: str) -> list[str]:
@@ -81,25 +91,46 @@ def _load_lora(
     load = "from_single_file" if settings.source.endswith(".safetensors") else "from_pretrained"
     lines += [f"pipe = {architecture.pipeline}.{load}({settings.source!r}, torch_dtype=dtype{extra}).to(device)"]
     for path, weight in settings.teacher_lora:
-        if path in by_hand:
-            lines += [
-                f"# part of the teacher at weight {weight}: {path}, which diffusers does not read or not in part;"
-            ]
+        if path in by_hand or not architecture.loads_loras():
+            lines += [f"# part of the teacher at weight {weight}: {path}, which diffusers reads in part or not;"]
             lines += ["# merge it into the model with the tool that it was made with, and name the merged model above"]
             continue
         lines += [f"pipe.load_lora_weights({path!r})  # part of the teacher", f"pipe.fuse_lora(lora_scale={weight})"]
         lines += ["pipe.unload_lora_weights()"]
-    lines += ["pipe.load_lora_weights(student)"]
+    lines += _load_adapter(architecture)
     scheduler = info.sampler.scheduler
     if scheduler == SCHEDULER:
         return lines
     return [*lines, f'pipe.scheduler = {scheduler}.from_pretrained(student, subfolder="scheduler")']
 
 
-def _call(call: Mapping[str, Any]) -> list[str]:
+def _load_adapter(architecture: Architecture) -> list[str]:
+    if architecture.loads_loras():
+        return ["pipe.load_lora_weights(student)"]
+    if architecture.network_loads_loras():
+        network = f"pipe.{architecture.denoiser}"
+        return [f'{network}.load_lora_adapter(student, weight_name="{WEIGHTS}")  # this pipeline loads no LoRAs itself']
+    return _by_peft(architecture.denoiser)
+
+
+def _by_peft(part: str) -> list[str]:
+    """Return lines that put the student's adapter into a network whose pipeline loads no LoRAs."""
+    return [
+        f'weights = load_file(f"{{student}}/{WEIGHTS}")  # with peft: this pipeline loads no LoRAs itself',
+        f'weights = {{name.removeprefix("{part}."): value for name, value in weights.items()}}',
+        'rank = next(len(value) for name, value in weights.items() if "lora_A" in name)',
+        'layers = sorted({name.partition(".lora_")[0] for name in weights})',
+        f"inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=layers), pipe.{part})",
+        f"set_peft_model_state_dict(pipe.{part}, weights)",
+        f"pipe.{part}.to(device, dtype)",
+    ]
+
+
+def _call(architecture: Architecture, call: Mapping[str, Any]) -> list[str]:
+    first = list(inspect.signature(architecture.pipeline_class().__call__).parameters)[1]  # of some, an image
     arguments = ", ".join(f"{key}={value!r}" for key, value in call.items())
     return [
         'prompt = "a photo of a fox in the snow"',
-        f"image = pipe(prompt, {arguments}).images[0]",
+        f"image = pipe({'prompt' if first == 'prompt' else 'prompt=prompt'}, {arguments}).images[0]",
         'image.save("fox.png")',
     ]

@@ -22,7 +22,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -34,7 +33,7 @@ from ._architecture import Architecture, ReadConfig
 from ._checks import check_channels
 from ._encoders import last_states
 from ._kohya_flux import KOHYA, flux_place
-from ._networks import check_guidance
+from ._networks import check_guidance, told_scale
 from ._packing import PATCH, pack, patch_ids, unpack
 from ._transformer import LORA_TARGETS, TransformerFamily, check_flow, longer_t5
 
@@ -79,6 +78,7 @@ class Flux(TransformerFamily):
         title="a FLUX.1",
         pipeline="FluxPipeline",
         accepted=("FluxPipeline", "FluxImg2ImgPipeline"),
+        siblings={"Flux2KleinPipeline": "flux2", "Flux2Pipeline": "flux2-dev", "ChromaPipeline": "chroma"},
         denoiser="transformer",
         denoiser_class="FluxTransformer2DModel",
         tokenizers={"tokenizer": "CLIPTokenizer", "tokenizer_2": "T5TokenizerFast"},
@@ -195,9 +195,7 @@ class Flux(TransformerFamily):
         if not self.takes_guidance(network):
             check_guidance(guidance, taken=False)
             return None
-        if guidance is not None:
-            return guidance + 1
-        return torch.full(like.shape, self.config.embedded_guidance, dtype=torch.float32, device=like.device)
+        return told_scale(guidance, usual=self.config.embedded_guidance, like=like)
 
     # -- images -----------------------------------------------------------------------------------------------------
 

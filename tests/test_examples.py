@@ -26,10 +26,10 @@ from support.pages import ROOT
 PACKAGES = ("distill-research", "distill-studio")
 EDGE = 32
 CONFIG = {
-    "model_family": "auraflow",
+    "model_family": "ovis-image",
     "distillation_method": "leap",
     "distillation_config": {"leap": {"num_inference_steps": 2, "teacher_steps": 2}},
-    "family_config": {"auraflow": {"max_sequence_length": 32}},
+    "family_config": {"ovis-image": {"max_sequence_length": 192}},
     "pretrained_model_name_or_path": "model",
     "report_to": "csv,tensorboard",
     "tracker_config": {"csv": {"file": "table.csv"}},
@@ -90,7 +90,7 @@ def write_database(file: Path) -> None:
 @pytest.fixture(scope="module")
 def output(place) -> Path:
     """Of a run whose method, family, data backend and tracker are all other people's."""
-    place.python("-m", "distill_studio.auraflow", "model")
+    place.python("-m", "distill_studio.ovis_image", "model")
     write_database(place.work / "images.sqlite")
     entry = {"id": "shop", "type": "sqlite", "database": "images.sqlite", "table": "photos"}
     (place.work / "config.json").write_text(json.dumps(CONFIG))
@@ -104,7 +104,7 @@ def test_pip_installs_both_packages_and_their_names_are_there(place):
     for kind, name, package in [
         ("method", "leap", "distill-research"),
         ("tracker", "csv", "distill-research"),
-        ("family", "auraflow", "distill-studio"),
+        ("family", "ovis-image", "distill-studio"),
         ("data-backend", "sqlite", "distill-studio"),
     ]:
         lines = [line for line in listed if line.startswith(kind) and f" {name} " in line]
@@ -117,7 +117,7 @@ def test_pip_installs_both_packages_and_their_names_are_there(place):
 
 def test_one_run_uses_all_four(output):
     resolved = json.loads((output / "config.resolved.json").read_text())
-    assert (resolved["distillation_method"], resolved["model_family"]) == ("leap", "auraflow")
+    assert (resolved["distillation_method"], resolved["model_family"]) == ("leap", "ovis-image")
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     with (output / "table.csv").open(newline="") as file:
         table = {(int(row["step"]), row["name"]): float(row["value"]) for row in csv.DictReader(file)}
@@ -131,13 +131,13 @@ def test_one_run_uses_all_four(output):
 
 
 def test_the_student_is_the_pipelines_of_diffusers(output):
-    """The LoRA loads into the plain pipeline and changes the image."""
+    """The LoRA loads into the plain pipeline's network and changes the image."""
     import torch
-    from diffusers import AuraFlowPipeline, FlowMatchEulerDiscreteScheduler
+    from diffusers import FlowMatchEulerDiscreteScheduler, OvisImagePipeline
 
     student = output / "student"
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(student, subfolder="scheduler")
-    pipe = AuraFlowPipeline.from_pretrained(output.parent / "model", scheduler=scheduler)
+    pipe = OvisImagePipeline.from_pretrained(output.parent / "model", scheduler=scheduler)
     pipe.set_progress_bar_config(disable=True)
 
     def image() -> np.ndarray:
@@ -146,9 +146,9 @@ def test_the_student_is_the_pipelines_of_diffusers(output):
         return pipe("a noise", width=EDGE, height=EDGE, generator=generator, **call).images[0]
 
     before = image()
-    pipe.load_lora_weights(student)
+    pipe.transformer.load_lora_adapter(student, weight_name="pytorch_lora_weights.safetensors")
     assert np.abs(image() - before).max() > 1e-4
-    pipe.disable_lora()
+    pipe.transformer.disable_lora()
     assert np.array_equal(image(), before), "switched off, it is the teacher"
 
 

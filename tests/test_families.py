@@ -7,6 +7,7 @@ that is added to ``tiny_families.MODELS`` is here by itself.
 from __future__ import annotations
 
 import json
+import re
 import types
 from types import SimpleNamespace
 
@@ -52,7 +53,8 @@ def plain(folder, tiny, **arguments):
     absent = {part: None for part in ("text_encoder_3", "tokenizer_3") if index.get(part) == [None, None]}
     pipeline = getattr(diffusers, index["_class_name"]).from_pretrained(folder, **absent, **arguments)
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.vae_scale_factor = SCALE_FACTOR  # a constant in some
+    if pipeline.vae_scale_factor > SCALE_FACTOR:  # some have 8 whatever their autoencoder
+        pipeline.vae_scale_factor = SCALE_FACTOR
     pipeline.alone = tiny.alone
     return pipeline
 
@@ -69,13 +71,30 @@ def images(pipeline, *, prompts=PROMPTS, **arguments):
     for group in groups(len(prompts), alone=pipeline.alone):
         generators = [torch.Generator().manual_seed(seed) for seed in SEEDS[: len(prompts)]][group]
         some = {key: value[group] for key, value in own.items()}
-        made.append(pipeline(list(prompts)[group], generator=generators, **{**settings, **some}).images)  # a copy
+        texts = list(prompts)[group]  # a copy: some write into it
+        made.append(pipeline(prompt=texts, generator=generators, **{**settings, **some}).images)
     return on_white(torch.cat(made)) if settings["output_type"] == "pt" else torch.cat(made)
 
 
 def groups(count, *, alone):
     """The samples of each call of a pipeline."""
     return [slice(one, one + 1) for one in range(count)] if alone else [slice(0, count)]
+
+
+def load_lora(pipeline, folder, *, weight=1.0):
+    """A LoRA by plain diffusers, or by plain peft where the pipeline loads none."""
+    if hasattr(pipeline, "load_lora_weights"):
+        pipeline.load_lora_weights(folder, adapter_name="plain")
+        pipeline.set_adapters(["plain"], [weight])
+        return
+    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    file = load_file(folder / "pytorch_lora_weights.safetensors")
+    layers = {name.removeprefix("transformer."): value for name, value in file.items()}
+    targets = sorted({name.partition(".lora_")[0] for name in layers})
+    inject_adapter_in_model(LoraConfig(r=4, lora_alpha=4 * weight, target_modules=targets), pipeline.transformer)
+    set_peft_model_state_dict(pipeline.transformer, layers)
 
 
 def generate(family, network, **arguments):
@@ -411,7 +430,7 @@ def test_features_of_any_block_are_its_outputs_in_the_networks_order(model):
     assert [level.shape[1] for level in chosen] == family.feature_channels(network, blocks=[names[-1], names[0]])
     for level, output in zip(found, outputs.values(), strict=True):
         positions = level.shape[2] * level.shape[3]  # of the image, beside those of the text in one stream
-        states = [each if each.ndim == 4 else model.tiny.image_states(each, positions) for each in output]
+        states = [each if each.ndim == 4 else model.tiny.states(each, cond, positions) for each in output]
         theirs = torch.cat(states)
         theirs = theirs if theirs.ndim == 4 else theirs.transpose(1, 2).unflatten(2, level.shape[2:])
         assert torch.equal(level, theirs)
@@ -556,7 +575,7 @@ def test_an_exported_student_makes_the_engines_images_in_the_plain_pipeline(mode
     pipeline = plain(model.folder if kind == "lora" else tmp_path, model.tiny)
     if kind == "lora":
         without = images(pipeline, **model.tiny.unguided)
-        pipeline.load_lora_weights(tmp_path)
+        load_lora(pipeline, tmp_path)
         pipeline.scheduler = getattr(diffusers, sampler.scheduler).from_pretrained(tmp_path, subfolder="scheduler")
         assert (without - ours).abs().max() > 1e-3
         trained = {key.partition(".lora_")[0] for key, _ in denoiser(pipeline).named_parameters() if "lora_" in key}
@@ -579,7 +598,7 @@ def test_a_student_with_a_second_time_runs_in_the_plain_pipeline(model, tmp_path
     ours = exported(family, tmp_path, kind, sampler, second_time=True)
     if kind == "lora":
         pipeline = plain(model.folder, model.tiny)
-        pipeline.load_lora_weights(tmp_path)
+        load_lora(pipeline, tmp_path)
     else:
         pipeline = plain(tmp_path, model.tiny, scheduler=None)
     run_path(str(tmp_path / "flow_map.py"))["attach"](pipeline, tmp_path)
@@ -593,8 +612,8 @@ def test_the_usage_snippet_runs(model, tmp_path, monkeypatch, kind):
     exported(family, tmp_path / "student", kind, sampler)
     monkeypatch.chdir(tmp_path)
     snippet = family.usage_snippet(ExportInfo(sampler, kind))
-    assert "image = pipe(prompt, " in snippet
-    small = snippet.replace("pipe(prompt, ", f"pipe(prompt, width={EDGE}, height={EDGE}, ")
+    small, calls = re.subn(r"pipe\((prompt|prompt=prompt), ", rf"pipe(\1, width={EDGE}, height={EDGE}, ", snippet)
+    assert calls == 1
     exec(compile(small, "snippet", "exec"), {})
     assert (tmp_path / "fox.png").is_file()
 
@@ -607,8 +626,7 @@ def test_a_teacher_lora_is_part_of_the_teacher(model, tmp_path):
     network = family.load_network()
     assert not any("lora" in key for key, _ in network.named_parameters())
     pipeline = plain(model.folder, model.tiny)
-    pipeline.load_lora_weights(tmp_path / "style", adapter_name="style")
-    pipeline.set_adapters(["style"], [0.7])
+    load_lora(pipeline, tmp_path / "style", weight=0.7)
     ours = generate(family, network, guidance_scale=model.tiny.scale(model.tiny.unguided))
     torch.testing.assert_close(ours, images(pipeline, **model.tiny.unguided), rtol=0, atol=5e-5)
     assert family.fingerprint("denoiser") != model.family.fingerprint("denoiser")

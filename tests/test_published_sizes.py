@@ -1,29 +1,57 @@
-"""Denoisers of published sizes on the meta device: their weights, what a LoRA adapts, and what a step takes."""
+"""Families at the sizes of the published models, on the meta device: weights, LoRA targets, a prediction, memory."""
 
+from __future__ import annotations
+
+import json
 from types import SimpleNamespace
 
 import pytest
-from distill.core.plugin_api.family import ModelSettings
+import torch
+from distill.core.plugin_api.family import MicroConditioning, ModelSettings
 from distill.core.registry.registry import Registry
-from distill.core.runs.activation_memory import is_adapted, planned_activations
-from distill.model_families._empty import empty_denoiser
+from distill.core.runs.activation_memory import is_adapted, latent_size, planned_activations
 from support.published_configs import PUBLISHED
 
-RUN = {"lora_target_modules": (), "model_type": "lora", "device": "cpu", "lora_rank": 64, "mixed_precision": "bf16"}
-EDGE = 1024
+SIZE = (1024, 1024)
 
 
-@pytest.mark.parametrize("variant", PUBLISHED)
-def test_a_published_size_is_built_adapted_and_estimated(variant):
-    name, config, vae, size = PUBLISHED[variant]
-    kind = Registry.load(installed=False).get("family", name)
-    family = kind(kind.Config(), ModelSettings("published", resolution=(EDGE, EDGE)))
-    family._vae_config = vae
-    network = empty_denoiser(kind.architecture, config)
-    assert sum(weight.numel() for weight in network.parameters()) == pytest.approx(size, rel=0.03)
-    adapted = [key for key, module in network.named_modules() if is_adapted(key, module, family.lora_targets)]
-    for block in family.block_names(network):
-        assert any(key.startswith(f"{block}.") for key in adapted), block
-    kept = planned_activations(SimpleNamespace(run=SimpleNamespace(**RUN)), family, network, (EDGE, EDGE))
-    assert 1e8 < kept.recomputed < kept.whole
-    assert kept.block < kept.whole / 2
+@pytest.fixture(scope="module", params=PUBLISHED)
+def published(request, tmp_path_factory):
+    """A family on a folder of configs alone."""
+    told = PUBLISHED[request.param]
+    folder, kind = tmp_path_factory.mktemp("published"), Registry.load(installed=False).get("family", told["family"])
+    built = kind.architecture
+    parts = {built.denoiser: (built.denoiser_class, told["denoiser"]), "vae": (built.autoencoder, told["vae"])}
+    for part, (name, config) in parts.items():
+        (folder / part).mkdir()
+        (folder / part / "config.json").write_text(json.dumps({"_class_name": name, **config}))
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": built.pipeline}))
+    settings = ModelSettings(source=str(folder), resolution=SIZE, weight_dtype="bfloat16")
+    return SimpleNamespace(family=kind(kind.Config(), settings), billions=told["billions"])
+
+
+def test_it_has_the_published_number_of_weights_and_targets_in_every_block(published):
+    network, family = published.family.empty_network(), published.family
+    count = sum(weight.numel() for weight in network.parameters()) / 1e9
+    assert count == pytest.approx(published.billions, rel=0.03)
+    adapted = [name for name, module in network.named_modules() if is_adapted(name, module, family.lora_targets)]
+    for block in family.shard_units(network):
+        if any(parameter.ndim > 1 for parameter in network.get_submodule(block).parameters()):
+            assert any(name.startswith(f"{block}.") for name in adapted), block
+
+
+def test_it_predicts_and_its_memory_is_estimated_without_values(published):
+    family, network = published.family, published.family.empty_network()
+    cond = family.empty_conditioning(network)
+    assert cond is not None
+    x_t = torch.empty(1, family.latent_channels, *latent_size(family, SIZE), device="meta")
+    with torch.no_grad():
+        assert family.predict(network, x_t, torch.zeros(1, device="meta"), cond).shape == x_t.shape
+    micro = MicroConditioning([SIZE], [(0, 0)], [SIZE])
+
+    assert family.condition({key: cond[key] for key in family.embed_keys}, micro).keys() == cond.keys()
+    run = {"lora_target_modules": (), "model_type": "lora", "device": "cpu", "lora_rank": 64, "mixed_precision": "bf16"}
+    kept = planned_activations(SimpleNamespace(run=SimpleNamespace(**run)), family, network, SIZE)
+    assert kept is not None
+    assert 1e9 < kept.whole < 200e9
+    assert kept.recomputed < kept.whole / 4

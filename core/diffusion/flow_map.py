@@ -96,13 +96,14 @@ class SecondTimes(nn.ModuleDict):
             self._given = before
 
     def add(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        """Add the embedding to the output (B, width) of the time embedding, as its forward hook."""
+        """Add the embedding to the output (B, ..., width) of the time embedding, as its forward hook."""
         if self._given is None:
             return None
         name, times = self._given
         t, r = (_one_axis(time, output.device) for time in times())
         timed, rest = output.tensor_split([len(output) - self.untimed])
-        timed = timed + self[name](t, r).to(output.dtype)
+        added = self[name](t, r).to(output.dtype)
+        timed = timed + added.unflatten(0, (-1, *[1] * (output.ndim - 2)))
         return torch.cat([timed, rest]) if self.untimed else timed
 
 
@@ -116,7 +117,7 @@ def install(network: nn.Module, *, name: str, path: str, width: int, untimed: in
     Args:
         network: Keeps its own weights as they are.
         name: Name of the role that it belongs to; made once, and returned by later calls.
-        path: The module to whose output (B, width) it is added. It must not be recomputed in a backward pass
+        path: The module to whose output (B, ..., width) it is added. It must not be recomputed in a backward pass
             (gradient checkpointing of later blocks is fine).
         width: Output width of the module at `path`.
         untimed: Number of the last rows of its output that keep what they are.

@@ -174,8 +174,9 @@ def _merge(layer: Any, adapter: str, merged: Tensor) -> None:
 
 
 def without_weights(network: nn.Module, targets: Sequence[str]) -> list[str]:
-    """Return the names of modules that `targets`, suffixes of names, mean and that have no weights of their own, as an
-    activation that is numbered like a layer elsewhere: no adapter can lie on them.
+    """Return the names of modules that `targets`, suffixes of names, mean and on which no adapter can lie.
+
+    They have no weights of their own, as an activation that is numbered like a layer elsewhere, or are lists of layers.
     """
     named = ((name, one) for name, one in network.named_modules() if name.endswith(tuple(f".{t}" for t in targets)))
-    return [name for name, one in named if next(one.parameters(), None) is None]
+    return [name for name, one in named if isinstance(one, nn.ModuleList) or next(one.parameters(), None) is None]

@@ -1,62 +1,137 @@
-"""Sizes of published denoisers, from the configs that their makers wrote: numbers alone, with where they stand.
+"""Configs of published denoisers, as data: numbers alone, to count weights and memory of the real sizes.
 
-A family's variant -> the denoiser's config, that of the autoencoder as far as latents go, and the size in parameters.
+Each entry: the family, the number of parameters in billions, as published, the denoiser's config where it differs from
+the defaults of its class, and that of the autoencoder.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-_SANA = {
+KL8 = {"block_out_channels": [128, 256, 512, 512], "latent_channels": 4}
+KL16 = {**KL8, "latent_channels": 16}
+
+KL32 = {**KL8, "latent_channels": 32}
+
+SANA = {
     "in_channels": 32, "out_channels": 32, "attention_head_dim": 32, "caption_channels": 2304, "mlp_ratio": 2.5,
     "attention_bias": False, "sample_size": 32, "patch_size": 1, "norm_elementwise_affine": False, "norm_eps": 1e-6,
     "interpolation_scale": None,
 }  # fmt: skip
-_SANA_LARGE = {
-    **_SANA, "num_attention_heads": 70, "num_cross_attention_heads": 20, "cross_attention_head_dim": 112,
+SANA_LARGE = {
+    **SANA, "num_attention_heads": 70, "num_cross_attention_heads": 20, "cross_attention_head_dim": 112,
     "cross_attention_dim": 2240,
 }  # fmt: skip
-_DEEP = {"_class_name": "AutoencoderDC", "latent_channels": 32, "encoder_block_out_channels": [0] * 6}
+DEEP = {"latent_channels": 32, "encoder_block_out_channels": [128, 256, 512, 512, 1024, 1024]}
 
-# -- qwen-image, qwen-image-2, sana ------------------------------------------------------------------------------------
-# Qwen-Image and 2.1: defaults of the classes in diffusers, which are the published models' (transformer_qwenimage.py,
-# transformer_qwenimage21.py, autoencoder_kl_qwenimage*.py); sizes: https://huggingface.co/Qwen/Qwen-Image-2.1 (7B) and
-# arXiv 2508.02324 (20B).
-# Sana: scripts/convert_sana_to_diffusers.py of https://github.com/huggingface/diffusers; sizes: arXiv 2410.10629 (table
-# of the models: 590M and 1604M) and arXiv 2501.18427 (4.8B, of which the transformer has 4.72B).
-QWEN_AND_SANA: dict[str, tuple[str, dict[str, Any], dict[str, Any], float]] = {
-    "qwen-image": (
-        "qwen-image",
-        {
+PUBLISHED: dict[str, dict[str, Any]] = {
+    # Qwen-Image and 2.1: defaults of the classes in diffusers, which are the published models'
+    # (transformer_qwenimage.py, transformer_qwenimage21.py, autoencoder_kl_qwenimage*.py); sizes: arXiv 2508.02324 (20B)
+    # and https://huggingface.co/Qwen/Qwen-Image-2.1 (7B)
+    "qwen-image": {
+        "family": "qwen-image",
+        "billions": 20.4,
+        "vae": {"z_dim": 16, "temperal_downsample": [False, True, True]},
+        "denoiser": {
             "patch_size": 2, "in_channels": 64, "out_channels": 16, "num_layers": 60, "attention_head_dim": 128,
             "num_attention_heads": 24, "joint_attention_dim": 3584, "guidance_embeds": False,
             "axes_dims_rope": [16, 56, 56],
         },
-        {"_class_name": "AutoencoderKLQwenImage", "z_dim": 16, "temperal_downsample": [False, True, True]},
-        20.4e9,
-    ),
-    "qwen-image-2": (
-        "qwen-image-2",
-        {
+    },
+    "qwen-image-2": {
+        "family": "qwen-image-2",
+        "billions": 7.1,
+        "vae": {"z_dim": 64, "temperal_downsample": [False, True, True, True]},
+        "denoiser": {
             "patch_size": 1, "in_channels": 64, "out_channels": 64, "num_layers": 32, "attention_head_dim": 128,
             "num_attention_heads": 32, "context_in_dim": 4096, "mlp_ratio": 3, "axes_dims_rope": [16, 56, 56],
             "eps": 1e-6, "causal_condition": True,
         },
-        {"_class_name": "AutoencoderKLQwenImage21", "z_dim": 64, "temperal_downsample": [False, True, True, True]},
-        7.1e9,
-    ),
-    "sana-0.6b": (
-        "sana",
-        {
-            **_SANA, "num_attention_heads": 36, "num_cross_attention_heads": 16, "cross_attention_head_dim": 72,
+    },
+    # scripts/convert_sana_to_diffusers.py of https://github.com/huggingface/diffusers; sizes: arXiv 2410.10629 (590M
+    # and 1604M) and arXiv 2501.18427 (4.8B, of which the transformer has 4.72B)
+    "sana-0.6b": {
+        "family": "sana",
+        "billions": 0.59,
+        "vae": DEEP,
+        "denoiser": {
+            **SANA, "num_attention_heads": 36, "num_cross_attention_heads": 16, "cross_attention_head_dim": 72,
             "cross_attention_dim": 1152, "num_layers": 28,
         },
-        _DEEP,
-        0.59e9,
-    ),
-    "sana-1.6b": ("sana", {**_SANA_LARGE, "num_layers": 20}, _DEEP, 1.604e9),
-    "sana-1.5-4.8b": (
-        "sana", {**_SANA_LARGE, "num_layers": 60, "qk_norm": "rms_norm_across_heads"}, _DEEP, 4.72e9
-    ),
+    },
+    "sana-1.6b": {
+        "family": "sana", "billions": 1.604, "vae": DEEP, "denoiser": {**SANA_LARGE, "num_layers": 20}
+    },
+    "sana-1.5-4.8b": {
+        "family": "sana",
+        "billions": 4.72,
+        "vae": DEEP,
+        "denoiser": {**SANA_LARGE, "num_layers": 60, "qk_norm": "rms_norm_across_heads"},
+    },
+    # https://huggingface.co/Tongyi-MAI/Z-Image-Turbo/blob/main/transformer/config.json: the defaults of its class in
+    # diffusers; size: arXiv 2511.22699 (6B)
+    "z-image": {"family": "z-image", "billions": 6.15, "vae": KL16, "denoiser": {"cap_feat_dim": 2560}},
+    # https://github.com/black-forest-labs/flux2/blob/main/src/flux2/model.py: Flux2Params, Klein9BParams, Klein4BParams
+    "flux2-dev": {
+        "family": "flux2-dev",
+        "billions": 32.0,
+        "vae": KL32,
+        "denoiser": {
+            "in_channels": 128, "joint_attention_dim": 15360, "num_attention_heads": 48, "num_layers": 8,
+            "num_single_layers": 48, "guidance_embeds": True,
+        },
+    },
+    "flux2-klein-9b": {
+        "family": "flux2",
+        "billions": 9.0,
+        "vae": KL32,
+        "denoiser": {
+            "in_channels": 128, "joint_attention_dim": 12288, "num_attention_heads": 32, "num_layers": 8,
+            "num_single_layers": 24, "guidance_embeds": False,
+        },
+    },
+    "flux2-klein-4b": {
+        "family": "flux2",
+        "billions": 3.88,  # 7.75 GB in bf16
+        "vae": KL32,
+        "denoiser": {
+            "in_channels": 128, "joint_attention_dim": 7680, "num_attention_heads": 24, "num_layers": 5,
+            "num_single_layers": 20, "guidance_embeds": False,
+        },
+    },
+    # https://huggingface.co/lodestones/Chroma1-HD: the defaults of its class in diffusers
+    "chroma": {"family": "chroma", "billions": 8.9, "vae": KL16, "denoiser": {"in_channels": 64}},
+    # https://huggingface.co/fal/AuraFlow/blob/main/transformer/config.json; v0.3 has 9216 positions
+    "auraflow": {
+        "family": "auraflow",
+        "billions": 6.8,
+        "vae": KL8,
+        "denoiser": {
+            "in_channels": 4, "num_mmdit_layers": 4, "num_single_dit_layers": 32, "attention_head_dim": 256,
+            "num_attention_heads": 12, "joint_attention_dim": 2048, "caption_projection_dim": 3072,
+            "pos_embed_max_size": 9216,
+        },
+    },
+    # https://huggingface.co/Alpha-VLLM/Lumina-Image-2.0/blob/main/transformer/config.json
+    "lumina2": {
+        "family": "lumina2",
+        "billions": 2.6,
+        "vae": KL16,
+        "denoiser": {
+            "in_channels": 16, "hidden_size": 2304, "num_layers": 26, "num_refiner_layers": 2,
+            "num_attention_heads": 24, "num_kv_heads": 8, "multiple_of": 256, "axes_dim_rope": [32, 32, 32],
+            "axes_lens": [300, 512, 512], "cap_feat_dim": 2304, "norm_eps": 1e-5,
+        },
+    },
+    # https://huggingface.co/PixArt-alpha/PixArt-Sigma-XL-2-1024-MS/blob/main/transformer/config.json
+    "pixart-sigma": {
+        "family": "pixart-sigma",
+        "billions": 0.61,
+        "vae": KL8,
+        "denoiser": {
+            "num_layers": 28, "num_attention_heads": 16, "attention_head_dim": 72, "in_channels": 4, "out_channels": 8,
+            "cross_attention_dim": 1152, "caption_channels": 4096, "sample_size": 128, "interpolation_scale": 2,
+            "use_additional_conditions": False,
+        },
+    },
 }  # fmt: skip
-PUBLISHED = {**QWEN_AND_SANA}

@@ -6,7 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from support import tiny_sdxl
+from support.tiny_auraflow import AURAFLOW
+from support.tiny_chroma import CHROMA
+from support.tiny_flux2 import DEV, KLEIN
+from support.tiny_lumina2 import LUMINA2
 from support.tiny_parts import CHANNELS, T5_WIDTH, Tiny, clip_encoder, flow, flow_vae, seeded, t5_parts
+from support.tiny_pixart import PIXART
 from support.tiny_qwen import QWEN_IMAGE, QWEN_IMAGE_2
 from support.tiny_sana import SANA, SANA_1_5
 from support.tiny_sdxl import EDGE, SCALE_FACTOR, WIDTHS, write_tokenizer
@@ -119,5 +124,17 @@ MODELS = {
     ),
 }
 """Name of a variant -> model, of the families that most tests look at."""
-NEWER = {"z-image": Z_IMAGE, "qwen-image": QWEN_IMAGE, "qwen-image-2": QWEN_IMAGE_2, "sana": SANA, "sana-1.5": SANA_1_5}
+NEWER = {
+    "z-image": Z_IMAGE,
+    "qwen-image": QWEN_IMAGE,
+    "qwen-image-2": QWEN_IMAGE_2,
+    "sana": SANA,
+    "sana-1.5": SANA_1_5,
+    "flux2-klein": KLEIN,
+    "flux2-dev": DEV,
+    "chroma": CHROMA,
+    "auraflow": AURAFLOW,
+    "lumina2": LUMINA2,
+    "pixart-sigma": PIXART,
+}
 """The same for families whose tests are those of every family alone."""

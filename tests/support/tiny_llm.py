@@ -18,19 +18,14 @@ TEMPLATE = (
 """In the shape of Qwen3's."""
 
 
-def write_llm_tokenizer(folder: Path, *, length: int = 512, special: tuple[str, ...] = ()) -> Any:
-    """A byte-level tokenizer without merges (a token per letter), as Qwen's."""
+def write_llm_tokenizer(folder: Path, *, length: int = 512, special: tuple[str, ...] = (), **further: Any) -> Any:
+    """A byte-level tokenizer without merges (a token per letter), as Qwen's, with its template unless told another."""
     from transformers import Qwen2Tokenizer
 
     letters = [token for token in vocabulary() if not token.endswith("</w>") and not token.startswith("<|")]
     vocab = {token: number for number, token in enumerate((*letters, *SPECIALS, *special))}
-    tokenizer = Qwen2Tokenizer(
-        vocab=vocab,
-        merges=[],
-        model_max_length=length,
-        chat_template=TEMPLATE,
-        additional_special_tokens=[START, END, *special],
-    )
+    own = {"chat_template": TEMPLATE, "additional_special_tokens": [START, END, *special], **further}
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], model_max_length=length, **own)
     tokenizer.save_pretrained(folder)
     return Qwen2Tokenizer.from_pretrained(folder)
 

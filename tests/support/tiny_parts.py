@@ -31,8 +31,9 @@ class Tiny:
         encoded: The pipeline's own encoding, where its parts are no tensors.
         kinks: Whether the network is not differentiable everywhere.
         alone: Whether the pipeline makes another image of a prompt beside a longer one.
-        image_states: Takes the image's positions, of this number, from what a block returned.
         autoencoded: What the autoencoder makes of images (B, 3, H, W), as :func:`plain_latents` does.
+        states: Takes the image's states (B, positions, D) from the output (B, T, D) of a block, the conditioning and
+            the number of positions.
     """
 
     family: str
@@ -49,8 +50,8 @@ class Tiny:
     encoded: Callable[[Any, list[str]], dict[str, Any]] | None = None
     kinks: bool = False
     alone: bool = False
-    image_states: Callable[[Any, int], Any] = lambda output, positions: output[:, :positions]
     autoencoded: Callable[[Any, Any], tuple[Any, Any, Any]] = lambda vae, pixels: plain_latents(vae, pixels)
+    states: Callable[[Any, dict[str, Any], int], Any] = lambda output, cond, positions: output[:, :positions]
 
     def scale(self, arguments: dict[str, Any]) -> float:
         """The guidance scale of a plain call with these arguments."""
@@ -80,8 +81,13 @@ class Tiny:
         return kind(own, ModelSettings(source=str(folder), resolution=(EDGE, EDGE), **settings))
 
 
+def last(output: Any, cond: Any, positions: int) -> Any:
+    """The image's states where they come after the text's in one stream."""
+    return output[:, -positions:]
+
+
 def plain_latents(vae: Any, pixels: Any) -> tuple[Any, Any, Any]:
-    """Scaled latents of images: their mode, a sample of seed 5; and what the mode is decoded to, in [-1, 1]."""
+    """Scaled latents of images, their mode and a sample of seed 5 (equal where there is but one); the mode decoded."""
     import torch
 
     shift = vae.config.shift_factor or 0.0

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from support.tiny_llm import write_llm_tokenizer
-from support.tiny_parts import CHANNELS, Tiny, on_white, seeded
+from support.tiny_parts import CHANNELS, Tiny, last, on_white, seeded
 from support.tiny_sdxl import EDGE, SCALE_FACTOR
 
 WIDTH = 32
@@ -197,7 +197,7 @@ QWEN_IMAGE_2 = Tiny(
     written=lambda output: output[:, -SIDE * SIDE :],
     halves="in turn",
     alone=True,
-    image_states=lambda output, positions: output[:, -positions:],
+    states=last,
     encoded=encoded_alone,
     autoencoded=frame_latents,
 )

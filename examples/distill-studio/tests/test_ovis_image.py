@@ -2,25 +2,26 @@
 
 import pytest
 import torch
-from diffusers import AuraFlowPipeline
+from diffusers import OvisImagePipeline
 from distill import ModelSettings
-from distill_studio.auraflow import EDGE, AuraFlow
+from distill.model_families import pack
+from distill_studio.ovis_image import EDGE, OvisImage
 
 PROMPTS = ["a fox in the snow", "a harbour"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return AuraFlow.example(tmp_path_factory.mktemp("auraflow"))
+    return OvisImage.example(tmp_path_factory.mktemp("ovis"))
 
 
 @pytest.fixture(scope="module")
 def family(folder):
-    return AuraFlow(AuraFlow.Config(), ModelSettings(source=str(folder)))
+    return OvisImage(OvisImage.Config(), ModelSettings(source=str(folder)))
 
 
 def test_prompts_are_encoded_as_the_pipeline_does(family, folder):
-    embeds = AuraFlowPipeline.from_pretrained(folder).encode_prompt(PROMPTS)[0]
+    embeds = OvisImagePipeline.from_pretrained(folder).encode_prompt(PROMPTS, do_classifier_free_guidance=False)[0]
     torch.testing.assert_close(family.encode_prompts(PROMPTS)["prompt_embeds"], embeds)
 
 
@@ -30,8 +31,8 @@ def test_images_are_those_of_the_pipeline(family, folder):
     network, embeds = family.load_network(), family.encode_prompts(PROMPTS)
     ours = family.generate(network, embeds, sampler=None, seeds=[3, 4], **call)
     noise = torch.cat([torch.randn(1, 4, EDGE // 2, EDGE // 2, generator=torch.manual_seed(seed)) for seed in (3, 4)])
-    pipeline = AuraFlowPipeline.from_pretrained(folder)
-    theirs = pipeline(PROMPTS, latents=noise, output_type="pt", **call).images
+    pipeline = OvisImagePipeline.from_pretrained(folder)
+    theirs = pipeline(PROMPTS, latents=pack(noise), output_type="pt", **call).images
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
     assert theirs.std() > 0.05, "an image, not a plain area"
 

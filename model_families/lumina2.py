@@ -1,0 +1,168 @@
+"""Lumina-Image 2.0: one stream of text and latents, trained by flow matching, whose prompts Gemma 2 reads.
+
+The network takes latents (B, 16, h, w), Gemma's states (B, 256, 2304) and where they are padding. Its time is 1 - t,
+0 at the noise, and its output is data minus noise, the negative of what most flows predict. In its blocks the states of
+each prompt come first, without padding, and those of the image follow them.
+
+The pipeline writes a system prompt before every prompt, and none before the unconditional, which is the empty text.
+After guidance it gives each row of the prediction the norm of the conditional one (``cfg_normalization``), which no
+student can be trained to and no other family does: the engine's images and the snippets of its students switch it off.
+
+References:
+    Qin et al., Lumina-Image 2.0: A Unified and Efficient Image Generative Framework, arXiv 2503.21758.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from ..core.diffusion.second_time import second_time_input
+from ..core.plugin_api.family import Capabilities, ExportInfo, ModelFamily
+from ..core.plugin_api.hookspecs import hookimpl
+from ..core.utils.full_precision import input_type
+from ._architecture import Architecture, ReadConfig
+from ._checks import check_channels
+from ._encoders import token_ids, turned
+from ._networks import check_guidance, lengths_of
+from ._one_encoder import OneEncoderFamily
+from ._transformer import check_flow
+
+if TYPE_CHECKING:
+    from ..core.plugin_api.batch import Conditioning
+    from ._source import TextEncoders
+
+SYSTEM_PROMPT = (
+    "You are an assistant designed to generate superior images with the superior degree of image-text alignment based "
+    "on textual prompts or user prompts."
+)
+"""The pipeline's own."""
+UNNORMED: Mapping[str, Any] = {"cfg_normalization": False}
+"""Makes the pipeline's guidance the usual one."""
+
+
+def check_configs(name: str, config: ReadConfig) -> None:
+    """Raise UserError unless the transformer takes the latents of the model's autoencoder, on a flow."""
+    channels = config("transformer/config.json").get("in_channels", 16)
+    check_channels(name, "transformer", channels, config("vae/config.json"))
+    check_flow(name, config)
+
+
+class Lumina2(OneEncoderFamily):
+    """Lumina-Image 2.0 and its fine-tunes."""
+
+    name: ClassVar[str] = "lumina2"
+    aliases: ClassVar[tuple[str, ...]] = ("lumina-image-2",)
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        lora=True, full=True, second_time=True, features=True, pixels=True, quantised_base=True,
+        quantised_text_encoders=1,
+    )  # fmt: skip
+    lora_targets: ClassVar[tuple[str, ...]] = (
+        *("to_q", "to_k", "to_v", "to_out.0", "feed_forward.linear_1", "feed_forward.linear_2"),
+        *("feed_forward.linear_3", "norm1.linear"),
+    )
+    ends = ("x_embedder", "norm_out")
+    default_guidance: ClassVar[float] = 4.0
+    block_lists: ClassVar[Mapping[str, str]] = {"num_layers": "layers"}
+    time_embedder = "time_caption_embed.timestep_embedder"
+    text_widths: ClassVar[Mapping[str, str]] = {"prompt_embeds": "cap_feat_dim"}
+    pipeline_tokens: ClassVar[int] = 256
+    architecture: ClassVar[Architecture] = Architecture(
+        title="a Lumina-Image 2",
+        pipeline="Lumina2Pipeline",
+        accepted=("Lumina2Pipeline", "Lumina2Text2ImgPipeline"),
+        denoiser="transformer",
+        denoiser_class="Lumina2Transformer2DModel",
+        tokenizers={"tokenizer": "AutoTokenizer"},
+        encoders={"text_encoder": "Gemma2Model"},
+        check=check_configs,
+        made_of="a Lumina-Image 2 has Gemma 2 as its text encoder",
+        lora_encoders=(),
+        half="bfloat16",
+    )
+
+    class Config(OneEncoderFamily.Config):
+        """Settings of the family lumina2, under ``family_config``."""
+
+        max_sequence_length: int | None = Field(default=None, ge=1, le=299)
+        """Tokens that Gemma reads, the system prompt included (256 if absent); the network has positions for 299."""
+        system_prompt: str = Field(default=SYSTEM_PROMPT, min_length=1)
+        """What is written before every prompt, but not before the unconditional; fine-tunes may have their own."""
+
+    @property
+    def default_steps(self) -> int:
+        return 30
+
+    def shift_positions(self, size: tuple[int, int]) -> int:
+        return self.latent_channels  # of which Lumina2Pipeline makes mu, where a scheduler asks for one
+
+    # -- text ---------------------------------------------------------------------------------------------------------
+
+    def text_settings(self) -> Sequence[str]:
+        return (*super().text_settings(), f"system_prompt={self.config.system_prompt}")
+
+    def written(self, tokenizer: Any, prompts: Sequence[str]) -> list[str]:
+        return [f"{self.config.system_prompt} <Prompt Start> {prompt}" for prompt in prompts]
+
+    @torch.no_grad()
+    def encode(self, text: TextEncoders, prompts: Sequence[str]) -> Conditioning:
+        tokenizer, encoder = text.pairs()[0]
+        written = [self.written(tokenizer, [prompt])[0] if prompt else "" for prompt in prompts]
+        tokens = token_ids(tokenizer, written, length=self.num_tokens, padding_side="right").to(encoder.device)
+        mask = tokens.attention_mask
+        states = encoder(tokens.input_ids, attention_mask=mask, output_hidden_states=True).hidden_states[-2]
+        return {"prompt_embeds": states * mask[..., None], "prompt_attention_mask": mask.bool()}
+
+    # -- network ------------------------------------------------------------------------------------------------------
+
+    def input_weight(self, network: nn.Module) -> Tensor:
+        return network.get_parameter("x_embedder.weight")
+
+    def inner_width(self, network: nn.Module) -> int:
+        transformer: Any = network
+        return transformer.config.hidden_size
+
+    def image_first(self, output: Any, cond: Conditioning) -> Tensor:
+        return turned(output, cond["prompt_attention_mask"])
+
+    def predict(
+        self,
+        network: nn.Module,
+        x_t: Tensor,
+        time: Tensor,
+        cond: Conditioning,
+        *,
+        guidance: Tensor | None = None,
+        second_time: Tensor | None = None,
+    ) -> Tensor:
+        check_guidance(guidance, taken=False)
+        transformer: Any = network
+        dtype, mask = self.weight_type(transformer), cond["prompt_attention_mask"].bool()
+        with second_time_input(transformer, time, second_time), lengths_of(mask):
+            return -transformer(
+                hidden_states=x_t.to(input_type(dtype, x_t.device)),
+                timestep=1 - time / 1000,
+                encoder_hidden_states=cond["prompt_embeds"].to(dtype),
+                encoder_attention_mask=mask,
+                return_dict=False,
+            )[0]
+
+    # -- images -------------------------------------------------------------------------------------------------------
+
+    def guidance_call(self, network: nn.Module, scale: float) -> dict[str, Any]:
+        return {"guidance_scale": scale, **UNNORMED}
+
+    def snippet_call(self, info: ExportInfo) -> dict[str, Any]:
+        own = {} if self.config.system_prompt == SYSTEM_PROMPT else {"system_prompt": self.config.system_prompt}
+        normed = UNNORMED if info.sampler.guidance_scale > 1 else {}
+        return {**super().snippet_call(info), **own, **normed}
+
+
+@hookimpl
+def register_families() -> list[type[ModelFamily]]:
+    """Return the family of this file."""
+    return [Lumina2]
