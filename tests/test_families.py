@@ -20,12 +20,12 @@ from distill.model_families._images import sample_latents
 from support.config_files import distill, said
 from support.original_sdxl import write_single_file
 from support.tiny_families import EDGE, MODELS, NEWER, SCALE_FACTOR
-from support.tiny_parts import SHORT
+from support.tiny_parts import SHORT, SIZES
 
 PROMPTS = ["a red fox", "two blue boats on a lake in the evening sun"]
 SEEDS = [3, 8]
 SIZE = {"width": EDGE, "height": EDGE}
-MICRO = MicroConditioning([(64, 48)] * 2, [(0, 0)] * 2, [(EDGE, EDGE)] * 2)
+MICRO = MicroConditioning([SIZES["original_size"]] * 2, [SIZES["crops_coords_top_left"]] * 2, [(EDGE, EDGE)] * 2)
 STEPS = 3
 
 
@@ -173,7 +173,7 @@ def test_without_a_miniature_a_run_asks_for_a_model(model):
 
 
 def test_a_single_file_is_the_same_model_where_such_files_are_read(model, tmp_path):
-    if not hasattr(model.pipeline, "unet"):
+    if model.family.architecture.single_file is None:
         (tmp_path / "one.safetensors").write_bytes(b"")
         with pytest.raises(UserError, match=r"is a single file(?s:.)*folder in diffusers layout"):
             model.tiny.make(tmp_path / "one.safetensors").check_source()
@@ -271,7 +271,7 @@ def test_predict_equals_the_pipelines_denoising_loop(model, guided):
     noise, _, cond = inputs(family)
     cond |= {key: value.double() for key, value in encoded(model, PROMPTS, pipeline).items()}
     empty = {key: value.double().expand_as(cond[key]) for key, value in encoded(model, [""], pipeline).items()}
-    calls = trace(pipeline, family.to_network(noise), **arguments)
+    calls = trace(pipeline, family.to_network(noise), **arguments, **model.tiny.sized)
     told = model.tiny.told(arguments)
     assert calls
     times = pipeline.scheduler.timesteps

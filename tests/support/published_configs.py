@@ -34,4 +34,19 @@ PUBLISHED: dict[str, dict[str, Any]] = {
             "use_additional_conditions": False,
         },
     },
+    # https://huggingface.co/Kwai-Kolors/Kolors-diffusers/blob/main/unet/config.json
+    "kolors": {
+        "family": "kolors",
+        "billions": 2.58,
+        "vae": KL8,
+        "denoiser": {
+            "block_out_channels": [320, 640, 1280], "layers_per_block": 2, "attention_head_dim": [5, 10, 20],
+            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+            "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+            "transformer_layers_per_block": [1, 2, 10], "cross_attention_dim": 2048, "use_linear_projection": True,
+            "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 5632, "encoder_hid_dim": 4096,
+            "encoder_hid_dim_type": "text_proj", "sample_size": 128,
+        },
+    },
 }  # fmt: skip

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from support import tiny_sdxl
+from support.tiny_kolors import KOLORS
 from support.tiny_lumina2 import LUMINA2
 from support.tiny_parts import CHANNELS, T5_WIDTH, Tiny, clip_encoder, flow, flow_vae, seeded, t5_parts
 from support.tiny_pixart import PIXART
@@ -119,5 +120,5 @@ MODELS = {
     ),
 }
 """Name of a variant -> model, of the families that most tests look at."""
-NEWER = {"z-image": Z_IMAGE, "lumina2": LUMINA2, "pixart-sigma": PIXART}
+NEWER = {"z-image": Z_IMAGE, "lumina2": LUMINA2, "pixart-sigma": PIXART, "kolors": KOLORS}
 """The same for families whose tests are those of every family alone."""

@@ -29,6 +29,7 @@ class Tiny:
             the other.
         off_by: What is added to the pipeline's guidance scale to make it ours.
         encoded: The pipeline's own encoding, where its parts are no tensors.
+        sized: Further arguments of a call that say the sizes which the tests give.
         states: Takes the image's states (B, positions, D) from the output (B, T, D) of a block, the conditioning and
             the number of positions.
     """
@@ -45,6 +46,7 @@ class Tiny:
     halves: Literal["batched", "batched, conditional first", "in turn"] = "batched"
     off_by: float = 0.0
     encoded: Callable[[Any, list[str]], dict[str, Any]] | None = None
+    sized: dict[str, Any] = field(default_factory=dict)
     states: Callable[[Any, dict[str, Any], int], Any] = lambda output, cond, positions: output[:, :positions]
 
     def scale(self, arguments: dict[str, Any]) -> float:
@@ -131,6 +133,8 @@ def t5_parts(folder: Path, width: int) -> tuple[Any, Any]:
     return T5TokenizerFast.from_pretrained(folder), seeded(lambda: T5EncoderModel(config))
 
 
+SIZES: dict[str, Any] = {"original_size": (64, 48), "crops_coords_top_left": (3, 5)}
+"""Heights and widths, tops and lefts that the tests give, beside the size of the image."""
 SHORT: dict[str, Any] = {"max_sequence_length": TOKENS}
 """As few tokens for T5 as for CLIP."""
 
