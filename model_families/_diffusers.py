@@ -46,6 +46,8 @@ class DiffusersFamily(EncoderMemory, LoraFiles):
     """The network's first module and its last ones, which compute in fp32 in runs of half precision. The
     :meth:`predict` of a family that names them takes the types of the network's inputs from :meth:`weight_type` and
     :func:`.full_precision.input_type`."""
+    one_prompt_a_call: ClassVar[bool] = False
+    """Whether the pipeline is called for each image, since it takes prompts of one length only."""
 
     # -- for families to define ---------------------------------------------------------------------------------------
 
@@ -69,6 +71,10 @@ class DiffusersFamily(EncoderMemory, LoraFiles):
     def guidance_call(self, network: nn.Module, scale: float) -> dict[str, Any]:
         """Return arguments of the pipeline's call that guide `network` by `scale` (0 and 1: off)."""
         return {"guidance_scale": scale}
+
+    def completed_call(self, call: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]:
+        """Return the arguments of the pipeline's call for images of `size`, with those that follow from the others."""
+        return dict(call)
 
     def pipeline_prompts(self, embeds: Conditioning, prefix: str = "") -> dict[str, Any]:
         """Return the arguments of the pipeline's call for encoded prompts: tensors (B, ...), or lists of B tensors.
@@ -242,14 +248,15 @@ class DiffusersFamily(EncoderMemory, LoraFiles):
             guidance_embedding=embedded,
         )
         scale = call.pop("guidance_scale")
-        call |= self.guidance_call(network, scale)
+        call = self.completed_call({**call, **self.guidance_call(network, scale)}, (width, height))
         embeds = {key: embeds[key] for key in self.embed_keys}
         negative = None
         if scale > 1 and not embedded:
             negative = self.uncond(embeds) if negative_embeds is None else negative_embeds
         scheduler = self.scheduler(sampler)
         pipeline = build_pipeline(self.architecture, network, scheduler, scale_factor=self.scale_factor)
-        at_once = max(1, self.config.latents_at_once * self.scale_factor**2 // (width * height))
+        fitting = self.config.latents_at_once * self.scale_factor**2 // (width * height)
+        at_once = 1 if self.one_prompt_a_call else max(1, fitting)
         images = []
         with evaluating(network), sampled_by(network, scheduler):
             for at in range(0, len(seeds), at_once):

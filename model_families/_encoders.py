@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -71,6 +71,39 @@ def turned(states: Tensor, mask: Tensor) -> Tensor:
     """
     positions = mask.bool().sum(dim=1)[:, None] + torch.arange(states.shape[1], device=states.device)
     return states.take_along_dim((positions % states.shape[1])[..., None], dim=1)
+
+
+def padded_in_front(
+    tokenizer: Any, prompts: Sequence[str], *, length: int, multiple: int
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Yield (indices of prompts, their tokens (b, T)) for each length T, those of one length together.
+
+    Args:
+        tokenizer: Of the text encoder.
+        prompts: All prompts, each padded in front as if it were alone.
+        length: Largest number of tokens; the rest is cut off.
+        multiple: T is a multiple of it.
+    """
+    found = tokenizer(list(prompts), truncation=True, max_length=length, verbose=False).input_ids
+    lengths = [-(-len(ids) // multiple) * multiple for ids in found]
+    for padded in sorted(set(lengths)):
+        rows = [row for row, own in enumerate(lengths) if own == padded]
+        yield rows, torch.tensor([[tokenizer.pad_token_id] * (padded - len(found[row])) + found[row] for row in rows])
+
+
+def shortened(states: Tensor, mask: Tensor, further: int) -> tuple[Tensor, Tensor | None]:
+    """Return states (B, T, D) without what is padding in every prompt, and which of them and of `further` positions may
+    be seen, (B, T + further); None where all may.
+
+    Args:
+        states: Of prompts, padding behind them.
+        mask: 1 where a state is, (B, T'); on the meta device every prompt has all.
+        further: Number of positions behind them.
+    """
+    lengths = [mask.shape[1]] if mask.is_meta else mask.bool().sum(dim=1).tolist()
+    longest = max(lengths)
+    seen = torch.nn.functional.pad(mask[:, :longest].bool(), (0, further), value=True)
+    return states[:, :longest], None if min(lengths) == longest else seen
 
 
 def chunked_ids(tokenizer: Any, prompts: Sequence[str], chunks: int) -> Any:

@@ -82,7 +82,7 @@ class Kolors(TimeIdsFamily):
     def encode(self, text: TextEncoders, prompts: Sequence[str]) -> Conditioning:
         tokenizer, encoder = text.pairs()[0]
         tokens: Any = token_ids(tokenizer, prompts, length=NUM_TOKENS).to(encoder.device)
-        states = encoder(**tokens, output_hidden_states=True).hidden_states  # (T, B, D) each
+        states = encoder(**tokens, output_hidden_states=True, return_dict=True).hidden_states  # (T, B, D) each
         return {"prompt_embeds": states[-2].transpose(0, 1).contiguous(), "pooled_prompt_embeds": states[-1][-1]}
 
 

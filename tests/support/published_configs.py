@@ -1,7 +1,7 @@
 """Configs of published denoisers, as data: numbers alone, to count weights and memory of the real sizes.
 
 Each entry: the family, the number of parameters in billions, as published, the denoiser's config where it differs from
-the defaults of its class, and that of the autoencoder.
+the defaults of its class, that of the autoencoder, and that of the scheduler where the network needs it.
 """
 
 from __future__ import annotations
@@ -47,6 +47,21 @@ PUBLISHED: dict[str, dict[str, Any]] = {
             "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
             "projection_class_embeddings_input_dim": 5632, "encoder_hid_dim": 4096,
             "encoder_hid_dim_type": "text_proj", "sample_size": 128,
+        },
+    },
+    # https://huggingface.co/THUDM/CogView4-6B/blob/main/transformer/config.json
+    "cogview4": {
+        "family": "cogview4",
+        "billions": 6.37,
+        "vae": KL16,
+        "denoiser": {
+            "in_channels": 16, "out_channels": 16, "num_layers": 28, "attention_head_dim": 128,
+            "num_attention_heads": 32, "text_embed_dim": 4096, "time_embed_dim": 512, "condition_dim": 256,
+            "pos_embed_max_size": 128, "sample_size": 128, "rope_axes_dim": [256, 256],
+        },
+        "scheduler": {
+            "_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True, "base_shift": 0.25,
+            "max_shift": 0.75, "base_image_seq_len": 256, "time_shift_type": "linear",
         },
     },
 }  # fmt: skip

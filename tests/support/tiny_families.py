@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from support import tiny_sdxl
+from support.tiny_cogview4 import COGVIEW4
 from support.tiny_kolors import KOLORS
 from support.tiny_lumina2 import LUMINA2
 from support.tiny_parts import CHANNELS, T5_WIDTH, Tiny, clip_encoder, flow, flow_vae, seeded, t5_parts
@@ -120,5 +121,5 @@ MODELS = {
     ),
 }
 """Name of a variant -> model, of the families that most tests look at."""
-NEWER = {"z-image": Z_IMAGE, "lumina2": LUMINA2, "pixart-sigma": PIXART, "kolors": KOLORS}
+NEWER = {"z-image": Z_IMAGE, "lumina2": LUMINA2, "pixart-sigma": PIXART, "kolors": KOLORS, "cogview4": COGVIEW4}
 """The same for families whose tests are those of every family alone."""

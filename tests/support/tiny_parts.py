@@ -11,6 +11,15 @@ from support import tiny_sdxl
 from support.tiny_sdxl import EDGE, TOKENS, WIDTHS, text_config
 
 
+def image_states(output: Any, positions: int) -> Any:
+    """The image's states from the output of a block: of a UNet, of two streams of which the image's is the second, or
+    of one stream in which it comes first.
+    """
+    if not isinstance(output, tuple):
+        return output if output.ndim == 4 else output[:, :positions]
+    return output[0] if output[0] is not None and output[0].ndim == 4 else output[1]
+
+
 @dataclass(frozen=True)
 class Tiny:
     """One model of one family.
@@ -29,9 +38,11 @@ class Tiny:
             the other.
         off_by: What is added to the pipeline's guidance scale to make it ours.
         encoded: The pipeline's own encoding, where its parts are no tensors.
+        alone: Whether the pipeline's images depend on the other prompts of a call, so that each is asked for alone.
+        times: Our times of the pipeline's steps, where it tells its network others than noise levels.
         sized: Further arguments of a call that say the sizes which the tests give.
-        states: Takes the image's states (B, positions, D) from the output (B, T, D) of a block, the conditioning and
-            the number of positions.
+        states: Takes the image's states (B, positions, D), or (B, D, h, w), from the output of a block, the
+            conditioning and the number of positions.
     """
 
     family: str
@@ -46,8 +57,10 @@ class Tiny:
     halves: Literal["batched", "batched, conditional first", "in turn"] = "batched"
     off_by: float = 0.0
     encoded: Callable[[Any, list[str]], dict[str, Any]] | None = None
+    alone: bool = False
+    times: Callable[[Any], Any] | None = None
     sized: dict[str, Any] = field(default_factory=dict)
-    states: Callable[[Any, dict[str, Any], int], Any] = lambda output, cond, positions: output[:, :positions]
+    states: Callable[[Any, dict[str, Any], int], Any] = lambda output, cond, positions: image_states(output, positions)
 
     def scale(self, arguments: dict[str, Any]) -> float:
         """The guidance scale of a plain call with these arguments."""
@@ -111,11 +124,11 @@ T5_WIDTH = sum(WIDTHS) + 16
 """More than both CLIP encoders together, so that their states are padded."""
 
 
-def flow_vae() -> Any:
+def flow_vae(**changes: Any) -> Any:
     from diffusers import AutoencoderKL
 
     own = {"latent_channels": CHANNELS, "scaling_factor": 1.5305, "shift_factor": 0.0609}
-    config = {**tiny_sdxl.vae_config(), **own, "use_quant_conv": False, "use_post_quant_conv": False}
+    config = {**tiny_sdxl.vae_config(), **own, "use_quant_conv": False, "use_post_quant_conv": False, **changes}
     return seeded(lambda: AutoencoderKL(**config))
 
 
