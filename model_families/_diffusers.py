@@ -21,7 +21,7 @@ from ..core.utils.files import whole_folder
 from ..core.utils.full_precision import compute_in_fp32
 from ..core.utils.progress import working
 from . import _export as exporting
-from ._empty import empty_denoiser, empty_network, fill_tables
+from ._empty import empty_network, filled_denoiser
 from ._encoder_memory import EncoderMemory
 from ._files import quiet_libraries
 from ._fusing import fused_weights
@@ -191,9 +191,8 @@ class DiffusersFamily(EncoderMemory, LoraFiles):
 
     def copy_network(self, teacher: Any) -> Any:
         """Return a trainable fp32 copy of `teacher`, its weights read from the files."""
-        student = empty_denoiser(self.architecture, dict(teacher.config))
-        student.load_state_dict(self.wide_state(), assign=True)
-        fill_tables(student, self.architecture, student.config, device=self.settings.device)
+        state, device = self.wide_state(), self.settings.device
+        student = filled_denoiser(self.architecture, dict(teacher.config), state, device=device)
         return self.with_wide_ends(student.requires_grad_(True).eval())
 
     def wide_state(self, names: Mapping[str, str] | None = None) -> dict[str, Tensor]:

@@ -30,6 +30,16 @@ def empty_denoiser(architecture: Architecture, config: Mapping[str, Any]) -> Any
         return architecture.network_class().from_config(dict(config))
 
 
+def filled_denoiser(
+    architecture: Architecture, config: Mapping[str, Any], state: Mapping[str, Tensor], *, device: str
+) -> Any:
+    """Build a denoiser whose weights are the tensors of `state`, which are on the device."""
+    network = empty_denoiser(architecture, config)
+    network.load_state_dict(state, assign=True)
+    fill_tables(network, architecture, config, device=device)
+    return network
+
+
 def fill_tables(network: nn.Module, architecture: Architecture, config: Mapping[str, Any], *, device: str) -> None:
     """Give a denoiser of the meta device, whose weights are there, what files lack: tables of positions, made from the
     config. They are buffers that are not saved, or attributes.

@@ -110,7 +110,7 @@ class CogView4(OneEncoderFamily):
     def completed_call(self, call: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]:
         if "sigmas" not in call:
             return dict(call)
-        told = self.told(torch.tensor(call["sigmas"]).double(), num_positions=self.shift_positions(size))
+        told = self.told(torch.tensor(call["sigmas"]), num_positions=self.shift_positions(size))
         return {**call, "timesteps": [int(time) for time in told]}
 
     # -- text and sizes -----------------------------------------------------------------------------------------------
@@ -172,7 +172,7 @@ class CogView4(OneEncoderFamily):
         return transformer(
             hidden_states=x_t.to(input_type(dtype, x_t.device)),
             encoder_hidden_states=states.to(dtype),
-            timestep=self.told(time.double() / 1000, num_positions=num_positions).to(time.dtype),
+            timestep=self.told(time / 1000, num_positions=num_positions),
             **{key: cond[key] for key in SIZES},
             attention_mask=seen,
             return_dict=False,

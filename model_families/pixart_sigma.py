@@ -61,6 +61,7 @@ class PixArtSigma(OneEncoderFamily):
 
     name: ClassVar[str] = "pixart-sigma"
     aliases: ClassVar[tuple[str, ...]] = ("pixart_sigma",)
+    packages: ClassVar[Mapping[str, str]] = {"sentencepiece": "sentencepiece>=0.2"}  # published tokenizers need it
     capabilities: ClassVar[Capabilities] = Capabilities(
         lora=True, full=True, second_time=True, features=True, pixels=True, quantised_base=True,
         quantised_text_encoders=1,
