@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -73,22 +73,58 @@ def turned(states: Tensor, mask: Tensor) -> Tensor:
     return states.take_along_dim((positions % states.shape[1])[..., None], dim=1)
 
 
-def padded_in_front(
-    tokenizer: Any, prompts: Sequence[str], *, length: int, multiple: int
-) -> Iterator[tuple[list[int], Tensor]]:
-    """Yield (indices of prompts, their tokens (b, T)) for each length T, those of one length together.
+@torch.no_grad()
+def masked_states(
+    tokenizer: Any,
+    encoder: Any,
+    prompts: Sequence[str],
+    *,
+    length: int,
+    layer: int = -1,
+    padding_side: str | None = None,
+) -> dict[str, Tensor]:
+    """Return a text encoder's states (B, length, D), those of the padding zero, and the mask of the others (B, length).
 
     Args:
         tokenizer: Of the text encoder.
-        prompts: All prompts, each padded in front as if it were alone.
+        encoder: Takes tokens and their mask.
+        prompts: B prompts, as it reads them.
+        length: Number of tokens.
+        layer: Layer of the states; -1: the encoder's output.
+        padding_side: ``left`` or ``right``; None: the tokenizer's own.
+    """
+    tokens = token_ids(tokenizer, prompts, length=length, padding_side=padding_side).to(encoder.device)
+    mask, inner = tokens.attention_mask, layer != -1
+    output = encoder(tokens.input_ids, attention_mask=mask, **({"output_hidden_states": True} if inner else {}))
+    states = output.hidden_states[layer] if inner else output[0]
+    return {"prompt_embeds": states * mask[..., None], "prompt_attention_mask": mask.bool()}
+
+
+@torch.no_grad()
+def states_padded_in_front(
+    tokenizer: Any, encoder: Any, prompts: Sequence[str], *, length: int, multiple: int
+) -> dict[str, Tensor]:
+    """Return the states before the last layer of prompts that are padded in front, each as if it were alone, (B, T, D)
+    with zeros behind them, and where they are, (B, T).
+
+    Args:
+        tokenizer: Of the text encoder.
+        encoder: Is not told where the padding is.
+        prompts: B prompts.
         length: Largest number of tokens; the rest is cut off.
-        multiple: T is a multiple of it.
+        multiple: The padded length of each prompt, and T, are multiples of it.
     """
     found = tokenizer(list(prompts), truncation=True, max_length=length, verbose=False).input_ids
     lengths = [-(-len(ids) // multiple) * multiple for ids in found]
+    own = encoder.get_input_embeddings().weight
+    states = own.new_zeros(len(found), -(-length // multiple) * multiple, encoder.config.hidden_size)
+    mask = torch.zeros(states.shape[:2], dtype=torch.bool, device=own.device)
     for padded in sorted(set(lengths)):
-        rows = [row for row, own in enumerate(lengths) if own == padded]
-        yield rows, torch.tensor([[tokenizer.pad_token_id] * (padded - len(found[row])) + found[row] for row in rows])
+        rows = [row for row, one in enumerate(lengths) if one == padded]
+        ids = [[tokenizer.pad_token_id] * (padded - len(found[row])) + found[row] for row in rows]
+        output = encoder(torch.tensor(ids, device=own.device), output_hidden_states=True)
+        states[rows, :padded], mask[rows, :padded] = output.hidden_states[-2], True
+    return {"prompt_embeds": states, "prompt_attention_mask": mask}
 
 
 def shortened(states: Tensor, mask: Tensor, further: int) -> tuple[Tensor, Tensor | None]:

@@ -14,6 +14,7 @@ from ..core.errors import UserError
 from ..core.plugin_api.batch import Conditioning
 from ..core.plugin_api.family_parts import FIRST_HALF, Blocks
 from ._architecture import ReadConfig
+from ._checks import check_channels
 from ._diffusers import DiffusersFamily
 from ._empty import empty_denoiser, fill_tables
 from ._networks import chosen_blocks, outputs_inside
@@ -220,3 +221,10 @@ def check_flow(name: str, config: ReadConfig) -> None:
             f"model {name!r} has a {kind} (scheduler/scheduler_config.json: _class_name), not one of flow matching",
             "restore the scheduler of the model's origin, a FlowMatchEulerDiscreteScheduler",
         )
+
+
+def check_flow_latents(name: str, config: ReadConfig) -> None:
+    """Raise UserError unless the transformer takes the latents of the model's autoencoder, on a flow."""
+    channels = config("transformer/config.json").get("in_channels", 16)
+    check_channels(name, "transformer", channels, config("vae/config.json"))
+    check_flow(name, config)

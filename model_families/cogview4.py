@@ -5,11 +5,8 @@ Prompts are padded in front to a multiple of 16 tokens, and the padding is seen 
 prompts of a call to the longest, so that images depend on their neighbours; here every prompt is padded as if it were
 alone. Its states are cached with zeros behind them and a mask, and the attention leaves these out.
 
-Noise level and told time differ: the pipeline shifts the noise levels by the resolution, sigma = m u / (1 + (m - 1) u),
-m linear in the root of the number of positions, and tells the network 1000 u, a whole number. :meth:`CogView4.predict`
-takes 1000 sigma, as for all flows, and finds u. Samplers with noise levels of their own must be called with these u
-(``timesteps``), as the engine and the snippets of students do. A second time, which needs times between, is
-not offered.
+The network is told unshifted times (:mod:`._unshifted_times`), in whole numbers: a second time, which needs times
+between, is not offered.
 
 References:
     Zheng et al., CogView3: Finer and Faster Text-to-Image Generation via Relay Diffusion, arXiv 2403.05121.
@@ -18,24 +15,22 @@ References:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..core.plugin_api.family import Capabilities, ExportInfo, MicroConditioning, ModelFamily
+from ..core.plugin_api.family import Capabilities, MicroConditioning, ModelFamily
 from ..core.plugin_api.hookspecs import hookimpl
 from ..core.utils.full_precision import input_type
-from ._architecture import Architecture, ReadConfig
-from ._checks import check_channels
-from ._encoders import padded_in_front, shortened
+from ._architecture import Architecture
+from ._encoders import shortened, states_padded_in_front
 from ._masked_attention import with_masks
 from ._networks import check_guidance
 from ._one_encoder import OneEncoderFamily
-from ._transformer import check_flow
+from ._transformer import check_flow_latents
+from ._unshifted_times import UnshiftedTimes
 
 if TYPE_CHECKING:
     from ..core.plugin_api.batch import Conditioning
@@ -47,14 +42,7 @@ SIZES = ("original_size", "target_size", "crop_coords")
 """Inputs of the network, (B, 2) each: heights and widths, tops and lefts, in pixels."""
 
 
-def check_configs(name: str, config: ReadConfig) -> None:
-    """Raise UserError unless the transformer takes the latents of the model's autoencoder, on a flow."""
-    channels = config("transformer/config.json").get("in_channels", 16)
-    check_channels(name, "transformer", channels, config("vae/config.json"))
-    check_flow(name, config)
-
-
-class CogView4(OneEncoderFamily):
+class CogView4(UnshiftedTimes, OneEncoderFamily):
     """CogView4 and its fine-tunes."""
 
     name: ClassVar[str] = "cogview4"
@@ -79,39 +67,11 @@ class CogView4(OneEncoderFamily):
         denoiser_class="CogView4Transformer2DModel",
         tokenizers={"tokenizer": "AutoTokenizer"},
         encoders={"text_encoder": "GlmModel"},
-        check=check_configs,
+        check=check_flow_latents,
         made_of="a CogView4 has GLM-4 as its text encoder",
         lora_encoders=(),
         half="bfloat16",
     )
-
-    # -- noise and told times -----------------------------------------------------------------------------------------
-
-    def shift_at(self, num_positions: int) -> float:
-        """Return the shift m of the noise levels of images of so many positions."""
-        config = self.scheduler_config
-        if not config.get("use_dynamic_shifting"):
-            return float(config.get("shift", 1.0))
-        root = math.sqrt(num_positions / config.get("base_image_seq_len", 256))
-        mu = root * config.get("max_shift", 1.15) + config.get("base_shift", 0.5)
-        return mu if config.get("time_shift_type", "exponential") == "linear" else math.exp(mu)
-
-    @cached_property
-    def noise_config(self) -> dict[str, Any]:
-        size = self.settings.resolution or (self.native_edge, self.native_edge)
-        shift = self.shift_at(self.shift_positions(size))
-        return {**self.scheduler_config, "use_dynamic_shifting": False, "shift": shift}
-
-    def told(self, sigma: Tensor, *, num_positions: int) -> Tensor:
-        """Return the times that the network is told at noise levels `sigma` (B,): whole numbers up to 1000."""
-        m = self.shift_at(num_positions)
-        return (1000 * sigma / (m - (m - 1) * sigma)).round()
-
-    def completed_call(self, call: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]:
-        if "sigmas" not in call:
-            return dict(call)
-        told = self.told(torch.tensor(call["sigmas"]), num_positions=self.shift_positions(size))
-        return {**call, "timesteps": [int(time) for time in told]}
 
     # -- text and sizes -----------------------------------------------------------------------------------------------
 
@@ -119,17 +79,8 @@ class CogView4(OneEncoderFamily):
     def prompt_positions(self) -> int:  # type: ignore[override]
         return -(-self.num_tokens // MULTIPLE) * MULTIPLE
 
-    @torch.no_grad()
     def encode(self, text: TextEncoders, prompts: Sequence[str]) -> Conditioning:
-        tokenizer, encoder = text.pairs()[0]
-        states = encoder.get_input_embeddings().weight.new_zeros(
-            len(prompts), self.prompt_positions, encoder.config.hidden_size
-        )
-        mask = torch.zeros(states.shape[:2], dtype=torch.bool, device=states.device)
-        for rows, ids in padded_in_front(tokenizer, prompts, length=self.num_tokens, multiple=MULTIPLE):
-            output = encoder(ids.to(encoder.device), output_hidden_states=True).hidden_states[-2]
-            states[rows, : ids.shape[1]], mask[rows, : ids.shape[1]] = output, True
-        return {"prompt_embeds": states, "prompt_attention_mask": mask}
+        return states_padded_in_front(*text.pairs()[0], prompts, length=self.num_tokens, multiple=MULTIPLE)
 
     def condition(self, embeds: Conditioning, micro: MicroConditioning) -> Conditioning:
         device, found = embeds["prompt_embeds"].device, (micro.original_size, micro.target_size, micro.crop_top_left)
@@ -182,11 +133,6 @@ class CogView4(OneEncoderFamily):
 
     def pipeline_prompts(self, embeds: Conditioning, prefix: str = "") -> dict[str, Any]:
         return {f"{prefix}prompt_embeds": shortened(embeds["prompt_embeds"], embeds["prompt_attention_mask"], 0)[0]}
-
-    def snippet_call(self, info: ExportInfo) -> dict[str, Any]:
-        size = self.settings.resolution or (self.native_edge, self.native_edge)
-        told = self.completed_call(info.sampler.call, size).get("timesteps")
-        return {**super().snippet_call(info), **({} if told is None else {"timesteps": told})}
 
 
 @hookimpl
