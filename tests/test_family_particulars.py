@@ -62,12 +62,12 @@ def test_a_cogview4_student_is_called_with_both_noise_levels_and_times(folder):
 def test_a_cogview4_prompt_is_encoded_as_if_it_were_alone(folder):
     family = NEWER["cogview4"].make(folder("cogview4"))
     prompts = ["a", "fourteen marks", "a long prompt, longer than the others are"]
-    together = family.encode_prompts(prompts)
+    batch = family.encode_prompts(prompts)
     for row, prompt in enumerate(prompts):
         alone = family.encode_prompts([prompt])
         for key, value in alone.items():
-            torch.testing.assert_close(together[key][row : row + 1], value, rtol=0, atol=1e-6)
-    assert together["prompt_attention_mask"].sum(dim=1).tolist() == [16, 16, 48]
+            torch.testing.assert_close(batch[key][row : row + 1], value, rtol=0, atol=1e-6)
+    assert batch["prompt_attention_mask"].sum(dim=1).tolist() == [16, 16, 48]
 
 
 # -- Lumina-Image 2.0 -------------------------------------------------------------------------------------------------
