@@ -21,7 +21,7 @@ from ..core.utils.files import whole_folder
 from ..core.utils.full_precision import compute_in_fp32
 from ..core.utils.progress import working
 from . import _export as exporting
-from ._empty import empty_denoiser, empty_network, fill_tables
+from ._empty import empty_network, filled_denoiser
 from ._encoder_memory import EncoderMemory
 from ._files import quiet_libraries
 from ._fusing import fused_weights
@@ -46,7 +46,6 @@ class DiffusersFamily(EncoderMemory, LoraFiles):
     """The network's first module and its last ones, which compute in fp32 in runs of half precision. The
     :meth:`predict` of a family that names them takes the types of the network's inputs from :meth:`weight_type` and
     :func:`.full_precision.input_type`."""
-
     one_by_one: ClassVar[bool] = False
     """Whether the pipeline makes another image of a prompt beside longer ones, so that each has a call of its own."""
 
@@ -76,6 +75,10 @@ class DiffusersFamily(EncoderMemory, LoraFiles):
     def sampler_call(self, call: Mapping[str, Any]) -> dict[str, Any]:
         """Return a sampler's arguments of the pipeline's call, its steps among them, as this pipeline takes them."""
         return named_times(self.architecture, call)
+
+    def completed_call(self, call: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]:
+        """Return the arguments of the pipeline's call for images of `size`, with those that follow from the others."""
+        return dict(call)
 
     def pipeline_prompts(self, embeds: Conditioning, prefix: str = "") -> dict[str, Any]:
         """Return the arguments of the pipeline's call for encoded prompts: tensors (B, ...), or lists of B tensors.
@@ -196,9 +199,8 @@ class DiffusersFamily(EncoderMemory, LoraFiles):
 
     def copy_network(self, teacher: Any) -> Any:
         """Return a trainable fp32 copy of `teacher`, its weights read from the files."""
-        student = empty_denoiser(self.architecture, dict(teacher.config))
-        student.load_state_dict(self.wide_state(), assign=True)
-        fill_tables(student, self.architecture, student.config, device=self.settings.device)
+        state, device = self.wide_state(), self.settings.device
+        student = filled_denoiser(self.architecture, dict(teacher.config), state, device=device)
         return self.with_wide_ends(student.requires_grad_(True).eval())
 
     def wide_state(self, names: Mapping[str, str] | None = None) -> dict[str, Tensor]:
@@ -254,6 +256,7 @@ class DiffusersFamily(EncoderMemory, LoraFiles):
         )
         scale = call.pop("guidance_scale")
         call = {**self.sampler_call(call), **self.guidance_call(network, scale)}
+        call = self.completed_call(call, (width, height))
         embeds = {key: embeds[key] for key in self.embed_keys}
         negative = None
         if scale > 1 and not embedded:

@@ -33,6 +33,16 @@ def empty_denoiser(architecture: Architecture, config: Mapping[str, Any]) -> Any
     return network
 
 
+def filled_denoiser(
+    architecture: Architecture, config: Mapping[str, Any], state: Mapping[str, Tensor], *, device: str
+) -> Any:
+    """Build a denoiser whose weights are the tensors of `state`, which are on the device."""
+    network = empty_denoiser(architecture, config)
+    network.load_state_dict(state, assign=True)
+    fill_tables(network, architecture, config, device=device)
+    return network
+
+
 def fill_tables(network: nn.Module, architecture: Architecture, config: Mapping[str, Any], *, device: str) -> None:
     """Give a denoiser of the meta device, whose weights are there, what files lack: tables of positions, made from the
     config. They are buffers that are not saved, or attributes.
@@ -82,7 +92,7 @@ def _build(architecture: Architecture, part: str, config: Mapping[str, Any]) -> 
         if part == "vae":
             return architecture.autoencoder_class().from_config(dict(config))
         kind = architecture.text_class(part)
-        return kind(kind.config_class.from_dict(dict(config)))
+        return kind(kind.config_class.from_dict(dict(config))).to("meta")  # some make their parts elsewhere
 
 
 def by_name_of(network: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -76,6 +76,75 @@ def turned(states: Tensor, mask: Tensor) -> Tensor:
     return states.take_along_dim((positions % states.shape[1])[..., None], dim=1)
 
 
+@torch.no_grad()
+def masked_states(
+    tokenizer: Any,
+    encoder: Any,
+    prompts: Sequence[str],
+    *,
+    length: int,
+    layer: int = -1,
+    padding_side: str | None = None,
+) -> dict[str, Tensor]:
+    """Return a text encoder's states (B, length, D), those of the padding zero, and the mask of the others (B, length).
+
+    Args:
+        tokenizer: Of the text encoder.
+        encoder: Takes tokens and their mask.
+        prompts: B prompts, as it reads them.
+        length: Number of tokens.
+        layer: Layer of the states; -1: the encoder's output.
+        padding_side: ``left`` or ``right``; None: the tokenizer's own.
+    """
+    tokens = token_ids(tokenizer, prompts, length=length, padding_side=padding_side).to(encoder.device)
+    mask, inner = tokens.attention_mask, layer != -1
+    output = encoder(tokens.input_ids, attention_mask=mask, **({"output_hidden_states": True} if inner else {}))
+    states = output.hidden_states[layer] if inner else output[0]
+    return {"prompt_embeds": states * mask[..., None], "prompt_attention_mask": mask.bool()}
+
+
+@torch.no_grad()
+def states_padded_in_front(
+    tokenizer: Any, encoder: Any, prompts: Sequence[str], *, length: int, multiple: int
+) -> dict[str, Tensor]:
+    """Return the states before the last layer of prompts that are padded in front, each as if it were alone, (B, T, D)
+    with zeros behind them, and where they are, (B, T).
+
+    Args:
+        tokenizer: Of the text encoder.
+        encoder: Is not told where the padding is.
+        prompts: B prompts.
+        length: Largest number of tokens; the rest is cut off.
+        multiple: The padded length of each prompt, and T, are multiples of it.
+    """
+    found = tokenizer(list(prompts), truncation=True, max_length=length, verbose=False).input_ids
+    lengths = [-(-len(ids) // multiple) * multiple for ids in found]
+    own = encoder.get_input_embeddings().weight
+    states = own.new_zeros(len(found), -(-length // multiple) * multiple, encoder.config.hidden_size)
+    mask = torch.zeros(states.shape[:2], dtype=torch.bool, device=own.device)
+    for padded in sorted(set(lengths)):
+        rows = [row for row, one in enumerate(lengths) if one == padded]
+        ids = [[tokenizer.pad_token_id] * (padded - len(found[row])) + found[row] for row in rows]
+        output = encoder(torch.tensor(ids, device=own.device), output_hidden_states=True)
+        states[rows, :padded], mask[rows, :padded] = output.hidden_states[-2], True
+    return {"prompt_embeds": states, "prompt_attention_mask": mask}
+
+
+def shortened(states: Tensor, mask: Tensor, further: int) -> tuple[Tensor, Tensor | None]:
+    """Return states (B, T, D) without what is padding in every prompt, and which of them and of `further` positions may
+    be seen, (B, T + further); None where all may.
+
+    Args:
+        states: Of prompts, padding behind them.
+        mask: 1 where a state is, (B, T'); on the meta device every prompt has all.
+        further: Number of positions behind them.
+    """
+    lengths = [mask.shape[1]] if mask.is_meta else mask.bool().sum(dim=1).tolist()
+    longest = max(lengths)
+    seen = torch.nn.functional.pad(mask[:, :longest].bool(), (0, further), value=True)
+    return states[:, :longest], None if min(lengths) == longest else seen
+
+
 def chunked_ids(tokenizer: Any, prompts: Sequence[str], chunks: int) -> Any:
     """Return tokens (B * chunks, T), each prompt cut into `chunks` parts with marks of their own, and their mask.
 

@@ -7,7 +7,6 @@ for the moment in which the adapters are added to them, by the library that read
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +41,7 @@ def fused_weights(
         return
     network = _without_memory(empty)
     adapters = {f"teacher_lora_{n}": lora for n, lora in enumerate(loras) if isinstance(lora, Lora)}
-    _attach_quietly(architecture, part, network, adapters)
+    attach(architecture, {part: network}, adapters)
     layers = _Layers(network, part, {id(lora): adapter for adapter, lora in adapters.items()}, loras)
     groups = layers.groups()
     values = iter(read([name for group in groups for name in layers.names(group)]))
@@ -60,7 +59,7 @@ def adapter_factors(
     loras = [lora for lora in loras if lora.has(part)]
     network = _without_memory(empty)
     adapters = {f"lora_{n}": lora for n, lora in enumerate(loras)}
-    _attach_quietly(architecture, part, network, adapters)
+    attach(architecture, {part: network}, adapters)
     found: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for path, module in network.named_modules():
         for adapter in adapters if hasattr(module, "lora_A") else ():
@@ -68,12 +67,6 @@ def adapter_factors(
                 down, up = (each[adapter].weight.detach() for each in (module.lora_A, module.lora_B))
                 found.setdefault(path, []).append((up * module.scaling[adapter], down))
     return found
-
-
-def _attach_quietly(architecture: Architecture, part: str, network: nn.Module, loras: Mapping[str, Lora]) -> None:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are meant
-        attach(architecture, {part: network}, loras)
 
 
 def _without_memory(empty: nn.Module) -> Any:

@@ -7,6 +7,7 @@ part is wanted, are computed here. :mod:`._fusing` fuses either.
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -162,7 +163,8 @@ def attach(architecture: Architecture, components: Mapping[str, nn.Module], lora
 def _attach(pipeline: Any, architecture: Architecture, lora: Lora, adapter: str, touched: Sequence[str]) -> None:
     shared: dict[str, Any] = {"network_alphas": lora.alphas, "adapter_name": adapter, "metadata": lora.metadata}
     try:
-        with quiet_libraries():
+        with quiet_libraries(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are meant
             for name in touched:
                 component, state = getattr(pipeline, name), dict(lora.state)
                 if name == architecture.denoiser:

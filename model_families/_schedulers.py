@@ -197,8 +197,8 @@ def with_fixed_shift(config: Mapping[str, Any], *, mu: float) -> dict[str, Any]:
 
     Pipelines shift s to m s / (1 + (m - 1) s) with m = exp(mu), or mu itself (``time_shift_type`` linear). Configs
     without ``use_dynamic_shifting`` keep theirs. ``shift_terminal``, to which a pipeline stretches the last of its own
-    times, is left out: it would move those that a method names. Solvers that are set to a flow become the flow that they
-    solve.
+    times, is left out: it would move those that a method names. Solvers that are set to a flow become the flow that
+    they solve.
     """
     if is_solver_of_flow(config):
         kept = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": config.get("flow_shift", 1.0)}

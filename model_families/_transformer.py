@@ -278,3 +278,10 @@ def check_flow(name: str, config: ReadConfig) -> None:
             f"model {name!r} has a {kind} (scheduler/scheduler_config.json: _class_name), not one of flow matching",
             "restore the scheduler of the model's origin, a FlowMatchEulerDiscreteScheduler",
         )
+
+
+def check_flow_latents(name: str, config: ReadConfig) -> None:
+    """Raise UserError unless the transformer takes the latents of the model's autoencoder, on a flow."""
+    channels = config("transformer/config.json").get("in_channels", 16)
+    check_channels(name, "transformer", channels, config("vae/config.json"))
+    check_flow(name, config)

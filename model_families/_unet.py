@@ -179,7 +179,7 @@ class UNetFamily(DiffusersFamily):
 
     def prompt_dimensions(self, network: nn.Module) -> dict[str, int]:
         unet: Any = network
-        return {"prompt_embeds": unet.config.cross_attention_dim}
+        return {"prompt_embeds": unet.config.encoder_hid_dim or unet.config.cross_attention_dim}
 
     def _chosen_blocks(self, unet: Any, blocks: Blocks) -> list[str]:
         names = self.block_names(unet)

@@ -91,9 +91,13 @@ def _load_lora(
     load = "from_single_file" if settings.source.endswith(".safetensors") else "from_pretrained"
     lines += [f"pipe = {architecture.pipeline}.{load}({settings.source!r}, torch_dtype=dtype{extra}).to(device)"]
     for path, weight in settings.teacher_lora:
-        if path in by_hand or not architecture.loads_loras():
+        if path in by_hand:
             lines += [f"# part of the teacher at weight {weight}: {path}, which diffusers reads in part or not;"]
             lines += ["# merge it into the model with the tool that it was made with, and name the merged model above"]
+            continue
+        if not architecture.loads_loras():
+            lines += [f"# part of the teacher at weight {weight}: {path}, which this pipeline does not load;"]
+            lines += ["# merge it into the model (`distill lora merge`), and name the merged model above"]
             continue
         lines += [f"pipe.load_lora_weights({path!r})  # part of the teacher", f"pipe.fuse_lora(lora_scale={weight})"]
         lines += ["pipe.unload_lora_weights()"]

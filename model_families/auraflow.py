@@ -23,6 +23,7 @@ from ..core.plugin_api.hookspecs import hookimpl
 from ..core.utils.full_precision import compute_type, input_type
 from ._architecture import Architecture
 from ._encoders import token_ids
+from ._kohya_auraflow import KOHYA
 from ._networks import check_guidance
 from ._one_encoder import OneEncoderFamily
 from ._transformer import LORA_TARGETS, check_latents, longer_t5
@@ -67,6 +68,7 @@ class AuraFlow(OneEncoderFamily):
         check=check_latents,
         made_of="an AuraFlow has T5 (UMT5) as its text encoder",
         lora_encoders=(),
+        kohya=KOHYA,
     )
 
     class Config(OneEncoderFamily.Config):

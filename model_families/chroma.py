@@ -31,6 +31,7 @@ from ..core.plugin_api.hookspecs import hookimpl
 from ..core.utils.full_precision import compute_type, input_type
 from ._architecture import Architecture
 from ._encoders import token_ids
+from ._kohya_chroma import KOHYA, NAMES
 from ._networks import check_guidance
 from ._one_encoder import OneEncoderFamily
 from ._packing import PATCH, pack, patch_ids, text_ids, unpack
@@ -75,6 +76,8 @@ class Chroma(OneEncoderFamily):
         check=partial(check_latents, packed=PATCH),
         made_of="a Chroma has T5 as its text encoder",
         lora_encoders=(),
+        kohya=KOHYA,
+        original_path=NAMES.place,
     )
 
     class Config(OneEncoderFamily.Config):

@@ -32,6 +32,7 @@ from ..core.utils.full_precision import compute_type, input_type
 from ._architecture import Architecture
 from ._autoencoders import patched
 from ._encoders import as_chat, inner_states, token_ids
+from ._kohya_flux2 import KOHYA, NAMES
 from ._networks import as_multiplied, check_guidance
 from ._one_encoder import OneEncoderFamily
 from ._transformer import LORA_TARGETS, TransformerFamily, check_latents
@@ -80,6 +81,9 @@ class Flux2(OneEncoderFamily):
         check=check_latents,
         made_of="a FLUX.2 klein has Qwen3 as its text encoder (that of dev, with Mistral, is the family flux2-dev)",
         lora_encoders=(),
+        kohya=KOHYA,
+        original_path=NAMES.place,
+        swapped=NAMES.swapped,
         autoencoder="AutoencoderKLFlux2",
     )
 

@@ -4,9 +4,8 @@ The network takes latents (B, 16, h, w), Gemma's states (B, 256, 2304) and where
 0 at the noise, and its output is data minus noise, the negative of what most flows predict. In its blocks the states of
 each prompt come first, without padding, and those of the image follow them.
 
-The pipeline writes a system prompt before every prompt, and none before the unconditional, which is the empty text.
-After guidance it gives each row of the prediction the norm of the conditional one (``cfg_normalization``), which no
-student can be trained to and no other family does: the engine's images and the snippets of its students switch it off.
+The pipeline writes a system prompt before every prompt, and none before the unconditional, which is the empty text. Its
+``cfg_normalization`` of the guided prediction is off in the engine's images and in the snippets of students.
 
 References:
     Qin et al., Lumina-Image 2.0: A Unified and Efficient Image Generative Framework, arXiv 2503.21758.
@@ -17,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -25,12 +23,12 @@ from ..core.diffusion.second_time import second_time_input
 from ..core.plugin_api.family import Capabilities, ExportInfo, ModelFamily
 from ..core.plugin_api.hookspecs import hookimpl
 from ..core.utils.full_precision import input_type
-from ._architecture import Architecture, ReadConfig
-from ._checks import check_channels
-from ._encoders import token_ids, turned
+from ._architecture import Architecture
+from ._encoders import masked_states, turned
+from ._kohya_lumina2 import KOHYA, NAMES
 from ._networks import check_guidance, lengths_of
 from ._one_encoder import OneEncoderFamily
-from ._transformer import check_flow
+from ._transformer import check_flow_latents
 
 if TYPE_CHECKING:
     from ..core.plugin_api.batch import Conditioning
@@ -41,22 +39,13 @@ SYSTEM_PROMPT = (
     "on textual prompts or user prompts."
 )
 """The pipeline's own."""
-UNNORMED: Mapping[str, Any] = {"cfg_normalization": False}
-"""Makes the pipeline's guidance the usual one."""
-
-
-def check_configs(name: str, config: ReadConfig) -> None:
-    """Raise UserError unless the transformer takes the latents of the model's autoencoder, on a flow."""
-    channels = config("transformer/config.json").get("in_channels", 16)
-    check_channels(name, "transformer", channels, config("vae/config.json"))
-    check_flow(name, config)
+UNNORMED: Mapping[str, Any] = {"cfg_normalization": False}  # guidance as everywhere
 
 
 class Lumina2(OneEncoderFamily):
     """Lumina-Image 2.0 and its fine-tunes."""
 
     name: ClassVar[str] = "lumina2"
-    aliases: ClassVar[tuple[str, ...]] = ("lumina-image-2",)
     capabilities: ClassVar[Capabilities] = Capabilities(
         lora=True, full=True, second_time=True, features=True, pixels=True, quantised_base=True,
         quantised_text_encoders=1,
@@ -79,9 +68,11 @@ class Lumina2(OneEncoderFamily):
         denoiser_class="Lumina2Transformer2DModel",
         tokenizers={"tokenizer": "AutoTokenizer"},
         encoders={"text_encoder": "Gemma2Model"},
-        check=check_configs,
+        check=check_flow_latents,
         made_of="a Lumina-Image 2 has Gemma 2 as its text encoder",
         lora_encoders=(),
+        kohya=KOHYA,
+        original_path=NAMES.place,
         half="bfloat16",
     )
 
@@ -98,7 +89,7 @@ class Lumina2(OneEncoderFamily):
         return 30
 
     def shift_positions(self, size: tuple[int, int]) -> int:
-        return self.latent_channels  # of which Lumina2Pipeline makes mu, where a scheduler asks for one
+        return self.latent_channels  # as the pipeline counts them
 
     # -- text ---------------------------------------------------------------------------------------------------------
 
@@ -108,14 +99,10 @@ class Lumina2(OneEncoderFamily):
     def written(self, tokenizer: Any, prompts: Sequence[str]) -> list[str]:
         return [f"{self.config.system_prompt} <Prompt Start> {prompt}" for prompt in prompts]
 
-    @torch.no_grad()
     def encode(self, text: TextEncoders, prompts: Sequence[str]) -> Conditioning:
         tokenizer, encoder = text.pairs()[0]
         written = [self.written(tokenizer, [prompt])[0] if prompt else "" for prompt in prompts]
-        tokens = token_ids(tokenizer, written, length=self.num_tokens, padding_side="right").to(encoder.device)
-        mask = tokens.attention_mask
-        states = encoder(tokens.input_ids, attention_mask=mask, output_hidden_states=True).hidden_states[-2]
-        return {"prompt_embeds": states * mask[..., None], "prompt_attention_mask": mask.bool()}
+        return masked_states(tokenizer, encoder, written, length=self.num_tokens, layer=-2, padding_side="right")
 
     # -- network ------------------------------------------------------------------------------------------------------
 
@@ -123,8 +110,7 @@ class Lumina2(OneEncoderFamily):
         return network.get_parameter("x_embedder.weight")
 
     def inner_width(self, network: nn.Module) -> int:
-        transformer: Any = network
-        return transformer.config.hidden_size
+        return len(self.input_weight(network))
 
     def image_first(self, output: Any, cond: Conditioning) -> Tensor:
         return turned(output, cond["prompt_attention_mask"])

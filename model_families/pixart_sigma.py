@@ -12,7 +12,6 @@ the pipeline of diffusers takes LoRAs: :mod:`._lora_loading` adds it, and snippe
 References:
     Chen et al., PixArt-Sigma: Weak-to-Strong Training of Diffusion Transformer for 4K Text-to-Image Generation,
     arXiv 2403.04692.
-    Chen et al., PixArt-alpha (the architecture), arXiv 2310.00426.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from ..core.diffusion.second_time import second_time_input
@@ -31,7 +29,8 @@ from ..core.utils.full_precision import input_type
 from ._architecture import Architecture, ReadConfig
 from ._checks import check_channels
 from ._empty import fill_tables
-from ._encoders import token_ids
+from ._encoders import masked_states
+from ._kohya_pixart import KOHYA
 from ._networks import check_guidance
 from ._one_encoder import OneEncoderFamily
 
@@ -60,7 +59,7 @@ class PixArtSigma(OneEncoderFamily):
     """PixArt-Sigma of all resolutions, and its fine-tunes."""
 
     name: ClassVar[str] = "pixart-sigma"
-    aliases: ClassVar[tuple[str, ...]] = ("pixart_sigma",)
+    packages: ClassVar[Mapping[str, str]] = {"sentencepiece": "sentencepiece>=0.2"}  # published tokenizers need it
     capabilities: ClassVar[Capabilities] = Capabilities(
         lora=True, full=True, second_time=True, features=True, pixels=True, quantised_base=True,
         quantised_text_encoders=1,
@@ -86,6 +85,7 @@ class PixArtSigma(OneEncoderFamily):
         check=check_configs,
         made_of="a PixArt-Sigma has T5 as its text encoder",
         lora_encoders=(),
+        kohya=KOHYA,
     )
 
     @property
@@ -97,13 +97,9 @@ class PixArtSigma(OneEncoderFamily):
     def written(self, tokenizer: Any, prompts: Sequence[str]) -> list[str]:
         return [prompt.lower().strip() for prompt in prompts]
 
-    @torch.no_grad()
     def encode(self, text: TextEncoders, prompts: Sequence[str]) -> Conditioning:
         tokenizer, encoder = text.pairs()[0]
-        tokens = token_ids(tokenizer, self.written(tokenizer, prompts), length=self.num_tokens).to(encoder.device)
-        mask = tokens.attention_mask
-        states = encoder(tokens.input_ids, attention_mask=mask)[0]
-        return {"prompt_embeds": states * mask[..., None], "prompt_attention_mask": mask.bool()}
+        return masked_states(tokenizer, encoder, self.written(tokenizer, prompts), length=self.num_tokens)
 
     # -- network ------------------------------------------------------------------------------------------------------
 

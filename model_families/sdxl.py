@@ -17,16 +17,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor, nn
 
 from ..core.errors import UserError
-from ..core.plugin_api.family import Capabilities, MicroConditioning, ModelFamily
+from ..core.plugin_api.family import Capabilities, ModelFamily
 from ..core.plugin_api.hookspecs import hookimpl
 from ._architecture import AUTOENCODER, MINIATURES, UNET, Architecture, FilePart, KohyaFormat, ReadConfig, SingleFile
 from ._checks import check_unet
 from ._clip import ClipFamily
 from ._encoders import penultimate
 from ._kohya import original_unet, unet_place
+from ._time_ids import TimeIdsFamily
 
 if TYPE_CHECKING:
     from ..core.plugin_api.batch import Conditioning
@@ -45,7 +45,7 @@ def check_configs(name: str, config: ReadConfig) -> None:
     check_unet(name, unet, config("vae/config.json"))
 
 
-class SDXL(ClipFamily):
+class SDXL(TimeIdsFamily, ClipFamily):
     """Stable Diffusion XL and its fine-tunes."""
 
     name: ClassVar[str] = "sdxl"
@@ -118,29 +118,11 @@ class SDXL(ClipFamily):
         states, pooled = zip(*(penultimate(*pair, prompts, chunks=chunks) for pair in text.pairs()), strict=True)
         return {"prompt_embeds": torch.cat(states, dim=-1), "pooled_prompt_embeds": pooled[-1]}
 
-    def condition(self, embeds: Conditioning, micro: MicroConditioning) -> Conditioning:
-        sizes = zip(micro.original_size, micro.crop_top_left, micro.target_size, strict=True)
-        ids = [[*original, *crop, *target] for original, crop, target in sizes]
-        device = embeds["prompt_embeds"].device
-        return {**embeds, "time_ids": torch.tensor(ids, dtype=torch.float32, device=device)}
-
     def uncond(self, cond: Conditioning) -> Conditioning:
         """Return zeros, or the encoded empty prompt where the pipeline forces no zeros; time ids kept."""
         if not self.zeros_for_uncond:
             return super().uncond(cond)
         return {**cond, **{key: torch.zeros_like(cond[key]) for key in self.embed_keys}}
-
-    def empty_conditioning(self, network: nn.Module) -> Conditioning | None:
-        embeds = super().empty_conditioning(network)
-        return embeds and {**embeds, "time_ids": torch.empty(1, 6, device="meta")}
-
-    def prompt_dimensions(self, network: nn.Module) -> dict[str, int]:
-        unet: Any = network
-        pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
-        return {**super().prompt_dimensions(unet), "pooled_prompt_embeds": pooled}
-
-    def added(self, cond: Conditioning, dtype: torch.dtype) -> dict[str, Tensor]:
-        return {"text_embeds": cond["pooled_prompt_embeds"].to(dtype), "time_ids": cond["time_ids"]}
 
 
 @hookimpl

@@ -24,12 +24,12 @@ from distill.model_families._images import sample_latents
 from support.config_files import distill, said
 from support.original_sdxl import write_single_file
 from support.tiny_families import EDGE, MODELS, NEWER, SCALE_FACTOR
-from support.tiny_parts import SHORT, on_white
+from support.tiny_parts import SHORT, SIZES, on_white
 
 PROMPTS = ["a red fox", "two blue boats on a lake in the evening sun"]
 SEEDS = [3, 8]
 SIZE = {"width": EDGE, "height": EDGE}
-MICRO = MicroConditioning([(64, 48)] * 2, [(0, 0)] * 2, [(EDGE, EDGE)] * 2)
+MICRO = MicroConditioning([SIZES["original_size"]] * 2, [SIZES["crops_coords_top_left"]] * 2, [(EDGE, EDGE)] * 2)
 STEPS = 3
 
 
@@ -190,7 +190,7 @@ def test_without_a_miniature_a_run_asks_for_a_model(model):
 
 
 def test_a_single_file_is_the_same_model_where_such_files_are_read(model, tmp_path):
-    if not hasattr(model.pipeline, "unet"):
+    if model.family.architecture.single_file is None:
         (tmp_path / "one.safetensors").write_bytes(b"")
         with pytest.raises(UserError, match=r"is a single file(?s:.)*folder in diffusers layout"):
             model.tiny.make(tmp_path / "one.safetensors").check_source()
@@ -263,7 +263,7 @@ def test_images_are_encoded_and_decoded_with_scale_and_shift_once(model):
 # -- the network ------------------------------------------------------------------------------------------------------
 
 
-def trace(pipeline, noise, **arguments):
+def trace(pipeline, noise, prompts, **arguments):
     """(latents, network time, output) of every call of the network in the pipeline's own loop, as the pipeline has
     them."""
     calls, network = [], denoiser(pipeline)
@@ -275,7 +275,7 @@ def trace(pipeline, noise, **arguments):
         return output
 
     network.forward = types.MethodType(spy, network)
-    images(pipeline, latents=noise, output_type="latent", **arguments)
+    images(pipeline, prompts=prompts, latents=noise, output_type="latent", **arguments)
     network.forward = forward
     return calls
 
@@ -288,26 +288,24 @@ def test_predict_equals_the_pipelines_denoising_loop(model, guided):
     noise, _, cond = inputs(family)
     cond |= {key: value.double() for key, value in encoded(model, PROMPTS, pipeline).items()}
     empty = {key: value.double().expand_as(cond[key]) for key, value in encoded(model, [""], pipeline).items()}
-    told = model.tiny.told(arguments)
-    calls = trace(pipeline, family.to_network(noise), **arguments)
-    in_one_call = groups(len(noise), alone=model.tiny.alone)
-    times = pipeline.scheduler.timesteps
-    per_call = len(calls) // len(in_one_call)
-    assert per_call
-    for number, (args, kwargs, expected) in enumerate(calls):
-        group, number = in_one_call[number // per_call], number % per_call
-        size = group.stop - group.start
-        x_t, expected = model.tiny.read(args, kwargs), model.tiny.written(expected)
-        time = times[number * len(times) // per_call]
-        parts = model.tiny.parts(number, cond, {**cond, **empty}, guided=guided)
-        x_t, expected = (family.from_network(each, size=(EDGE, EDGE)) for each in (x_t, expected))
-        for x, part, output in zip(x_t.split(size), parts, expected.split(size), strict=True):
-            part = {key: value[group] for key, value in part.items()}
-            with torch.no_grad():
-                guidance = None if told is None else torch.full((size,), told, dtype=torch.float64)
-                ours = family.predict(network, x, time.expand(size), part, guidance=guidance)
-            assert ours.dtype == torch.float64
-            torch.testing.assert_close(ours, output, rtol=0, atol=1e-11 * float(output.abs().max()))
+    uncond, told = {**cond, **empty}, model.tiny.told(arguments)
+    for rows in ([0], [1]) if model.tiny.alone else ([0, 1],):
+        prompts, count = [PROMPTS[row] for row in rows], len(rows)
+        calls = trace(pipeline, family.to_network(noise[rows]), prompts, **arguments, **model.tiny.sized)
+        assert calls
+        times = pipeline.scheduler.timesteps if model.tiny.times is None else model.tiny.times(pipeline)
+        for number, (args, kwargs, expected) in enumerate(calls):
+            x_t, expected = model.tiny.read(args, kwargs), model.tiny.written(expected)
+            time = times[number * len(times) // len(calls)]
+            parts = model.tiny.parts(number, cond, uncond, guided=guided)
+            x_t, expected = (family.from_network(each, size=(EDGE, EDGE)) for each in (x_t, expected))
+            for x, part, output in zip(x_t.split(count), parts, expected.split(count), strict=True):
+                given = {key: value[rows] for key, value in part.items()}
+                with torch.no_grad():
+                    guidance = None if told is None else torch.full((count,), told, dtype=torch.float64)
+                    ours = family.predict(network, x, time.expand(len(x_t))[:count], given, guidance=guidance)
+                assert ours.dtype == torch.float64
+                torch.testing.assert_close(ours, output, rtol=0, atol=1e-11 * float(output.abs().max()))
 
 
 def test_a_quantised_base_and_quantised_text_encoders_say_about_the_same(model):
@@ -353,12 +351,14 @@ def test_a_full_student_starts_as_its_teacher(model):
     teacher, (x_t, time, cond) = family.load_network(), inputs(family, torch.float32)
     with torch.no_grad():
         expected = family.predict(teacher, x_t, time, cond)
-    student = family.student_network(teacher, guidance_embedding=False, second_time=True)
+    twice = family.capabilities.second_time
+    student = family.student_network(teacher, guidance_embedding=False, second_time=twice)
     assert all(p.requires_grad and p.dtype == torch.float32 for p in student.parameters())
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
     assert not any(tensor.is_meta for tensor in [*student.parameters(), *student.buffers()])
     with torch.no_grad():
-        assert torch.equal(family.predict(student, x_t, time, cond, second_time=time / 2), expected)
+        second = time / 2 if twice else None
+        assert torch.equal(family.predict(student, x_t, time, cond, second_time=second), expected)
         next(student.parameters()).add_(1)
         assert torch.equal(family.predict(teacher, x_t, time, cond), expected), "a copy, not a view"
 
@@ -409,10 +409,7 @@ def test_features_of_any_block_are_its_outputs_in_the_networks_order(model):
 
     def keep(name):
         def hook(module, args, output):
-            parts = output if isinstance(output, tuple) else (output,)
-            first = parts[0]  # of a UNet's block or of one stream; of two it is that of the text, or None
-            kept = first if len(parts) == 1 or (first is not None and first.ndim == 4) else parts[1]
-            outputs.setdefault(name, []).append(kept)  # several where samples are computed one by one
+            outputs.setdefault(name, []).append(output)  # several where samples are computed one by one
 
         return hook
 
@@ -430,9 +427,8 @@ def test_features_of_any_block_are_its_outputs_in_the_networks_order(model):
     assert [level.shape[1] for level in chosen] == family.feature_channels(network, blocks=[names[-1], names[0]])
     for level, output in zip(found, outputs.values(), strict=True):
         positions = level.shape[2] * level.shape[3]  # of the image, beside those of the text in one stream
-        states = [each if each.ndim == 4 else model.tiny.states(each, cond, positions) for each in output]
-        theirs = torch.cat(states)
-        theirs = theirs if theirs.ndim == 4 else theirs.transpose(1, 2).unflatten(2, level.shape[2:])
+        states = torch.cat([model.tiny.states(each, cond, positions) for each in output])
+        theirs = states if states.ndim == 4 else states.transpose(1, 2).unflatten(2, level.shape[2:])
         assert torch.equal(level, theirs)
     assert torch.equal(chosen[0], found[0])
     assert torch.equal(chosen[1], found[-1])
@@ -481,6 +477,8 @@ def test_checkpointed_features_have_the_same_gradients(model):
 def test_a_second_time_starts_without_effect_and_has_exact_derivatives(model):
     from torch.autograd import forward_ad
 
+    if not model.family.capabilities.second_time:
+        pytest.skip("this family takes no second time")
     family = model.family
     network, (x_t, time, cond) = with_adapter(family).double(), inputs(family)
     with torch.no_grad():
@@ -581,7 +579,8 @@ def test_an_exported_student_makes_the_engines_images_in_the_plain_pipeline(mode
         trained = {key.partition(".lora_")[0] for key, _ in denoiser(pipeline).named_parameters() if "lora_" in key}
         expected = {key.partition(".lora_")[0] for key, _ in with_adapter(family).named_parameters() if "lora_" in key}
         assert trained == expected, "every layer was read"
-    call = {**model.tiny.unguided, "num_inference_steps": 2, **sampler.call}
+    call = {**model.tiny.unguided, **family.snippet_call(ExportInfo(sampler, kind)), **sampler.call}
+    call |= {"num_inference_steps": 2}
     torch.testing.assert_close(images(pipeline, **call), ours, rtol=0, atol=2e-5)
     again = model.tiny.make(model.folder)
     loaded = again.load_student(tmp_path)
@@ -594,6 +593,8 @@ def test_an_exported_student_makes_the_engines_images_in_the_plain_pipeline(mode
 def test_a_student_with_a_second_time_runs_in_the_plain_pipeline(model, tmp_path, kind):
     from runpy import run_path
 
+    if not model.family.capabilities.second_time:
+        pytest.skip("this family takes no second time")
     family, sampler = model.tiny.make(model.folder), Sampler("FlowMapScheduler", {}, 2, 0.0)
     ours = exported(family, tmp_path, kind, sampler, second_time=True)
     if kind == "lora":

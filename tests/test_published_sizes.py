@@ -25,6 +25,8 @@ def published(request, tmp_path_factory):
     for part, (name, config) in parts.items():
         (folder / part).mkdir()
         (folder / part / "config.json").write_text(json.dumps({"_class_name": name, **config}))
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(told.get("scheduler", {})))
     (folder / "model_index.json").write_text(json.dumps({"_class_name": built.pipeline}))
     settings = ModelSettings(source=str(folder), resolution=SIZE, weight_dtype="bfloat16")
     return SimpleNamespace(family=kind(kind.Config(), settings), billions=told["billions"])

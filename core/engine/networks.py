@@ -118,7 +118,7 @@ class Networks:
         if self._is_adapter(role):
             return self._add_adapter(role)
         if role.source is not None:
-            return copy.deepcopy(self._modules[role.source]).to(self._width_of(role))
+            return nn.Module.to(copy.deepcopy(self._modules[role.source]), self._width_of(role))
         if role.trains == "full":
             shape = {"guidance_embedding": role.guidance_embedding, "second_time": role.second_time}
             if role.name == "student" and self._family.smaller_keys(self._family.config):

@@ -8,7 +8,9 @@ from typing import Any
 from support import tiny_sdxl
 from support.tiny_auraflow import AURAFLOW
 from support.tiny_chroma import CHROMA
+from support.tiny_cogview4 import COGVIEW4
 from support.tiny_flux2 import DEV, KLEIN
+from support.tiny_kolors import KOLORS
 from support.tiny_lumina2 import LUMINA2
 from support.tiny_parts import CHANNELS, T5_WIDTH, Tiny, clip_encoder, flow, flow_vae, seeded, t5_parts
 from support.tiny_pixart import PIXART
@@ -136,5 +138,7 @@ NEWER = {
     "auraflow": AURAFLOW,
     "lumina2": LUMINA2,
     "pixart-sigma": PIXART,
+    "kolors": KOLORS,
+    "cogview4": COGVIEW4,
 }
 """The same for families whose tests are those of every family alone."""

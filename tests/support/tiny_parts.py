@@ -11,6 +11,15 @@ from support import tiny_sdxl
 from support.tiny_sdxl import EDGE, TOKENS, WIDTHS, text_config
 
 
+def image_states(output: Any, positions: int) -> Any:
+    """The image's states from the output of a block: of a UNet, of two streams of which the image's is the second, or
+    of one stream in which it comes first.
+    """
+    if not isinstance(output, tuple):
+        return output if output.ndim == 4 else output[:, :positions]
+    return output[0] if output[0] is not None and output[0].ndim == 4 else output[1]
+
+
 @dataclass(frozen=True)
 class Tiny:
     """One model of one family.
@@ -30,10 +39,12 @@ class Tiny:
         off_by: What is added to the pipeline's guidance scale to make it ours.
         encoded: The pipeline's own encoding, where its parts are no tensors.
         kinks: Whether the network is not differentiable everywhere.
-        alone: Whether the pipeline makes another image of a prompt beside a longer one.
+        alone: Whether the pipeline's images depend on the other prompts of a call, so that each is asked for alone.
         autoencoded: What the autoencoder makes of images (B, 3, H, W), as :func:`plain_latents` does.
-        states: Takes the image's states (B, positions, D) from the output (B, T, D) of a block, the conditioning and
-            the number of positions.
+        times: Our times of the pipeline's steps, where it tells its network others than noise levels.
+        sized: Further arguments of a call that say the sizes which the tests give.
+        states: Takes the image's states (B, positions, D), or (B, D, h, w), from the output of a block, the
+            conditioning and the number of positions.
     """
 
     family: str
@@ -51,7 +62,9 @@ class Tiny:
     kinks: bool = False
     alone: bool = False
     autoencoded: Callable[[Any, Any], tuple[Any, Any, Any]] = lambda vae, pixels: plain_latents(vae, pixels)
-    states: Callable[[Any, dict[str, Any], int], Any] = lambda output, cond, positions: output[:, :positions]
+    times: Callable[[Any], Any] | None = None
+    sized: dict[str, Any] = field(default_factory=dict)
+    states: Callable[[Any, dict[str, Any], int], Any] = lambda output, cond, positions: image_states(output, positions)
 
     def scale(self, arguments: dict[str, Any]) -> float:
         """The guidance scale of a plain call with these arguments."""
@@ -82,8 +95,8 @@ class Tiny:
 
 
 def last(output: Any, cond: Any, positions: int) -> Any:
-    """The image's states where they come after the text's in one stream."""
-    return output[:, -positions:]
+    """The image's states where they come after the text's in one stream, or second of two."""
+    return output[1] if isinstance(output, tuple) else output[:, -positions:]
 
 
 def plain_latents(vae: Any, pixels: Any) -> tuple[Any, Any, Any]:
@@ -136,11 +149,11 @@ T5_WIDTH = sum(WIDTHS) + 16
 """More than both CLIP encoders together, so that their states are padded."""
 
 
-def flow_vae() -> Any:
+def flow_vae(**changes: Any) -> Any:
     from diffusers import AutoencoderKL
 
     own = {"latent_channels": CHANNELS, "scaling_factor": 1.5305, "shift_factor": 0.0609}
-    config = {**tiny_sdxl.vae_config(), **own, "use_quant_conv": False, "use_post_quant_conv": False}
+    config = {**tiny_sdxl.vae_config(), **own, "use_quant_conv": False, "use_post_quant_conv": False, **changes}
     return seeded(lambda: AutoencoderKL(**config))
 
 
@@ -158,6 +171,8 @@ def t5_parts(folder: Path, width: int) -> tuple[Any, Any]:
     return T5TokenizerFast.from_pretrained(folder), seeded(lambda: T5EncoderModel(config))
 
 
+SIZES: dict[str, Any] = {"original_size": (64, 48), "crops_coords_top_left": (3, 5)}
+"""Heights and widths, tops and lefts that the tests give, beside the size of the image."""
 SHORT: dict[str, Any] = {"max_sequence_length": TOKENS}
 """As few tokens for T5 as for CLIP."""
 
