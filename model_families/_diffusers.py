@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..core.diffusion.sampler import Sampler
 from ..core.diffusion.second_time import differentiable_forward, load_second_time, sampled_by
-from ..core.plugin_api.family import ExportInfo, ExtraLora, Precision
+from ..core.plugin_api.family import ExportInfo, ExtraLora
 from ..core.plugin_api.precision import BASE
 from ..core.plugin_api.quantizer import replace_module
 from ..core.utils.files import whole_folder
@@ -26,7 +26,6 @@ from ._encoder_memory import EncoderMemory
 from ._files import quiet_libraries
 from ._fusing import fused_weights
 from ._images import build_pipeline, call_arguments, evaluating, named_times, sample_latents
-from ._kohya import export_kohya, no_form
 from ._lora import attach
 from ._lora_files import student_folder
 from ._lora_tools import LoraFiles, stored_precision
@@ -335,21 +334,6 @@ class DiffusersFamily(EncoderMemory, LoraFiles):
                 self.architecture, network, partial, self.scheduler(None), self._text_encoders(), vae, info=info,
                 arguments=self.pipeline_arguments(),
             )  # fmt: skip
-
-    @classmethod
-    def kohya_problem(cls) -> str | None:
-        return no_form(cls.architecture) if cls.architecture.kohya is None else None
-
-    def export_kohya(self, student: Path, file: Path, *, title: str, dtype: Precision | None = None) -> list[str]:
-        return export_kohya(
-            self.architecture,
-            self.denoiser_config,
-            student,
-            file,
-            title=title,
-            dtype=None if dtype is None else getattr(torch, dtype),
-            predicts_v=self.prediction_type == "v_prediction",
-        )
 
     def load_student(self, folder: Path, *, extra_loras: Sequence[ExtraLora] = ()) -> nn.Module:
         loras = exporting.student_lora(self.architecture, folder)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 STEPS = 2
 GUIDED = 3.0
-CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+RTOL, ATOL = 1e-4, 1e-5
 FAILURES = (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError)
 """What a pipeline raises whose arguments do not fit together."""
 
@@ -63,8 +63,9 @@ def formula(call: Mapping[str, Any], *, twice: bool) -> Tensor:
 
 def stand_in(family: Generic, recording: Recording) -> Any:
     """Return a network of the model's class without weights, whose output is :func:`formula`; its calls are kept."""
-    network = family.empty_network()
-    config, kind = dict(network.config), type(network)
+    network: Any = family.empty_network()
+    config: dict[str, Any] = dict(network.config)
+    kind: Any = type(network)
     twice = config.get("out_channels") == 2 * config.get("in_channels", 0)
     names = [name for name in inspect.signature(kind.forward).parameters if name != "self"]
 
@@ -80,8 +81,8 @@ def stand_in(family: Generic, recording: Recording) -> Any:
             return (formula(kept, twice=twice),)
 
     with quiet_libraries(), torch.device("meta"):
-        stub: Any = StandIn.from_config(config)
-    return stub
+        made: Any = StandIn
+        return made.from_config(config)
 
 
 @contextmanager
@@ -184,7 +185,7 @@ def _differences(
         if unlike := _unlike(calls, ours.calls):
             return unlike
         expected = torch.cat(outputs)
-        if expected.shape != theirs.shape or not torch.allclose(expected, theirs, **CLOSE):
+        if expected.shape != theirs.shape or not torch.allclose(expected, theirs, rtol=RTOL, atol=ATOL):
             return [_about_output(expected, theirs, guided=scale > 1)]
     return []
 
@@ -192,7 +193,7 @@ def _differences(
 def _about_output(expected: Tensor, theirs: Tensor, *, guided: bool) -> str:
     if expected.shape != theirs.shape:
         return f"its prediction has the shape {tuple(theirs.shape)}, not {tuple(expected.shape)} (output, packing)"
-    if torch.allclose(expected, -theirs.to(expected), **CLOSE):
+    if torch.allclose(expected, -theirs.to(expected), rtol=RTOL, atol=ATOL):
         return "its prediction is the negative of the one described (output)"
     if guided:
         return (

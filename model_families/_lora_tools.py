@@ -19,7 +19,7 @@ from ..core.utils.safetensors_header import sort_metadata
 from . import _export as exporting
 from ._empty import empty_network
 from ._fusing import adapter_factors
-from ._kohya import export_kohya
+from ._kohya import export_kohya, no_form
 from ._lora_files import WEIGHTS
 from ._lora_resize import resized
 from ._low_rank import Factors, nearest, nearest_product
@@ -66,6 +66,21 @@ class _Difference:
 
 class LoraFiles(DiffusersModel):
     """The tools of a family whose models diffusers reads; a base of :class:`.DiffusersFamily`."""
+
+    @classmethod
+    def kohya_problem(cls) -> str | None:
+        return no_form(cls.architecture) if cls.architecture.kohya is None else None
+
+    def export_kohya(self, student: Path, file: Path, *, title: str, dtype: Precision | None = None) -> list[str]:
+        return export_kohya(
+            self.architecture,
+            self.denoiser_config,
+            student,
+            file,
+            title=title,
+            dtype=None if dtype is None else getattr(torch, dtype),
+            predicts_v=self.prediction_type == "v_prediction",
+        )
 
     def extract_lora(
         self,

@@ -93,8 +93,8 @@ class Generic(DiffusersFamily):
 
     def __init__(self, config: Any, settings: ModelSettings) -> None:
         super().__init__(config, settings)
-        self.architecture = described_architecture(settings, config)
-        self.embed_keys = tuple(key for key in config.embeddings if key != "-")
+        self.architecture = described_architecture(settings, config)  # type: ignore[misc]  # of this model
+        self.embed_keys = tuple(key for key in config.embeddings if key != "-")  # type: ignore[misc]
         self._checked = False
 
     @classmethod
