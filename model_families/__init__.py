@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING
 from ..core.utils.lazy import attributes
 
 if TYPE_CHECKING:
-    from ._architecture import Architecture, FilePart, SingleFile
-    from ._checks import check_channels, check_unet
-    from ._diffusers import DiffusersFamily
-    from ._encoders import as_chat, last_states, penultimate, ragged, token_ids
-    from ._one_encoder import OneEncoderFamily
-    from ._packing import pack, patch_ids, text_ids, unpack
-    from ._small_copy import write_small_copy
-    from ._transformer import TransformerFamily, check_flow
-    from ._unet import UNetFamily
+    from .bases.diffusers import DiffusersFamily
+    from .bases.one_encoder import OneEncoderFamily
+    from .bases.transformer import TransformerFamily, check_flow
+    from .bases.unet import UNetFamily
+    from .calls.encoders import as_chat, last_states, penultimate, ragged, token_ids
+    from .calls.packing import pack, patch_ids, text_ids, unpack
+    from .described.small_copy import write_small_copy
+    from .files.architecture import Architecture, FilePart, SingleFile
+    from .files.checks import check_channels, check_unet
 
 __all__ = [
     "Architecture",
@@ -44,15 +44,15 @@ __all__ = [
 ]
 
 _HOMES = {
-    "_architecture": "Architecture FilePart SingleFile",
-    "_checks": "check_channels check_unet",
-    "_diffusers": "DiffusersFamily",
-    "_encoders": "as_chat last_states penultimate ragged token_ids",
-    "_one_encoder": "OneEncoderFamily",
-    "_packing": "pack patch_ids text_ids unpack",
-    "_small_copy": "write_small_copy",
-    "_transformer": "TransformerFamily check_flow",
-    "_unet": "UNetFamily",
+    "files.architecture": "Architecture FilePart SingleFile",
+    "files.checks": "check_channels check_unet",
+    "bases.diffusers": "DiffusersFamily",
+    "calls.encoders": "as_chat last_states penultimate ragged token_ids",
+    "bases.one_encoder": "OneEncoderFamily",
+    "calls.packing": "pack patch_ids text_ids unpack",
+    "described.small_copy": "write_small_copy",
+    "bases.transformer": "TransformerFamily check_flow",
+    "bases.unet": "UNetFamily",
 }
 
 __getattr__ = attributes(__name__, _HOMES)

@@ -21,16 +21,16 @@ from ..core.diffusion.second_time import second_time_input
 from ..core.plugin_api.family import Capabilities, ModelFamily
 from ..core.plugin_api.hookspecs import hookimpl
 from ..core.utils.full_precision import compute_type, input_type
-from ._architecture import Architecture
-from ._encoders import token_ids
-from ._kohya_auraflow import KOHYA
-from ._networks import check_guidance
-from ._one_encoder import OneEncoderFamily
-from ._transformer import LORA_TARGETS, check_latents, longer_t5
+from .bases.one_encoder import OneEncoderFamily
+from .bases.transformer import LORA_TARGETS, check_latents, longer_t5
+from .calls.encoders import token_ids
+from .calls.networks import check_guidance
+from .comfyui.kohya_auraflow import KOHYA
+from .files.architecture import Architecture
 
 if TYPE_CHECKING:
     from ..core.plugin_api.batch import Conditioning
-    from ._source import TextEncoders
+    from .files.source import TextEncoders
 
 FEED_FORWARD = ("linear_1", "linear_2", "out_projection")
 

@@ -29,17 +29,17 @@ from ..core.diffusion.second_time import second_time_input
 from ..core.plugin_api.family import Capabilities, ModelFamily
 from ..core.plugin_api.hookspecs import hookimpl
 from ..core.utils.full_precision import compute_type, input_type
-from ._architecture import Architecture
-from ._encoders import token_ids
-from ._kohya_chroma import KOHYA, NAMES
-from ._networks import check_guidance
-from ._one_encoder import OneEncoderFamily
-from ._packing import PATCH, pack, patch_ids, text_ids, unpack
-from ._transformer import LORA_TARGETS, TransformerFamily, check_latents, longer_t5
+from .bases.one_encoder import OneEncoderFamily
+from .bases.transformer import LORA_TARGETS, TransformerFamily, check_latents, longer_t5
+from .calls.encoders import token_ids
+from .calls.networks import check_guidance
+from .calls.packing import PATCH, pack, patch_ids, text_ids, unpack
+from .comfyui.kohya_chroma import KOHYA, NAMES
+from .files.architecture import Architecture
 
 if TYPE_CHECKING:
     from ..core.plugin_api.batch import Conditioning
-    from ._source import TextEncoders
+    from .files.source import TextEncoders
 
 
 warnings.filterwarnings("ignore", message="`FluxPosEmbed` is deprecated")  # diffusers tells itself

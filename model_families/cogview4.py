@@ -5,7 +5,7 @@ Prompts are padded in front to a multiple of 16 tokens, and the padding is seen 
 prompts of a call to the longest, so that images depend on their neighbours; here every prompt is padded as if it were
 alone. Its states are cached with zeros behind them and a mask, and the attention leaves these out.
 
-The network is told unshifted times (:mod:`._unshifted_times`), in whole numbers: a second time, which needs times
+The network is told unshifted times (:mod:`.bases.unshifted_times`), in whole numbers: a second time, which needs times
 between, is not offered.
 
 References:
@@ -24,17 +24,17 @@ from torch import Tensor, nn
 from ..core.plugin_api.family import Capabilities, MicroConditioning, ModelFamily
 from ..core.plugin_api.hookspecs import hookimpl
 from ..core.utils.full_precision import input_type
-from ._architecture import Architecture
-from ._encoders import shortened, states_padded_in_front
-from ._masked_attention import with_masks
-from ._networks import check_guidance
-from ._one_encoder import OneEncoderFamily
-from ._transformer import check_flow_latents
-from ._unshifted_times import UnshiftedTimes
+from .bases.one_encoder import OneEncoderFamily
+from .bases.transformer import check_flow_latents
+from .bases.unshifted_times import UnshiftedTimes
+from .calls.encoders import shortened, states_padded_in_front
+from .calls.masked_attention import with_masks
+from .calls.networks import check_guidance
+from .files.architecture import Architecture
 
 if TYPE_CHECKING:
     from ..core.plugin_api.batch import Conditioning
-    from ._source import TextEncoders
+    from .files.source import TextEncoders
 
 MULTIPLE = 16
 """Tokens that the length of a prompt is a multiple of."""

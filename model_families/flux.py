@@ -29,17 +29,17 @@ from ..core.diffusion.second_time import second_time_input
 from ..core.plugin_api.family import Capabilities, ExportInfo, ModelFamily
 from ..core.plugin_api.hookspecs import hookimpl
 from ..core.utils.full_precision import compute_type, input_type
-from ._architecture import Architecture, ReadConfig
-from ._checks import check_channels
-from ._encoders import last_states
-from ._kohya_flux import KOHYA, flux_place
-from ._networks import check_guidance, told_scale
-from ._packing import PATCH, pack, patch_ids, unpack
-from ._transformer import LORA_TARGETS, TransformerFamily, check_flow, longer_t5
+from .bases.transformer import LORA_TARGETS, TransformerFamily, check_flow, longer_t5
+from .calls.encoders import last_states
+from .calls.networks import check_guidance, told_scale
+from .calls.packing import PATCH, pack, patch_ids, unpack
+from .comfyui.kohya_flux import KOHYA, flux_place
+from .files.architecture import Architecture, ReadConfig
+from .files.checks import check_channels
 
 if TYPE_CHECKING:
     from ..core.plugin_api.batch import Conditioning
-    from ._source import TextEncoders
+    from .files.source import TextEncoders
 
 PIPELINE_TOKENS = 512
 """``max_sequence_length`` of a plain call."""

@@ -29,17 +29,17 @@ from ..core.diffusion.second_time import second_time_input
 from ..core.plugin_api.family import Capabilities, ModelFamily
 from ..core.plugin_api.hookspecs import hookimpl
 from ..core.utils.full_precision import compute_type, input_type
-from ._architecture import Architecture
-from ._autoencoders import patched
-from ._encoders import as_chat, inner_states, token_ids
-from ._kohya_flux2 import KOHYA, NAMES
-from ._networks import as_multiplied, check_guidance
-from ._one_encoder import OneEncoderFamily
-from ._transformer import LORA_TARGETS, TransformerFamily, check_latents
+from .bases.one_encoder import OneEncoderFamily
+from .bases.transformer import LORA_TARGETS, TransformerFamily, check_latents
+from .calls.autoencoders import patched
+from .calls.encoders import as_chat, inner_states, token_ids
+from .calls.networks import as_multiplied, check_guidance
+from .comfyui.kohya_flux2 import KOHYA, NAMES
+from .files.architecture import Architecture
 
 if TYPE_CHECKING:
     from ..core.plugin_api.batch import Conditioning
-    from ._source import TextEncoders
+    from .files.source import TextEncoders
 
 
 class Flux2(OneEncoderFamily):

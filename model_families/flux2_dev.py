@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from ..core.errors import UserError
 from ..core.plugin_api.family import Capabilities, ExportInfo, ModelFamily
 from ..core.plugin_api.hookspecs import hookimpl
-from ._architecture import Architecture, ReadConfig
-from ._networks import told_scale
-from ._transformer import check_latents
+from .bases.transformer import check_latents
+from .calls.networks import told_scale
+from .files.architecture import Architecture, ReadConfig
 from .flux2 import Flux2
 
 

@@ -4,7 +4,8 @@ What a family of its own knows of its pipeline stands in ``family_config.generic
 called with, in which unit it is told the time, what its output is, whether latents are packed. Before anything is
 trained the description is compared with the pipeline itself: its own loop runs with a network that answers something
 simple, and each of its calls and of its scheduler's steps must be those that the description gives
-(:mod:`._generic_check`). Where they differ the message has the description that the pipeline's own calls suggest.
+(:mod:`.described.generic_check`). Where they differ the message has the description that the pipeline's own calls
+suggest.
 
 A model that is loaded so trains as LoRA and in full with all methods but those that need features, pixels, a second
 time or the guidance scale as an input; a family of its own (about 100 lines) can offer these.
@@ -26,15 +27,15 @@ from ..core.errors import UserError
 from ..core.plugin_api.family import Capabilities, ExportInfo, ModelFamily, ModelSettings
 from ..core.plugin_api.hookspecs import hookimpl
 from ..core.settings.types import Names
-from ._diffusers import DiffusersFamily
-from ._generic_check import FAILURES, check_description
-from ._generic_model import ANY, blocks_of, described_architecture, linear_layers
-from ._networks import check_guidance
-from ._packing import pack, patch_ids, text_ids, unpack
+from .bases.diffusers import DiffusersFamily
+from .calls.networks import check_guidance
+from .calls.packing import pack, patch_ids, text_ids, unpack
+from .described.generic_check import FAILURES, check_description
+from .described.generic_model import ANY, blocks_of, described_architecture, linear_layers
 
 if TYPE_CHECKING:
     from ..core.plugin_api.batch import Conditioning
-    from ._source import TextEncoders
+    from .files.source import TextEncoders
 
 Given = str | bool | int | float | list[float]
 
@@ -103,7 +104,7 @@ class Generic(DiffusersFamily):
 
         Raises UserError where they cannot be read.
         """
-        from ._generic_sketch import sketch
+        from .described.generic_sketch import sketch
 
         return sketch(cls, model)
 

@@ -21,15 +21,15 @@ import torch
 from ..core.errors import UserError
 from ..core.plugin_api.family import Capabilities, ModelFamily
 from ..core.plugin_api.hookspecs import hookimpl
-from ._architecture import Architecture, ReadConfig
-from ._checks import check_unet
-from ._encoders import token_ids
-from ._kohya_kolors import KOHYA
-from ._time_ids import TimeIdsFamily
+from .bases.time_ids import TimeIdsFamily
+from .calls.encoders import token_ids
+from .comfyui.kohya_kolors import KOHYA
+from .files.architecture import Architecture, ReadConfig
+from .files.checks import check_unet
 
 if TYPE_CHECKING:
     from ..core.plugin_api.batch import Conditioning
-    from ._source import TextEncoders
+    from .files.source import TextEncoders
 
 NUM_TOKENS = 256
 """Tokens that the pipeline reads, the two marks in front included."""

@@ -23,16 +23,16 @@ from ..core.diffusion.second_time import second_time_input
 from ..core.plugin_api.family import Capabilities, ExportInfo, ModelFamily
 from ..core.plugin_api.hookspecs import hookimpl
 from ..core.utils.full_precision import input_type
-from ._architecture import Architecture
-from ._encoders import masked_states, turned
-from ._kohya_lumina2 import KOHYA, NAMES
-from ._networks import check_guidance, lengths_of
-from ._one_encoder import OneEncoderFamily
-from ._transformer import check_flow_latents
+from .bases.one_encoder import OneEncoderFamily
+from .bases.transformer import check_flow_latents
+from .calls.encoders import masked_states, turned
+from .calls.networks import check_guidance, lengths_of
+from .comfyui.kohya_lumina2 import KOHYA, NAMES
+from .files.architecture import Architecture
 
 if TYPE_CHECKING:
     from ..core.plugin_api.batch import Conditioning
-    from ._source import TextEncoders
+    from .files.source import TextEncoders
 
 SYSTEM_PROMPT = (
     "You are an assistant designed to generate superior images with the superior degree of image-text alignment based "

@@ -7,7 +7,7 @@ read the time from one modulation, ``adaln_single``. There are no sizes among th
 Prompts are in small letters without spaces around them, as the pipeline writes them where it does not clean them
 (``clean_caption``, which needs two further packages). Its ``use_resolution_binning`` makes another size than is asked
 for and resizes the image; both are off in the engine's images and in the snippets of students. Neither the network nor
-the pipeline of diffusers takes LoRAs: :mod:`._lora_loading` adds it, and snippets load a student through peft.
+the pipeline of diffusers takes LoRAs: :mod:`.loras.lora_loading` adds it, and snippets load a student through peft.
 
 References:
     Chen et al., PixArt-Sigma: Weak-to-Strong Training of Diffusion Transformer for 4K Text-to-Image Generation,
@@ -26,17 +26,17 @@ from ..core.errors import UserError
 from ..core.plugin_api.family import Capabilities, ExportInfo, ModelFamily
 from ..core.plugin_api.hookspecs import hookimpl
 from ..core.utils.full_precision import input_type
-from ._architecture import Architecture, ReadConfig
-from ._checks import check_channels
-from ._empty import fill_tables
-from ._encoders import masked_states
-from ._kohya_pixart import KOHYA
-from ._networks import check_guidance
-from ._one_encoder import OneEncoderFamily
+from .bases.one_encoder import OneEncoderFamily
+from .calls.encoders import masked_states
+from .calls.networks import check_guidance
+from .comfyui.kohya_pixart import KOHYA
+from .files.architecture import Architecture, ReadConfig
+from .files.checks import check_channels
+from .files.empty import fill_tables
 
 if TYPE_CHECKING:
     from ..core.plugin_api.batch import Conditioning
-    from ._source import TextEncoders
+    from .files.source import TextEncoders
 
 PLAIN: Mapping[str, Any] = {"clean_caption": False, "use_resolution_binning": False}
 """Makes the pipeline take prompts and sizes as they are."""

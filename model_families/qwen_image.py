@@ -27,11 +27,11 @@ from ..core.diffusion.second_time import second_time_input
 from ..core.plugin_api.family import Capabilities, ModelFamily
 from ..core.plugin_api.hookspecs import hookimpl
 from ..core.utils.full_precision import compute_type, input_type
-from ._architecture import Architecture
-from ._kohya_qwen_image import KOHYA
-from ._networks import check_guidance
-from ._qwen import CONVERSATION, QwenFamily, check_latents
-from ._transformer import LORA_TARGETS
+from .bases.qwen import CONVERSATION, QwenFamily, check_latents
+from .bases.transformer import LORA_TARGETS
+from .calls.networks import check_guidance
+from .comfyui.kohya_qwen_image import KOHYA
+from .files.architecture import Architecture
 from .flux import PATCH, pack, unpack
 
 if TYPE_CHECKING:

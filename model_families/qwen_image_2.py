@@ -25,12 +25,12 @@ from torch import Tensor, nn
 
 from ..core.plugin_api.family import Capabilities, ExportInfo, ModelFamily
 from ..core.plugin_api.hookspecs import hookimpl
-from ._architecture import Architecture
-from ._encoders import ragged
-from ._kohya_qwen_image import KOHYA_21, ORIGINAL_21
-from ._networks import outputs_inside
-from ._one_by_one import OneByOneFamily
-from ._qwen import CONVERSATION, QwenFamily, WithoutPrompts, check_latents
+from .bases.one_by_one import OneByOneFamily
+from .bases.qwen import CONVERSATION, QwenFamily, WithoutPrompts, check_latents
+from .calls.encoders import ragged
+from .calls.networks import outputs_inside
+from .comfyui.kohya_qwen_image import KOHYA_21, ORIGINAL_21
+from .files.architecture import Architecture
 
 if TYPE_CHECKING:
     from ..core.plugin_api.batch import Conditioning

@@ -28,16 +28,16 @@ from ..core.errors import UserError
 from ..core.plugin_api.family import Capabilities, ExportInfo, ModelFamily
 from ..core.plugin_api.hookspecs import hookimpl
 from ..core.utils.full_precision import input_type
-from ._architecture import Architecture, ReadConfig
-from ._checks import check_channels
-from ._instruction import instructed, instruction
-from ._networks import check_guidance
-from ._one_encoder import OneEncoderFamily
-from ._transformer import check_flow
+from .bases.instruction import instructed, instruction
+from .bases.one_encoder import OneEncoderFamily
+from .bases.transformer import check_flow
+from .calls.networks import check_guidance
+from .files.architecture import Architecture, ReadConfig
+from .files.checks import check_channels
 
 if TYPE_CHECKING:
     from ..core.plugin_api.batch import Conditioning
-    from ._source import TextEncoders
+    from .files.source import TextEncoders
 
 
 def check_configs(name: str, config: ReadConfig) -> None:

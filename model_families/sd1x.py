@@ -6,8 +6,8 @@ from typing import ClassVar
 
 from ..core.plugin_api.family import ModelFamily
 from ..core.plugin_api.hookspecs import hookimpl
-from ._architecture import Architecture, KohyaFormat
-from ._stable_diffusion import StableDiffusion, generation
+from .bases.stable_diffusion import StableDiffusion, generation
+from .files.architecture import Architecture, KohyaFormat
 
 
 class SD1x(StableDiffusion):

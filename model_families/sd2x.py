@@ -10,8 +10,8 @@ from typing import ClassVar
 
 from ..core.plugin_api.family import ModelFamily
 from ..core.plugin_api.hookspecs import hookimpl
-from ._architecture import MINIATURES, Architecture, KohyaFormat
-from ._stable_diffusion import StableDiffusion, generation
+from .bases.stable_diffusion import StableDiffusion, generation
+from .files.architecture import MINIATURES, Architecture, KohyaFormat
 
 
 class SD2x(StableDiffusion):

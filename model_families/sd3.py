@@ -22,17 +22,17 @@ from ..core.diffusion.second_time import second_time_input
 from ..core.plugin_api.family import Capabilities, ExportInfo, ModelFamily
 from ..core.plugin_api.hookspecs import hookimpl
 from ..core.utils.full_precision import input_type
-from ._architecture import MINIATURES, Architecture, ReadConfig
-from ._checks import check_channels
-from ._clip import CLIP_POSITIONS
-from ._encoders import last_states, penultimate
-from ._kohya_sd3 import KOHYA, NAMES
-from ._networks import check_guidance
-from ._transformer import TransformerFamily, check_flow, longer_t5
+from .bases.clip import CLIP_POSITIONS
+from .bases.transformer import TransformerFamily, check_flow, longer_t5
+from .calls.encoders import last_states, penultimate
+from .calls.networks import check_guidance
+from .comfyui.kohya_sd3 import KOHYA, NAMES
+from .files.architecture import MINIATURES, Architecture, ReadConfig
+from .files.checks import check_channels
 
 if TYPE_CHECKING:
     from ..core.plugin_api.batch import Conditioning
-    from ._source import TextEncoders
+    from .files.source import TextEncoders
 
 CLIPS = (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2"))
 T5 = ("tokenizer_3", "text_encoder_3")

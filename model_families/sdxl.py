@@ -21,16 +21,25 @@ import torch
 from ..core.errors import UserError
 from ..core.plugin_api.family import Capabilities, ModelFamily
 from ..core.plugin_api.hookspecs import hookimpl
-from ._architecture import AUTOENCODER, MINIATURES, UNET, Architecture, FilePart, KohyaFormat, ReadConfig, SingleFile
-from ._checks import check_unet
-from ._clip import ClipFamily
-from ._encoders import penultimate
-from ._kohya import original_unet, unet_place
-from ._time_ids import TimeIdsFamily
+from .bases.clip import ClipFamily
+from .bases.time_ids import TimeIdsFamily
+from .calls.encoders import penultimate
+from .comfyui.kohya import original_unet, unet_place
+from .files.architecture import (
+    AUTOENCODER,
+    MINIATURES,
+    UNET,
+    Architecture,
+    FilePart,
+    KohyaFormat,
+    ReadConfig,
+    SingleFile,
+)
+from .files.checks import check_unet
 
 if TYPE_CHECKING:
     from ..core.plugin_api.batch import Conditioning
-    from ._source import TextEncoders
+    from .files.source import TextEncoders
 
 
 def check_configs(name: str, config: ReadConfig) -> None:

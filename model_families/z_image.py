@@ -24,17 +24,17 @@ from ..core.diffusion.second_time import second_time_input
 from ..core.plugin_api.family import Capabilities, ExportInfo, ModelFamily
 from ..core.plugin_api.hookspecs import hookimpl
 from ..core.utils.full_precision import input_type
-from ._architecture import Architecture, ReadConfig
-from ._checks import check_channels
-from ._encoders import as_chat, ragged, token_ids
-from ._kohya_z_image import KOHYA, ORIGINAL
-from ._networks import check_guidance
-from ._one_encoder import OneEncoderFamily
-from ._transformer import check_flow
+from .bases.one_encoder import OneEncoderFamily
+from .bases.transformer import check_flow
+from .calls.encoders import as_chat, ragged, token_ids
+from .calls.networks import check_guidance
+from .comfyui.kohya_z_image import KOHYA, ORIGINAL
+from .files.architecture import Architecture, ReadConfig
+from .files.checks import check_channels
 
 if TYPE_CHECKING:
     from ..core.plugin_api.batch import Conditioning
-    from ._source import TextEncoders
+    from .files.source import TextEncoders
 
 
 def check_configs(name: str, config: ReadConfig) -> None:

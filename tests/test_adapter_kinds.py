@@ -8,7 +8,7 @@ import pytest
 import torch
 from distill.core.errors import UserError
 from distill.core.plugin_api.family import ExtraLora, ModelSettings
-from distill.model_families._lora_kinds import AdapterLayer, changed_weight, split
+from distill.model_families.loras.lora_kinds import AdapterLayer, changed_weight, split
 from distill.model_families.sdxl import SDXL
 from safetensors.torch import save_file
 from support.tiny_families import MODELS
@@ -363,7 +363,9 @@ def test_values_that_are_not_finite_are_refused(tiny, base, tmp_path):
 
 def test_the_header_alone_decides(tiny, base, tmp_path, monkeypatch):
     file = write(tmp_path, plain_layer(base, LINEAR))
-    monkeypatch.setattr("distill.model_families._weights.WeightFile.read_one", lambda *_: pytest.fail("read a tensor"))
+    monkeypatch.setattr(
+        "distill.model_families.files.weights.WeightFile.read_one", lambda *_: pytest.fail("read a tensor")
+    )
     make(tiny, (file, 1.0)).check_source()
 
 

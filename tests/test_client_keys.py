@@ -9,10 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from distill.core.errors import UserError
-from distill.model_families import _kohya as kohya
-from distill.model_families import _kohya_kolors, _kohya_qwen_image, _kohya_z_image
-from distill.model_families._architecture import DIFFUSERS, Layer
-from distill.model_families._plain_lora import Lora, read_by_diffusers
+from distill.model_families.comfyui import _kohya_qwen_image, _kohya_z_image
+from distill.model_families.comfyui import kohya as kohya
+from distill.model_families.comfyui import kohya_kolors as _kohya_kolors
+from distill.model_families.files.architecture import DIFFUSERS, Layer
+from distill.model_families.loras.plain_lora import Lora, read_by_diffusers
 from safetensors.torch import save_file
 from support.comfyui_keys import placed
 from support.published import PUBLISHED, linear_layers
@@ -321,9 +322,9 @@ def test_diffusers_reads_what_was_trained(name, tmp_path):
 @pytest.mark.parametrize("name", ["flux.2-dev", "sd3.5-medium", "lumina-image-2.0", "chroma1-hd"])
 def test_our_file_comes_back_whole(name, tmp_path):
     """Also what diffusers leaves out of it: of FLUX.2's, which have fewer layers than modules, the modulations."""
-    from distill.model_families._lora import read_lora
-    from distill.model_families._original_names import OriginalNames
+    from distill.model_families.comfyui.original_names import OriginalNames
     from distill.model_families.flux import Flux
+    from distill.model_families.loras.lora import read_lora
 
     model, (config, _) = PUBLISHED[name], TINY[name]
     network = empty_network(model, **config)
@@ -351,8 +352,8 @@ def test_our_file_comes_back_whole(name, tmp_path):
 )
 def test_a_lora_on_comfyuis_own_layers_is_read(name, table, pattern, tmp_path):
     """As people train them: under the names that ComfyUI has for its layers, not under diffusers'."""
-    from distill.model_families._lora import read_lora
     from distill.model_families.flux import Flux
+    from distill.model_families.loras.lora import read_lora
 
     model, (config, sizes) = PUBLISHED[name], TINY[name]
     network = empty_network(model, **config)

@@ -20,7 +20,7 @@ from distill.core.errors import UserError
 from distill.core.plugin_api.family import ExportInfo, LoraSettings, MicroConditioning
 from distill.core.plugin_api.precision import BASE, Precisions, text_encoder
 from distill.core.registry.registry import Registry
-from distill.model_families._images import sample_latents
+from distill.model_families.calls.images import sample_latents
 from support.config_files import distill, said
 from support.original_sdxl import write_single_file
 from support.tiny_families import EDGE, MODELS, NEWER, SCALE_FACTOR

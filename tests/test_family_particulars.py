@@ -9,7 +9,7 @@ import torch
 from distill.core.diffusion.sampler import Sampler
 from distill.core.errors import UserError
 from distill.core.plugin_api.family import ExportInfo
-from distill.model_families._lora_loading import loads_loras, with_adapters, with_lora_files
+from distill.model_families.loras.lora_loading import loads_loras, with_adapters, with_lora_files
 from pydantic import ValidationError
 from support.tiny_families import NEWER
 from support.tiny_lumina2 import LUMINA2

@@ -10,7 +10,7 @@ import torch
 from distill.core.diffusion.sampler import Sampler
 from distill.core.errors import UserError
 from distill.core.plugin_api.family import ExportInfo, ModelSettings
-from distill.model_families._networks import as_multiplied
+from distill.model_families.calls.networks import as_multiplied
 from distill.model_families.flux2 import Flux2
 from support.tiny_flux2 import DEV, KLEIN, LENGTH, write_tiny_klein
 

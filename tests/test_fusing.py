@@ -7,7 +7,7 @@ import gc
 import pytest
 import torch
 from distill.core.plugin_api.family import ModelSettings
-from distill.model_families._source import Source
+from distill.model_families.files.source import Source
 from distill.model_families.sdxl import SDXL
 from safetensors.torch import load_file, save_file
 from support.tiny_sdxl import write_tiny_sdxl

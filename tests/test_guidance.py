@@ -239,7 +239,7 @@ def test_the_sampler_has_the_teachers_steps_and_a_guidance_of_the_range(schedule
 def test_with_the_models_own_spacing_ddim_is_the_models_own_euler():
     """The student's sampler makes the teacher's image: SDXL's Euler scheduler, in DDIM's clothes."""
     from distill.core.testing.paths import NOISE as SDXL
-    from distill.model_families._schedulers import build_scheduler
+    from distill.model_families.calls.schedulers import build_scheduler
 
     model = {
         "_class_name": "EulerDiscreteScheduler", "prediction_type": "epsilon", "timestep_spacing": "leading",

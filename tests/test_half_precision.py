@@ -336,7 +336,7 @@ def test_fp32_ends_take_two_fifths_off_the_error_of_x0_at_the_noisy_end(precise,
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(SDXL, "ends", ends)
             if not ends:  # as it was: the input rounded as well
-                patch.setattr("distill.model_families._unet.input_type", lambda weights, device: weights)
+                patch.setattr("distill.model_families.bases.unet.input_type", lambda weights, device: weights)
             _, _, context = miniature(SDXL, dtype, [Role("teacher")])
             with torch.no_grad():
                 errors.append(rms(context.predict("teacher", precise.x_t, precise.t, precise.cond).x0 - precise.x0))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from distill.core.errors import UserError
 from distill.core.plugin_api.family import ModelSettings
-from distill.model_families._hub import hub_answers
+from distill.model_families.files.hub import hub_answers
 from distill.model_families.sdxl import SDXL
 from safetensors.torch import load_file, save_file
 from support.fake_hub import fake_hub

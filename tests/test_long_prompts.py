@@ -6,7 +6,7 @@ import pytest
 import torch
 from distill.core.evaluation.prompts import cut_prompts, encoded
 from distill.core.plugin_api.family import ModelSettings
-from distill.model_families._encoders import chunked_ids, token_ids
+from distill.model_families.calls.encoders import chunked_ids, token_ids
 from distill.model_families.sd2x import SD2x
 from distill.model_families.sdxl import SDXL
 from safetensors.torch import load_file

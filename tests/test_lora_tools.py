@@ -9,7 +9,7 @@ import pytest
 import torch
 from distill.core.plugin_api.family import ModelSettings
 from distill.core.plugin_api.lora_tools import LoraReport, LoraTools, LowRank
-from distill.model_families._low_rank import nearest, nearest_product
+from distill.model_families.loras.low_rank import nearest, nearest_product
 from distill.model_families.sdxl import SDXL
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file

@@ -10,7 +10,7 @@ from distill.core.errors import DistillError
 from distill.core.plugin_api.family import ModelSettings
 from distill.core.runs import memory_plan
 from distill.core.utils import memory
-from distill.model_families import _encoders
+from distill.model_families.calls import encoders as _encoders
 from distill.model_families.sdxl import SDXL
 from support.listening import listening
 from support.quickstart import command

@@ -21,7 +21,7 @@ from distill.core.settings.run_settings import RunSettings
 from distill.core.utils.memory import MemorySettings, estimate, savings
 from distill.distill_methods.lcm import LCM
 from distill.distill_methods.reward import Reward
-from distill.model_families._pixels import decoding_bytes
+from distill.model_families.calls.pixels import decoding_bytes
 from distill.model_families.sdxl import SDXL
 from support.networks import MeanRed, network_file
 from support.quickstart import command

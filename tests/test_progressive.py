@@ -81,7 +81,7 @@ def test_the_reach_of_a_step_turns_the_error_of_x0_into_that_of_its_end(path):
 @pytest.mark.parametrize("num_steps", [1, 2, 4, 8, 25, 16, 32, 3])
 @pytest.mark.parametrize("schedule", [TABLE, ZERO_SNR], ids=["table", "zero-snr"])
 def test_the_timestep_grid_is_that_of_diffusers_ddim(schedule, num_steps):
-    from distill.model_families._schedulers import build_scheduler
+    from distill.model_families.calls.schedulers import build_scheduler
 
     method = Progressive(settings(4, 2), MethodSetup("lora"))
     sampler = method.sampler(schedule, num_inference_steps=num_steps)
@@ -114,7 +114,7 @@ def test_the_timestep_grid_is_that_of_diffusers_ddim(schedule, num_steps):
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_on_a_flow_the_sampler_visits_the_training_times(shift):
-    from distill.model_families._schedulers import build_scheduler
+    from distill.model_families.calls.schedulers import build_scheduler
 
     schedule = FlowSchedule(shift=shift)
     method = Progressive(settings(4, 2), MethodSetup("lora"))

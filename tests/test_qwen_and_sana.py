@@ -11,7 +11,7 @@ from distill.core.diffusion.sampler import Sampler
 from distill.core.errors import UserError
 from distill.core.plugin_api.family import MicroConditioning
 from distill.core.testing.sampling_loops import GUIDED, UNGUIDED, loop_is_generate
-from distill.model_families._pixels import decoding_bytes
+from distill.model_families.calls.pixels import decoding_bytes
 from safetensors.torch import load_file, save_file
 from support.tiny_families import EDGE, NEWER
 from support.tiny_sana import LENGTH

@@ -8,7 +8,7 @@ import pytest
 import torch
 from distill.core.diffusion.sampler import Sampler
 from distill.core.plugin_api.family import MicroConditioning, ModelSettings
-from distill.model_families._unet import LORA_TARGETS
+from distill.model_families.bases.unet import LORA_TARGETS
 from distill.model_families.sdxl import SDXL
 from support.tiny_sdxl import EDGE, SCALE_FACTOR, write_tiny_sdxl
 
@@ -298,7 +298,7 @@ def test_guidance_and_its_embedding_go_together(family):
 
 
 def test_guidance_embedding_is_diffusers_own(pipeline):
-    from distill.model_families._images import guidance_scale_embedding
+    from distill.model_families.calls.images import guidance_scale_embedding
 
     w = torch.tensor([0.0, 0.37, 7.5, 14.0])
     expected = pipeline.get_guidance_scale_embedding(w, embedding_dim=256)
@@ -417,7 +417,7 @@ def test_guidance_embedding_is_fed_by_the_pipeline_as_scale_minus_one(family):
     embeds = family.encode_prompts(PROMPTS[:1])
     call = {"sampler": sampler, "seeds": [0], "width": EDGE, "height": EDGE}
     default = family.generate(student, embeds, **call)
-    from distill.model_families._images import guidance_scale_embedding
+    from distill.model_families.calls.images import guidance_scale_embedding
 
     assert len(seen) == 2, "one call each step: no second pass for guidance"
     torch.testing.assert_close(seen[0], guidance_scale_embedding(torch.tensor([7.0]), 256), rtol=0, atol=1e-5)

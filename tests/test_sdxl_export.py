@@ -7,7 +7,7 @@ import torch
 from distill.core.diffusion.sampler import Sampler
 from distill.core.errors import UserError
 from distill.core.plugin_api.family import ExportInfo, ExtraLora, LoraSettings, ModelSettings
-from distill.model_families._unet import LORA_TARGETS
+from distill.model_families.bases.unet import LORA_TARGETS
 from distill.model_families.sdxl import SDXL
 from support.tiny_sdxl import EDGE, write_tiny_sdxl
 

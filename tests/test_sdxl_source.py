@@ -262,7 +262,7 @@ def test_fingerprints_differ_by_precision_and_noise(tiny):
 
 
 def test_large_files_are_hashed_by_pieces_over_their_whole_length(tmp_path, monkeypatch):
-    from distill.model_families import _files as files
+    from distill.model_families.files import reading as files
 
     monkeypatch.setattr(files, "WHOLE_BYTES", 1000)
     monkeypatch.setattr(files, "CHUNKS", 8)

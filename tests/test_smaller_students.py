@@ -87,7 +87,7 @@ def test_a_smaller_student_starts_as_the_teacher_if_the_removed_blocks_do_nothin
 
 def test_attentions_keep_their_first_transformer_layers():
     from diffusers import UNet2DConditionModel
-    from distill.model_families._smaller import kept_unet_weights, smaller_unet_config
+    from distill.model_families.calls.smaller import kept_unet_weights, smaller_unet_config
     from support.tiny_sdxl import unet_config
 
     torch.manual_seed(0)

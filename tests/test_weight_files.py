@@ -10,8 +10,8 @@ import pytest
 import torch
 from distill.core.errors import UserError
 from distill.core.plugin_api.family import ModelSettings
-from distill.model_families._empty import empty_network
-from distill.model_families._schedulers import TABLE_KEYS
+from distill.model_families.calls.schedulers import TABLE_KEYS
+from distill.model_families.files.empty import empty_network
 from distill.model_families.sdxl import SDXL
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -406,8 +406,8 @@ def test_the_header_is_all_that_a_check_reads(single, tiny, monkeypatch):
     def refuse(*arguments):
         raise AssertionError("read a tensor")
 
-    monkeypatch.setattr("distill.model_families._weights.WeightFile.read_one", refuse)
-    monkeypatch.setattr("distill.model_families._weights.WeightFile.stored", refuse)
+    monkeypatch.setattr("distill.model_families.files.weights.WeightFile.read_one", refuse)
+    monkeypatch.setattr("distill.model_families.files.weights.WeightFile.stored", refuse)
     monkeypatch.setattr(safe_open, "get_tensor", refuse, raising=False)
     make(single, config_source=str(tiny)).check_source()
     make(tiny).check_source()

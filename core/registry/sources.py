@@ -32,7 +32,7 @@ def built_in_modules() -> Iterator[ModuleType]:
     for package_name in BUILT_IN_PACKAGES:
         package = importlib.import_module(f"{ROOT}.{package_name}")
         for info in sorted(pkgutil.iter_modules(package.__path__), key=lambda info: info.name):
-            if info.name.startswith("_"):
+            if info.ispkg or info.name.startswith("_"):
                 continue
             module = importlib.import_module(f"{package.__name__}.{info.name}")
             if any(hasattr(value, f"{hookspecs.PROJECT}_impl") for value in vars(module).values()):

@@ -93,7 +93,7 @@ class Answers(BaseHTTPRequestHandler):
 @contextmanager
 def fake_hub(root: Path, *, cache: Path) -> Iterator[Hub]:
     """The hub of this process inside the block, with an empty cache."""
-    from distill.model_families._hub import hub_answers
+    from distill.model_families.files.hub import hub_answers
     from huggingface_hub import constants
 
     hub = Hub(root)

@@ -17,7 +17,7 @@ from distill.model_families import (
     _kohya_sd3,
     _kohya_z_image,
 )
-from distill.model_families._architecture import KohyaFormat
+from distill.model_families.files.architecture import KohyaFormat
 from support import comfyui_keys as keys
 from support import comfyui_more_keys as more
 

@@ -27,7 +27,7 @@ def trained(module, *, seed=0, std=0.05):
 
 def add_lora(network, name, *, seed=0, std=0.05):
     """An adapter that does something."""
-    from distill.model_families._unet import LORA_TARGETS
+    from distill.model_families.bases.unet import LORA_TARGETS
     from peft import LoraConfig
 
     with torch.random.fork_rng(devices=[]):

@@ -117,7 +117,7 @@ def unpacked(tokens: Any) -> Any:
 
 def as_klein_has_them(tokens: Any) -> Any:
     """Latents (B, C / 4, 2 h, 2 w), in which the pipeline of klein returns them."""
-    from distill.model_families._autoencoders import unpatched
+    from distill.model_families.calls.autoencoders import unpatched
 
     return unpatched(unpacked(tokens))
 

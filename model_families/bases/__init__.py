@@ -1,0 +1,1 @@
+"""What families of one kind share: the classes that they are made from, and students on disk."""

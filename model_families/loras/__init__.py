@@ -1,0 +1,1 @@
+"""Files of LoRAs and their kin: recognised, fused, attached, made smaller."""
