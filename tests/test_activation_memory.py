@@ -90,6 +90,19 @@ def test_a_sample_keeps_what_real_networks_keep(models, family, half, lora):
     assert all(weight.requires_grad for weight in model.empty_network().parameters()), "it is as it was"
 
 
+def test_a_network_that_recomputes_nothing_is_trained_and_estimated_so(models, monkeypatch, caplog):
+    model = SDXL(SDXL.Config(), ModelSettings(str(models[SDXL])))
+    network = model.empty_network()
+    monkeypatch.setattr(type(network), "_supports_gradient_checkpointing", False)
+    lora, roles = LoraSettings(RANK, 4.0), [Role("student", trains="lora")]
+    Networks(model, roles, lora=lora, seed=0, gradient_checkpointing=True)
+    assert "gradient_checkpointing: a UNet2DConditionModel recomputes nothing" in caplog.text
+    asked = configuration(half=False, lora=True)
+    asked.run.lora_rank += 1  # estimates are remembered
+    planned = planned_activations(asked, model, network, (EDGE[SDXL], EDGE[SDXL]))
+    assert planned.recomputed == planned.whole
+
+
 def test_what_is_kept_decides_what_a_step_takes():
     kept = KeptBytes(whole=1000, recomputed=100, block=40)
     settings = MemorySettings(10, 1, 64, batch=3, compute_bytes=4, kept=kept)

@@ -6,6 +6,7 @@ With LoRA the teacher is the base with adapters off.
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -18,6 +19,7 @@ from ..errors import UserError
 from ..plugin_api.method import is_whole_network
 from ..utils.dropout import NamedDropout
 from ..utils.seeds import derive_seed
+from ..utils.simulated_training import recomputes_blocks
 from .adapters import AdapterSwitch, copy_adapter, tuner_layers
 from .ema import EMA
 from .lora_layers import make_direct, without_weights
@@ -27,6 +29,8 @@ from .shards import part_of, sharded_as
 if TYPE_CHECKING:
     from ..plugin_api.family import LoraSettings, ModelFamily
     from ..plugin_api.method import Role
+
+logger = logging.getLogger(__name__)
 
 
 class Networks:
@@ -253,6 +257,12 @@ class Networks:
             if role.trains not in ("lora", "full"):
                 continue
             module: Any = self._modules[name]
+            if not recomputes_blocks(module):
+                logger.warning(
+                    "gradient_checkpointing: a %s recomputes nothing, so all its activations are kept",
+                    type(module).__name__,
+                )
+                continue
             switch = self._switch if module is self.base else None
             module.enable_gradient_checkpointing(switch.checkpoint if switch else None)
 

@@ -29,10 +29,15 @@ class Capabilities:
     """The abilities of a family; compared with a method's requirements before weights load."""
 
     lora: bool = True
+    """Whether its network takes adapters."""
     full: bool = True
+    """Whether :meth:`ModelFamily.student_network` makes a copy to train whole."""
     guidance_embedding: bool = False
+    """Whether a student can take the guidance scale as an input, and the pipeline tells it."""
     second_time: bool = False
+    """Whether :meth:`ModelFamily.predict` feeds the network a second time (:meth:`ModelFamily.add_second_time`)."""
     features: bool = False
+    """Whether :meth:`ModelFamily.features` gives activations from inside the network, for discriminators."""
     pixels: bool = False
     """Whether :meth:`ModelFamily.decode_pixels` makes images with a gradient."""
     micro_conditioning: bool = False

@@ -197,6 +197,19 @@ def _capabilities(model: Model) -> None:
         expected = model.predict(teacher, **(told if name == "guidance_embedding" and family.guided_by_input else {}))
         close = torch.allclose(model.predict(student, **told), expected, rtol=1e-4, atol=1e-5)
         expect(close, f"a student with {name} does not start as its teacher", "the new embedding starts at zero")
+        if name == "second_time":
+            _second_time(model, student)
+
+
+def _second_time(model: Model, student: nn.Module) -> None:
+    """Check that the output depends on the second time once its embedding has been trained."""
+    g, time = torch.Generator().manual_seed(0), model.inputs()[1]
+    with torch.no_grad():
+        for weight in student.get_submodule("second_time").parameters():
+            weight.add_(0.1 * torch.randn(weight.shape, generator=g))
+    far, near = (model.predict(student, second_time=time * share) for share in (0.2, 0.9))
+    expect(not torch.equal(far, near), "predict() ignores its second time, and capabilities.second_time is True",
+           "call the network inside second_time_input() of core/diffusion/second_time.py, or say False")  # fmt: skip
 
 
 def _shard_units(model: Model, teacher: nn.Module) -> None:
@@ -289,4 +302,4 @@ def _diffusers(model: Model, kind: Kind) -> None:
     distance = float((found - images[0]).abs().max())
     expect(distance <= IMAGE_ROUNDING, f"plain diffusers makes an image {distance:.3f} away from generate()'s "
            "(pixels in [0, 1])", "export all of the student's weights and its scheduler; encode prompts as the "
-           "pipeline does")  # fmt: skip
+           "pipeline does; say in snippet_call() what completed_call() adds")  # fmt: skip

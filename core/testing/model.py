@@ -51,9 +51,9 @@ class Model:
             )
         return str(found)
 
-    def make(self, source: str | None = None) -> ModelFamily:
-        """Return a new instance of the family."""
-        settings = ModelSettings(self.source if source is None else source, resolution=(self.edge, self.edge))
+    def make(self, source: str | None = None, *, size: tuple[int, int] | None = None) -> ModelFamily:
+        """Return a new instance of the family, of the model at `source`, for images of `size` (width, height)."""
+        settings = ModelSettings(self.source if source is None else source, resolution=size or (self.edge, self.edge))
         return self.subject.cls(self.subject.cls.Config(), settings)
 
     @cached_property
@@ -80,9 +80,13 @@ class Model:
         """Conditioning of the network for the prompts."""
         return self.conditioning(original=self.edge, crop=0)
 
-    def conditioning(self, *, original: int, crop: int) -> dict[str, Tensor]:
-        """Return the conditioning for images of `original` pixels along an edge, cropped at (`crop`, `crop`)."""
+    def conditioning(self, *, original: int, crop: int, size: tuple[int, int] | None = None) -> dict[str, Tensor]:
+        """Return the conditioning for images of `original` pixels along an edge, cropped at (`crop`, `crop`); or for
+        images that were (height, width) = `size` and are so.
+        """
         sizes, crops, targets = ([(each, each)] * len(PROMPTS) for each in (original, crop, self.edge))
+        if size is not None:
+            sizes = targets = [size] * len(PROMPTS)
         embeds = self.embeds
         with failing("condition()", "it takes what encode_prompts() returned"):
             return dict(self.family.condition(embeds, MicroConditioning(sizes, crops, targets)))

@@ -29,19 +29,18 @@ TOLERANCE = 1e-4
 
 
 def loop_is_generate(model: Model, guidance: float) -> None:
-    """Check that two deterministic steps with the family's own prediction make the pipeline's image."""
-    family = model.family
+    """Check that two deterministic steps with the family's own prediction make the pipeline's image, a wide one."""
+    width, height = 2 * model.edge, model.edge
+    family = model.make(size=(width, height))
     if guidance == UNGUIDED and family.guided_by_input:
         raise NotApplicable("its network takes the guidance as an input, and is never without")
-    shape = (1, family.latent_channels, *(2 * [model.edge // family.scale_factor]))
+    shape = (1, family.latent_channels, height // family.scale_factor, width // family.scale_factor)
     noise = torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in SEEDS])
     networks = Networks(family, [Role("teacher")], lora=None, seed=0)
     sampler = deterministic_sampler(family.schedule, NUM_STEPS, guidance)
     making = failing("generate()", "it makes images (B, 3, H, W) in [0, 1]")
     with networks.use("teacher") as network, _inputs(network) as seen, torch.no_grad(), making:
-        theirs = family.generate(
-            network, model.embeds, sampler=sampler, seeds=SEEDS, width=model.edge, height=model.edge
-        )
+        theirs = family.generate(network, model.embeds, sampler=sampler, seeds=SEEDS, width=width, height=height)
     # of the first sample alone where images are made one by one
     if not any(_same_numbers(each, part) for each in seen for part in (noise, noise[:1])):
         raise NotApplicable(
@@ -50,12 +49,13 @@ def loop_is_generate(model: Model, guidance: float) -> None:
         )
     context = Context(Runtime(family, networks, seed=0, device=torch.device("cpu")))
     with failing("predict()", "it takes x_t (B, C, h, w), time (B,) and what condition() returned"), torch.no_grad():
-        ours = family.decode_latents(_sampling_loop(context, noise, model.conditioned, guidance))
+        cond = model.conditioning(original=height, crop=0, size=(height, width))
+        ours = family.decode_latents(_sampling_loop(context, noise, cond, guidance))
     distance = float((ours - theirs).abs().max())
     how = "without guidance" if guidance == UNGUIDED else f"with guidance {guidance:g}"
     remedy = (
         "predict() must call the network as the pipeline's loop does: the prompt, the time and its direction, the sign "
-        "of the output, and what is put around the prompt in encode_prompts()"
+        "of the output, rows before columns, and what is put around the prompt in encode_prompts()"
         if guidance == UNGUIDED
         else "the pipeline must guide by uncond + g (cond - uncond), with the unconditional of uncond(): switch off "
         "what it does besides (in guidance_call() of DiffusersFamily)"

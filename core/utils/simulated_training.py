@@ -212,9 +212,17 @@ def _trained(network: nn.Module, *, whole: bool) -> Iterator[None]:
             weight.requires_grad_(trained)
 
 
+def recomputes_blocks(network: Any) -> bool:
+    """Return True if the network can compute its blocks again in the backward pass in place of keeping them."""
+    return bool(getattr(network, "_supports_gradient_checkpointing", hasattr(network, "enable_gradient_checkpointing")))
+
+
 @contextmanager
 def _checkpointed(network: Any, unit: Callable[..., Any]) -> Iterator[None]:
     """Call `unit` for each block that the network recomputes, inside the block."""
+    if not recomputes_blocks(network):
+        yield
+        return
     network.enable_gradient_checkpointing(unit)
     try:
         yield

@@ -40,7 +40,14 @@ def sketch(kind: type[Generic], model: str) -> dict[str, str]:
     with tempfile.TemporaryDirectory() as scratch:
         small = Path(scratch) / "model"
         write_small_copy(model, small)
-        family = described(kind, small)
+        try:
+            family = described(kind, small)
+        except UserError as error:
+            raise UserError(
+                f"the calls of this pipeline cannot be read: {error.message}",
+                "write its family by hand: distill plugins new family NAME without --model, and the tutorial 'your own "
+                "family'",
+            ) from error
         return pieces(family, model)
 
 

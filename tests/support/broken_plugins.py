@@ -233,6 +233,20 @@ FAMILIES = {
         "what it says",
         ["condition() ignores the sizes of images, and capabilities.micro_conditioning is True"],
     ),
+    "columns come before rows": (
+        "def condition(self, embeds, micro):\n"
+        "        turned = [[pair[::-1] for pair in each] for each in (micro.original_size, micro.crop_top_left,\n"
+        "                  micro.target_size)]\n"
+        "        return super().condition(embeds, type(micro)(*turned))",
+        "steps",
+        ["rows before columns"],
+    ),
+    "predict ignores the second time": (
+        "def predict(self, network, x_t, time, cond, *, guidance=None, second_time=None):\n"
+        "        return super().predict(network, x_t, time, cond, guidance=guidance)",
+        "what it says",
+        ["predict() ignores its second time, and capabilities.second_time is True"],
+    ),
     "the pipeline guides in another way": (
         "def guidance_call(self, network, scale):\n"
         '        return super().guidance_call(network, scale) | {"guidance_rescale": 0.7}',
