@@ -100,9 +100,14 @@ class Lumina2(OneEncoderFamily):
         return [f"{self.config.system_prompt} <Prompt Start> {prompt}" for prompt in prompts]
 
     def encode(self, text: TextEncoders, prompts: Sequence[str]) -> Conditioning:
-        tokenizer, encoder = text.pairs()[0]
-        written = [self.written(tokenizer, [prompt])[0] if prompt else "" for prompt in prompts]
-        return masked_states(tokenizer, encoder, written, length=self.num_tokens, layer=-2, padding_side="right")
+        return self._encode(text, [self.written(None, [prompt])[0] if prompt else "" for prompt in prompts])
+
+    def encode_negative(self, prompts: Sequence[str]) -> Conditioning:
+        return self.in_pieces(prompts, self._encode)
+
+    def _encode(self, text: TextEncoders, prompts: Sequence[str]) -> Conditioning:
+        """Return the states of prompts as they are."""
+        return masked_states(*text.pairs()[0], prompts, length=self.num_tokens, layer=-2, padding_side="right")
 
     # -- network ------------------------------------------------------------------------------------------------------
 
