@@ -204,3 +204,37 @@ def test_the_tokenizer_of_flux2_dev_keeps_its_spaces_and_pads_in_front(folder, t
 @pytest.mark.parametrize("name", ["chroma", "pixart-sigma", "kolors"])
 def test_published_tokenizers_without_a_tokenizer_json_need_sentencepiece(name):
     assert Registry.load(installed=False).get("family", name).packages == {"sentencepiece": "sentencepiece>=0.2"}
+
+
+def test_a_z_image_tokenizer_may_pad_in_front(folder, tmp_path):
+    """The pipeline takes states by their mask; here they stand before the padding."""
+    other = shutil.copytree(folder("z-image"), tmp_path / "other")
+    edit(other / "tokenizer" / "tokenizer_config.json", padding_side="left")
+    expected = NEWER["z-image"].make(folder("z-image")).encode_prompts(["a fox"])
+    for key, value in NEWER["z-image"].make(other).encode_prompts(["a fox"]).items():
+        assert torch.equal(value, expected[key])
+
+
+@pytest.mark.parametrize("key", ["use_exponential_sigmas", "use_karras_sigmas", "invert_sigmas"])
+def test_a_students_sigmas_are_those_of_its_method_whatever_the_teachers_scheduler_does(folder, tmp_path, key):
+    other = shutil.copytree(folder("chroma"), tmp_path / "other")
+    edit(other / "scheduler" / "scheduler_config.json", **{key: True}, stochastic_sampling=True)
+    sigmas = [1.0, 0.6, 0.3]
+    sampler = Sampler("FlowMatchEulerDiscreteScheduler", {"shift": 1.0}, 3, 1.0, {"sigmas": sigmas})
+    scheduler = NEWER["chroma"].make(other).scheduler(sampler)
+    scheduler.set_timesteps(sigmas=sigmas)
+    assert scheduler.sigmas.tolist() == pytest.approx([*sigmas, 0.0])
+    assert scheduler.config.stochastic_sampling is False
+
+
+def test_chroma_hd_has_no_shift_and_two_keys_of_flux_in_its_config(folder, tmp_path):
+    """Issue 12112 of diffusers: its steps go from 1000 down by 25, and its config has what its class does not take."""
+    published = shutil.copytree(folder("chroma"), tmp_path / "published")
+    edit(published / "transformer" / "config.json", guidance_embeds=False, pooled_projection_dim=768)
+    edit(published / "scheduler" / "scheduler_config.json", use_dynamic_shifting=False, shift=1.0)
+    family = NEWER["chroma"].make(published)
+    family.check_source()
+    assert family.schedule.shift == 1.0
+    ours, expected = (one.load_network().state_dict() for one in (family, NEWER["chroma"].make(folder("chroma"))))
+    assert all(torch.equal(value, expected[key]) for key, value in ours.items())
+    assert family.student_network(family.load_network(), guidance_embedding=False).config["num_layers"] == 2
