@@ -55,16 +55,12 @@ class HubSource(FolderSource):
         folder = self.folder(part)
         return [name.removeprefix(folder) for name in self._names if name.startswith(folder)]
 
-    def _read_of(self, part: str) -> list[str]:
-        """Return the names of the files in a component's folder that are downloaded, among others."""
+    def names_there(self, part: str) -> list[str]:
         there = [name for name in self._names_of(part) if "/" not in name]
         return without_variants(there) if self._left_out(part) else there
 
     def variant_to_load(self) -> str | None:
-        part = self.architecture.denoiser
-        if self.variant or not hub_answers():
-            return self.variant
-        return self._variant_among(part, self._read_of(part))
+        return super().variant_to_load() if hub_answers() else self.variant
 
     def file(self, relative: str) -> Path:
         with hub_errors(self.name, relative):
@@ -86,7 +82,7 @@ class HubSource(FolderSource):
                 self.compare_part(part, self._shapes_of_headers)
 
     def _shapes_of_headers(self, part: str, network: Any) -> Mapping[str, Tensor]:
-        names = self.weights_names(part, self._read_of(part))
+        names = self.weights_names(part, self.names_there(part))
         files = [self._header(self.folder(part) + name) for name in names]
         return by_name_of(network, {name: file.shape(name) for file in files for name in file.names})
 

@@ -258,7 +258,15 @@ class FolderSource(Source):
         return part not in self.architecture.optional or has_part(self.config("model_index.json"), part)
 
     def variant_to_load(self) -> str | None:
-        return self.weights_variant(self.architecture.denoiser)
+        if self.variant:
+            return self.variant
+        there = {part: self.names_there(part) for part in self.architecture.networks if self.has(part)}
+        found = (self._variant_among(part, names) for part, names in there.items() if safetensors_among(names))
+        return next(filter(None, found), None)
+
+    def names_there(self, part: str) -> list[str]:
+        """Return the names of the files in a component's folder, or of those that are downloaded into it."""
+        return [path.name for path in self.component(part).glob("*")]
 
     def weights_variant(self, part: str) -> str | None:
         """Return the variant of a component's weights to read. Raises UserError without safetensors."""

@@ -54,6 +54,8 @@ def repositories(tmp_path_factory) -> Path:
         half = path.relative_to(whole).with_name(path.name.replace(".safetensors", ".fp16-00001-of-00001.safetensors"))
         shutil.copy(path, both / half)
         (halves_alone / path.relative_to(whole)).rename(halves_alone / str(half).replace("-00001-of-00001", ""))
+    shutil.copytree(whole, root / "half-vae", ignore=shutil.ignore_patterns("vae"))
+    shutil.copytree(halves_alone / "vae", root / "half-vae" / "vae")
     vae = Path(shutil.copytree(whole / "vae", root / "vae"))
     save_file({"decoder.other": weights["conv_out.bias"]}, vae / "sdxl_vae.safetensors")  # for another program
     other = Path(shutil.copytree(vae, root / "other-vae"))
@@ -140,6 +142,7 @@ def test_a_variant_that_a_repository_has_alone_is_found_and_named_in_the_snippet
     sampler = Sampler("LCMScheduler", {}, 4, 1.0)
     assert "variant='fp16'" in found.usage_snippet(ExportInfo(sampler, "lora"))
     assert "variant" not in family("whole").usage_snippet(ExportInfo(sampler, "lora"))
+    assert "variant='fp16'" in family("half-vae").usage_snippet(ExportInfo(sampler, "lora"))
 
 
 def test_shards_of_a_variant_beside_the_weights_are_not_downloaded(hub):
