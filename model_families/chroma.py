@@ -49,6 +49,7 @@ class Chroma(OneEncoderFamily):
     """Chroma1 (Base, HD) and its fine-tunes."""
 
     name: ClassVar[str] = "chroma"
+    packages: ClassVar[Mapping[str, str]] = {"sentencepiece": "sentencepiece>=0.2"}  # published tokenizers need it
     capabilities: ClassVar[Capabilities] = Capabilities(
         lora=True, full=True, second_time=True, features=True, pixels=True, quantised_base=True,
         quantised_text_encoders=1,

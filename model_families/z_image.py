@@ -91,7 +91,8 @@ class ZImage(OneEncoderFamily):
     @torch.no_grad()
     def encode(self, text: TextEncoders, prompts: Sequence[str]) -> Conditioning:
         tokenizer, encoder = text.pairs()[0]
-        tokens = token_ids(tokenizer, self.written(tokenizer, prompts), length=self.num_tokens).to(encoder.device)
+        written = self.written(tokenizer, prompts)
+        tokens = token_ids(tokenizer, written, length=self.num_tokens, padding_side="right").to(encoder.device)
         mask = tokens.attention_mask.bool()
         states = encoder(input_ids=tokens.input_ids, attention_mask=mask, output_hidden_states=True).hidden_states[-2]
         return {"prompt_embeds": states * mask[..., None], "prompt_attention_mask": mask}

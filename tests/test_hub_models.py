@@ -8,8 +8,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from distill.core.diffusion.sampler import Sampler
 from distill.core.errors import UserError
-from distill.core.plugin_api.family import ModelSettings
+from distill.core.plugin_api.family import ExportInfo, ModelSettings
 from distill.model_families.files.hub import hub_answers
 from distill.model_families.sdxl import SDXL
 from safetensors.torch import load_file, save_file
@@ -28,7 +30,9 @@ def family(model: str, *, vae: str | None = None, **config: str) -> SDXL:
 
 @pytest.fixture(scope="module")
 def repositories(tmp_path_factory) -> Path:
-    """A tiny SDXL; one whose UNet lacks a tensor and has one of another shape; autoencoders; one with shards."""
+    """A tiny SDXL; one whose UNet lacks a tensor and has one of another shape; autoencoders; one with shards; one with
+    the variant fp16 alone, and one with it beside.
+    """
     root = tmp_path_factory.mktemp("hub") / "someone"
     whole = write_tiny_sdxl(root / "whole")
     broken, text, shards = (Path(shutil.copytree(whole, root / name)) for name in ("broken", "text", "shards"))
@@ -45,6 +49,13 @@ def repositories(tmp_path_factory) -> Path:
     where = {key: name for name, half in zip(names, halves, strict=True) for key in half}
     index = shards / f"{UNET}.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    halves_alone, both = (Path(shutil.copytree(whole, root / name)) for name in ("halves-alone", "both"))
+    for path in whole.rglob("*.safetensors"):
+        half = path.relative_to(whole).with_name(path.name.replace(".safetensors", ".fp16-00001-of-00001.safetensors"))
+        shutil.copy(path, both / half)
+        (halves_alone / path.relative_to(whole)).rename(halves_alone / str(half).replace("-00001-of-00001", ""))
+    shutil.copytree(whole, root / "half-vae", ignore=shutil.ignore_patterns("vae"))
+    shutil.copytree(halves_alone / "vae", root / "half-vae" / "vae")
     vae = Path(shutil.copytree(whole / "vae", root / "vae"))
     save_file({"decoder.other": weights["conv_out.bias"]}, vae / "sdxl_vae.safetensors")  # for another program
     other = Path(shutil.copytree(vae, root / "other-vae"))
@@ -119,3 +130,24 @@ def test_a_variant_that_is_not_there_is_refused_before_anything_is_downloaded(hu
     with pytest.raises(UserError, match="no unet weights of variant 'fp16', only diffusion_pytorch_model.safetensors"):
         family("whole", variant="fp16").check_source()
     assert hub.weights() == {}
+
+
+def test_a_variant_that_a_repository_has_alone_is_found_and_named_in_the_snippet(hub):
+    """As in Kwai-Kolors/Kolors-diffusers: it was said that there were no weights."""
+    found = family("halves-alone")
+    found.check_source()
+    assert all(name.endswith(".fp16.safetensors") for name in hub.weights())
+    expected = family("whole").load_network().state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in found.load_network().state_dict().items())
+    sampler = Sampler("LCMScheduler", {}, 4, 1.0)
+    assert "variant='fp16'" in found.usage_snippet(ExportInfo(sampler, "lora"))
+    assert "variant" not in family("whole").usage_snippet(ExportInfo(sampler, "lora"))
+    assert "variant='fp16'" in family("half-vae").usage_snippet(ExportInfo(sampler, "lora"))
+
+
+def test_shards_of_a_variant_beside_the_weights_are_not_downloaded(hub):
+    found = family("both")
+    found.check_source()
+    found.load_network()
+    assert sorted(hub.weights())
+    assert not [name for name in hub.weights() if "fp16" in name]

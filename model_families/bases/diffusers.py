@@ -377,7 +377,7 @@ class DiffusersFamily(EncoderMemory, LoraFiles):
             self.architecture,
             self.settings,
             info,
-            variant=self.config.variant,
+            variant=self._source.variant_to_load(),
             absent=[part for part in self.architecture.optional if part in self.left_out or not self._source.has(part)],
             neutral=self.flow_needs_help,
             by_hand=[lora for lora, _ in self.settings.teacher_lora if not self.loras.read_by_diffusers(lora)],

@@ -48,6 +48,10 @@ NOISE_KEYS = (
 """Keys that belong to the model, not to its scheduler: kept when another scheduler class takes over."""
 TABLE_KEYS = {"beta_start", "beta_end", "beta_schedule"}
 """Arguments by which a scheduler's class is known to have a table of betas."""
+OWN_TIMES = {
+    *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas", "stochastic_sampling"),
+}
+"""Keys of the model's own steps: they would move the times that a method names, or add noise between its steps."""
 ENDS: Mapping[str, Any] = {"clip_sample": False, "thresholding": False, "set_alpha_to_one": True}
 """Defaults that override the model's: latents are never clipped, and the last step ends at the data."""
 
@@ -62,7 +66,7 @@ def build_scheduler(model_config: Mapping[str, Any], sampler: Sampler | None) ->
         accepted = set(inspect.signature(kind.__init__).parameters) - {"self"}
         if unknown := set(sampler.config) - accepted:
             raise ValueError(f"{sampler.scheduler} takes no {', '.join(sorted(unknown))}; it has {sorted(accepted)}")
-        given = (set(model_config) | set(NOISE_KEYS)) - set(ENDS)
+        given = (set(model_config) | set(NOISE_KEYS)) - set(ENDS) - OWN_TIMES
         if sampler.config.get("timestep_spacing") == "leading":
             given -= {"steps_offset"}  # part of the model's own spacing; others do not read it, and pipelines ask for 1
         base = {key: value for key, value in own.config.items() if key in accepted and key in given}

@@ -15,10 +15,11 @@ if TYPE_CHECKING:
 NAMED = 3
 """Number of tensors that a message names of each kind of difference."""
 UNREAD = re.compile(
-    r"(^|\.)(position_ids|num_batches_tracked|attn_mask|logit_scale)$|^(vision_model|visual_projection)\."
+    r"(^|\.)(position_ids|num_batches_tracked|attn_mask|logit_scale|lm_head\.weight)$"
+    r"|^(vision_model|visual_projection)\."
 )
-"""Tensors that files of whole models hold and their networks do not read: what follows from the config, and the image
-side of CLIP."""
+"""Tensors that files of whole models hold and their networks do not read: what follows from the config, the image side
+of CLIP, and the head of a language model whose states alone are read."""
 
 
 @dataclass(frozen=True)

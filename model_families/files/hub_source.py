@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from .empty import by_name_of
 from .hub import cached_file, hub_answers, hub_errors, hub_file, hub_folder, hub_header, hub_names
-from .source import SETTINGS, FolderSource
+from .source import SETTINGS, FolderSource, safetensors_among
 from .weights import WeightFile
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-OTHER_VARIANTS = ("*.fp16.*", "*.bf16.*", "*.non_ema.*", "*openvino*")
-"""Weights that are left out where no variant is asked for."""
+OTHER_VARIANTS = ("*.fp16[.-]*", "*.bf16[.-]*", "*.non_ema[.-]*", "*openvino*")
+"""Weights that are left out where no variant is asked for, and the component has weights of none."""
 
 logger = logging.getLogger(__name__)
 
@@ -36,13 +36,31 @@ class HubSource(FolderSource):
         patterns = [*(f"{part}/{pattern}" for pattern in SETTINGS), f"{part}/{weights}"]
         with hub_errors(self.name, "download"):
             root = hub_folder(
-                self.name, revision=self.revision, allow_patterns=patterns, ignore_patterns=self._left_out
+                self.name, revision=self.revision, allow_patterns=patterns, ignore_patterns=self._left_out(part)
             )
         return root / part
 
-    @property
-    def _left_out(self) -> list[str] | None:
-        return None if self.variant else [*OTHER_VARIANTS]
+    def _left_out(self, part: str) -> list[str] | None:
+        """Return the patterns of a component's weights that are not read; None where all may be, as where the
+        repository has a variant alone (Kolors).
+        """
+        if self.variant:
+            return None
+        if hub_answers() and not safetensors_among(without_variants(self._names_of(part))):
+            return None
+        return [*OTHER_VARIANTS]
+
+    def _names_of(self, part: str) -> list[str]:
+        """Return the names of the files in a component's folder, those of folders in it with their path."""
+        folder = self.folder(part)
+        return [name.removeprefix(folder) for name in self._names if name.startswith(folder)]
+
+    def names_there(self, part: str) -> list[str]:
+        there = [name for name in self._names_of(part) if "/" not in name]
+        return without_variants(there) if self._left_out(part) else there
+
+    def variant_to_load(self) -> str | None:
+        return super().variant_to_load() if hub_answers() else self.variant
 
     def file(self, relative: str) -> Path:
         with hub_errors(self.name, relative):
@@ -64,11 +82,8 @@ class HubSource(FolderSource):
                 self.compare_part(part, self._shapes_of_headers)
 
     def _shapes_of_headers(self, part: str, network: Any) -> Mapping[str, Tensor]:
-        folder = self.folder(part)
-        there = [name.removeprefix(folder) for name in self._names if name.startswith(folder)]
-        left_out = {name for pattern in self._left_out or () for name in fnmatch.filter(there, pattern)}
-        kept = [name for name in there if "/" not in name and name not in left_out]
-        files = [self._header(folder + name) for name in self.weights_names(part, kept)]
+        names = self.weights_names(part, self.names_there(part))
+        files = [self._header(self.folder(part) + name) for name in names]
         return by_name_of(network, {name: file.shape(name) for file in files for name in file.names})
 
     def folder(self, part: str) -> str:
@@ -91,3 +106,8 @@ class HubSource(FolderSource):
     def digest(self, part: str) -> str:
         commit = self.file("model_index.json").parent.name
         return hashlib.sha256(f"{self.name}@{commit}:{self.variant}:{part}".encode()).hexdigest()
+
+
+def without_variants(names: Sequence[str]) -> list[str]:
+    """Return the names of files that are of no variant."""
+    return [name for name in names if not any(fnmatch.fnmatch(name, pattern) for pattern in OTHER_VARIANTS)]

@@ -19,6 +19,7 @@ from .checks import check_index, check_kind, check_local_folder, has_part
 from .comparison import check_tensors
 from .empty import by_name_of, empty_network
 from .reading import hash_files, hash_tensors, quiet_libraries
+from .tokenizer_files import as_filed
 from .weights import WeightFile
 
 if TYPE_CHECKING:
@@ -118,6 +119,10 @@ class Source(ABC):
     @abstractmethod
     def has(self, part: str) -> bool:
         """Return True if the model has this component; only those that are optional are looked for."""
+
+    def variant_to_load(self) -> str | None:
+        """Return the variant of the weights that diffusers must be told to load the model; None where it needs none."""
+        return None
 
     def digest(self, part: str) -> str:
         """Return a hash of all that decides the output of ``text``, ``vae`` or ``denoiser``.
@@ -252,6 +257,17 @@ class FolderSource(Source):
     def has(self, part: str) -> bool:
         return part not in self.architecture.optional or has_part(self.config("model_index.json"), part)
 
+    def variant_to_load(self) -> str | None:
+        if self.variant:
+            return self.variant
+        there = {part: self.names_there(part) for part in self.architecture.networks if self.has(part)}
+        found = (self._variant_among(part, names) for part, names in there.items() if safetensors_among(names))
+        return next(filter(None, found), None)
+
+    def names_there(self, part: str) -> list[str]:
+        """Return the names of the files in a component's folder, or of those that are downloaded into it."""
+        return [path.name for path in self.component(part).glob("*")]
+
     def weights_variant(self, part: str) -> str | None:
         """Return the variant of a component's weights to read. Raises UserError without safetensors."""
         return self._variant_among(part, [path.name for path in self.component(part).glob("*")])
@@ -312,10 +328,11 @@ class FolderSource(Source):
 
     def load_tokenizer(self, part: str) -> Any:
         """Load one tokenizer, or the processor that has it. Raises UserError where a package is missing for it."""
-        kind = self.architecture.text_class(part)
+        folder = self.component(part)
+        kind, arguments = as_filed(self.architecture.text_class(part), folder)
         try:
             with quiet_libraries():
-                return kind.from_pretrained(self.component(part), local_files_only=True)
+                return kind.from_pretrained(folder, local_files_only=True, **arguments)
         except ImportError as error:
             said = " ".join(str(error).split()).partition(". ")[0]
             remedy = "install what it names with pip, of the build that goes with your torch"

@@ -12,6 +12,7 @@ KL8 = {"block_out_channels": [128, 256, 512, 512], "latent_channels": 4}
 KL16 = {**KL8, "latent_channels": 16}
 
 KL32 = {**KL8, "latent_channels": 32}
+KL_COGVIEW = {"block_out_channels": [128, 512, 1024, 1024], "latent_channels": 16}
 
 SANA = {
     "in_channels": 32, "out_channels": 32, "attention_head_dim": 32, "caption_channels": 2304, "mlp_ratio": 2.5,
@@ -26,8 +27,8 @@ DEEP = {"latent_channels": 32, "encoder_block_out_channels": [128, 256, 512, 512
 
 PUBLISHED: dict[str, dict[str, Any]] = {
     # Qwen-Image and 2.1: defaults of the classes in diffusers, which are the published models'
-    # (transformer_qwenimage.py, transformer_qwenimage21.py, autoencoder_kl_qwenimage*.py); sizes: arXiv 2508.02324
-    # (20B) and https://huggingface.co/Qwen/Qwen-Image-2.1 (7B)
+    # (transformer_qwenimage.py, transformer_qwenimage21.py, autoencoder_kl_qwenimage*.py), and for Qwen-Image-2512 all
+    # that its configs say; sizes: arXiv 2508.02324 (20B) and https://huggingface.co/Qwen/Qwen-Image-2.1 (7B)
     "qwen-image": {
         "family": "qwen-image",
         "billions": 20.4,
@@ -68,10 +69,16 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "vae": DEEP,
         "denoiser": {**SANA_LARGE, "num_layers": 60, "qk_norm": "rms_norm_across_heads"},
     },
-    # https://huggingface.co/Tongyi-MAI/Z-Image-Turbo/blob/main/transformer/config.json: the defaults of its class in
-    # diffusers; size: arXiv 2511.22699 (6B)
-    "z-image": {"family": "z-image", "billions": 6.15, "vae": KL16, "denoiser": {"cap_feat_dim": 2560}},
-    # https://github.com/black-forest-labs/flux2/blob/main/src/flux2/model.py: Flux2Params, Klein9BParams, Klein4BParams
+    # Tongyi-MAI/Z-Image-Turbo and Z-Image, transformer/config.json, as several ports quote it: the defaults of its
+    # class in diffusers but for the positions; size: arXiv 2511.22699 (6B), 24.62 GB in fp32
+    "z-image": {
+        "family": "z-image",
+        "billions": 6.155,
+        "vae": KL16,
+        "denoiser": {"cap_feat_dim": 2560, "axes_lens": [1536, 512, 512]},
+    },
+    # https://github.com/black-forest-labs/flux2/blob/main/src/flux2/model.py: Flux2Params, Klein9BParams,
+    # Klein4BParams, and scripts/convert_flux2_to_diffusers.py of diffusers; dev's config has no guidance_embeds
     "flux2-dev": {
         "family": "flux2-dev",
         "billions": 32.0,
@@ -99,9 +106,11 @@ PUBLISHED: dict[str, dict[str, Any]] = {
             "num_single_layers": 20, "guidance_embeds": False,
         },
     },
-    # https://huggingface.co/lodestones/Chroma1-HD: the defaults of its class in diffusers
+    # https://github.com/vladmandic/sdnext, configs/chroma, a copy of the model's configs: 19 and 38 blocks, as the
+    # defaults of its class; 17.8 GB in bf16
     "chroma": {"family": "chroma", "billions": 8.9, "vae": KL16, "denoiser": {"in_channels": 64}},
-    # https://huggingface.co/fal/AuraFlow/blob/main/transformer/config.json; v0.3 has 9216 positions
+    # conversion and tests of https://github.com/huggingface/diffusers; v0.3 has 9216 positions (the defaults of a
+    # trainer for it)
     "auraflow": {
         "family": "auraflow",
         "billions": 6.8,
@@ -112,7 +121,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
             "pos_embed_max_size": 9216,
         },
     },
-    # https://huggingface.co/Alpha-VLLM/Lumina-Image-2.0/blob/main/transformer/config.json
+    # Alpha-VLLM/Lumina-Image-2.0, transformer/config.json, as sglang's test of its loader quotes it whole
     "lumina2": {
         "family": "lumina2",
         "billions": 2.6,
@@ -123,7 +132,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
             "axes_lens": [300, 512, 512], "cap_feat_dim": 2304, "norm_eps": 1e-5,
         },
     },
-    # https://huggingface.co/PixArt-alpha/PixArt-Sigma-XL-2-1024-MS/blob/main/transformer/config.json
+    # scripts/convert_pixart_sigma_to_diffusers.py of https://github.com/huggingface/diffusers
     "pixart-sigma": {
         "family": "pixart-sigma",
         "billions": 0.61,
@@ -149,11 +158,12 @@ PUBLISHED: dict[str, dict[str, Any]] = {
             "encoder_hid_dim_type": "text_proj", "sample_size": 128,
         },
     },
-    # https://huggingface.co/THUDM/CogView4-6B/blob/main/transformer/config.json
+    # scripts/convert_cogview4_to_diffusers.py of https://github.com/huggingface/diffusers: transformer, autoencoder and
+    # scheduler
     "cogview4": {
         "family": "cogview4",
         "billions": 6.37,
-        "vae": KL16,
+        "vae": KL_COGVIEW,
         "denoiser": {
             "in_channels": 16, "out_channels": 16, "num_layers": 28, "attention_head_dim": 128,
             "num_attention_heads": 32, "text_embed_dim": 4096, "time_embed_dim": 512, "condition_dim": 256,
