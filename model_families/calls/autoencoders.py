@@ -163,8 +163,9 @@ def unpatched(latents: Tensor) -> Tensor:
 
 
 def kind_of(vae: Any) -> PlainAutoencoder:
-    """Return the kind of a loaded autoencoder."""
-    return AUTOENCODERS[type(vae).__name__]
+    """Return the kind of a loaded autoencoder: that of its class or of the nearest it is made from, else the plain."""
+    known = (AUTOENCODERS[each.__name__] for each in type(vae).__mro__ if each.__name__ in AUTOENCODERS)
+    return next(known, AUTOENCODERS["AutoencoderKL"])
 
 
 def kind_named(name: str) -> PlainAutoencoder:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from distill.core.plugin_api.family import ModelSettings
+from distill.core.plugin_api.family_parts import Guided
 from distill.core.settings.dataset_settings import DatasetSettings
 from distill.core.testing.paths import TABLE
 from torch import nn
@@ -11,7 +12,7 @@ from torch import nn
 from .data_helpers import FakeFamily, configuration, pipeline
 
 
-class TrajectoryFamily(FakeFamily):
+class TrajectoryFamily(Guided, FakeFamily):
     """Counts loads and predictions; `stop_after` predictions it is interrupted."""
 
     schedule, prediction_type, default_guidance = TABLE, "epsilon", 5.0
