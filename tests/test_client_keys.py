@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from distill.core.errors import UserError
-from distill.model_families.comfyui import _kohya_qwen_image, _kohya_z_image
+from distill.model_families.comfyui import _kohya_z_image, kohya_qwen_image
 from distill.model_families.comfyui import kohya as kohya
 from distill.model_families.comfyui import kohya_kolors as _kohya_kolors
 from distill.model_families.files.architecture import DIFFUSERS, Layer
@@ -347,7 +347,7 @@ def test_our_file_comes_back_whole(name, tmp_path):
     ("name", "table", "pattern"),
     [
         ("z-image", _kohya_z_image.ORIGINAL, r".+\.attention\.to_.+|all_.+"),
-        ("qwen-image-2.1", _kohya_qwen_image.ORIGINAL_21, r".+\.img_mlp\.(gate_layer|proj)"),
+        ("qwen-image-2.1", kohya_qwen_image.ORIGINAL_21, r".+\.img_mlp\.(gate_layer|proj)"),
     ],
 )
 def test_a_lora_on_comfyuis_own_layers_is_read(name, table, pattern, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import diffusers
@@ -35,11 +36,16 @@ def families(folders):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_steps_along_the_guided_teacher_are_the_pipelines_images(families, name, guidance):
     """Also where the pipeline keeps the length of the conditional prediction (qwen-image)."""
-    family, micro = families[name], MicroConditioning([(EDGE, EDGE)] * 2, [(0, 0)] * 2, [(EDGE, EDGE)] * 2)
+    family = families[name]
     embeds = family.encode_prompts(PROMPTS)
-    loop_is_generate(
-        SimpleNamespace(family=family, edge=EDGE, embeds=embeds, conditioned=family.condition(embeds, micro)), guidance
-    )
+
+    def made(*, size):
+        return type(family)(family.config, replace(family.settings, resolution=size))
+
+    def conditioning(*, original, crop, size):
+        return family.condition(embeds, MicroConditioning([size] * 2, [(crop, crop)] * 2, [size] * 2))
+
+    loop_is_generate(SimpleNamespace(make=made, edge=EDGE, embeds=embeds, conditioning=conditioning), guidance)
 
 
 @pytest.mark.parametrize("name", ["qwen-image", "qwen-image-2"])
