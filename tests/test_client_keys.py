@@ -9,9 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from distill.core.errors import UserError
-from distill.model_families.comfyui import _kohya_z_image, kohya_qwen_image
-from distill.model_families.comfyui import kohya as kohya
-from distill.model_families.comfyui import kohya_kolors as _kohya_kolors
+from distill.model_families.comfyui import kohya, kohya_kolors, kohya_qwen_image, kohya_z_image
 from distill.model_families.files.architecture import DIFFUSERS, Layer
 from distill.model_families.loras.plain_lora import Lora, read_by_diffusers
 from safetensors.torch import save_file
@@ -123,7 +121,7 @@ def test_kolors_modules_are_sdxls():
     assert len(layers) == 794
     form = SDXL.architecture.kohya
     assert form is not None
-    renamed = [each.renamed(layers, networks[0].config) for each in (form, _kohya_kolors.KOHYA)]
+    renamed = [each.renamed(layers, networks[0].config) for each in (form, kohya_kolors.KOHYA)]
     assert renamed[0].keys() == renamed[1].keys()
 
 
@@ -346,7 +344,7 @@ def test_our_file_comes_back_whole(name, tmp_path):
 @pytest.mark.parametrize(
     ("name", "table", "pattern"),
     [
-        ("z-image", _kohya_z_image.ORIGINAL, r".+\.attention\.to_.+|all_.+"),
+        ("z-image", kohya_z_image.ORIGINAL, r".+\.attention\.to_.+|all_.+"),
         ("qwen-image-2.1", kohya_qwen_image.ORIGINAL_21, r".+\.img_mlp\.(gate_layer|proj)"),
     ],
 )

@@ -11,7 +11,7 @@ from distill.core.diffusion.sampler import Sampler
 from distill.core.errors import UserError
 from distill.core.plugin_api.family import ExportInfo, LoraSettings, ModelSettings
 from distill.core.plugin_api.publisher import PublishSetting
-from distill.model_families.comfyui import kohya as kohya
+from distill.model_families.comfyui import kohya
 from distill.model_families.comfyui.kohya_flux import NAMES
 from distill.model_families.comfyui.kohya_kolors import KOHYA as KOLORS
 from distill.model_families.flux import Flux

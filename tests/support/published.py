@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from distill.model_families import (
+from distill.model_families.comfyui import (
     kohya_auraflow,
     kohya_chroma,
     kohya_flux,
