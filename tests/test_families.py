@@ -148,6 +148,11 @@ def test_a_family_reads_its_properties_from_the_model_files(model):
     assert family.scale_factor == SCALE_FACTOR
 
 
+def test_a_cast_brings_no_warning_about_no_modules(model, caplog):
+    model.family.load_network().to(torch.float64)
+    assert "kept in float32: []" not in caplog.text
+
+
 def test_other_architectures_are_refused_by_name(model, tmp_path):
     import shutil
 

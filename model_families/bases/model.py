@@ -28,7 +28,7 @@ from ..calls.schedulers import check_table, linear_mu, noise_defaults, with_fixe
 from ..files.file_signs import agreed
 from ..files.finite import check_empty_prompt, check_network
 from ..files.open_source import open_source
-from ..files.reading import hash_files
+from ..files.reading import drop_harmless, hash_files
 from ..files.source import Source, TextEncoders
 from ..files.tokenizers import PromptTokens
 from ..files.vae import with_vae
@@ -93,6 +93,7 @@ class DiffusersModel(PromptTokens):
 
     def __init__(self, config: Any, settings: ModelSettings) -> None:
         super().__init__(config, settings)
+        drop_harmless()
         self._text: TextEncoders | None = None
         self._vae: Any = None
         self._pixel_decoder: Any = None

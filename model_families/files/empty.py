@@ -28,9 +28,7 @@ def empty_denoiser(architecture: Architecture, config: Mapping[str, Any]) -> Any
     import torch
 
     with quiet_libraries(), torch.device("meta"):
-        network = architecture.network_class().from_config(dict(config))
-    network._keep_in_fp32_modules = network._keep_in_fp32_modules or None  # an empty list brings warnings about none
-    return network
+        return architecture.network_class().from_config(dict(config))
 
 
 def filled_denoiser(

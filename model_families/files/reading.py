@@ -46,6 +46,23 @@ class _Forward(logging.Handler):
             logger.warning("%s: %s", record.name.partition(".")[0], message)
 
 
+class _Harmless(logging.Filter):
+    """Drops what changes nothing here."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not HARMLESS.search(record.getMessage())
+
+
+_HARMLESS = _Harmless()
+
+
+def drop_harmless() -> None:
+    """Leave out, from now on, what diffusers says of modules to keep in float32 where a network has none: it says so at
+    every cast.
+    """
+    logging.getLogger("diffusers.models.modeling_utils").addFilter(_HARMLESS)
+
+
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Silence progress bars and import-time advice of diffusers and transformers inside the block; pass warnings on."""

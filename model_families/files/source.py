@@ -306,9 +306,7 @@ class FolderSource(Source):
         return hash_files([file.path for file in self.weights_files(part)])
 
     def load_denoiser(self, dtype: torch.dtype) -> Any:
-        network = self._load(self.architecture.network_class(), self.architecture.denoiser, torch_dtype=dtype)
-        network._keep_in_fp32_modules = network._keep_in_fp32_modules or None  # an empty list brings warnings of none
-        return network
+        return self._load(self.architecture.network_class(), self.architecture.denoiser, torch_dtype=dtype)
 
     def load_vae(self, dtype: torch.dtype) -> Any:
         return self._load(self.architecture.autoencoder_class(), "vae", torch_dtype=dtype)
