@@ -133,10 +133,10 @@ def test_only_what_takes_no_loras_learns_it_and_keeps_its_name():
 
     for kind in (diffusers.UNet2DConditionModel, diffusers.Lumina2Transformer2DModel):
         assert with_adapters(kind) is kind
-    assert with_lora_files(diffusers.StableDiffusionXLPipeline) is diffusers.StableDiffusionXLPipeline
+    assert with_lora_files(diffusers.StableDiffusionXLPipeline, "unet") is diffusers.StableDiffusionXLPipeline
     network, pipeline = diffusers.PixArtTransformer2DModel, diffusers.PixArtSigmaPipeline
-    assert not loads_loras(pipeline)
-    for kind, learnt in ((network, with_adapters(network)), (pipeline, with_lora_files(pipeline))):
+    assert not loads_loras(pipeline, "transformer")
+    for kind, learnt in ((network, with_adapters(network)), (pipeline, with_lora_files(pipeline, "transformer"))):
         assert (learnt.__name__, learnt.__module__) == (kind.__name__, kind.__module__)
         assert issubclass(learnt, kind)
     assert with_adapters(network) is with_adapters(network)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from distill.core.diffusion.sampler import Sampler
 from distill.core.engine.lora_layers import without_weights
+from distill.core.engine.networks import Networks
 from distill.core.errors import UserError
-from distill.core.plugin_api.family import ExportInfo, ModelSettings
+from distill.core.plugin_api.family import ExportInfo, LoraSettings, ModelSettings
+from distill.core.plugin_api.method import Role
 from distill.core.registry.registry import Registry
 from support.tiny_families import EDGE, MODELS
 from support.tiny_parts import SHORT
@@ -181,3 +184,31 @@ def test_a_full_student_is_a_model_of_its_pipeline(unknown, tmp_path):
     generator = torch.Generator().manual_seed(3)
     expected = pipeline(PROMPTS[0], generator=generator, output_type="pt", **call).images
     torch.testing.assert_close(ours, expected, rtol=0, atol=2e-5)
+
+
+def test_a_lora_is_loaded_by_the_lines_of_its_card(unknown, tmp_path, monkeypatch):
+    """One of them has a loader that knows a UNet alone, the other none."""
+    folder, description = unknown
+    family, shape = described(folder, description), LoraSettings(4, 8.0)
+    networks = Networks(family, [Role("teacher"), Role("student", trains="lora")], lora=shape, seed=0)
+    with torch.no_grad():
+        for weight in networks.parameters("student"):
+            weight.add_(0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)))
+    sampler = Sampler(
+        "FlowMatchEulerDiscreteScheduler", {"shift": 1.0, "use_dynamic_shifting": False}, 2, 0.0, {"sigmas": [1.0, 0.6]}
+    )
+    call = {"sampler": sampler, "seeds": [3], "width": EDGE, "height": EDGE}
+    embeds = family.encode_prompts(["a photo of a fox in the snow"])
+    with networks.use("student") as network:
+        ours = family.generate(network, embeds, **call)
+        family.export(network, tmp_path / "student", ExportInfo(sampler, "lora", shape))
+    with networks.use("teacher") as network:
+        assert (family.generate(network, embeds, **call) - ours).abs().max() > 0.02
+    monkeypatch.chdir(tmp_path)
+    own = f"pipe(prompt, generator=torch.Generator().manual_seed(3), width={EDGE}, height={EDGE}, "
+    further = "".join(f"{key}={value!r}, " for key, value in description["encode_call"].items())
+    names = {}
+    snippet = family.usage_snippet(ExportInfo(sampler, "lora", shape)).replace("pipe(prompt, ", own + further)
+    exec(compile(snippet, "snippet", "exec"), names)
+    found = torch.from_numpy(np.asarray(names["image"]).copy()).permute(2, 0, 1) / 255
+    torch.testing.assert_close(found, ours[0], rtol=0, atol=1.01 / 255)

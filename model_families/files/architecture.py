@@ -132,13 +132,13 @@ class Architecture:
         """Return the pipeline's class in diffusers; one that loads no LoRAs learns it."""
         import diffusers
 
-        return with_lora_files(getattr(diffusers, self.pipeline))
+        return with_lora_files(getattr(diffusers, self.pipeline), self.denoiser)
 
     def loads_loras(self) -> bool:
         """Return True if the pipeline of plain diffusers loads LoRAs."""
         import diffusers
 
-        return loads_loras(getattr(diffusers, self.pipeline))
+        return loads_loras(getattr(diffusers, self.pipeline), self.denoiser)
 
     def network_loads_loras(self) -> bool:
         """Return True if the denoiser of plain diffusers loads LoRAs."""
