@@ -133,6 +133,12 @@ def record(family: Generic, embeds: Conditioning, *, size: tuple[int, int], scal
     return recording, scheduler
 
 
+def compared_size(family: Generic) -> tuple[int, int]:
+    """Return the (width, height) in pixels of the images with which calls are compared: small, and not square."""
+    edge = 4 * family.scale_factor
+    return 6 * edge, 4 * edge
+
+
 def check_description(family: Generic, embeds: Conditioning) -> None:
     """Raise UserError where the pipeline calls its network otherwise than the family's ``predict`` does.
 
@@ -143,8 +149,7 @@ def check_description(family: Generic, embeds: Conditioning) -> None:
     embeds = {key: value.cpu().float() if value.is_floating_point() else value.cpu() for key, value in embeds.items()}
     if family.config.latents_at_once > 1:  # a second image, of another prompt
         embeds = {key: torch.cat([one, 0.9 * one if one.is_floating_point() else one]) for key, one in embeds.items()}
-    edge = family.scale_factor * 4
-    size = (6 * edge, 4 * edge)
+    size = compared_size(family)
     found, scheduler = record(family, embeds, size=size, scale=1.0)
     problems = [] if family.config.denoiser_call else ["denoiser_call is not given"]
     if not problems:

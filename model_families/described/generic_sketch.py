@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...core.errors import UserError
 from ...core.plugin_api.family import ModelSettings
-from .generic_check import check_description, proposed, record
+from .generic_check import check_description, compared_size, proposed, record
 from .generic_model import linear_layers
 from .small_copy import write_small_copy
 
@@ -55,7 +55,7 @@ def described(kind: type[Generic], folder: Path) -> Generic:
     """Return the family generic with a description that the pipeline in `folder` agrees with.
 
     Raises:
-        UserError: There is none; the message is that of the last one tried.
+        UserError: There is none; the message is that of the first one tried.
     """
     family = _made(kind, folder, {"denoiser_call": {"": 0}})
     pipeline = family.architecture.pipeline_class()
@@ -66,8 +66,7 @@ def described(kind: type[Generic], folder: Path) -> Generic:
         family = _made(kind, folder, found)
         family._checked = True  # there is no description yet
         embeds = family.encode_prompts(["a fox"])
-        edge = 4 * family.scale_factor
-        size = (6 * edge, 4 * edge)
+        size = compared_size(family)
         recording, scheduler = record(family, embeds, size=size, scale=1.0)
         said = proposed(family, embeds, recording, scheduler, size)
         if said["packing"] == packing:
@@ -81,9 +80,9 @@ def described(kind: type[Generic], folder: Path) -> Generic:
     problem: UserError | None = None
     for choice in _choices(family):
         family = _made(kind, folder, {**found, **said, **choice})
-        family._checked = True
+        family._checked = True  # it is compared here
         try:
-            check_description(family, {**family.encode_prompts(["a fox"])})
+            check_description(family, embeds)
         except UserError as error:
             problem = problem or error
             continue
