@@ -13,18 +13,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..core.diffusion.second_time import second_time_input
-from ..core.plugin_api.family import Capabilities, ModelFamily
+from ..core.plugin_api.family import ModelFamily
 from ..core.plugin_api.hookspecs import hookimpl
 from ..core.utils.full_precision import compute_type, input_type
 from .bases.one_encoder import OneEncoderFamily
 from .bases.transformer import LORA_TARGETS, check_latents, longer_t5
-from .calls.encoders import token_ids
-from .calls.networks import check_guidance
+from .calls.encoders import masked_states
 from .comfyui.kohya_auraflow import KOHYA
 from .files.architecture import Architecture
 
@@ -39,10 +36,6 @@ class AuraFlow(OneEncoderFamily):
     """AuraFlow, v0.1 to v0.3, and its fine-tunes."""
 
     name: ClassVar[str] = "auraflow"
-    capabilities: ClassVar[Capabilities] = Capabilities(
-        lora=True, full=True, second_time=True, features=True, pixels=True, quantised_base=True,
-        quantised_text_encoders=1,
-    )  # fmt: skip
     lora_targets: ClassVar[tuple[str, ...]] = (
         *(target for target in LORA_TARGETS if not target.startswith("ff")),
         *(f"{part}.{layer}" for part in ("ff", "ff_context") for layer in FEED_FORWARD),
@@ -84,38 +77,22 @@ class AuraFlow(OneEncoderFamily):
     def long_prompts_remedy(self, num_tokens: int) -> str:
         return longer_t5(self.num_tokens, num_tokens) or "shorten them"
 
-    @torch.no_grad()
     def encode(self, text: TextEncoders, prompts: Sequence[str]) -> Conditioning:
-        tokenizer, encoder = text.pairs()[0]
-        tokens = token_ids(tokenizer, prompts, length=self.num_tokens).to(encoder.device)
-        states, mask = encoder(tokens.input_ids, attention_mask=tokens.attention_mask)[0], tokens.attention_mask.bool()
-        return {"prompt_embeds": states * mask[..., None], "prompt_attention_mask": mask}
+        return masked_states(*text.pairs()[0], prompts, length=self.num_tokens)
 
     # -- network ------------------------------------------------------------------------------------------------------
 
     def input_weight(self, network: nn.Module) -> Tensor:
         return network.get_parameter("pos_embed.proj.weight")
 
-    def predict(
-        self,
-        network: nn.Module,
-        x_t: Tensor,
-        time: Tensor,
-        cond: Conditioning,
-        *,
-        guidance: Tensor | None = None,
-        second_time: Tensor | None = None,
-    ) -> Tensor:
-        check_guidance(guidance, taken=False)
-        transformer: Any = network
-        dtype = self.weight_type(transformer)
-        with second_time_input(transformer, time, second_time):
-            return transformer(
-                x_t.to(input_type(dtype, x_t.device)),
-                encoder_hidden_states=cond["prompt_embeds"].to(dtype),
-                timestep=(time / 1000).to(compute_type(dtype, x_t.device)),
-                return_dict=False,
-            )[0]
+    def call_network(self, network: Any, x_t: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
+        dtype = self.weight_type(network)
+        return network(
+            x_t.to(input_type(dtype, x_t.device)),
+            encoder_hidden_states=cond["prompt_embeds"].to(dtype),
+            timestep=(time / 1000).to(compute_type(dtype, x_t.device)),
+            return_dict=False,
+        )[0]
 
 
 @hookimpl

@@ -25,14 +25,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..core.diffusion.second_time import second_time_input
-from ..core.plugin_api.family import Capabilities, ModelFamily
+from ..core.plugin_api.family import ModelFamily
 from ..core.plugin_api.hookspecs import hookimpl
 from ..core.utils.full_precision import compute_type, input_type
 from .bases.one_encoder import OneEncoderFamily
 from .bases.transformer import LORA_TARGETS, TransformerFamily, check_latents, longer_t5
 from .calls.encoders import token_ids
-from .calls.networks import check_guidance
 from .calls.packing import PATCH, pack, patch_ids, text_ids, unpack
 from .comfyui.kohya_chroma import KOHYA, NAMES
 from .files.architecture import Architecture
@@ -50,10 +48,6 @@ class Chroma(OneEncoderFamily):
 
     name: ClassVar[str] = "chroma"
     packages: ClassVar[Mapping[str, str]] = {"sentencepiece": "sentencepiece>=0.2"}  # published tokenizers need it
-    capabilities: ClassVar[Capabilities] = Capabilities(
-        lora=True, full=True, second_time=True, features=True, pixels=True, quantised_base=True,
-        quantised_text_encoders=1,
-    )  # fmt: skip
     lora_targets: ClassVar[tuple[str, ...]] = (
         *(target for target in LORA_TARGETS if not target.startswith("norm1")),
         *("proj_mlp", "proj_out", "linear_1", "linear_2", "distilled_guidance_layer.out_proj"),
@@ -123,25 +117,14 @@ class Chroma(OneEncoderFamily):
     def input_weight(self, network: nn.Module) -> Tensor:
         return network.get_parameter("x_embedder.weight")
 
-    def predict(
-        self,
-        network: nn.Module,
-        x_t: Tensor,
-        time: Tensor,
-        cond: Conditioning,
-        *,
-        guidance: Tensor | None = None,
-        second_time: Tensor | None = None,
-    ) -> Tensor:
-        check_guidance(guidance, taken=False)
-        transformer: Any = network
-        dtype, (height, width) = self.weight_type(transformer), x_t.shape[-2:]
+    def call_network(self, network: Any, x_t: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
+        dtype, (height, width) = self.weight_type(network), x_t.shape[-2:]
         states, inner = cond["prompt_embeds"].to(dtype), compute_type(dtype, x_t.device)
         packed = pack(x_t.to(input_type(dtype, x_t.device)))
         mask = cond["prompt_attention_mask"].to(self._mask_type(inner))
         mask = torch.cat([mask, mask.new_ones(packed.shape[:2])], dim=1)
-        with second_time_input(transformer, time, second_time), masked_checkpoints(transformer, mask):
-            output = transformer(
+        with masked_checkpoints(network, mask):
+            output = network(
                 hidden_states=packed,
                 timestep=time.to(inner) / 1000,
                 encoder_hidden_states=states,

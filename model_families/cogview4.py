@@ -16,6 +16,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -25,11 +26,10 @@ from ..core.plugin_api.family import Capabilities, MicroConditioning, ModelFamil
 from ..core.plugin_api.hookspecs import hookimpl
 from ..core.utils.full_precision import input_type
 from .bases.one_encoder import OneEncoderFamily
-from .bases.transformer import check_flow_latents
+from .bases.transformer import check_latents
 from .bases.unshifted_times import UnshiftedTimes
 from .calls.encoders import shortened, states_padded_in_front
 from .calls.masked_attention import with_masks
-from .calls.networks import check_guidance
 from .files.architecture import Architecture
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class CogView4(UnshiftedTimes, OneEncoderFamily):
         denoiser_class="CogView4Transformer2DModel",
         tokenizers={"tokenizer": "AutoTokenizer"},
         encoders={"text_encoder": "GlmModel"},
-        check=check_flow_latents,
+        check=partial(check_latents, usual=16),
         made_of="a CogView4 has GLM-4 as its text encoder",
         lora_encoders=(),
         half="bfloat16",
@@ -103,24 +103,11 @@ class CogView4(UnshiftedTimes, OneEncoderFamily):
     def image_states(self, output: Any, grid: Sequence[int]) -> Tensor:
         return output[0]
 
-    def predict(
-        self,
-        network: nn.Module,
-        x_t: Tensor,
-        time: Tensor,
-        cond: Conditioning,
-        *,
-        guidance: Tensor | None = None,
-        second_time: Tensor | None = None,
-    ) -> Tensor:
-        check_guidance(guidance, taken=False)
-        if second_time is not None:
-            raise ValueError("this family takes no second time: its network is told whole numbers")
-        transformer: Any = network
-        dtype, num_positions = self.weight_type(transformer), x_t[0, 0].numel() // self.position_edge**2
+    def call_network(self, network: Any, x_t: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
+        dtype, num_positions = self.weight_type(network), x_t[0, 0].numel() // self.position_edge**2
         states, seen = shortened(cond["prompt_embeds"], cond["prompt_attention_mask"], num_positions)
-        with_masks(transformer)
-        return transformer(
+        with_masks(network)
+        return network(
             hidden_states=x_t.to(input_type(dtype, x_t.device)),
             encoder_hidden_states=states.to(dtype),
             timestep=self.told(time / 1000, num_positions=num_positions),

@@ -20,6 +20,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
@@ -29,13 +30,12 @@ from ..core.diffusion.second_time import second_time_input
 from ..core.plugin_api.family import Capabilities, ExportInfo, ModelFamily
 from ..core.plugin_api.hookspecs import hookimpl
 from ..core.utils.full_precision import compute_type, input_type
-from .bases.transformer import LORA_TARGETS, TransformerFamily, check_flow, longer_t5
+from .bases.transformer import LORA_TARGETS, TransformerFamily, check_latents, longer_t5
 from .calls.encoders import last_states
 from .calls.networks import check_guidance, told_scale
 from .calls.packing import PATCH, pack, patch_ids, unpack
 from .comfyui.kohya_flux import KOHYA, flux_place
-from .files.architecture import Architecture, ReadConfig
-from .files.checks import check_channels
+from .files.architecture import Architecture
 
 if TYPE_CHECKING:
     from ..core.plugin_api.batch import Conditioning
@@ -44,13 +44,6 @@ if TYPE_CHECKING:
 PIPELINE_TOKENS = 512
 """``max_sequence_length`` of a plain call."""
 GUIDANCE_EMBEDDER = "time_text_embed.guidance_embedder"
-
-
-def check_configs(name: str, config: ReadConfig) -> None:
-    """Raise UserError unless the transformer takes the packed latents of the model's autoencoder, on a flow."""
-    channels = config("transformer/config.json").get("in_channels", 0)
-    check_channels(name, "transformer", channels / PATCH, config("vae/config.json"))
-    check_flow(name, config)
 
 
 class Flux(TransformerFamily):
@@ -83,7 +76,7 @@ class Flux(TransformerFamily):
         denoiser_class="FluxTransformer2DModel",
         tokenizers={"tokenizer": "CLIPTokenizer", "tokenizer_2": "T5TokenizerFast"},
         encoders={"text_encoder": "CLIPTextModel", "text_encoder_2": "T5EncoderModel"},
-        check=check_configs,
+        check=partial(check_latents, packed=PATCH),
         made_of="a FLUX.1 has CLIP and T5 as text encoders",
         kohya=KOHYA,
         original_path=flux_place,

@@ -26,7 +26,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..core.diffusion.second_time import second_time_input
-from ..core.plugin_api.family import Capabilities, ModelFamily
+from ..core.plugin_api.family import ModelFamily
 from ..core.plugin_api.hookspecs import hookimpl
 from ..core.utils.full_precision import compute_type, input_type
 from .bases.one_encoder import OneEncoderFamily
@@ -47,10 +47,6 @@ class Flux2(OneEncoderFamily):
 
     name: ClassVar[str] = "flux2"
     aliases: ClassVar[tuple[str, ...]] = ("flux2-klein",)
-    capabilities: ClassVar[Capabilities] = Capabilities(
-        lora=True, full=True, second_time=True, features=True, pixels=True, quantised_base=True,
-        quantised_text_encoders=1,
-    )  # fmt: skip
     lora_targets: ClassVar[tuple[str, ...]] = (
         *LORA_TARGETS[:8],
         *("ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out"),

@@ -14,19 +14,19 @@ References:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..core.diffusion.second_time import second_time_input
-from ..core.plugin_api.family import Capabilities, ExportInfo, ModelFamily
+from ..core.plugin_api.family import ExportInfo, ModelFamily
 from ..core.plugin_api.hookspecs import hookimpl
 from ..core.utils.full_precision import input_type
 from .bases.one_encoder import OneEncoderFamily
-from .bases.transformer import check_flow_latents
+from .bases.transformer import check_latents
 from .calls.encoders import masked_states, turned
-from .calls.networks import check_guidance, lengths_of
+from .calls.networks import lengths_of
 from .comfyui.kohya_lumina2 import KOHYA, NAMES
 from .files.architecture import Architecture
 
@@ -46,10 +46,6 @@ class Lumina2(OneEncoderFamily):
     """Lumina-Image 2.0 and its fine-tunes."""
 
     name: ClassVar[str] = "lumina2"
-    capabilities: ClassVar[Capabilities] = Capabilities(
-        lora=True, full=True, second_time=True, features=True, pixels=True, quantised_base=True,
-        quantised_text_encoders=1,
-    )  # fmt: skip
     lora_targets: ClassVar[tuple[str, ...]] = (
         *("to_q", "to_k", "to_v", "to_out.0", "feed_forward.linear_1", "feed_forward.linear_2"),
         *("feed_forward.linear_3", "norm1.linear"),
@@ -68,7 +64,7 @@ class Lumina2(OneEncoderFamily):
         denoiser_class="Lumina2Transformer2DModel",
         tokenizers={"tokenizer": "AutoTokenizer"},
         encoders={"text_encoder": "Gemma2Model"},
-        check=check_flow_latents,
+        check=partial(check_latents, usual=16),
         made_of="a Lumina-Image 2 has Gemma 2 as its text encoder",
         lora_encoders=(),
         kohya=KOHYA,
@@ -120,21 +116,10 @@ class Lumina2(OneEncoderFamily):
     def image_first(self, output: Any, cond: Conditioning) -> Tensor:
         return turned(output, cond["prompt_attention_mask"])
 
-    def predict(
-        self,
-        network: nn.Module,
-        x_t: Tensor,
-        time: Tensor,
-        cond: Conditioning,
-        *,
-        guidance: Tensor | None = None,
-        second_time: Tensor | None = None,
-    ) -> Tensor:
-        check_guidance(guidance, taken=False)
-        transformer: Any = network
-        dtype, mask = self.weight_type(transformer), cond["prompt_attention_mask"].bool()
-        with second_time_input(transformer, time, second_time), lengths_of(mask):
-            return -transformer(
+    def call_network(self, network: Any, x_t: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
+        dtype, mask = self.weight_type(network), cond["prompt_attention_mask"].bool()
+        with lengths_of(mask):
+            return -network(
                 hidden_states=x_t.to(input_type(dtype, x_t.device)),
                 timestep=1 - time / 1000,
                 encoder_hidden_states=cond["prompt_embeds"].to(dtype),

@@ -21,14 +21,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..core.diffusion.second_time import second_time_input
 from ..core.errors import UserError
-from ..core.plugin_api.family import Capabilities, ExportInfo, ModelFamily
+from ..core.plugin_api.family import ExportInfo, ModelFamily
 from ..core.plugin_api.hookspecs import hookimpl
 from ..core.utils.full_precision import input_type
 from .bases.one_encoder import OneEncoderFamily
 from .calls.encoders import masked_states
-from .calls.networks import check_guidance
 from .comfyui.kohya_pixart import KOHYA
 from .files.architecture import Architecture, ReadConfig
 from .files.checks import check_channels
@@ -60,10 +58,6 @@ class PixArtSigma(OneEncoderFamily):
 
     name: ClassVar[str] = "pixart-sigma"
     packages: ClassVar[Mapping[str, str]] = {"sentencepiece": "sentencepiece>=0.2"}  # published tokenizers need it
-    capabilities: ClassVar[Capabilities] = Capabilities(
-        lora=True, full=True, second_time=True, features=True, pixels=True, quantised_base=True,
-        quantised_text_encoders=1,
-    )  # fmt: skip
     lora_targets: ClassVar[tuple[str, ...]] = (
         *("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "adaln_single.linear"),
     )
@@ -113,28 +107,16 @@ class PixArtSigma(OneEncoderFamily):
     def input_weight(self, network: nn.Module) -> Tensor:
         return network.get_parameter("pos_embed.proj.weight")
 
-    def predict(
-        self,
-        network: nn.Module,
-        x_t: Tensor,
-        time: Tensor,
-        cond: Conditioning,
-        *,
-        guidance: Tensor | None = None,
-        second_time: Tensor | None = None,
-    ) -> Tensor:
-        check_guidance(guidance, taken=False)
-        transformer: Any = network
-        dtype = self.weight_type(transformer)
-        with second_time_input(transformer, time, second_time):
-            output = transformer(
-                x_t.to(input_type(dtype, x_t.device)),
-                encoder_hidden_states=cond["prompt_embeds"].to(dtype),
-                timestep=time,
-                added_cond_kwargs={"resolution": None, "aspect_ratio": None},
-                encoder_attention_mask=cond["prompt_attention_mask"],
-                return_dict=False,
-            )[0]
+    def call_network(self, network: Any, x_t: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
+        dtype = self.weight_type(network)
+        output = network(
+            x_t.to(input_type(dtype, x_t.device)),
+            encoder_hidden_states=cond["prompt_embeds"].to(dtype),
+            timestep=time,
+            added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+            encoder_attention_mask=cond["prompt_attention_mask"],
+            return_dict=False,
+        )[0]
         return output[:, : x_t.shape[1]]
 
     # -- images -------------------------------------------------------------------------------------------------------

@@ -27,8 +27,8 @@ from ..core.diffusion.second_time import second_time_input
 from ..core.plugin_api.family import Capabilities, ModelFamily
 from ..core.plugin_api.hookspecs import hookimpl
 from ..core.utils.full_precision import compute_type, input_type
-from .bases.qwen import CONVERSATION, QwenFamily, check_latents
-from .bases.transformer import LORA_TARGETS
+from .bases.qwen import CONVERSATION, QwenFamily
+from .bases.transformer import LORA_TARGETS, check_latents
 from .calls.networks import check_guidance
 from .comfyui.kohya_qwen_image import KOHYA
 from .files.architecture import Architecture
@@ -68,7 +68,7 @@ class QwenImage(QwenFamily):
         denoiser_class="QwenImageTransformer2DModel",
         tokenizers={"tokenizer": "AutoTokenizer"},
         encoders={"text_encoder": "Qwen2_5_VLForConditionalGeneration"},
-        check=partial(check_latents, packed=PATCH),
+        check=partial(check_latents, packed=PATCH, usual=64),
         made_of="a Qwen-Image has Qwen2.5-VL as its text encoder",
         lora_encoders=(),
         kohya=KOHYA,

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from ..core.plugin_api.family import Capabilities, ExportInfo, ModelFamily
 from ..core.plugin_api.hookspecs import hookimpl
 from .bases.one_by_one import OneByOneFamily
-from .bases.qwen import CONVERSATION, QwenFamily, WithoutPrompts, check_latents
+from .bases.qwen import CONVERSATION, QwenFamily, WithoutPrompts
+from .bases.transformer import check_latents
 from .calls.encoders import ragged
 from .calls.networks import outputs_inside
 from .comfyui.kohya_qwen_image import KOHYA_21, ORIGINAL_21
@@ -67,7 +68,7 @@ class QwenImage2(OneByOneFamily, QwenFamily):
         denoiser_class="QwenImage21Transformer2DModel",
         tokenizers={"processor": "Qwen3VLProcessor"},
         encoders={"text_encoder": "Qwen3VLForConditionalGeneration"},
-        check=partial(check_latents, packed=1),
+        check=partial(check_latents, usual=64),
         made_of="a Qwen-Image 2.1 has Qwen3-VL as its text encoder",
         lora_encoders=(),
         kohya=KOHYA_21,

@@ -23,15 +23,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 
 from ..core.diffusion.schedule import is_solver_of_flow
-from ..core.diffusion.second_time import second_time_input
 from ..core.errors import UserError
-from ..core.plugin_api.family import Capabilities, ExportInfo, ModelFamily
+from ..core.plugin_api.family import ExportInfo, ModelFamily
 from ..core.plugin_api.hookspecs import hookimpl
 from ..core.utils.full_precision import input_type
 from .bases.instruction import instructed, instruction
 from .bases.one_encoder import OneEncoderFamily
 from .bases.transformer import check_flow
-from .calls.networks import check_guidance
 from .files.architecture import Architecture, ReadConfig
 from .files.checks import check_channels
 
@@ -58,10 +56,6 @@ class Sana(OneEncoderFamily):
     """Sana and Sana 1.5, and their fine-tunes."""
 
     name: ClassVar[str] = "sana"
-    capabilities: ClassVar[Capabilities] = Capabilities(
-        lora=True, full=True, second_time=True, features=True, pixels=True, quantised_base=True,
-        quantised_text_encoders=1,
-    )  # fmt: skip
     lora_targets: ClassVar[tuple[str, ...]] = (
         *("to_q", "to_k", "to_v", "to_out.0", "ff.conv_inverted", "ff.conv_point", "time_embed.linear"),
     )
@@ -121,27 +115,15 @@ class Sana(OneEncoderFamily):
     def image_states(self, output: Any, grid: Sequence[int]) -> Tensor:
         return output
 
-    def predict(
-        self,
-        network: nn.Module,
-        x_t: Tensor,
-        time: Tensor,
-        cond: Conditioning,
-        *,
-        guidance: Tensor | None = None,
-        second_time: Tensor | None = None,
-    ) -> Tensor:
-        check_guidance(guidance, taken=False)
-        transformer: Any = network
-        dtype = self.weight_type(transformer)
-        with second_time_input(transformer, time, second_time):
-            output = transformer(
-                x_t.to(input_type(dtype, x_t.device)),
-                encoder_hidden_states=cond["prompt_embeds"].to(dtype),
-                encoder_attention_mask=cond["prompt_attention_mask"],
-                timestep=time * transformer.config.timestep_scale,
-                return_dict=False,
-            )[0]
+    def call_network(self, network: Any, x_t: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
+        dtype = self.weight_type(network)
+        output = network(
+            x_t.to(input_type(dtype, x_t.device)),
+            encoder_hidden_states=cond["prompt_embeds"].to(dtype),
+            encoder_attention_mask=cond["prompt_attention_mask"],
+            timestep=time * network.config.timestep_scale,
+            return_dict=False,
+        )[0]
         return output[:, : x_t.shape[1]]  # some have a variance as well, which no pipeline uses
 
     # -- images -------------------------------------------------------------------------------------------------------

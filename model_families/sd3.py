@@ -18,17 +18,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..core.diffusion.second_time import second_time_input
 from ..core.plugin_api.family import Capabilities, ExportInfo, ModelFamily
 from ..core.plugin_api.hookspecs import hookimpl
 from ..core.utils.full_precision import input_type
 from .bases.clip import CLIP_POSITIONS
-from .bases.transformer import TransformerFamily, check_flow, longer_t5
+from .bases.transformer import TransformerFamily, check_latents, longer_t5
 from .calls.encoders import last_states, penultimate
-from .calls.networks import check_guidance
 from .comfyui.kohya_sd3 import KOHYA, NAMES
-from .files.architecture import MINIATURES, Architecture, ReadConfig
-from .files.checks import check_channels
+from .files.architecture import MINIATURES, Architecture
 
 if TYPE_CHECKING:
     from ..core.plugin_api.batch import Conditioning
@@ -38,13 +35,6 @@ CLIPS = (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2"))
 T5 = ("tokenizer_3", "text_encoder_3")
 PIPELINE_TOKENS = 256
 """``max_sequence_length`` of a plain call."""
-
-
-def check_configs(name: str, config: ReadConfig) -> None:
-    """Raise UserError unless the transformer takes the latents of the model's autoencoder, on a flow."""
-    channels = config("transformer/config.json").get("in_channels")
-    check_channels(name, "transformer", channels, config("vae/config.json"))
-    check_flow(name, config)
 
 
 class SD3(TransformerFamily):
@@ -75,7 +65,7 @@ class SD3(TransformerFamily):
             "text_encoder_2": "CLIPTextModelWithProjection",
             "text_encoder_3": "T5EncoderModel",
         },
-        check=check_configs,
+        check=check_latents,
         made_of="a Stable Diffusion 3 has two CLIP text encoders, with or without T5 as a third",
         optional=T5,
         lora_encoders=("text_encoder", "text_encoder_2"),
@@ -142,27 +132,15 @@ class SD3(TransformerFamily):
         transformer: Any = network
         return transformer.pos_embed.proj.weight
 
-    def predict(
-        self,
-        network: nn.Module,
-        x_t: Tensor,
-        time: Tensor,
-        cond: Conditioning,
-        *,
-        guidance: Tensor | None = None,
-        second_time: Tensor | None = None,
-    ) -> Tensor:
-        check_guidance(guidance, taken=False)
-        transformer: Any = network
-        dtype = self.weight_type(transformer)
-        with second_time_input(transformer, time, second_time):
-            return transformer(
-                hidden_states=x_t.to(input_type(dtype, x_t.device)),
-                timestep=time,
-                encoder_hidden_states=cond["prompt_embeds"].to(dtype),
-                pooled_projections=cond["pooled_prompt_embeds"].to(dtype),
-                return_dict=False,
-            )[0]
+    def call_network(self, network: Any, x_t: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
+        dtype = self.weight_type(network)
+        return network(
+            hidden_states=x_t.to(input_type(dtype, x_t.device)),
+            timestep=time,
+            encoder_hidden_states=cond["prompt_embeds"].to(dtype),
+            pooled_projections=cond["pooled_prompt_embeds"].to(dtype),
+            return_dict=False,
+        )[0]
 
     def snippet_call(self, info: ExportInfo) -> dict[str, Any]:
         call, length = super().snippet_call(info), self.config.max_sequence_length

@@ -14,34 +14,25 @@ References:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..core.diffusion.second_time import second_time_input
-from ..core.plugin_api.family import Capabilities, ExportInfo, ModelFamily
+from ..core.plugin_api.family import ExportInfo, ModelFamily
 from ..core.plugin_api.hookspecs import hookimpl
 from ..core.utils.full_precision import input_type
 from .bases.one_encoder import OneEncoderFamily
-from .bases.transformer import check_flow
-from .calls.encoders import as_chat, ragged, token_ids
-from .calls.networks import check_guidance
+from .bases.transformer import check_latents
+from .calls.encoders import as_chat, masked_states, ragged
 from .comfyui.kohya_z_image import KOHYA, ORIGINAL
-from .files.architecture import Architecture, ReadConfig
-from .files.checks import check_channels
+from .files.architecture import Architecture
 
 if TYPE_CHECKING:
     from ..core.plugin_api.batch import Conditioning
     from .files.source import TextEncoders
-
-
-def check_configs(name: str, config: ReadConfig) -> None:
-    """Raise UserError unless the transformer takes the latents of the model's autoencoder, on a flow."""
-    channels = config("transformer/config.json").get("in_channels", 16)
-    check_channels(name, "transformer", channels, config("vae/config.json"))
-    check_flow(name, config)
 
 
 class ZImage(OneEncoderFamily):
@@ -49,10 +40,6 @@ class ZImage(OneEncoderFamily):
 
     name: ClassVar[str] = "z-image"
     aliases: ClassVar[tuple[str, ...]] = ("z_image",)
-    capabilities: ClassVar[Capabilities] = Capabilities(
-        lora=True, full=True, second_time=True, features=True, pixels=True, quantised_base=True,
-        quantised_text_encoders=1,
-    )  # fmt: skip
     lora_targets: ClassVar[tuple[str, ...]] = (
         *("to_q", "to_k", "to_v", "to_out.0", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
         "adaLN_modulation.0",
@@ -70,7 +57,7 @@ class ZImage(OneEncoderFamily):
         denoiser_class="ZImageTransformer2DModel",
         tokenizers={"tokenizer": "AutoTokenizer"},
         encoders={"text_encoder": "Qwen3Model"},
-        check=check_configs,
+        check=partial(check_latents, usual=16),
         made_of="a Z-Image has Qwen3 as its text encoder",
         lora_encoders=(),
         kohya=KOHYA,
@@ -88,14 +75,10 @@ class ZImage(OneEncoderFamily):
     def written(self, tokenizer: Any, prompts: Sequence[str]) -> list[str]:
         return as_chat(tokenizer, prompts, enable_thinking=True)
 
-    @torch.no_grad()
     def encode(self, text: TextEncoders, prompts: Sequence[str]) -> Conditioning:
         tokenizer, encoder = text.pairs()[0]
         written = self.written(tokenizer, prompts)
-        tokens = token_ids(tokenizer, written, length=self.num_tokens, padding_side="right").to(encoder.device)
-        mask = tokens.attention_mask.bool()
-        states = encoder(input_ids=tokens.input_ids, attention_mask=mask, output_hidden_states=True).hidden_states[-2]
-        return {"prompt_embeds": states * mask[..., None], "prompt_attention_mask": mask}
+        return masked_states(tokenizer, encoder, written, length=self.num_tokens, layer=-2, padding_side="right")
 
     def pipeline_prompts(self, embeds: Conditioning, prefix: str = "") -> dict[str, Any]:
         return {f"{prefix}prompt_embeds": ragged(embeds["prompt_embeds"], embeds["prompt_attention_mask"])}
@@ -112,23 +95,11 @@ class ZImage(OneEncoderFamily):
     def image_states(self, output: Any, grid: Sequence[int]) -> Tensor:
         return output[:, : grid[0] * grid[1]]  # before the text's
 
-    def predict(
-        self,
-        network: nn.Module,
-        x_t: Tensor,
-        time: Tensor,
-        cond: Conditioning,
-        *,
-        guidance: Tensor | None = None,
-        second_time: Tensor | None = None,
-    ) -> Tensor:
-        check_guidance(guidance, taken=False)
-        transformer: Any = network
-        dtype = self.weight_type(transformer)
+    def call_network(self, network: Any, x_t: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
+        dtype = self.weight_type(network)
         frames = x_t.to(input_type(dtype, x_t.device)).unsqueeze(2)
         prompts = ragged(cond["prompt_embeds"].to(dtype), cond["prompt_attention_mask"])
-        with second_time_input(transformer, time, second_time):
-            output = transformer(list(frames), (1000 - time) / 1000, prompts, return_dict=False)[0]
+        output = network(list(frames), (1000 - time) / 1000, prompts, return_dict=False)[0]
         return -torch.stack(output).squeeze(2)
 
     # -- images -------------------------------------------------------------------------------------------------------

@@ -7,13 +7,17 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from ...core.plugin_api.family import ExportInfo
+from ...core.plugin_api.family import Capabilities, ExportInfo
 from .transformer import TransformerFamily
 
 
 class OneEncoderFamily(TransformerFamily):
     """A family whose transformer sees the states of one text encoder and where they are padding."""
 
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        lora=True, full=True, second_time=True, features=True, pixels=True, quantised_base=True,
+        quantised_text_encoders=1,
+    )  # fmt: skip
     embed_keys: ClassVar[tuple[str, ...]] = ("prompt_embeds", "prompt_attention_mask")
     text_widths: ClassVar[Mapping[str, str]] = {"prompt_embeds": "joint_attention_dim"}
     pipeline_tokens: ClassVar[int] = 512

@@ -11,10 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from ...core.plugin_api.family import ExportInfo
-from ..files.architecture import ReadConfig
-from ..files.checks import check_channels
 from .one_encoder import OneEncoderFamily
-from .transformer import check_flow
 
 if TYPE_CHECKING:
     from ...core.plugin_api.batch import Conditioning
@@ -22,19 +19,6 @@ if TYPE_CHECKING:
 
 CONVERSATION = "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n{{}}<|im_end|>\n<|im_start|>assistant\n"
 """What the pipelines write around a prompt, and around the negative one; the system's words are the generation's."""
-
-
-def check_latents(name: str, config: ReadConfig, *, packed: int) -> None:
-    """Raise UserError unless the transformer takes the latents of the model's autoencoder, on a flow.
-
-    Args:
-        name: The model.
-        config: Reads its configs.
-        packed: Number of latents in one position.
-    """
-    channels = config("transformer/config.json").get("in_channels", 64) / packed
-    check_channels(name, "transformer", channels, config("vae/config.json"))
-    check_flow(name, config)
 
 
 class QwenFamily(OneEncoderFamily):

@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 from pydantic import Field
 from torch import Tensor, nn
 
-from ...core.diffusion.second_time import add_second_time
+from ...core.diffusion.second_time import add_second_time, second_time_input
 from ...core.errors import UserError
 from ...core.plugin_api.batch import Conditioning
 from ...core.plugin_api.family_parts import FIRST_HALF, Blocks
-from ..calls.networks import chosen_blocks, outputs_inside
+from ..calls.networks import check_guidance, chosen_blocks, outputs_inside
 from ..calls.smaller import evenly, kept_transformer_weights, not_more, smaller_transformer_config
 from ..files.architecture import ReadConfig
 from ..files.checks import check_channels
@@ -134,6 +134,24 @@ class TransformerFamily(DiffusersFamily):
     def untimed_rows(self, network: nn.Module) -> int:
         """Return the number of the last rows of that output that are of no sample."""
         return 0
+
+    def call_network(self, network: Any, x_t: Tensor, time: Tensor, cond: Conditioning) -> Tensor:
+        """Return the prediction (B, C, h, w) of one call of the network; arguments are those of :meth:`predict`."""
+        raise NotImplementedError(f"the family {self.name} has neither call_network() nor predict()")
+
+    def predict(
+        self,
+        network: nn.Module,
+        x_t: Tensor,
+        time: Tensor,
+        cond: Conditioning,
+        *,
+        guidance: Tensor | None = None,
+        second_time: Tensor | None = None,
+    ) -> Tensor:
+        check_guidance(guidance, taken=False)
+        with second_time_input(network, time, second_time):
+            return self.call_network(network, x_t, time, cond)
 
     def features(
         self, network: nn.Module, x_t: Tensor, time: Tensor, cond: Conditioning, *, blocks: Blocks = FIRST_HALF
@@ -257,16 +275,17 @@ def only_first_blocks(transformer: Any, whole: Mapping[str, Any], count: int) ->
             setattr(transformer, name, blocks)
 
 
-def check_latents(name: str, config: ReadConfig, *, packed: int = 1) -> None:
+def check_latents(name: str, config: ReadConfig, *, packed: int = 1, usual: int = 0) -> None:
     """Raise UserError unless the transformer takes the latents of the model's own autoencoder, on a flow.
 
     Args:
         name: Name of the model.
         config: Reads its configs.
         packed: Number of latents that are one position of the transformer.
+        usual: Channels of a transformer whose config names none.
     """
-    channels = config("transformer/config.json").get("in_channels", 0)
-    check_channels(name, "transformer", channels / packed, config("vae/config.json"))
+    channels = config("transformer/config.json").get("in_channels", usual)
+    check_channels(name, "transformer", channels / packed if packed > 1 else channels, config("vae/config.json"))
     check_flow(name, config)
 
 
@@ -278,10 +297,3 @@ def check_flow(name: str, config: ReadConfig) -> None:
             f"model {name!r} has a {kind} (scheduler/scheduler_config.json: _class_name), not one of flow matching",
             "restore the scheduler of the model's origin, a FlowMatchEulerDiscreteScheduler",
         )
-
-
-def check_flow_latents(name: str, config: ReadConfig) -> None:
-    """Raise UserError unless the transformer takes the latents of the model's autoencoder, on a flow."""
-    channels = config("transformer/config.json").get("in_channels", 16)
-    check_channels(name, "transformer", channels, config("vae/config.json"))
-    check_flow(name, config)
