@@ -91,10 +91,10 @@ def to_images(pixels: np.ndarray) -> Tensor:
 
 def index_batches(count: int, batch_size: int, steps: int, seed: int) -> Iterator[Tensor]:
     """`steps` batches of indices, reshuffled every epoch."""
-    generator, order, position = torch.Generator().manual_seed(seed), torch.empty(0, dtype=torch.long), 0
+    generator, order, position = torch.Generator().manual_seed(seed), torch.empty(0, dtype=torch.long, device="cpu"), 0
     for _ in range(steps):
         if position + batch_size > len(order):
-            order, position = torch.randperm(count, generator=generator), 0
+            order, position = torch.randperm(count, generator=generator, device="cpu"), 0
         yield order[position : position + batch_size]
         position += batch_size
 
@@ -293,6 +293,7 @@ def fit(
     seed: int,
     batch_size: int = 64,
     resume: Path | None = None,
+    count: int = POOL_SIZE,
 ) -> None:
     """The first `steps` of a learning rate that decays over `horizon` steps; the EMA of the weights is saved.
 
@@ -305,6 +306,7 @@ def fit(
         peak: Learning rate after the warm-up.
         seed: Of the order of samples; noise comes from the global generator.
         batch_size: Samples of a step.
+        count: Samples of the pool.
         resume: File that holds the state after every 100 steps, from which an interrupted training goes on.
     """
     average = deepcopy(teacher).requires_grad_(False)
@@ -319,7 +321,7 @@ def fit(
         torch.set_rng_state(generator)
         for part, state in zip(parts, states, strict=True):
             part.load_state_dict(state)
-    for step, index in enumerate(index_batches(POOL_SIZE, batch_size, steps, seed=seed), start=1):
+    for step, index in enumerate(index_batches(count, batch_size, steps, seed=seed), start=1):
         if step <= done:
             continue
         loss = loss_of(index)

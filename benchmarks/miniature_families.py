@@ -37,6 +37,7 @@ sys.path[:0] = [str(ROOT / "benchmarks")]
 
 import miniature  # noqa: E402
 import miniature_networks as networks  # noqa: E402
+from miniature_speed import compile_blocks, half_precision  # noqa: E402
 from miniature_teachers import Scenes, ShiftedTeacher, Teacher  # noqa: E402
 from miniature_z_image import ZImageTeacher  # noqa: E402
 
@@ -197,8 +198,10 @@ TEACHERS: dict[str, tuple[type[Teacher], dict[str, Any]]] = {
 """Family -> its teacher, and how it is trained."""
 
 
-def train(family: str, work: Path, *, steps: int | None, device: str) -> None:
-    """Train the family's miniature and write it to the assets."""
+def train(
+    family: str, work: Path, *, steps: int | None, device: str, half: bool = False, compiled: bool = False
+) -> None:
+    """Train the family's miniature and write it to the assets; with bf16 products, and compiled blocks, if asked."""
     kind, settings = TEACHERS[family]
     settings = {**settings, "steps": steps or settings["steps"]}
     torch.manual_seed(settings["seed"])
@@ -206,8 +209,12 @@ def train(family: str, work: Path, *, steps: int | None, device: str) -> None:
     scenes = Scenes(work, device)
     teacher = kind(scenes).to(device)
 
+    if compiled:
+        compile_blocks(teacher.blocks())
+
     def loss(index: Tensor) -> Tensor:
-        return teacher.loss(*scenes.batch(index, 0.12))
+        with half_precision(half, device):
+            return teacher.loss(*scenes.batch(index, 0.12))
 
     settings |= {"horizon": settings["steps"], "resume": work / f"{family}.pt"}
     miniature.fit(teacher, loss, lambda average: average.save(), **settings)
@@ -221,6 +228,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "miniature", help="folder for what does not ship")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu", help="as `cuda`, where there is one")
+    parser.add_argument("--half", action="store_true", help="bf16 products: faster on processors with AMX")
+    parser.add_argument("--compile", action="store_true", help="compile the denoiser's blocks (z-image)")
     parser.add_argument("--steps", type=int, help="training steps, in place of the stage's own number")
     parser.add_argument("--samples", type=int, default=1000, help="images per row of the report")
     parser.add_argument("--guidance", type=float, help="of the report, in place of the miniature's own")
@@ -228,7 +237,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
     if given.stage != "report":
-        train(given.stage, given.work, steps=given.steps, device=given.device)
+        kinds = {"half": given.half, "compiled": given.compile}
+        train(given.stage, given.work, steps=given.steps, device=given.device, **kinds)
         return
     kind, _ = TEACHERS[given.family]
     counts = [int(count) for count in given.sampler_steps.split(",")]

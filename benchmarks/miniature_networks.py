@@ -40,7 +40,7 @@ def new_vae() -> AutoencoderKL:
     )
 
 
-def new_tokenizer(captions: list[str], pad_token: str) -> CLIPTokenizer:
+def new_tokenizer(captions: list[str], pad_token: str, length: int = MAX_TOKENS) -> CLIPTokenizer:
     """A CLIP tokenizer whose byte-pair merges are learned from the captions; laid out as CLIP's own vocabulary."""
     alphabet = sorted(ByteLevel.alphabet())
     learner = Tokenizer(BPE(end_of_word_suffix="</w>"))
@@ -54,7 +54,7 @@ def new_tokenizer(captions: list[str], pad_token: str) -> CLIPTokenizer:
         vocab={token: index for index, token in enumerate(vocabulary)},
         merges=merges,
         pad_token=pad_token,
-        model_max_length=MAX_TOKENS,
+        model_max_length=length,
     )
 
 
@@ -130,7 +130,7 @@ def new_scheduler() -> EulerDiscreteScheduler:
 
 def save_teacher(teacher: Teacher, tokenizers: tuple[CLIPTokenizer, CLIPTokenizer], folder: Path) -> None:
     """Write the diffusers pipeline in half precision, beside the judge and the prompts that are there already."""
-    halved = deepcopy(teacher).half().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    halved = deepcopy(teacher).cpu().half().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     pipeline = StableDiffusionXLPipeline(
         vae=AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float16),
         text_encoder=halved.text_encoder,

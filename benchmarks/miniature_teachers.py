@@ -58,6 +58,10 @@ class Teacher(nn.Module):
     def pipeline(self, vae: Any) -> Any:
         """The diffusers pipeline of these weights."""
 
+    def blocks(self) -> list[nn.Module]:
+        """The denoiser's blocks, which may be compiled one by one; none where that was not tried."""
+        return []
+
     def save(self) -> None:
         """Write the pipeline in half precision, beside the judge and the prompts of the miniature SDXL."""
         halved = deepcopy(self).cpu().half().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]

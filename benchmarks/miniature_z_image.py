@@ -102,6 +102,11 @@ class ZImageTeacher(ShiftedTeacher):
         u = self.transformer(list(noised), 1 - t, self.embeds(captions), return_dict=False)[0]
         return (torch.stack(u).squeeze(2) - (x_0 - noise)).square().mean()
 
+    def blocks(self) -> list[nn.Module]:
+        """Blocks of the stream and of both refiners."""
+        network = self.transformer
+        return [*network.layers, *network.noise_refiner, *network.context_refiner]
+
     def pipeline(self, vae: Any) -> Any:
         """The diffusers pipeline of these weights."""
         return ZImagePipeline(

@@ -5,6 +5,7 @@ Every score names its feature space. Without downloaded weights there is no Ince
 
 from __future__ import annotations
 
+import json
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -13,10 +14,17 @@ from ..core.plugin_api.evaluator import EvaluationSetting, Evaluator, Samples
 from ..core.plugin_api.hookspecs import hookimpl
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
+
+    from .miniature_classifier import MiniatureClassifier
+    from .scene_judge import SceneJudge
 
 BATCH = 128
 CLASSIFIER_FOLDER = "judge"
+QUESTIONS = ("things", "colours", "relation", "place", "time")
+"""What the judge of scenes answers, each by itself."""
 FEWEST_DATA = 2
 """Number of images on either side that a distance between distributions needs."""
 
@@ -137,45 +145,73 @@ class RandomConvolutions(FeatureDistance):
 
 
 class MiniatureClassifierEvaluator(FeatureDistance):
-    """Agreement with the prompt, and distances to the data, by the small classifier that lies beside a model.
+    """Agreement with the prompt, and distances to the data, by the small judge that lies beside a model.
 
-    It is there for models whose folder has ``judge/``: the miniatures that ship with the package.
+    It is there for models whose folder has ``judge/``: the miniatures that ship with the package. The judge of scenes
+    also answers what a prompt asks for question by question, and rates the quality of each image, which a network that
+    only looks for things would not see.
     """
 
     name: ClassVar[str] = "judge"
     space: ClassVar[str] = "judge"
     higher_is_better: ClassVar[Mapping[str, bool]] = {
         "prompt_agreement_judge": True,
+        **{f"{question}_right_judge": True for question in QUESTIONS},
+        "image_quality_judge": True,
         "kernel_distance_to_data_judge": False,
         "frechet_distance_to_data_judge": False,
         "diversity_judge": True,
     }
 
     def __init__(self, config: Any, setting: EvaluationSetting) -> None:
-        from .miniature_classifier import MiniatureClassifier
-
         super().__init__(config, setting)
         assert setting.model_path is not None
-        self._classifier = MiniatureClassifier.from_pretrained(setting.model_path / CLASSIFIER_FOLDER)
+        self._judge = load_judge(setting.model_path / CLASSIFIER_FOLDER)
 
     @classmethod
     def usable(cls, setting: EvaluationSetting, config: Any = None) -> str | None:
-        """Return None for a local model with a classifier in ``judge/``, otherwise the reason."""
+        """Return None for a local model with a judge in ``judge/``, otherwise the reason."""
         if setting.model_path is None or not (setting.model_path / CLASSIFIER_FOLDER).is_dir():
             return f"the model has no folder {CLASSIFIER_FOLDER}/"
         return None
 
     def features(self, images: Tensor) -> Tensor:
-        """Return the classifier's penultimate features, (B, F)."""
-        return self._classifier.features(images)
+        """Return the judge's penultimate features, (B, F)."""
+        return self._judge.features(images)
 
     def score(self, samples: Samples) -> dict[str, float]:
-        """Return the share of images that show what their prompt says, and the distances to the data."""
-        size, total = len(samples.images), 0
-        for start in range(0, size, BATCH):
-            part = slice(start, start + BATCH)
-            total += int(self._classifier.agreement(samples.images[part], samples.prompts[part]).sum())
-        return {"prompt_agreement_judge": total / size, **super().score(samples)}
+        """Return the share of images that show all that their prompt says, what else the judge says, the distances."""
+        from .scene_judge import SceneJudge
+
+        size = len(samples.images)
+        parts = [slice(start, start + BATCH) for start in range(0, size, BATCH)]
+        right = sum(int(self._judge.agreement(samples.images[part], samples.prompts[part]).sum()) for part in parts)
+        scores = {"prompt_agreement_judge": right / size}
+        if isinstance(self._judge, SceneJudge):
+            scores |= self._answers(self._judge, samples, parts)
+        return {**scores, **super().score(samples)}
+
+    @staticmethod
+    def _answers(judge: SceneJudge, samples: Samples, parts: Sequence[slice]) -> dict[str, float]:
+        import torch
+
+        each = [judge.answers(samples.images[part], samples.prompts[part]) for part in parts]
+        scores = {}
+        for question in QUESTIONS:
+            answers = torch.cat([part[question] for part in each])
+            if bool((asked := answers >= 0).any()):
+                scores[f"{question}_right_judge"] = float((answers[asked] == 1).float().mean())
+        rated = torch.cat([judge.rate(samples.images[part]).cpu() for part in parts])
+        return {**scores, "image_quality_judge": float(rated.mean())}
+
+
+def load_judge(folder: Path) -> MiniatureClassifier | SceneJudge:
+    """Return the judge in a folder: of scenes where its configuration has words for them, else of single things."""
+    from .miniature_classifier import CONFIG_NAME, MiniatureClassifier
+    from .scene_judge import SceneJudge
+
+    config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    return (SceneJudge if "words" in config else MiniatureClassifier).from_pretrained(folder)
 
 
 @hookimpl
