@@ -17,6 +17,7 @@ from ..core.plugin_api import pretrained
 from ..core.plugin_api.evaluator import EvaluationSetting, Evaluator, Samples
 from ..core.plugin_api.hookspecs import hookimpl
 from ..core.settings.types import HubOrPath
+from .evaluators import WITHOUT_TEACHER
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -111,6 +112,11 @@ class Reward(PromptAgreement):
             self._reference = samples.reference, self._rewards(samples.reference, samples.prompts)
         chosen = (rewards - self._reference[1]).sigmoid()  # softmax of the two rewards
         return {**scores, f"chosen_over_teacher_{self.label}": float(chosen.mean())}
+
+    def unscored(self, samples: Samples) -> dict[str, str]:
+        """Return the comparison with the teacher where there is nothing to compare with."""
+        missing = samples.reference is None
+        return {f"chosen_over_teacher_{self.label}": WITHOUT_TEACHER} if missing else {}
 
     def _rewards(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         cosines = self.cosines(images, prompts)

@@ -27,6 +27,7 @@ QUESTIONS = ("things", "colours", "relation", "place", "time")
 """What the judge of scenes answers, each by itself."""
 FEWEST_DATA = 2
 """Number of images on either side that a distance between distributions needs."""
+WITHOUT_TEACHER = "it compares with the full teacher's images, of which there are none"
 
 
 def too_few_data(setting: EvaluationSetting) -> str | None:
@@ -34,6 +35,16 @@ def too_few_data(setting: EvaluationSetting) -> str | None:
     if setting.num_data is not None and setting.num_data < FEWEST_DATA:
         return f"it measures distances to real images, and the data has {setting.num_data or 'none'}"
     return None
+
+
+def num_compared(samples: Samples) -> int:
+    """Return how many images there are on the side, generated or real, that has fewer."""
+    return 0 if samples.data is None else min(len(samples.data), len(samples.images))
+
+
+def fewer_than(wanted: int, count: int) -> str:
+    """Return why a distance that needs `wanted` images on either side is not measured with `count`."""
+    return f"it needs {wanted:,} images on either side, and there are {count:,}"
 
 
 class ImageDistance(Evaluator):
@@ -49,6 +60,10 @@ class ImageDistance(Evaluator):
         if samples.reference is None:
             return {}
         return {"distance_to_teacher_pixels": float(root_mean_square(samples.images, samples.reference).mean())}
+
+    def unscored(self, samples: Samples) -> dict[str, str]:
+        """Return the score where there is nothing to compare with."""
+        return {} if samples.reference is not None else dict.fromkeys(self.higher_is_better, WITHOUT_TEACHER)
 
 
 class FeatureDistance(Evaluator):
@@ -83,7 +98,7 @@ class FeatureDistance(Evaluator):
 
     def both_features(self, samples: Samples) -> tuple[Tensor, Tensor] | None:
         """Return features of the images (N, F) and of the data (M, F), float64; None if there are too few."""
-        if samples.data is None or min(len(samples.data), len(samples.images)) < FEWEST_DATA:
+        if samples.data is None or num_compared(samples) < FEWEST_DATA:
             return None
         if self._data is not samples.data or self._data_features is None:
             self._data, self._data_features = samples.data, self._all_features(samples.data)
@@ -102,6 +117,20 @@ class FeatureDistance(Evaluator):
             scores[f"frechet_distance_to_data_{self.space}"] = frechet_distance(features, real)
         spread = relative_spread(features, samples.prompts, real)
         return scores if spread is None else {**scores, f"diversity_{self.space}": spread}
+
+    def unscored(self, samples: Samples) -> dict[str, str]:
+        """Return distances that want more images, and diversity where no prompt comes twice."""
+        distance, count = "{}_distance_to_data_" + self.space, num_compared(samples)
+        if count < FEWEST_DATA:
+            names = distance.format("kernel"), distance.format("frechet"), f"diversity_{self.space}"
+            return dict.fromkeys(names, fewer_than(FEWEST_DATA, count))
+        assert self._data_features is not None
+        size, reasons = self._data_features.shape[1], {}
+        if count <= size:
+            reasons[distance.format("frechet")] = f"it needs more than {size:,} images, the number of features"
+        if len(set(samples.prompts)) == len(samples.prompts):
+            reasons[f"diversity_{self.space}"] = "no prompt comes twice"
+        return reasons
 
 
 class RandomConvolutions(FeatureDistance):

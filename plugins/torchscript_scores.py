@@ -25,7 +25,7 @@ from ..core.plugin_api.auxiliary import LPIPS_NETWORK, METRICS_ADDRESS, load_tor
 from ..core.plugin_api.evaluator import EvaluationSetting, Evaluator, Samples
 from ..core.plugin_api.hookspecs import hookimpl
 from ..core.settings.types import LocalPath
-from .evaluators import FEWEST_DATA, FeatureDistance, too_few_data
+from .evaluators import FEWEST_DATA, WITHOUT_TEACHER, FeatureDistance, fewer_than, num_compared, too_few_data
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -114,6 +114,12 @@ class InceptionDistance(FeatureDistance):
             scores["fid"] = frechet_distance(*both)
         return scores
 
+    def unscored(self, samples: Samples) -> dict[str, str]:
+        """Return the distances that want more images."""
+        count, wanted = num_compared(samples), self.config.fewest_pictures
+        least = {"fid": wanted, "kid": FEWEST_DATA}
+        return {name: fewer_than(number, count) for name, number in least.items() if count < number}
+
 
 class PerceptualDistance(Evaluator):
     """LPIPS: how different each image looks from the full teacher's, made from the same noise, by a VGG16."""
@@ -151,6 +157,10 @@ class PerceptualDistance(Evaluator):
             for ours, theirs in zip(samples.images.split(size), samples.reference.split(size), strict=True):
                 found.append((self._embedded(ours) - self._embedded(theirs)).square().sum(dim=1))
         return {"lpips_to_teacher": float(torch.cat(found).mean())}
+
+    def unscored(self, samples: Samples) -> dict[str, str]:
+        """Return the score where there is nothing to compare with."""
+        return {} if samples.reference is not None else dict.fromkeys(self.higher_is_better, WITHOUT_TEACHER)
 
     def _embedded(self, images: Tensor) -> Tensor:
         """Return features (B, F) whose squared distance is the LPIPS."""

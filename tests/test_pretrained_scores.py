@@ -14,7 +14,7 @@ from distill.core.cli import app
 from distill.core.config.load import load_configuration
 from distill.core.errors import DistillError
 from distill.core.evaluation.distances import polynomial_distance
-from distill.core.evaluation.evaluate import _Scorers
+from distill.core.evaluation.evaluate import Scorers
 from distill.core.evaluation.evaluators import build_evaluators, evaluation_notices
 from distill.core.plugin_api import pretrained
 from distill.core.plugin_api.evaluator import EvaluationSetting, Evaluator, Samples
@@ -345,7 +345,7 @@ def test_an_evaluator_that_fails_costs_its_own_scores_only(tmp_path, clip, said)
     configuration = load_configuration(registry, config_file=file)
     assert evaluation_notices(registry, configuration) == []
     usable, _ = build_evaluators(registry, configuration, ANYWHERE)
-    scorers = _Scorers(usable, {})
+    scorers = Scorers(usable, {})
     samples = Samples(random_images(3), PROMPTS, random_images(3, seed=1), random_images(3, seed=2))
     for _ in range(2):
         assert set(scorers.score(samples)) == {

@@ -48,67 +48,140 @@ class Tick:
 
 
 @dataclass(frozen=True)
+class Series:
+    """The values of one figure in one run.
+
+    Attributes:
+        label: Of the run, where several are in one chart.
+        steps: Rising, shape (n,), n > 0.
+        values: Shape (n,).
+        best: Step of the value that is marked as the best.
+        number: Of the run among several, which decides the colour.
+    """
+
+    label: str
+    steps: Floats
+    values: Floats
+    best: int | None = None
+    number: int = 0
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a chart.
+
+    Attributes:
+        label: Of the run, where several are in one chart.
+        number: Of the run.
+        points: (step, value) of the line, as they stand in the file.
+        path: The line, as the ``d`` of an SVG path.
+        smooth: The line without its noise, or nothing.
+        last: The last value, finite or not.
+        best: (step, value) of the best value, if one is marked.
+        best_at: Where that is, in units of the SVG.
+    """
+
+    label: str
+    number: int
+    points: list[tuple[int, float]]
+    path: str
+    smooth: str
+    last: float
+    best: tuple[int, float] | None = None
+    best_at: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Level:
+    """A value that lines are compared with: its label, the value, and where it is, in units of the SVG."""
+
+    label: str
+    value: float
+    at: float
+
+
+@dataclass(frozen=True)
 class Curve:
     """One chart.
 
     Attributes:
         name: Of the figure.
-        points: (step, value) of the line, as they stand in the file.
-        path: The line, as the ``d`` of an SVG path.
-        smooth: The line without its noise, or nothing.
+        lines: One for each run.
+        levels: Values that the lines are compared with.
         x_ticks: Steps.
         y_ticks: Values.
         x_range: First and last step of the frame.
         y_range: Lowest and highest value of the frame.
         logarithmic: Whether the vertical axis is.
-        last: The last value, finite or not.
         notes: How to read it, and what it does not show.
+        better: Whether more is better; None where that is not known.
     """
 
     name: str
-    points: list[tuple[int, float]]
-    path: str
-    smooth: str
+    lines: list[Line]
+    levels: list[Level]
     x_ticks: list[Tick]
     y_ticks: list[Tick]
     x_range: tuple[float, float]
     y_range: tuple[float, float]
     logarithmic: bool
-    last: float
     notes: list[str]
+    better: bool | None = None
 
 
-def curve(name: str, steps: Floats, values: Floats) -> Curve:
-    """The chart of one figure; what is not finite is left out and counted.
+def curve(
+    name: str, series: Sequence[Series], levels: Sequence[tuple[str, float]] = (), *, better: bool | None = None
+) -> Curve:
+    """The chart of one figure, of one run or several; what is not finite is left out and counted.
 
     Args:
         name: Of the figure.
-        steps: Rising, shape (n,), n > 0.
-        values: Shape (n,).
+        series: At least one.
+        levels: (label, value) of what the figure is compared with.
+        better: Whether more is better; None where that is not known.
     """
-    finite = np.isfinite(values)
-    notes = [_not_finite(steps[~finite])] if not finite.all() else []
-    x, y = steps[finite], values[finite]
+    notes = [_not_finite(each) for each in series if not np.isfinite(each.values).all()]
+    shown = [(each, np.isfinite(each.values)) for each in series]
+    x, y = (np.concatenate(parts) for parts in zip(*((e.steps[f], e.values[f]) for e, f in shown), strict=True))
     if not len(x):
-        return Curve(name, [], "", "", [], [], (0, 1), (0, 1), False, float(values[-1]), notes)
+        lines = [Line(each.label, each.number, [], "", "", float(each.values[-1])) for each in series]
+        return Curve(name, lines, [], [], [], (0, 1), (0, 1), False, notes, better)
+    y = np.append(y, [value for _, value in levels])
     logarithmic = bool(y.min() > 0 and y.max() / y.min() >= LOGARITHMIC)
     low, high = _limits(y, logarithmic=logarithmic)
     beyond = int(((y < low) | (y > high)).sum())
     if beyond:
         notes.append(f"{beyond:,} beyond the frame, from {short(float(y.min()))} to {short(float(y.max()))}")
-    frame = _Frame((float(x[0]), max(float(x[-1]), float(x[0]) + 1)), (low, high), logarithmic)
-    kept = thinned(y)
-    smooth = smoothed(y) if _is_noisy(y) else None
+    frame = _Frame((float(x.min()), max(float(x.max()), float(x.min()) + 1)), (low, high), logarithmic)
     notes += ["logarithmic"] if logarithmic else []
     return Curve(
         name,
-        [(int(step), float(value)) for step, value in zip(x[kept], y[kept], strict=True)],
-        frame.path(x[kept], y[kept]),
-        "" if smooth is None else frame.path(x[kept], smooth[kept]),
+        [_line(frame, each, finite) for each, finite in shown],
+        [Level(label, value, frame.y(value)) for label, value in levels],
         [Tick(frame.x(step), f"{step:,.0f}") for step in ticks(*frame.x_range, count=7, whole=True)],
         [Tick(frame.y(value), short(value)) for value in frame.values()],
-        frame.x_range, frame.y_range, logarithmic, float(values[-1]), notes,
+        frame.x_range, frame.y_range, logarithmic, notes, better,
     )  # fmt: skip
+
+
+def _line(frame: _Frame, series: Series, finite: NDArray[np.bool_]) -> Line:
+    x, y = series.steps[finite], series.values[finite]
+    if not len(x):
+        return Line(series.label, series.number, [], "", "", float(series.values[-1]))
+    kept = thinned(y)
+    smooth = smoothed(y) if _is_noisy(y) else None
+    points = [(int(step), float(value)) for step, value in zip(x, y, strict=True)]
+    best = next((point for point in points if point[0] == series.best), None)
+    return Line(
+        series.label,
+        series.number,
+        [points[place] for place in kept],
+        frame.path(x[kept], y[kept]),
+        "" if smooth is None else frame.path(x[kept], smooth[kept]),
+        float(series.values[-1]),
+        best,
+        best and (frame.x(best[0]), frame.y(best[1])),
+    )
 
 
 @dataclass(frozen=True)
@@ -188,10 +261,12 @@ def _is_noisy(values: Floats) -> bool:
     return len(values) >= FEW and bool(spread > 0) and float(np.abs(np.diff(values)).sum()) > NOISY * spread
 
 
-def _not_finite(steps: Floats) -> str:
+def _not_finite(series: Series) -> str:
+    steps = series.steps[~np.isfinite(series.values)]
     named = ", ".join(f"{step:.0f}" for step in steps[:5])
     more = f" and {len(steps) - 5:,} more" if len(steps) > 5 else ""
-    return f"not finite at step{'s' if len(steps) > 1 else ''} {named}{more}"
+    whose = f"{series.label}: " if series.label else ""
+    return f"{whose}not finite at step{'s' if len(steps) > 1 else ''} {named}{more}"
 
 
 def ticks(low: float, high: float, *, count: int, whole: bool = False) -> list[float]:

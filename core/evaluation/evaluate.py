@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .result import Evaluation
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 SHOWN = 8
 """Images of each sampling plan that go into ``evaluation.png``."""
 LATENCY_SECONDS = 2.0
@@ -43,6 +44,7 @@ def evaluate(
     data: Tensor | None = None,
     left_out: Mapping[str, str] | None = None,
     any_process: Callable[[bool], bool] = bool,
+    first: int = 0,
 ) -> Evaluation:
     """Make every sampling plan's images from the same noise and score them.
 
@@ -56,14 +58,16 @@ def evaluate(
         data: Real images (M, 3, H, W) in [0, 1] at the plan's size, or None.
         left_out: Evaluators that cannot be used here, with the reason.
         any_process: Returns True if a flag is set in any of the processes that run the networks together.
+        first: The full teacher's first so many samples are scored by themselves too, if there are as many: those that
+            validation has scored the student on.
     """
-    from .result import Evaluation
+    from .result import Evaluation, ValidationReference
 
-    scorers = _Scorers(evaluators, dict(left_out or {}))
+    scorers = Scorers(evaluators, dict(left_out or {}))
     counts = plural(len(plan.sampling_plans), "way"), plural(plan.num_samples, "image")
     logger.info("scoring {} of sampling, {} each".format(*counts))
     embeds = encode(family, plan.prompts)
-    rows, reference = dict[int, Row](), None
+    rows, reference, teacher = dict[int, Row](), None, dict[str, float]()
     others = [sampling_plan for sampling_plan in plan.sampling_plans if sampling_plan is not plan.reference]
     # role by role, since changing the network can mean loading it
     others.sort(key=lambda sampling_plan: sampling_plan.role != plan.reference.role)
@@ -82,22 +86,36 @@ def evaluate(
                 reference = images if sampling_plan is plan.reference else reference
                 beside = None if sampling_plan is plan.reference else reference
                 row.scores = scorers.score(Samples(images, plan.sample_prompts, beside, data))
+                if beside is None and 0 < first <= plan.num_samples:
+                    teacher = scorers.score(Samples(images[:first], plan.first(first).sample_prompts, None, data))
                 rows[id(sampling_plan)] = row
                 done = f"{sampling_plan.name} at {plural(sampling_plan.steps, 'step')}"
                 logger.info(f"evaluated {done}: {row.seconds_per_image:.3g} s per image")
-    better = {name: up for evaluator in evaluators.values() for name, up in evaluator.higher_is_better.items()}
+    num_data = 0 if data is None else len(data)
+    identity = plan.first(first).identity(num_data=num_data)
     return Evaluation(
         plan=plan,
         rows=[rows[id(sampling_plan)] for sampling_plan in plan.sampling_plans if id(sampling_plan) in rows],
-        higher_is_better=better,
+        higher_is_better=directions(evaluators),
         left_out=scorers.left_out,
-        num_data=0 if data is None else len(data),
+        num_data=num_data,
         device=str(family.settings.device),
+        validation_reference=ValidationReference(identity, teacher) if teacher else None,
     )
 
 
-class _Scorers:
-    """The evaluators that have not failed."""
+def directions(evaluators: Mapping[str, Evaluator]) -> dict[str, bool]:
+    """Return whether more is better, for each score of the evaluators."""
+    return {name: up for evaluator in evaluators.values() for name, up in evaluator.higher_is_better.items()}
+
+
+class Scorers:
+    """The evaluators that have not failed.
+
+    Args:
+        evaluators: By name.
+        left_out: Those that cannot be used, with the reason; ones that fail are added.
+    """
 
     def __init__(self, evaluators: Mapping[str, Evaluator], left_out: dict[str, str]) -> None:
         self._evaluators, self.left_out = dict(evaluators), left_out
@@ -106,15 +124,29 @@ class _Scorers:
         """Return the scores of all evaluators that have not failed yet."""
         scores: dict[str, float] = {}
         for name, evaluator in list(self._evaluators.items()):
-            try:
-                scores |= evaluator.score(samples)
-            except BaseException as error:  # one plugin's failure must not cost the other scores, nor a finished run
-                if not is_failure(error):
-                    raise
-                del self._evaluators[name]
-                self.left_out[name] = f"it failed: {described(error)}"
-                logger.warning(f"evaluator {name} failed and is left out: {described(error)}")
+            scores |= self._of(name, evaluator.score, samples) or {}
         return scores
+
+    def _of(self, name: str, call: Callable[[Samples], dict[str, T]], samples: Samples) -> dict[str, T] | None:
+        """Return what an evaluator says of the samples; None if it fails, which leaves it out."""
+        try:
+            return call(samples)
+        except BaseException as error:  # one plugin's failure must not cost the other scores, nor a finished run
+            if not is_failure(error):
+                raise
+            del self._evaluators[name]
+            self.left_out[name] = f"it failed: {described(error)}"
+            logger.warning(f"evaluator {name} failed and is left out: {described(error)}")
+            return None
+
+    def unscored(self, samples: Samples, scores: Mapping[str, float]) -> dict[str, str]:
+        """Return what the evaluators declare and have not given for these samples, with the reason."""
+        missing: dict[str, str] = {}
+        for name, evaluator in list(self._evaluators.items()):
+            reasons = self._of(name, evaluator.unscored, samples) or {}
+            left = [score for score in evaluator.higher_is_better if score not in scores]
+            missing |= {score: reasons.get(score, f"{name} has not given it for these images") for score in left}
+        return missing
 
 
 def _by_role(sampling_plans: Sequence[SamplingPlan]) -> Iterator[tuple[str, list[SamplingPlan]]]:

@@ -11,7 +11,7 @@ from ..engine.returned import sampler_of
 from ..errors import UserError
 from ..settings.configuration import default_resolution
 from .evaluate import evaluate
-from .evaluators import build_evaluators, evaluation_setting
+from .evaluators import build_evaluators, evaluation_setting, scores_validations
 from .plan import plan_evaluation
 
 if TYPE_CHECKING:
@@ -114,17 +114,18 @@ def evaluate_run(
         teacher_guidance=run.evaluation_teacher_guidance,
         role=method.result_role(),
     )
-    real = _real(data.real_images, width, height, count)
+    real = images_of_data(data.real_images, width, height, count)
     setting = evaluation_setting(family, num_data=0 if real is None else len(real))
     evaluators, left_out = build_evaluators(registry, configuration, setting)
     found = evaluate(
-        family, subject.networks, plan, evaluators, data=real, left_out=left_out, any_process=subject.any_process
-    )
+        family, subject.networks, plan, evaluators, data=real, left_out=left_out, any_process=subject.any_process,
+        first=run.validation_scores_num_samples if scores_validations(run) else 0,
+    )  # fmt: skip
     found.loras = dict(subject.loras)
     return found
 
 
-def _real(real_images: RealImages | None, width: int, height: int, count: int) -> Tensor | None:
+def images_of_data(real_images: RealImages | None, width: int, height: int, count: int) -> Tensor | None:
     """Return the real images to compare with, shape (M, 3, H, W); None, which is reported, where there are none."""
     data = real_images(num_real_images(width, height, count), width, height) if real_images else None
     if data is None or not len(data):

@@ -13,6 +13,7 @@ from ..utils.packages import missing_packages
 if TYPE_CHECKING:
     from ..registry.registry import Registry
     from ..settings.configuration import Configuration
+    from ..settings.run_settings import RunSettings
 
 
 def build_evaluators(
@@ -44,12 +45,18 @@ def require_evaluators(registry: Registry, configuration: Configuration) -> None
 def evaluation_notices(registry: Registry, configuration: Configuration) -> list[str]:
     """Return notices about evaluators that the run asks for, by name or by settings, and that cannot be used."""
     run, setting, lines = configuration.run, early_evaluation_setting(configuration), []
-    for name, config in configuration.evaluators.items() if run.evaluation_num_samples else ():
+    scores = bool(run.evaluation_num_samples) or scores_validations(run)
+    for name, config in configuration.evaluators.items() if scores else ():
         evaluator = registry.get("evaluator", name)
         reason = _unusable(evaluator, setting, config)
         if reason and (run.evaluators or not evaluator.by_default):
             lines.append(f"evaluator {name} cannot be used, so its scores will be missing: {reason}")
     return lines
+
+
+def scores_validations(run: RunSettings) -> bool:
+    """Return True if the run scores its student at each validation."""
+    return run.validation_scores and run.validation_step_interval > 0
 
 
 def _unusable(evaluator: type[Evaluator], setting: EvaluationSetting, config: Any) -> str | None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Any, Self
 
 from .sampling import SamplingPlan, teacher_plan
 
@@ -14,13 +15,12 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class EvaluationPlan:
-    """The images to be made and scored. Sample i has prompt i (cycled) and seed ``seed + i`` for every network.
+class SampleSet:
+    """The prompts and noise that images are made of. Sample i has prompt i (cycled) and seed ``seed + i`` for every
+    network.
 
     Attributes:
         prompts: At least one.
-        sampling_plans: The networks and steps that are scored, the full teacher among them.
-        reference: The full teacher.
         num_samples: Images of each sampling plan.
         seed: Seed of the first sample.
         width: Pixels.
@@ -28,8 +28,6 @@ class EvaluationPlan:
     """
 
     prompts: tuple[str, ...]
-    sampling_plans: tuple[SamplingPlan, ...]
-    reference: SamplingPlan
     num_samples: int
     seed: int
     width: int
@@ -49,6 +47,39 @@ class EvaluationPlan:
     def seeds(self) -> list[int]:
         """The seed of each sample."""
         return list(range(self.seed, self.seed + self.num_samples))
+
+    def first(self, count: int) -> Self:
+        """Return the first `count` samples alone."""
+        return replace(self, num_samples=count)
+
+    def identity(self, *, num_data: int) -> dict[str, Any]:
+        """Return what scores of two sets must have in common to be compared, as JSON values.
+
+        Args:
+            num_data: Real images that distances are measured to.
+        """
+        prompts = blake2b("\x1f".join(self.sample_prompts).encode(), digest_size=8).hexdigest()
+        return {
+            "num_samples": self.num_samples,
+            "num_data": num_data,
+            "seed": self.seed,
+            "width": self.width,
+            "height": self.height,
+            "prompts": prompts,
+        }
+
+
+@dataclass(frozen=True)
+class EvaluationPlan(SampleSet):
+    """The images to be made and scored.
+
+    Attributes:
+        sampling_plans: The networks and steps that are scored, the full teacher among them.
+        reference: The full teacher.
+    """
+
+    sampling_plans: tuple[SamplingPlan, ...]
+    reference: SamplingPlan
 
 
 def plan_evaluation(
@@ -87,7 +118,7 @@ def plan_evaluation(
     samplers = [(count, sampler_for(count)) for count in sorted(set(steps))]
     students = [SamplingPlan("student", role, sampler, count, sampler.guidance_scale) for count, sampler in samplers]
     sampling_plans = (*teachers[:-1], solver, *students, teachers[-1])
-    return EvaluationPlan(tuple(prompts), sampling_plans, teachers[-1], num_samples, seed, *resolution)
+    return EvaluationPlan(tuple(prompts), num_samples, seed, *resolution, sampling_plans, teachers[-1])
 
 
 def fast_solver(family: ModelFamily, steps: int, guidance: float) -> SamplingPlan:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,19 @@ if TYPE_CHECKING:
 SCHEMA = 1
 
 
+@dataclass(frozen=True)
+class ValidationReference:
+    """The full teacher's scores on the samples that validation scores the student on.
+
+    Attributes:
+        samples: :meth:`.plan.SampleSet.identity` of the samples.
+        scores: By name.
+    """
+
+    samples: Mapping[str, Any]
+    scores: Mapping[str, float]
+
+
 @dataclass
 class Evaluation:
     """The result, with rows in the order of the image's columns: teacher at few steps, fast solver, student, full
@@ -33,6 +46,7 @@ class Evaluation:
         num_data: Real images that distances are measured to.
         device: The device that it ran on.
         loras: LoRAs that stood beside the student's, in the teacher as well: path -> weight.
+        validation_reference: What scores of the student at validation are compared with, if there are any.
     """
 
     plan: EvaluationPlan
@@ -42,6 +56,7 @@ class Evaluation:
     num_data: int = 0
     device: str = "cpu"
     loras: Mapping[str, float] = field(default_factory=dict)
+    validation_reference: ValidationReference | None = None
 
     @property
     def score_names(self) -> list[str]:
@@ -50,7 +65,8 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """Return everything but the images as JSON values."""
-        plan = self.plan
+        plan, reference = self.plan, self.validation_reference
+        beside = {"validation_reference": asdict(reference)} if reference else {}
         return {
             "schema": SCHEMA,
             "num_samples": plan.num_samples,
@@ -64,6 +80,7 @@ class Evaluation:
             "left_out": dict(self.left_out),
             "prompts": list(plan.prompts),
             "rows": [_row_json(row) for row in self.rows],
+            **beside,
         }
 
     def scalars(self) -> dict[str, float]:

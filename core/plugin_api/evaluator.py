@@ -22,7 +22,7 @@ class Samples:
         images: Shape (N, 3, H, W), float32 in [0, 1].
         prompts: N prompts.
         reference: The full teacher's images from the same noise and prompts, shape as `images`; None for the teacher
-            itself.
+            itself, and at validation, which makes none.
         data: Real images of the data set, shape (M, 3, H, W), or None where there are none.
     """
 
@@ -79,4 +79,8 @@ class Evaluator(ABC):
 
     @abstractmethod
     def score(self, samples: Samples) -> dict[str, float]:
-        """Return scores by name."""
+        """Return scores by name, the most telling first."""
+
+    def unscored(self, samples: Samples) -> dict[str, str]:
+        """Return the scores that :meth:`score` has left out for these samples, each with the reason."""
+        return {}

@@ -89,7 +89,7 @@ def on_log(state: RunState, metrics: Mapping[str, float], step: int) -> None:
 
 @hookspec
 def on_validation_end(state: RunState, folder: Path, step: int) -> None:
-    """Called when the validation images of `step` lie in `folder`."""
+    """Called when the validation images of `step` lie in `folder`, with ``scores.json`` where the run scores them."""
 
 
 @hookspec

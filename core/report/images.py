@@ -6,6 +6,10 @@ import base64
 import io
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 QUALITY = 82
 
@@ -38,7 +42,13 @@ def embedded(file: Path, *, widest: int, highest: int) -> Embedded:
     from PIL import Image
 
     with Image.open(file) as opened:
-        image = opened.convert("RGB")
+        return embed(opened.convert("RGB"), widest=widest, highest=highest)
+
+
+def embed(image: Image.Image, *, widest: int, highest: int) -> Embedded:
+    """Return an RGB image for a page, made smaller where it is larger than that, in pixels."""
+    from PIL import Image
+
     factor = min(1.0, widest / image.width, highest / image.height)
     if factor < 1:
         size = max(1, round(image.width * factor)), max(1, round(image.height * factor))

@@ -8,13 +8,15 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..drawing.curves import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, short
+from ..drawing.curves import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Curve, short
+from ..runs.run_files import RunFiles
 from ..utils.files import write_text
 from ..utils.redaction import redacted
+from .comparison import Comparison, compare
 from .run_contents import RunContents, find
 
 if TYPE_CHECKING:
-    from jinja2 import Template
+    from jinja2 import Environment
 
 FILE = "report.html"
 ASSETS = Path(__file__).parent / "assets"
@@ -31,19 +33,33 @@ def write_report(folder: Path) -> Path:
     return folder / FILE
 
 
-def render(found: RunContents) -> str:
+def write_comparison(one: Path, two: Path) -> Path:
+    """Write the page of two runs side by side into the folder of the first, under the name of the second; returns it.
+
+    Raises:
+        UserError: One is no folder of a run or has no validation, both are the same, or a file is damaged.
+    """
+    found = compare(one, two)
+    name = f"report-with-{found.labels[1].replace('/', '-')}.html"
+    with RunFiles(one).writing(name):
+        write_text(one / name, redacted(render(found)))
+    return one / name
+
+
+def render(found: RunContents | Comparison) -> str:
     """The page; it forbids itself to load or run anything but its own style and script."""
     style, script = ((ASSETS / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
     policy = (
         f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
         "base-uri 'none'; form-action 'none'"
     )
-    return _template().render(found=found, frame=FRAME, style=style, script=script, policy=policy)
+    template = _templates().get_template("report.html" if isinstance(found, RunContents) else "comparison.html")
+    return template.render(found=found, frame=FRAME, style=style, script=script, policy=policy)
 
 
 @cache
-def _template() -> Template:
-    """Return the page's template, which is compiled once in a process."""
+def _templates() -> Environment:
+    """Return the environment of the page's templates, each of which is compiled once in a process."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -53,8 +69,13 @@ def _template() -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["short"] = short
-    return environment.get_template("report.html")
+    environment.filters |= {"short": short, "plotted": _plotted}
+    return environment
+
+
+def _plotted(curve: Curve) -> list[dict[str, object]]:
+    """Return the lines of a chart as its script reads them."""
+    return [{"label": line.label, "number": line.number, "points": line.points} for line in curve.lines]
 
 
 def _hash(text: str) -> str:

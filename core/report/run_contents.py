@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
-from ..drawing.curves import Curve, Floats, by_name, curve, short
+from ..drawing.curves import Curve, Floats, Series, by_name, curve, short
 from ..engine.metrics import read_metrics
 from ..errors import UserError
-from ..evaluation.result import format_score
-from ..evaluation.sampling import describe_guidance
 from ..runs.output_folder import EVALUATION, REPORTS_FOLDER, RESOLVED, STUDENT_FOLDER
 from ..runs.run_log import Session, read_log
 from ..settings.secrets import shown
 from .images import Embedded, embedded
+from .reader import Reader, json_object
+from .score_table import Scores, read_table
+from .scored_validations import ScoredValidations, scored_validations
 
-T = TypeVar("T")
 SHEETS = ("contact-sheet", "report")
 MOST_CURVES = 30
 MOST_GRIDS = 12
@@ -44,26 +44,14 @@ class ValidationGrid:
 
     step: int
     image: Embedded
+    score: str = ""
+    """That validations are ranked by, in words."""
+    best: bool = False
 
-
-@dataclass(frozen=True)
-class Cell:
-    """A cell of a table: what it says, and the number in full."""
-
-    text: str
-    full: str = ""
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Teacher against student."""
-
-    heads: list[str]
-    rows: list[tuple[str, list[Cell]]]
-    """(role, cells)."""
-    about: str
-    left_out: Mapping[str, str]
-    image: Embedded | None
+    @property
+    def label(self) -> str:
+        """What the page calls it."""
+        return f"Step {self.step:,}"
 
 
 @dataclass(frozen=True)
@@ -89,6 +77,7 @@ class RunContents:
         curves_left_out: Names of those beyond the most that are shown.
         grids: Validations, the newest last.
         num_grids: How many there are on disk.
+        validations: Their scores, if they have any.
         scores: The evaluation, if there is one.
         datasets: Reports on the data.
         warnings: (time, line), the newest last.
@@ -105,6 +94,7 @@ class RunContents:
     curves_left_out: list[str] = field(default_factory=list)
     grids: list[ValidationGrid] = field(default_factory=list)
     num_grids: int = 0
+    validations: ScoredValidations | None = None
     scores: Scores | None = None
     datasets: list[DatasetPart] = field(default_factory=list)
     warnings: list[tuple[str, str]] = field(default_factory=list)
@@ -112,23 +102,67 @@ class RunContents:
     use: str = ""
     config: str = ""
 
+    @property
+    def opens_at(self) -> int:
+        """Place of the validation that is shown first: the best, or the last."""
+        return next((place for place, grid in enumerate(self.grids) if grid.best), len(self.grids) - 1)
 
-class Reader:
-    """Reads the parts of a run's folder one by one: one that is damaged is left out, and said."""
 
-    def __init__(self) -> None:
-        self.left_out: list[str] = []
+@dataclass(frozen=True)
+class RunFolder:
+    """What is read of a run's folder first.
 
-    def read(self, file: Path, part: Callable[[Path], T], otherwise: T) -> T:
-        """Return what `part` makes of a file; `otherwise` where there is no such file, or it cannot be read."""
-        if not file.is_file():
-            return otherwise
-        try:
-            return part(file)
-        except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            reason = error.message if isinstance(error, UserError) else f"{file}: {type(error).__name__}: {error}"
-            self.left_out.append(f"left out of this page, since it cannot be read: {reason}")
-            return otherwise
+    Attributes:
+        path: Of the folder.
+        config: As it was resolved.
+        sessions: From its log.
+        figures: Steps and values by name.
+        step: The last that is known of.
+        reader: Reads the rest.
+    """
+
+    path: Path
+    config: Mapping[str, Any]
+    sessions: Sequence[Session]
+    figures: Mapping[str, tuple[Floats, Floats]]
+    step: int
+    reader: Reader
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """Read it.
+
+        Raises:
+            UserError: It is none, or its configuration is damaged.
+        """
+        if not (path / RESOLVED).is_file():
+            raise UserError(
+                f"{path} has no {RESOLVED}: it is not the output folder of a run that has begun",
+                "give the output_dir of a `distill run`",
+            )
+        config, sessions, reader = json_object(path / RESOLVED), read_log(path), Reader()
+        figures = reader.read(path / "metrics.jsonl", lambda file: by_name(read_metrics(file)), {})
+        step = max((int(steps[-1]) for steps, _ in figures.values()), default=0)
+        return cls(path, config, sessions, figures, step, reader)
+
+    @property
+    def status(self) -> tuple[str, str]:
+        """How the run ended: a word, and a sentence."""
+        return _status(self.sessions, self.step)
+
+    @property
+    def facts(self) -> list[tuple[str, str]]:
+        """The headline: name and value."""
+        return _facts(self.config, self.sessions, self.figures, self.step)
+
+    def scores(self) -> Scores | None:
+        """Return the evaluation, without its image; None where there is none."""
+        return self.reader.read(self.path / EVALUATION[0], read_table, None)
+
+    def validations(self, scores: Scores | None) -> ScoredValidations | None:
+        """Return the scores of the validations; None where there are none."""
+        reference = scores.reference if scores else None
+        return scored_validations(self.path, self.reader, last_step=self.step, reference=reference)
 
 
 def find(folder: Path) -> RunContents:
@@ -137,56 +171,70 @@ def find(folder: Path) -> RunContents:
     Raises:
         UserError: It is none, or its configuration is damaged.
     """
-    if not (folder / RESOLVED).is_file():
-        raise UserError(
-            f"{folder} has no {RESOLVED}: it is not the output folder of a run that has begun",
-            "give the output_dir of a `distill run`",
-        )
-    config, sessions, reader = _json(folder / RESOLVED), read_log(folder), Reader()
-    figures = reader.read(folder / "metrics.jsonl", lambda file: by_name(read_metrics(file)), {})
-    step = max((int(steps[-1]) for steps, _ in figures.values()), default=0)
-    status, text = _status(sessions, step)
-    names = sorted(figures, key=lambda name: (name in LATE, name != "loss"))
+    run = RunFolder.open(folder)
+    figures, reader = run.figures, run.reader
+    names = ordered(figures)
+    scores = run.scores()
+    validations = run.validations(scores)
+    best = validations.best if validations else None
     grids = sorted((folder / "validation").glob("step-*/grid.png"))
-    shown_grids = [reader.read(file, _grid, None) for file in spread(grids, MOST_GRIDS)]
-    scores, datasets = _scores(folder, reader), list(_datasets(folder / REPORTS_FOLDER, reader))
+    shown_grids = [reader.read(file, _grid, None) for file in spread(grids, MOST_GRIDS, also=best)]
+    datasets = list(_datasets(folder / REPORTS_FOLDER, reader))
     use = reader.read(folder / STUDENT_FOLDER / "README.md", _use, "")
-    warnings, lines = _said(sessions)
+    image = reader.read(folder / EVALUATION[1], _sheet, None)
+    warnings, lines = _said(run.sessions)
     now = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S}"
     warnings += [(now, f"warning: {line}") for line in reader.left_out]
     return RunContents(
-        folder.absolute().name, status, text, _facts(config, sessions, figures, step),
-        curves=[curve(name, *figures[name]) for name in names[:MOST_CURVES]],
+        folder.absolute().name, *run.status, run.facts,
+        curves=[curve(name, [Series("", *figures[name])]) for name in names[:MOST_CURVES]],
         curves_left_out=names[MOST_CURVES:],
-        grids=[grid for grid in shown_grids if grid is not None], num_grids=len(grids),
-        scores=scores, datasets=datasets,
+        grids=[_scored(grid, validations) for grid in shown_grids if grid is not None], num_grids=len(grids),
+        validations=validations, scores=scores and replace(scores, image=image), datasets=datasets,
         warnings=warnings[-MOST_WARNINGS:], lines=lines[-MOST_LINES:], use=use,
-        config=json.dumps(shown("", config), indent=2, ensure_ascii=False)[:MOST_LETTERS],
+        config=json.dumps(shown("", run.config), indent=2, ensure_ascii=False)[:MOST_LETTERS],
     )  # fmt: skip
 
 
+def ordered(names: Iterable[str]) -> list[str]:
+    """Return the names of figures in the order of the page: the loss, the student's, the machine's."""
+    return sorted(names, key=lambda name: (name in LATE, name != "loss"))
+
+
+def _scored(grid: ValidationGrid, validations: ScoredValidations | None) -> ValidationGrid:
+    """Return the images with the score of their step."""
+    if validations is None:
+        return grid
+    return replace(grid, score=validations.says(grid.step), best=grid.step == validations.best)
+
+
 def _grid(file: Path) -> ValidationGrid:
-    return ValidationGrid(int(file.parent.name[5:]), embedded(file, **GRID_SIZE))
+    return ValidationGrid(step_of(file), embedded(file, **GRID_SIZE))
 
 
 def _sheet(file: Path) -> Embedded:
     return embedded(file, **SHEET_SIZE)
 
 
-def spread(items: Sequence[Path], most: int) -> list[Path]:
-    """At most so many, evenly over all, with the first and the last."""
-    positions = np.linspace(0, len(items) - 1, min(most, len(items))).round().astype(int)
-    return [items[place] for place in positions]
+def spread(files: Sequence[Path], most: int, *, also: int | None = None) -> list[Path]:
+    """Return at most so many files of steps, evenly over all, with the first, the last and that of step `also`."""
+    wanted = [place for place, file in enumerate(files) if step_of(file) == also]
+    return [files[place] for place in evenly(len(files), most, also=wanted)]
 
 
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} is not JSON: {error}", "restore it, or remove it to leave it out") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{file} holds no JSON object", "restore it, or remove it to leave it out")
-    return found
+def evenly(count: int, most: int, *, also: Sequence[int] = ()) -> list[int]:
+    """Return at most so many places of `count`, evenly, with the first and the last, and with those of `also`."""
+    places = np.linspace(0, count - 1, min(most, count)).round().astype(int).tolist()
+    for wanted in also:
+        if wanted not in places:  # in the place of the nearest that is neither the first nor the last
+            nearest = min((each for each in places[1:-1] if each not in also), key=lambda other: abs(other - wanted))
+            places[places.index(nearest)] = wanted
+    return sorted(places)
+
+
+def step_of(file: Path) -> int:
+    """Return the step of a file of a validation."""
+    return int(file.parent.name[5:])
 
 
 # -- the headline ---------------------------------------------------------------------------------------------------
@@ -240,42 +288,6 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
-# -- scores ---------------------------------------------------------------------------------------------------------
-
-
-def _scores(folder: Path, reader: Reader) -> Scores | None:
-    found = reader.read(folder / EVALUATION[0], _table, None)
-    return found and replace(found, image=reader.read(folder / EVALUATION[1], _sheet, None))
-
-
-def _table(file: Path) -> Scores:
-    """Read the scores of ``evaluation.json``."""
-    found = _json(file)
-    names = list(found["higher_is_better"])
-    arrows = {True: "\N{NO-BREAK SPACE}↑", False: "\N{NO-BREAK SPACE}↓", None: ""}
-    heads = [f"{name.replace('_', ' ')}{arrows[found['higher_is_better'][name]]}" for name in names]
-    data = f"; distances to the data are to {found['num_data']:,} of its images" if found["num_data"] else ""
-    return Scores(
-        ["", "steps", "guidance", *heads, "seconds per image"],
-        [(row["role"], _cells(row, names)) for row in found["rows"]],
-        f"{found['num_samples']:,} images of {found['width']}x{found['height']} each, from the same noise, "
-        f"on {found['device']}{data}. ↑: higher is better.",
-        found["left_out"],
-        None,
-    )
-
-
-def _cells(row: Mapping[str, Any], names: Sequence[str]) -> list[Cell]:
-    guidance = describe_guidance(row["guidance"]).removeprefix("guidance ").replace("no guidance", "none")
-    numbers = [*(row["scores"].get(name) for name in names), row["seconds_per_image"]]
-    return [
-        Cell(row["name"]),
-        Cell(str(row["steps"])),
-        Cell(guidance),
-        *(Cell(format_score(number), "" if number is None else str(number)) for number in numbers),
-    ]
-
-
 # -- data -----------------------------------------------------------------------------------------------------------
 
 
@@ -288,7 +300,7 @@ def _datasets(folder: Path, reader: Reader) -> Iterator[DatasetPart]:
 
 
 def _dataset(file: Path) -> DatasetPart:
-    found = _json(file)
+    found = json_object(file)
     return DatasetPart(found["id"], list(_figures(found)), None, None)
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ..engine.strategy import Strategy
     from ..engine.trainer import Trainer
     from ..evaluation.validation import Validator
+    from ..evaluation.validation_scores import ValidationScorer
     from ..plugin_api.stage import Stage
     from ..registry.registry import Registry
     from ..settings.configuration import Configuration
@@ -207,6 +208,22 @@ class RunComponents:
             prompts=self.prompts, fallback_resolution=self.resolution, role=self.method.result_role(),
         )  # fmt: skip
         return Validator(self.family, plan, settings.output_dir)
+
+    @cached_property
+    def scorer(self) -> ValidationScorer | None:
+        """Scores the student at each validation; None where that is not asked for."""
+        from ..evaluation.evaluate_run import ComparisonData
+        from ..evaluation.evaluators import scores_validations
+        from ..evaluation.validation_scores import ValidationScorer
+
+        validator, settings = self.validator, self.settings
+        if validator is None or not scores_validations(settings):
+            return None
+        prompts = self.data.captions(settings.validation_scores_num_samples) or self.prompts
+        return ValidationScorer(
+            self.config, self.registry, self.family, student=validator.plan.student,
+            data=ComparisonData(prompts, self.data.real_images), resolution=self.resolution,
+        )  # fmt: skip
 
     @cached_property
     def prompts(self) -> Sequence[str]:

@@ -247,6 +247,11 @@ class OutputKeys(Settings):
     """Seed of the first validation image; absent: seed."""
     num_validation_images: int = Field(default=1, ge=1)
     """Images per prompt and resolution, with consecutive seeds."""
+    validation_scores: bool = False
+    """Score the student at each validation with the run's evaluators, on the same prompts and noise each time; the
+    miniatures' recipes switch it on."""
+    validation_scores_num_samples: int = Field(default=64, ge=1)
+    """Images per score at each validation, of the student alone."""
     evaluation_steps: Integers = (1, 2, 4, 8)
     """Steps at which the student is scored at the end."""
     evaluation_teacher_steps: Integers = (4, 50)
