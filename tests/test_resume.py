@@ -17,9 +17,10 @@ from support.small_run import execute, losses, write_run
 CHAOS = Path(__file__).parent / "support" / "chaos.py"
 TWO = {"train_batch_size": 2, "gradient_accumulation_steps": 1, "device": "cpu", "process_timeout": 20}
 FSDP = {**TWO, "parallel": "fsdp", "model_type": "full", "use_ema": True, "learning_rate": 1e-5}
+SCORED = {"validation_scores": True, "validation_scores_num_samples": 2}
 VARIANTS = {
-    "fp32-lora": {"evaluation_num_samples": 2, "evaluation_steps": [1]},
-    "full-ema": FSDP,  # two processes, each of which saves its parts
+    "fp32-lora": {"evaluation_num_samples": 2, "evaluation_steps": [1], **SCORED},
+    "full-ema": {**FSDP, **SCORED},  # two processes, each of which saves its parts
 }
 
 GOLDEN = {
@@ -46,21 +47,26 @@ def killed(tmp_path_factory):
         name: write_run(root / name, output="whole", report_to="none", **settings)
         for name, settings in VARIANTS.items()
     }
-    runs = [f"{config}*2" if VARIANTS[name] is FSDP else str(config) for name, config in configs.items()]
-    kills = ["3" if VARIANTS[name] is FSDP else "4" for name in configs]
+    runs = [f"{config}*2" if VARIANTS[name].get("parallel") else str(config) for name, config in configs.items()]
+    kills = ["3" if VARIANTS[name].get("parallel") else "4" for name in configs]
     return {name: (root / name, counts) for name, counts in zip(VARIANTS, chaos(*runs, "--kills", *kills), strict=True)}
 
 
 @pytest.mark.timeout(1800)  # one fixture for all, which takes a minute unless the machine is very busy
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_killed_and_resumed_is_byte_for_byte_the_same(killed, variant):
-    """Losses and every file of the student, of runs in two folders, one killed in each of its parts."""
+    """Losses, scores of validations and every file of the student, of runs in two folders, one killed in each of its
+    parts; and scoring validations changes no loss: those written down are of runs that scored none.
+    """
     folder, counts = killed[variant]
     four = {"caches": 1, "saves": 1, "validations": 1, "export": 1, "rounds": 1}
-    assert counts == (four if VARIANTS[variant] is not FSDP else {k: n for k, n in four.items() if k != "validations"})
+    assert counts == (
+        four if "parallel" not in VARIANTS[variant] else {k: n for k, n in four.items() if k != "validations"}
+    )
     if variant in GOLDEN:
         found = [figures for _, *figures in losses(folder / "whole")]
         torch.testing.assert_close(torch.tensor(found), torch.tensor(GOLDEN[variant]), rtol=1e-4, atol=0)
+    assert len(list((folder / "whole/validation").glob("step-*/scores.json"))) == 3
 
 
 def test_the_state_of_a_bf16_optimizer_is_resumed_bit_for_bit(tmp_path):
@@ -103,18 +109,23 @@ def test_30_kills_of_one_of_two_processes_change_no_byte(tmp_path, strategy):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A folder with a run of 10 steps (``whole``), and one of 5 that was continued to as many (``parts``)."""
+    """A folder with a run of 10 steps (``whole``), and one of 5 that was continued to as many (``parts``), which scored
+    its validations.
+    """
     root = tmp_path_factory.mktemp("runs")
     execute(write_run(root, output="whole", seed=1))
-    execute(write_run(root, output="parts", seed=1, max_train_steps=5))
-    _, lines = execute(write_run(root, output="parts", seed=1))
+    execute(write_run(root, output="parts", seed=1, max_train_steps=5, **SCORED))
+    _, lines = execute(write_run(root, output="parts", seed=1, **SCORED))
     assert any("resumed" in line for line in lines)
     return root
 
 
 def test_resume_after_the_end_of_a_shorter_run_continues_it(runs):
+    """Bit for bit, although one run scored its validations and the other did not."""
     assert [step for step, *_ in losses(runs / "parts")] == list(range(1, 11))
     assert losses(runs / "parts") == losses(runs / "whole")
+    scored = sorted(file.parent.name for file in (runs / "parts/validation").glob("step-*/scores.json"))
+    assert scored == ["step-000004", "step-000005", "step-000008", "step-000010"]
 
 
 def test_same_seed_same_run_and_another_seed_another(runs):

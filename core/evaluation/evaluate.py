@@ -100,7 +100,7 @@ def evaluate(
         left_out=scorers.left_out,
         num_data=num_data,
         device=str(family.settings.device),
-        validation_reference=ValidationReference(identity, teacher) if teacher else None,
+        validation_reference=ValidationReference(plan.reference.steps, identity, teacher) if teacher else None,
     )
 
 

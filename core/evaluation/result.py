@@ -25,10 +25,12 @@ class ValidationReference:
     """The full teacher's scores on the samples that validation scores the student on.
 
     Attributes:
+        steps: Of the teacher.
         samples: :meth:`.plan.SampleSet.identity` of the samples.
         scores: By name.
     """
 
+    steps: int
     samples: Mapping[str, Any]
     scores: Mapping[str, float]
 

@@ -9,6 +9,7 @@ import json
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -30,6 +31,7 @@ from .result import format_score
 from .sampling import make_images, plural, sampling
 
 if TYPE_CHECKING:
+    from ..engine.tracking import Trackers
     from ..plugin_api.batch import Conditioning
     from ..plugin_api.context import NetworksByRole
     from ..plugin_api.evaluator import Evaluator
@@ -100,6 +102,7 @@ class ValidationScorer:
         student: The student's sampling plan at validation.
         data: Prompts, and real images to compare with.
         resolution: (width, height) in pixels.
+        writes: False in processes that only help to make the images, since each holds a part of the weights.
     """
 
     def __init__(
@@ -111,43 +114,51 @@ class ValidationScorer:
         student: SamplingPlan,
         data: ComparisonData,
         resolution: tuple[int, int],
+        writes: bool = True,
     ) -> None:
         count = configuration.run.validation_scores_num_samples
         self._configuration, self._registry, self._family = configuration, registry, family
-        self._student, self._real_images = student, data.real_images
+        self._student, self._real_images, self._writes = student, data.real_images, writes
         self.samples = SampleSet(tuple(data.prompts[:count]), count, configuration.run.seed, *resolution)
         self._embeds: Conditioning | None = None
         self._data: Tensor | None = None
         self._failed: dict[str, str] = {}
         self._said: set[str] = set()
+        self._warned: set[int] = set()
 
     def prepare(self) -> None:
         """Encode the prompts, which stay in memory; call before the encoders are released."""
         self._embeds = encode(self._family, self.samples.prompts)
 
-    def run(self, step: int, networks: NetworksByRole, folder: Path, *, writes: bool = True) -> ValidationScores | None:
-        """Score the student of `step`, and write ``scores.json``.
+    def run(self, step: int, networks: NetworksByRole, trackers: Trackers, *, folder: Path) -> None:
+        """Score the student of `step`, write ``scores.json``, and tell trackers ``validation/NAME`` of each score.
+
+        A run that is clearly worse than it was is warned of, once for each best validation.
 
         Args:
             step: Optimizer steps taken.
             networks: Of the student.
+            trackers: Get the scores.
             folder: Of the validation.
-            writes: False for processes that only help to make the images, since each holds a part of the weights.
-
-        Returns:
-            The scores; None in a process that does not write.
         """
         states = generator_states()  # an evaluator may draw from them
         try:
             images = self._images(networks)
-            if not writes:
-                return None
+            if not self._writes:
+                return
             with working("scoring these images"):
                 found = self._score(step, images)
         finally:
             set_generator_states(states)
         write_text(folder / FILE, json.dumps(asdict(found), indent=2, ensure_ascii=False) + "\n")
-        return found
+        trackers.log({f"{folder.parent.name}/{name}": value for name, value in found.scores.items()}, step)
+        self._tell(found)
+        with suppress(ValueError):  # a damaged file of an earlier step ends no run: the report says it
+            course = Course.of(map(ValidationScores.read, score_files(folder.parent.parent)), last_step=step)
+            worse, best = (course.worse(), course.best()) if course else (None, None)
+            if worse and best and best.step not in self._warned:
+                self._warned.add(best.step)
+                logger.warning(worse)
 
     def _images(self, networks: NetworksByRole) -> Tensor:
         """Make the student's images, (N, 3, H, W)."""
@@ -176,14 +187,12 @@ class ValidationScorer:
         left_out = scorers.left_out | scorers.unscored(whole, given)
         left_out |= {name: f"it is {value}" for name, value in given.items() if name not in scores}
         self._failed |= {name: reason for name, reason in scorers.left_out.items() if name in usable}
-        found = ValidationScores(
+        return ValidationScores(
             step, samples.identity(num_data=num_data),
             {"steps": self._student.steps, "guidance": self._student.guidance},
             {name: up for name, up in directions(usable).items() if name in scores}, scores,
             _of_parts(scorers, whole, list(scores)), left_out,
         )  # fmt: skip
-        self._tell(found)
-        return found
 
     def _ranked(self, evaluators: Mapping[str, Evaluator]) -> dict[str, Evaluator]:
         """Return those that somebody asked for first, since the first score tells which validation is the best."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation.result import format_score
-from ..evaluation.sampling import describe_guidance
+from ..evaluation.sampling import describe_guidance, plural
 from .images import Embedded
 from .reader import json_object
 from .scored_validations import Reference, spaced
@@ -57,12 +57,12 @@ def read_table(file: Path) -> Scores:
 
 
 def _reference(found: Mapping[str, Any]) -> Reference | None:
-    """Return the scores of the full teacher, the last row, on the samples of validations."""
-    beside, last = found.get("validation_reference"), found["rows"][-1]
+    """Return the scores of the full teacher on the samples of validations; None where there are none."""
+    beside = found.get("validation_reference")
     if beside is None:
         return None
     scores = {name: float(value) for name, value in beside["scores"].items()}
-    return Reference(dict(beside["samples"]), scores, f"{last['name']}, {last['steps']} steps")
+    return Reference(dict(beside["samples"]), scores, f"teacher, {plural(int(beside['steps']), 'step')}")
 
 
 def heads(higher_is_better: Mapping[str, bool | None]) -> list[str]:

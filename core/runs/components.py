@@ -223,6 +223,7 @@ class RunComponents:
         return ValidationScorer(
             self.config, self.registry, self.family, student=validator.plan.student,
             data=ComparisonData(prompts, self.data.real_images), resolution=self.resolution,
+            writes=self.processes.main,
         )  # fmt: skip
 
     @cached_property

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -205,9 +205,8 @@ class Run(TrainingObserver):
                 for line in cut_prompts(self.parts.family, [*plan.prompts, plan.negative_prompt]):
                     logger.warning(line)
                 with working("encoding the validation prompts"):
-                    validator.prepare()
-                    if self.parts.scorer is not None:
-                        self.parts.scorer.prepare()
+                    for each in filter(None, (validator, self.parts.scorer)):
+                        each.prepare()
                 self.parts.family.release_encoders()
 
     def _resume(self) -> None:
@@ -333,29 +332,11 @@ class Run(TrainingObserver):
                     folder = self.parts.validator.run(
                         step, self.parts.networks, self.parts.trackers, writes=self.parts.processes.main
                     )
-                    self._score(step, folder)
+                    if self.parts.scorer is not None:
+                        self.parts.scorer.run(step, self.parts.networks, self.parts.trackers, folder=folder)
                 self.parts.family.release_encoders()  # the autoencoder's memory is the training's
         self.parts.registry.hook.on_validation_end(state=self.parts.trainer.state, folder=folder, step=step)
         return folder
-
-    def _score(self, step: int, folder: Path) -> None:
-        """Score the student of `step` where that is asked for, and say so if the run ends worse than it was."""
-        from ..evaluation.validation_scores import Course, ValidationScores, score_files
-
-        scorer = self.parts.scorer
-        if scorer is None:
-            return
-        found = scorer.run(step, self.parts.networks, folder, writes=self.parts.processes.main)
-        if found is None:
-            return
-        self.parts.trackers.log({f"validation/{name}": value for name, value in found.scores.items()}, step)
-        if step < self.parts.total_steps:
-            return
-        with suppress(ValueError):  # a damaged file of an earlier step ends no run: the report says it
-            course = Course.of(map(ValidationScores.read, score_files(self.settings.output_dir)), last_step=step)
-            worse = course and course.worse()
-            if worse:
-                logger.warning(worse)
 
     def _finish(self) -> RunResult:
         from .export import evaluate_student, export_online, export_student, last_grid, publish_student

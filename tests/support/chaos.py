@@ -184,6 +184,9 @@ class Chaos:
         self.counts["rounds"] += 1
         assert losses(self.output) == losses(self.whole), "other losses"
         assert files(self.output / "student") == files(self.whole / "student"), "another student"
+        mine, theirs = ({name: each for name, each in files(folder / "validation").items() if "scores" in name}
+                        for folder in (self.output, self.whole))  # fmt: skip
+        assert mine == theirs, "other scores of validations"
         print(f"equal after {dict(self.counts)}", file=sys.stderr, flush=True)
 
     def _finish(self, config: Path) -> None:

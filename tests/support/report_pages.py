@@ -59,10 +59,15 @@ class Page(HTMLParser):
             found.append(decoded)
         return found
 
-    def points(self, name: str) -> list[list[float]]:
-        """Steps and values of a curve."""
+    def lines(self, name: str) -> dict[str, list[list[float]]]:
+        """Steps and values of each line of a chart, by the run's label."""
         (chart,) = [svg for svg in self.all("svg") if svg["aria-label"] == f"{name} over the steps"]
-        return json.loads(chart["data-points"])
+        return {line["label"]: line["points"] for line in json.loads(chart["data-lines"])}
+
+    def points(self, name: str) -> list[list[float]]:
+        """Steps and values of a curve of one line."""
+        (points,) = self.lines(name).values()
+        return points
 
 
 def loads_nothing(html: str) -> None:
@@ -111,6 +116,28 @@ def write_folder(folder: Path, *, steps: int = 50, validations: int = 3, size: t
     stamped = [f"2026-01-02T03:0{minute}:00Z {line}" for minute, line in enumerate(lines)]
     (folder / "run.log").write_text("\n".join(line.replace("\n", "\n    ") for line in stamped) + "\n")
     return folder
+
+
+SAMPLES = {"num_samples": 64, "num_data": 1000, "seed": 1, "width": 32, "height": 32, "prompts": "abc"}
+
+
+def write_scores(folder: Path, scores: dict[int, float]) -> None:
+    """Scores of validations by step, the teacher's of the same samples, and a student's image at each."""
+    for step, score in scores.items():
+        made = {
+            "step": step, "samples": SAMPLES, "sampling": {"steps": 2, "guidance": 0.0},
+            "higher_is_better": {EVIL: True, "a_distance": False}, "scores": {EVIL: score, "a_distance": 1 - score},
+            "parts": {EVIL: [score] * 4}, "left_out": {"fid": EVIL},
+        }  # fmt: skip
+        place = folder / "validation" / f"step-{step:06d}"
+        image(place / "grid.png", (300, 200))
+        (place / "scores.json").write_text(json.dumps(made))
+        for number, prompt in enumerate(("a-red-fish", f"only-in-{folder.name}")):
+            image(place / f"{number:02d}-{prompt}-32x32-seed1.png", (32, 32))
+            image(folder / f"validation/teacher/{number:02d}-{prompt}-32x32-seed1-50steps-ab.png", (32, 32))
+    found = json.loads((folder / "evaluation.json").read_text())
+    found["validation_reference"] = {"steps": 50, "samples": SAMPLES, "scores": {EVIL: 0.95}}
+    (folder / "evaluation.json").write_text(json.dumps(found))
 
 
 def write_evaluation(folder: Path) -> None:
