@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ..plugin_api.batch import Conditioning
     from ..plugin_api.context import NetworksByRole
     from ..plugin_api.family import ModelFamily
-    from .result import Evaluation
+    from .result import Evaluation, ValidationReference
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -58,16 +58,15 @@ def evaluate(
         data: Real images (M, 3, H, W) in [0, 1] at the plan's size, or None.
         left_out: Evaluators that cannot be used here, with the reason.
         any_process: Returns True if a flag is set in any of the processes that run the networks together.
-        first: The full teacher's first so many samples are scored by themselves too, if there are as many: those that
-            validation has scored the student on.
+        first: Samples, the first, that the full teacher is scored on too, as validation has the student; 0 for none.
     """
-    from .result import Evaluation, ValidationReference
+    from .result import Evaluation
 
     scorers = Scorers(evaluators, dict(left_out or {}))
     counts = plural(len(plan.sampling_plans), "way"), plural(plan.num_samples, "image")
     logger.info("scoring {} of sampling, {} each".format(*counts))
     embeds = encode(family, plan.prompts)
-    rows, reference, teacher = dict[int, Row](), None, dict[str, float]()
+    rows, reference, validation_reference = dict[int, Row](), None, None
     others = [sampling_plan for sampling_plan in plan.sampling_plans if sampling_plan is not plan.reference]
     # role by role, since changing the network can mean loading it
     others.sort(key=lambda sampling_plan: sampling_plan.role != plan.reference.role)
@@ -75,33 +74,37 @@ def evaluate(
         with sampling(networks, role) as network:
             _warm_up(family, network, sampling_plans[0], embeds, plan)
             for sampling_plan in sampling_plans:
-                try:
-                    images, row = _make(family, network, sampling_plan, embeds, plan, any_process=any_process)
-                except ValueError as error:
-                    if not sampling_plan.optional:
-                        raise
-                    # some pipelines give a scheduler times of their own, which not every scheduler takes
-                    logger.info(f"{sampling_plan.name} is left out: {family.name} does not take its scheduler: {error}")
+                made = _made_if_possible(family, network, sampling_plan, embeds, plan, any_process=any_process)
+                if made is None:
                     continue
-                reference = images if sampling_plan is plan.reference else reference
-                beside = None if sampling_plan is plan.reference else reference
-                row.scores = scorers.score(Samples(images, plan.sample_prompts, beside, data))
-                if beside is None and 0 < first <= plan.num_samples:
-                    teacher = scorers.score(Samples(images[:first], plan.first(first).sample_prompts, None, data))
+                images, row = made
+                samples = Samples(images, plan.sample_prompts, reference, data)  # None for the full teacher, the first
+                row.scores = scorers.score(samples)
+                if sampling_plan is plan.reference:
+                    reference, validation_reference = images, _of_first(scorers, plan, samples, first)
                 rows[id(sampling_plan)] = row
                 done = f"{sampling_plan.name} at {plural(sampling_plan.steps, 'step')}"
                 logger.info(f"evaluated {done}: {row.seconds_per_image:.3g} s per image")
-    num_data = 0 if data is None else len(data)
-    identity = plan.first(first).identity(num_data=num_data)
     return Evaluation(
         plan=plan,
         rows=[rows[id(sampling_plan)] for sampling_plan in plan.sampling_plans if id(sampling_plan) in rows],
         higher_is_better=directions(evaluators),
         left_out=scorers.left_out,
-        num_data=num_data,
+        num_data=0 if data is None else len(data),
         device=str(family.settings.device),
-        validation_reference=ValidationReference(plan.reference.steps, identity, teacher) if teacher else None,
+        validation_reference=validation_reference,
     )
+
+
+def _of_first(scorers: Scorers, plan: EvaluationPlan, samples: Samples, first: int) -> ValidationReference | None:
+    """Score the first of the full teacher's samples by themselves; None where there are not so many."""
+    from .result import ValidationReference
+
+    if not 0 < first <= plan.num_samples:
+        return None
+    alone, num_data = plan.first(first), 0 if samples.data is None else len(samples.data)
+    scores = scorers.score(Samples(samples.images[:first], alone.sample_prompts, None, samples.data))
+    return ValidationReference(plan.reference.steps, alone.identity(num_data=num_data), scores)
 
 
 def directions(evaluators: Mapping[str, Evaluator]) -> dict[str, bool]:
@@ -158,6 +161,26 @@ def encode(family: ModelFamily, prompts: Sequence[str], *, size: int = 64) -> Co
     """Encode all prompts in batches, with the prompts in front."""
     parts = [encoded(family, prompts[start : start + size]) for start in range(0, len(prompts), size)]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _made_if_possible(
+    family: ModelFamily,
+    network: nn.Module,
+    sampling_plan: SamplingPlan,
+    embeds: Conditioning,
+    plan: EvaluationPlan,
+    *,
+    any_process: Callable[[bool], bool],
+) -> tuple[Tensor, Row] | None:
+    """Return what :func:`_make` does; None, which is logged, where the pipeline takes no such optional sampler."""
+    try:
+        return _make(family, network, sampling_plan, embeds, plan, any_process=any_process)
+    except ValueError as error:
+        if not sampling_plan.optional:
+            raise
+        # some pipelines give a scheduler times of their own, which not every scheduler takes
+        logger.info(f"{sampling_plan.name} is left out: {family.name} does not take its scheduler: {error}")
+        return None
 
 
 def _make(

@@ -258,7 +258,7 @@ class Course:
 
     @property
     def samples(self) -> Mapping[str, Any]:
-        """What tells which samples they were scored on."""
+        """The identity of the samples that they were scored on."""
         return self.validations[-1].samples
 
     @property

@@ -50,7 +50,7 @@ class ValidationGrid:
 
     @property
     def label(self) -> str:
-        """What the page calls it."""
+        """The name that the page gives it."""
         return f"Step {self.step:,}"
 
 
@@ -223,13 +223,13 @@ def spread(files: Sequence[Path], most: int, *, also: int | None = None) -> list
 
 
 def evenly(count: int, most: int, *, also: Sequence[int] = ()) -> list[int]:
-    """Return at most so many places of `count`, evenly, with the first and the last, and with those of `also`."""
-    places = np.linspace(0, count - 1, min(most, count)).round().astype(int).tolist()
+    """Return at most so many positions of `count`, evenly, with the first and the last, and with those of `also`."""
+    positions = np.linspace(0, count - 1, min(most, count)).round().astype(int).tolist()
     for wanted in also:
-        if wanted not in places:  # in the place of the nearest that is neither the first nor the last
-            nearest = min((each for each in places[1:-1] if each not in also), key=lambda other: abs(other - wanted))
-            places[places.index(nearest)] = wanted
-    return sorted(places)
+        if wanted not in positions:  # in the place of the nearest that is neither the first nor the last
+            nearest = min((each for each in positions[1:-1] if each not in also), key=lambda other: abs(other - wanted))
+            positions[positions.index(nearest)] = wanted
+    return sorted(positions)
 
 
 def step_of(file: Path) -> int:
