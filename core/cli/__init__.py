@@ -23,7 +23,7 @@ from ..utils.redaction import redacted
 COMMANDS = {
     "run": "Run a distillation from start to end.",
     "evaluate": "Score a student against its teacher.",
-    "report": "Write the report of a run as one HTML page, also while it runs.",
+    "report": "Write the report of a run, also while it runs, or of two side by side, as one HTML page.",
     "generate": "Make images with a student.",
     "publish": "Publish a finished student.",
     "config": "Check, show or start a configuration.",
