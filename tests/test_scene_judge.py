@@ -72,8 +72,10 @@ def test_a_judge_comes_back_from_its_folder(tmp_path):
     judge = SceneJudge(WORDS, channels=(4, 8, 16)).half().float().eval()
     judge.save_pretrained(tmp_path)
     again = load_judge(tmp_path)
-    assert isinstance(again, SceneJudge) and again.words == WORDS
+    assert isinstance(again, SceneJudge)
+    assert again.words == WORDS
     images = torch.rand(2, 3, 32, 32)  # of another size than its own
     for value, expected in zip(again(images), judge(images), strict=True):
         assert torch.equal(value, expected)
-    assert again.features(images).shape == (2, 16) and again.rate(images).shape == (2,)
+    assert again.features(images).shape == (2, 16)
+    assert again.rate(images).shape == (2,)
