@@ -173,7 +173,7 @@ def judge_words() -> Words:
         relations={
             phrase: scenes.RELATIONS[name] for name, phrases in scenes.RELATION_WORDS.items() for phrase in phrases
         },
-        places=tuple(words for words, *_ in scenes.PLACES.values()),
+        locations=tuple(words for words, *_ in scenes.PLACES.values()),
         times=tuple(words for words, *_ in scenes.TIMES.values()),
     )
 
@@ -344,7 +344,13 @@ class Reading(nn.Module):
     def __init__(self, words: Words) -> None:
         super().__init__()
         width = networks.TEXT_WIDTH
-        self.sizes = (len(words.kinds), len(words.colours), len(scenes.RELATIONS), len(words.places), len(words.times))
+        self.sizes = (
+            len(words.kinds),
+            len(words.colours),
+            len(scenes.RELATIONS),
+            len(words.locations),
+            len(words.times),
+        )
         outputs = sum(size + 1 for size in self.sizes)
         self.registers = nn.ModuleList(nn.Linear(width, outputs) for _ in range(2 * networks.REGISTERS))
         self.pooled = nn.ModuleList(nn.Linear(networks.POOLED, outputs) for _ in range(networks.REGISTERS))

@@ -225,10 +225,10 @@ def arrange(relation: str, count: int, rng: np.random.Generator) -> tuple[np.nda
         reach = sizes / 2 + 1
         centres = np.stack([rng.uniform(r, RESOLUTION - r, 2) for r in reach])
         gap = centres[0] - centres[1]
-        apart, aside = gap @ direction, abs(gap @ across)
+        apart, sideways = gap @ direction, abs(gap @ across)
         distances = np.linalg.norm(centres[:, None] - centres[None], axis=-1) + 1e3 * np.eye(count)
         near = 0.46 * (sizes[:, None] + sizes[None]) + 1
-        if apart >= 0.5 * sizes[:2].sum() and aside <= 0.45 * apart and (distances > near).all():
+        if apart >= 0.5 * sizes[:2].sum() and sideways <= 0.45 * apart and (distances > near).all():
             return centres, sizes
     raise AssertionError("no arrangement was found")
 

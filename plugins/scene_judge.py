@@ -50,14 +50,14 @@ class Words:
         kinds: Nouns.
         colours: Adjectives that stand before a noun.
         relations: Phrase between two nouns -> direction (x, y) from the second thing to the first.
-        places: Phrases.
+        locations: Phrases.
         times: Phrases.
     """
 
     kinds: tuple[str, ...]
     colours: tuple[str, ...]
     relations: dict[str, tuple[int, int]]
-    places: tuple[str, ...]
+    locations: tuple[str, ...]
     times: tuple[str, ...]
 
     def read(self, caption: str) -> Asked:
@@ -72,13 +72,13 @@ class Words:
         if len(things) > 1:
             between = f" {text[spans[0][1] : spans[1][0]]} "
             relation = next((way for phrase, way in self.relations.items() if f" {phrase} " in between), None)
-        places, times = (
+        where, when = (
             [index for index, phrase in enumerate(phrases) if f" {phrase} " in f" {text} "]
-            for phrases in (self.places, self.times)
+            for phrases in (self.locations, self.times)
         )
         return Asked(
-            tuple(things), None if relation is None else (relation[0], relation[1]), places[0] if places else None,
-            times[0] if times else None,
+            tuple(things), None if relation is None else (relation[0], relation[1]), where[0] if where else None,
+            when[0] if when else None,
         )  # fmt: skip
 
 
@@ -126,7 +126,7 @@ class SceneJudge(nn.Module):
         self.join = nn.Sequential(_convolution(quarter + eighth, quarter, 1), _convolution(quarter, quarter, 1))
         self.kinds = nn.Conv2d(quarter, len(self.words.kinds), 1)
         self.colours = nn.Conv2d(quarter, len(self.words.colours), 1)
-        self.place, self.time = (nn.Linear(eighth, len(w)) for w in (self.words.places, self.words.times))
+        self.place, self.time = (nn.Linear(eighth, len(w)) for w in (self.words.locations, self.words.times))
         self.quality = nn.Linear(half + quarter + eighth, 1)
 
     def _levels(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -177,8 +177,8 @@ class SceneJudge(nn.Module):
         if asked.relation is not None:
             gap = found.centre[index, kinds[0]] - found.centre[index, kinds[1]]
             way = torch.tensor(asked.relation, dtype=gap.dtype)
-            along, aside = float(gap @ way), float((gap @ way.flip(0)).abs())
-            answers["relation"] = int(all(there[:2]) and along > aside)
+            along, across = float(gap @ way), float((gap @ way.flip(0)).abs())
+            answers["relation"] = int(all(there[:2]) and along > across)
         return answers
 
     @torch.no_grad()

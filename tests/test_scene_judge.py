@@ -11,7 +11,7 @@ WORDS = Words(
     kinds=("car", "tree", "fish"),
     colours=("red", "blue"),
     relations={"left of": (-1, 0), "above": (0, -1), "to the right of": (1, 0), "below": (0, 1)},
-    places=("by the sea", "in the snow"),
+    locations=("by the sea", "in the snow"),
     times=("by day", "at night"),
 )
 CELLS, SURE = 16, 8.0
