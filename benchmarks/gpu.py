@@ -187,7 +187,8 @@ def run_here(command: Sequence[str]) -> tuple[int, str]:
     from typer.testing import CliRunner
 
     done = CliRunner().invoke(app, list(command))
-    return done.exit_code, done.output
+    unforeseen = done.exception is not None and not isinstance(done.exception, SystemExit)
+    return done.exit_code, done.output + (f"\nerror: {done.exception!r}" if unforeseen else "")
 
 
 def reason(said: str) -> str:

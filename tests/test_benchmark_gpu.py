@@ -110,9 +110,10 @@ def test_two_rows_run_small_are_kept_and_only_what_is_new_is_measured(gpu, tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(7200)
 def test_every_row_runs_small(gpu, tmp_path):
     """Rows that need what this version lacks say so."""
-    gpu.main(["--small", "--device", "cpu", "--steps", "6", "--minutes", "60", "--workspace", str(tmp_path)])
+    gpu.main(["--small", "--device", "cpu", "--steps", "6", "--minutes", "110", "--workspace", str(tmp_path)])
     found = json.loads((tmp_path / "gpu.json").read_text())
     assert not found["not_reached"]
     failed = {name: row["failed"] for name, row in found["rows"].items() if "failed" in row}

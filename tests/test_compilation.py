@@ -6,6 +6,7 @@ import logging
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,8 +22,9 @@ from distill.core.plugin_api.method import MethodSetup
 from distill.core.utils import eagerly
 from distill.distill_methods.lcm import LCM
 from distill.model_families.flux import Flux
-from support.sdxl_setup import make_batch
+from support.sdxl_setup import make_batch, make_setup
 from support.tiny_families import write_tiny_flux
+from support.tiny_sdxl import write_tiny_sdxl
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -89,6 +91,23 @@ def test_regions_are_compiled_once_for_each_kind_of_call_and_shape_and_give_the_
         made.report(4)
         made.report(5)
     assert [line.split(",")[0] for line in caplog.messages] == ["step 4: 20 graphs compiled"]
+
+
+def test_regions_of_a_unet_lie_inside_its_recomputation(tmp_path, uncompiled):
+    """Its transformers recompute block by block, and PyTorch cannot trace a recomputation that switches adapters."""
+    source, found = write_tiny_sdxl(tmp_path / "sdxl"), []
+    one = SimpleNamespace(shard_units=lambda network: ["down_blocks.1.attentions.0"])
+    for mode in ("off", "regions"):
+        family, _, networks, context = make_setup(source, checkpointing=True, dtype=torch.float32)
+        made = Compilation(CompileSettings(mode, gradient_checkpointing=True), CPU, backend="eager")
+        made.apply(networks, one, num_steps=1)
+        begun = made.num_graphs
+        batch = make_batch(family, size=1, dtype=torch.float32)
+        output = context.predict("student", batch.latents, torch.tensor([500]), batch.cond).output
+        output.square().mean().backward()
+        found.append([output, *(weight.grad for weight in networks.parameters("student"))])
+    assert made.num_graphs > begun
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
 
 
 def test_validation_and_stopped_passes_run_as_they_are_written(model, uncompiled):

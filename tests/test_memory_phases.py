@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from distill.core.config.load import load_configuration
+from distill.core.engine.optimize import RoleOptimizer
 from distill.core.plugin_api.family import ModelSettings
 from distill.core.plugin_api.optimizer import OptimizerSettings
 from distill.core.registry.registry import Registry
@@ -17,9 +18,12 @@ from distill.core.utils.memory import OVERHEAD_BYTES, MemorySettings, cast_bytes
 from distill.core.utils.packages import missing
 from distill.core.utils.simulated_memory import peak_bytes
 from distill.core.utils.tensor_tree import optimizer_to_tensors
+from distill.distill_methods.dmd2 import DMD2
 from distill.model_families.sdxl import SDXL
 from safetensors.torch import save_file
 from support.quickstart import command
+from support.sdxl_methods import make_parts
+from support.sdxl_setup import make_batch
 from support.small_run import write_run
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -102,6 +106,43 @@ def test_the_total_is_the_phase_that_takes_most(root):
     later = phases(replace(settings, validating_bytes=70, exporting_bytes=900))
     held = 4000 + 4 * 100 + 8 * 100 + OVERHEAD_BYTES
     assert (later["validate"], later["export"]) == (held + 70, held + 900)
+
+
+def test_gradients_are_those_of_one_role_at_a_time(root, monkeypatch):
+    """A role is stepped, and its gradients are dropped, before those of the next are made."""
+    matching = {"num_inference_steps": 1, "fake_updates_per_student_update": 1, "gan_weight": 0.1}
+    _, settings = planned(root, model_type="full", distillation_method="dmd2", distillation_config={"dmd2": matching})
+    parts = make_parts(DMD2, root / "model", model_type="full", dtype=torch.float32, **matching)
+    own = [weight for role in parts.networks.trained_roles() for weight in parts.networks.parameters(role)]
+    step, held = RoleOptimizer.step, []
+
+    def watched(self, *args, **settings):
+        held.append(sum(weight.grad.nbytes for weight in own if weight.grad is not None))
+        return step(self, *args, **settings)
+
+    monkeypatch.setattr(RoleOptimizer, "step", watched)
+    parts.loop.step(0, [make_batch(parts.family, size=1, dtype=torch.float32)])
+    assert len(held) == 3
+    assert estimate(settings).gradients == pytest.approx(max(held), rel=0.02)
+    assert estimate(settings).gradients < 0.5 * estimate(settings).trained
+
+
+def test_what_lies_behind_features_has_neither_gradients_nor_state(root):
+    """Of a full discriminator's encoder; a pass for its features stops where they are."""
+    stages = {
+        "teacher_steps": 8,
+        "student_steps": [4, 2],
+        "adversarial_weight": [0, 1],
+        "discriminator_encoder": "full",
+    }
+    _, settings = planned(root, distillation_method="progressive", distillation_config={"progressive": stages})
+    family = SDXL(SDXL.Config(), ModelSettings(str(root / "model")))
+    network = family.student_network(family.load_network(), guidance_embedding=False)
+    batch = make_batch(family, size=1, dtype=torch.float32)
+    sum(level.sum() for level in family.features(network, batch.latents, torch.tensor([5]), batch.cond)).backward()
+    idle = sum(weight.numel() for weight in network.parameters() if weight.grad is None)
+    assert settings.idle_parameters == idle > 0
+    assert estimate(settings).optimizer == pytest.approx(8 * (settings.trained_parameters - idle), rel=1e-3)
 
 
 def test_fusing_takes_the_base_and_one_layer(root):

@@ -62,6 +62,16 @@ def test_eight_processes_divide_whole_networks_and_hold_heads_each(strategy, exp
     assert rest == whole.activations + OVERHEAD_BYTES + casts, "the same on each, but casts of weights that are whole"
 
 
+@pytest.mark.parametrize(("strategy", "gradients"), [("replicate", 8e9), ("fsdp", 1e9), ("zero2", 1e9), ("zero3", 2e9)])
+def test_gradients_are_of_one_role_at_a_time_but_for_the_buffers_of_zero3(strategy, gradients):
+    one, division = replace(FULL, largest_role=FULL.full_parameters // 2), Division(ParallelSettings(strategy), 8)
+    assert process_memory(one, division).parts["gradients"] == gradients
+    adapters = replace(LORA, largest_role=60_000_000)
+    assert process_memory(adapters, Division(ParallelSettings("fsdp"), 8)).parts["gradients"] == 4 * 60_000_000
+    for settings in (one, adapters):
+        assert process_memory(settings, Division(ParallelSettings("replicate"), 8)).total == estimate(settings).total
+
+
 def test_replicate_is_what_one_process_takes():
     assert process_memory(FULL, Division(ParallelSettings("replicate"), 8)).total == estimate(FULL).total
     assert process_memory(LORA, Division(ParallelSettings("replicate"), 8)).total == estimate(LORA).total

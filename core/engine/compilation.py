@@ -1,8 +1,9 @@
 """Networks that are compiled by ``torch.compile``, block by block or as a whole, with static shapes.
 
-A region is the forward of one block, adapters and their switch inside it, gradient checkpointing outside. Blocks of the
-same kind and sizes share what is compiled. One region is compiled once for each way in which it is called: with and
-without a gradient, with each role's adapter, for each shape of a batch.
+A region is the forward of one block, adapters and their switch inside it, gradient checkpointing outside: of a UNet's
+transformers, which recompute block by block, it is one of these blocks then. Blocks of the same kind and sizes share
+what is compiled. One region is compiled once for each way in which it is called: with and without a gradient, with each
+role's adapter, for each shape of a batch.
 """
 
 from __future__ import annotations
@@ -151,7 +152,8 @@ class Compilation:
     def _regions(self, network: nn.Module, family: ModelFamily) -> Sequence[nn.Module]:
         if self.mode == "whole":
             return [network]
-        return [network.get_submodule(name) for name in family.shard_units(network)]
+        units = [network.get_submodule(name) for name in family.shard_units(network)]
+        return [region for unit in units for region in _recomputed_from_outside(unit)]
 
     def _own_forward(self, region: nn.Module) -> MethodType:
         """Return the region's forward with a code object for regions of its kind and sizes alone.
@@ -180,6 +182,16 @@ class Compilation:
             return
         more, self._reported = self.num_graphs - self._reported, self.num_graphs
         logger.info(f"step {step}: {more} graphs compiled, {compile_seconds():.0f} s in all so far")
+
+
+def _recomputed_from_outside(unit: nn.Module) -> Sequence[nn.Module]:
+    """Return the unit, or, where it recomputes blocks inside it (a UNet's transformers), those blocks.
+
+    PyTorch cannot trace a recomputation that switches adapters, so it must lie outside of a region.
+    """
+    recomputing = [module for module in unit.modules() if getattr(module, "gradient_checkpointing", False)]
+    lists = [child for module in recomputing for child in module.children() if isinstance(child, nn.ModuleList)]
+    return [block for blocks in lists for block in blocks] if recomputing else [unit]
 
 
 def _counters() -> Mapping[str, int]:

@@ -92,6 +92,8 @@ class Role:
         head_levels: Features that these heads read: ``all``, or the ``middle`` of the network, its last level.
         head_inputs: Number of samples whose features the heads of a ``head`` role read together, joined along the
             channels.
+        features_only: Whether features of the network are all that is read of it. What lies behind them gets no
+            gradients and no state of the optimizer, which estimates of memory count on.
         learning_rate: Learning rate of this role; None is the run's. The run's schedule shapes either.
         betas: Decay of the first and the second moment of Adam-like optimizers; None is the run's.
         weight_decay: Decoupled weight decay per step, as a fraction of the learning rate; None is the run's.
@@ -108,6 +110,7 @@ class Role:
     heads: HeadKind = "places"
     head_levels: HeadLevels = "all"
     head_inputs: int = 1
+    features_only: bool = False
     learning_rate: float | None = None
     betas: tuple[float, float] | None = None
     weight_decay: float | None = None

@@ -54,7 +54,7 @@ def pair_roles(
     own: dict[str, Any] = {"learning_rate": learning_rate, "betas": BETAS, "weight_decay": 0.0}
     shape: dict[str, Any] = {"heads": heads, "head_levels": head_levels}
     found = [Role(name, trains="head", head_inputs=inputs[name], **shape, **own) for name in names]
-    return [Role(ENCODER, trains=model_type, **own), *found] if found else []
+    return [Role(ENCODER, trains=model_type, features_only=True, **own), *found] if found else []
 
 
 class PairDiscriminator:

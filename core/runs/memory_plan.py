@@ -21,7 +21,7 @@ from ..utils.process_memory import process_peak, process_total
 from ..utils.strategies import Division
 from .activation_memory import run_activations
 from .optimizer_memory import state_bytes
-from .planned_memory import decoding_bytes, of_phases, of_whole_networks, stored_bytes, units
+from .planned_memory import decoding_bytes, idle_parameters, of_phases, of_whole_networks, stored_bytes, units
 
 if TYPE_CHECKING:
     from .components import RunComponents
@@ -89,6 +89,7 @@ def memory_settings(run: RunComponents) -> MemorySettings:
     own = {role: sum(p.numel() for p in networks.named_parameters(role).values()) for role in networks.roles}
     trained = [p for role in networks.trained_roles() for p in networks.parameters(role)]
     frozen = [p for p in networks.base.parameters() if not p.requires_grad]
+    idle = idle_parameters(networks.roles, run.family.empty_network(), run.family)
     width, height = run.resolution
     scale = run.family.scale_factor
     averages = [name for name, role in networks.roles.items() if role.source] + ["student"] * settings.use_ema
@@ -103,6 +104,8 @@ def memory_settings(run: RunComponents) -> MemorySettings:
     return MemorySettings(
         base_parameters=num_frozen,
         trained_parameters=sum(p.numel() for p in trained),
+        idle_parameters=sum(idle.values()),
+        largest_role=max(own[role] - idle.get(role, 0) for role in networks.trained_roles()),
         latent_pixels=(width // scale) * (height // scale),
         batch=run.config.largest_batch,
         base_bytes=base_bytes,

@@ -50,12 +50,16 @@ def planned_memory(
     own = {name: _own_parameters(role, roles, network, family, run) for name, role in roles.items()}
     averages = [name for name, role in roles.items() if role.source] + ["student"] * run.use_ema
     optimizer = registry.get("optimizer", run.optimizer)
+    trained = {name: own[name] for name, role in roles.items() if role.trains != "none"}
+    idle = idle_parameters(roles, network, family)
     trained_bytes = getattr(torch, optimizer.parameter_dtype).itemsize
     width, height = default_resolution(configuration)
     largest, outside = units(family, network)
     return MemorySettings(
         base_parameters=base,
-        trained_parameters=sum(own[name] for name, role in roles.items() if role.trains != "none"),
+        trained_parameters=sum(trained.values()),
+        idle_parameters=sum(idle.values()),
+        largest_role=max((count - idle.get(name, 0) for name, count in trained.items()), default=0),
         latent_pixels=math.prod(latent_size(family, (width, height))),
         batch=configuration.largest_batch,
         base_bytes=base_bytes(configuration, registry, network),
@@ -126,6 +130,34 @@ def of_whole_networks(roles: Mapping[str, Role], own: Mapping[str, int], average
         "full_parameters": sum(own[name] for name in whole),
         "averaged_full_parameters": sum(own[name] for name in averages if is_whole_network(roles, name)),
     }
+
+
+def idle_parameters(roles: Mapping[str, Role], network: nn.Module | None, family: ModelFamily) -> dict[str, int]:
+    """Count the weights that no loss reaches, of each role that trains a whole network for its features alone.
+
+    Args:
+        roles: The run's, by name.
+        network: The denoiser on the meta device; None where the family has none.
+        family: The run's.
+    """
+    import torch
+
+    names = [name for name, role in roles.items() if role.features_only and role.trains == "full"]
+    cond = family.empty_conditioning(network) if names and network is not None else None
+    if cond is None or network is None:
+        return {}
+    called: list[nn.Module] = []
+    hooks = [
+        module.register_forward_pre_hook(lambda module, args: called.append(module)) for module in network.modules()
+    ]
+    with torch.no_grad(), torch.device("meta"):
+        sample = torch.empty(1, family.latent_channels, *latent_size(family, (512, 512)))
+        family.features(network, sample, torch.zeros(1), cond)
+    for hook in hooks:
+        hook.remove()
+    reached = {weight for module in called for weight in module.parameters(recurse=False)}
+    idle = sum(weight.numel() for weight in network.parameters() if weight not in reached)
+    return dict.fromkeys(names, idle)
 
 
 def units(family: ModelFamily, network: nn.Module) -> tuple[int, int]:

@@ -101,6 +101,10 @@ class MemorySettings:
         compute_bytes: Bytes per activation (2 under mixed precision).
         trained_bytes: Bytes per trained weight and gradient.
         optimizer_bytes: Bytes of optimizer state per trained weight (AdamW in fp32: 8).
+        idle_parameters: Those of the trained parameters that no loss reaches, without gradients and optimizer state:
+            what lies behind the features of a network of which features are all that is read.
+        largest_role: Those of the trained parameters that belong to the largest role, which is what has gradients at a
+            time: each role is stepped, and its gradients are dropped, before those of the next are made; None: all.
         averaged_parameters: Parameters that averages hold, in fp32.
         student_parameters: Those of the trained parameters that are exported; None: all.
         gradient_checkpointing: Whether activations are recomputed in the backward pass.
@@ -130,6 +134,8 @@ class MemorySettings:
     compute_bytes: float = 4
     trained_bytes: float = 4
     optimizer_bytes: float = 8
+    idle_parameters: int = 0
+    largest_role: int | None = None
     averaged_parameters: int = 0
     student_parameters: int | None = None
     gradient_checkpointing: bool = False
@@ -228,11 +234,13 @@ def cast_bytes(settings: MemorySettings) -> int:
 def estimate(settings: MemorySettings) -> MemoryEstimate:
     """Estimate the memory of a run while it trains."""
     trained = settings.trained_parameters
+    stepped = trained - settings.idle_parameters
+    with_gradients = stepped if settings.largest_role is None else settings.largest_role
     return MemoryEstimate(
         weights=round(settings.base_parameters * settings.base_bytes),
         trained=round(trained * settings.trained_bytes),
-        gradients=round(trained * settings.trained_bytes),
-        optimizer=round(trained * settings.optimizer_bytes),
+        gradients=round(with_gradients * settings.trained_bytes),
+        optimizer=round(stepped * settings.optimizer_bytes),
         averages=4 * settings.averaged_parameters,
         activations=round(_activations(settings) * settings.batch),
         decoding=settings.decoding_bytes,
@@ -265,8 +273,9 @@ Measure = Callable[[MemorySettings], int]
 
 def checkpoint_bytes(settings: MemorySettings) -> int:
     """Return the bytes of a checkpoint: trained weights, optimizer state and averages."""
-    per_weight = settings.trained_bytes + settings.optimizer_bytes
-    return round(settings.trained_parameters * per_weight) + 4 * settings.averaged_parameters
+    stepped = settings.trained_parameters - settings.idle_parameters
+    trained = settings.trained_parameters * settings.trained_bytes + stepped * settings.optimizer_bytes
+    return round(trained) + 4 * settings.averaged_parameters
 
 
 def scaled(settings: MemorySettings, factor: float, **changes: float) -> MemorySettings:

@@ -106,16 +106,23 @@ def _of_adapters(settings: MemorySettings) -> MemorySettings:
         trained_parameters=settings.trained_parameters - settings.full_parameters,
         full_parameters=0,
         full_roles=0,
+        idle_parameters=0,
+        largest_role=0 if settings.full_roles and settings.largest_role is not None else settings.largest_role,
         averaged_parameters=settings.averaged_parameters - settings.averaged_full_parameters,
     )
 
 
 def _of_full_roles(settings: MemorySettings, division: Division) -> dict[str, int]:
     """Return the bytes, over all processes, of the base and of the full roles."""
+    largest = settings.largest_role
+    if largest is not None:  # zero3 keeps a buffer of each role's
+        largest = settings.full_parameters if division.strategy == "zero3" else min(largest, settings.full_parameters)
     whole: MemoryEstimate = estimate(
         replace(
             settings,
             trained_parameters=settings.full_parameters,
+            largest_role=largest,
+            idle_parameters=0 if division.strategy.startswith("zero") else settings.idle_parameters,
             averaged_parameters=settings.averaged_full_parameters,
         )
     )
