@@ -29,6 +29,7 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5TokenizerFast
 
@@ -199,9 +200,19 @@ TEACHERS: dict[str, tuple[type[Teacher], dict[str, Any]]] = {
 
 
 def train(
-    family: str, work: Path, *, steps: int | None, device: str, half: bool = False, compiled: bool = False
+    family: str,
+    work: Path,
+    *,
+    steps: int | None,
+    device: str,
+    half: bool = False,
+    compiled: bool = False,
+    begin: Path | None = None,
 ) -> None:
-    """Train the family's miniature and write it to the assets; with bf16 products, and compiled blocks, if asked."""
+    """Train the family's miniature and write it to the assets; with bf16 products, and compiled blocks, if asked.
+
+    Without a state of its own in `work` it begins with the weights in `begin`, a folder of each part's safetensors.
+    """
     kind, settings = TEACHERS[family]
     settings = {**settings, "steps": steps or settings["steps"]}
     torch.manual_seed(settings["seed"])
@@ -209,6 +220,9 @@ def train(
     scenes = Scenes(work, device)
     teacher = kind(scenes).to(device)
 
+    if begin is not None:
+        for file in begin.glob("*/*.safetensors"):
+            getattr(teacher, file.parent.name).load_state_dict(load_file(file))
     if compiled:
         compile_blocks(teacher.blocks())
 
@@ -230,6 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu", help="as `cuda`, where there is one")
     parser.add_argument("--half", action="store_true", help="bf16 products: faster on processors with AMX")
     parser.add_argument("--compile", action="store_true", help="compile the denoiser's blocks (z-image)")
+    parser.add_argument("--begin", type=Path, help="folder of weights to begin with, as in benchmarks/unfinished")
     parser.add_argument("--steps", type=int, help="training steps, in place of the stage's own number")
     parser.add_argument("--samples", type=int, default=1000, help="images per row of the report")
     parser.add_argument("--guidance", type=float, help="of the report, in place of the miniature's own")
@@ -237,7 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
     if given.stage != "report":
-        kinds = {"half": given.half, "compiled": given.compile}
+        kinds = {"half": given.half, "compiled": given.compile, "begin": given.begin}
         train(given.stage, given.work, steps=given.steps, device=given.device, **kinds)
         return
     kind, _ = TEACHERS[given.family]
