@@ -166,6 +166,12 @@ def edges(images: Tensor) -> Tensor:
     return torch.cat([images.diff(dim=-1).flatten(), images.diff(dim=-2).flatten()])
 
 
+def reconstruction_loss(decoded: Tensor, images: Tensor) -> Tensor:
+    """Absolute and squared error, and the error of the differences of neighbours, which keeps edges sharp."""
+    error = decoded - images
+    return error.abs().mean() + 2 * error.square().mean() + 0.5 * (edges(decoded) - edges(images)).abs().mean()
+
+
 def train_vae(work: Path, *, steps: int = 1400, batch_size: int = 32) -> None:
     """Train the autoencoder, measure its scale, and cache the latents of the pool."""
     torch.manual_seed(1)
@@ -178,9 +184,7 @@ def train_vae(work: Path, *, steps: int = 1400, batch_size: int = 32) -> None:
         images = to_images(pool["pixels"][index.numpy()]) * 2 - 1
         posterior = vae.encode(images).latent_dist
         decoded = vae.decode(posterior.sample()).sample
-        error = decoded - images
-        loss = error.abs().mean() + 2 * error.square().mean() + 0.5 * (edges(decoded) - edges(images)).abs().mean()
-        loss = loss + 1e-5 * posterior.kl().mean()
+        loss = reconstruction_loss(decoded, images) + 1e-5 * posterior.kl().mean()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)

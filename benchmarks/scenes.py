@@ -34,7 +34,7 @@ sys.path[:0] = [str(ROOT / "benchmarks")]
 import miniature  # noqa: E402
 import scenes_data as scenes  # noqa: E402
 import scenes_networks as networks  # noqa: E402
-from miniature import decayed, edges, index_batches, progress, psnr, to_images  # noqa: E402
+from miniature import decayed, index_batches, progress, psnr, reconstruction_loss, to_images  # noqa: E402
 from miniature_networks import load_teacher, new_scheduler, new_tokenizer, save_teacher  # noqa: E402
 from miniature_speed import half_precision  # noqa: E402
 
@@ -118,9 +118,7 @@ def train_vae(work: Path, *, steps: int, batch_size: int = 16, half: bool = Fals
         with half_precision(half, DEVICE):
             posterior = vae.encode(images).latent_dist
             decoded = vae.decode(posterior.sample()).sample.float()
-        error = decoded - images
-        loss = error.abs().mean() + 2 * error.square().mean() + 0.5 * (edges(decoded) - edges(images)).abs().mean()
-        loss = loss + 1e-6 * posterior.kl().mean()
+        loss = reconstruction_loss(decoded, images) + 1e-6 * posterior.kl().mean()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)

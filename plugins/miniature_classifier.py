@@ -40,7 +40,7 @@ class MiniatureClassifier(nn.Module):
         stages, width = [], 3
         for index, out in enumerate(self.channels):
             stride = 1 if index == 0 else 2
-            stages += [_convolution(width, out, stride), _convolution(out, out, 1) if 0 < index < 3 else nn.Identity()]
+            stages += [convolution(width, out, stride), convolution(out, out, 1) if 0 < index < 3 else nn.Identity()]
             width = out
         self.trunk = nn.Sequential(*stages)
         self.heads = nn.ModuleDict({name: nn.Linear(width, len(words)) for name, words in self.vocabulary.items()})
@@ -102,7 +102,8 @@ class MiniatureClassifier(nn.Module):
         return classifier.eval().requires_grad_(False)
 
 
-def _convolution(channels_in: int, channels_out: int, stride: int) -> nn.Sequential:
+def convolution(channels_in: int, channels_out: int, stride: int) -> nn.Sequential:
+    """Return a 3 x 3 convolution with batch norm and SiLU."""
     return nn.Sequential(
         nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1, bias=False),
         nn.BatchNorm2d(channels_out),

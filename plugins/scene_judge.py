@@ -20,8 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .evaluators import QUESTIONS
-
-WEIGHTS_NAME, CONFIG_NAME = "model.safetensors", "config.json"
+from .miniature_classifier import CONFIG_NAME, WEIGHTS_NAME, convolution
 
 
 class Thing(NamedTuple):
@@ -118,12 +117,12 @@ class SceneJudge(nn.Module):
         self.words = words if isinstance(words, Words) else Words(**{k: _tuples(v) for k, v in words.items()})
         self.channels, self.resolution, self.threshold = tuple(channels), resolution, threshold
         half, quarter, eighth = self.channels
-        self.first = nn.Sequential(_convolution(3, half, 2), _convolution(half, half, 1))
-        self.middle = nn.Sequential(_convolution(half, quarter, 2), _convolution(quarter, quarter, 1))
+        self.first = nn.Sequential(convolution(3, half, 2), convolution(half, half, 1))
+        self.middle = nn.Sequential(convolution(half, quarter, 2), convolution(quarter, quarter, 1))
         self.last = nn.Sequential(
-            _convolution(quarter, eighth, 2), _convolution(eighth, eighth, 1), _convolution(eighth, eighth, 1)
+            convolution(quarter, eighth, 2), convolution(eighth, eighth, 1), convolution(eighth, eighth, 1)
         )
-        self.join = nn.Sequential(_convolution(quarter + eighth, quarter, 1), _convolution(quarter, quarter, 1))
+        self.join = nn.Sequential(convolution(quarter + eighth, quarter, 1), convolution(quarter, quarter, 1))
         self.kinds = nn.Conv2d(quarter, len(self.words.kinds), 1)
         self.colours = nn.Conv2d(quarter, len(self.words.colours), 1)
         self.place, self.time = (nn.Linear(eighth, len(w)) for w in (self.words.locations, self.words.times))
@@ -237,11 +236,3 @@ def _tuples(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _tuples(each) for key, each in value.items()}
     return tuple(value) if isinstance(value, list) else value
-
-
-def _convolution(channels_in: int, channels_out: int, stride: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1, bias=False),
-        nn.BatchNorm2d(channels_out),
-        nn.SiLU(),
-    )
