@@ -227,3 +227,4 @@ def test_a_tiny_autoencoder_is_among_what_saves_memory():
     labels = dict(savings(settings))
     assert labels["pixel_decoder=NAME of a tiny autoencoder (TAESD)"] > 5_000_000_000
     assert "pixel_decoder" not in " ".join(dict(savings(replace(settings, decoding_bytes=0))))
+    assert "pixel_decoder" not in " ".join(dict(savings(replace(settings, own_decoder=False))))  # it has one already

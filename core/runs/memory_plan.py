@@ -121,6 +121,7 @@ def memory_settings(run: RunComponents) -> MemorySettings:
         activation_offload=settings.activation_offload,
         kept=run_activations(run.config, run.family),
         decoding_bytes=decoding_bytes(run.method, run.family, (width, height)),
+        own_decoder=settings.pixel_decoder is None,
         auxiliary_bytes=sum(stored_bytes(role) for role in networks.roles.values()),
         **of_whole_networks(networks.roles, own, averages),
         **of_phases(run.config, run.family, run.family.empty_network(), student=own["student"]),

@@ -75,6 +75,7 @@ def planned_memory(
         activation_offload=run.activation_offload,
         kept=planned_activations(configuration, family, network, (width, height)) if activations else None,
         decoding_bytes=decoding_bytes(method, family, (width, height)),
+        own_decoder=run.pixel_decoder is None,
         auxiliary_bytes=sum(stored_bytes(role) for role in roles.values() if role.auxiliary),
         **of_whole_networks(roles, own, averages),
         **of_phases(configuration, family, network, student=own["student"]),

@@ -111,6 +111,7 @@ class MemorySettings:
         activation_offload: Whether what is kept for the backward pass waits in the host's memory.
         kept: Bytes that one sample keeps for the backward pass, in `compute_bytes`; None where they are not known.
         decoding_bytes: Bytes of the autoencoder and of its activations, where latents are decoded with a gradient.
+        own_decoder: Whether it is the model's autoencoder that decodes them, not one that the configuration names.
         auxiliary_bytes: Bytes of the weights of frozen networks that a method brings, as of LPIPS or of a reward.
         quantisable: Whether the base may be quantised: no copy of it is trained.
         full_student: Whether the student has all weights of its own, so that the base is its teacher alone.
@@ -142,6 +143,7 @@ class MemorySettings:
     activation_offload: bool = False
     kept: KeptBytes | None = None
     decoding_bytes: int = 0
+    own_decoder: bool = True
     auxiliary_bytes: int = 0
     quantisable: bool = True
     full_student: bool = False
@@ -310,7 +312,7 @@ def savings(settings: MemorySettings, *, quantizers: bool = False, measure: Meas
     if quantizers and (settings.quantisable or settings.full_student) and settings.base_bytes > 1:
         key = "teacher_precision=int8-quanto" if settings.full_student else "base_model_precision=int8-quanto"
         choices[key] = replace(settings, base_bytes=1)
-    if settings.decoding_bytes:
+    if settings.decoding_bytes and settings.own_decoder:
         tiny = settings.decoding_bytes // TINY_DECODER
         choices["pixel_decoder=NAME of a tiny autoencoder (TAESD)"] = replace(settings, decoding_bytes=tiny)
     choices["half the resolution"] = scaled(
