@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import colorsys
 import io
-import unicodedata
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,28 +78,25 @@ class Scene:
 
 def load_emoji(font_path: Path = FONT_PATH) -> dict[str, list[Image.Image]]:
     """Read the bitmaps of all kinds from the font, at 64 px with premultiplied alpha."""
-    font = TTFont(font_path)
-    names, glyphs = font.getBestCmap(), font["CBDT"].strikeData[0]
     return {
-        kind: [_shrink(Image.open(io.BytesIO(glyphs[names[code]].imageData))) for code in codes]
-        for kind, codes in KINDS.items()
+        kind: [drawing.resize((64, 64), Image.Resampling.LANCZOS).convert("RGBa") for drawing in drawings]
+        for kind, drawings in read_drawings(KINDS, font_path).items()
     }
 
 
-def emoji_names() -> Iterator[tuple[str, int, str]]:
-    """(kind, code point, Unicode name) of every emoji used: the attribution's list."""
-    for kind, codes in KINDS.items():
-        for code in codes:
-            yield kind, code, unicodedata.name(chr(code)).lower()
+def read_drawings(kinds: Mapping[str, Sequence[int]], font_path: Path) -> dict[str, list[Image.Image]]:
+    """The font's bitmaps of these code points, by kind: cropped to the drawing, padded to a square, RGBA."""
+    font = TTFont(font_path)
+    names, glyphs = font.getBestCmap(), font["CBDT"].strikeData[0]
+    return {kind: [_squared(glyphs[names[code]].imageData) for code in codes] for kind, codes in kinds.items()}
 
 
-def _shrink(glyph: Image.Image) -> Image.Image:
-    """Crop to the drawing, pad to a square, shrink to 64 px, premultiply alpha."""
-    glyph = glyph.convert("RGBA")
+def _squared(stored: bytes) -> Image.Image:
+    glyph = Image.open(io.BytesIO(stored)).convert("RGBA")
     glyph = glyph.crop(glyph.getbbox())
     square = Image.new("RGBA", (max(glyph.size),) * 2)
     square.paste(glyph, ((square.width - glyph.width) // 2, (square.height - glyph.height) // 2))
-    return square.resize((64, 64), Image.Resampling.LANCZOS).convert("RGBa")
+    return square
 
 
 def texture_field(name: str, size: int, rng: np.random.Generator) -> np.ndarray:

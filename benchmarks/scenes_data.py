@@ -10,17 +10,13 @@ many right images, so that a solver with few steps blends them while one with ma
 from __future__ import annotations
 
 import colorsys
-import io
-import unicodedata
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from fontTools.ttLib import TTFont
+from miniature_data import FONT_PATH, read_drawings
 from PIL import Image
 
-FONT_PATH = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 RESOLUTION = 64
 
 KINDS: dict[str, tuple[int, ...]] = {
@@ -108,30 +104,17 @@ Sprites = dict[tuple[int, int], list[Image.Image]]
 
 def load_sprites(font_path: Path = FONT_PATH) -> Sprites:
     """Read the bitmaps of all kinds from the font, in every colour."""
-    font = TTFont(font_path)
-    names, glyphs = font.getBestCmap(), font["CBDT"].strikeData[0]
     sprites: Sprites = {}
-    for kind, codes in enumerate(KINDS.values()):
-        squares = [_square(Image.open(io.BytesIO(glyphs[names[code]].imageData))) for code in codes]
+    for kind, drawings in enumerate(read_drawings(KINDS, font_path).values()):
+        squares = [_square(drawing) for drawing in drawings]
         for colour, (hue, factor) in enumerate(COLOURS.values()):
             sprites[kind, colour] = [_coloured(square, hue, factor) for square in squares]
     return sprites
 
 
-def emoji_names() -> Iterator[tuple[str, int, str]]:
-    """(kind, code point, Unicode name) of every emoji used: the attribution's list."""
-    for kind, codes in KINDS.items():
-        for code in codes:
-            yield kind, code, unicodedata.name(chr(code)).lower()
-
-
-def _square(glyph: Image.Image) -> np.ndarray:
-    """Cropped to the drawing, padded to a square of 96 px: (96, 96, 4) in [0, 1], alpha not multiplied in."""
-    glyph = glyph.convert("RGBA")
-    glyph = glyph.crop(glyph.getbbox())
-    square = Image.new("RGBA", (max(glyph.size),) * 2)
-    square.paste(glyph, ((square.width - glyph.width) // 2, (square.height - glyph.height) // 2))
-    premultiplied = np.asarray(square.convert("RGBa").resize((96, 96), Image.Resampling.LANCZOS), dtype=np.float32)
+def _square(drawing: Image.Image) -> np.ndarray:
+    """At 96 px: (96, 96, 4) in [0, 1], alpha not multiplied in."""
+    premultiplied = np.asarray(drawing.convert("RGBa").resize((96, 96), Image.Resampling.LANCZOS), dtype=np.float32)
     alpha = premultiplied[..., 3:] / 255
     return np.concatenate([(premultiplied[..., :3] / 255 / np.maximum(alpha, 1e-3)).clip(0, 1), alpha], axis=-1)
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -28,7 +29,7 @@ from .bases.one_encoder import OneEncoderFamily
 from .bases.transformer import check_latents
 from .calls.encoders import as_chat, masked_states, ragged
 from .comfyui.kohya_z_image import KOHYA, ORIGINAL
-from .files.architecture import Architecture
+from .files.architecture import MINIATURES, Architecture
 
 if TYPE_CHECKING:
     from ..core.plugin_api.batch import Conditioning
@@ -46,6 +47,7 @@ class ZImage(OneEncoderFamily):
     )
     ends = ("all_x_embedder.2-1", "all_final_layer.2-1")
     default_guidance: ClassVar[float] = 5.0
+    miniature: ClassVar[Path | None] = MINIATURES / "z_image_miniature"
     block_lists: ClassVar[Mapping[str, str]] = {"n_layers": "layers"}
     time_embedder = "t_embedder"
     text_widths: ClassVar[Mapping[str, str]] = {"prompt_embeds": "cap_feat_dim"}
