@@ -199,7 +199,7 @@ def test_pickled_weights_are_never_loaded(copy, tmp_path):
 
 def test_missing_files_and_broken_json_are_named(copy):
     (copy / "scheduler" / "scheduler_config.json").write_text("{")
-    assert "scheduler_config.json is not valid JSON" in refusal(copy)
+    assert "scheduler_config.json is not JSON" in refusal(copy)
     (copy / "scheduler" / "scheduler_config.json").unlink()
     assert "has no scheduler/scheduler_config.json" in refusal(copy)
 

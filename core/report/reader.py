@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import UserError
+from ..utils.files import read_json_object
 
 T = TypeVar("T")
 
@@ -31,11 +31,5 @@ class Reader:
 
 
 def json_object(file: Path) -> dict[str, Any]:
-    """Return the object in a JSON file. Raises UserError where there is none."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} is not JSON: {error}", "restore it, or remove it to leave it out") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{file} holds no JSON object", "restore it, or remove it to leave it out")
-    return found
+    """Return the object in a JSON file of a run. Raises UserError where there is none."""
+    return read_json_object(file, remedy="restore it, or remove it to leave it out")

@@ -1,9 +1,10 @@
-"""Files that are written completely or not at all."""
+"""Files that are written completely or not at all, and what is read with a reason where it cannot be."""
 
 from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import shutil
 import stat
@@ -11,8 +12,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 from uuid import uuid4
+
+from ..errors import UserError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -160,3 +163,23 @@ def is_stale(path: Path) -> bool:
         return time.time() - path.stat().st_mtime > STALE_SECONDS
     except FileNotFoundError:
         return False
+
+
+def read_json_object(file: Path, *, remedy: str) -> dict[str, Any]:
+    """Return the object in a JSON file.
+
+    Args:
+        file: The file.
+        remedy: What to do about a damaged one.
+
+    Raises:
+        UserError: It is not JSON, or no object.
+        OSError: It cannot be read.
+    """
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} is not JSON: {error}", remedy) from error
+    if not isinstance(found, dict):
+        raise UserError(f"{file} holds no JSON object", remedy)
+    return found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...core.errors import UserError
+from ...core.utils.files import read_json_object
 from .checks import check_index, check_kind, check_local_folder, has_part
 from .comparison import check_tensors
 from .empty import by_name_of, empty_network
@@ -362,13 +362,7 @@ def variant_of(filename: str) -> str | None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}", "restore the file from the model's origin") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path} holds no JSON object", "restore the file from the model's origin")
-    return found
+    return read_json_object(path, remedy="restore the file from the model's origin")
 
 
 def settings_in(folders: Sequence[Path]) -> list[Path]:
