@@ -479,7 +479,7 @@ def test_a_base_with_fp32_ends_counts_as_half(monkeypatch):
     run = SimpleNamespace(
         settings=SimpleNamespace(
             use_ema=False, mixed_precision="bf16", gradient_checkpointing=False, checkpoint_async=False,
-            activation_offload=False, model_type="lora",
+            pixel_decoder=None, activation_offload=False, model_type="lora",
         ),
         networks=networks, resolution=(32, 32), family=family, optimizer_plugin=plugin,
         config=SimpleNamespace(largest_batch=1),
