@@ -244,7 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu", help="as `cuda`, where there is one")
     parser.add_argument("--half", action="store_true", help="bf16 products: faster on processors with AMX")
     parser.add_argument("--compile", action="store_true", help="compile the denoiser's blocks (z-image)")
-    parser.add_argument("--begin", type=Path, help="folder of weights to begin with, as in benchmarks/unfinished")
+    parser.add_argument("--begin", type=Path, help="folder of weights to begin with, PART/*.safetensors")
     parser.add_argument("--steps", type=int, help="training steps, in place of the stage's own number")
     parser.add_argument("--samples", type=int, default=1000, help="images per row of the report")
     parser.add_argument("--guidance", type=float, help="of the report, in place of the miniature's own")
