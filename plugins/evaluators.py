@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 BATCH = 128
 CLASSIFIER_FOLDER = "judge"
 QUESTIONS = ("things", "colours", "relation", "place", "time")
+SCENE_SCORES = (*(f"{question}_right_judge" for question in QUESTIONS), "image_quality_judge")
 """What the judge of scenes answers, each by itself."""
 FEWEST_DATA = 2
 """Number of images on either side that a distance between distributions needs."""
@@ -183,19 +184,24 @@ class MiniatureClassifierEvaluator(FeatureDistance):
 
     name: ClassVar[str] = "judge"
     space: ClassVar[str] = "judge"
-    higher_is_better: ClassVar[Mapping[str, bool]] = {
+    higher_is_better: Mapping[str, bool] = {
         "prompt_agreement_judge": True,
-        **{f"{question}_right_judge": True for question in QUESTIONS},
-        "image_quality_judge": True,
+        **dict.fromkeys(SCENE_SCORES, True),
         "kernel_distance_to_data_judge": False,
         "frechet_distance_to_data_judge": False,
         "diversity_judge": True,
     }
 
     def __init__(self, config: Any, setting: EvaluationSetting) -> None:
+        from .scene_judge import SceneJudge
+
         super().__init__(config, setting)
         assert setting.model_path is not None
         self._judge = load_judge(setting.model_path / CLASSIFIER_FOLDER)
+        self._scene_judge = self._judge if isinstance(self._judge, SceneJudge) else None
+        if self._scene_judge is None:
+            given = self.higher_is_better.items()
+            self.higher_is_better = {name: up for name, up in given if name not in SCENE_SCORES}
 
     @classmethod
     def usable(cls, setting: EvaluationSetting, config: Any = None) -> str | None:
@@ -210,14 +216,12 @@ class MiniatureClassifierEvaluator(FeatureDistance):
 
     def score(self, samples: Samples) -> dict[str, float]:
         """Return the share of images that show all that their prompt says, what else the judge says, the distances."""
-        from .scene_judge import SceneJudge
-
         size = len(samples.images)
         parts = [slice(start, start + BATCH) for start in range(0, size, BATCH)]
         right = sum(int(self._judge.agreement(samples.images[part], samples.prompts[part]).sum()) for part in parts)
         scores = {"prompt_agreement_judge": right / size}
-        if isinstance(self._judge, SceneJudge):
-            scores |= self._answers(self._judge, samples, parts)
+        if self._scene_judge is not None:
+            scores |= self._answers(self._scene_judge, samples, parts)
         return {**scores, **super().score(samples)}
 
     @staticmethod

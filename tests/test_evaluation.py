@@ -205,6 +205,7 @@ def test_the_miniature_classifier_is_used_where_the_model_has_one(tmp_path, mode
     as_dogs = evaluator.score(Samples(images, ["a dog"] * 200, data=images))
     assert as_cats["prompt_agreement_judge"] + as_dogs["prompt_agreement_judge"] == pytest.approx(1)
     assert as_cats["frechet_distance_to_data_judge"] == pytest.approx(0, abs=1e-9)
+    assert set(as_cats) == set(evaluator.higher_is_better), "it declares what its own judge answers, and no more"
 
 
 # -- evaluation --------------------------------------------------------------------------------------------------------
