@@ -77,6 +77,8 @@ class Row:
             found.append("family_config.channels_last=false")
         if self.method == "dmd2":
             found += [f"distillation_config.dmd2.{each}" for each in ADVERSARIAL]
+        if compiles and self.compiled == "whole":  # it recomputes inside its one region
+            found += ["gradient_checkpointing=false", "activation_memory_budget=0.5"]
         return [*found, *([f"compile={self.compiled}"] if compiles else [])]
 
 

@@ -36,6 +36,8 @@ def test_rows_are_in_the_order_of_their_importance_and_no_two_are_one(gpu):
     first = [names.index(f"{model}, lcm lora, 1024 px x 1, bf16") for model in ("SDXL", "SD3.5-medium", "FLUX.1")]
     assert first == sorted(first)
     assert first[-1] < 10
+    whole = next(row for row in gpu.rows() if row.compiled == "whole").settings(compiles=True)
+    assert "gradient_checkpointing=false" in whole, "the blocks' recomputation cannot lie inside one region"
 
 
 def test_flops_of_a_layer_are_two_for_each_multiplication(flops):

@@ -5,7 +5,7 @@ import logging
 
 import pytest
 import torch
-from distill.core.engine import adapters, lora_layers
+from distill.core.engine import adapters, lora_layers, merged_products
 from distill.core.engine.adapters import AdapterSwitch, tuner_layers
 from distill.core.engine.lora_layers import DirectConv2d, DirectLinear, make_direct
 from peft import LoraConfig, inject_adapter_in_model
@@ -116,6 +116,50 @@ def test_a_pass_without_a_gradient_runs_on_merged_weights_and_the_base_stays_as_
     after = network.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_pass_with_a_gradient_runs_on_merged_weights_and_its_gradients_are_those_of_peft(monkeypatch, layout, whole):
+    """By either way, also towards the input, and where the gradient is itself differentiated."""
+    asked = []
+    monkeypatch.setattr(merged_products, "_by_whole_weight", lambda *sizes: asked.append(sizes) or whole)
+    network, switch, x = merging(layout=layout)
+    as_peft = make(layout=layout)
+    x = x.to(memory_format=layout).requires_grad_()
+
+    def found(each):
+        output = each(x)
+        parameters = [p for p in each.parameters() if p.requires_grad]
+        first = torch.autograd.grad(output.square().sum(), [x, *parameters], create_graph=True)
+        second = torch.autograd.grad(sum(part.square().sum() for part in first), [x, *parameters])
+        each.zero_grad()
+        each(x).square().sum().backward()
+        return [output, *first, *second, *(p.grad for p in parameters)]
+
+    with switch.use("student"):
+        ours = found(network)
+    assert len(asked) == 3 * 4, "each of four layers, in two backward passes and in the one through the first"
+    torch.testing.assert_close(ours, found(as_peft), rtol=1e-10, atol=1e-9)
+
+
+def test_the_way_to_the_gradients_of_the_factors_is_that_of_fewer_multiplications():
+    """Rank 64: through the whole weight in layers of 128, through the rank in SDXL's of 1280; a 3x3 kernel reads 9x."""
+    assert merged_products._by_whole_weight(4096, 128, 128, 64)
+    assert not merged_products._by_whole_weight(4096, 1280, 1280, 64)
+    assert merged_products._by_whole_weight(4096, 9 * 64, 64, 64)
+    assert not merged_products._by_whole_weight(16, 128, 128, 64), "few rows"
+
+
+def test_under_autocast_nothing_is_merged():
+    """It would round the merged weight, and the adapter would be lost."""
+    network, switch, _ = merging(dtype=torch.float32)
+    x = torch.randn(2, 3, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = direct(make(dtype=torch.float32))(x)
+        for without in (torch.no_grad(), torch.enable_grad()):
+            with without, switch.use("student"):
+                assert torch.equal(network(x), expected)
 
 
 def test_merged_weights_are_made_once_for_an_update_and_again_after_it(monkeypatch):

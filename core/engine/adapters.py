@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -57,7 +56,7 @@ class AdapterSwitch:
 
     Args:
         network: A network that adapters were injected into.
-        merging: Whether passes without a gradient run on merged weights, where memory has room for them.
+        merging: Whether passes run on merged weights, where they may and memory has room for them.
     """
 
     def __init__(self, network: nn.Module, *, merging: bool = False) -> None:
@@ -89,7 +88,7 @@ class AdapterSwitch:
     def use(self, adapter: str | None) -> Iterator[None]:
         """Switch on `adapter` (None: none) inside the block; restore what was on before, also on an error."""
         before = self.active
-        merges = adapter is not None and not torch.is_grad_enabled() and self._has_room(adapter)
+        merges = adapter is not None and self._has_room(adapter)
         with self._merged_as(adapter if merges else None):
             if adapter == before:
                 yield
@@ -132,7 +131,7 @@ class AdapterSwitch:
         if needed <= free * MERGING_SHARE:
             return True
         logger.info(
-            f"passes of {adapter} without a gradient run with the adapter as it is: copies of the weights take "
+            f"passes of {adapter} run with the adapter as it is: copies of the weights take "
             f"{gigabytes(needed)}, and {gigabytes(free)} are free"
         )
         self._without_room.add(adapter)

@@ -1,11 +1,11 @@
-"""Layers with LoRA, as training calls them: the products of an adapter are added by the matrix product itself, and
-passes without a gradient may run on merged weights.
+"""Layers with LoRA, as training calls them: an adapter is added by the matrix product itself, or to the weight before.
 
-    y = W x + s B (A x)            with a gradient, and in half precision
-    y = (W + s B A) x              without one, in fp32 and above
+    y = W x + s B (A x)            in half precision, and where memory lacks room
+    y = (W + s B A) x              in fp32 and above
 
 peft's own layers scale the product and add it in two more passes over the output, forward and backward, and take its
-second factor for a convolution of a 1x1 kernel. These subclasses are peft's layers in everything else.
+second factor for a convolution of a 1x1 kernel. These subclasses are peft's layers in everything else. The gradient of
+the factors in a pass on merged weights is in `merged_products.py`.
 
 Merged weights are for fp32 alone. A weight of half precision keeps 8 or 11 bits, and a LoRA changes it by less than the
 last one for most of a training: the merged weight would be rounded to the teacher's, and the adapter would be lost.
@@ -19,6 +19,9 @@ from typing import Any
 import torch
 from peft.tuners import lora
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from .merged_products import merged_conv2d, merged_linear
 
 WIDE = (torch.float32, torch.float64)
 
@@ -31,11 +34,15 @@ class _Direct:
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return what peft's layer does, shape (B, ..., D_out) or (B, C_out, h', w')."""
-        if self.merged_weight is not None:
-            return self._base_output(x, self.merged_weight)
+        merged = self._merged_for(x)
+        if merged is not None and not torch.is_grad_enabled():
+            return self._base_output(x, merged)
         adapter = self._sole_adapter(kwargs)
         if adapter is None:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        if merged is not None and not torch.compiler.is_compiling() and forward_ad._current_level < 0:
+            factors = (each[adapter].weight.to(merged.dtype) for each in (self.lora_A, self.lora_B))
+            return self._merged_output(x, merged, *factors, self.scaling[adapter])
         output, scale = self.base_layer(x), self.scaling[adapter]
         up, inner = self.lora_B[adapter], self.lora_A[adapter](self._input(adapter, x))
         if output.dtype != inner.dtype:
@@ -44,6 +51,12 @@ class _Direct:
         if factor.dtype != inner.dtype and not torch.is_autocast_enabled(x.device.type):
             factor = factor.to(inner.dtype)  # in fp32 throughout, weights are cast as their module is called
         return self._with_product(output, inner, factor, scale)
+
+    def _merged_for(self: Any, x: Tensor) -> Tensor | None:
+        """Return the merged weight; None where there is none, or where it would be rounded to half precision."""
+        merged = self.merged_weight
+        rounded = merged is not None and (x.dtype != merged.dtype or torch.is_autocast_enabled(x.device.type))
+        return None if rounded else merged
 
     def _sole_adapter(self: Any, kwargs: dict[str, Any]) -> str | None:
         """Return the adapter that is on; None where peft's own forward has to decide."""
@@ -67,6 +80,9 @@ class DirectLinear(_Direct, lora.Linear):
     def _base_output(self: Any, x: Tensor, weight: Tensor) -> Tensor:
         return nn.functional.linear(x, weight, self.base_layer.bias)
 
+    def _merged_output(self: Any, x: Tensor, merged: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
+        return merged_linear(x, merged, self.base_layer, down, up, scale)
+
     @staticmethod
     def _with_product(output: Tensor, inner: Tensor, up: Tensor, scale: float) -> Tensor:
         return torch.addmm(output.flatten(0, -2), inner.flatten(0, -2), up.t(), alpha=scale).view(output.shape)
@@ -77,6 +93,9 @@ class DirectConv2d(_Direct, lora.Conv2d):
 
     def _base_output(self: Any, x: Tensor, weight: Tensor) -> Tensor:
         return self.base_layer._conv_forward(x, weight, self.base_layer.bias)
+
+    def _merged_output(self: Any, x: Tensor, merged: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
+        return merged_conv2d(x, merged, self.base_layer, down, up, scale)
 
     @staticmethod
     def _with_product(output: Tensor, inner: Tensor, up: Tensor, scale: float) -> Tensor:
@@ -134,9 +153,7 @@ class MergedWeights:
     def use(self, adapter: str) -> None:
         """Let the layers run on the merged weights of `adapter`, until :meth:`leave`."""
         if adapter not in self._sets:
-            self._sets[adapter] = [
-                (layer, torch.empty_like(layer.base_layer.weight)) for layer in self._merging(adapter)
-            ]
+            self._sets[adapter] = [(layer, _like(layer.base_layer.weight)) for layer in self._merging(adapter)]
         if adapter not in self._fresh:
             for layer, merged in self._sets[adapter]:
                 _merge(layer, adapter, merged)
@@ -161,16 +178,24 @@ def _mergeable(layer: Any, adapter: str) -> bool:
         and adapter not in layer.lora_variant
         and layer.lora_B[adapter].bias is None
         and getattr(base, "groups", 1) == 1
+        and getattr(base, "padding_mode", "zeros") == "zeros"
+        and not isinstance(getattr(base, "padding", 0), str)
     )
 
 
+def _like(weight: Tensor) -> Tensor:
+    """Return an empty tensor whose rows, one for each output of `weight`, lie one after the other in memory."""
+    last = weight.dim() > 2 and weight.is_contiguous(memory_format=torch.channels_last)
+    return torch.empty_like(weight, memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
 def _merge(layer: Any, adapter: str, merged: Tensor) -> None:
+    """Write the base's weight plus the adapter's product into `merged`, made by :func:`_like`."""
     down, up = (factors[adapter].weight.to(merged.dtype) for factors in (layer.lora_A, layer.lora_B))
-    base, scale = layer.base_layer.weight, layer.scaling[adapter]
-    if base.dim() == 2:
-        torch.addmm(base, up, down, alpha=scale, out=merged)
-    else:
-        torch.add(base, (up.flatten(1) @ down.flatten(1)).view(base.shape), alpha=scale, out=merged)
+    base, up = layer.base_layer.weight, up.flatten(1)
+    if not merged.is_contiguous():
+        base, down, merged = (weight.permute(0, 2, 3, 1) for weight in (base, down, merged))
+    torch.addmm(base.flatten(1), up, down.flatten(1), alpha=layer.scaling[adapter], out=merged.view(len(merged), -1))
 
 
 def without_weights(network: nn.Module, targets: Sequence[str]) -> list[str]:

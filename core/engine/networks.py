@@ -44,7 +44,7 @@ class Networks:
         gradient_checkpointing: Recompute activations in the backward pass.
         parameter_dtype: Type of trained LoRA weights (bfloat16 only for optimizers that compensate the rounding).
         ema_decay: Decay of another average of the student, for ``use_ema``; None without.
-        merging: Whether passes of adapters without a gradient run on merged weights.
+        merging: Whether passes of adapters run on merged weights, where they may and memory has room.
     """
 
     def __init__(

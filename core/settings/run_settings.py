@@ -149,8 +149,8 @@ class TrainingKeys(Settings):
     activation_offload: bool = False
     """Keep what the backward pass needs in (pinned) memory of the host: less memory of the device, more time."""
     merge_for_inference: Literal["auto", "off"] = "auto"
-    """Run passes of a LoRA that need no gradient (targets, rollouts) on copies of the weights with the LoRA added:
-    auto, in fp32 where memory has room. Never in half precision, whose rounding would lose the LoRA."""
+    """Run passes of a LoRA on copies of the weights with the LoRA added: auto, in fp32 where memory has room. Never in
+    half precision, whose rounding would lose the LoRA."""
     compile: Literal["auto", "off", "regions", "whole"] = "auto"
     """Compile the denoisers: `regions`, block by block; `whole`, as one; `auto`, by regions on CUDA in runs of 1,000
     steps or more. The first step of each shape takes longer."""
