@@ -56,7 +56,7 @@ class ZImageTeacher(ShiftedTeacher):
 
     folder = miniature.ASSETS / "z_image_miniature"
     call: ClassVar[dict[str, Any]] = {"max_sequence_length": TOKENS}
-    guidance = 2.0
+    guidance = 3.5
     """The pipeline's, one less than that of other families."""
 
     def __init__(self, scenes: Scenes, *, depth: int = 5, heads: int = 4) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gc
 import inspect
 import os
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UnreachableError, UserError
+from ..utils.collection import pause_collection, resume_collection
 
 if TYPE_CHECKING:
     from ..registry.registry import Registry
@@ -122,15 +122,12 @@ def looks_only(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def wrapper(*arguments: Any, **values: Any) -> None:
         before = os.environ.get(NO_COMPILER)
-        gc.disable()
+        pause_collection()
         os.environ[NO_COMPILER] = "1"
         try:
             command(*arguments, **values)
         finally:
-            if not gc.get_freeze_count():  # of a caller that froze its own objects none is thawed
-                gc.freeze()  # what was made is old by now: it is not looked through as if it were new
-                gc.unfreeze()
-            gc.enable()
+            resume_collection()
             os.environ.pop(NO_COMPILER)
             if before is not None:
                 os.environ[NO_COMPILER] = before

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..utils.collection import pause_collection, resume_collection
 from .options import Given, takes_configuration
 
 if TYPE_CHECKING:
@@ -30,15 +31,19 @@ def run(
 
     Without --model it uses the miniature that ships with the family, and its images.
     """
-    configuration, registry = given.load(overwrite=overwrite, profile=profile)
-    if dry_run:
-        from .plan import print_plan
+    pause_collection()  # until the run has looked at everything and begins with its data
+    try:
+        configuration, registry = given.load(overwrite=overwrite, profile=profile)
+        if dry_run:
+            from .plan import print_plan
 
-        print_plan(configuration, registry)
-        return
-    from ..runs.run import run as distil
+            print_plan(configuration, registry)
+            return
+        from ..runs.run import run as distil
 
-    _report(distil(configuration, registry))
+        _report(distil(configuration, registry))
+    finally:
+        resume_collection()
 
 
 def _report(result: RunResult) -> None:

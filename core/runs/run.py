@@ -17,6 +17,7 @@ from ..engine.observer import TrainingObserver
 from ..engine.signals import StopRequest
 from ..errors import DistillError, Interrupted, UserError, described
 from ..evaluation.evaluators import evaluation_notices
+from ..utils.collection import resume_collection
 from ..utils.console import console
 from ..utils.disk import explained
 from ..utils.files import write_text
@@ -119,6 +120,7 @@ class Run(TrainingObserver):
         self._check_model()
         with self.parts.processes.synchronized():
             check_resources(self.parts)
+        resume_collection(for_good=True)
         self.parts.data.prepare()
         for line in self.parts.data.never_trained(self.parts.total_steps):
             logger.warning(line)
