@@ -33,6 +33,9 @@ COUNTER = ROOT / "benchmarks" / "count_evaluations.py"
 FP16_ON_CPU = ROOT / "benchmarks" / "half_on_cpu.py"
 STEPS = (1, 2, 4, 8)
 PROBE_STEPS = 20
+PAIRS_FILE = "pairs.json"
+SOLVER = "-solver"
+"""In names of images: made by the fast solver."""
 SHOWN = 8
 """Images of each row that :func:`distill.core.evaluation.evaluate.evaluate` keeps."""
 SCORES = {
@@ -51,8 +54,29 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "progressive": ("progressive", {}),
     "guidance": ("guidance", {}),
     "meanflow": ("meanflow", {}),
-}
+    "kd": ("kd", {}),
+    "lcm+dmd2": (
+        "recipe",
+        {
+            "learning_rate": 3e-4, "lr_end": 3e-5, "validation_num_inference_steps": 4,
+            "distillation_config.recipe.sampler": "lcm",
+            "distillation_config.recipe.terms": json.dumps([
+                {"method": "lcm", "config": {
+                    "num_ddim_timesteps": 20, "w_min": 3.0, "w_max": 5.0, "loss_type": "huber"}},
+                {"method": "dmd2", "weight": 0.05, "config": {
+                    "guidance_scale": 3.0, "fake_updates_per_student_update": 2, "fake_score_learning_rate": 1e-3,
+                    "gan_weight": 0.1, "discriminator_learning_rate": 3e-3}},
+            ]),
+        },
+    ),
+}  # fmt: skip
 """Row of the table -> method and what is set beside the miniature's own recipe."""
+IMAGES = ROOT / "model_families" / "assets" / "emoji_scenes"
+PAIR_STEPS = 16
+PAIR_COST = 2 * PAIR_STEPS
+"""Network evaluations of a noise-image pair of the teacher, with guidance, by DPM++ 2M."""
+PAIRS_SHARE = 0.5
+"""Of a budget: what `kd` spends on pairs, before it trains."""
 
 
 def command(name: str, output: Path, *, seed: int, steps: int) -> list[str]:
@@ -67,6 +91,7 @@ def command(name: str, output: Path, *, seed: int, steps: int) -> list[str]:
     words = [sys.executable, "-m", "distill", "run", "--method", method, "--family", "sdxl"]
     words += ["--plugin", str(COUNTER), "--output-dir", str(output)]
     words += ["--plugin", str(FP16_ON_CPU)] if precision == "fp16" else []
+    words += ["--data", str(output.parent / PAIRS_FILE)] if method == "kd" else []
     return words + [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
 
 
@@ -83,8 +108,23 @@ def run(name: str, output: Path, *, seed: int, steps: int) -> None:
     print(f"{output.name}: {steps} steps in {time.monotonic() - started:.0f} s", flush=True)
 
 
+def write_pairs(budget: float, folder: Path) -> float:
+    """Write the data of `kd`, with as many pairs as its share of the budget pays for; what is left for training."""
+    count = int(PAIRS_SHARE * budget / PAIR_COST)
+    pairs = {
+        "id": "pairs", "dataset_type": "distillation_cache", "num_pairs_per_prompt": 1,
+        "num_inference_steps": PAIR_STEPS, "solver": "dpm++", "guidance_scale": 3.0,
+    }  # fmt: skip
+    images = {"id": "emoji-scenes", "type": "local", "instance_data_dir": str(IMAGES), "max_num_samples": count}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / PAIRS_FILE).write_text(json.dumps([pairs, images], indent=1) + "\n")
+    return budget - count * PAIR_COST
+
+
 def steps_for(name: str, budget: float, folder: Path) -> int:
     """As many optimizer steps as the budget pays for, by a short run."""
+    if name.startswith("kd"):
+        budget = write_pairs(budget, folder)
     probe = folder / f"{name}-probe"
     run(name, probe, seed=0, steps=PROBE_STEPS)
     found = json.loads((probe / "evaluations.json").read_text())
@@ -96,6 +136,8 @@ def train(
 ) -> tuple[dict[str, int], dict[str, Path]]:
     """Every row's student for every seed: the steps of each row, and the folder of each student."""
     cells = [(name, seed) for seed in seeds for name in names]
+    if num_steps:
+        write_pairs(num_steps * PAIR_COST / PAIRS_SHARE, folder)
     with ThreadPoolExecutor(jobs) as pool:
         found = pool.map(lambda name: num_steps or steps_for(name, budget, folder), names)
         steps = dict(zip(names, found, strict=True))
@@ -116,7 +158,7 @@ def score(folders: Mapping[str, Path], *, num_samples: int, per_prompt: int, ima
     from distill.core.utils.console import console
 
     # any run's data and model serve: they are the miniature's own
-    base = next(folder for name, folder in folders.items() if not name.startswith("dmd2"))
+    base = next(folder for name, folder in folders.items() if not name.startswith(("dmd2", "kd")))
     configuration, registry = open_run(base)
     run_settings, family = configuration.run, build_family(configuration, registry)
     data = DataPipeline(
@@ -144,7 +186,7 @@ def score(folders: Mapping[str, Path], *, num_samples: int, per_prompt: int, ima
     for row in found.rows:
         each = row.sampling_plan
         for index, image in enumerate(row.images):
-            image.save(images / f"{each.role}-{each.steps}-{index}{_solver(each)}.png")
+            image.save(_shown(images, each.role, each.steps, _solver(each), index))
     (images / "prompts.json").write_text(json.dumps(list(plan.sample_prompts[:SHOWN])))
     return [
         {"row": each.role, "name": each.name, "steps": each.steps, "guidance": each.guidance,
@@ -154,7 +196,11 @@ def score(folders: Mapping[str, Path], *, num_samples: int, per_prompt: int, ima
 
 
 def _solver(sampling_plan: Any) -> str:
-    return "-solver" if sampling_plan.role == "teacher" and sampling_plan.sampler is not None else ""
+    return SOLVER if sampling_plan.role == "teacher" and sampling_plan.sampler is not None else ""
+
+
+def _shown(images: Path, who: str, steps: int, solver: str, index: int) -> Path:
+    return images / f"{who}-{steps}-{index}{solver}.png"
 
 
 def students(name: str, folder: Path, family: Any) -> list[Any]:
@@ -190,18 +236,21 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def side_by_side(names: Sequence[str], images: Path, *, seed: str, steps: int) -> Any:
-    """The first prompts, the teacher at few and many steps and a column for each method's first student."""
+    """The first prompts: teacher and fast solver at few steps, each method's first student, the teacher in full."""
     from distill.core.drawing.grid import GridRow, labelled_grid
     from PIL import Image
 
-    columns = [("teacher", steps), *((f"{name}-{seed}", steps) for name in names), ("teacher", 50)]
-    columns = [(who, count) for who, count in columns if (images / f"{who}-{count}-0.png").exists()]
+    columns = [("teacher", steps, ""), ("teacher", steps, SOLVER), *((f"{name}-{seed}", steps, "") for name in names),
+               ("teacher", 50, "")]  # fmt: skip
+    columns = [each for each in columns if _shown(images, *each, 0).exists()]
     prompts = json.loads((images / "prompts.json").read_text())
     rows = [
-        GridRow(prompt, [Image.open(images / f"{who}-{count}-{index}.png") for who, count in columns], "")
+        GridRow(prompt, [Image.open(_shown(images, *each, index)) for each in columns], "")
         for index, prompt in enumerate(prompts)
     ]
-    heads = [f"{who.rpartition('-')[0] or who}\n{count} steps" for who, count in columns]
+    heads = [
+        f"{'DPM++ 2M' if solver else who.rpartition('-')[0] or who}\n{count} steps" for who, count, solver in columns
+    ]
     footer = "The first prompts of the table's samples, not chosen; all from the same noise."
     return labelled_grid(rows, heads, title="Every method at equal cost", footer=footer, largest_cell=128)
 
