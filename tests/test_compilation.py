@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch._functorch.config
 from distill.core.engine import compilation
 from distill.core.engine.compilation import Compilation, CompileSettings
 from distill.core.engine.kernels import kernels
@@ -161,6 +162,16 @@ def test_without_a_compiler_regions_are_refused_and_auto_is_off(monkeypatch):
 def test_auto_compiles_long_runs_on_cuda(monkeypatch, settings, device, steps, chosen):
     monkeypatch.setattr(compilation, "compiler_problem", lambda device: None)
     assert CompileSettings("auto", **settings).chosen(device, num_steps=steps) == chosen
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+def test_what_is_compiled_for_packed_weights_is_not_stored(quantised):
+    """A second run of SD3.5 on an fp8 base read sizes such as 93841471036533 from PyTorch's store, or crashed."""
+    kept = {"enable_autograd_cache": True, "activation_memory_budget": 1.0}
+    dynamo = torch._dynamo.config
+    with torch._functorch.config.patch(kept), dynamo.patch(recompile_limit=8, suppress_errors=False):
+        Compilation(CompileSettings("regions", quantised=quantised), CPU)._configure()
+        assert torch._functorch.config.enable_autograd_cache is not quantised
 
 
 def test_no_compiler_is_looked_for_where_nothing_would_be_compiled(monkeypatch):

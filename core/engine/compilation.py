@@ -147,6 +147,9 @@ class Compilation:
         dynamo.suppress_errors = self._settings.mode == "auto"
         functorch: Any = torch._functorch.config
         functorch.activation_memory_budget = self._settings.memory_budget
+        if self._settings.quantised:
+            # of packed weights PyTorch 2.13 stores sizes that it has freed: the next run reads anything, or it crashes
+            functorch.enable_autograd_cache = False
         self._reported = self.num_graphs
 
     def _regions(self, network: nn.Module, family: ModelFamily) -> Sequence[nn.Module]:
