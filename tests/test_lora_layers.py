@@ -143,6 +143,22 @@ def test_a_pass_with_a_gradient_runs_on_merged_weights_and_its_gradients_are_tho
     torch.testing.assert_close(ours, found(as_peft), rtol=1e-10, atol=1e-9)
 
 
+def test_recomputed_passes_run_on_the_merged_weights_of_their_forward_pass():
+    network, switch, x = merging(names=("student", "fake"))
+    found = []
+    for run in (network, lambda x: switch.checkpoint(network, x)):
+        with switch.use("student"):
+            first = run(x)
+        with switch.use("fake"):
+            second = run(first.mean(dim=(1, 2))[:, None, None, None].expand_as(x) + x)
+        network.zero_grad()
+        (first.square().sum() + second.square().sum()).backward()  # no adapter is on by now
+        found.append([p.grad.clone() for p in network.parameters() if p.grad is not None])
+        assert all(layer.merged_weight is None for _, layer in tuner_layers(network))
+    assert len(found[0]) == 2 * 2 * 4, "two factors of four layers of both"
+    torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-12)
+
+
 def test_the_way_to_the_gradients_of_the_factors_is_that_of_fewer_multiplications():
     """Rank 64: through the whole weight in layers of 128, through the rank in SDXL's of 1280; a 3x3 kernel reads 9x."""
     assert merged_products._by_whole_weight(4096, 128, 128, 64)
