@@ -26,6 +26,7 @@ import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler
 from distill.plugins.scene_judge import SceneJudge, Seen, Words
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -415,13 +416,24 @@ def train_text(work: Path, *, steps: int, batch_size: int = 128) -> None:
 # ---------------------------------------------------------------------------------------------------------- unet
 
 
-def train_unet(work: Path, *, steps: int, horizon: int, batch_size: int, peak: float, half: bool) -> None:
-    """Train text encoders and UNet on the cached latents; goes on from `<work>/unet.pt` where that is there."""
+def train_unet(
+    work: Path, *, steps: int, horizon: int, batch_size: int, peak: float, half: bool, begin: Path | None = None
+) -> None:
+    """Train text encoders and UNet on the cached latents.
+
+    Goes on from `<work>/unet.pt` where that is there; else it begins with the weights in `begin`, a folder of each
+    part's safetensors, or with those of the text stage.
+    """
     torch.manual_seed(2)
     data = Captioned(work)
     teacher = networks.Teacher(data.tokenizers).to(DEVICE)
-    for name, state in torch.load(work / "text.pt", weights_only=True).items():
-        getattr(teacher, name).load_state_dict(state)
+    if begin is None:
+        states = torch.load(work / "text.pt", weights_only=True)
+    else:
+        states = {file.parent.name: load_file(file) for file in begin.glob("*/*.safetensors")}
+    for name, state in states.items():
+        if hasattr(teacher, name):  # not the autoencoder
+            getattr(teacher, name).load_state_dict(state)
     alphas_cumprod = new_scheduler().alphas_cumprod.to(DEVICE)
 
     def loss(index: Tensor) -> Tensor:
@@ -496,7 +508,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="as `cuda`, where there is one")
     parser.add_argument("--half", action="store_true", help="bf16 products: faster on processors with AMX")
     parser.add_argument("--steps", type=int, help="of the optimizer, in place of the stage's own number")
-    parser.add_argument("--begin", type=Path, help="folder of an autoencoder whose weights the new one begins with")
+    parser.add_argument("--begin", type=Path, help="weights to begin with: an autoencoder's folder; PART/*.safetensors")
     parser.add_argument("--horizon", type=int, help="steps after which the UNet's learning rate has decayed")
     parser.add_argument("--batch-size", type=int, default=48, help="of the UNet")
     parser.add_argument("--peak", type=float, default=1.2e-3, help="learning rate of the UNet")
@@ -524,7 +536,7 @@ def main() -> None:
             steps = given.steps or 30_000
             train_unet(
                 given.work, steps=steps, horizon=given.horizon or steps, batch_size=given.batch_size,
-                peak=given.peak, half=given.half,
+                peak=given.peak, half=given.half, begin=given.begin,
             )  # fmt: skip
         case _:
             report(given.work, samples=given.samples, guidance=given.guidance, rows=given.rows.split(","))
