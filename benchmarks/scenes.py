@@ -42,6 +42,8 @@ from miniature_speed import half_precision  # noqa: E402
 POOL_SIZE, HELD_OUT_SIZE, SHIPPED_SIZE = 80_000, 4_000, 1_200
 CHUNKS = 16
 TEACHER, IMAGES = miniature.ASSETS / "sdxl_scenes", miniature.ASSETS / "scenes"
+TOKENIZERS = {"endoftext": "<|endoftext|>", "bang": "!"}
+"""Folder of each encoder's tokenizer, and what it pads with."""
 DEVICE = "cpu"
 
 
@@ -313,8 +315,8 @@ class Captioned:
         made = work / "tokenizers"
         learned = self.captions[:20_000]
         self.tokenizers = tuple(
-            networks.CLIPTokenizer.from_pretrained(made / pad.strip("<|>!")) if (made / pad.strip("<|>!")).is_dir()
-            else new_tokenizer(learned, pad, networks.MAX_TOKENS) for pad in ("<|endoftext|>", "!")
+            networks.CLIPTokenizer.from_pretrained(made / name) if (made / name).is_dir()
+            else new_tokenizer(learned, pad, networks.MAX_TOKENS) for name, pad in TOKENIZERS.items()
         )  # fmt: skip
         self.tokens = tuple(self._tokens(work / f"pool_tokens_{n}.npy", t) for n, t in enumerate(self.tokenizers))
 
@@ -392,8 +394,8 @@ def train_text(work: Path, *, steps: int, batch_size: int = 128) -> None:
     """Teach both text encoders to gather what a caption says, before any image is seen."""
     torch.manual_seed(4)
     data, words = Captioned(work), judge_words()
-    for tokenizer, pad in zip(data.tokenizers, ("endoftext", ""), strict=True):
-        tokenizer.save_pretrained(work / "tokenizers" / (pad or "bang"))
+    for tokenizer, name in zip(data.tokenizers, TOKENIZERS, strict=True):
+        tokenizer.save_pretrained(work / "tokenizers" / name)
     asked = asked_of(data.captions, words).to(DEVICE)
     teacher, reading = networks.Teacher(data.tokenizers).to(DEVICE), Reading(words).to(DEVICE)
     parameters = [*teacher.text_encoder.parameters(), *teacher.text_encoder_2.parameters(), *reading.parameters()]
