@@ -159,6 +159,29 @@ def test_recomputed_passes_run_on_the_merged_weights_of_their_forward_pass():
     torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-12)
 
 
+def test_a_pass_saves_no_weights_and_an_adapter_may_not_change_before_its_backward_pass():
+    """Saved tensors may be sent to the host's memory, where weights are not to go; frozen factors get no gradient."""
+    network, switch, x = merging()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t), switch.use("student"):
+        output = network(x.requires_grad_())
+    merged = {layer.base_layer.weight.data_ptr() for _, layer in tuner_layers(network)}
+    assert saved
+    assert merged.isdisjoint(each.data_ptr() for each in saved)
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_("first" in name and "lora_" in name)
+    with switch.use("student"):
+        network(x).sum().backward()
+    assert {name for name, p in network.named_parameters() if p.grad is not None} == {
+        f"first.lora_{factor}.student.weight" for factor in "AB"
+    }
+    switch.changed("student")
+    with switch.use("student"), torch.no_grad():
+        network(x)
+    with pytest.raises(RuntimeError, match="changed between"):
+        output.sum().backward()
+
+
 def test_the_way_to_the_gradients_of_the_factors_is_that_of_fewer_multiplications():
     """Rank 64: through the whole weight in layers of 128, through the rank in SDXL's of 1280; a 3x3 kernel reads 9x."""
     assert merged_products._by_whole_weight(4096, 128, 128, 64)

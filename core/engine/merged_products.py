@@ -61,20 +61,42 @@ def _factors(gradient: Tensor, down: Tensor, up: Tensor, scale: float) -> tuple[
     return (up.t() @ gradient).mul_(scale), (gradient @ down.t()).mul_(scale)
 
 
+class _Weights:
+    """What a backward pass needs of the weights, held beside the saved tensors, which may be sent to the host's memory.
+
+    Args:
+        merged: With the product of the factors.
+        base: Without it.
+    """
+
+    def __init__(self, merged: Tensor, base: Tensor) -> None:
+        self._merged, self.base, self._version = merged, base, merged._version
+
+    def of(self, down: Tensor, up: Tensor, scale: float) -> Tensor:
+        """Return the merged weight, made again where the backward pass is itself differentiated (``create_graph``)."""
+        if torch.is_grad_enabled():
+            return self.base + scale * (up.flatten(1) @ down.flatten(1)).view(self.base.shape)
+        if self._merged._version != self._version:
+            raise RuntimeError("the adapter was changed between a forward pass on merged weights and its backward pass")
+        return self._merged
+
+
 class _MergedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, down: Tensor, up: Tensor, merged: Tensor, weight: Tensor, bias: Any, scale: float
     ) -> Tensor:
-        ctx.save_for_backward(x, down, up, merged, weight)
-        ctx.scale = scale
+        ctx.save_for_backward(x, down, up)
+        ctx.weights, ctx.scale = _Weights(merged, weight), scale
         return functional.linear(x, merged, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, down, up, merged, weight = ctx.saved_tensors
+        x, down, up = ctx.saved_tensors
         (dy,) = gradients
-        dx = dy @ _differentiable(merged, weight, down, up, ctx.scale) if ctx.needs_input_grad[0] else None
+        dx = dy @ ctx.weights.of(down, up, ctx.scale) if ctx.needs_input_grad[0] else None
+        if not any(ctx.needs_input_grad[1:3]):
+            return dx, *[None] * 6
         rows, inputs = dy.flatten(0, -2), x.flatten(0, -2)
         if _by_whole_weight(len(rows), x.shape[-1], dy.shape[-1], len(down)):
             d_down, d_up = _factors(rows.t() @ inputs, down, up, ctx.scale)
@@ -89,21 +111,23 @@ class _MergedConv2d(torch.autograd.Function):
         ctx: Any, x: Tensor, down: Tensor, up: Tensor, merged: Tensor, weight: Tensor, bias: Any, scale: float,
         geometry: tuple[Any, ...],
     ) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(x, down, up, merged, weight)
-        ctx.scale, ctx.geometry = scale, geometry
+        ctx.save_for_backward(x, down, up)
+        ctx.weights, ctx.scale, ctx.geometry = _Weights(merged, weight), scale, geometry
         return functional.conv2d(x, merged, bias, *geometry)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, down, up, merged, weight = ctx.saved_tensors
-        ((dy,), geometry, scale) = (gradients, ctx.geometry, ctx.scale)
+        x, down, up = ctx.saved_tensors
+        (dy,), geometry, scale = gradients, ctx.geometry, ctx.scale
         flat_down, flat_up = down.flatten(1), up.flatten(1)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = conv2d_input(x.shape, _differentiable(merged, weight, down, up, scale), dy, *geometry)
+            dx = conv2d_input(x.shape, ctx.weights.of(down, up, scale), dy, *geometry)
+        if not any(ctx.needs_input_grad[1:3]):
+            return dx, *[None] * 7
         rows = prod((len(dy), *dy.shape[2:]))
         if _by_whole_weight(rows, flat_down.shape[1], dy.shape[1], len(down)):
-            gradient = conv2d_weight(x, weight.shape, dy, *geometry).flatten(1)
+            gradient = conv2d_weight(x, ctx.weights.base.shape, dy, *geometry).flatten(1)
             d_down, d_up = _factors(gradient, flat_down, flat_up, scale)
             d_down, d_up = d_down.view(down.shape), d_up.view(up.shape)
         else:
@@ -111,10 +135,3 @@ class _MergedConv2d(torch.autograd.Function):
             d_down = conv2d_weight(x, down.shape, conv2d_input(inner.shape, up, dy) * scale, *geometry)
             d_up = conv2d_weight(inner * scale, up.shape, dy)
         return dx, d_down, d_up, None, None, None, None, None
-
-
-def _differentiable(merged: Tensor, weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
-    """Return the merged weight, made again where the backward pass is itself differentiated (``create_graph``)."""
-    if not torch.is_grad_enabled():
-        return merged
-    return weight + scale * (up.flatten(1) @ down.flatten(1)).view(weight.shape)
