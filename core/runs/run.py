@@ -240,10 +240,8 @@ class Run(TrainingObserver):
                 f"raise max_train_steps above {trainer.step}",
             )
         if self.parts.processes.main:
-            write_text(
-                self.settings.output_dir / RESOLVED,
-                json.dumps(self.parts.config.resolved(), indent=2) + "\n",
-            )
+            resolved = json.dumps(self.parts.config.resolved(), indent=2)
+            write_text(self.settings.output_dir / RESOLVED, resolved + "\n")
 
     def _checkpoint(self, wanted: str | None) -> Path | None:
         """The checkpoint here that the settings ask for; None to start afresh."""
