@@ -45,6 +45,9 @@ SCORES = {
     "diversity_judge": "diversity ↑",
     "seconds_per_image": "seconds",
 }
+MINIATURE = ROOT / "model_families" / "assets" / "sdxl_miniature"
+RECIPE: dict[str, Any] = json.loads((MINIATURE / "recipe.json").read_text())
+OF_DMD2 = RECIPE["methods"]["dmd2"]
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "lcm": ("lcm", {}),
     "pcm": ("pcm", {}),
@@ -58,22 +61,18 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "lcm+dmd2": (
         "recipe",
         {
-            "learning_rate": 3e-4, "lr_end": 3e-5, "validation_num_inference_steps": 4,
+            **{key: OF_DMD2[key] for key in ("learning_rate", "lr_end", "validation_num_inference_steps")},
             "distillation_config.recipe.sampler": "lcm",
             "distillation_config.recipe.terms": json.dumps([
-                {"method": "lcm", "config": {
-                    "num_ddim_timesteps": 20, "w_min": 3.0, "w_max": 5.0, "loss_type": "huber"}},
-                {"method": "dmd2", "weight": 0.05, "config": {
-                    "guidance_scale": 3.0, "fake_updates_per_student_update": 2, "fake_score_learning_rate": 1e-3,
-                    "gan_weight": 0.1, "discriminator_learning_rate": 3e-3}},
+                {"method": "lcm", "config": RECIPE["distillation_config"]["lcm"]},
+                {"method": "dmd2", "weight": 0.05, "config": OF_DMD2["distillation_config"]["dmd2"]},
             ]),
         },
     ),
 }  # fmt: skip
 """Row of the table -> method and what is set beside the miniature's own recipe."""
-IMAGES = ROOT / "model_families" / "assets" / "emoji_scenes"
-PAIR_STEPS = 16
-PAIR_COST = 2 * PAIR_STEPS
+PAIRS: dict[str, Any] = {**RECIPE["methods"]["kd"]["data"][0], "num_pairs_per_prompt": 1}
+PAIR_COST = 2 * PAIRS["num_inference_steps"]
 """Network evaluations of a noise-image pair of the teacher, with guidance, by DPM++ 2M."""
 PAIRS_SHARE = 0.5
 """Of a budget: what `kd` spends on pairs, before it trains."""
@@ -108,23 +107,21 @@ def run(name: str, output: Path, *, seed: int, steps: int) -> None:
     print(f"{output.name}: {steps} steps in {time.monotonic() - started:.0f} s", flush=True)
 
 
-def write_pairs(budget: float, folder: Path) -> float:
-    """Write the data of `kd`, with as many pairs as its share of the budget pays for; what is left for training."""
-    count = int(PAIRS_SHARE * budget / PAIR_COST)
-    pairs = {
-        "id": "pairs", "dataset_type": "distillation_cache", "num_pairs_per_prompt": 1,
-        "num_inference_steps": PAIR_STEPS, "solver": "dpm++", "guidance_scale": 3.0,
-    }  # fmt: skip
-    images = {"id": "emoji-scenes", "type": "local", "instance_data_dir": str(IMAGES), "max_num_samples": count}
+def write_pairs(count: int, folder: Path) -> None:
+    """Write the data of `kd` with so many pairs."""
+    (images,) = RECIPE["data"]
+    place = str((MINIATURE / images["instance_data_dir"]).resolve())
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / PAIRS_FILE).write_text(json.dumps([pairs, images], indent=1) + "\n")
-    return budget - count * PAIR_COST
+    entries = [PAIRS, {**images, "instance_data_dir": place, "max_num_samples": count}]
+    (folder / PAIRS_FILE).write_text(json.dumps(entries, indent=1) + "\n")
 
 
 def steps_for(name: str, budget: float, folder: Path) -> int:
     """As many optimizer steps as the budget pays for, by a short run."""
     if name.startswith("kd"):
-        budget = write_pairs(budget, folder)
+        count = int(PAIRS_SHARE * budget / PAIR_COST)
+        write_pairs(count, folder)
+        budget -= count * PAIR_COST
     probe = folder / f"{name}-probe"
     run(name, probe, seed=0, steps=PROBE_STEPS)
     found = json.loads((probe / "evaluations.json").read_text())
@@ -137,7 +134,7 @@ def train(
     """Every row's student for every seed: the steps of each row, and the folder of each student."""
     cells = [(name, seed) for seed in seeds for name in names]
     if num_steps:
-        write_pairs(num_steps * PAIR_COST / PAIRS_SHARE, folder)
+        write_pairs(num_steps, folder)
     with ThreadPoolExecutor(jobs) as pool:
         found = pool.map(lambda name: num_steps or steps_for(name, budget, folder), names)
         steps = dict(zip(names, found, strict=True))

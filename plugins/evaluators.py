@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 BATCH = 128
 CLASSIFIER_FOLDER = "judge"
 QUESTIONS = ("things", "colours", "relation", "place", "time")
-SCENE_SCORES = (*(f"{question}_right_judge" for question in QUESTIONS), "image_quality_judge")
 """What the judge of scenes answers, each by itself."""
+SCENE_SCORES = (*(f"{question}_right_judge" for question in QUESTIONS), "image_quality_judge")
+"""Scores that it alone gives."""
 FEWEST_DATA = 2
 """Number of images on either side that a distance between distributions needs."""
 WITHOUT_TEACHER = "it compares with the full teacher's images, of which there are none"

@@ -165,9 +165,11 @@ def test_a_pass_saves_no_weights_and_an_adapter_may_not_change_before_its_backwa
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t), switch.use("student"):
         output = network(x.requires_grad_())
-    merged = {layer.base_layer.weight.data_ptr() for _, layer in tuner_layers(network)}
+        layers = [layer for _, layer in tuner_layers(network)]
+        weights = {each.data_ptr() for layer in layers for each in (layer.base_layer.weight, layer.merged_weight)}
     assert saved
-    assert merged.isdisjoint(each.data_ptr() for each in saved)
+    assert len(weights) == 2 * 4, "of four layers"
+    assert weights.isdisjoint(each.data_ptr() for each in saved)
     for name, parameter in network.named_parameters():
         parameter.requires_grad_("first" in name and "lora_" in name)
     with switch.use("student"):

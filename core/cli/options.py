@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UnreachableError, UserError
-from ..utils.collection import pause_collection, resume_collection
+from ..utils.collection import collection_paused
 
 if TYPE_CHECKING:
     from ..registry.registry import Registry
@@ -122,12 +122,11 @@ def looks_only(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def wrapper(*arguments: Any, **values: Any) -> None:
         before = os.environ.get(NO_COMPILER)
-        pause_collection()
         os.environ[NO_COMPILER] = "1"
         try:
-            command(*arguments, **values)
+            with collection_paused():
+                command(*arguments, **values)
         finally:
-            resume_collection()
             os.environ.pop(NO_COMPILER)
             if before is not None:
                 os.environ[NO_COMPILER] = before

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..utils.collection import pause_collection, resume_collection
+from ..utils.collection import collection_paused
 from .options import Given, takes_configuration
 
 if TYPE_CHECKING:
@@ -31,8 +31,7 @@ def run(
 
     Without --model it uses the miniature that ships with the family, and its images.
     """
-    pause_collection()  # until the run has looked at everything and begins with its data
-    try:
+    with collection_paused():  # until the run has looked at everything and begins with its data
         configuration, registry = given.load(overwrite=overwrite, profile=profile)
         if dry_run:
             from .plan import print_plan
@@ -42,8 +41,6 @@ def run(
         from ..runs.run import run as distil
 
         _report(distil(configuration, registry))
-    finally:
-        resume_collection()
 
 
 def _report(result: RunResult) -> None:

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _paused = False
 
 
-def pause_collection() -> None:
-    """Collect no cycles until :func:`resume_collection`; nothing, where the collector is off already."""
+@contextmanager
+def collection_paused() -> Iterator[None]:
+    """Collect no cycles inside the block, or until :func:`resume_collection`; where they are not anyway, do nothing."""
     global _paused
     if gc.isenabled():
         gc.disable()
         _paused = True
+    try:
+        yield
+    finally:
+        resume_collection()
 
 
 def resume_collection(*, for_good: bool = False) -> None:
-    """Collect cycles again, if they were not because of :func:`pause_collection`.
+    """Collect cycles again, if they were not because of :func:`collection_paused`.
 
     Args:
         for_good: Never look through what was made by now: the process keeps it to its end. Else it counts as old.
