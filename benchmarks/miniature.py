@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -286,6 +287,19 @@ def fit_teacher(
     fit(teacher, loss, save, steps=steps, horizon=horizon, peak=peak, seed=seed)
 
 
+def optimizer_groups(teacher: nn.Module, muon: bool) -> list[tuple[Any, list[Tensor], dict[str, Any]]]:
+    """Optimizer, parameters and settings: all of them Adam's, or the matrices Muon's and the rest Adam's."""
+    of_muon = {
+        parameter: None for name, parameter in teacher.named_parameters()
+        if muon and parameter.ndim == 2 and "embed" not in name
+    }  # fmt: skip
+    rest = [parameter for parameter in teacher.parameters() if parameter not in of_muon]
+    groups = [(torch.optim.AdamW, rest, {"betas": (0.9, 0.99), "fused": True})]
+    if of_muon:
+        groups.append((torch.optim.Muon, list(of_muon), {"adjust_lr_fn": "match_rms_adamw"}))
+    return groups
+
+
 def fit(
     teacher: Network,
     loss_of: Callable[[Tensor], Tensor],
@@ -298,6 +312,7 @@ def fit(
     batch_size: int = 64,
     resume: Path | None = None,
     count: int = POOL_SIZE,
+    muon: bool = False,
 ) -> None:
     """The first `steps` of a learning rate that decays over `horizon` steps; the EMA of the weights is saved.
 
@@ -312,14 +327,18 @@ def fit(
         batch_size: Samples of a step.
         count: Samples of the pool.
         resume: File that holds the state after every 100 steps, from which an interrupted training goes on.
+        muon: Steps of matrices, but for embeddings, are made orthogonal and as long as Adam's (arXiv 2502.16982).
     """
     average = deepcopy(teacher).requires_grad_(False)
     progress(f"teacher: {sum(p.numel() for p in teacher.parameters()) / 1e6:.2f}M parameters")
     parameters = list(teacher.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: decayed(s, horizon, warmup=200, decay_from=0.3))
+    optimizers, schedules = [], []
+    for kind, group, settings in optimizer_groups(teacher, muon):
+        optimizers.append(kind(group, lr=peak, weight_decay=0.01, **settings))
+        factor = partial(decayed, steps=horizon, warmup=200, decay_from=0.3)
+        schedules.append(torch.optim.lr_scheduler.LambdaLR(optimizers[-1], factor))
     losses: list[Tensor] = []
-    parts, done = (teacher, average, optimizer, schedule), 0
+    parts, done = (teacher, average, *optimizers, *schedules), 0
     if resume is not None and resume.is_file():
         done, generator, states = torch.load(resume, weights_only=True)
         torch.set_rng_state(generator)
@@ -329,11 +348,11 @@ def fit(
         if step <= done:
             continue
         loss = loss_of(index)
-        optimizer.zero_grad()
+        teacher.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
+        for part in (*optimizers, *schedules):
+            part.step()
         with torch.no_grad():
             torch._foreach_lerp_(list(average.parameters()), parameters, 1 - min(0.999, step / (step + 9)))
         losses.append(loss.detach())

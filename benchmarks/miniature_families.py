@@ -194,7 +194,7 @@ class SD3Teacher(ShiftedTeacher):
 TEACHERS: dict[str, tuple[type[Teacher], dict[str, Any]]] = {
     "sd2x": (SD2Teacher, {"steps": 2200, "peak": 8e-4, "seed": 11, "batch_size": 64}),
     "sd3": (SD3Teacher, {"steps": 3700, "peak": 1e-3, "seed": 12, "batch_size": 256}),
-    "z-image": (ZImageTeacher, {"steps": 12000, "peak": 1e-3, "seed": 13, "batch_size": 64}),
+    "z-image": (ZImageTeacher, {"steps": 12000, "peak": 1e-3, "seed": 13, "batch_size": 64, "muon": True}),
 }
 """Family -> its teacher, and how it is trained."""
 
@@ -208,13 +208,14 @@ def train(
     half: bool = False,
     compiled: bool = False,
     begin: Path | None = None,
+    peak: float | None = None,
 ) -> None:
     """Train the family's miniature and write it to the assets; with bf16 products, and compiled blocks, if asked.
 
     Without a state of its own in `work` it begins with the weights in `begin`, a folder of each part's safetensors.
     """
     kind, settings = TEACHERS[family]
-    settings = {**settings, "steps": steps or settings["steps"]}
+    settings = {**settings, "steps": steps or settings["steps"], "peak": peak or settings["peak"]}
     torch.manual_seed(settings["seed"])
     torch.set_float32_matmul_precision("high")  # tf32, on devices that have it
     scenes = Scenes(work, device)
@@ -222,7 +223,7 @@ def train(
 
     if begin is not None:
         for file in begin.glob("*/*.safetensors"):
-            getattr(teacher, file.parent.name).load_state_dict(load_file(file))
+            teacher.begin(file.parent.name, load_file(file))
     if compiled:
         compile_blocks(teacher.blocks())
 
@@ -246,13 +247,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--compile", action="store_true", help="compile the denoiser's blocks (z-image)")
     parser.add_argument("--begin", type=Path, help="folder of weights to begin with, PART/*.safetensors")
     parser.add_argument("--steps", type=int, help="training steps, in place of the stage's own number")
+    parser.add_argument("--peak", type=float, help="highest learning rate, in place of the stage's own")
     parser.add_argument("--samples", type=int, default=1000, help="images per row of the report")
     parser.add_argument("--guidance", type=float, help="of the report, in place of the miniature's own")
     parser.add_argument("--sampler-steps", default="1,2,4,8,50", help="rows of the report")
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
     if given.stage != "report":
-        kinds = {"half": given.half, "compiled": given.compile, "begin": given.begin}
+        kinds = {"half": given.half, "compiled": given.compile, "begin": given.begin, "peak": given.peak}
         train(given.stage, given.work, steps=given.steps, device=given.device, **kinds)
         return
     kind, _ = TEACHERS[given.family]

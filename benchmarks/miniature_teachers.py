@@ -58,6 +58,10 @@ class Teacher(nn.Module):
     def pipeline(self, vae: Any) -> Any:
         """The diffusers pipeline of these weights."""
 
+    def begin(self, part: str, state: dict[str, Tensor]) -> None:
+        """Load the weights of the part of this name to train on from them."""
+        getattr(self, part).load_state_dict(state)
+
     def blocks(self) -> list[nn.Module]:
         """The denoiser's blocks, which may be compiled one by one; none where that was not tried."""
         return []

@@ -59,7 +59,7 @@ class ZImageTeacher(ShiftedTeacher):
     guidance = 3.5
     """The pipeline's, one less than that of other families."""
 
-    def __init__(self, scenes: Scenes, *, depth: int = 5, heads: int = 4) -> None:
+    def __init__(self, scenes: Scenes, *, depth: int = 8, heads: int = 4) -> None:
         super().__init__()
         self.tokenizer = new_llm_tokenizer(scenes.captions[:-1])
         self.text_encoder = Qwen3Model(
@@ -85,6 +85,25 @@ class ZImageTeacher(ShiftedTeacher):
         tokens = self.tokenizer(written, **kinds).to(scenes.device)
         assert tokens.attention_mask.sum(dim=1).max() < TOKENS, "no caption is cut"
         self.tokens, self.mask = tokens.input_ids, tokens.attention_mask.bool()
+
+    def begin(self, part: str, state: dict[str, Tensor]) -> None:
+        """Load a part's weights; a transformer of fewer blocks has some of its own doubled, the copies adding nothing.
+
+        A copy begins as the block before it, but for the norms through which it adds to the stream, which are zero.
+        """
+        if part == "transformer":
+            depth = len(self.transformer.layers)
+            given = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("layers."))
+            source = [layer * given // depth for layer in range(depth)]
+            grown = {name: value for name, value in state.items() if not name.startswith("layers.")}
+            for layer, old in enumerate(source):
+                copied = layer > 0 and source[layer - 1] == old
+                for name in [name for name in state if name.startswith(f"layers.{old}.")]:
+                    silent = copied and name.endswith((".attention_norm2.weight", ".ffn_norm2.weight"))
+                    value = torch.zeros_like(state[name]) if silent else state[name]
+                    grown[f"layers.{layer}.{name.split('.', 2)[2]}"] = value
+            state = grown
+        super().begin(part, state)
 
     def embeds(self, captions: Tensor) -> list[Tensor]:
         """What the pipeline encodes captions to: states (T_i, D) of each."""

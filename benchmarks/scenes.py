@@ -447,7 +447,7 @@ def train_unet(
 
     miniature.fit(
         teacher, loss, save, steps=steps, horizon=horizon, peak=peak, seed=6, batch_size=batch_size,
-        resume=work / "unet.pt", count=len(data.captions),
+        resume=work / "unet.pt", count=len(data.captions), muon=True,
     )  # fmt: skip
 
 
