@@ -51,6 +51,24 @@ def _merges(learner: Tokenizer) -> list[tuple[str, ...]]:
     return [tuple(merge) for merge in json.loads(learner.to_str())["model"]["merges"]]
 
 
+def deeper(state: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
+    """Weights of a transformer of `depth` blocks that does what this one of fewer does.
+
+    Some blocks are there twice; the second begins as the first, but for the norms through which it adds to the stream,
+    which are zero.
+    """
+    given = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("layers."))
+    source = [layer * given // depth for layer in range(depth)]
+    grown = {name: value for name, value in state.items() if not name.startswith("layers.")}
+    for layer, old in enumerate(source):
+        doubled = layer > 0 and source[layer - 1] == old
+        for name, value in state.items():
+            if name.startswith(f"layers.{old}."):
+                silent = doubled and name.endswith((".attention_norm2.weight", ".ffn_norm2.weight"))
+                grown[f"layers.{layer}.{name.split('.', 2)[2]}"] = torch.zeros_like(value) if silent else value
+    return grown
+
+
 class ZImageTeacher(ShiftedTeacher):
     """Z-Image in small: refiners of text and latents, blocks of one stream, rotary ids of three axes, a Qwen3."""
 
@@ -87,23 +105,8 @@ class ZImageTeacher(ShiftedTeacher):
         self.tokens, self.mask = tokens.input_ids, tokens.attention_mask.bool()
 
     def begin(self, part: str, state: dict[str, Tensor]) -> None:
-        """Load a part's weights; a transformer of fewer blocks has some of its own doubled, the copies adding nothing.
-
-        A copy begins as the block before it, but for the norms through which it adds to the stream, which are zero.
-        """
-        if part == "transformer":
-            depth = len(self.transformer.layers)
-            given = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("layers."))
-            source = [layer * given // depth for layer in range(depth)]
-            grown = {name: value for name, value in state.items() if not name.startswith("layers.")}
-            for layer, old in enumerate(source):
-                copied = layer > 0 and source[layer - 1] == old
-                for name in [name for name in state if name.startswith(f"layers.{old}.")]:
-                    silent = copied and name.endswith((".attention_norm2.weight", ".ffn_norm2.weight"))
-                    value = torch.zeros_like(state[name]) if silent else state[name]
-                    grown[f"layers.{layer}.{name.split('.', 2)[2]}"] = value
-            state = grown
-        super().begin(part, state)
+        """Load a part's weights; a transformer of fewer blocks is made deeper."""
+        super().begin(part, deeper(state, len(self.transformer.layers)) if part == "transformer" else state)
 
     def embeds(self, captions: Tensor) -> list[Tensor]:
         """What the pipeline encodes captions to: states (T_i, D) of each."""
