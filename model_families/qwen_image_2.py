@@ -46,7 +46,7 @@ class QwenImage2(OneByOneFamily, QwenFamily):
     """Qwen-Image 2.1 and its fine-tunes for text to image."""
 
     name: ClassVar[str] = "qwen-image-2"
-    aliases: ClassVar[tuple[str, ...]] = ("qwen_image_2", "qwen-image-2.1")
+    aliases: ClassVar[tuple[str, ...]] = ("qwen_image_2", "qwen-image-2-1")
     capabilities: ClassVar[Capabilities] = Capabilities(
         lora=True, full=True, second_time=True, features=True, quantised_base=True, quantised_text_encoders=1
     )

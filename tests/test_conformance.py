@@ -20,7 +20,9 @@ from support.networks import MeanRed, network_file
 from support.recipes import term
 from support.s3_server import KEY_ID, REGION, SECRET, s3, s3_server  # noqa: F401 - fixtures
 from support.sources import write_csv, write_jsonl, write_parquet, write_shards
-from support.tiny_families import MODELS
+from support.tiny_families import MODELS, NEWER
+from support.tiny_lumina2 import write_tiny_lumina2
+from support.tiny_qwen import write_tiny_qwen_image_2
 from support.tiny_sdxl import write_tiny_sdxl
 
 # -- what ships -------------------------------------------------------------------------------------------------------
@@ -47,6 +49,9 @@ def shards(images, root):
 EXAMPLES = {
     "method recipe": lambda: {"terms": [term("pcm", 1.0, adversarial_weight=0.0)]},
     "method reward": lambda: {"network": network_file(MeanRed)},
+    **{f"family {tiny.family}": tiny.write for tiny in NEWER.values()},
+    "family qwen-image-2": partial(write_tiny_qwen_image_2, levels=5),
+    "family lumina2": partial(write_tiny_lumina2, levels=4),
     "family sdxl": partial(write_tiny_sdxl, layers_per_block=1),
     "family sd1x": MODELS["sd1x"].write,
     "family sd2x": MODELS["sd2x-v"].write,

@@ -13,6 +13,7 @@ from distill.core.engine.networks import Networks
 from distill.core.errors import UserError
 from distill.core.plugin_api.family import ExportInfo, LoraSettings, ModelSettings
 from distill.core.plugin_api.method import Role
+from distill.core.plugin_api.precision import BASE, Precisions
 from distill.core.registry.registry import Registry
 from support.tiny_families import EDGE, MODELS
 from support.tiny_parts import SHORT
@@ -79,11 +80,13 @@ def test_a_description_gives_what_the_models_own_family_gives(known):
     assert ours.keys() == embeds.keys()
     for key, expected in embeds.items():
         torch.testing.assert_close(ours[key], expected)
-    network, x_t = own.load_network(), torch.randn(2, own.latent_channels, 16, 16)
-    times = torch.tensor([312.5, 987.0])
+    network, times = own.load_network(), torch.tensor([312.5, 987.0])
+    double, x_t = own.load_network().double(), torch.randn(2, own.latent_channels, 16, 16, dtype=torch.float64)
+    exact = {key: value.double() for key, value in embeds.items()}
     with torch.no_grad():
-        expected = own.predict(network, x_t, times, embeds)
-        torch.testing.assert_close(generic.predict(network, x_t, times, embeds), expected)
+        expected = own.predict(double, x_t, times, exact)
+        found = generic.predict(double, x_t, times, exact)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-11 * float(expected.abs().max()))
     call = {"sampler": None, "seeds": [3, 8], "width": EDGE, "height": EDGE, "num_inference_steps": 3}
     for scale in (1.0, 4.0):
         theirs = own.generate(network, embeds, guidance_scale=scale, **call)
@@ -130,7 +133,6 @@ def test_without_a_description_the_pipelines_own_calls_are_proposed(unknown):
         ({"time_input": "reversed"}, r"timestep is 1\.0, not 0\.0"),
         ({"output": "negated"}, r"the negative of the one described \(output\)"),
         ({"guidance_offset": 1.0}, r"it guides otherwise than uncond \+ s \(cond - uncond\)"),
-        ({"uncond": "zeros"}, None),
         ({"embeddings": ["-", "prompt_embeds"]}, r"returns no tensor for prompt_embeds"),
         ({"guidance_argument": "true_cfg_scale"}, r"OvisImagePipeline takes no true_cfg_scale"),
         ({"denoiser_call": {**OVIS["denoiser_call"], "txt_ids": "text_ids"}}, r"txt_ids is a tensor \(200, 3\), not"),
@@ -143,11 +145,30 @@ def test_without_a_description_the_pipelines_own_calls_are_proposed(unknown):
     ],
 )  # fmt: skip
 def test_a_description_that_is_not_the_pipelines_is_refused(ovis, wrong, said):
-    if said is None:  # the model's own choice, for which the pipeline has no word: it is given zeros
-        used(described(ovis, {**OVIS, **wrong}))
-        return
     with pytest.raises(UserError, match=said):
         used(described(ovis, {**OVIS, **wrong}))
+
+
+def test_zeros_may_be_the_unconditional_for_which_the_pipeline_has_no_word(ovis):
+    family = described(ovis, {**OVIS, "uncond": "zeros"})
+    used(family)
+    embeds = family.encode_prompts(PROMPTS)
+    assert not any(value.any() for key, value in family.uncond(embeds).items() if key.startswith("prompt_embeds"))
+    expected = described(ovis, OVIS).encode_prompts([""])
+    assert torch.equal(described(ovis, OVIS).uncond(embeds)["prompt_embeds"][0], expected["prompt_embeds"][0])
+
+
+def test_a_quantised_base_says_about_the_same(ovis):
+    kind = Registry.load(installed=False).get("quantizer", "int8-quanto")
+    family, plain = described(ovis, OVIS, precision=Precisions({BASE: kind(kind.Config())})), described(ovis, OVIS)
+    embeds, times = plain.encode_prompts(PROMPTS), torch.tensor([312.5, 987.0])
+    x_t = torch.randn(2, plain.latent_channels, EDGE // plain.scale_factor, EDGE // plain.scale_factor)
+    with torch.no_grad():
+        expected = plain.predict(plain.load_network(), x_t, times, embeds)
+        quantised = family.predict(family.load_network(), x_t, times, embeds)
+    before, after = family.settings.precision.stored(BASE)
+    assert after < 0.8 * before
+    assert 0 < (quantised - expected).norm() < 0.1 * expected.norm()
 
 
 def test_layers_inside_the_blocks_are_adapted_unless_some_are_named(ovis):

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from distill.core.diffusion.sampler import Sampler
+from distill.core.engine.lora_layers import without_weights
 from distill.core.errors import UserError
 from distill.core.plugin_api.family import ExportInfo, LoraSettings, ModelSettings
 from distill.core.plugin_api.publisher import PublishSetting
@@ -21,7 +22,7 @@ from distill.plugins.kohya import Kohya
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.original_sdxl import unet_key
-from support.tiny_families import MODELS, Tiny
+from support.tiny_families import MODELS, NEWER, Tiny
 from support.tiny_sdxl import EDGE, write_tiny_sdxl
 
 RANK, ALPHA = 4, 12.0
@@ -40,7 +41,10 @@ def write_student(family, folder, *, targets=None, sampler=SAMPLER, metadata=Non
     from peft import LoraConfig
 
     network = family.load_network()
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(targets or family.lora_targets))
+    targets = list(targets or family.lora_targets)
+    config = LoraConfig(
+        r=RANK, lora_alpha=ALPHA, target_modules=targets, exclude_modules=without_weights(network, targets) or None
+    )
     network.add_adapter(config, adapter_name="student")
     generator = torch.Generator().manual_seed(0)
     for key, parameter in network.named_parameters():
@@ -197,9 +201,37 @@ def test_an_sd3_file_is_for_comfyui_and_comes_back_whole(tmp_path):
         torch.testing.assert_close(ours[up] @ ours[name], beside[up] @ beside[name], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == "z-image" else pytest.mark.slow) for name in NEWER]
+)
+def test_a_newer_familys_file_is_read_back_as_its_students_own(name, tmp_path):
+    """Fused into the teacher (`teacher_lora`) both change the same weights by the same."""
+    tiny = NEWER[name]
+    model = tiny.write(tmp_path / "model")
+    family = tiny.make(model)
+    if family.architecture.kohya is None:
+        setting = PublishSetting("fox", "lora", type(family), lambda: family)
+        assert Kohya(Kohya.Config(), setting).problems()
+        return
+    sampler = FLOW if family.prediction_type == "flow" else SAMPLER
+    student = write_student(family, tmp_path / "out" / "student", sampler=sampler)
+    publish(family, student)
+    own, ours = (
+        tiny.make(model, teacher_lora=((str(lora), 1.0),)).load_network().state_dict()
+        for lora in (student, tmp_path / "out" / "fox-kohya.safetensors")
+    )
+    without = family.load_network().state_dict()
+    changed = [key for key, value in own.items() if not torch.equal(value, without[key])]
+    adapted = sum(key.endswith(".lora_A.weight") for key in load_file(student / WEIGHTS))
+    assert len(changed) == adapted
+    for key, value in own.items():
+        torch.testing.assert_close(ours[key], value, rtol=0, atol=1e-6)
+
+
 def test_kolors_file_comes_back_from_diffusers_reader(tmp_path):
     """From that of the first generation's pipeline, which Kolors' has as well."""
-    network = TINY_SDXL.make(write_tiny_sdxl(tmp_path / "model")).load_network()
+    tiny = NEWER["kolors"]
+    network = tiny.make(tiny.write(tmp_path / "model")).load_network()
     paths = [path for path, module in network.named_modules() if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)]
     layers = {path: kohya.Layer(torch.ones(1, 2), torch.ones(2, 1), 1.0) for path in paths if "attentions" in path}
     file = tmp_path / "kolors.safetensors"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import inspect
 import logging
 import math
 from abc import abstractmethod
@@ -204,8 +205,10 @@ class DiffusersModel(PromptTokens):
 
     @property
     def taken_channels(self) -> int:
-        """Number of channels of the latents that the denoiser takes."""
-        return int(self.denoiser_config["in_channels"])
+        """Number of channels of the latents that the denoiser takes: its config's, or else its class's own."""
+        if "in_channels" in self.denoiser_config:
+            return int(self.denoiser_config["in_channels"])
+        return int(inspect.signature(self.architecture.network_class().__init__).parameters["in_channels"].default)
 
     def _check_vae(self) -> None:
         if self.taken_channels != self.latent_channels:

@@ -14,8 +14,11 @@ LENGTH = 244
 """Tokens that are read of a prompt, of which the system prompt takes 176, a token per letter."""
 
 
-def write_tiny_lumina2(folder: Path, *, shift: float = 6.0) -> Path:
-    """A random tiny Lumina-Image 2.0, whose tokenizer pads on the left unless told otherwise, as Gemma's."""
+def write_tiny_lumina2(folder: Path, *, shift: float = 6.0, levels: int = 2) -> Path:
+    """A random tiny Lumina-Image 2.0, whose tokenizer pads on the left unless told otherwise, as Gemma's.
+
+    With four levels its autoencoder compresses as the published one.
+    """
     from diffusers import FlowMatchEulerDiscreteScheduler, Lumina2Pipeline, Lumina2Transformer2DModel
 
     config: dict[str, Any] = {
@@ -25,7 +28,7 @@ def write_tiny_lumina2(folder: Path, *, shift: float = 6.0) -> Path:
     }  # fmt: skip
     Lumina2Pipeline(
         transformer=seeded(lambda: Lumina2Transformer2DModel(**config)),
-        vae=flow_vae(),
+        vae=flow_vae(levels),
         text_encoder=llm("Gemma2Model", WIDTH),
         tokenizer=write_llm_tokenizer(folder / "tokenizer"),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),

@@ -149,11 +149,13 @@ T5_WIDTH = sum(WIDTHS) + 16
 """More than both CLIP encoders together, so that their states are padded."""
 
 
-def flow_vae(**changes: Any) -> Any:
+def flow_vae(levels: int = 2, **changes: Any) -> Any:
     from diffusers import AutoencoderKL
 
     own = {"latent_channels": CHANNELS, "scaling_factor": 1.5305, "shift_factor": 0.0609}
     config = {**tiny_sdxl.vae_config(), **own, "use_quant_conv": False, "use_post_quant_conv": False, **changes}
+    for key in ("block_out_channels", "down_block_types", "up_block_types"):
+        config[key] = (config[key][0],) * (levels - 1) + config[key][1:]
     return seeded(lambda: AutoencoderKL(**config))
 
 

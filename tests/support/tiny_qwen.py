@@ -87,8 +87,8 @@ def write_tiny_qwen_image(folder: Path) -> Path:
     return folder
 
 
-def write_tiny_qwen_image_2(folder: Path) -> Path:
-    """A random tiny Qwen-Image 2.1."""
+def write_tiny_qwen_image_2(folder: Path, *, levels: int = 2) -> Path:
+    """A random tiny Qwen-Image 2.1; with five levels its autoencoder compresses as the published one."""
     from diffusers import (
         AutoencoderKLQwenImage21,
         FlowMatchEulerDiscreteScheduler,
@@ -97,8 +97,8 @@ def write_tiny_qwen_image_2(folder: Path) -> Path:
     )
 
     vae: dict[str, Any] = {
-        "base_dim": 8, "decoder_base_dim": 12, "z_dim": CHANNELS, "dim_mult": [2, 2], "num_res_blocks": 1,
-        "temperal_downsample": [False], "scale_factor_spatial": SCALE_FACTOR,
+        "base_dim": 8, "decoder_base_dim": 12, "z_dim": CHANNELS, "dim_mult": [2] * levels, "num_res_blocks": 1,
+        "temperal_downsample": [False] * (levels - 1), "scale_factor_spatial": SCALE_FACTOR ** (levels - 1),
     }  # fmt: skip
     transformer: dict[str, Any] = {
         "in_channels": CHANNELS, "out_channels": CHANNELS, "num_layers": 3, "attention_head_dim": 16,
