@@ -35,6 +35,7 @@ def checks(subject: Subject) -> list[Named]:
     found: list[Named] = [
         ("it knows its model", partial(_source, model)),
         ("prompts are encoded", partial(_prompts, model)),
+        ("the length of prompts is known", partial(_prompt_length, model)),
         ("the unconditional counterpart fits", partial(_uncond, model)),
         ("images are encoded and decoded", partial(_images, model)),
         ("predict gives an output for each sample", partial(_predict, model)),
@@ -94,6 +95,23 @@ def _prompts(model: Model) -> None:
     model.family.release_encoders()
     with failing("encode_prompts() after release_encoders()", "encoders load again when they are needed"):
         model.family.encode_prompts(PROMPTS[:1])
+
+
+def _prompt_length(model: Model) -> None:
+    """Check that what is counted beyond the longest prompt is what is cut off."""
+    with failing("max_prompt_tokens", "a run asks for it before it encodes captions"):
+        limit = model.family.max_prompt_tokens
+    if limit is None:
+        raise NotApplicable("max_prompt_tokens is None: prompts are read whole")
+    with failing("count_tokens()", "it takes a list of texts and loads no weights"):
+        counts = list(model.family.count_tokens(PROMPTS))
+    expect(limit > 0 and min(counts) > 0, f"max_prompt_tokens is {limit}, and count_tokens() says {counts} of "
+           f"{list(PROMPTS)}", "both count without marks of beginning and end")  # fmt: skip
+    whole = " ".join(PROMPTS[1:] * (2 + limit // counts[1]))
+    ends = [model.family.encode_prompts([f"{whole} {end}"]) for end in ("moon", "sun")]
+    cut = all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+    expect(cut, f"a prompt of more than {limit} tokens, max_prompt_tokens, is read to its end", "return None where "
+           "nothing is cut off")  # fmt: skip
 
 
 def _uncond(model: Model) -> None:

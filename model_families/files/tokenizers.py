@@ -20,7 +20,10 @@ def load_tokenizer(source: Source, part: str) -> Any:
     folders = source.configs if isinstance(source, FileSource) else source
     assert isinstance(folders, FolderSource)
     loaded = folders.load_tokenizer(part)
-    return getattr(loaded, "tokenizer", loaded)  # that of a processor
+    from transformers import PreTrainedTokenizerBase
+
+    # a processor has one; a tokenizer with an attribute of that name, as ChatGLM's, is one itself
+    return loaded if isinstance(loaded, PreTrainedTokenizerBase) else getattr(loaded, "tokenizer", loaded)
 
 
 class PromptTokens(ModelFamily):

@@ -200,6 +200,11 @@ FAMILIES = {
         "makes the same image",
         ["makes an image 0.", "away from the one before", "away from generate()'s"],
     ),
+    "tokens cannot be counted": (
+        'def count_tokens(self, prompts):\n        return "a tokenizer"(prompts)',
+        "the length of prompts",
+        ["count_tokens() raised", "it takes a list of texts and loads no weights"],
+    ),
     "the adapter is never off": (
         "def predict(self, network, x_t, time, cond, *, guidance=None, second_time=None):\n"
         "        for module in network.modules():\n"
