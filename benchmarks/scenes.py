@@ -509,7 +509,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu", help="as `cuda`, where there is one")
     parser.add_argument("--half", action="store_true", help="bf16 products: faster on processors with AMX")
-    parser.add_argument("--steps", type=int, help="of the optimizer, in place of the stage's own number")
+    steps = "of the optimizer, in place of the stage's own number; 0 of the autoencoder: latents of the pool alone"
+    parser.add_argument("--steps", type=int, help=steps)
     parser.add_argument("--begin", type=Path, help="weights to begin with: an autoencoder's folder; PART/*.safetensors")
     parser.add_argument("--horizon", type=int, help="steps after which the UNet's learning rate has decayed")
     parser.add_argument("--batch-size", type=int, default=48, help="of the UNet")
@@ -529,7 +530,7 @@ def main() -> None:
         case "data":
             make_data(given.work)
         case "vae":
-            train_vae(given.work, steps=given.steps or 5000, half=given.half, begin=given.begin)
+            train_vae(given.work, steps=5000 if given.steps is None else given.steps, half=given.half, begin=given.begin)
         case "judge":
             train_judge(given.work, steps=given.steps or 4000, half=given.half)
         case "text":
