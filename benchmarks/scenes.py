@@ -530,7 +530,9 @@ def main() -> None:
         case "data":
             make_data(given.work)
         case "vae":
-            train_vae(given.work, steps=5000 if given.steps is None else given.steps, half=given.half, begin=given.begin)
+            train_vae(
+                given.work, steps=5000 if given.steps is None else given.steps, half=given.half, begin=given.begin
+            )
         case "judge":
             train_judge(given.work, steps=given.steps or 4000, half=given.half)
         case "text":
