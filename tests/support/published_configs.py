@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from typing import Any
 
-KL8 = {"block_out_channels": [128, 256, 512, 512], "latent_channels": 4}
+KL8 = {
+    "block_out_channels": [128, 256, 512, 512], "latent_channels": 4, "layers_per_block": 2,
+    "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
+}  # fmt: skip
 KL16 = {**KL8, "latent_channels": 16}
 
 KL32 = {**KL8, "latent_channels": 32}
-KL_COGVIEW = {"block_out_channels": [128, 512, 1024, 1024], "latent_channels": 16}
+KL_COGVIEW = {**KL16, "block_out_channels": [128, 512, 1024, 1024]}
 
 SANA = {
     "in_channels": 32, "out_channels": 32, "attention_head_dim": 32, "caption_channels": 2304, "mlp_ratio": 2.5,
