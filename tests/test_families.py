@@ -21,6 +21,7 @@ from distill.core.plugin_api.family import ExportInfo, LoraSettings, MicroCondit
 from distill.core.plugin_api.precision import BASE, Precisions, text_encoder
 from distill.core.registry.registry import Registry
 from distill.model_families.calls.images import sample_latents
+from pydantic import ValidationError
 from support.config_files import distill, said
 from support.original_sdxl import write_single_file
 from support.tiny_families import EDGE, MODELS, NEWER, SCALE_FACTOR
@@ -592,6 +593,29 @@ def test_an_exported_student_makes_the_engines_images_in_the_plain_pipeline(mode
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
     reloaded = generate(again, loaded, sampler=sampler, num_inference_steps=None)
     torch.testing.assert_close(reloaded, ours, rtol=0, atol=2e-5)
+
+
+@pytest.mark.slow
+def test_a_smaller_student_makes_the_engines_images_in_the_plain_pipeline(model, tmp_path):
+    lists = getattr(type(model.family), "block_lists", None)
+    fewer = {"student_mid_block": False} if lists is None else {f"student_{key}": 1 for key in lists}
+    if not getattr(type(model.family), "smaller_students", True):
+        with pytest.raises(ValidationError, match="student_"):
+            model.tiny.make(model.folder, fewer)
+        return
+    family, sampler = model.tiny.make(model.folder, fewer), sampler_for(model.family)
+    teacher = family.load_network()
+    student = family.student_network(teacher, guidance_embedding=False, smaller=True)
+    assert count(student) < 0.9 * count(teacher)
+    ours = generate(family, student, sampler=sampler, num_inference_steps=None)
+    family.export(student, tmp_path, ExportInfo(sampler, "full"))
+    call = {**model.tiny.unguided, **family.snippet_call(ExportInfo(sampler, "full")), **sampler.call}
+    found = images(plain(tmp_path, model.tiny), **call, num_inference_steps=2)
+    torch.testing.assert_close(found, ours, rtol=0, atol=2e-5)
+
+
+def count(network):
+    return sum(parameter.numel() for parameter in network.parameters())
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
