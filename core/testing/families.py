@@ -308,11 +308,11 @@ def _export(model: Model, kind: Kind) -> None:
 def _diffusers(model: Model, kind: Kind) -> None:
     with _exported(model, kind) as (place, images), chdir(place):
         snippet = model.family.usage_snippet(_info(model, kind))
-        call = next((call for call in CALLS if call in snippet), None)
-        expect(call is not None, f"usage_snippet() has neither {' nor '.join(map(repr, CALLS))}",
+        call = next((call for call in CALLS if call in snippet), "")
+        expect(call, f"usage_snippet() has neither {' nor '.join(map(repr, CALLS))}",
                "say `image = pipe(prompt, ...).images[0]`")  # fmt: skip
         size = f"generator=_generator, width={model.edge}, height={model.edge}, "
-        own = str(call).replace("prompt, ", f"{PROMPTS[0]!r}, ") + size
+        own = call.replace("prompt, ", f"{PROMPTS[0]!r}, ") + size
         names = {"_generator": torch.Generator().manual_seed(SEEDS[0])}
         quiet = redirect_stderr(io.StringIO())  # progress bars
         with quiet, failing("usage_snippet()", "these are the lines that people paste; they must run"):
