@@ -237,16 +237,18 @@ def _shard_units(model: Model, teacher: nn.Module) -> None:
     """Compare the modules that are gathered one at a time with those that a forward pass calls."""
     names = list(model.family.shard_units(teacher))
     called: list[str] = []
+    passes: list[None] = []  # some networks are called for one sample at a time
     with failing("shard_units()", "it names modules of the network"):
         hooks = [
             teacher.get_submodule(name).register_forward_hook(lambda *_, name=name: called.append(name))
             for name in names
         ]
+    hooks.append(teacher.register_forward_hook(lambda *_: passes.append(None)))
     model.predict(teacher)
     for hook in hooks:
         hook.remove()
-    passes = max(1, len(called) // max(1, len(names)))  # some networks are called for one sample at a time
-    expect(called == names * passes, f"shard_units() names {names[:3]} ..., and a forward pass calls {called[:3]} ...",
+    said = f"shard_units() names {names[:3]} ..., and a forward pass calls {called[:3]} ..."
+    expect(called == names * len(passes), said,
            "name modules that are called once, in the order in which they are computed")  # fmt: skip
 
 
