@@ -23,6 +23,7 @@ from distill.core.registry.registry import Registry
 from distill.model_families.calls.images import sample_latents
 from pydantic import ValidationError
 from support.config_files import distill, said
+from support.in_float64 import ROUNDING, draw_as_in_float32, in_float64
 from support.original_sdxl import write_single_file
 from support.tiny_families import EDGE, MODELS, NEWER, SCALE_FACTOR
 from support.tiny_parts import SHORT, SIZES, on_white
@@ -529,15 +530,23 @@ def test_a_second_time_starts_without_effect_and_has_exact_derivatives(model):
 # -- images ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def float64_noise(monkeypatch):
+    draw_as_in_float32(monkeypatch)
+
+
+@pytest.mark.usefixtures("float64_noise")
 @pytest.mark.parametrize("guided", [False, True])
 def test_generate_equals_a_plain_call(model, guided):
+    """In float64, text encoders and autoencoder included."""
     arguments = model.tiny.guided if guided else model.tiny.unguided
     scale = model.tiny.scale(arguments)
-    ours = generate(model.family, model.family.load_network(), guidance_scale=scale)
-    expected = images(model.pipeline, **arguments)
-    assert ours.shape == (2, 3, EDGE, EDGE)
-    torch.testing.assert_close(ours, expected, rtol=0, atol=2e-5)
-    other = generate(model.family, model.family.load_network(), guidance_scale=2 * scale + 1)
+    family, pipeline = in_float64(model.tiny.make(model.folder)), plain(model.folder, model.tiny).to(torch.float64)
+    network = family.load_network()
+    ours = generate(family, network, guidance_scale=scale)
+    assert (ours.shape, ours.dtype) == ((2, 3, EDGE, EDGE), torch.float32)
+    torch.testing.assert_close(ours.double(), images(pipeline, **arguments), rtol=0, atol=ROUNDING)
+    other = generate(family, network, guidance_scale=2 * scale + 1)
     assert (other - ours).abs().max() > 1e-4, "guidance does something"
 
 
@@ -552,16 +561,17 @@ def sampler_for(family):
     return Sampler("DDIMScheduler", {"timestep_spacing": "trailing"}, 2, 0.0)
 
 
-def exported(family, folder, kind, sampler, *, second_time=False):
+def exported(family, folder, kind, sampler, *, second_time=False, dtype=torch.float32):
     """(the engine's images, the network) of a student that was exported to `folder`."""
     if kind == "lora":
-        network = with_adapter(family)
+        network = with_adapter(family).to(dtype)
     else:
         network = family.student_network(family.load_network(), guidance_embedding=False)
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for parameter in network.parameters():
                 parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+        network = network.to(dtype)  # after which they are numbers of float32, as which diffusers reads them
     if second_time:
         random_(family.add_second_time(network), std=0.3)
     ours = generate(family, network, sampler=sampler, num_inference_steps=None)
@@ -570,13 +580,15 @@ def exported(family, folder, kind, sampler, *, second_time=False):
     return ours
 
 
+@pytest.mark.usefixtures("float64_noise")
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_an_exported_student_makes_the_engines_images_in_the_plain_pipeline(model, tmp_path, kind):
+    """In float64; and a third time by the family, from the files."""
     import diffusers
 
-    family, sampler = model.tiny.make(model.folder), sampler_for(model.family)
-    ours = exported(family, tmp_path, kind, sampler)
-    pipeline = plain(model.folder if kind == "lora" else tmp_path, model.tiny)
+    family, sampler = in_float64(model.tiny.make(model.folder)), sampler_for(model.family)
+    ours = exported(family, tmp_path, kind, sampler, dtype=torch.float64)
+    pipeline = plain(model.folder if kind == "lora" else tmp_path, model.tiny).to(torch.float64)
     if kind == "lora":
         without = images(pipeline, **model.tiny.unguided)
         load_lora(pipeline, tmp_path)
@@ -587,12 +599,11 @@ def test_an_exported_student_makes_the_engines_images_in_the_plain_pipeline(mode
         assert trained == expected, "every layer was read"
     call = {**model.tiny.unguided, **family.snippet_call(ExportInfo(sampler, kind)), **sampler.call}
     call |= {"num_inference_steps": 2}
-    torch.testing.assert_close(images(pipeline, **call), ours, rtol=0, atol=2e-5)
-    again = model.tiny.make(model.folder)
-    loaded = again.load_student(tmp_path)
+    torch.testing.assert_close(images(pipeline, **call), ours.double(), rtol=0, atol=ROUNDING)
+    loaded = model.tiny.make(model.folder).load_student(tmp_path)
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
-    reloaded = generate(again, loaded, sampler=sampler, num_inference_steps=None)
-    torch.testing.assert_close(reloaded, ours, rtol=0, atol=2e-5)
+    reloaded = generate(family, loaded.double(), sampler=sampler, num_inference_steps=None)
+    torch.testing.assert_close(reloaded, ours, rtol=0, atol=ROUNDING)
 
 
 @pytest.mark.slow

@@ -83,8 +83,8 @@ def test_lumina2_writes_its_system_prompt_before_prompts_but_not_before_the_empt
     assert own.written(None, ["a fox"]) == ["Paint: <Prompt Start> a fox"]
     assert own.fingerprint("text") != family.fingerprint("text")
     lengths = own.encode_prompts(["a fox", ""])["prompt_attention_mask"].sum(dim=1).tolist()
-    assert lengths == [len("Paint: <Prompt Start> a fox"), 0]
-    assert own.encode_negative(["a fox"])["prompt_attention_mask"].sum() == len("a fox")
+    assert lengths == [1 + len("Paint: <Prompt Start> a fox"), 1]
+    assert own.encode_negative(["a fox"])["prompt_attention_mask"].sum() == 1 + len("a fox")
     assert own.max_prompt_tokens == 244 - len("Paint: <Prompt Start> ")
     sampler = Sampler("FlowMatchEulerDiscreteScheduler", {}, 2, 3.0)
     call = own.snippet_call(ExportInfo(sampler, "lora"))

@@ -15,6 +15,7 @@ from distill.core.plugin_api.family import ExportInfo, LoraSettings, ModelSettin
 from distill.core.plugin_api.method import Role
 from distill.core.plugin_api.precision import BASE, Precisions
 from distill.core.registry.registry import Registry
+from support.in_float64 import ROUNDING, draw_as_in_float32, in_float64
 from support.tiny_families import EDGE, MODELS
 from support.tiny_parts import SHORT
 from support.tiny_undescribed import OVIS, UNDESCRIBED, write_tiny_ovis
@@ -93,13 +94,16 @@ def test_a_description_gives_what_the_models_own_family_gives(known):
         torch.testing.assert_close(generic.generate(network, embeds, guidance_scale=scale, **call), theirs)
 
 
-def test_a_pipeline_without_a_family_makes_its_own_images(unknown):
+def test_a_pipeline_without_a_family_makes_its_own_images(unknown, monkeypatch):
+    """In float64, text encoders and autoencoder included."""
     import diffusers
 
+    draw_as_in_float32(monkeypatch)
     folder, description = unknown
     family = described(folder, description)
     family.check_source()
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
+    family = in_float64(family)
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder).to(torch.float64)
     pipeline.set_progress_bar_config(disable=True)
     further = {**description.get("pipeline_call", {}), **description["encode_call"]}
     sizes = {"width": EDGE, "height": EDGE, "num_inference_steps": 3}
@@ -112,7 +116,7 @@ def test_a_pipeline_without_a_family_makes_its_own_images(unknown):
             generator = torch.Generator().manual_seed(seed)
             call = {**sizes, **further, "guidance_scale": scale, "generator": generator, "output_type": "pt"}
             expected = pipeline(prompt, negative_prompt="", **call).images[0]
-            torch.testing.assert_close(image, expected, rtol=0, atol=2e-5)
+            torch.testing.assert_close(image.double(), expected, rtol=0, atol=ROUNDING)
 
 
 def test_without_a_description_the_pipelines_own_calls_are_proposed(unknown):
@@ -182,29 +186,32 @@ def test_layers_inside_the_blocks_are_adapted_unless_some_are_named(ovis):
     assert described(ovis, {**OVIS, "lora_layers": ["to_q"]}).lora_targets == ("to_q",)
 
 
-def test_a_full_student_is_a_model_of_its_pipeline(unknown, tmp_path):
+def test_a_full_student_is_a_model_of_its_pipeline(unknown, tmp_path, monkeypatch):
+    """In float64."""
     import diffusers
 
+    draw_as_in_float32(monkeypatch)
     folder, description = unknown
-    family = described(folder, description)
+    family = in_float64(described(folder, description))
     student = family.student_network(family.load_network(), guidance_embedding=False)
     with torch.no_grad():
         for weight in student.parameters():
             weight.mul_(1.01)
+    student = student.double()
     sampler = Sampler(
         "FlowMatchEulerDiscreteScheduler", {"shift": 1.0, "use_dynamic_shifting": False}, 2, 0.0, {"sigmas": [1.0, 0.6]}
     )
     embeds = family.encode_prompts(PROMPTS[:1])
     ours = family.generate(student, embeds, sampler=sampler, seeds=[3], width=EDGE, height=EDGE)
     family.export(student, tmp_path, ExportInfo(sampler, "full"))
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path).to(torch.float64)
     snippet = family.usage_snippet(ExportInfo(sampler, "full"))
     times = {"timesteps": [1000.0, 600.0]} if "timesteps=[1000.0, 600.0]" in snippet else {"sigmas": [1.0, 0.6]}
     further = {**description.get("pipeline_call", {}), **description["encode_call"]}
     call = {"width": EDGE, "height": EDGE, "num_inference_steps": 2, "guidance_scale": 1.0, **times, **further}
     generator = torch.Generator().manual_seed(3)
     expected = pipeline(PROMPTS[0], generator=generator, output_type="pt", **call).images
-    torch.testing.assert_close(ours, expected, rtol=0, atol=2e-5)
+    torch.testing.assert_close(ours.double(), expected, rtol=0, atol=ROUNDING)
 
 
 def test_a_lora_is_loaded_by_the_lines_of_its_card(unknown, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from distill.core.diffusion.sampler import Sampler
 from distill.core.plugin_api.family import MicroConditioning, ModelSettings
 from distill.model_families.bases.unet import LORA_TARGETS
 from distill.model_families.sdxl import SDXL
+from support.in_float64 import ROUNDING, draw_as_in_float32, in_float64
 from support.tiny_sdxl import EDGE, SCALE_FACTOR, write_tiny_sdxl
 
 PROMPTS = ["a red fox", "two blue boats on a lake in the evening sun", ""]
@@ -308,15 +309,23 @@ def test_guidance_embedding_is_diffusers_own(pipeline):
     torch.testing.assert_close(guidance_scale_embedding(w, 256), expected, rtol=0, atol=1e-6)
 
 
+@pytest.fixture(scope="module")
+def exact(tiny):
+    """(the family, its plain pipeline) in float64, text encoders and autoencoder included."""
+    return in_float64(make(tiny)), plain(tiny).to(torch.float64)
+
+
 @pytest.mark.parametrize("guidance", [0.0, 1.0, 4.0])
-def test_generate_equals_a_plain_pipeline_call(family, pipeline, guidance):
+def test_generate_equals_a_plain_pipeline_call(exact, monkeypatch, guidance):
+    draw_as_in_float32(monkeypatch)
+    family, pipeline = exact
     network, embeds, seeds = family.load_network(), family.encode_prompts(PROMPTS), [3, 1, 2]
     ours = family.generate(
         network, embeds, sampler=EULER, seeds=seeds, width=EDGE, height=EDGE, guidance_scale=guidance
     )
     expected = images(pipeline, PROMPTS, seeds, num_inference_steps=3, guidance_scale=guidance)
     assert ours.dtype == torch.float32
-    torch.testing.assert_close(ours, expected, rtol=0, atol=2e-5)
+    torch.testing.assert_close(ours.double(), expected, rtol=0, atol=ROUNDING)
 
 
 def test_generate_with_the_models_own_scheduler(family, pipeline):

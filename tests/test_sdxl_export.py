@@ -9,6 +9,7 @@ from distill.core.errors import UserError
 from distill.core.plugin_api.family import ExportInfo, ExtraLora, LoraSettings, ModelSettings
 from distill.model_families.bases.unet import LORA_TARGETS
 from distill.model_families.sdxl import SDXL
+from support.in_float64 import ROUNDING, draw_as_in_float32, in_float64
 from support.tiny_sdxl import EDGE, write_tiny_sdxl
 
 PROMPTS = ["a red fox", "two boats"]
@@ -98,13 +99,17 @@ def lcm(pipeline, folder):
 # -- LoRA -------------------------------------------------------------------------------------------------------------
 
 
-def test_an_exported_lora_makes_the_same_images_in_plain_diffusers(tiny, student):
-    """With alpha three times the rank, on convolutions and linear layers alike."""
-    folder, expected = student
-    pipeline = lcm(plain(tiny), folder)
+def test_an_exported_lora_makes_the_same_images_in_plain_diffusers(tiny, tmp_path, monkeypatch):
+    """With alpha three times the rank, on convolutions and linear layers alike; in float64."""
+    draw_as_in_float32(monkeypatch)
+    family = in_float64(make(tiny))
+    network = with_adapter(family.load_network(), "student").double()
+    expected = family.generate(network, family.encode_prompts(PROMPTS), sampler=LCM, seeds=SEEDS, **SIZE).double()
+    family.export(network, tmp_path, INFO)
+    pipeline = lcm(plain(tiny).to(torch.float64), tmp_path)
     without = make_images(pipeline)
-    pipeline.load_lora_weights(folder)
-    torch.testing.assert_close(make_images(pipeline), expected, rtol=0, atol=2e-5)
+    pipeline.load_lora_weights(tmp_path)
+    torch.testing.assert_close(make_images(pipeline), expected, rtol=0, atol=ROUNDING)
     assert (without - expected).abs().max() > 0.05, "the adapter does something"
     config = pipeline.unet.peft_config["default_0"]
     assert (config.r, config.lora_alpha) == (4, 4), "the scale is in the weights"
@@ -281,25 +286,26 @@ def test_loras_that_do_not_fit_are_refused(tiny, tmp_path):
 # -- full -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_full_student_with_a_guidance_embedding_reloads_and_equals(tiny, tmp_path):
-    """The pipeline feeds the scale minus one by itself; images differ between scales."""
-    family = make(tiny)
+def test_a_full_student_with_a_guidance_embedding_reloads_and_equals(tiny, tmp_path, monkeypatch):
+    """The pipeline feeds the scale minus one by itself; images differ between scales. In float64."""
+    draw_as_in_float32(monkeypatch)
+    family = in_float64(make(tiny))
     student = family.student_network(family.load_network(), guidance_embedding=True)
     torch.nn.init.normal_(student.time_embedding.cond_proj.weight, std=0.3, generator=torch.Generator().manual_seed(0))
+    student = student.double()
     sampler = Sampler("LCMScheduler", {"original_inference_steps": 50}, 3, 8.0)
     embeds = family.encode_prompts(PROMPTS)
     expected = family.generate(student, embeds, sampler=sampler, seeds=SEEDS, **SIZE)
     family.export(student, tmp_path, ExportInfo(sampler, "full", metadata={"method": "lcm"}))
-    pipeline = plain(tmp_path)
+    pipeline = plain(tmp_path).to(torch.float64)
     assert type(pipeline.scheduler).__name__ == "LCMScheduler"
     assert pipeline.unet.config.time_cond_proj_dim == 256
     assert pipeline.config.force_zeros_for_empty_prompt
-    torch.testing.assert_close(make_images(pipeline, guidance_scale=8.0), expected, rtol=0, atol=2e-5)
+    torch.testing.assert_close(make_images(pipeline, guidance_scale=8.0), expected.double(), rtol=0, atol=ROUNDING)
     assert (make_images(pipeline, guidance_scale=4.0) - expected).abs().max() > 1e-3
-    again = make(tiny)
-    reloaded = again.load_student(tmp_path)
-    ours = again.generate(reloaded, again.encode_prompts(PROMPTS), sampler=sampler, seeds=SEEDS, **SIZE)
-    torch.testing.assert_close(ours, expected, rtol=0, atol=2e-5)
+    reloaded = make(tiny).load_student(tmp_path).double()
+    ours = family.generate(reloaded, embeds, sampler=sampler, seeds=SEEDS, **SIZE)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=ROUNDING)
     assert (tmp_path / "metadata.json").is_file()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from support.tiny_llm import SPECIALS, llm, write_llm_tokenizer
+from support.tiny_llm import SPECIALS, begin_prompts, llm, write_llm_tokenizer
 from support.tiny_parts import CHANNELS, SIZES, Tiny, flow_vae, seeded
 
 WIDTH = 32
@@ -16,17 +16,12 @@ LENGTH = 60
 
 def write_glm4_tokenizer(folder: Path) -> Any:
     """A token per letter behind two marks; it pads on the left."""
-    from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
 
     letters = write_llm_tokenizer(folder)
-    marks = [(mark, letters.convert_tokens_to_ids(mark)) for mark in SPECIALS[1:]]
-    backend = letters.backend_tokenizer
-    backend.post_processor = TemplateProcessing(
-        single=" ".join([*(mark for mark, _ in marks), "$A"]), special_tokens=marks
-    )
+    begin_prompts(letters, SPECIALS[1:])
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token=SPECIALS[0], padding_side="left", model_max_length=512
+        tokenizer_object=letters.backend_tokenizer, pad_token=SPECIALS[0], padding_side="left", model_max_length=512
     )
     tokenizer.save_pretrained(folder)
     return tokenizer

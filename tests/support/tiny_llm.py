@@ -30,6 +30,16 @@ def write_llm_tokenizer(folder: Path, *, length: int = 512, special: tuple[str, 
     return Qwen2Tokenizer.from_pretrained(folder)
 
 
+def begin_prompts(tokenizer: Any, marks: tuple[str, ...]) -> None:
+    """Make a tokenizer put special tokens before each prompt, as Gemma's and GLM's, so that none is without tokens."""
+    from tokenizers.processors import TemplateProcessing
+
+    numbered = [(mark, tokenizer.convert_tokens_to_ids(mark)) for mark in marks]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=" ".join([*marks, "$A"]), special_tokens=numbered
+    )
+
+
 def llm(kind: str, width: int, *, seed: int = 0, **further: Any) -> Any:
     """A random language model of a class of transformers: three layers, two heads, embeddings that differ."""
     import torch

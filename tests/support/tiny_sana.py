@@ -9,8 +9,8 @@ from typing import Any
 from support.tiny_llm import llm
 from support.tiny_parts import CHANNELS, Tiny, seeded
 
-WIDTH = 32
-"""Of the language model's states."""
+WIDTH = 64
+"""Of the language model's states; a square, since Gemma multiplies by its root, a buffer that no cast makes exact."""
 LENGTH = 64
 """Tokens that are kept of a prompt."""
 SCALE = 0.41407
