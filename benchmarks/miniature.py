@@ -244,8 +244,14 @@ def teacher_loss(
     alphas_cumprod: Tensor,
     batch: tuple[Tensor, tuple[Tensor, Tensor], Tensor],
     dropout: float,
+    *,
+    floor: float = 0.0,
 ) -> Tensor:
-    """Noise prediction with min-SNR weights (arXiv 2303.09556, gamma = 5): min(5 / SNR, 1) |eps_hat - eps|^2."""
+    """Noise prediction with min-SNR weights (arXiv 2303.09556, gamma = 5): min(5 / SNR, 1) |eps_hat - eps|^2.
+
+    The error of x_0 so weighs min(SNR, 5), and `floor` more: where there is almost nothing but noise, and a scene's
+    layout is decided, it would weigh next to nothing.
+    """
     x_0, tokens, time_ids = batch
     noise, t = torch.randn(x_0.shape), torch.randint(0, 1000, (len(x_0),))
     signal = alphas_cumprod[t]
@@ -253,7 +259,8 @@ def teacher_loss(
     noisy = (alpha_t * x_0 + sigma_t * noise).contiguous(memory_format=torch.channels_last)
     keep = (torch.rand(len(x_0)) >= dropout).float()
     error = (teacher(noisy, t, tokens, time_ids, keep) - noise).square().mean(dim=(1, 2, 3))
-    return ((5 * (1 - signal) / signal).clamp(max=1) * error).mean()
+    noise_to_signal = (1 - signal) / signal
+    return (((5 * noise_to_signal).clamp(max=1) + floor * noise_to_signal) * error).mean()
 
 
 def train_unet(work: Path, *, steps: int = UNET_STEPS, horizon: int = 6000) -> None:

@@ -440,7 +440,7 @@ def train_unet(
 
     def loss(index: Tensor) -> Tensor:
         with half_precision(half, DEVICE):
-            return miniature.teacher_loss(teacher, alphas_cumprod, data.batch(index), 0.1)
+            return miniature.teacher_loss(teacher, alphas_cumprod, data.batch(index), 0.1, floor=0.15)
 
     def save(average: networks.Teacher) -> None:
         save_teacher(average, data.tokenizers, TEACHER)

@@ -315,11 +315,15 @@ class DiffusersFamily(EncoderMemory, LoraFiles):
         if info.model_type == "lora":
             exporting.export_lora(self.architecture, network, folder, info)
         else:
-            exporting.export_pipeline(
-                self.architecture, network, folder, scheduler, self._text_encoders(), self._autoencoder(), info=info,
-                arguments=self.pipeline_arguments(),
-            )  # fmt: skip
+            self._export_pipeline(network, folder, scheduler, self._autoencoder(), info)
         exporting.export_sampler(self.architecture, network, folder, scheduler, info)
+
+    def _export_pipeline(self, network: Any, folder: Path, scheduler: Any, vae: Any, info: ExportInfo) -> None:
+        text = self._text_encoders()
+        exporting.export_pipeline(
+            self.architecture, network, folder, scheduler, text, vae, info=info, arguments=self.pipeline_arguments()
+        )
+        exporting.file_encoders(folder, text, self._source.config)
 
     def export_fused(self, folder: Path) -> None:
         with working("fusing the denoiser"):
@@ -330,10 +334,7 @@ class DiffusersFamily(EncoderMemory, LoraFiles):
         with quiet_libraries():
             vae.to(getattr(torch, stored_precision(self._vae_source, "vae")))
         with whole_folder(folder) as partial, working(f"writing {folder.name}/"):
-            exporting.export_pipeline(
-                self.architecture, network, partial, self.scheduler(None), self._text_encoders(), vae, info=info,
-                arguments=self.pipeline_arguments(),
-            )  # fmt: skip
+            self._export_pipeline(network, partial, self.scheduler(None), vae, info)
 
     def load_student(self, folder: Path, *, extra_loras: Sequence[ExtraLora] = ()) -> nn.Module:
         loras = exporting.student_lora(self.architecture, folder)

@@ -19,7 +19,7 @@ from ..loras.plain_lora import scaled, scaled_dtype
 
 if TYPE_CHECKING:
     from ...core.plugin_api.family import ExportInfo
-    from ..files.architecture import Architecture
+    from ..files.architecture import Architecture, ReadConfig
     from ..files.source import TextEncoders
 
 FOLDED_SCALE = "lora_scale_in_weights"
@@ -133,7 +133,30 @@ def export_pipeline(
                 pipeline.register_modules(**{architecture.denoiser: _as_type(architecture, network, info.dtype)})
             pipeline.save_pretrained(folder, safe_serialization=True)
     if info.metadata:
-        (folder / "metadata.json").write_text(json.dumps(dict(info.metadata), indent=2) + "\n", encoding="utf-8")
+        _write(folder / "metadata.json", dict(info.metadata))
+
+
+def file_encoders(folder: Path, text: TextEncoders, read: ReadConfig) -> None:
+    """Write an encoder's config, and its class in ``model_index.json``, as the teacher's files have them where saving
+    made them others: an encoder of a whole (T5Gemma's) is loaded by the config of the whole alone.
+
+    Args:
+        folder: A pipeline that was saved.
+        text: The encoders in it.
+        read: Reads a JSON file of the teacher.
+    """
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    for part in text.encoders:
+        name = f"{part}/config.json"
+        own, filed = json.loads((folder / name).read_text(encoding="utf-8")), read(name)
+        if own.get("model_type") != filed.get("model_type"):
+            index[part] = read("model_index.json")[part]
+            _write(folder / name, {**filed, "dtype": own.get("dtype")})
+            _write(folder / "model_index.json", index)
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _as_type(architecture: Architecture, network: Any, dtype: str) -> nn.Module:

@@ -72,8 +72,7 @@ def _small(model: str, architecture: Architecture, part: str, config: Mapping[st
         config = small_autoencoder(config) if part == "vae" else small_denoiser(config, widths)
     try:
         if part in architecture.encoders:
-            kind = architecture.text_class(part)
-            network = kind(kind.config_class.from_dict(dict(config)))
+            network = architecture.new_encoder(part, config)
         else:
             kind = architecture.autoencoder_class() if part == "vae" else architecture.network_class()
             network = kind.from_config(dict(config))
@@ -100,7 +99,7 @@ def small_encoder(config: Mapping[str, Any], widths: dict[int, int]) -> dict[str
     """Return a text encoder's config with three layers of width 32; nested ones of text and images too."""
     found = dict(config)
     for key, value in config.items():
-        if isinstance(value, Mapping) and key.endswith("_config"):
+        if isinstance(value, Mapping) and (key.endswith("_config") or key in ("encoder", "decoder")):
             found[key] = small_encoder(value, widths)
         elif key in COUNTS and isinstance(value, int):
             found[key] = min(value, SMALLEST_ENCODER)

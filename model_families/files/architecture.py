@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -163,15 +164,25 @@ class Architecture:
         return getattr(diffusers, self.autoencoder)
 
     def text_class(self, part: str) -> Any:
-        """Return the class of a tokenizer or text encoder, in transformers or, where that has none, in diffusers."""
+        """Return the class of a tokenizer or text encoder, in transformers or, where that has none, in the package of
+        the pipeline in diffusers.
+        """
+        import diffusers
         import transformers
 
         name = {**self.tokenizers, **self.encoders}[part]
         if hasattr(transformers, name):
             return getattr(transformers, name)
-        from diffusers import pipelines
+        package = getattr(diffusers, self.pipeline).__module__.rpartition(".")[0]
+        return getattr(sys.modules[package], name)
 
-        return getattr(pipelines.kolors, name)
+    def new_encoder(self, part: str, config: Mapping[str, Any]) -> Any:
+        """Return a text encoder with the weights that its class begins with; `config` may be that of a whole of which
+        it is the encoder.
+        """
+        kind = self.text_class(part)
+        whole = kind.config_class.from_dict(dict(config))
+        return kind(whole.encoder if hasattr(whole, "encoder") else whole)
 
     def shell(self, **parts: Any) -> Any:
         """Return a pipeline of these parts alone; the others are absent."""

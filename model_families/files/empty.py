@@ -89,8 +89,7 @@ def _build(architecture: Architecture, part: str, config: Mapping[str, Any]) -> 
     with quiet_libraries(), torch.device("meta"):
         if part == "vae":
             return architecture.autoencoder_class().from_config(dict(config))
-        kind = architecture.text_class(part)
-        return kind(kind.config_class.from_dict(dict(config))).to("meta")  # some make their parts elsewhere
+        return architecture.new_encoder(part, config).to("meta")  # some make their parts elsewhere
 
 
 def by_name_of(network: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

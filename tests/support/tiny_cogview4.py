@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from support.tiny_llm import SPECIALS, begin_prompts, llm, write_llm_tokenizer
+from support.tiny_llm import SPECIALS, llm, write_llm_tokenizer
 from support.tiny_parts import CHANNELS, SIZES, Tiny, flow_vae, seeded
 
 WIDTH = 32
@@ -18,8 +18,7 @@ def write_glm4_tokenizer(folder: Path) -> Any:
     """A token per letter behind two marks; it pads on the left."""
     from transformers import PreTrainedTokenizerFast
 
-    letters = write_llm_tokenizer(folder)
-    begin_prompts(letters, SPECIALS[1:])
+    letters = write_llm_tokenizer(folder, begin=SPECIALS[1:])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=letters.backend_tokenizer, pad_token=SPECIALS[0], padding_side="left", model_max_length=512
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from support.tiny_llm import START, begin_prompts, llm, write_llm_tokenizer
+from support.tiny_llm import START, llm, write_llm_tokenizer
 from support.tiny_parts import CHANNELS, Tiny, flow_vae, seeded
 
 WIDTH = 16
@@ -34,9 +34,7 @@ def write_tiny_lumina2(folder: Path, *, shift: float = 6.0, levels: int = 2) -> 
         tokenizer=write_llm_tokenizer(folder / "tokenizer"),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
     ).save_pretrained(folder)
-    tokenizer = write_llm_tokenizer(folder / "tokenizer", padding_side="left")
-    begin_prompts(tokenizer, (START,))
-    tokenizer.save_pretrained(folder / "tokenizer")
+    write_llm_tokenizer(folder / "tokenizer", padding_side="left", begin=(START,))
     return folder
 
 

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from support.tiny_llm import llm, write_llm_tokenizer
-from support.tiny_parts import CHANNELS, T5_WIDTH, flow_vae, seeded, t5_parts
+from support.tiny_llm import START, llm, llm_settings, with_wide_embeddings, write_llm_tokenizer
+from support.tiny_parts import CHANNELS, flow_vae, seeded
 
-WIDTH = 32
+WIDTH, SQUARE = 32, 16
+"""Of the language models' states; Gemma multiplies by the root, a buffer that no cast makes exact."""
 OVIS: dict[str, Any] = {
     "denoiser_call": {
         "hidden_states": "latents", "encoder_hidden_states": "prompt_embeds", "timestep": "time",
@@ -50,21 +51,28 @@ def write_tiny_ovis(folder: Path) -> Path:
 
 
 def write_tiny_prx(folder: Path) -> Path:
-    """PRX: text beside each block's image, a mask, fused projections; T5 in the place of T5Gemma."""
+    """PRX: text beside each block's image, a mask, fused projections; the encoder of T5Gemma, filed as published with
+    the config of the whole.
+    """
     from diffusers import FlowMatchEulerDiscreteScheduler, PRXPipeline, PRXTransformer2DModel
+    from transformers import T5GemmaConfig
+    from transformers.models.t5gemma.configuration_t5gemma import T5GemmaModuleConfig
+    from transformers.models.t5gemma.modeling_t5gemma import T5GemmaEncoder
 
     config: dict[str, Any] = {
-        "in_channels": CHANNELS, "patch_size": 2, "context_in_dim": T5_WIDTH, "hidden_size": 32, "mlp_ratio": 2.0,
+        "in_channels": CHANNELS, "patch_size": 2, "context_in_dim": SQUARE, "hidden_size": 32, "mlp_ratio": 2.0,
         "num_heads": 2, "depth": 2, "axes_dim": [8, 8],
     }  # fmt: skip
-    tokenizer, text_encoder = t5_parts(folder / "tokenizer", T5_WIDTH)
+    half = T5GemmaModuleConfig(**llm_settings(SQUARE))
+    whole = T5GemmaConfig(encoder=half, decoder=half)
     PRXPipeline(
         transformer=seeded(lambda: PRXTransformer2DModel(**config)),
         vae=flow_vae(),
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
+        text_encoder=with_wide_embeddings(seeded(lambda: T5GemmaEncoder(whole.encoder))),
+        tokenizer=write_llm_tokenizer(folder / "tokenizer", begin=(START,)),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
     ).save_pretrained(folder)
+    whole.save_pretrained(folder / "text_encoder")
     return folder
 
 
