@@ -16,7 +16,7 @@ from distill.core.registry.registry import KINDS, Registry
 from support.config_files import distill, said
 from support.forks import ended
 from support.small_run import losses, write_run
-from support.tiny_undescribed import write_tiny_ovis
+from support.tiny_undescribed import write_tiny_ovis, write_tiny_prx
 from support.tiny_z_image import write_tiny_z_image
 
 SPOKEN = [kind.replace("_", "-") for kind in KINDS]
@@ -227,6 +227,23 @@ def test_a_family_is_read_from_a_models_configs(tmp_path):
     code = (package / "distill_made_ovis.py").read_text()
     assert 'txt_ids=text_ids(cond["prompt_embeds"].shape[1], like=x_t.to(dtype), counted=True)' in code
     assert "timestep=time / 1000," in code
+
+
+def test_an_encoder_that_is_part_of_a_whole_is_made_small_with_it(tmp_path):
+    """T5Gemma's, whose files have the config of the whole."""
+    model = write_tiny_prx(tmp_path / "model")
+    wide = {"hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26, "head_dim": 256}
+    wide |= {"num_attention_heads": 8, "num_key_value_heads": 4, "layer_types": ["full_attention"] * 26}
+    path = model / "text_encoder" / "config.json"
+    whole = json.loads(path.read_text())
+    path.write_text(json.dumps({**whole, **{half: {**whole[half], **wide} for half in ("encoder", "decoder")}}))
+    path = model / "transformer" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "context_in_dim": 2304}))
+    for weights in model.glob("*/*.safetensors"):
+        weights.unlink()
+    result = new("family", "made-prx", "--model", str(model), "--output", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    assert "prompt_attention_mask" in (tmp_path / "distill-made-prx" / "distill_made_prx.py").read_text()
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ...core.diffusion.second_time import SCHEDULER, active_second_time, detached_second_time, export_second_time
 from ...core.errors import UserError
 from ..files.empty import empty_denoiser
+from ..files.encoder_files import file_as
 from ..files.reading import quiet_libraries
 from ..loras.lora_files import WEIGHTS
 from ..loras.plain_lora import scaled, scaled_dtype
@@ -137,22 +138,19 @@ def export_pipeline(
 
 
 def file_encoders(folder: Path, text: TextEncoders, read: ReadConfig) -> None:
-    """Write an encoder's config, and its class in ``model_index.json``, as the teacher's files have them where saving
-    made them others: an encoder of a whole (T5Gemma's) is loaded by the config of the whole alone.
+    """Name the encoders of the pipeline that was saved into `folder` as the teacher's files do where saving did not.
 
     Args:
-        folder: A pipeline that was saved.
+        folder: The pipeline.
         text: The encoders in it.
         read: Reads a JSON file of the teacher.
     """
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    path = folder / "model_index.json"
+    index = json.loads(path.read_text(encoding="utf-8"))
     for part in text.encoders:
-        name = f"{part}/config.json"
-        own, filed = json.loads((folder / name).read_text(encoding="utf-8")), read(name)
-        if own.get("model_type") != filed.get("model_type"):
-            index[part] = read("model_index.json")[part]
-            _write(folder / name, {**filed, "dtype": own.get("dtype")})
-            _write(folder / "model_index.json", index)
+        if file_as(read(f"{part}/config.json"), folder / part):
+            index[part] = read(path.name)[part]
+            _write(path, index)
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from ...core.errors import UserError
 from ..files.architecture import Architecture
+from ..files.encoder_files import file_as
 from ..files.open_source import open_source
 from ..files.reading import quiet_libraries
 from ..files.source import FolderSource, settings_in
@@ -57,6 +58,8 @@ def write_small_copy(model: str, folder: Path) -> None:
             parts[part] = _small(model, architecture, part, source.config(f"{part}/config.json"), widths)
     for part, network in parts.items():
         network.save_pretrained(folder / part)
+        if part in architecture.encoders:
+            file_as(small_encoder(source.config(f"{part}/config.json"), {}), folder / part)
     for part in (*architecture.tokenizers, "scheduler"):
         (folder / part).mkdir(parents=True, exist_ok=True)
         for file in settings_in([source.component(part)]):
