@@ -269,7 +269,6 @@ def train_judge(work: Path, *, steps: int, batch_size: int = 48, half: bool = Fa
         if step % 200 == 0:
             progress(f"judge step {step} loss {seen.item():.4f}")
     judge.to(memory_format=torch.contiguous_format).eval().save_pretrained(TEACHER / "judge")  # type: ignore[call-overload]
-    (work / "judge.json").write_text(json.dumps(judge_figures(work), indent=2) + "\n")
 
 
 def judge_figures(work: Path) -> dict[str, Any]:
@@ -285,8 +284,9 @@ def judge_figures(work: Path) -> dict[str, Any]:
         answers = {question: torch.cat([part[question] for part in parts]) for question in parts[0]}
         figures[name] = {q: (v == 1).sum().item() / (v >= 0).sum().item() for q, v in answers.items()}
         figures[name]["all"] = torch.stack([v != 0 for v in answers.values()]).all(dim=0).float().mean().item()
-        wrong = torch.cat([judge.agreement(images[s : s + 250], captions[s + 1 : s + 251] + captions[:1])[: 250 - 1]
-                           for s in range(0, len(images) - 250, 250)])  # fmt: skip
+        others = [*captions[1:], captions[0]]
+        wrong = torch.cat([judge.agreement(images[start : start + 250], others[start : start + 250])
+                           for start in range(0, len(images), 250)])  # fmt: skip
         figures[name]["right_by_another_caption"] = wrong.float().mean().item()
     whole = judge.features(real[2000:])
     for name, change in (("blur", lambda x, s: blurred(x, torch.full((len(x),), 2.2 * s))),
@@ -509,7 +509,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu", help="as `cuda`, where there is one")
     parser.add_argument("--half", action="store_true", help="bf16 products: faster on processors with AMX")
-    steps = "of the optimizer, in place of the stage's own number; 0 of the autoencoder: latents of the pool alone"
+    steps = (
+        "of the optimizer, in place of the stage's own number; "
+        "0 of the autoencoder: latents of the pool alone, of the judge: its figures"
+    )
     parser.add_argument("--steps", type=int, help=steps)
     parser.add_argument("--begin", type=Path, help="weights to begin with: an autoencoder's folder; PART/*.safetensors")
     parser.add_argument("--horizon", type=int, help="steps after which the UNet's learning rate has decayed")
@@ -534,7 +537,9 @@ def main() -> None:
                 given.work, steps=5000 if given.steps is None else given.steps, half=given.half, begin=given.begin
             )
         case "judge":
-            train_judge(given.work, steps=given.steps or 4000, half=given.half)
+            if given.steps != 0:
+                train_judge(given.work, steps=given.steps or 4000, half=given.half)
+            (given.work / "judge.json").write_text(json.dumps(judge_figures(given.work), indent=2) + "\n")
         case "text":
             train_text(given.work, steps=given.steps or 1500)
         case "unet":
