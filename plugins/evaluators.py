@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 BATCH = 128
 CLASSIFIER_FOLDER = "judge"
-QUESTIONS = ("things", "colours", "relation", "place", "time")
-"""What the judge of scenes answers, each by itself."""
+QUESTIONS = ("things", "nothing_else", "colours", "relation", "place", "time")
+"""What the judge of scenes answers, each by itself; the second: is nothing there that the caption does not name?"""
 SCENE_SCORES = (*(f"{question}_right_judge" for question in QUESTIONS), "image_quality_judge")
 """Scores that it alone gives."""
 FEWEST_DATA = 2

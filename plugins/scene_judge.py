@@ -1,9 +1,9 @@
 """A small network that finds what a scene shows, answers what its caption asks for, and rates the image's quality.
 
 It is trained on composed scenes (`benchmarks/scenes.py judge`) and ships beside their miniature teacher. A caption asks
-for things, their colours, the relation of the first two, a place and a time of day; every question is answered by
-itself, and a scene is right when all answers are. The features serve for a Fréchet distance, which is to be called
-"Fréchet distance in judge features" and never FID.
+for things, their colours, the relation of the first two, a place and a time of day, and for nothing else; every
+question is answered by itself, and a scene is right when all answers are. The features serve for a Fréchet distance,
+which is to be called "Fréchet distance in judge features" and never FID.
 """
 
 from __future__ import annotations
@@ -103,7 +103,8 @@ class SceneJudge(nn.Module):
         words: What captions can mention, as :class:`Words` or as the dictionary of its fields.
         channels: Width at a half, a quarter and an eighth of the image's side; the last is the number of features F.
         resolution: Side in pixels of the images it was trained on; others are resized to it.
-        threshold: Probability from which a thing counts as seen.
+        threshold: Probability from which a thing that was asked for counts as seen.
+        stray: Probability from which one that was not does.
     """
 
     def __init__(
@@ -112,10 +113,12 @@ class SceneJudge(nn.Module):
         channels: Sequence[int] = (32, 64, 128),
         resolution: int = 64,
         threshold: float = 0.3,
+        stray: float = 0.5,
     ) -> None:
         super().__init__()
         self.words = words if isinstance(words, Words) else Words(**{k: _tuples(v) for k, v in words.items()})
-        self.channels, self.resolution, self.threshold = tuple(channels), resolution, threshold
+        self.channels, self.resolution = tuple(channels), resolution
+        self.threshold, self.stray = threshold, stray
         half, quarter, eighth = self.channels
         self.first = nn.Sequential(convolution(3, half, 2), convolution(half, half, 1))
         self.middle = nn.Sequential(convolution(half, quarter, 2), convolution(quarter, quarter, 1))
@@ -164,10 +167,12 @@ class SceneJudge(nn.Module):
     def _answer(self, found: _Found, index: int, asked: Asked) -> dict[str, int]:
         kinds = [thing.kind for thing in asked.things]
         there = [bool(found.score[index, kind] >= self.threshold) for kind in kinds]
+        others = [kind for kind in range(len(self.words.kinds)) if kind not in kinds]
         named = [thing for thing in asked.things if thing.colour is not None]
         coloured = [found.colour[index, thing.kind] == thing.colour for thing in named]
         answers = {
             "things": int(all(there)) if kinds else -1,
+            "nothing_else": int(not bool((found.score[index, others] >= self.stray).any())) if kinds else -1,
             "colours": int(all(coloured) and all(there)) if named else -1,
             "relation": -1,
             "place": -1 if asked.place is None else int(found.place[index] == asked.place),
@@ -196,7 +201,8 @@ class SceneJudge(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         words = {field.name: getattr(self.words, field.name) for field in fields(self.words)}
         config = {
-            "words": words, "channels": self.channels, "resolution": self.resolution, "threshold": self.threshold
+            "words": words, "channels": self.channels, "resolution": self.resolution, "threshold": self.threshold,
+            "stray": self.stray,
         }  # fmt: skip
         (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         state = {k: v.half() if v.is_floating_point() else v for k, v in self.state_dict().items()}

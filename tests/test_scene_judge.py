@@ -55,8 +55,9 @@ class Eyes(SceneJudge):
         ("a red car left of a tree", ("colours",), ("place", "time")),
         ("a tree left of a car", ("relation",), ("colours", "place", "time")),
         ("a car above a tree in the snow, by day", ("relation", "place", "time"), ("colours",)),
-        ("a car left of a fish", ("things", "relation"), ("colours", "place", "time")),
-        ("a car left of a blue fish", ("things", "colours", "relation"), ("place", "time")),
+        ("a blue car by the sea", ("nothing_else",), ("relation", "time")),
+        ("a car left of a fish", ("things", "nothing_else", "relation"), ("colours", "place", "time")),
+        ("a car left of a blue fish", ("things", "nothing_else", "colours", "relation"), ("place", "time")),
         ("a tree to the right of a car and a fish", ("things",), ("colours", "place", "time")),
     ],
 )
