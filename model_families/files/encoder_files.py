@@ -16,7 +16,7 @@ def file_as(filed: Mapping[str, Any], folder: Path) -> bool:
     """
     path = folder / "config.json"
     own = json.loads(path.read_text(encoding="utf-8"))
-    if own.get("model_type") == filed.get("model_type"):
+    if filed.get("model_type") in (None, own.get("model_type")):
         return False
     whole = {**filed, "dtype": own.get("dtype")}
     path.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
