@@ -279,14 +279,13 @@ def judge_figures(work: Path) -> dict[str, Any]:
     again = decode(vae, encode_pool(vae, pixels[:1000]) * vae.config.scaling_factor)
     figures: dict[str, Any] = {}
     for name, images in (("held_out", real), ("through_the_autoencoder", again)):
-        parts = [judge.answers(images[start : start + 250], captions[start : start + 250])
-                 for start in range(0, len(images), 250)]  # fmt: skip
+        batches = [slice(start, start + 250) for start in range(0, len(images), 250)]
+        parts = [judge.answers(images[batch], captions[batch]) for batch in batches]
         answers = {question: torch.cat([part[question] for part in parts]) for question in parts[0]}
         figures[name] = {q: (v == 1).sum().item() / (v >= 0).sum().item() for q, v in answers.items()}
         figures[name]["all"] = torch.stack([v != 0 for v in answers.values()]).all(dim=0).float().mean().item()
         others = [*captions[1:], captions[0]]
-        wrong = torch.cat([judge.agreement(images[start : start + 250], others[start : start + 250])
-                           for start in range(0, len(images), 250)])  # fmt: skip
+        wrong = torch.cat([judge.agreement(images[batch], others[batch]) for batch in batches])
         figures[name]["right_by_another_caption"] = wrong.float().mean().item()
     whole = judge.features(real[2000:])
     for name, change in (("blur", lambda x, s: blurred(x, torch.full((len(x),), 2.2 * s))),
@@ -537,8 +536,8 @@ def main() -> None:
                 given.work, steps=5000 if given.steps is None else given.steps, half=given.half, begin=given.begin
             )
         case "judge":
-            if given.steps != 0:
-                train_judge(given.work, steps=given.steps or 4000, half=given.half)
+            if steps := 4000 if given.steps is None else given.steps:
+                train_judge(given.work, steps=steps, half=given.half)
             (given.work / "judge.json").write_text(json.dumps(judge_figures(given.work), indent=2) + "\n")
         case "text":
             train_text(given.work, steps=given.steps or 1500)

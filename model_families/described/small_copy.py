@@ -55,11 +55,12 @@ def write_small_copy(model: str, folder: Path) -> None:
     with torch.random.fork_rng(devices=[]), quiet_libraries():
         torch.manual_seed(0)
         for part in (*architecture.encoders, "vae", architecture.denoiser):
-            parts[part] = _small(model, architecture, part, source.config(f"{part}/config.json"), widths)
-    for part, network in parts.items():
+            config = _small_config(architecture, part, source.config(f"{part}/config.json"), widths)
+            parts[part] = config, _random(model, architecture, part, config)
+    for part, (config, network) in parts.items():
         network.save_pretrained(folder / part)
         if part in architecture.encoders:
-            file_as(small_encoder(source.config(f"{part}/config.json"), {}), folder / part)
+            file_as(config, folder / part)
     for part in (*architecture.tokenizers, "scheduler"):
         (folder / part).mkdir(parents=True, exist_ok=True)
         for file in settings_in([source.component(part)]):
@@ -67,12 +68,17 @@ def write_small_copy(model: str, folder: Path) -> None:
     (folder / "model_index.json").write_text(json.dumps(source.config("model_index.json"), indent=2), encoding="utf-8")
 
 
-def _small(model: str, architecture: Architecture, part: str, config: Mapping[str, Any], widths: dict[int, int]) -> Any:
-    """Return a random network; `widths` (as published -> small) gets what others' configs have to follow."""
+def _small_config(
+    architecture: Architecture, part: str, config: Mapping[str, Any], widths: dict[int, int]
+) -> dict[str, Any]:
+    """Return a network's config made small; `widths` (as published -> small) gets what others' have to follow."""
     if part in architecture.encoders:
-        config = small_encoder(config, widths)
-    else:
-        config = small_autoencoder(config) if part == "vae" else small_denoiser(config, widths)
+        return small_encoder(config, widths)
+    return small_autoencoder(config) if part == "vae" else small_denoiser(config, widths)
+
+
+def _random(model: str, architecture: Architecture, part: str, config: Mapping[str, Any]) -> Any:
+    """Return a random network of this config."""
     try:
         if part in architecture.encoders:
             network = architecture.new_encoder(part, config)
