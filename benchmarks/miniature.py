@@ -18,7 +18,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from diffusers import AutoencoderKL, DiffusionPipeline
 from distill.plugins.miniature_classifier import MiniatureClassifier
 from PIL import Image
@@ -307,6 +308,35 @@ def optimizer_groups(teacher: nn.Module, muon: bool) -> list[tuple[Any, list[Ten
     return groups
 
 
+def average_gradients(parameters: Sequence[Tensor]) -> None:
+    """Replace each gradient by its mean over the processes."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    joined = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(joined)
+    joined /= dist.get_world_size()
+    for gradient, mean in zip(gradients, joined.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
+
+
+def keep(parts: Sequence[Any], state: Path | None, step: int) -> None:
+    """Write all that :func:`restored` needs, where there is a file for it."""
+    if state is not None:
+        written = state.with_suffix(".new")
+        torch.save((step, torch.get_rng_state(), [part.state_dict() for part in parts]), written)
+        written.replace(state)
+
+
+def restored(parts: Sequence[Any], state: Path | None) -> int:
+    """Load what :func:`keep` has written, into the parts and the generator, and return its step, or 0."""
+    if state is None or not state.is_file():
+        return 0
+    step, generator, states = torch.load(state, weights_only=True)
+    torch.set_rng_state(generator)
+    for part, each in zip(parts, states, strict=True):
+        part.load_state_dict(each)
+    return int(step)
+
+
 def fit(
     teacher: Network,
     loss_of: Callable[[Tensor], Tensor],
@@ -322,6 +352,8 @@ def fit(
     muon: bool = False,
 ) -> None:
     """The first `steps` of a learning rate that decays over `horizon` steps; the EMA of the weights is saved.
+
+    Started by torchrun, each process takes its share of every batch; the first writes.
 
     Args:
         teacher: Trained in place, all of it.
@@ -345,31 +377,30 @@ def fit(
         factor = partial(decayed, steps=horizon, warmup=200, decay_from=0.3)
         schedules.append(torch.optim.lr_scheduler.LambdaLR(optimizers[-1], factor))
     losses: list[Tensor] = []
-    parts, done = (teacher, average, *optimizers, *schedules), 0
-    if resume is not None and resume.is_file():
-        done, generator, states = torch.load(resume, weights_only=True)
-        torch.set_rng_state(generator)
-        for part, state in zip(parts, states, strict=True):
-            part.load_state_dict(state)
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    parts = (teacher, average, *optimizers, *schedules)
+    done = restored(parts, resume)
+    if rank:  # noise of its own
+        torch.manual_seed(seed + 1000 * rank + done)
     for step, index in enumerate(index_batches(count, batch_size, steps, seed=seed), start=1):
         if step <= done:
             continue
-        loss = loss_of(index)
+        loss = loss_of(index[rank::world])
         teacher.zero_grad()
         loss.backward()
+        if world > 1:
+            average_gradients(parameters)
         nn.utils.clip_grad_norm_(parameters, 1.0)
         for part in (*optimizers, *schedules):
             part.step()
         with torch.no_grad():
             torch._foreach_lerp_(list(average.parameters()), parameters, 1 - min(0.999, step / (step + 9)))
         losses.append(loss.detach())
+        if rank:
+            continue
         if step % 100 == 0:
             progress(f"step {step} loss {torch.stack(losses[-100:]).mean().item():.4f}")
-            if resume is not None:
-                torch.save(
-                    (step, torch.get_rng_state(), [part.state_dict() for part in parts]), resume.with_suffix(".new")
-                )
-                resume.with_suffix(".new").replace(resume)
+            keep(parts, resume, step)
         if step % 500 == 0 or step == steps:
             save(average)
 
