@@ -20,7 +20,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from multiprocessing import Pool
 from pathlib import Path
 from typing import Any
@@ -460,7 +460,10 @@ def train_unet(
 
 
 @torch.no_grad()
-def generate(pipeline: Any, captions: Sequence[str], *, steps: int, guidance: float, seed: int = 0) -> Tensor:
+def generate(
+    pipeline: Any, captions: Sequence[str], *, steps: int, guidance: float, seed: int = 0,
+    call: Mapping[str, Any] | None = None,
+) -> Tensor:  # fmt: skip
     """Images (N, 3, S, S) in [0, 1]; the noise depends on the seed and the place in the list alone."""
     shape = (len(captions), networks.LATENT_CHANNELS, networks.LATENT_SIZE, networks.LATENT_SIZE)
     noise, images = torch.randn(shape, generator=torch.Generator().manual_seed(seed)), []
@@ -469,7 +472,7 @@ def generate(pipeline: Any, captions: Sequence[str], *, steps: int, guidance: fl
             pipeline(
                 prompt=list(captions[start : start + 50]), latents=noise[start : start + 50].clone(),
                 height=scenes.RESOLUTION, width=scenes.RESOLUTION, num_inference_steps=steps,
-                guidance_scale=guidance, output_type="pt",
+                guidance_scale=guidance, output_type="pt", **(call or {}),
             ).images
         )  # fmt: skip
     return torch.cat(images)

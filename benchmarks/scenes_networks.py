@@ -63,8 +63,8 @@ class Teacher(nn.Module):
 
     def __init__(self, tokenizers: tuple[CLIPTokenizer, CLIPTokenizer]) -> None:
         super().__init__()
-        self.text_encoder = CLIPTextModel(_text_config(tokenizers[0], "quick_gelu"))
-        self.text_encoder_2 = CLIPTextModelWithProjection(_text_config(tokenizers[1], "gelu"))
+        self.text_encoder = CLIPTextModel(text_config_of(tokenizers[0], "quick_gelu"))
+        self.text_encoder_2 = CLIPTextModelWithProjection(text_config_of(tokenizers[1], "gelu"))
         self.unet = new_unet().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def encode(self, tokens: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -83,7 +83,8 @@ class Teacher(nn.Module):
         return self.unet(noisy, t, encoder_hidden_states=states * keep[:, None, None], added_cond_kwargs=added).sample
 
 
-def _text_config(tokenizer: CLIPTokenizer, activation: str) -> Any:
-    config = text_config(tokenizer, activation, width=TEXT_WIDTH)
+def text_config_of(tokenizer: CLIPTokenizer, activation: str, *, width: int = TEXT_WIDTH) -> Any:
+    """Three layers, and as many tokens as captions of scenes have."""
+    config = text_config(tokenizer, activation, width=width)
     config.max_position_embeddings, config.num_hidden_layers = MAX_TOKENS, 3
     return config

@@ -1,0 +1,247 @@
+"""Train the miniature teachers of sd2x and sd3 on the scenes of 64 px; autoencoder, judge and texts are `scenes.py`'s.
+
+    python benchmarks/scenes_families.py sd2x --half             # a UNet that predicts v, begun from SDXL's of scenes
+    python benchmarks/scenes_families.py sd3 --half              # a transformer on a flow, from scratch
+    python benchmarks/scenes_families.py report --family sd2x    # the figures and image grids of the model card
+
+Needs what `scenes.py` has left in `--work` and in the assets. Seeds are fixed; a training that was interrupted goes on
+from `<work>/<family>.pt`, and `torchrun --nproc_per_node 2` shares every batch between two processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, SD3Transformer2DModel, UNet2DConditionModel
+from distill.plugins.scene_judge import SceneJudge
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "benchmarks")]
+
+import miniature  # noqa: E402
+import miniature_families as families  # noqa: E402
+import scenes  # noqa: E402
+import scenes_networks as networks  # noqa: E402
+from miniature import decayed, index_batches, progress  # noqa: E402
+from miniature_networks import load_teacher, save_pipeline  # noqa: E402
+from miniature_speed import half_precision  # noqa: E402
+from miniature_teachers import Scenes, Teacher  # noqa: E402
+
+T5_TOKENS = 28
+
+
+class Pool(Scenes):
+    """The pool of `scenes.py`: latents, and a caption for each sample; the last caption is empty."""
+
+    def __init__(self, work: Path, device: str) -> None:
+        self.device, self.work = device, work
+        captions = scenes.load(work, "pool", "captions").tolist()
+        self.latents = torch.from_numpy(np.load(work / "pool_latents.npy")).to(device)
+        self.caption_of, self.counts = np.arange(len(captions)), Counter(captions)
+        self.captions = [*captions, ""]
+
+    def __len__(self) -> int:
+        return len(self.caption_of)
+
+
+class OfScenes(Teacher):
+    """A teacher whose autoencoder and judge are those of the SDXL of scenes."""
+
+    multistep: ClassVar[dict[str, Any]] = {}
+    """What DPM++ 2M needs beside the settings of the teacher's own scheduler."""
+
+    def save(self) -> None:
+        """Write the pipeline in half precision, beside the judge of the SDXL of scenes."""
+        halved = miniature.deepcopy(self).cpu().half().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        save_pipeline(halved.pipeline(self.autoencoder().half()), self.folder)
+        shutil.copytree(scenes.TEACHER / "judge", self.folder / "judge", dirs_exist_ok=True)
+
+    def autoencoder(self) -> Any:
+        """That of the SDXL of scenes."""
+        return scenes.load_vae()
+
+
+class SD2OfScenes(OfScenes, families.SD2Teacher):
+    """Stable Diffusion 2.1 in small: v prediction; one text encoder as wide as both of SDXL's together."""
+
+    folder = miniature.ASSETS / "sd2x_scenes"
+    guidance: ClassVar[float] = 7.5
+
+    def __init__(self, pool: Pool) -> None:
+        nn.Module.__init__(self)
+        self.tokenizer = CLIPTokenizer.from_pretrained(pool.work / "tokenizers" / "bang")
+        self.text_encoder = CLIPTextModel(
+            networks.text_config_of(self.tokenizer, "gelu", width=2 * networks.TEXT_WIDTH)
+        )
+        sdxl = load_teacher(scenes.TEACHER)
+        config = {**sdxl.unet.config, "addition_embed_type": None, "addition_time_embed_dim": None}
+        config["projection_class_embeddings_input_dim"] = None
+        self.unet = UNet2DConditionModel.from_config(config)
+        state = {k: v for k, v in sdxl.unet.state_dict().items() if not k.startswith("add_embedding")}
+        self.unet.load_state_dict(state)
+        self.unet.to(memory_format=torch.channels_last)
+        self.tokens = pool.tokens(self.tokenizer, networks.MAX_TOKENS)
+        self.alphas_cumprod = self.scheduler().alphas_cumprod
+
+    def prepare(self, pool: Pool, *, steps: int = 800) -> None:
+        """Fit the encoder to the states that SDXL's give; what size and pooled text add to the time becomes a bias."""
+        data = scenes.Captioned(pool.work)
+        sdxl = networks.Teacher(data.tokenizers).requires_grad_(False)
+        for name, part in sdxl.named_children():
+            part.load_state_dict(getattr(load_teacher(scenes.TEACHER), name).state_dict())
+        optimizer = torch.optim.AdamW(self.text_encoder.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=0.0)
+        for step, index in enumerate(index_batches(len(pool), 128, steps, seed=15)):
+            for group in optimizer.param_groups:
+                group["lr"] = 2e-3 * decayed(step, steps, warmup=50, decay_from=0.3)
+            with torch.no_grad():
+                wanted, pooled = sdxl.encode((data.tokens[0][index], data.tokens[1][index]))
+            loss = (self.text_encoder(self.tokens[index]).last_hidden_state - wanted).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if step % 100 == 0:
+                progress(f"text step {step} loss {loss.item():.4f} of {wanted.square().mean().item():.4f}")
+        unet = sdxl.unet
+        sizes = unet.add_time_proj(data.time_ids[index].flatten()).reshape(len(index), -1)
+        with torch.no_grad():
+            added = unet.add_embedding(torch.cat([pooled, sizes], dim=-1)).mean(dim=0)
+            self.unet.time_embedding.linear_2.bias += added
+
+
+class SD3OfScenes(OfScenes, families.SD3Teacher):
+    """Stable Diffusion 3.5 in small, on patches of 8 x 8 pixels."""
+
+    folder = miniature.ASSETS / "sd3_scenes"
+    call: ClassVar[dict[str, Any]] = {"max_sequence_length": T5_TOKENS}
+    guidance: ClassVar[float] = 5.0
+    multistep: ClassVar[dict[str, Any]] = {
+        "prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": families.FLOW_SHIFT,
+    }  # fmt: skip
+
+    def __init__(self, pool: Pool, *, depth: int = 6, heads: int = 5) -> None:
+        nn.Module.__init__(self)
+        sdxl = load_teacher(scenes.TEACHER)
+        self.tokenizer, self.tokenizer_2 = sdxl.tokenizer, sdxl.tokenizer_2
+        self.tokenizer_3 = families.new_t5_tokenizer(pool.counts)
+        config = networks.text_config_of(self.tokenizer, "quick_gelu")
+        self.text_encoder = CLIPTextModelWithProjection(config)
+        self.text_encoder.load_state_dict(sdxl.text_encoder.state_dict(), strict=False)  # it has no projection
+        self.text_encoder_2 = sdxl.text_encoder_2
+        width = families.T5_WIDTH
+        self.text_encoder_3 = T5EncoderModel(
+            T5Config(
+                vocab_size=len(self.tokenizer_3), d_model=width, d_kv=32, d_ff=2 * width, num_layers=2, num_heads=4,
+                feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False, dropout_rate=0.0,
+            )
+        )  # fmt: skip
+        self.transformer = SD3Transformer2DModel(
+            sample_size=networks.LATENT_SIZE, in_channels=networks.LATENT_CHANNELS,
+            out_channels=networks.LATENT_CHANNELS, num_layers=depth, attention_head_dim=32, num_attention_heads=heads,
+            joint_attention_dim=width, caption_projection_dim=32 * heads, pooled_projection_dim=2 * networks.POOLED,
+            pos_embed_max_size=networks.LATENT_SIZE // 2, qk_norm="rms_norm",
+        )  # fmt: skip
+        for name, module in self.transformer.named_modules():  # as in the papers on such transformers: begin as nothing
+            if name.endswith((".norm1.linear", ".norm1_context.linear", "norm_out.linear")) or name == "proj_out":
+                nn.init.zeros_(module.weight), nn.init.zeros_(module.bias)
+        self._scale = float(scenes.load_vae().config.scaling_factor)
+        self.shift = (pool.latents.float().mean() / self._scale).item()
+        lengths = (networks.MAX_TOKENS, networks.MAX_TOKENS, T5_TOKENS)
+        tokenizers = (self.tokenizer, self.tokenizer_2, self.tokenizer_3)
+        self.tokens = [pool.tokens(each, length) for each, length in zip(tokenizers, lengths, strict=True)]
+
+    def autoencoder(self) -> Any:
+        """That of the SDXL of scenes, with the shift."""
+        vae = super().autoencoder()
+        vae.register_to_config(shift_factor=round(self.shift, 5))
+        return vae
+
+
+TEACHERS: dict[str, tuple[type[Any], dict[str, Any]]] = {
+    "sd2x": (SD2OfScenes, {"steps": 4000, "peak": 6e-4, "seed": 11, "batch_size": 48}),
+    "sd3": (SD3OfScenes, {"steps": 24_000, "peak": 1e-3, "seed": 12, "batch_size": 64}),
+}
+"""Family -> its teacher, and how it is trained."""
+
+
+def train(family: str, work: Path, *, steps: int | None, horizon: int | None, half: bool) -> None:
+    """Train the family's teacher and write it to the assets; with bf16 products, if asked."""
+    kind, settings = TEACHERS[family]
+    torch.manual_seed(settings["seed"])
+    pool, state = Pool(work, "cpu"), work / f"{family}.pt"
+    teacher = kind(pool)
+    if isinstance(teacher, SD2OfScenes) and not state.is_file():
+        teacher.prepare(pool)
+    of_three = (torch.tensor(scenes.load(work, "pool", "things")[:, 2, 0]) >= 0).nonzero().flatten()
+    drawn = torch.cat([torch.arange(len(pool)), of_three])  # as of the SDXL of scenes
+
+    def loss(index: Tensor) -> Tensor:
+        with half_precision(half, "cpu"):
+            return teacher.loss(*pool.batch(drawn[index], 0.1))
+
+    settings = {**settings, "steps": steps or settings["steps"], "resume": state, "count": len(drawn), "muon": True}
+    miniature.fit(teacher, loss, lambda average: average.save(), horizon=horizon or settings["steps"], **settings)
+
+
+def report(family: str, work: Path, *, samples: int, guidance: float, rows: Sequence[str]) -> None:
+    """Answers, distance and quality of the teacher: `plain-50` by its own scheduler, `dpm-4` by DPM++ 2M."""
+    kind, _ = TEACHERS[family]
+    pipeline = DiffusionPipeline.from_pretrained(kind.folder).to(torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    judge, own, figures = SceneJudge.from_pretrained(kind.folder / "judge"), pipeline.scheduler, {}
+    captions = scenes.load(work, "held_out", "captions")[:samples].tolist()
+    pixels = scenes.load(work, "held_out", "pixels")
+    parts = range(1000, 4000, 250)
+    real = torch.cat([judge.features(scenes.to_images(pixels[start : start + 250])) for start in parts])
+    for row in rows:
+        solver, steps = row.split("-")
+        multistep = DPMSolverMultistepScheduler.from_config(own.config, **kind.multistep)
+        pipeline.scheduler = multistep if solver == "dpm" else own
+        images = scenes.generate(pipeline, captions, steps=int(steps), guidance=guidance, call=kind.call)
+        figures[row] = scenes.measure(judge, images, captions, real)
+        miniature.image_grid(images[:96], 16, enlarge=2).save(work / f"{family}_{row}.png")
+        progress(f"{row}: {figures[row]}")
+    (work / f"{family}_figures.json").write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=(*TEACHERS, "report"))
+    parser.add_argument("--family", choices=tuple(TEACHERS), default="sd2x", help="whose report")
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "scenes", help="folder of `scenes.py`")
+    parser.add_argument("--assets", type=Path, default=miniature.ASSETS, help="folder of the teachers")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--half", action="store_true", help="bf16 products: faster on processors with AMX")
+    parser.add_argument("--steps", type=int, help="of the optimizer, in place of the stage's own number")
+    parser.add_argument("--horizon", type=int, help="steps after which the learning rate has decayed")
+    parser.add_argument("--samples", type=int, default=1000, help="images per row of the report")
+    parser.add_argument("--guidance", type=float, help="of the report, in place of the miniature's own")
+    parser.add_argument("--rows", default="plain-1,plain-4,dpm-4,plain-50,dpm-50", help="of the report")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    scenes.TEACHER = given.assets / scenes.TEACHER.name
+    for kind, _ in TEACHERS.values():
+        kind.folder = given.assets / kind.folder.name
+    if "WORLD_SIZE" in os.environ:
+        torch.distributed.init_process_group("gloo")
+    if given.stage != "report":
+        train(given.stage, given.work, steps=given.steps, horizon=given.horizon, half=given.half)
+        return
+    guidance = given.guidance or TEACHERS[given.family][0].guidance
+    report(given.family, given.work, samples=given.samples, guidance=guidance, rows=given.rows.split(","))
+
+
+if __name__ == "__main__":
+    main()
