@@ -441,7 +441,7 @@ def train_unet(
             getattr(teacher, name).load_state_dict(state)
     alphas_cumprod = new_scheduler().alphas_cumprod.to(DEVICE)
     of_three = (torch.tensor(load(work, "pool", "things")[:, 2, 0]) >= 0).nonzero().flatten()
-    drawn = torch.cat([torch.arange(len(data.captions)), of_three])  # scenes of three are harder: twice as often
+    drawn = torch.cat([torch.arange(len(data.captions)), of_three.repeat(3)])  # scenes of three are harder
 
     def loss(index: Tensor) -> Tensor:
         with half_precision(half, DEVICE):

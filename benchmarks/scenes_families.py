@@ -184,7 +184,7 @@ def train(family: str, work: Path, *, steps: int | None, horizon: int | None, ha
     if isinstance(teacher, SD2OfScenes) and not state.is_file():
         teacher.prepare(pool)
     of_three = (torch.tensor(scenes.load(work, "pool", "things")[:, 2, 0]) >= 0).nonzero().flatten()
-    drawn = torch.cat([torch.arange(len(pool)), of_three])  # as of the SDXL of scenes
+    drawn = torch.cat([torch.arange(len(pool)), of_three.repeat(3)])  # as of the SDXL of scenes
 
     def loss(index: Tensor) -> Tensor:
         with half_precision(half, "cpu"):
