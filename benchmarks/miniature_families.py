@@ -113,6 +113,23 @@ def new_t5_tokenizer(counts: Counter[str]) -> T5TokenizerFast:
     return T5TokenizerFast(vocab=vocabulary, extra_ids=0, model_max_length=512)
 
 
+def new_t5(vocabulary: int) -> T5EncoderModel:
+    """T5's encoder in small, two layers."""
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=vocabulary, d_model=T5_WIDTH, d_kv=32, d_ff=2 * T5_WIDTH, num_layers=2, num_heads=4,
+            feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False, dropout_rate=0.0,
+        )
+    )  # fmt: skip
+
+
+def begin_as_nothing(transformer: SD3Transformer2DModel) -> None:
+    """Set what modulates, and the output, to zero, as in the papers on such transformers."""
+    for name, module in transformer.named_modules():
+        if name.endswith((".norm1.linear", ".norm1_context.linear", "norm_out.linear")) or name == "proj_out":
+            nn.init.zeros_(module.weight), nn.init.zeros_(module.bias)
+
+
 class SD3Teacher(ShiftedTeacher):
     """Stable Diffusion 3.5 in small: joint attention with normed queries, two CLIP encoders and T5, a shifted flow."""
 
@@ -127,13 +144,7 @@ class SD3Teacher(ShiftedTeacher):
         self.text_encoder = CLIPTextModelWithProjection(networks.text_config(self.tokenizer, "quick_gelu"))
         self.text_encoder.load_state_dict(sdxl.text_encoder.state_dict(), strict=False)  # it has no projection
         self.text_encoder_2 = sdxl.text_encoder_2
-        self.text_encoder_3 = T5EncoderModel(
-            T5Config(
-                vocab_size=len(self.tokenizer_3), d_model=T5_WIDTH, d_kv=32, d_ff=2 * T5_WIDTH, num_layers=2,
-                num_heads=4, feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False,
-                dropout_rate=0.0,
-            )
-        )  # fmt: skip
+        self.text_encoder_3 = new_t5(len(self.tokenizer_3))
         self.transformer = SD3Transformer2DModel(
             sample_size=miniature.SIZE // 2,
             in_channels=4,
@@ -147,9 +158,7 @@ class SD3Teacher(ShiftedTeacher):
             pos_embed_max_size=miniature.SIZE // 4,
             qk_norm="rms_norm",
         )
-        for name, module in self.transformer.named_modules():  # as in the papers on such transformers: begin as nothing
-            if name.endswith((".norm1.linear", ".norm1_context.linear", "norm_out.linear")) or name == "proj_out":
-                nn.init.zeros_(module.weight), nn.init.zeros_(module.bias)
+        begin_as_nothing(self.transformer)
         self.shift = self.shift_of(scenes)
         tokenizers = (self.tokenizer, self.tokenizer_2, self.tokenizer_3)
         lengths = (networks.MAX_TOKENS, networks.MAX_TOKENS, T5_TOKENS)

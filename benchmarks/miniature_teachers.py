@@ -68,10 +68,15 @@ class Teacher(nn.Module):
 
     def save(self) -> None:
         """Write the pipeline in half precision, beside the judge and the prompts of the miniature SDXL."""
+        sdxl = self.sdxl()
         halved = deepcopy(self).cpu().half().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         networks.save_pipeline(halved.pipeline(self.autoencoder().half()), self.folder)
-        shutil.copytree(miniature.TEACHER / "judge", self.folder / "judge", dirs_exist_ok=True)
-        shutil.copy(miniature.TEACHER / "prompts.txt", self.folder / "prompts.txt")
+        shutil.copytree(sdxl / "judge", self.folder / "judge", dirs_exist_ok=True)
+        shutil.copy(sdxl / "prompts.txt", self.folder / "prompts.txt")
+
+    def sdxl(self) -> Path:
+        """The folder of the miniature SDXL that this teacher follows."""
+        return miniature.TEACHER
 
     def autoencoder(self) -> Any:
         """The miniature SDXL's."""
@@ -85,7 +90,7 @@ class ShiftedTeacher(Teacher):
 
     def shift_of(self, scenes: Scenes) -> float:
         """The mean of the autoencoder's own latents."""
-        self._scale = float(miniature.load_vae().config.scaling_factor)
+        self._scale = float(super().autoencoder().config.scaling_factor)
         return (scenes.latents.float().mean() / self._scale).item()
 
     def shifted(self, x_0: Tensor) -> Tensor:

@@ -421,6 +421,12 @@ def train_text(work: Path, *, steps: int, batch_size: int = 128) -> None:
 # ---------------------------------------------------------------------------------------------------------- unet
 
 
+def drawn_from(work: Path) -> Tensor:
+    """Indices of the pool's scenes; those of three things, which are harder, stand there four times."""
+    of_three = torch.tensor(load(work, "pool", "things")[:, 2, 0]) >= 0
+    return torch.cat([torch.arange(len(of_three)), of_three.nonzero().flatten().repeat(3)])
+
+
 def train_unet(
     work: Path, *, steps: int, horizon: int, batch_size: int, peak: float, half: bool, begin: Path | None = None
 ) -> None:
@@ -440,8 +446,7 @@ def train_unet(
         if hasattr(teacher, name):  # not the autoencoder
             getattr(teacher, name).load_state_dict(state)
     alphas_cumprod = new_scheduler().alphas_cumprod.to(DEVICE)
-    of_three = (torch.tensor(load(work, "pool", "things")[:, 2, 0]) >= 0).nonzero().flatten()
-    drawn = torch.cat([torch.arange(len(data.captions)), of_three.repeat(3)])  # scenes of three are harder
+    drawn = drawn_from(work)
 
     def loss(index: Tensor) -> Tensor:
         with half_precision(half, DEVICE):

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ import torch
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, SD3Transformer2DModel, UNet2DConditionModel
 from distill.plugins.scene_judge import SceneJudge
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks")]
@@ -35,7 +34,7 @@ import miniature_families as families  # noqa: E402
 import scenes  # noqa: E402
 import scenes_networks as networks  # noqa: E402
 from miniature import decayed, index_batches, progress  # noqa: E402
-from miniature_networks import load_teacher, save_pipeline  # noqa: E402
+from miniature_networks import load_teacher  # noqa: E402
 from miniature_speed import half_precision  # noqa: E402
 from miniature_teachers import Scenes, Teacher  # noqa: E402
 
@@ -57,23 +56,21 @@ class Pool(Scenes):
 
 
 class OfScenes(Teacher):
-    """A teacher whose autoencoder and judge are those of the SDXL of scenes."""
+    """A teacher whose autoencoder, judge and prompts are those of the SDXL of scenes."""
 
     multistep: ClassVar[dict[str, Any]] = {}
     """What DPM++ 2M needs beside the settings of the teacher's own scheduler."""
 
-    def save(self) -> None:
-        """Write the pipeline in half precision, beside the judge of the SDXL of scenes."""
-        halved = miniature.deepcopy(self).cpu().half().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-        save_pipeline(halved.pipeline(self.autoencoder().half()), self.folder)
-        shutil.copytree(scenes.TEACHER / "judge", self.folder / "judge", dirs_exist_ok=True)
+    def sdxl(self) -> Path:
+        """The SDXL of scenes."""
+        return scenes.TEACHER
 
     def autoencoder(self) -> Any:
         """That of the SDXL of scenes."""
         return scenes.load_vae()
 
 
-class SD2OfScenes(OfScenes, families.SD2Teacher):
+class SD2OfScenes(families.SD2Teacher, OfScenes):
     """Stable Diffusion 2.1 in small: v prediction; one text encoder as wide as both of SDXL's together."""
 
     folder = miniature.ASSETS / "sd2x_scenes"
@@ -120,7 +117,7 @@ class SD2OfScenes(OfScenes, families.SD2Teacher):
             self.unet.time_embedding.linear_2.bias += added
 
 
-class SD3OfScenes(OfScenes, families.SD3Teacher):
+class SD3OfScenes(families.SD3Teacher, OfScenes):
     """Stable Diffusion 3.5 in small, on patches of 8 x 8 pixels."""
 
     folder = miniature.ASSETS / "sd3_scenes"
@@ -139,33 +136,19 @@ class SD3OfScenes(OfScenes, families.SD3Teacher):
         self.text_encoder = CLIPTextModelWithProjection(config)
         self.text_encoder.load_state_dict(sdxl.text_encoder.state_dict(), strict=False)  # it has no projection
         self.text_encoder_2 = sdxl.text_encoder_2
+        self.text_encoder_3 = families.new_t5(len(self.tokenizer_3))
         width = families.T5_WIDTH
-        self.text_encoder_3 = T5EncoderModel(
-            T5Config(
-                vocab_size=len(self.tokenizer_3), d_model=width, d_kv=32, d_ff=2 * width, num_layers=2, num_heads=4,
-                feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False, dropout_rate=0.0,
-            )
-        )  # fmt: skip
         self.transformer = SD3Transformer2DModel(
             sample_size=networks.LATENT_SIZE, in_channels=networks.LATENT_CHANNELS,
             out_channels=networks.LATENT_CHANNELS, num_layers=depth, attention_head_dim=32, num_attention_heads=heads,
             joint_attention_dim=width, caption_projection_dim=32 * heads, pooled_projection_dim=2 * networks.POOLED,
             pos_embed_max_size=networks.LATENT_SIZE // 2, qk_norm="rms_norm",
         )  # fmt: skip
-        for name, module in self.transformer.named_modules():  # as in the papers on such transformers: begin as nothing
-            if name.endswith((".norm1.linear", ".norm1_context.linear", "norm_out.linear")) or name == "proj_out":
-                nn.init.zeros_(module.weight), nn.init.zeros_(module.bias)
-        self._scale = float(scenes.load_vae().config.scaling_factor)
-        self.shift = (pool.latents.float().mean() / self._scale).item()
+        families.begin_as_nothing(self.transformer)
+        self.shift = self.shift_of(pool)
         lengths = (networks.MAX_TOKENS, networks.MAX_TOKENS, T5_TOKENS)
         tokenizers = (self.tokenizer, self.tokenizer_2, self.tokenizer_3)
         self.tokens = [pool.tokens(each, length) for each, length in zip(tokenizers, lengths, strict=True)]
-
-    def autoencoder(self) -> Any:
-        """That of the SDXL of scenes, with the shift."""
-        vae = super().autoencoder()
-        vae.register_to_config(shift_factor=round(self.shift, 5))
-        return vae
 
 
 TEACHERS: dict[str, tuple[type[Any], dict[str, Any]]] = {
@@ -183,8 +166,7 @@ def train(family: str, work: Path, *, steps: int | None, horizon: int | None, ha
     teacher = kind(pool)
     if isinstance(teacher, SD2OfScenes) and not state.is_file():
         teacher.prepare(pool)
-    of_three = (torch.tensor(scenes.load(work, "pool", "things")[:, 2, 0]) >= 0).nonzero().flatten()
-    drawn = torch.cat([torch.arange(len(pool)), of_three.repeat(3)])  # as of the SDXL of scenes
+    drawn = scenes.drawn_from(work)
 
     def loss(index: Tensor) -> Tensor:
         with half_precision(half, "cpu"):

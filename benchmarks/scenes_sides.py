@@ -5,7 +5,7 @@
 A UNet that does not know yet where it is from left to right (landscapes show what is up, nothing shows what is left)
 finds both words equally useless. Text encoders that are trained with it then give both the same states; from there no
 gradient leads back, since what the UNet could do with the difference and the difference itself are both near zero.
-Scenes of above and below were right three times in four, those of left and right one in three, which is chance.
+Scenes of above and below were right in 85%, those of left and right in 30%, which is chance.
 
 First the encoders' states for the first two things are moved apart along directions in which they hardly vary, and all
 else is kept. Then, for captions of left and right and at times where layouts are decided, the UNet predicts under the
