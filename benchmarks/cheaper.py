@@ -29,7 +29,7 @@ from count_seconds import FILE  # noqa: E402
 from methods import commit, score, table  # noqa: E402
 
 COUNTER = ROOT / "benchmarks" / "count_seconds.py"
-IMAGES = ROOT / "model_families" / "assets" / "emoji_scenes"
+IMAGES = ROOT / "model_families" / "assets" / "scenes"
 PROBE_STEPS = 24
 ROWS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -47,7 +47,7 @@ def data_file(folder: Path, *, guidance: float, num_steps: int) -> Path:
         "id": "pairs", "dataset_type": "distillation_cache", "num_inference_steps": num_steps,
         "guidance_scale": guidance, "cache_dir": str(folder / "pairs"),
     }  # fmt: skip
-    images = {"id": "emoji-scenes", "type": "local", "instance_data_dir": str(IMAGES), "caption_strategy": "textfile"}
+    images = {"id": "scenes", "type": "local", "instance_data_dir": str(IMAGES), "caption_strategy": "textfile"}
     caches = {"cache_dir_vae": str(folder / "latents")}
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "data.json"

@@ -152,7 +152,7 @@ def _encoders(model: Published, *, small: bool, dtype: Any, device: str) -> dict
     from transformers import AutoTokenizer, CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
 
     widths, found = model.small_widths if small else model.widths, {}
-    miniature = ASSETS / ("sdxl_miniature" if model.family == "sdxl" else "sd3_miniature")
+    miniature = ASSETS / ("sdxl_scenes" if model.family == "sdxl" else "sd3_miniature")
     for number, width in enumerate(widths, 1):
         ending = "" if number == 1 else f"_{number}"
         t5 = model.family != "sdxl" and number == len(widths)

@@ -41,11 +41,12 @@ SHOWN = 8
 SCORES = {
     "prompt_agreement_judge": "agreement ↑",
     "frechet_distance_to_data_judge": "distance to data ↓",
+    "image_quality_judge": "quality ↑",
     "distance_to_teacher_pixels": "distance to full teacher ↓",
     "diversity_judge": "diversity ↑",
     "seconds_per_image": "seconds",
 }
-MINIATURE = ROOT / "model_families" / "assets" / "sdxl_miniature"
+MINIATURE = ROOT / "model_families" / "assets" / "sdxl_scenes"
 RECIPE: dict[str, Any] = json.loads((MINIATURE / "recipe.json").read_text())
 OF_DMD2 = RECIPE["methods"]["dmd2"]
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -61,7 +62,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "lcm+dmd2": (
         "recipe",
         {
-            **{key: OF_DMD2[key] for key in ("learning_rate", "lr_end", "validation_num_inference_steps")},
+            **{key: OF_DMD2[key] for key in ("learning_rate", "lr_end")},
             "distillation_config.recipe.sampler": "lcm",
             "distillation_config.recipe.terms": json.dumps([
                 {"method": "lcm", "config": RECIPE["distillation_config"]["lcm"]},

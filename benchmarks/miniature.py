@@ -39,7 +39,7 @@ import miniature_data as scenes  # noqa: E402
 import miniature_networks as networks  # noqa: E402
 
 ASSETS = ROOT / "model_families" / "assets"
-TEACHER, IMAGES = ASSETS / "sdxl_miniature", ASSETS / "emoji_scenes"
+TEACHER, IMAGES = ROOT / "tests" / "assets" / "sdxl_miniature", ASSETS / "emoji_scenes"
 POOL_SIZE, SHIPPED_SIZE, HELD_OUT_SIZE = 60_000, 1_200, 4_000
 UNET_STEPS, REFINE_STEPS = 5000, 4500
 SIZE = scenes.RESOLUTION

@@ -147,6 +147,9 @@ def save_teacher(teacher: Teacher, tokenizers: tuple[CLIPTokenizer, CLIPTokenize
 
 def save_pipeline(pipeline: Any, folder: Path) -> None:
     """Write a pipeline whose weights are halves; only on disk: what loads it plainly gets float32."""
+    for name, part in pipeline.components.items():
+        if isinstance(part, nn.Module) and name != "vae":  # the autoencoder's figures are those of its halves
+            shorten(part)
     pipeline.save_pretrained(folder)
     for path in folder.glob("text_encoder*/config.json"):  # diffusers loads the other parts as float32
         path.write_text(path.read_text().replace('"dtype": "float16"', '"dtype": "float32"'), encoding="utf-8")
@@ -157,6 +160,13 @@ def save_pipeline(pipeline: Any, folder: Path) -> None:
         tokenizer = getattr(pipeline, path.name)
         if isinstance(tokenizer, CLIPTokenizer):
             tokenizer.backend_tokenizer.model.save(str(path))  # vocab.json and merges.txt, for older readers
+
+
+@torch.no_grad()
+def shorten(part: nn.Module) -> None:
+    """Round weights to the precision of bfloat16, in place: as halves they then compress to four fifths in a wheel."""
+    for weight in part.parameters():
+        weight.copy_(weight.bfloat16())
 
 
 def restore_teacher(teacher: Teacher, folder: Path) -> None:

@@ -26,6 +26,7 @@ from torch import nn
 SCORES = {
     "prompt_agreement_judge": "prompt agreement",
     "frechet_distance_to_data_judge": "Fréchet distance to data (judge features)",
+    "image_quality_judge": "quality",
     "distance_to_teacher_pixels": "distance to the full teacher's image",
 }
 
@@ -57,7 +58,12 @@ class Students:
 
 
 def score(
-    folders: dict[str, Path], *, num_samples: int, students: dict[str, Path] | None = None, teachers: bool = True
+    folders: dict[str, Path],
+    *,
+    num_samples: int,
+    students: dict[str, Path] | None = None,
+    teachers: bool = True,
+    solver_guidance: Sequence[float] = (),
 ) -> dict[str, Any]:
     """Scores by recipe.
 
@@ -66,12 +72,13 @@ def score(
         num_samples: Images of each row.
         students: Folders of students by name; those of the runs unless given.
         teachers: Whether the teacher gets rows too; if not, the distance to its images is to those of one step.
+        solver_guidance: Scales of the fast solver at 4 steps, beside the run's own.
     """
     from distill.core.data.loader import BatchContents, BatchLayout
     from distill.core.data.pipeline import DataPipeline
     from distill.core.evaluation.evaluate import evaluate
     from distill.core.evaluation.evaluators import build_evaluators, evaluation_setting
-    from distill.core.evaluation.plan import plan_evaluation
+    from distill.core.evaluation.plan import fast_solver, plan_evaluation
     from distill.core.runs.builders import build_family, build_method, method_needs
     from distill.core.runs.finished import open_run
     from distill.core.utils.console import console
@@ -103,6 +110,9 @@ def score(
     few = [each for each in plan.sampling_plans if each.role == "student"]
     students = students or {name: folder / "student" for name, folder in folders.items()}
     sampling_plans = [*many, *(replace(solver, steps=steps) for steps in (2, 4))] if teachers else []
+    sampling_plans += [
+        replace(fast_solver(family, 4, scale), name=f"{solver.name}, guidance {scale:g}") for scale in solver_guidance
+    ]
     sampling_plans += [replace(each, role=name) for name in students for each in few]
     real = data.real_images(1000, plan.width, plan.height)
     setting = evaluation_setting(family, num_data=len(real))
@@ -147,11 +157,13 @@ def main() -> None:
     parser.add_argument("--method", default="lcm")
     parser.add_argument("--num-samples", type=int, default=1000)
     parser.add_argument("--output", type=Path, default=Path("output/scores"))
+    parser.add_argument("--solver-guidance", default="", help="of the fast solver at 4 steps, beside the run's own")
     arguments = parser.parse_args()
     folders = {f"seed-{seed}": arguments.output / f"seed-{seed}" for seed in arguments.seeds.split(",")}
     for name, folder in folders.items():
         distil(int(name.removeprefix("seed-")), folder, family=arguments.family, method=arguments.method)
-    result = score(folders, num_samples=arguments.num_samples)
+    scales = [float(scale) for scale in arguments.solver_guidance.split(",") if scale]
+    result = score(folders, num_samples=arguments.num_samples, solver_guidance=scales)
     (arguments.output / "scores.json").write_text(json.dumps(result, indent=2) + "\n")
     print(table(result))
 

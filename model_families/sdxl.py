@@ -70,7 +70,7 @@ class SDXL(TimeIdsFamily, ClipFamily):
         quantised_text_encoders=2,
     )
     pixel_multiple: ClassVar[int] = 8
-    miniature: ClassVar[Path | None] = MINIATURES / "sdxl_miniature"
+    miniature: ClassVar[Path | None] = MINIATURES / "sdxl_scenes"
     upcasts_vae: ClassVar[bool] = True
     architecture: ClassVar[Architecture] = Architecture(
         title="an SDXL",

@@ -181,7 +181,7 @@ def test_each_module_that_the_page_of_methods_lists_can_be_imported():
 
 
 def test_the_recipe_of_the_miniature_is_what_its_page_says():
-    recipe = json.loads((ROOT / "model_families/assets/sdxl_miniature/recipe.json").read_text())
+    recipe = json.loads((ROOT / "model_families/assets/sdxl_scenes/recipe.json").read_text())
     settings = text(MINIATURE).partition("## Its settings")[2].partition("## The result")[0]
     for said in (
         f"`resolution` {recipe['resolution']}",
@@ -197,17 +197,16 @@ def test_the_recipe_of_the_miniature_is_what_its_page_says():
     ):
         assert said in settings, said
     assert (recipe["learning_rate"], recipe["lr_end"]) == (1e-3, 5e-5)
-    assert sum(1 for _ in (ROOT / "model_families/assets/emoji_scenes").glob("*.png")) == 1200
+    assert sum(1 for _ in (ROOT / "model_families/assets/scenes").glob("*.png")) == 1200
 
 
 # -- figures ----------------------------------------------------------------------------------------------------------
 
 
 def miniature_figures() -> dict[tuple[str, int], list[list[float]]]:
-    """Who and steps -> agreement and distance: the mean, and of students the lowest and the highest."""
-    rows = re.findall(
-        r"^\| \W*(teacher|student|teacher, DPM\+\+ 2M)\W* \| (\d+) \| (.+) \| (.+) \|$", text(MINIATURE), re.M
-    )
+    """Who and steps -> scenes right, distance, quality: the mean, and of students the lowest and the highest."""
+    who = r"teacher|student|teacher, DPM\+\+ 2M(?:, guidance \d)?"
+    rows = re.findall(rf"^\| \W*({who})\W* \| (\d+) \| (.+) \| (.+) \| (.+) \|$", text(MINIATURE), re.M)
     return {(who, int(steps)): [[float(number) for number in re.findall(r"[\d.]+", cell)] for cell in cells]
             for who, steps, *cells in rows}  # fmt: skip
 
@@ -225,25 +224,31 @@ def test_figures_on_the_first_screen_are_those_of_the_miniatures_page(page):
         means = [each[column][0] for column in (0, 1) for each in (teacher, student) if each]
         assert [float(cell.strip("*")) for cell in cells if cell != "–"] == means
     ((solver, distance),) = re.findall(r"\(DPM\+\+ 2M: ([\d.]+), ([\d.]+)\)", text(page))
-    assert [[float(solver)], [float(distance)]] == figures["teacher, DPM++ 2M", 4]
+    assert [[float(solver)], [float(distance)]] == figures["teacher, DPM++ 2M", 4][:2]
 
 
 def test_the_reading_of_the_miniatures_figures_follows_from_its_table():
     figures, page = miniature_figures(), " ".join(text(MINIATURE).split())
-    (full, *_), _ = figures["teacher", 50]
-    (one, worst_one, _), (one_away, *_) = figures["student", 1]
-    (two, *_), (two_away, _, two_worst) = figures["student", 2]
-    _, (four_away, *_) = figures["student", 4]
-    (teacher_one,), (teacher_one_away,) = figures["teacher", 1]
-    (teacher_two,), (teacher_two_away,) = figures["teacher", 2]
+    (full, *_), *_ = figures["teacher", 50]
+    ((lower, (low,), (low_away,)),) = [
+        (name, *found[:2]) for (name, steps), found in figures.items() if "guidance" in name and steps == 4
+    ]
+    solver = {steps: [values[0] for values in figures["teacher, DPM++ 2M", steps]] for steps in (2, 4)}
+    teacher = {steps: [values[0] for values in figures["teacher", steps]] for steps in (1, 8)}
+    student = {steps: [values[0] for values in figures["student", steps]] for steps in (1, 2, 4, 8)}
+    (_, worst, _), *_ = figures["student", 4]
     for said in (
-        f"keeps {two / full:.0%} of the full teacher's prompt agreement",
-        f"the teacher itself keeps {teacher_two / full:.0%}",
-        f"is {two_away / teacher_two_away:.2f} of the teacher's ({two_worst / teacher_two_away:.2f} for the worst",
-        f"keeps {one / full:.0%}, the teacher {teacher_one / full:.0%}",
-        f"The worst of the three students keeps {worst_one / full:.1%}",
-        f"The student's distance is {one_away / teacher_one_away:.2f} of the teacher's",
-        f"The student's distance is {four_away / figures['teacher', 4][1][0]:.2f} of the teacher's",
+        f"{student[4][0]:.1%} of the student's scenes are right, and {solver[4][0]:.1%} of those by DPM++ 2M",
+        f"{100 * (student[4][0] - solver[4][0]):.1f} points more, {100 * (worst - solver[4][0]):.1f} for the worst",
+        f"keeps {student[4][0] / full:.0%} of what the full teacher gets right, the solver {solver[4][0] / full:.0%}",
+        f"is {student[4][1] / solver[4][1]:.2f} of the solver's",
+        f"The student keeps {student[2][0] / full:.0%}, the solver {solver[2][0] / full:.0%}",
+        f"the student's distance is {student[2][1] / solver[2][1]:.2f} of the solver's",
+        f"The student keeps {student[1][0] / full:.0%}, the teacher {teacher[1][0] / full:.0%}",
+        f"the student's distance is {student[1][1] / teacher[1][1]:.2f} of the teacher's",
+        f"The student keeps {student[8][0] / full:.0%}, the teacher {teacher[8][0] / full:.0%}",
+        f"With {lower.partition(', ')[2].partition(', ')[2]} {low:.1%} of the solver's scenes are right at 4 steps",
+        f"{low_away / student[4][1]:.1f} times as far from the data as the student's",
     ):
         assert said in page
 

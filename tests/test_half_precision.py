@@ -31,6 +31,7 @@ from support.listening import listening
 from support.original_sdxl import write_single_file
 from support.resuming import resumed_equals_whole
 from support.small_run import execute, write_run
+from support.sources import SMALL_SDXL
 from support.tiny_families import EDGE, MODELS, SCALE_FACTOR, Tiny
 from support.tiny_sdxl import write_tiny_sdxl
 from support.trial import make_batch
@@ -295,7 +296,7 @@ def test_images_come_from_the_plain_pipeline_in_half_precision_too(model):
 
 
 def miniature(cls, dtype, roles):
-    settings = ModelSettings(str(cls.miniature), weight_dtype=dtype, resolution=(32, 32))
+    settings = ModelSettings(str(SMALL_SDXL if cls is SDXL else cls.miniature), weight_dtype=dtype, resolution=(32, 32))
     family = cls(cls.Config(), settings)
     autocast = None if dtype == "float32" else getattr(torch, dtype)
     networks = Networks(family, roles, lora=LORA, seed=0)

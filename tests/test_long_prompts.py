@@ -13,12 +13,13 @@ from safetensors.torch import load_file
 from support.config_files import distill, said
 from support.data_helpers import FakeFamily, entry, fill, pipeline
 from support.small_run import execute, write_run
+from support.sources import SMALL_SDXL
 
 LONG = "a red cat on a green hill under a blue sky with one white cloud and a black bird beside the yellow house"
 
 
 def family(kind=SDXL, **config):
-    return kind(kind.Config(**config), ModelSettings(source=str(kind.miniature)))
+    return kind(kind.Config(**config), ModelSettings(source=str(SMALL_SDXL if kind is SDXL else kind.miniature)))
 
 
 def words(count: int) -> str:

@@ -24,11 +24,13 @@ from support.plain_lcm import Inputs, PlainLcmLora, Settings
 from torch import Tensor
 
 STEPS, SEED, RANK, GRID, RATE, LAST_RATE, WARMUP = 10, 3, 16, 50, 1e-3, 1e-4, 3
+GUIDANCE = (5.0, 8.0)
+"""Of the miniature's recipe."""
 SETTINGS = {
     "max_train_steps": STEPS, "seed": SEED, "lora_rank": RANK, "train_batch_size": 4, "learning_rate": RATE,
     "lr_scheduler": "linear", "lr_warmup_steps": WARMUP, "lr_end": LAST_RATE, "use_ema": True, "ema_decay": 0.9,
     "export_online_weights": True, "distillation_config.lcm.num_ddim_timesteps": GRID,
-    "data.emoji-scenes.max_num_samples": 16, "data.emoji-scenes.random_flip": True, "validation_step_interval": 0,
+    "data.scenes.max_num_samples": 16, "data.scenes.random_flip": True, "validation_step_interval": 0,
     "evaluation_num_samples": 0, "checkpoint_step_interval": 0, "report_to": "none",
 }  # fmt: skip
 
@@ -112,7 +114,7 @@ def test_ten_steps_are_those_of_the_plain_loop(ours, plain):
             Inputs(batch.latents, cond["prompt_embeds"], cond["pooled_prompt_embeds"], cond["time_ids"]),
             index=draws.integers("index", GRID),
             noise=draws.randn("noise", batch.latents.shape[1:]).double(),
-            w=draws.uniform("w", 3.0, 5.0) - 1,
+            w=draws.uniform("w", *GUIDANCE) - 1,
             learning_rate=rate(step),
         )
         assert loss == pytest.approx(own, rel=1e-10)
