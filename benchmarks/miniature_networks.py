@@ -153,7 +153,7 @@ def save_pipeline(pipeline: Any, folder: Path) -> None:
     pipeline.save_pretrained(folder)
     for path in folder.glob("text_encoder*/config.json"):  # diffusers loads the other parts as float32
         path.write_text(path.read_text().replace('"dtype": "float16"', '"dtype": "float32"'), encoding="utf-8")
-    for path in folder.glob("*/config.json"):  # where a part was loaded from is nobody's business
+    for path in (folder / "model_index.json", *folder.glob("*/config.json")):  # without where a part was loaded from
         config = {key: value for key, value in json.loads(path.read_text()).items() if key != "_name_or_path"}
         path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for path in folder.glob("tokenizer*"):
