@@ -26,10 +26,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks")]
 
 from count_seconds import FILE  # noqa: E402
-from methods import commit, score, table  # noqa: E402
+from methods import IMAGES, RECIPE, commit, score, table  # noqa: E402
 
 COUNTER = ROOT / "benchmarks" / "count_seconds.py"
-IMAGES = ROOT / "model_families" / "assets" / "scenes"
+OF_LCM = RECIPE["distillation_config"]["lcm"]
 PROBE_STEPS = 24
 ROWS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -47,11 +47,10 @@ def data_file(folder: Path, *, guidance: float, num_steps: int) -> Path:
         "id": "pairs", "dataset_type": "distillation_cache", "num_inference_steps": num_steps,
         "guidance_scale": guidance, "cache_dir": str(folder / "pairs"),
     }  # fmt: skip
-    images = {"id": "scenes", "type": "local", "instance_data_dir": str(IMAGES), "caption_strategy": "textfile"}
     caches = {"cache_dir_vae": str(folder / "latents")}
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "data.json"
-    file.write_text(json.dumps([{**images, **caches}, pairs], indent=1))
+    file.write_text(json.dumps([{**IMAGES, **caches}, pairs], indent=1))
     return file
 
 
@@ -115,7 +114,8 @@ def main() -> None:
     parser.add_argument("--rows", default=",".join(ROWS), help=f"some of {', '.join([*ROWS, *FULL])}")
     parser.add_argument("--seconds", type=float, default=120, help="CPU seconds of steps of each run")
     parser.add_argument("--seeds", default="1,2,3")
-    parser.add_argument("--guidance", type=float, default=4.0, help="of the trajectories")
+    middle = (OF_LCM["w_min"] + OF_LCM["w_max"]) / 2
+    parser.add_argument("--guidance", type=float, default=middle, help="of the trajectories; lcm's mean unless given")
     parser.add_argument("--grid", type=int, default=20, help="steps of the trajectories")
     parser.add_argument("--full-rate", type=float, default=1e-4, help="learning rate of full students")
     parser.add_argument("--num-samples", type=int, default=400)

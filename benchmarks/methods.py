@@ -48,6 +48,9 @@ SCORES = {
 }
 MINIATURE = ROOT / "model_families" / "assets" / "sdxl_scenes"
 RECIPE: dict[str, Any] = json.loads((MINIATURE / "recipe.json").read_text())
+(_IMAGES,) = RECIPE["data"]
+IMAGES: dict[str, Any] = {**_IMAGES, "instance_data_dir": str((MINIATURE / _IMAGES["instance_data_dir"]).resolve())}
+"""The miniature's images, as an entry of a data file that may lie anywhere."""
 OF_DMD2 = RECIPE["methods"]["dmd2"]
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "lcm": ("lcm", {}),
@@ -110,10 +113,8 @@ def run(name: str, output: Path, *, seed: int, steps: int) -> None:
 
 def write_pairs(count: int, folder: Path) -> None:
     """Write the data of `kd` with so many pairs."""
-    (images,) = RECIPE["data"]
-    place = str((MINIATURE / images["instance_data_dir"]).resolve())
     folder.mkdir(parents=True, exist_ok=True)
-    entries = [PAIRS, {**images, "instance_data_dir": place, "max_num_samples": count}]
+    entries = [PAIRS, {**IMAGES, "max_num_samples": count}]
     (folder / PAIRS_FILE).write_text(json.dumps(entries, indent=1) + "\n")
 
 

@@ -146,7 +146,7 @@ def save_teacher(teacher: Teacher, tokenizers: tuple[CLIPTokenizer, CLIPTokenize
 
 
 def save_pipeline(pipeline: Any, folder: Path) -> None:
-    """Write a pipeline whose weights are halves; only on disk: what loads it plainly gets float32."""
+    """Write a pipeline of halves, which it rounds (`shorten`); what loads it plainly gets float32."""
     for name, part in pipeline.components.items():
         if isinstance(part, nn.Module) and name != "vae":  # the autoencoder's figures are those of its halves
             shorten(part)

@@ -24,6 +24,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests")]
 
+from methods import IMAGES, RECIPE  # noqa: E402
 from scores import score  # noqa: E402
 
 NUM_IMAGES, BATCH_SIZE, RATE, LAST_RATE = 1024, 32, 1e-3, 5e-5
@@ -33,11 +34,11 @@ EARLIER = (40, 30, 20, 10)
 SETTINGS = {
     "train_batch_size": BATCH_SIZE, "learning_rate": RATE, "lr_warmup_steps": 0, "lr_scheduler": "constant",
     "use_ema": True, "ema_decay": DECAYS[0], "export_online_weights": True, "num_workers": 1,
-    "distillation_config.lcm.num_ddim_timesteps": 50, "data.emoji-scenes.max_num_samples": NUM_IMAGES,
+    "distillation_config.lcm.num_ddim_timesteps": 50, f"data.{IMAGES['id']}.max_num_samples": NUM_IMAGES,
     "validation_step_interval": 0, "evaluation_num_samples": 0, "report_to": "none", "checkpoint_step_interval": 200,
     "resume_from_checkpoint": "latest",
 }  # fmt: skip
-"""The issue's setting beside the recipe's rank 64, w of 2 to 4, Huber loss and float32."""
+"""The issue's setting beside the recipe's rank 64, guidance, Huber loss and float32."""
 LOOPS = {"ours": {}, "ours, decaying rate": {"lr_scheduler": "linear", "lr_end": LAST_RATE}}
 
 
@@ -46,7 +47,7 @@ def distil(loop: str, folder: Path, *, seed: int, steps: int) -> None:
     if (folder / "student-online").exists():
         return
     settings = {**SETTINGS, **LOOPS[loop], "seed": seed, "max_train_steps": steps}
-    settings["data.emoji-scenes.cache_dir_vae"] = folder.parent / "latents"
+    settings[f"data.{IMAGES['id']}.cache_dir_vae"] = folder.parent / "latents"
     words = [sys.executable, "-m", "distill", "run", "--method", "lcm", "--family", "sdxl", "--output-dir", str(folder)]
     words += [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     launch(words, folder)
@@ -119,7 +120,9 @@ def train_plain(folder: Path, *, data: Path, seed: int, steps: int) -> None:
     from support.plain_lcm import PlainLcmLora, Settings
 
     assert SDXL.miniature is not None
-    same, settings = folder.name.startswith("same"), Settings(learning_rate=RATE, w_min=2.0, w_max=4.0)
+    of_lcm = RECIPE["distillation_config"]["lcm"]  # guidance scales; the script's w is one less
+    settings = Settings(learning_rate=RATE, w_min=of_lcm["w_min"] - 1, w_max=of_lcm["w_max"] - 1)
+    same = folder.name.startswith("same")
     loop = PlainLcmLora(SDXL.miniature, settings, seed=derive_seed(seed, "lora", "student") if same else seed)
     averages = {decay: {name: p.detach().clone() for name, p in loop.weights.items()} for decay in DECAYS}
     losses: list[float] = []

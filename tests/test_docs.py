@@ -247,7 +247,7 @@ def test_the_reading_of_the_miniatures_figures_follows_from_its_table():
         f"The student keeps {student[1][0] / full:.0%}, the teacher {teacher[1][0] / full:.0%}",
         f"the student's distance is {student[1][1] / teacher[1][1]:.2f} of the teacher's",
         f"The student keeps {student[8][0] / full:.0%}, the teacher {teacher[8][0] / full:.0%}",
-        f"With {lower.partition(', ')[2].partition(', ')[2]} {low:.1%} of the solver's scenes are right at 4 steps",
+        f"With {lower.rpartition(', ')[2]} {low:.1%} of the solver's scenes are right at 4 steps",
         f"{low_away / student[4][1]:.1f} times as far from the data as the student's",
     ):
         assert said in page
