@@ -5,9 +5,9 @@
 Each method runs as `distill run --method NAME --family sdxl` does by default, for as many steps as the budget pays for
 (measured in a short run first; `count_evaluations.py` says what is counted). `--jobs` trains so many rows at once; each
 computes in one thread whatever their number, so that it changes no figure. All students are then scored on the same
-prompts and noise as the teacher. What has finished is taken as it is, so a run that was stopped goes on. Writes
-methods.json, methods.md and methods.png. `--precisions no,bf16,fp16` trains each method in each (rows `lcm`,
-`lcm-bf16`, ...); all students are scored in fp32.
+prompts and noise as the teacher, and as DPM++ 2M with the teacher's guidance and `--solver-guidance`. What has finished
+is taken as it is, so a run that was stopped goes on. Writes methods.json, methods.md and methods.png. `--precisions
+no,bf16,fp16` trains each method in each (rows `lcm`, `lcm-bf16`, ...); all students are scored in fp32.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from scores import Students, cell  # noqa: E402
 COUNTER = ROOT / "benchmarks" / "count_evaluations.py"
 FP16_ON_CPU = ROOT / "benchmarks" / "half_on_cpu.py"
 STEPS = (1, 2, 4, 8)
+SOLVER_STEPS = (2, 4, 8)
 PROBE_STEPS = 20
 PAIRS_FILE = "pairs.json"
 SOLVER = "-solver"
@@ -39,12 +40,11 @@ SOLVER = "-solver"
 SHOWN = 8
 """Images of each row that :func:`distill.core.evaluation.evaluate.evaluate` keeps."""
 SCORES = {
-    "prompt_agreement_judge": "agreement ↑",
+    "prompt_agreement_judge": "scenes right ↑",
     "frechet_distance_to_data_judge": "distance to data ↓",
     "image_quality_judge": "quality ↑",
     "distance_to_teacher_pixels": "distance to full teacher ↓",
     "diversity_judge": "diversity ↑",
-    "seconds_per_image": "seconds",
 }
 MINIATURE = ROOT / "model_families" / "assets" / "sdxl_scenes"
 RECIPE: dict[str, Any] = json.loads((MINIATURE / "recipe.json").read_text())
@@ -145,8 +145,13 @@ def train(
     return steps, {"-".join(at): folder / "-".join(at) for at in cells}
 
 
-def score(folders: Mapping[str, Path], *, num_samples: int, per_prompt: int, images: Path) -> list[dict[str, Any]]:
-    """Rows of teacher and students, each with its scores; the first images of each go to `images`."""
+def score(
+    folders: Mapping[str, Path], *, num_samples: int, per_prompt: int, images: Path, scales: Sequence[float] = ()
+) -> list[dict[str, Any]]:
+    """Rows of teacher and students, each with its scores; the first images of each go to `images`.
+
+    `scales` are guidance scales of the fast solver beside the run's own.
+    """
     from distill.core.data.loader import BatchLayout
     from distill.core.data.pipeline import DataPipeline
     from distill.core.evaluation.evaluate import evaluate
@@ -173,7 +178,9 @@ def score(folders: Mapping[str, Path], *, num_samples: int, per_prompt: int, ima
     )  # fmt: skip
     teachers = [each for each in plan.sampling_plans if each.role == "teacher" and each.sampler is None]
     guidance = teachers[0].guidance
-    teachers += [replace(fast_solver(family, steps, guidance), name="teacher, DPM++ 2M") for steps in (2, 4)]
+    for scale in (guidance, *scales):
+        name = "teacher, DPM++ 2M" + (f", guidance {scale:g}" if scale != guidance else "")
+        teachers += [replace(fast_solver(family, steps, scale), name=name) for steps in SOLVER_STEPS]
     evaluators, _ = build_evaluators(registry, configuration, evaluation_setting(family))
     real = data.real_images(1000, plan.width, plan.height)
     networks = Students(family, {name: folder / "student" for name, folder in folders.items()})
@@ -185,7 +192,7 @@ def score(folders: Mapping[str, Path], *, num_samples: int, per_prompt: int, ima
     for row in found.rows:
         each = row.sampling_plan
         for index, image in enumerate(row.images):
-            image.save(_shown(images, each.role, each.steps, _solver(each), index))
+            image.save(_shown(images, each.role, each.steps, _solver(each, guidance), index))
     (images / "prompts.json").write_text(json.dumps(list(plan.sample_prompts[:SHOWN])))
     return [
         {"row": each.role, "name": each.name, "steps": each.steps, "guidance": each.guidance,
@@ -194,8 +201,10 @@ def score(folders: Mapping[str, Path], *, num_samples: int, per_prompt: int, ima
     ]  # fmt: skip
 
 
-def _solver(sampling_plan: Any) -> str:
-    return SOLVER if sampling_plan.role == "teacher" and sampling_plan.sampler is not None else ""
+def _solver(sampling_plan: Any, guidance: float) -> str:
+    if sampling_plan.role != "teacher" or sampling_plan.sampler is None:
+        return ""
+    return SOLVER if sampling_plan.guidance == guidance else f"{SOLVER}-{sampling_plan.guidance:g}"
 
 
 def _shown(images: Path, who: str, steps: int, solver: str, index: int) -> Path:
@@ -223,33 +232,41 @@ def students(name: str, folder: Path, family: Any) -> list[Any]:
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Markdown: a line for each number of steps and row, students' figures as mean (lowest to highest)."""
-    lines = ["| | steps | " + " | ".join(SCORES.values()) + " |", "| --- " * (2 + len(SCORES)) + "|"]
+    from distill.core.diffusion.guidance import guides
+
+    lines = ["| | steps | calls | " + " | ".join(SCORES.values()) + " |", "| --- " * (3 + len(SCORES)) + "|"]
     groups: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
     for row in rows:
         name = row["name"] if row["row"] == "teacher" else row["row"].rpartition("-")[0]
         groups.setdefault((name, row["steps"]), []).append(row)
     for (name, steps), found in sorted(groups.items(), key=lambda group: group[0][1]):
         cells = [cell([row[key] for row in found if key in row]) for key in SCORES]
-        lines.append(f"| {name} | {steps} | {' | '.join(cells)} |")
+        calls = steps * (1 + guides(found[0]["guidance"]))
+        lines.append(f"| {name} | {steps} | {calls} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def side_by_side(names: Sequence[str], images: Path, *, seed: str, steps: int) -> Any:
+def side_by_side(names: Sequence[str], images: Path, *, seed: str, steps: int, scales: Sequence[float] = ()) -> Any:
     """The first prompts: teacher and fast solver at few steps, each method's first student, the teacher in full."""
     from distill.core.drawing.grid import GridRow, labelled_grid
     from PIL import Image
 
-    columns = [("teacher", steps, ""), ("teacher", steps, SOLVER), *((f"{name}-{seed}", steps, "") for name in names),
-               ("teacher", 50, "")]  # fmt: skip
+    columns = [
+        ("teacher", steps, ""), ("teacher", steps, SOLVER),
+        *(("teacher", steps, f"{SOLVER}-{scale:g}") for scale in scales),
+        *((f"{name}-{seed}", steps, "") for name in names), ("teacher", 50, ""),
+    ]  # fmt: skip
     columns = [each for each in columns if _shown(images, *each, 0).exists()]
     prompts = json.loads((images / "prompts.json").read_text())
     rows = [
         GridRow(prompt, [Image.open(_shown(images, *each, index)) for each in columns], "")
         for index, prompt in enumerate(prompts)
     ]
-    heads = [
-        f"{'DPM++ 2M' if solver else who.rpartition('-')[0] or who}\n{count} steps" for who, count, solver in columns
-    ]
+    heads = []
+    for who, count, solver in columns:
+        scale = solver.removeprefix(SOLVER).removeprefix("-")
+        name = "DPM++ 2M" if solver else who.rpartition("-")[0] or who
+        heads.append(f"{name}\n{count} steps" + (f", guidance {scale}" if scale else ""))
     footer = "The first prompts of the table's samples, not chosen; all from the same noise."
     return labelled_grid(rows, heads, title="Every method at equal cost", footer=footer, largest_cell=128)
 
@@ -281,6 +298,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--num-samples", type=int, default=400)
     parser.add_argument("--per-prompt", type=int, default=4, help="samples of each prompt, for the diversity")
+    parser.add_argument("--solver-guidance", default="", help="of the fast solver, beside the teacher's own: 3 or 2,3")
     parser.add_argument("--output", type=Path, default=Path("output/methods"))
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, of one thread each")
     parser.add_argument("--train-only", action="store_true", help="stop after the runs")
@@ -295,7 +313,10 @@ def main() -> None:
     if arguments.train_only:
         return
     images = arguments.output / "images"
-    rows = score(folders, num_samples=arguments.num_samples, per_prompt=arguments.per_prompt, images=images)
+    scales = [float(scale) for scale in arguments.solver_guidance.split(",") if scale]
+    rows = score(
+        folders, num_samples=arguments.num_samples, per_prompt=arguments.per_prompt, images=images, scales=scales
+    )
     found = {
         "commit": commit(), "budget": None if arguments.steps else arguments.budget, "steps": steps, "seeds": seeds,
         "num_samples": arguments.num_samples, "per_prompt": arguments.per_prompt, "rows": rows,
@@ -303,7 +324,7 @@ def main() -> None:
     text = f"{heading(found)}\n\n{table(rows)}"
     (arguments.output / "methods.json").write_text(json.dumps(found, indent=1) + "\n")
     (arguments.output / "methods.md").write_text(text + "\n")
-    side_by_side(names, images, seed=seeds[0], steps=4).save(arguments.output / "methods.png")
+    side_by_side(names, images, seed=seeds[0], steps=4, scales=scales).save(arguments.output / "methods.png")
     print(text)
 
 

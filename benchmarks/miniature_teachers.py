@@ -93,9 +93,9 @@ class ShiftedTeacher(Teacher):
         self._scale = float(super().autoencoder().config.scaling_factor)
         return (scenes.latents.float().mean() / self._scale).item()
 
-    def shifted(self, x_0: Tensor) -> Tensor:
-        """Latents of the miniature SDXL (B, 4, h, w) as this teacher's autoencoder has them."""
-        return x_0 - self.shift * self._scale
+    def shifted(self, x_0: Tensor, *, back: bool = False) -> Tensor:
+        """Latents of the miniature SDXL (B, C, h, w) as this teacher's autoencoder has them, or the way back."""
+        return x_0 + (self.shift if back else -self.shift) * self._scale
 
     def autoencoder(self) -> Any:
         """The miniature SDXL's, with the shift."""

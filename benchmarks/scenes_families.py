@@ -4,8 +4,10 @@
     python benchmarks/scenes_families.py sd3 --half              # a transformer on a flow, from scratch
     python benchmarks/scenes_families.py report --family sd2x    # the figures and image grids of the model card
 
-Needs what `scenes.py` has left in `--work` and in the assets. Seeds are fixed; a training that was interrupted goes on
-from `<work>/<family>.pt`, and `torchrun --nproc_per_node 2` shares every batch between two processes.
+They learn what the SDXL of scenes expects of noisy latents, which has less variance than the scene that the noise was
+added to. Needs what `scenes.py` has left in `--work` and in the assets. Seeds are fixed; a training that was
+interrupted goes on from `<work>/<family>.pt`, and `torchrun --nproc_per_node 2` shares every batch between two
+processes.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import argparse
 import json
 import os
 import sys
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,6 +40,7 @@ from miniature import decayed, index_batches, progress  # noqa: E402
 from miniature_networks import load_teacher  # noqa: E402
 from miniature_speed import half_precision  # noqa: E402
 from miniature_teachers import Scenes, Teacher  # noqa: E402
+from scenes_data import RESOLUTION  # noqa: E402
 
 T5_TOKENS = 28
 
@@ -55,8 +59,42 @@ class Pool(Scenes):
         return len(self.caption_of)
 
 
+class Guide:
+    """What the SDXL of scenes expects of noisy latents."""
+
+    def __init__(self, pool: Pool) -> None:
+        data, shipped = scenes.Captioned(pool.work), load_teacher(scenes.TEACHER)
+        self.tokens, self.none = data.tokens, len(pool.captions) - 1
+        self.network = networks.Teacher(data.tokenizers).requires_grad_(False)
+        for name, part in self.network.named_children():
+            part.load_state_dict(getattr(shipped, name).state_dict())
+        self.sizes = torch.tensor([[RESOLUTION] * 2 + [0, 0] + [RESOLUTION] * 2], dtype=torch.float32)
+        alphas_cumprod = shipped.scheduler.alphas_cumprod.double()
+        self.ratios = ((1 - alphas_cumprod) / alphas_cumprod).sqrt().log()
+
+    def reaches(self, ratio: Tensor) -> Tensor:
+        """Whether its schedule has these ratios (B,) of noise to signal."""
+        log = ratio.double().log()
+        return (log >= self.ratios[0]) & (log <= self.ratios[-1])
+
+    @torch.no_grad()
+    def x_0(self, over_signal: Tensor, ratio: Tensor, captions: Tensor) -> Tensor:
+        """Latents (B, C, h, w) expected at x_0 + ratio * noise, uncropped, with captions of these numbers (B,)."""
+        t = torch.from_numpy(np.interp(ratio.double().log().numpy(), self.ratios.numpy(), np.arange(1000.0))).float()
+        wide = ratio.float()[:, None, None, None]
+        noisy = (over_signal / (1 + wide.square()).sqrt()).contiguous(memory_format=torch.channels_last)
+        keep, known = (captions != self.none).float(), captions.clamp(max=self.none - 1)
+        tokens = tuple(each[known] for each in self.tokens)
+        noise = self.network(noisy, t, tokens, self.sizes.expand(len(captions), -1), keep)
+        return over_signal - wide * noise.float()
+
+
 class OfScenes(Teacher):
     """A teacher whose autoencoder, judge and prompts are those of the SDXL of scenes."""
+
+    @abstractmethod
+    def guided_loss(self, x_0: Tensor, captions: Tensor, guide: Guide) -> Tensor:
+        """The mean loss of latents (B, C, h, w) with captions of these numbers (B,), by what `guide` expects."""
 
     multistep: ClassVar[dict[str, Any]] = {}
     """What DPM++ 2M needs beside the settings of the teacher's own scheduler."""
@@ -71,7 +109,10 @@ class OfScenes(Teacher):
 
 
 class SD2OfScenes(families.SD2Teacher, OfScenes):
-    """Stable Diffusion 2.1 in small: v prediction; one text encoder as wide as both of SDXL's together."""
+    """Stable Diffusion 2.1 in small: v prediction; one text encoder as wide as both of SDXL's together.
+
+    As in Stable Diffusion 2.1 every block of attention has one layer: of SDXL's deeper ones the first.
+    """
 
     folder = miniature.ASSETS / "sd2x_scenes"
     guidance: ClassVar[float] = 7.5
@@ -84,10 +125,10 @@ class SD2OfScenes(families.SD2Teacher, OfScenes):
         )
         sdxl = load_teacher(scenes.TEACHER)
         config = {**sdxl.unet.config, "addition_embed_type": None, "addition_time_embed_dim": None}
-        config["projection_class_embeddings_input_dim"] = None
+        config |= {"projection_class_embeddings_input_dim": None, "transformer_layers_per_block": 1}
         self.unet = UNet2DConditionModel.from_config(config)
-        state = {k: v for k, v in sdxl.unet.state_dict().items() if not k.startswith("add_embedding")}
-        self.unet.load_state_dict(state)
+        kept = self.unet.state_dict()
+        self.unet.load_state_dict({name: weight for name, weight in sdxl.unet.state_dict().items() if name in kept})
         self.unet.to(memory_format=torch.channels_last)
         self.tokens = pool.tokens(self.tokenizer, networks.MAX_TOKENS)
         self.alphas_cumprod = self.scheduler().alphas_cumprod
@@ -115,6 +156,19 @@ class SD2OfScenes(families.SD2Teacher, OfScenes):
         with torch.no_grad():
             added = unet.add_embedding(torch.cat([pooled, sizes], dim=-1)).mean(dim=0)
             self.unet.time_embedding.linear_2.bias += added
+
+    def guided_loss(self, x_0: Tensor, captions: Tensor, guide: Guide) -> Tensor:
+        """|v_hat - v|^2, so weighed that the error of x_0 counts min(SNR, 5) + 1 times."""
+        states = self.text_encoder(self.tokens[captions]).last_hidden_state
+        t, noise = torch.randint(0, 1000, (len(x_0),)), torch.randn(x_0.shape)
+        signal = self.alphas_cumprod[t]
+        snr = signal / (1 - signal)
+        alpha_t, sigma_t = signal.sqrt()[:, None, None, None], (1 - signal).sqrt()[:, None, None, None]
+        noisy = alpha_t * x_0 + sigma_t * noise
+        x_0 = guide.x_0(noisy / alpha_t, snr.rsqrt(), captions)
+        v = self.unet(noisy.contiguous(memory_format=torch.channels_last), t, encoder_hidden_states=states).sample
+        error = (v - (alpha_t * noisy - x_0) / sigma_t).square().mean(dim=(1, 2, 3))
+        return ((snr.clamp(max=5) + 1) / (snr + 1) * error).mean()
 
 
 class SD3OfScenes(families.SD3Teacher, OfScenes):
@@ -150,6 +204,18 @@ class SD3OfScenes(families.SD3Teacher, OfScenes):
         tokenizers = (self.tokenizer, self.tokenizer_2, self.tokenizer_3)
         self.tokens = [pool.tokens(each, length) for each, length in zip(tokenizers, lengths, strict=True)]
 
+    def guided_loss(self, x_0: Tensor, captions: Tensor, guide: Guide) -> Tensor:
+        """|u_hat - u|^2 at the times of :meth:`loss`; by the scene itself where SDXL's schedule does not reach."""
+        states, pooled = self.embeds(captions)
+        noise, t = torch.randn(x_0.shape), torch.sigmoid(0.4 + 1.2 * torch.randn(len(x_0)))
+        mixed, ratio, x_0 = t[:, None, None, None], t / (1 - t), self.shifted(x_0)
+        noisy, target = (1 - mixed) * x_0 + mixed * noise, noise - x_0
+        reached = guide.reaches(ratio)
+        over_signal = self.shifted((noisy / (1 - mixed))[reached], back=True)
+        expected = self.shifted(guide.x_0(over_signal, ratio[reached], captions[reached]))
+        target[reached] = (noisy[reached] - expected) / mixed[reached]
+        return (self.transformer(noisy, states, pooled, 1000 * t).sample - target).square().mean()
+
 
 TEACHERS: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "sd2x": (SD2OfScenes, {"steps": 4000, "peak": 6e-4, "seed": 11, "batch_size": 48}),
@@ -166,11 +232,11 @@ def train(family: str, work: Path, *, steps: int | None, horizon: int | None, ha
     teacher = kind(pool)
     if isinstance(teacher, SD2OfScenes) and not state.is_file():
         teacher.prepare(pool)
-    drawn = scenes.drawn_from(work)
+    drawn, guide = scenes.drawn_from(work), Guide(pool)
 
     def loss(index: Tensor) -> Tensor:
         with half_precision(half, "cpu"):
-            return teacher.loss(*pool.batch(drawn[index], 0.1))
+            return teacher.guided_loss(*pool.batch(drawn[index], 0.1), guide)
 
     settings = {**settings, "steps": steps or settings["steps"], "resume": state, "count": len(drawn), "muon": True}
     miniature.fit(teacher, loss, lambda average: average.save(), horizon=horizon or settings["steps"], **settings)
