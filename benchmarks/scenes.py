@@ -486,19 +486,31 @@ def generate(
 def report(work: Path, *, samples: int, guidance: float, rows: Sequence[str]) -> None:
     """Answers, distance and quality of the teacher, with Euler or DPM++ 2M, at several numbers of steps."""
     pipeline, judge = load_teacher(TEACHER), SceneJudge.from_pretrained(TEACHER / "judge")
+    figures = figures_of(pipeline, judge, work, "teacher", samples=samples, guidance=guidance, rows=rows)
+    (work / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def figures_of(
+    pipeline: Any, judge: SceneJudge, work: Path, name: str, *, samples: int, guidance: float, rows: Sequence[str],
+    multistep: Mapping[str, Any] | None = None, call: Mapping[str, Any] | None = None,
+) -> dict[str, dict[str, float]]:  # fmt: skip
+    """Figures by row, each a solver and its steps, on held-out captions; an image grid of each as `<name>_<row>.png`.
+
+    `dpm-4` is DPM++ 2M with `multistep` beside the settings of the pipeline's own scheduler, which all others take.
+    """
     pixels = load(work, "held_out", "pixels")
     captions = load(work, "held_out", "captions")[:samples].tolist()
     real = torch.cat([judge.features(to_images(pixels[start : start + 250])) for start in range(1000, 4000, 250)])
-    euler, figures = pipeline.scheduler, {}
+    own, figures = pipeline.scheduler, {}
     for row in rows:
         solver, steps = row.split("-")
-        multistep = DPMSolverMultistepScheduler.from_config(euler.config)
-        pipeline.scheduler = multistep if solver == "dpm" else euler
-        images = generate(pipeline, captions, steps=int(steps), guidance=guidance)
+        fast = DPMSolverMultistepScheduler.from_config(own.config, **(multistep or {}))
+        pipeline.scheduler = fast if solver == "dpm" else own
+        images = generate(pipeline, captions, steps=int(steps), guidance=guidance, call=call)
         figures[row] = measure(judge, images, captions, real)
-        miniature.image_grid(images[:96], 16, enlarge=2).save(work / f"teacher_{row}.png")
+        miniature.image_grid(images[:96], 16, enlarge=2).save(work / f"{name}_{row}.png")
         progress(f"{row}: {figures[row]}")
-    (work / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
+    return figures
 
 
 def measure(judge: SceneJudge, images: Tensor, captions: Sequence[str], real: Tensor) -> dict[str, float]:

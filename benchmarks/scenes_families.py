@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import DiffusionPipeline, SD3Transformer2DModel, UNet2DConditionModel
 from distill.plugins.scene_judge import SceneJudge
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -247,19 +247,10 @@ def report(family: str, work: Path, *, samples: int, guidance: float, rows: Sequ
     kind, _ = TEACHERS[family]
     pipeline = DiffusionPipeline.from_pretrained(kind.folder).to(torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    judge, own, figures = SceneJudge.from_pretrained(kind.folder / "judge"), pipeline.scheduler, {}
-    captions = scenes.load(work, "held_out", "captions")[:samples].tolist()
-    pixels = scenes.load(work, "held_out", "pixels")
-    parts = range(1000, 4000, 250)
-    real = torch.cat([judge.features(scenes.to_images(pixels[start : start + 250])) for start in parts])
-    for row in rows:
-        solver, steps = row.split("-")
-        multistep = DPMSolverMultistepScheduler.from_config(own.config, **kind.multistep)
-        pipeline.scheduler = multistep if solver == "dpm" else own
-        images = scenes.generate(pipeline, captions, steps=int(steps), guidance=guidance, call=kind.call)
-        figures[row] = scenes.measure(judge, images, captions, real)
-        miniature.image_grid(images[:96], 16, enlarge=2).save(work / f"{family}_{row}.png")
-        progress(f"{row}: {figures[row]}")
+    figures = scenes.figures_of(
+        pipeline, SceneJudge.from_pretrained(kind.folder / "judge"), work, family, samples=samples, guidance=guidance,
+        rows=rows, multistep=kind.multistep, call=kind.call,
+    )  # fmt: skip
     (work / f"{family}_figures.json").write_text(json.dumps(figures, indent=2) + "\n")
 
 
