@@ -163,7 +163,7 @@ def score(
 
     # any run's data and model serve: they are the miniature's own
     base = next(folder for name, folder in folders.items() if not name.startswith(("dmd2", "kd")))
-    configuration, registry = open_run(base)
+    configuration, registry = open_run(base, overrides=["mixed_precision=no"])
     run_settings, family = configuration.run, build_family(configuration, registry)
     data = DataPipeline(
         configuration, registry, family, layout=BatchLayout(1, 1), seed=0, cache_root=base / "cache",

@@ -72,7 +72,7 @@ def score(
         num_samples: Images of each row.
         students: Folders of students by name; those of the runs unless given.
         teachers: Whether the teacher gets rows too; if not, the distance to its images is to those of one step.
-        solver_guidance: Scales of the fast solver at 4 steps, beside the run's own.
+        solver_guidance: Scales of the fast solver, beside the run's own.
     """
     from distill.core.data.loader import BatchContents, BatchLayout
     from distill.core.data.pipeline import DataPipeline
@@ -109,10 +109,11 @@ def score(
     many = [each for each in plan.sampling_plans if each.role == "teacher" and each is not solver]
     few = [each for each in plan.sampling_plans if each.role == "student"]
     students = students or {name: folder / "student" for name, folder in folders.items()}
-    sampling_plans = [*many, *(replace(solver, steps=steps) for steps in (2, 4))] if teachers else []
-    sampling_plans += [
+    solvers = [solver] if teachers else []
+    solvers += [
         replace(fast_solver(family, 4, scale), name=f"{solver.name}, guidance {scale:g}") for scale in solver_guidance
     ]
+    sampling_plans = [*(many if teachers else []), *(replace(each, steps=n) for each in solvers for n in (2, 4))]
     sampling_plans += [replace(each, role=name) for name in students for each in few]
     real = data.real_images(1000, plan.width, plan.height)
     setting = evaluation_setting(family, num_data=len(real))
@@ -157,7 +158,7 @@ def main() -> None:
     parser.add_argument("--method", default="lcm")
     parser.add_argument("--num-samples", type=int, default=1000)
     parser.add_argument("--output", type=Path, default=Path("output/scores"))
-    parser.add_argument("--solver-guidance", default="", help="of the fast solver at 4 steps, beside the run's own")
+    parser.add_argument("--solver-guidance", default="", help="of the fast solver, beside the run's own")
     arguments = parser.parse_args()
     folders = {f"seed-{seed}": arguments.output / f"seed-{seed}" for seed in arguments.seeds.split(",")}
     for name, folder in folders.items():
