@@ -59,7 +59,7 @@ class Pool(Scenes):
         return len(self.caption_of)
 
 
-class Guide:
+class Reference:
     """What the SDXL of scenes expects of noisy latents."""
 
     def __init__(self, pool: Pool) -> None:
@@ -93,8 +93,8 @@ class OfScenes(Teacher):
     """A teacher whose autoencoder, judge and prompts are those of the SDXL of scenes."""
 
     @abstractmethod
-    def guided_loss(self, x_0: Tensor, captions: Tensor, guide: Guide) -> Tensor:
-        """The mean loss of latents (B, C, h, w) with captions of these numbers (B,), by what `guide` expects."""
+    def reference_loss(self, x_0: Tensor, captions: Tensor, reference: Reference) -> Tensor:
+        """The mean loss of latents (B, C, h, w) with captions of these numbers (B,), by what `reference` expects."""
 
     multistep: ClassVar[dict[str, Any]] = {}
     """What DPM++ 2M needs beside the settings of the teacher's own scheduler."""
@@ -157,7 +157,7 @@ class SD2OfScenes(families.SD2Teacher, OfScenes):
             added = unet.add_embedding(torch.cat([pooled, sizes], dim=-1)).mean(dim=0)
             self.unet.time_embedding.linear_2.bias += added
 
-    def guided_loss(self, x_0: Tensor, captions: Tensor, guide: Guide) -> Tensor:
+    def reference_loss(self, x_0: Tensor, captions: Tensor, reference: Reference) -> Tensor:
         """|v_hat - v|^2, so weighed that the error of x_0 counts min(SNR, 5) + 1 times."""
         states = self.text_encoder(self.tokens[captions]).last_hidden_state
         t, noise = torch.randint(0, 1000, (len(x_0),)), torch.randn(x_0.shape)
@@ -165,7 +165,7 @@ class SD2OfScenes(families.SD2Teacher, OfScenes):
         snr = signal / (1 - signal)
         alpha_t, sigma_t = signal.sqrt()[:, None, None, None], (1 - signal).sqrt()[:, None, None, None]
         noisy = alpha_t * x_0 + sigma_t * noise
-        x_0 = guide.x_0(noisy / alpha_t, snr.rsqrt(), captions)
+        x_0 = reference.x_0(noisy / alpha_t, snr.rsqrt(), captions)
         v = self.unet(noisy.contiguous(memory_format=torch.channels_last), t, encoder_hidden_states=states).sample
         error = (v - (alpha_t * noisy - x_0) / sigma_t).square().mean(dim=(1, 2, 3))
         return ((snr.clamp(max=5) + 1) / (snr + 1) * error).mean()
@@ -204,15 +204,15 @@ class SD3OfScenes(families.SD3Teacher, OfScenes):
         tokenizers = (self.tokenizer, self.tokenizer_2, self.tokenizer_3)
         self.tokens = [pool.tokens(each, length) for each, length in zip(tokenizers, lengths, strict=True)]
 
-    def guided_loss(self, x_0: Tensor, captions: Tensor, guide: Guide) -> Tensor:
+    def reference_loss(self, x_0: Tensor, captions: Tensor, reference: Reference) -> Tensor:
         """|u_hat - u|^2 at the times of :meth:`loss`; by the scene itself where SDXL's schedule does not reach."""
         states, pooled = self.embeds(captions)
         noise, t = torch.randn(x_0.shape), torch.sigmoid(0.4 + 1.2 * torch.randn(len(x_0)))
         mixed, ratio, x_0 = t[:, None, None, None], t / (1 - t), self.shifted(x_0)
         noisy, target = (1 - mixed) * x_0 + mixed * noise, noise - x_0
-        reached = guide.reaches(ratio)
+        reached = reference.reaches(ratio)
         over_signal = self.shifted((noisy / (1 - mixed))[reached], back=True)
-        expected = self.shifted(guide.x_0(over_signal, ratio[reached], captions[reached]))
+        expected = self.shifted(reference.x_0(over_signal, ratio[reached], captions[reached]))
         target[reached] = (noisy[reached] - expected) / mixed[reached]
         return (self.transformer(noisy, states, pooled, 1000 * t).sample - target).square().mean()
 
@@ -232,11 +232,11 @@ def train(family: str, work: Path, *, steps: int | None, horizon: int | None, ha
     teacher = kind(pool)
     if isinstance(teacher, SD2OfScenes) and not state.is_file():
         teacher.prepare(pool)
-    drawn, guide = scenes.drawn_from(work), Guide(pool)
+    drawn, reference = scenes.drawn_from(work), Reference(pool)
 
     def loss(index: Tensor) -> Tensor:
         with half_precision(half, "cpu"):
-            return teacher.guided_loss(*pool.batch(drawn[index], 0.1), guide)
+            return teacher.reference_loss(*pool.batch(drawn[index], 0.1), reference)
 
     settings = {**settings, "steps": steps or settings["steps"], "resume": state, "count": len(drawn), "muon": True}
     miniature.fit(teacher, loss, lambda average: average.save(), horizon=horizon or settings["steps"], **settings)

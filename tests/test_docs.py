@@ -253,6 +253,36 @@ def test_the_reading_of_the_miniatures_figures_follows_from_its_table():
         assert said in page
 
 
+def figures_of_methods() -> dict[tuple[str, int], list[list[float]]]:
+    """Row and steps -> scenes right, distance, quality: the mean, and of students the lowest and the highest."""
+    section = text("docs/methods.md").partition("\n## On the miniature")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| ([^|]+) \| (\d+) \| \d+ \| ([^|]+) \| ([^|]+) \| ([^|]+) \|.*\|$", section, re.M)
+    return {(who, int(steps)): [[float(number) for number in re.findall(r"[\d.]+", cell)] for cell in cells]
+            for who, steps, *cells in rows}  # fmt: skip
+
+
+def test_what_beats_the_fast_solver_follows_from_the_table_of_methods():
+    figures = figures_of_methods()
+    (least,), (far,), _ = figures["teacher, DPM++ 2M", 4]
+    section = text("docs/methods.md").partition("### Which beat the fast solver")[2].partition("\n### ")[0]
+    rows = re.findall(r"^\| (\S+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|", section, re.M)
+    students = {who for who, steps in figures if steps == 4 and not who.startswith("teacher")}
+    assert {row[0] for row in rows} == students
+    for who, *given in rows:
+        (mean, worst, _), (distance, _, _), _ = figures[who, 4]
+        more = (mean - least, worst - least)
+        assert [*map(float, given)] == pytest.approx([mean, *(round(100 * each, 1) for each in more), distance]), who
+    said = re.findall(r"(?:of|calls of) `(\S+)` (\d+)%", " ".join(text("README.md").split()))
+    assert len(said) == 5
+    assert [(who, f"{figures[who, 4][0][0]:.0%}") for who, _ in said] == [(who, f"{share}%") for who, share in said]
+    lower = figures["teacher, DPM++ 2M, guidance 3", 4][0][0]
+    assert f"Of its scenes {least:.0%} are right, with the guidance that suits it best {lower:.0%}" in " ".join(
+        text("README.md").split()
+    )
+    beaten = [who for who in students if figures[who, 4][0][1] - least >= 0.05 and figures[who, 4][1][2] < far]
+    assert len(beaten) >= 4
+
+
 def test_the_notices_shown_are_those_of_config_check():
     shown = re.findall(r"^    notice: (.+)$", text("docs/quickstart.md"), re.MULTILINE)
     assert shown == list(NOTICES)
