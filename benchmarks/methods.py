@@ -27,7 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks")]
 
-from scores import Students, cell  # noqa: E402
+from scores import Students, cell, fast_solvers  # noqa: E402
 
 COUNTER = ROOT / "benchmarks" / "count_evaluations.py"
 FP16_ON_CPU = ROOT / "benchmarks" / "half_on_cpu.py"
@@ -156,7 +156,7 @@ def score(
     from distill.core.data.pipeline import DataPipeline
     from distill.core.evaluation.evaluate import evaluate
     from distill.core.evaluation.evaluators import build_evaluators, evaluation_setting
-    from distill.core.evaluation.plan import fast_solver, plan_evaluation
+    from distill.core.evaluation.plan import plan_evaluation
     from distill.core.runs.builders import build_family, build_method
     from distill.core.runs.finished import open_run
     from distill.core.utils.console import console
@@ -178,9 +178,7 @@ def score(
     )  # fmt: skip
     teachers = [each for each in plan.sampling_plans if each.role == "teacher" and each.sampler is None]
     guidance = teachers[0].guidance
-    for scale in (guidance, *scales):
-        name = "teacher, DPM++ 2M" + (f", guidance {scale:g}" if scale != guidance else "")
-        teachers += [replace(fast_solver(family, steps, scale), name=name) for steps in SOLVER_STEPS]
+    teachers += fast_solvers(family, (guidance, *scales), SOLVER_STEPS)
     evaluators, _ = build_evaluators(registry, configuration, evaluation_setting(family))
     real = data.real_images(1000, plan.width, plan.height)
     networks = Students(family, {name: folder / "student" for name, folder in folders.items()})
@@ -251,24 +249,22 @@ def side_by_side(names: Sequence[str], images: Path, *, seed: str, steps: int, s
     from distill.core.drawing.grid import GridRow, labelled_grid
     from PIL import Image
 
-    columns = [
-        ("teacher", steps, ""), ("teacher", steps, SOLVER),
-        *(("teacher", steps, f"{SOLVER}-{scale:g}") for scale in scales),
-        *((f"{name}-{seed}", steps, "") for name in names), ("teacher", 50, ""),
-    ]  # fmt: skip
-    columns = [each for each in columns if _shown(images, *each, 0).exists()]
+    at = f"{steps} steps"
+    columns = {
+        ("teacher", steps, ""): f"teacher\n{at}",
+        ("teacher", steps, SOLVER): f"DPM++ 2M\n{at}",
+        **{("teacher", steps, f"{SOLVER}-{scale:g}"): f"DPM++ 2M\n{at}, guidance {scale:g}" for scale in scales},
+        **{(f"{name}-{seed}", steps, ""): f"{name}\n{at}" for name in names},
+        ("teacher", 50, ""): "teacher\n50 steps",
+    }
+    columns = {shown: head for shown, head in columns.items() if _shown(images, *shown, 0).exists()}
     prompts = json.loads((images / "prompts.json").read_text())
     rows = [
         GridRow(prompt, [Image.open(_shown(images, *each, index)) for each in columns], "")
         for index, prompt in enumerate(prompts)
     ]
-    heads = []
-    for who, count, solver in columns:
-        scale = solver.removeprefix(SOLVER).removeprefix("-")
-        name = "DPM++ 2M" if solver else who.rpartition("-")[0] or who
-        heads.append(f"{name}\n{count} steps" + (f", guidance {scale}" if scale else ""))
     footer = "The first prompts of the table's samples, not chosen; all from the same noise."
-    return labelled_grid(rows, heads, title="Every method at equal cost", footer=footer, largest_cell=128)
+    return labelled_grid(rows, [*columns.values()], title="Every method at equal cost", footer=footer, largest_cell=128)
 
 
 def heading(made: Mapping[str, Any]) -> str:

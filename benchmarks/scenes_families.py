@@ -63,9 +63,9 @@ class Reference:
     """What the SDXL of scenes expects of noisy latents."""
 
     def __init__(self, pool: Pool) -> None:
-        data, shipped = scenes.Captioned(pool.work), load_teacher(scenes.TEACHER)
-        self.tokens, self.none = data.tokens, len(pool.captions) - 1
-        self.network = networks.Teacher(data.tokenizers).requires_grad_(False)
+        shipped = load_teacher(scenes.TEACHER)
+        self.data, self.none = scenes.Captioned(pool.work), len(pool.captions) - 1
+        self.network = networks.Teacher(self.data.tokenizers).requires_grad_(False)
         for name, part in self.network.named_children():
             part.load_state_dict(getattr(shipped, name).state_dict())
         self.sizes = torch.tensor([[RESOLUTION] * 2 + [0, 0] + [RESOLUTION] * 2], dtype=torch.float32)
@@ -84,7 +84,7 @@ class Reference:
         wide = ratio.float()[:, None, None, None]
         noisy = (over_signal / (1 + wide.square()).sqrt()).contiguous(memory_format=torch.channels_last)
         keep, known = (captions != self.none).float(), captions.clamp(max=self.none - 1)
-        tokens = tuple(each[known] for each in self.tokens)
+        tokens = tuple(each[known] for each in self.data.tokens)
         noise = self.network(noisy, t, tokens, self.sizes.expand(len(captions), -1), keep)
         return over_signal - wide * noise.float()
 
@@ -92,12 +92,12 @@ class Reference:
 class OfScenes(Teacher):
     """A teacher whose autoencoder, judge and prompts are those of the SDXL of scenes."""
 
+    multistep: ClassVar[dict[str, Any]] = {}
+    """What DPM++ 2M needs beside the settings of the teacher's own scheduler."""
+
     @abstractmethod
     def reference_loss(self, x_0: Tensor, captions: Tensor, reference: Reference) -> Tensor:
         """The mean loss of latents (B, C, h, w) with captions of these numbers (B,), by what `reference` expects."""
-
-    multistep: ClassVar[dict[str, Any]] = {}
-    """What DPM++ 2M needs beside the settings of the teacher's own scheduler."""
 
     def sdxl(self) -> Path:
         """The SDXL of scenes."""
@@ -133,12 +133,9 @@ class SD2OfScenes(families.SD2Teacher, OfScenes):
         self.tokens = pool.tokens(self.tokenizer, networks.MAX_TOKENS)
         self.alphas_cumprod = self.scheduler().alphas_cumprod
 
-    def prepare(self, pool: Pool, *, steps: int = 800) -> None:
+    def prepare(self, pool: Pool, reference: Reference, *, steps: int = 800) -> None:
         """Fit the encoder to the states that SDXL's give; what size and pooled text add to the time becomes a bias."""
-        data = scenes.Captioned(pool.work)
-        sdxl = networks.Teacher(data.tokenizers).requires_grad_(False)
-        for name, part in sdxl.named_children():
-            part.load_state_dict(getattr(load_teacher(scenes.TEACHER), name).state_dict())
+        data, sdxl = reference.data, reference.network
         optimizer = torch.optim.AdamW(self.text_encoder.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=0.0)
         for step, index in enumerate(index_batches(len(pool), 128, steps, seed=15)):
             for group in optimizer.param_groups:
@@ -229,10 +226,9 @@ def train(family: str, work: Path, *, steps: int | None, horizon: int | None, ha
     kind, settings = TEACHERS[family]
     torch.manual_seed(settings["seed"])
     pool, state = Pool(work, "cpu"), work / f"{family}.pt"
-    teacher = kind(pool)
+    teacher, reference, drawn = kind(pool), Reference(pool), scenes.drawn_from(work)
     if isinstance(teacher, SD2OfScenes) and not state.is_file():
-        teacher.prepare(pool)
-    drawn, reference = scenes.drawn_from(work), Reference(pool)
+        teacher.prepare(pool, reference)
 
     def loss(index: Tensor) -> Tensor:
         with half_precision(half, "cpu"):

@@ -72,13 +72,13 @@ def score(
         num_samples: Images of each row.
         students: Folders of students by name; those of the runs unless given.
         teachers: Whether the teacher gets rows too; if not, the distance to its images is to those of one step.
-        solver_guidance: Scales of the fast solver, beside the run's own.
+        solver_guidance: Scales of the fast solver beside the run's own, where the teacher gets rows.
     """
     from distill.core.data.loader import BatchContents, BatchLayout
     from distill.core.data.pipeline import DataPipeline
     from distill.core.evaluation.evaluate import evaluate
     from distill.core.evaluation.evaluators import build_evaluators, evaluation_setting
-    from distill.core.evaluation.plan import fast_solver, plan_evaluation
+    from distill.core.evaluation.plan import plan_evaluation
     from distill.core.runs.builders import build_family, build_method, method_needs
     from distill.core.runs.finished import open_run
     from distill.core.utils.console import console
@@ -109,11 +109,8 @@ def score(
     many = [each for each in plan.sampling_plans if each.role == "teacher" and each is not solver]
     few = [each for each in plan.sampling_plans if each.role == "student"]
     students = students or {name: folder / "student" for name, folder in folders.items()}
-    solvers = [solver] if teachers else []
-    solvers += [
-        replace(fast_solver(family, 4, scale), name=f"{solver.name}, guidance {scale:g}") for scale in solver_guidance
-    ]
-    sampling_plans = [*(many if teachers else []), *(replace(each, steps=n) for each in solvers for n in (2, 4))]
+    solvers = fast_solvers(family, (solver.guidance, *solver_guidance), (2, 4))
+    sampling_plans = [*many, *solvers] if teachers else []
     sampling_plans += [replace(each, role=name) for name in students for each in few]
     real = data.real_images(1000, plan.width, plan.height)
     setting = evaluation_setting(family, num_data=len(real))
@@ -128,6 +125,17 @@ def score(
         for row in found.rows
     ]  # fmt: skip
     return {"num_samples": num_samples, "num_data": len(real), "rows": rows}
+
+
+def fast_solvers(family: Any, guidance: Sequence[float], steps: Sequence[int]) -> list[Any]:
+    """DPM++ 2M at each scale and number of steps; scales but the first are named."""
+    from distill.core.evaluation.plan import fast_solver
+
+    plans = [fast_solver(family, number, scale) for scale in guidance for number in steps]
+    return [
+        each if each.guidance == guidance[0] else replace(each, name=f"{each.name}, guidance {each.guidance:g}")
+        for each in plans
+    ]
 
 
 def table(result: dict[str, Any]) -> str:

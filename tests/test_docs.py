@@ -272,13 +272,12 @@ def test_what_beats_the_fast_solver_follows_from_the_table_of_methods():
         (mean, worst, _), (distance, _, _), _ = figures[who, 4]
         more = (mean - least, worst - least)
         assert [*map(float, given)] == pytest.approx([mean, *(round(100 * each, 1) for each in more), distance]), who
-    said = re.findall(r"(?:of|calls of) `(\S+)` (\d+)%", " ".join(text("README.md").split()))
+    readme = " ".join(text("README.md").split())
+    said = re.findall(r"(?:of|calls of) `(\S+)` (\d+)%", readme)
     assert len(said) == 5
     assert [(who, f"{figures[who, 4][0][0]:.0%}") for who, _ in said] == [(who, f"{share}%") for who, share in said]
     lower = figures["teacher, DPM++ 2M, guidance 3", 4][0][0]
-    assert f"Of its scenes {least:.0%} are right, with the guidance that suits it best {lower:.0%}" in " ".join(
-        text("README.md").split()
-    )
+    assert f"Of its scenes {least:.0%} are right, with the guidance that suits it best {lower:.0%}" in readme
     beaten = [who for who in students if figures[who, 4][0][1] - least >= 0.05 and figures[who, 4][1][2] < far]
     assert len(beaten) >= 4
 
