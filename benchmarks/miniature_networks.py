@@ -145,11 +145,11 @@ def save_teacher(teacher: Teacher, tokenizers: tuple[CLIPTokenizer, CLIPTokenize
     save_pipeline(pipeline, folder)
 
 
-def save_pipeline(pipeline: Any, folder: Path) -> None:
+def save_pipeline(pipeline: Any, folder: Path, *, bits: int = 7) -> None:
     """Write a pipeline of halves, which it rounds (`shorten`); what loads it plainly gets float32."""
     for name, part in pipeline.components.items():
         if isinstance(part, nn.Module) and name != "vae":  # the autoencoder's figures are those of its halves
-            shorten(part)
+            shorten(part, bits)
     pipeline.save_pretrained(folder)
     for path in folder.glob("text_encoder*/config.json"):  # diffusers loads the other parts as float32
         path.write_text(path.read_text().replace('"dtype": "float16"', '"dtype": "float32"'), encoding="utf-8")
@@ -163,10 +163,14 @@ def save_pipeline(pipeline: Any, folder: Path) -> None:
 
 
 @torch.no_grad()
-def shorten(part: nn.Module) -> None:
-    """Round weights to the precision of bfloat16, in place: as halves they then compress to four fifths in a wheel."""
+def shorten(part: nn.Module, bits: int) -> None:
+    """Round weights in place to so many bits after the leading one, so that halves compress better in a wheel.
+
+    7 are those of bfloat16: four fifths remain, and two thirds with 5, at errors of 0.2 % and 0.7 %.
+    """
     for weight in part.parameters():
-        weight.copy_(weight.bfloat16())
+        mantissa, exponent = torch.frexp(weight.float())
+        weight.copy_(torch.ldexp(torch.round(mantissa * 2 ** (bits + 1)) / 2 ** (bits + 1), exponent))
 
 
 def restore_teacher(teacher: Teacher, folder: Path) -> None:

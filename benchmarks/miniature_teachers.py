@@ -49,6 +49,8 @@ class Teacher(nn.Module):
     folder: Path
     call: ClassVar[dict[str, Any]] = {}
     guidance: ClassVar[float] = 3.0
+    bits: ClassVar[int] = 7
+    """Of a weight's mantissa, when it is saved."""
 
     @abstractmethod
     def loss(self, x_0: Tensor, captions: Tensor) -> Tensor:
@@ -68,11 +70,14 @@ class Teacher(nn.Module):
 
     def save(self) -> None:
         """Write the pipeline in half precision, beside the judge and the prompts of the miniature SDXL."""
-        sdxl = self.sdxl()
         halved = deepcopy(self).cpu().half().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-        networks.save_pipeline(halved.pipeline(self.autoencoder().half()), self.folder)
-        shutil.copytree(sdxl / "judge", self.folder / "judge", dirs_exist_ok=True)
-        shutil.copy(sdxl / "prompts.txt", self.folder / "prompts.txt")
+        networks.save_pipeline(halved.pipeline(self.autoencoder().half()), self.folder, bits=self.bits)
+        shutil.copy(self.sdxl() / "prompts.txt", self.folder / "prompts.txt")
+        self.save_judge()
+
+    def save_judge(self) -> None:
+        """Write a copy of the miniature SDXL's."""
+        shutil.copytree(self.sdxl() / "judge", self.folder / "judge", dirs_exist_ok=True)
 
     def sdxl(self) -> Path:
         """The folder of the miniature SDXL that this teacher follows."""

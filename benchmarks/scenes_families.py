@@ -20,11 +20,12 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, SD3Transformer2DModel, UNet2DConditionModel
+from distill.plugins.evaluators import load_judge
 from distill.plugins.scene_judge import SceneJudge
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -94,6 +95,15 @@ class OfScenes(Teacher):
 
     multistep: ClassVar[dict[str, Any]] = {}
     """What DPM++ 2M needs beside the settings of the teacher's own scheduler."""
+
+    bits: ClassVar[int] = 5
+
+    def save_judge(self) -> None:
+        """Name the judge of the SDXL of scenes, which lies beside it."""
+        folder = self.folder / "judge"
+        folder.mkdir(exist_ok=True)
+        named = json.dumps({"same_as": f"../../{self.sdxl().name}/judge"}, indent=2)
+        (folder / "config.json").write_text(named + "\n", encoding="utf-8")
 
     @abstractmethod
     def reference_loss(self, x_0: Tensor, captions: Tensor, reference: Reference) -> Tensor:
@@ -244,7 +254,7 @@ def report(family: str, work: Path, *, samples: int, guidance: float, rows: Sequ
     pipeline = DiffusionPipeline.from_pretrained(kind.folder).to(torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     figures = scenes.figures_of(
-        pipeline, SceneJudge.from_pretrained(kind.folder / "judge"), work, family, samples=samples, guidance=guidance,
+        pipeline, cast(SceneJudge, load_judge(kind.folder / "judge")), work, family, samples=samples, guidance=guidance,
         rows=rows, multistep=kind.multistep, call=kind.call,
     )  # fmt: skip
     (work / f"{family}_figures.json").write_text(json.dumps(figures, indent=2) + "\n")

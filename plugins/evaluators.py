@@ -207,8 +207,10 @@ class MiniatureClassifierEvaluator(FeatureDistance):
     @classmethod
     def usable(cls, setting: EvaluationSetting, config: Any = None) -> str | None:
         """Return None for a local model with a judge in ``judge/``, otherwise the reason."""
-        if setting.model_path is None or not (setting.model_path / CLASSIFIER_FOLDER).is_dir():
+        if setting.model_path is None or not (own := setting.model_path / CLASSIFIER_FOLDER).is_dir():
             return f"the model has no folder {CLASSIFIER_FOLDER}/"
+        if not (folder := judge_folder(own)).is_dir():
+            return f"{own / 'config.json'} names the judge in {folder.resolve()}, which is not there"
         return None
 
     def features(self, images: Tensor) -> Tensor:
@@ -239,11 +241,20 @@ class MiniatureClassifierEvaluator(FeatureDistance):
         return {**scores, "image_quality_judge": float(rated.mean())}
 
 
+def judge_folder(folder: Path) -> Path:
+    """Return the folder itself, or another that its configuration names, as ``{"same_as": "../../other/judge"}``."""
+    from .miniature_classifier import CONFIG_NAME
+
+    config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    return folder / config["same_as"] if "same_as" in config else folder
+
+
 def load_judge(folder: Path) -> MiniatureClassifier | SceneJudge:
-    """Return the judge in a folder: of scenes where its configuration has words for them, else of single things."""
+    """Return the judge of a folder: of scenes where its configuration has words for them, else of single things."""
     from .miniature_classifier import CONFIG_NAME, MiniatureClassifier
     from .scene_judge import SceneJudge
 
+    folder = judge_folder(folder)
     config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
     return (SceneJudge if "words" in config else MiniatureClassifier).from_pretrained(folder)
 

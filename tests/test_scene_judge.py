@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from distill.plugins.evaluators import QUESTIONS, load_judge
+from distill.core.plugin_api.evaluator import EvaluationSetting
+from distill.plugins.evaluators import QUESTIONS, MiniatureClassifierEvaluator, load_judge
 from distill.plugins.scene_judge import Asked, SceneJudge, Seen, Thing, Words
 
 WORDS = Words(
@@ -80,3 +81,16 @@ def test_a_judge_comes_back_from_its_folder(tmp_path):
         assert torch.equal(value, expected)
     assert again.features(images).shape == (2, 16)
     assert again.rate(images).shape == (2,)
+
+
+def test_a_folder_may_name_the_judge_of_another(tmp_path):
+    own, setting = tmp_path / "model" / "judge", EvaluationSetting(tmp_path / "model")
+    assert "has no folder judge/" in MiniatureClassifierEvaluator.usable(setting)
+    own.mkdir(parents=True)
+    (own / "config.json").write_text('{"same_as": "../../other/judge"}')
+    reason = MiniatureClassifierEvaluator.usable(setting)
+    assert str(own / "config.json") in reason
+    assert f"{tmp_path / 'other' / 'judge'}, which is not there" in reason
+    SceneJudge(WORDS, channels=(4, 8, 16)).save_pretrained(tmp_path / "other" / "judge")
+    assert MiniatureClassifierEvaluator.usable(setting) is None
+    assert load_judge(own).words == WORDS
