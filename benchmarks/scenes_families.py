@@ -225,8 +225,8 @@ class SD3OfScenes(families.SD3Teacher, OfScenes):
 
 
 TEACHERS: dict[str, tuple[type[Any], dict[str, Any]]] = {
-    "sd2x": (SD2OfScenes, {"steps": 4000, "peak": 6e-4, "seed": 11, "batch_size": 48}),
-    "sd3": (SD3OfScenes, {"steps": 24_000, "peak": 1e-3, "seed": 12, "batch_size": 64}),
+    "sd2x": (SD2OfScenes, {"steps": 2600, "peak": 6e-4, "seed": 11, "batch_size": 48}),
+    "sd3": (SD3OfScenes, {"steps": 8000, "peak": 1e-3, "seed": 12, "batch_size": 32}),
 }
 """Family -> its teacher, and how it is trained."""
 
