@@ -1,7 +1,6 @@
-"""Train the miniature teachers of sd2x, sd3 and z-image: scenes, autoencoder and judge are those of the miniature SDXL.
+"""Train the miniature teachers of sd3 and z-image, of 32 px: scenes, autoencoder, judge are those of that SDXL.
 
     python benchmarks/miniature.py data --assets build/scratch   # the training pool, if it is not there
-    python benchmarks/miniature_families.py sd2x                 # a UNet that predicts v, begun from SDXL's UNet
     python benchmarks/miniature_families.py sd3                  # a transformer on a flow, from scratch
     python benchmarks/miniature_families.py z-image              # one stream on a flow, a language model, from scratch
     python benchmarks/miniature_families.py report --family sd3  # the figures and image grids of the model card
@@ -22,16 +21,13 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from diffusers import (
-    DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
 )
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5TokenizerFast
+from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5TokenizerFast
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks")]
@@ -45,62 +41,6 @@ from miniature_z_image import ZImageTeacher  # noqa: E402
 T5_TOKENS, T5_WIDTH = 16, 160
 CLIP_WIDTH = 64
 FLOW_SHIFT = 3.0
-
-
-class SD2Teacher(Teacher):
-    """Stable Diffusion 2.1 in small: v prediction, the last states of one text encoder with OpenCLIP's activation."""
-
-    folder = miniature.ASSETS / "sd2x_miniature"
-
-    def __init__(self, scenes: Scenes) -> None:
-        super().__init__()
-        self.tokenizer = networks.new_tokenizer(scenes.captions[:-1], "!")
-        self.text_encoder = CLIPTextModel(networks.text_config(self.tokenizer, "gelu", width=2 * CLIP_WIDTH))
-        sdxl = networks.load_teacher(miniature.TEACHER).unet
-        config = {**sdxl.config, "addition_embed_type": None, "addition_time_embed_dim": None}
-        config["projection_class_embeddings_input_dim"] = None
-        self.unet = UNet2DConditionModel.from_config(config)
-        self.unet.load_state_dict({k: v for k, v in sdxl.state_dict().items() if not k.startswith("add_embedding")})
-        self.unet.to(memory_format=torch.channels_last)
-        self.tokens = scenes.tokens(self.tokenizer, networks.MAX_TOKENS)
-        self.alphas_cumprod = self.scheduler().alphas_cumprod
-
-    @staticmethod
-    def scheduler() -> DDIMScheduler:
-        """The scheduler of Stable Diffusion 2.1, setting for setting."""
-        return DDIMScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            clip_sample=False,
-            set_alpha_to_one=False,
-            steps_offset=1,
-            prediction_type="v_prediction",
-        )
-
-    def loss(self, x_0: Tensor, captions: Tensor) -> Tensor:
-        """|v_hat - v|^2 with v = alpha eps - sigma x_0 (arXiv 2202.00512): SNR + 1 as the weight of x_0."""
-        states = self.text_encoder(self.tokens[captions]).last_hidden_state
-        noise = torch.randn(x_0.shape, device=x_0.device)
-        t = torch.randint(0, 1000, (len(x_0),), device=x_0.device)
-        signal = self.alphas_cumprod.to(t.device)[t][:, None, None, None]
-        alpha_t, sigma_t = signal.sqrt(), (1 - signal).sqrt()
-        noisy = (alpha_t * x_0 + sigma_t * noise).contiguous(memory_format=torch.channels_last)
-        v = self.unet(noisy, t, encoder_hidden_states=states).sample
-        return (v - (alpha_t * noise - sigma_t * x_0)).square().mean()
-
-    def pipeline(self, vae: Any) -> Any:
-        """The diffusers pipeline of these weights."""
-        return StableDiffusionPipeline(
-            vae=vae,
-            text_encoder=self.text_encoder,
-            tokenizer=self.tokenizer,
-            unet=self.unet,
-            scheduler=self.scheduler(),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
 
 
 def new_t5_tokenizer(counts: Counter[str]) -> T5TokenizerFast:
@@ -201,7 +141,6 @@ class SD3Teacher(ShiftedTeacher):
 
 
 TEACHERS: dict[str, tuple[type[Teacher], dict[str, Any]]] = {
-    "sd2x": (SD2Teacher, {"steps": 2200, "peak": 8e-4, "seed": 11, "batch_size": 64}),
     "sd3": (SD3Teacher, {"steps": 3700, "peak": 1e-3, "seed": 12, "batch_size": 256}),
     "z-image": (ZImageTeacher, {"steps": 12000, "peak": 1e-3, "seed": 13, "batch_size": 64, "muon": True}),
 }

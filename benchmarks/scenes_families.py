@@ -24,7 +24,13 @@ from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, SD3Transformer2DModel, UNet2DConditionModel
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    SD3Transformer2DModel,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from distill.plugins.evaluators import load_judge
 from distill.plugins.scene_judge import SceneJudge
 from torch import Tensor, nn
@@ -118,7 +124,7 @@ class OfScenes(Teacher):
         return scenes.load_vae()
 
 
-class SD2OfScenes(families.SD2Teacher, OfScenes):
+class SD2OfScenes(OfScenes):
     """Stable Diffusion 2.1 in small: v prediction; one text encoder as wide as both of SDXL's together.
 
     As in Stable Diffusion 2.1 every block of attention has one layer: of SDXL's deeper ones the first.
@@ -142,6 +148,21 @@ class SD2OfScenes(families.SD2Teacher, OfScenes):
         self.unet.to(memory_format=torch.channels_last)
         self.tokens = pool.tokens(self.tokenizer, networks.MAX_TOKENS)
         self.alphas_cumprod = self.scheduler().alphas_cumprod
+
+    @staticmethod
+    def scheduler() -> DDIMScheduler:
+        """The scheduler of Stable Diffusion 2.1, setting for setting."""
+        return DDIMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+            set_alpha_to_one=False, steps_offset=1, prediction_type="v_prediction",
+        )  # fmt: skip
+
+    def pipeline(self, vae: Any) -> Any:
+        """The diffusers pipeline of these weights."""
+        return StableDiffusionPipeline(
+            vae=vae, text_encoder=self.text_encoder, tokenizer=self.tokenizer, unet=self.unet,
+            scheduler=self.scheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        )  # fmt: skip
 
     def prepare(self, pool: Pool, reference: Reference, *, steps: int = 800) -> None:
         """Fit the encoder to the states that SDXL's give; what size and pooled text add to the time becomes a bias."""

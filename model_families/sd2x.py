@@ -19,7 +19,7 @@ class SD2x(StableDiffusion):
 
     name: ClassVar[str] = "sd2x"
     native_edge: ClassVar[int] = 768
-    miniature: ClassVar[Path | None] = MINIATURES / "sd2x_miniature"
+    miniature: ClassVar[Path | None] = MINIATURES / "sd2x_scenes"
     architecture: ClassVar[Architecture] = generation(
         "a Stable Diffusion 2.x",
         linear=True,
