@@ -328,7 +328,9 @@ class Captioned:
             longest = max(len(ids) for ids in tokenizer(self.captions[:20_000]).input_ids)
             assert longest <= networks.MAX_TOKENS - networks.REGISTERS, f"captions have {longest} tokens"
             kinds = {"padding": "max_length", "truncation": True, "return_tensors": "np"}
-            np.save(stored, tokenizer(self.captions, **kinds).input_ids)
+            written = stored.with_name(f"{os.getpid()}_{stored.name}")  # of two processes each writes its own
+            np.save(written, tokenizer(self.captions, **kinds).input_ids)
+            written.replace(stored)
         return torch.from_numpy(np.load(stored)).to(DEVICE)
 
     def batch(self, index: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:

@@ -27,38 +27,29 @@ import torch
 from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
     SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
 from distill.plugins.evaluators import load_judge
 from distill.plugins.scene_judge import SceneJudge
 from torch import Tensor, nn
-from transformers import (
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    T5Config,
-    T5EncoderModel,
-    T5TokenizerFast,
-)
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks")]
 
 import miniature  # noqa: E402
+import miniature_families as families  # noqa: E402
 import scenes  # noqa: E402
 import scenes_networks as networks  # noqa: E402
 from miniature import decayed, index_batches, progress  # noqa: E402
 from miniature_networks import load_teacher, shorten  # noqa: E402
 from miniature_speed import half_precision  # noqa: E402
-from miniature_teachers import Scenes, ShiftedTeacher, Teacher  # noqa: E402
+from miniature_teachers import Scenes, Teacher  # noqa: E402
 from scenes_data import RESOLUTION  # noqa: E402
 
-T5_TOKENS, T5_WIDTH = 28, 160
-FLOW_SHIFT = 3.0
+T5_TOKENS = 28
 
 
 class Pool(Scenes):
@@ -210,89 +201,41 @@ class SD2OfScenes(OfScenes):
         return ((snr.clamp(max=5) + 1) / (snr + 1) * error).mean()
 
 
-def new_t5_tokenizer(counts: Counter[str]) -> T5TokenizerFast:
-    """A T5 tokenizer of the captions' words, and letters for every other word."""
-    words = Counter(word for caption, count in counts.items() for word in caption.replace(",", "").split() * count)
-    letters = [chr(code) for code in range(ord("!"), ord("~") + 1)]
-    pieces = {f"\u2581{word}": float(np.log(count / words.total())) for word, count in words.items()}
-    pieces |= {piece: -12.0 for piece in ("\u2581", *letters)}
-    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0), *pieces.items()]
-    return T5TokenizerFast(vocab=vocabulary, extra_ids=0, model_max_length=512)
-
-
-def new_t5(vocabulary: int) -> T5EncoderModel:
-    """T5's encoder in small, two layers."""
-    return T5EncoderModel(
-        T5Config(
-            vocab_size=vocabulary, d_model=T5_WIDTH, d_kv=32, d_ff=2 * T5_WIDTH, num_layers=2, num_heads=4,
-            feed_forward_proj="gated-gelu", is_encoder_decoder=False, use_cache=False, dropout_rate=0.0,
-        )
-    )  # fmt: skip
-
-
-def begin_as_nothing(transformer: SD3Transformer2DModel) -> None:
-    """Set what modulates, and the output, to zero, as in the papers on such transformers."""
-    for name, module in transformer.named_modules():
-        if name.endswith((".norm1.linear", ".norm1_context.linear", "norm_out.linear")) or name == "proj_out":
-            nn.init.zeros_(module.weight), nn.init.zeros_(module.bias)
-
-
-class SD3OfScenes(ShiftedTeacher, OfScenes):
-    """Stable Diffusion 3.5 in small: joint attention with normed queries, two CLIP encoders and T5, a shifted flow."""
+class SD3OfScenes(families.SD3Teacher, OfScenes):
+    """Stable Diffusion 3.5 in small, on patches of 8 x 8 pixels."""
 
     folder = miniature.ASSETS / "sd3_scenes"
     call: ClassVar[dict[str, Any]] = {"max_sequence_length": T5_TOKENS}
     guidance: ClassVar[float] = 5.0
     multistep: ClassVar[dict[str, Any]] = {
-        "prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": FLOW_SHIFT,
+        "prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": families.FLOW_SHIFT,
     }  # fmt: skip
 
     def __init__(self, pool: Pool, *, depth: int = 6, heads: int = 5) -> None:
         nn.Module.__init__(self)
         sdxl = load_teacher(scenes.TEACHER)
         self.tokenizer, self.tokenizer_2 = sdxl.tokenizer, sdxl.tokenizer_2
-        self.tokenizer_3 = new_t5_tokenizer(pool.counts)
+        self.tokenizer_3 = families.new_t5_tokenizer(pool.counts)
         config = networks.text_config_of(self.tokenizer, "quick_gelu")
         self.text_encoder = CLIPTextModelWithProjection(config)
         self.text_encoder.load_state_dict(sdxl.text_encoder.state_dict(), strict=False)  # it has no projection
         self.text_encoder_2 = sdxl.text_encoder_2
-        self.text_encoder_3 = new_t5(len(self.tokenizer_3))
-        width = T5_WIDTH
+        self.text_encoder_3 = families.new_t5(len(self.tokenizer_3))
+        width = families.T5_WIDTH
         self.transformer = SD3Transformer2DModel(
             sample_size=networks.LATENT_SIZE, in_channels=networks.LATENT_CHANNELS,
             out_channels=networks.LATENT_CHANNELS, num_layers=depth, attention_head_dim=32, num_attention_heads=heads,
             joint_attention_dim=width, caption_projection_dim=32 * heads, pooled_projection_dim=2 * networks.POOLED,
             pos_embed_max_size=networks.LATENT_SIZE // 2, qk_norm="rms_norm",
         )  # fmt: skip
-        begin_as_nothing(self.transformer)
+        families.begin_as_nothing(self.transformer)
         self.shift = self.shift_of(pool)
         lengths = (networks.MAX_TOKENS, networks.MAX_TOKENS, T5_TOKENS)
         tokenizers = (self.tokenizer, self.tokenizer_2, self.tokenizer_3)
         self.tokens = [pool.tokens(each, length) for each, length in zip(tokenizers, lengths, strict=True)]
 
-    def embeds(self, captions: Tensor) -> tuple[Tensor, Tensor]:
-        """What the pipeline encodes captions to: states (B, 40 + 28, D), pooled (B, P); T5's are zeros for a fifth."""
-        encoders = (self.text_encoder, self.text_encoder_2)
-        outputs = [
-            encoder(tokens[captions], output_hidden_states=True)
-            for encoder, tokens in zip(encoders, self.tokens[:2], strict=True)
-        ]
-        states = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
-        states = nn.functional.pad(states, (0, T5_WIDTH - states.shape[-1]))
-        t5 = self.text_encoder_3(self.tokens[2][captions]).last_hidden_state
-        kept = (torch.rand(len(captions), 1, 1) > 0.2).float()  # it may be left out when images are made
-        return torch.cat([states, kept * t5], dim=1), torch.cat([output.text_embeds for output in outputs], dim=-1)
-
-    def pipeline(self, vae: Any) -> Any:
-        """The diffusers pipeline of these weights."""
-        parts = ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "tokenizer_2", "tokenizer_3")
-        return StableDiffusion3Pipeline(
-            transformer=self.transformer, vae=vae, scheduler=FlowMatchEulerDiscreteScheduler(shift=FLOW_SHIFT),
-            **{name: getattr(self, name) for name in parts},
-        )  # fmt: skip
-
     def reference_loss(self, x_0: Tensor, captions: Tensor, reference: Reference) -> Tensor:
-        """|u_hat - u|^2, logit(t) ~ N(0.4, 1.2) (arXiv 2403.03206); by the scene itself where SDXL does not reach."""
+        """|u_hat - u|^2 at the times of :meth:`loss`; by the scene itself where SDXL's schedule does not reach."""
         states, pooled = self.embeds(captions)
         noise, t = torch.randn(x_0.shape), torch.sigmoid(0.4 + 1.2 * torch.randn(len(x_0)))
         mixed, ratio, x_0 = t[:, None, None, None], t / (1 - t), self.shifted(x_0)
