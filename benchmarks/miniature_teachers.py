@@ -61,8 +61,12 @@ class Teacher(nn.Module):
         """The diffusers pipeline of these weights."""
 
     def begin(self, part: str, state: dict[str, Tensor]) -> None:
-        """Load the weights of the part of this name to train on from them."""
-        getattr(self, part).load_state_dict(state)
+        """Load the weights of the part of this name to train on from them; a tied weight is stored once."""
+        module = getattr(self, part)
+        missing, unexpected = module.load_state_dict(state, strict=False)
+        tied = set(getattr(module, "_tied_weights_keys", None) or ())
+        if unexpected or set(missing) - tied:
+            raise ValueError(f"{part}: weights of another network: {unexpected} too many, {missing} missing")
 
     def blocks(self) -> list[nn.Module]:
         """The denoiser's blocks, which may be compiled one by one; none where that was not tried."""

@@ -33,6 +33,7 @@ from diffusers import (
 )
 from distill.plugins.evaluators import load_judge
 from distill.plugins.scene_judge import SceneJudge
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -254,13 +255,22 @@ TEACHERS: dict[str, tuple[type[Any], dict[str, Any]]] = {
 """Family -> its teacher, and how it is trained."""
 
 
-def train(family: str, work: Path, *, steps: int | None, horizon: int | None, half: bool) -> None:
-    """Train the family's teacher and write it to the assets; with bf16 products, if asked."""
+def train(
+    family: str, work: Path, *, steps: int | None, horizon: int | None, half: bool, begin: Path | None = None
+) -> None:
+    """Train the family's teacher and write it to the assets; with bf16 products, if asked.
+
+    Without a state of its own in `work` it begins with the weights in `begin`, a folder of each part's safetensors.
+    """
     kind, settings = TEACHERS[family]
     torch.manual_seed(settings["seed"])
     pool, state = Pool(work, "cpu"), work / f"{family}.pt"
     teacher, reference, drawn = kind(pool), Reference(pool), scenes.drawn_from(work)
-    if isinstance(teacher, SD2OfScenes) and not state.is_file():
+    if begin is not None:
+        for file in begin.glob("*/*.safetensors"):
+            if hasattr(teacher, file.parent.name):  # not the autoencoder
+                teacher.begin(file.parent.name, load_file(file))
+    elif isinstance(teacher, SD2OfScenes) and not state.is_file():
         teacher.prepare(pool, reference)
 
     def loss(index: Tensor) -> Tensor:
@@ -292,6 +302,7 @@ def main() -> None:
     parser.add_argument("--assets", type=Path, default=miniature.ASSETS, help="folder of the teachers")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--half", action="store_true", help="bf16 products: faster on processors with AMX")
+    parser.add_argument("--begin", type=Path, help="folder of weights to begin with, PART/*.safetensors")
     parser.add_argument("--steps", type=int, help="of the optimizer, in place of the stage's own number")
     parser.add_argument("--horizon", type=int, help="steps after which the learning rate has decayed")
     parser.add_argument("--samples", type=int, default=1000, help="images per row of the report")
@@ -305,7 +316,8 @@ def main() -> None:
     if "WORLD_SIZE" in os.environ:
         torch.distributed.init_process_group("gloo")
     if given.stage != "report":
-        train(given.stage, given.work, steps=given.steps, horizon=given.horizon, half=given.half)
+        lengths = {"steps": given.steps, "horizon": given.horizon}
+        train(given.stage, given.work, **lengths, half=given.half, begin=given.begin)
         return
     guidance = given.guidance or TEACHERS[given.family][0].guidance
     report(given.family, given.work, samples=given.samples, guidance=guidance, rows=given.rows.split(","))
