@@ -245,7 +245,7 @@ class SD3OfScenes(families.SD3Teacher, OfScenes):
         self.tokens = [pool.tokens(each, length) for each, length in zip(tokenizers, lengths, strict=True)]
 
     def reference_loss(self, x_0: Tensor, captions: Tensor, reference: Reference) -> Tensor:
-        """|u_hat - u|^2, logit(t) ~ N(-0.4, 1.2), since shapes are learned last; by the scene itself where SDXL's schedule does not reach."""
+        """|u_hat - u|^2, logit(t) ~ N(-0.4, 1.2); by the scene itself where SDXL does not reach."""
         states, pooled = self.embeds(captions)
         noise, t = torch.randn(x_0.shape), torch.sigmoid(-0.4 + 1.2 * torch.randn(len(x_0)))
         mixed, ratio, x_0 = t[:, None, None, None], t / (1 - t), self.shifted(x_0)
