@@ -25,7 +25,6 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5TokenizerFast
 
@@ -170,8 +169,7 @@ def train(
     teacher = kind(scenes).to(device)
 
     if begin is not None:
-        for file in begin.glob("*/*.safetensors"):
-            teacher.begin(file.parent.name, load_file(file))
+        teacher.begin_with(begin)
     if compiled:
         compile_blocks(teacher.blocks())
 

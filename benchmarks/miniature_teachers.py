@@ -13,6 +13,7 @@ import miniature
 import miniature_networks as networks
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 
@@ -67,6 +68,12 @@ class Teacher(nn.Module):
         tied = set(getattr(module, "_tied_weights_keys", None) or ())
         if unexpected or set(missing) - tied:
             raise ValueError(f"{part}: weights of another network: {unexpected} too many, {missing} missing")
+
+    def begin_with(self, folder: Path) -> None:
+        """:meth:`begin` each part whose PART/*.safetensors lie in the folder; others' are passed over."""
+        for file in folder.glob("*/*.safetensors"):
+            if hasattr(self, file.parent.name):  # not the autoencoder
+                self.begin(file.parent.name, load_file(file))
 
     def blocks(self) -> list[nn.Module]:
         """The denoiser's blocks, which may be compiled one by one; none where that was not tried."""

@@ -33,7 +33,6 @@ from diffusers import (
 )
 from distill.plugins.evaluators import load_judge
 from distill.plugins.scene_judge import SceneJudge
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -276,9 +275,7 @@ def train(
     pool, state = Pool(work, "cpu"), work / f"{family}.pt"
     teacher, reference, drawn = kind(pool), Reference(pool), scenes.drawn_from(work)
     if begin is not None:
-        for file in begin.glob("*/*.safetensors"):
-            if hasattr(teacher, file.parent.name):  # not the autoencoder
-                teacher.begin(file.parent.name, load_file(file))
+        teacher.begin_with(begin)
     elif isinstance(teacher, SD2OfScenes) and not state.is_file():
         teacher.prepare(pool, reference)
 
@@ -325,8 +322,7 @@ def main() -> None:
     if "WORLD_SIZE" in os.environ:
         torch.distributed.init_process_group("gloo")
     if given.stage != "report":
-        lengths = {"steps": given.steps, "horizon": given.horizon}
-        train(given.stage, given.work, **lengths, half=given.half, begin=given.begin)
+        train(given.stage, given.work, steps=given.steps, horizon=given.horizon, half=given.half, begin=given.begin)
         return
     guidance = given.guidance or TEACHERS[given.family][0].guidance
     report(given.family, given.work, samples=given.samples, guidance=guidance, rows=given.rows.split(","))
